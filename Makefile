@@ -1,0 +1,39 @@
+# The two commands of the README (demo, test) do all their set-up themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+PIP     = $(PY) -m pip --disable-pip-version-check -q
+
+SOURCES = pyproject.toml $(wildcard kvmhost/_core/*.[ch] kvmhost/_core/*.cdef kvmhost/_core/build.py) \
+          $(wildcard guests/*.py guests/x86_64/*.[chS] guests/x86_64/*.ld)
+
+.PHONY: demo test test-slow lint guests clean
+
+demo: $(VENV)/.plot
+	$(VENV)/bin/kvmhost demo
+
+test: $(VENV)/.test
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+guests: $(VENV)/.plot
+	$(PY) -m guests.build
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "pip>=23.1"
+
+# One stamp a set of extras; each re-installs when a source of the C core changes.
+$(VENV)/.plot $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(SOURCES) | $(VENV)/bin/python
+	KVMHOST_WERROR=1 $(PIP) install -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kvmhost/_core/*.so guests/x86_64/*.elf

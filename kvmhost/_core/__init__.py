@@ -1,0 +1,1 @@
+"""The C core. Nothing imports the extension but ``kvmhost._ffi``."""

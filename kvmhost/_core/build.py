@@ -1,0 +1,88 @@
+"""Build of the C core: one cffi extension out of every ``.c`` file beside this one.
+
+The public headers are read twice: by the C compiler, and by cffi, which parses
+plain declarations only. :func:`declarations` bridges the two: it drops the
+preprocessor lines of a header and leaves ``#define NAME number`` to the
+compiler (``#define NAME ...``). Headers named ``*_internal.h`` or ``compat.h``
+are for C alone. Kernel structures and constants are declared in ``*.cdef``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+from cffi import FFI
+from setuptools.command.build_ext import build_ext
+
+__all__ = ["BuildExt", "declarations", "make_ffi"]
+
+CORE = Path(__file__).resolve().parent
+CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+
+_DEFINE = re.compile(r"#define\s+([A-Z][A-Z0-9_]*)\s+\S")
+
+
+def declarations(header: str) -> str:
+    """Reduce a C header to what cffi's parser takes."""
+    header = re.sub(r"/\*.*?\*/", "", header, flags=re.S)
+    header = header.replace("\\\n", " ")
+    lines = []
+    for line in header.splitlines():
+        if not line.lstrip().startswith("#"):
+            lines.append(line)
+        elif (found := _DEFINE.match(line.strip())) is not None:
+            lines.append(f"#define {found.group(1)} ...")
+    return "\n".join(lines)
+
+
+def public_headers() -> list[Path]:
+    """Headers that Python sees, in the order in which they may be included."""
+    return [
+        path
+        for path in sorted(CORE.glob("*.h"))
+        if path.name != "compat.h" and not path.name.endswith("_internal.h")
+    ]
+
+
+def make_ffi() -> FFI:
+    """Describe the extension module to cffi."""
+    ffi = FFI()
+    for path in sorted(CORE.glob("*.cdef")):
+        ffi.cdef(path.read_text())
+    for path in public_headers():
+        ffi.cdef(declarations(path.read_text()))
+    includes = "\n".join(f'#include "{path.name}"' for path in public_headers())
+    quiet = '#pragma GCC diagnostic ignored "-Wunused-parameter"\n'
+    ffi.set_source("kvmhost._core._native", quiet + '#include "compat.h"\n' + includes)
+    return ffi
+
+
+class BuildExt(build_ext):  # type: ignore[misc]
+    """Build the C core, and the guests beside it where the compiler can."""
+
+    def build_extension(self, ext: Any) -> None:
+        """Generate the binding, then compile it with the core's sources."""
+        generated = Path(self.build_temp) / "_native.c"
+        generated.parent.mkdir(parents=True, exist_ok=True)
+        make_ffi().emit_c_code(str(generated))
+        ext.sources = [str(generated), *(str(path) for path in sorted(CORE.glob("*.c")))]
+        ext.depends = [str(path) for path in CORE.glob("*.h")]
+        ext.include_dirs = [str(CORE)]
+        ext.extra_compile_args = list(CFLAGS)
+        if os.environ.get("KVMHOST_WERROR"):
+            ext.extra_compile_args.append("-Werror")
+        ext.extra_link_args = ["-pthread"]
+        super().build_extension(ext)
+
+    def run(self) -> None:
+        """Build the extension, then the guest images."""
+        super().run()
+        root = CORE.parents[1]
+        target = root if self.inplace or self.editable_mode else Path(self.build_lib)
+        # The build does not promise that the project's root is on sys.path.
+        builder = runpy.run_path(str(root / "guests" / "build.py"))
+        builder["build_guests"](target / "guests" / "x86_64")

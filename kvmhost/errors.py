@@ -1,0 +1,143 @@
+"""The exceptions of kvmhost.
+
+::
+
+    KvmHostError
+    ├─ IoctlError (also OSError): request name, errno, arguments
+    ├─ CapabilityError: name, needed, found, remedy
+    ├─ LayoutError (also ValueError): overlap, alignment, out of range
+    ├─ ImageError (also ValueError): file, offset, field
+    ├─ PagerError: eviction or fault-in failed; no data was lost
+    ├─ ControlError: a VM answered a request with an error status
+    └─ GuestError
+       ├─ UnexpectedExit: the decoded exit
+       └─ GuestTimeout
+
+Every one of them survives pickling, so that it can cross a process boundary.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+__all__ = [
+    "CapabilityError",
+    "ControlError",
+    "GuestError",
+    "GuestTimeout",
+    "ImageError",
+    "IoctlError",
+    "KvmHostError",
+    "LayoutError",
+    "PagerError",
+    "UnexpectedExit",
+]
+
+
+class KvmHostError(Exception):
+    """Base of everything that kvmhost raises on purpose."""
+
+
+class IoctlError(KvmHostError, OSError):
+    """A system call on a descriptor failed.
+
+    :param request: name of the request, for example ``KVM_CREATE_VM``
+    :param errno_: positive errno
+    :param arguments: what was passed, by field name; integers print in hex
+    """
+
+    def __init__(self, request: str, errno_: int, arguments: dict[str, Any] | None = None) -> None:
+        self.request = request
+        self.arguments = dict(arguments or {})
+        OSError.__init__(self, errno_, os.strerror(errno_))
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{k}={_show(v)}" for k, v in self.arguments.items())
+        return f"{self.request}({shown}): {self.strerror} (errno {self.errno})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.request, self.errno, self.arguments))
+
+
+class CapabilityError(KvmHostError):
+    """The host or the kernel lacks something; says what to do about it."""
+
+    def __init__(self, name: str, needed: str, found: str, remedy: str) -> None:
+        super().__init__(name, needed, found, remedy)
+        self.name, self.needed, self.found, self.remedy = name, needed, found, remedy
+
+    def __str__(self) -> str:
+        return f"{self.name}: need {self.needed}, found {self.found}; {self.remedy}"
+
+
+class LayoutError(KvmHostError, ValueError):
+    """Guest memory does not fit together: overlap, alignment or range."""
+
+
+class ImageError(KvmHostError, ValueError):
+    """A guest image is damaged, unsupported or does not fit.
+
+    :param file: path of the image
+    :param field: the header field or part that is wrong
+    :param problem: what is wrong with it
+    :param offset: byte offset in the file, where one is known
+    """
+
+    def __init__(self, file: str, field: str, problem: str, offset: int | None = None) -> None:
+        super().__init__(file, field, problem, offset)
+        self.file, self.field, self.problem, self.offset = file, field, problem, offset
+
+    def __str__(self) -> str:
+        where = f" at offset {self.offset:#x}" if self.offset is not None else ""
+        return f"{self.file}: {self.field}{where}: {self.problem}"
+
+
+class PagerError(KvmHostError):
+    """The pager could not do what was asked; the guest's data is where it was."""
+
+
+class ControlError(KvmHostError):
+    """A VM refused a control request.
+
+    :param status: HTTP status code
+    :param problem: the server's message
+    """
+
+    def __init__(self, status: int, problem: str) -> None:
+        super().__init__(status, problem)
+        self.status, self.problem = status, problem
+
+    def __str__(self) -> str:
+        return f"{self.problem} (HTTP {self.status})"
+
+
+class GuestError(KvmHostError):
+    """A guest ended in a way that its contract does not know."""
+
+
+class UnexpectedExit(GuestError):
+    """A vCPU left guest mode for a reason that nobody handles."""
+
+    def __init__(self, vcpu: int, reason: str, detail: str = "") -> None:
+        super().__init__(vcpu, reason, detail)
+        self.vcpu, self.reason, self.detail = vcpu, reason, detail
+
+    def __str__(self) -> str:
+        tail = f": {self.detail}" if self.detail else ""
+        return f"vCPU {self.vcpu}: {self.reason}{tail}"
+
+
+class GuestTimeout(GuestError):
+    """A guest did not come to its end in the time it was given."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"guest still running after {self.seconds:g} s"
+
+
+def _show(value: Any) -> str:
+    return hex(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
