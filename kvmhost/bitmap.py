@@ -1,0 +1,128 @@
+"""Per-gfn young bitmaps: one bit a guest page, as in KVM's dirty log.
+
+Bit ``i`` of word ``w`` is page ``64 * w + i`` counted from ``gfn_start``; words
+are 64 bits wide and little-endian. Bits at and after ``n_pages`` are 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.errors import LayoutError
+
+__all__ = ["Provenance", "Words", "YoungBitmap", "n_words"]
+
+Words = npt.NDArray[np.uint64]
+
+
+def n_words(n_pages: int) -> int:
+    """Return how many 64-bit words hold ``n_pages`` bits."""
+    return (n_pages + 63) // 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where a bitmap was learned: which tracker, which table format, which window.
+
+    ``window_start_ns`` and ``window_end_ns`` are ``CLOCK_MONOTONIC`` times: the
+    end of the harvest before this one (0 if there was none) and of this one.
+    """
+
+    tracker: str = "unknown"
+    table_format: str = "none"
+    window_start_ns: int = 0
+    window_end_ns: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class YoungBitmap:
+    """Which pages of ``[gfn_start, gfn_start + n_pages)`` were young.
+
+    :param words: shape ``(ceil(n_pages / 64),)``, ``uint64``
+    :param coarse: same shape; bits that come from a leaf larger than one page,
+        so that they are no observation of the single page. ``None`` if there are none
+    """
+
+    gfn_start: int
+    n_pages: int
+    words: Words
+    coarse: Words | None = None
+    provenance: Provenance = Provenance()
+
+    def __post_init__(self) -> None:
+        for name in ("words", "coarse"):
+            words = getattr(self, name)
+            if words is not None and words.shape != (n_words(self.n_pages),):
+                raise LayoutError(
+                    f"bitmap {name}: shape {words.shape} for {self.n_pages} pages, "
+                    f"need ({n_words(self.n_pages)},)"
+                )
+
+    @classmethod
+    def from_gfns(
+        cls, gfn_start: int, n_pages: int, gfns: npt.ArrayLike, **fields: Any
+    ) -> YoungBitmap:
+        """Build a bitmap from a list of young gfns, in any order.
+
+        :raises LayoutError: if a gfn lies outside the range
+        """
+        bits = np.zeros(n_words(n_pages) * 64, dtype=bool)
+        index = np.asarray(gfns, dtype=np.int64) - gfn_start
+        if index.size and (index.min() < 0 or index.max() >= n_pages):
+            raise LayoutError(f"gfn outside [{gfn_start:#x}, {gfn_start + n_pages:#x})")
+        bits[index] = True
+        return cls(gfn_start, n_pages, pack(bits), **fields)
+
+    def as_bool(self) -> npt.NDArray[np.bool_]:
+        """Return shape ``(n_pages,)``: True where the page was young."""
+        return unpack(self.words, self.n_pages)
+
+    def coarse_as_bool(self) -> npt.NDArray[np.bool_]:
+        """Return shape ``(n_pages,)``: True where the bit came from a larger leaf."""
+        if self.coarse is None:
+            return np.zeros(self.n_pages, dtype=bool)
+        return unpack(self.coarse, self.n_pages)
+
+    def gfns(self) -> npt.NDArray[np.int64]:
+        """Return the young gfns, ascending."""
+        return np.flatnonzero(self.as_bool()).astype(np.int64) + self.gfn_start
+
+    def count(self) -> int:
+        """Return the number of young pages."""
+        return int(np.bitwise_count(self.words).sum()) if hasattr(np, "bitwise_count") else int(
+            self.as_bool().sum()
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, YoungBitmap):
+            return NotImplemented
+        return (
+            self.gfn_start == other.gfn_start
+            and self.n_pages == other.n_pages
+            and bool(np.array_equal(self.words, other.words))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return (
+            f"YoungBitmap([{self.gfn_start:#x}, {self.gfn_start + self.n_pages:#x}), "
+            f"{self.count()} young, {self.provenance.tracker}/{self.provenance.table_format})"
+        )
+
+
+def pack(bits: npt.NDArray[np.bool_]) -> Words:
+    """Pack booleans into little-endian 64-bit words, padded with 0."""
+    padded = np.zeros(n_words(bits.size) * 64, dtype=bool)
+    padded[: bits.size] = bits
+    return np.packbits(padded, bitorder="little").view("<u8").astype(np.uint64, copy=False)
+
+
+def unpack(words: Words, n_pages: int) -> npt.NDArray[np.bool_]:
+    """Unpack words into ``n_pages`` booleans."""
+    raw = words.astype("<u8", copy=False).view(np.uint8)
+    return np.unpackbits(raw, count=n_pages, bitorder="little").astype(bool)
