@@ -23,7 +23,7 @@ __all__ = ["BuildExt", "declarations", "make_ffi"]
 CORE = Path(__file__).resolve().parent
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
 
-_DEFINE = re.compile(r"#define\s+([A-Z][A-Z0-9_]*)\s+\S")
+_DEFINE = re.compile(r"#define\s+([A-Z][A-Z0-9_]*)\s+(\S+)$")
 
 
 def declarations(header: str) -> str:
@@ -35,7 +35,9 @@ def declarations(header: str) -> str:
         if not line.lstrip().startswith("#"):
             lines.append(line)
         elif (found := _DEFINE.match(line.strip())) is not None:
-            lines.append(f"#define {found.group(1)} ...")
+            name, value = found.groups()
+            # Array sizes have to be known here; anything else the compiler knows better.
+            lines.append(f"#define {name} {value if value.isdigit() else '...'}")
     return "\n".join(lines)
 
 

@@ -73,4 +73,10 @@ struct pm_scan_arg {
 #define PAGE_IS_SOFT_DIRTY (1 << 7)
 #endif
 
+/* Since commit 16f95f3b95ca ("KVM: Add KVM_EXIT_MEMORY_FAULT exit to report
+ * faults to userspace") (in v6.8). */
+#ifndef KVM_EXIT_MEMORY_FAULT
+#define KVM_EXIT_MEMORY_FAULT 39
+#endif
+
 #endif

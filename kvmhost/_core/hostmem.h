@@ -1,0 +1,29 @@
+/*
+ * Host side of guest memory: mappings of a memfd, zapping, and the questions
+ * that pagemap and mincore answer. Bitmaps are 64-bit words, bit 0 first.
+ */
+#ifndef KVMHOST_HOSTMEM_H
+#define KVMHOST_HOSTMEM_H
+
+#include "compat.h"
+
+/* Map a memfd shared and writable at an address of the kernel's choice. */
+int kh_map(int fd, uint64_t n_bytes, uint64_t *address);
+int kh_unmap(uint64_t address, uint64_t n_bytes);
+
+/*
+ * Zap the host PTEs of [address, address + n_pages * 4096). The data stays in
+ * the memfd; secondary MMUs see an invalidation. With words only the runs of
+ * set bits are zapped; a clean gap of up to gap_pages inside a run goes with it.
+ * Returns the number of madvise calls.
+ */
+int64_t kh_zap(uint64_t address, uint64_t n_pages, const uint64_t *words, uint64_t gap_pages);
+
+/* Set the bit of every page whose host PTE is present, by PAGEMAP_SCAN. */
+int kh_pagemap_scan(int pagemap_fd, uint64_t address, uint64_t n_pages, uint64_t *words);
+/* The same by reading 8 bytes a page, for kernels without PAGEMAP_SCAN. */
+int kh_pagemap_read(int pagemap_fd, uint64_t address, uint64_t n_pages, uint64_t *words);
+/* Set the bit of every page that the memfd behind a mapping holds, by mincore. */
+int kh_resident(uint64_t address, uint64_t n_pages, uint64_t *words);
+
+#endif

@@ -1,0 +1,124 @@
+#include "uffd.h"
+
+#include <fcntl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define PAGE_BYTES 4096ull
+#define WANTED (UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_PAGEFAULT_FLAG_WP | \
+		UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
+
+static int open_descriptor(void)
+{
+	int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	int uffd;
+
+	if (device >= 0) {
+		uffd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+		close(device);
+		if (uffd >= 0)
+			return uffd;
+	}
+	uffd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	return uffd < 0 ? -errno : uffd;
+}
+
+/* UFFDIO_API settles a descriptor for good, so asking takes one of its own. */
+static int offered_features(uint64_t *features)
+{
+	struct uffdio_api api = { .api = UFFD_API };
+	int uffd = open_descriptor();
+
+	if (uffd < 0)
+		return uffd;
+	if (ioctl(uffd, UFFDIO_API, &api)) {
+		int error = errno;
+
+		close(uffd);
+		return -error;
+	}
+	close(uffd);
+	*features = api.features;
+	return (api.features & WANTED) == WANTED ? 0 : -EOPNOTSUPP;
+}
+
+int kh_uffd_open(uint64_t *features)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = WANTED };
+	int uffd = offered_features(features);
+
+	if (uffd < 0)
+		return uffd;
+	uffd = open_descriptor();
+	if (uffd < 0)
+		return uffd;
+	if (ioctl(uffd, UFFDIO_API, &api)) {
+		int error = errno;
+
+		close(uffd);
+		return -error;
+	}
+	return uffd;
+}
+
+int kh_uffd_register(int uffd, uint64_t address, uint64_t n_bytes, int modes)
+{
+	struct uffdio_register argument = {
+		.range = { .start = address, .len = n_bytes },
+		.mode = (modes & KH_UFFD_MISSING ? UFFDIO_REGISTER_MODE_MISSING : 0) |
+			(modes & KH_UFFD_WP ? UFFDIO_REGISTER_MODE_WP : 0),
+	};
+
+	return ioctl(uffd, UFFDIO_REGISTER, &argument) ? -errno : 0;
+}
+
+int kh_uffd_unregister(int uffd, uint64_t address, uint64_t n_bytes)
+{
+	struct uffdio_range range = { .start = address, .len = n_bytes };
+
+	return ioctl(uffd, UFFDIO_UNREGISTER, &range) ? -errno : 0;
+}
+
+/* EAGAIN: the address space changes under us (fork, munmap elsewhere). */
+static int retry_ioctl(int uffd, unsigned long request, void *argument)
+{
+	while (ioctl(uffd, request, argument))
+		if (errno != EAGAIN && errno != EINTR)
+			return -errno;
+	return 0;
+}
+
+int kh_uffd_write_protect(int uffd, uint64_t address, uint64_t n_bytes, int protect)
+{
+	struct uffdio_writeprotect argument = {
+		.range = { .start = address, .len = n_bytes },
+		.mode = protect ? UFFDIO_WRITEPROTECT_MODE_WP : 0,
+	};
+
+	return retry_ioctl(uffd, UFFDIO_WRITEPROTECT, &argument);
+}
+
+int kh_uffd_copy(int uffd, uint64_t address, const void *page)
+{
+	struct uffdio_copy argument = {
+		.dst = address,
+		.src = (uintptr_t)page,
+		.len = PAGE_BYTES,
+	};
+
+	return retry_ioctl(uffd, UFFDIO_COPY, &argument);
+}
+
+int kh_uffd_zero(int uffd, uint64_t address)
+{
+	struct uffdio_zeropage argument = { .range = { .start = address, .len = PAGE_BYTES } };
+
+	return retry_ioctl(uffd, UFFDIO_ZEROPAGE, &argument);
+}
+
+int kh_uffd_wake(int uffd, uint64_t address)
+{
+	struct uffdio_range range = { .start = address, .len = PAGE_BYTES };
+
+	return ioctl(uffd, UFFDIO_WAKE, &range) ? -errno : 0;
+}

@@ -1,0 +1,27 @@
+/* userfaultfd: opening, registering, and the ioctls on ranges. */
+#ifndef KVMHOST_UFFD_H
+#define KVMHOST_UFFD_H
+
+#include "compat.h"
+
+#define KH_UFFD_MISSING 1
+#define KH_UFFD_WP 2
+
+/*
+ * Open a userfaultfd that also delivers faults of kernel mode (KVM's are), and
+ * agree on the features; *features gets all that the kernel offers.
+ * Returns the descriptor or -errno: EPERM where neither /dev/userfaultfd nor
+ * the system call is allowed, EOPNOTSUPP where shmem write-protect is missing.
+ */
+int kh_uffd_open(uint64_t *features);
+/* Register a range for KH_UFFD_* faults; may be called again to add a mode. */
+int kh_uffd_register(int uffd, uint64_t address, uint64_t n_bytes, int modes);
+int kh_uffd_unregister(int uffd, uint64_t address, uint64_t n_bytes);
+/* Write-protect a range, or lift it and wake who waits for that. */
+int kh_uffd_write_protect(int uffd, uint64_t address, uint64_t n_bytes, int protect);
+/* Fill one missing page; EEXIST where another thread was faster. */
+int kh_uffd_copy(int uffd, uint64_t address, const void *page);
+int kh_uffd_zero(int uffd, uint64_t address);
+int kh_uffd_wake(int uffd, uint64_t address);
+
+#endif

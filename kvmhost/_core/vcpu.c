@@ -1,0 +1,238 @@
+#include "vcpu.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Offsets from the base of a 16550. */
+#define UART_THR 0
+#define UART_LSR 5
+#define UART_LSR_IDLE 0x60	/* THRE | TEMT: ready for the next byte */
+
+static void on_kick(int signal_number)
+{
+	(void)signal_number;
+}
+
+int kh_kick_signal(void)
+{
+	return SIGRTMIN + 3;
+}
+
+int kh_kick_setup(void)
+{
+	struct sigaction action = { .sa_handler = on_kick }, old;
+
+	if (sigaction(kh_kick_signal(), NULL, &old))
+		return -errno;
+	if (old.sa_handler != SIG_DFL)
+		return 0;
+	return sigaction(kh_kick_signal(), &action, NULL) ? -errno : 0;
+}
+
+int kh_thread_mask_signals(void)
+{
+	sigset_t set;
+
+	sigfillset(&set);
+	sigdelset(&set, kh_kick_signal());
+	return -pthread_sigmask(SIG_SETMASK, &set, NULL);
+}
+
+int kh_vcpu_map(struct kh_vcpu *vcpu, int fd, uint64_t run_bytes)
+{
+	void *run = mmap(NULL, run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+	if (run == MAP_FAILED)
+		return -errno;
+	vcpu->fd = fd;
+	vcpu->run = run;
+	vcpu->run_bytes = run_bytes;
+	return 0;
+}
+
+void kh_vcpu_unmap(struct kh_vcpu *vcpu)
+{
+	if (vcpu->run)
+		munmap(vcpu->run, vcpu->run_bytes);
+	vcpu->run = NULL;
+}
+
+static const struct kh_port *find_port(const struct kh_bus *bus, uint16_t port)
+{
+	for (uint32_t i = 0; i < bus->n_ports; i++)
+		if ((uint16_t)(port - bus->ports[i].port) < bus->ports[i].n_ports)
+			return &bus->ports[i];
+	return NULL;
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000ull + now.tv_nsec;
+}
+
+static void ring_doorbell(struct kh_vcpu *vcpu, const uint8_t *data, uint8_t size)
+{
+	uint32_t value = 0;
+
+	memcpy(&value, data, size < sizeof(value) ? size : sizeof(value));
+	__atomic_store_n(&vcpu->doorbell_value, value, __ATOMIC_RELAXED);
+	__atomic_store_n(&vcpu->doorbell_ns, now_ns(), __ATOMIC_RELAXED);
+	__atomic_fetch_add(&vcpu->doorbells, 1, __ATOMIC_RELEASE);
+}
+
+/* Handle a port exit here if the bus says so; 0 if Python has to see it. */
+static int handle_port(struct kh_vcpu *vcpu, const struct kh_bus *bus)
+{
+	struct kvm_run *run = vcpu->run;
+	const struct kh_port *port = find_port(bus, run->io.port);
+	uint8_t *data = (uint8_t *)run + run->io.data_offset;
+	uint64_t n_bytes = (uint64_t)run->io.size * run->io.count;
+
+	if (!port)
+		return 0;
+	if (run->io.direction == KVM_EXIT_IO_IN) {
+		int is_lsr = port->kind == KH_PORT_SERIAL && run->io.port - port->port == UART_LSR;
+
+		memset(data, is_lsr ? UART_LSR_IDLE : port->kind == KH_PORT_SERIAL ? 0 : 0xff,
+		       n_bytes);
+		return 1;
+	}
+	if (port->kind == KH_PORT_DOORBELL) {
+		ring_doorbell(vcpu, data, run->io.size);
+		return !__atomic_load_n(&vcpu->stop_at_doorbell, __ATOMIC_RELAXED);
+	}
+	if (port->kind == KH_PORT_SERIAL && run->io.port - port->port == UART_THR)
+		kh_serial_write(port->serial, data, n_bytes);
+	return 1;
+}
+
+static void decode_io(struct kh_exit *out, struct kvm_run *run)
+{
+	uint64_t n_bytes = (uint64_t)run->io.size * run->io.count;
+
+	out->is_write = run->io.direction == KVM_EXIT_IO_OUT;
+	out->size = run->io.size;
+	out->port = run->io.port;
+	out->count = run->io.count;
+	memcpy(out->data, (uint8_t *)run + run->io.data_offset,
+	       n_bytes < sizeof(out->data) ? n_bytes : sizeof(out->data));
+}
+
+static void decode(struct kh_vcpu *vcpu)
+{
+	struct kvm_run *run = vcpu->run;
+	struct kh_exit *out = &vcpu->exit;
+
+	memset(out, 0, sizeof(*out));
+	out->reason = run->exit_reason;
+	switch (run->exit_reason) {
+	case KVM_EXIT_IO:
+		decode_io(out, run);
+		break;
+	case KVM_EXIT_MMIO:
+		out->is_write = run->mmio.is_write;
+		out->size = run->mmio.len;
+		out->count = 1;
+		out->address = run->mmio.phys_addr;
+		memcpy(out->data, run->mmio.data, sizeof(run->mmio.data));
+		break;
+	case KVM_EXIT_INTERNAL_ERROR:
+		out->detail = run->internal.suberror;
+		out->n_internal = run->internal.ndata < KH_INTERNAL_DATA ? run->internal.ndata
+									   : KH_INTERNAL_DATA;
+		memcpy(out->internal, run->internal.data, out->n_internal * sizeof(uint64_t));
+		break;
+	case KVM_EXIT_FAIL_ENTRY:
+		out->detail = run->fail_entry.hardware_entry_failure_reason;
+		break;
+	case KVM_EXIT_SYSTEM_EVENT:
+		out->detail = run->system_event.type;
+		break;
+	case KVM_EXIT_MEMORY_FAULT: {
+		/* flags, gpa, size: newer than the headers this may be built with. */
+		const uint64_t *fault = (const uint64_t *)&run->mmio;
+
+		out->detail = fault[0];
+		out->address = fault[1];
+		out->internal[0] = fault[2];
+		break;
+	}
+	default:
+		out->detail = run->hw.hardware_exit_reason;
+	}
+}
+
+static int run_loop(struct kh_vcpu *vcpu, struct kh_bus *bus)
+{
+	for (;;) {
+		int result = ioctl(vcpu->fd, KVM_RUN, 0);
+
+		if (result < 0) {
+			if (errno == EAGAIN)
+				continue;
+			if (errno == EFAULT && vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT)
+				break;
+			if (errno != EINTR)
+				return -errno;
+			if (!__atomic_exchange_n(&vcpu->kicked, 0, __ATOMIC_ACQ_REL))
+				return -EINTR;
+			/* Lowered after the flag: a kick in between only returns once more. */
+			__atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_RELEASE);
+			if (__atomic_load_n(&vcpu->kicked, __ATOMIC_ACQUIRE))
+				__atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_RELEASE);
+			return KH_RUN_KICKED;
+		}
+		__atomic_fetch_add(&vcpu->exits, 1, __ATOMIC_RELAXED);
+		if (vcpu->run->exit_reason != KVM_EXIT_IO || !handle_port(vcpu, bus))
+			break;
+	}
+	decode(vcpu);
+	return KH_RUN_EXIT;
+}
+
+int kh_vcpu_run(struct kh_vcpu *vcpu, struct kh_bus *bus)
+{
+	int result;
+
+	__atomic_store_n(&vcpu->tid, (int)syscall(SYS_gettid), __ATOMIC_SEQ_CST);
+	result = run_loop(vcpu, bus);
+	__atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST);
+	return result;
+}
+
+int kh_vcpu_kick(struct kh_vcpu *vcpu)
+{
+	int tid;
+
+	/*
+	 * immediate_exit covers a thread that is about to enter KVM_RUN, the
+	 * signal one that is in it. The signal needs no thread to be there.
+	 */
+	__atomic_store_n(&vcpu->kicked, 1, __ATOMIC_SEQ_CST);
+	if (vcpu->run)
+		__atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+	tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST);
+	if (tid && syscall(SYS_tgkill, getpid(), tid, kh_kick_signal()) && errno != ESRCH)
+		return -errno;
+	return 0;
+}
+
+void kh_vcpu_complete_read(struct kh_vcpu *vcpu, const uint8_t *data, uint64_t n_bytes)
+{
+	struct kvm_run *run = vcpu->run;
+
+	if (run->exit_reason == KVM_EXIT_IO) {
+		uint64_t size = (uint64_t)run->io.size * run->io.count;
+
+		memcpy((uint8_t *)run + run->io.data_offset, data, n_bytes < size ? n_bytes : size);
+	} else if (run->exit_reason == KVM_EXIT_MMIO) {
+		memcpy(run->mmio.data, data, n_bytes < 8 ? n_bytes : 8);
+	}
+}

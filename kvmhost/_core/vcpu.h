@@ -1,0 +1,98 @@
+/*
+ * The vCPU run loop. It runs with no interpreter lock held, handles the exits
+ * that need no decision (serial output, doorbells) and returns for the rest.
+ */
+#ifndef KVMHOST_VCPU_H
+#define KVMHOST_VCPU_H
+
+#include "compat.h"
+
+/* How a port on the bus is handled. */
+#define KH_PORT_SERIAL 1
+#define KH_PORT_DOORBELL 2
+#define KH_PORT_IGNORE 3
+
+#define KH_BUS_PORTS 16
+#define KH_INTERNAL_DATA 16
+#define KH_IO_DATA 256
+
+/* What kh_vcpu_run returns beside -errno. */
+#define KH_RUN_EXIT 0
+#define KH_RUN_KICKED 1
+
+/* Transmit half of a 16550: bytes gather by the line. Opaque, locks itself. */
+struct kh_serial;
+
+/* What a serial line has done so far. */
+struct kh_serial_counts {
+	uint64_t bytes;		/* transmitted by the guest */
+	uint64_t lost;		/* bytes that the host's descriptor did not take */
+	uint64_t logged;	/* bytes in the log */
+};
+
+struct kh_port {
+	uint16_t port;
+	uint16_t n_ports;
+	uint32_t kind;		/* KH_PORT_* */
+	struct kh_serial *serial;
+};
+
+/* Ports that C handles, shared by the vCPUs of a VM and fixed before they run. */
+struct kh_bus {
+	uint32_t n_ports;
+	struct kh_port ports[KH_BUS_PORTS];
+};
+
+/* The last exit, decoded out of struct kvm_run. */
+struct kh_exit {
+	uint32_t reason;	/* KVM_EXIT_* */
+	uint8_t is_write;
+	uint8_t size;		/* bytes of one access */
+	uint16_t port;
+	uint32_t count;		/* accesses in data */
+	uint64_t address;	/* gpa of an MMIO access or a memory fault */
+	uint64_t detail;	/* suberror, hardware reason, event type, flags */
+	uint32_t n_internal;
+	uint64_t internal[KH_INTERNAL_DATA];
+	uint8_t data[KH_IO_DATA];	/* what was written, little-endian */
+};
+
+struct kh_vcpu {
+	int fd;
+	int tid;		/* thread inside kh_vcpu_run, or 0 */
+	int stop_at_doorbell;	/* return at doorbells instead of counting only */
+	int kicked;
+	struct kvm_run *run;
+	uint64_t run_bytes;
+	uint64_t exits;		/* returns of KVM_RUN to this loop */
+	uint64_t doorbells;
+	uint64_t doorbell_value;	/* last one */
+	uint64_t doorbell_ns;	/* CLOCK_MONOTONIC of the last one */
+	struct kh_exit exit;
+};
+
+/* Prepare the kick signal. Once a process; a handler set by others is kept. */
+int kh_kick_setup(void);
+/* The signal that kicks a vCPU thread; every other one stays blocked there. */
+int kh_kick_signal(void);
+/* Block all signals but the kick in the calling thread. */
+int kh_thread_mask_signals(void);
+
+int kh_vcpu_map(struct kh_vcpu *vcpu, int fd, uint64_t run_bytes);
+void kh_vcpu_unmap(struct kh_vcpu *vcpu);
+/* Run until an exit that the bus does not handle, a kick, or -errno. */
+int kh_vcpu_run(struct kh_vcpu *vcpu, struct kh_bus *bus);
+/* Make kh_vcpu_run return, now or at its next call. Any thread. */
+int kh_vcpu_kick(struct kh_vcpu *vcpu);
+/* Give the value that a pending port or MMIO read returns. */
+void kh_vcpu_complete_read(struct kh_vcpu *vcpu, const uint8_t *data, uint64_t n_bytes);
+
+struct kh_serial *kh_serial_new(int fd, uint64_t log_size);
+void kh_serial_write(struct kh_serial *serial, const uint8_t *data, uint64_t n_bytes);
+void kh_serial_flush(struct kh_serial *serial);
+/* Copy up to size bytes of the log (the first bytes sent) out. */
+uint64_t kh_serial_read_log(struct kh_serial *serial, char *buffer, uint64_t size);
+struct kh_serial_counts kh_serial_counts(struct kh_serial *serial);
+void kh_serial_free(struct kh_serial *serial);
+
+#endif
