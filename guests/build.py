@@ -17,7 +17,7 @@ SOURCES = Path(__file__).resolve().parent / "x86_64"
 CFLAGS = [
     "-std=gnu11", "-O2", "-m64", "-ffreestanding", "-nostdlib", "-static", "-fno-pie", "-no-pie",
     "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none",
-    "-mno-red-zone", "-mgeneral-regs-only", "-fno-tree-loop-distribute-patterns",
+    "-mno-red-zone", "-mgeneral-regs-only", "-fno-tree-loop-distribute-patterns", "-fno-toplevel-reorder",
     "-Wall", "-Wextra", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,max-page-size=4096",
 ]  # fmt: skip
 

@@ -1,1 +1,1 @@
-"""boot."""
+"""Loading guest images, and the state in which a tiny guest starts."""

@@ -1,1 +1,1 @@
-"""devices."""
+"""Devices: the port and MMIO bus, the serial port, the exit ports."""

@@ -1,1 +1,42 @@
-"""engine."""
+"""Engines: what runs vCPUs.
+
+========= ============================================= =========================
+engine    runs                                          for
+========= ============================================= =========================
+kvm       guest code on /dev/kvm                        the real thing
+emulated  the same guest code under Unicorn             hosts without /dev/kvm
+========= ============================================= =========================
+
+:func:`choose` picks one by name; ``auto`` takes ``kvm`` where a VM can be made.
+"""
+
+from __future__ import annotations
+
+from kvmhost.engine.base import Engine, RearmKind, Vcpu
+from kvmhost.errors import CapabilityError, LayoutError
+
+__all__ = ["ENGINES", "Engine", "RearmKind", "Vcpu", "choose"]
+
+ENGINES = ("auto", "kvm", "emulated")
+
+
+def choose(name: str = "auto") -> Engine:
+    """Return an engine by name.
+
+    :raises LayoutError: for an unknown name
+    :raises CapabilityError: if the engine cannot run here
+    """
+    # Each engine is imported when chosen: the emulator alone costs more than a VM.
+    if name not in ENGINES:
+        raise LayoutError(f"unknown engine {name!r}; there are: {', '.join(ENGINES)}")
+    if name in ("auto", "kvm"):
+        try:
+            from kvmhost.engine.kvm import KvmEngine
+
+            return KvmEngine()
+        except CapabilityError:
+            if name == "kvm":
+                raise
+    from kvmhost.engine.emulated import EmulatedEngine
+
+    return EmulatedEngine()

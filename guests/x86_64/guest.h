@@ -1,0 +1,116 @@
+/*
+ * What every tiny guest shares.
+ *
+ * Contract: 64-bit mode, privilege level 3, IOPL 3, interrupts off, no IDT: any
+ * exception ends the run as a triple fault. Virtual address = guest physical
+ * address. At entry rdi = index of the vCPU, rsi = parameter page, rsp = stack.
+ *
+ * Ports: 0x3f8 serial, transmit; 0x5a0 doorbell, 32 bits, the epoch that just
+ * ended; 0x5a4 exit, 32 bits, the status of this vCPU. The run is over when
+ * every vCPU has exited; its status is the first non-zero one.
+ */
+#ifndef GUEST_H
+#define GUEST_H
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long u64;
+
+#define PAGE_BYTES 4096ul
+#define PAGE_WORDS 512ul
+#define PORT_SERIAL 0x3f8
+#define PORT_DOORBELL 0x5a0
+#define PORT_EXIT 0x5a4
+
+/* The parameter page; see kvmhost/boot/params.py. */
+struct result {
+	u64 status, gfn, epoch, expected, found, spare[3];
+};
+
+struct params {
+	u64 magic, n_vcpus, free_start, free_end, mmio_start, reserved[3];
+	u64 args[64];
+	u8 pad[0x400 - 0x40 - 64 * 8];
+	struct result results[32];
+};
+
+_Static_assert(__builtin_offsetof(struct params, args) == 0x40, "args");
+_Static_assert(__builtin_offsetof(struct params, results) == 0x400, "results");
+
+/*
+ * The names, defaults and meanings of args[0], args[1], ...: one string each,
+ * "name=default;meaning", kept in the image for the host to read.
+ */
+#define PARAM(text) \
+	static const char __attribute__((used, section(".kvmhost.params"))) \
+	CONCAT(param_, __COUNTER__)[] = text
+#define CONCAT(a, b) CONCAT2(a, b)
+#define CONCAT2(a, b) a##b
+
+/* Each guest defines this; its return value is the exit status. */
+u64 guest_main(u64 vcpu, struct params *params);
+
+static inline void out8(unsigned short port, u8 value)
+{
+	__asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port));
+}
+
+static inline void out32(unsigned short port, u32 value)
+{
+	__asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+/* Send a buffer to the serial port: one exit for up to a page of bytes. */
+static inline void out_string(const char *text, u64 n_bytes)
+{
+	__asm__ volatile("rep outsb"
+			 : "+S"(text), "+c"(n_bytes) : "d"((unsigned short)PORT_SERIAL) : "memory");
+}
+
+static inline void doorbell(u64 epoch)
+{
+	out32(PORT_DOORBELL, (u32)epoch);
+}
+
+/* A bijective mix of 64 bits: the finalizer of SplitMix64 (Steele et al., 2014). */
+static inline u64 mix(u64 x)
+{
+	x += 0x9e3779b97f4a7c15ul;
+	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ul;
+	x = (x ^ (x >> 27)) * 0x94d049bb133111ebul;
+	return x ^ (x >> 31);
+}
+
+/* A line of output, put together and sent at once. */
+struct line {
+	u64 used;
+	char text[256];
+};
+
+static inline void put_text(struct line *line, const char *text)
+{
+	while (*text && line->used < sizeof(line->text))
+		line->text[line->used++] = *text++;
+}
+
+static inline void put_hex(struct line *line, u64 value)
+{
+	int digits = 1;
+
+	while (digits < 16 && value >> (4 * digits))
+		digits++;
+	put_text(line, "0x");
+	while (digits-- && line->used < sizeof(line->text))
+		line->text[line->used++] = "0123456789abcdef"[value >> (4 * digits) & 15];
+}
+
+static inline void send(struct line *line)
+{
+	if (line->used == sizeof(line->text))
+		line->used--;
+	line->text[line->used++] = '\n';
+	out_string(line->text, line->used);
+	line->used = 0;
+}
+
+#endif

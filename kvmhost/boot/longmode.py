@@ -1,0 +1,108 @@
+"""The state in which a tiny guest starts: 64-bit mode at privilege level 3.
+
+Level 3, because a KVM that shadows page tables emulates level-0 code one
+instruction at a time. The guest may use ports all the same: IOPL is 3, and the
+I/O permission bitmap of its task state segment allows every port, because a KVM
+that runs level-3 code natively may take the flags, IOPL included, from the host
+processor. There is no GDT and no IDT: an exception is a triple fault, which ends
+the run.
+
+Register and bit names: Intel SDM vol. 3A, 2.5 (control registers), 4.5 (4-level
+paging); segment attributes as in ``struct kvm_segment``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kvmhost._ffi import check, ffi, lib
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.layout import (
+    MMIO_BYTES,
+    MMIO_GPA,
+    PAGE_BYTES,
+    PARAMS_GPA,
+    STACK_BYTES,
+    STACKS_GPA,
+    TSS_BYTES,
+    TSS_GPA,
+    TinyLayout,
+)
+
+__all__ = ["EntryState", "entry_state", "lay_out_tables", "write_tss"]
+
+CR0_PE, CR0_MP, CR0_ET, CR0_NE, CR0_WP, CR0_PG = 1, 1 << 1, 1 << 4, 1 << 5, 1 << 16, 1 << 31
+CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT = 1 << 5, 1 << 9, 1 << 10
+EFER_LME, EFER_LMA = 1 << 8, 1 << 10
+
+RFLAGS_FIXED, RFLAGS_IOPL3 = 1 << 1, 3 << 12
+
+
+@dataclasses.dataclass(frozen=True)
+class EntryState:
+    """Registers at the first instruction; everything not named here is 0.
+
+    ``rdi`` is the vCPU's index, ``rsi`` the gpa of the parameter page.
+    """
+
+    rip: int
+    rsp: int
+    rdi: int
+    rsi: int
+    cr3: int
+    rflags: int = RFLAGS_FIXED | RFLAGS_IOPL3
+    cr0: int = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_PG
+    cr4: int = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT
+    efer: int = EFER_LME | EFER_LMA
+
+
+def entry_state(layout: TinyLayout, entry: int, vcpu: int) -> EntryState:
+    """Return how vCPU ``vcpu`` starts at ``entry``."""
+    # The stack is aligned as a function expects it: rsp + 8 divisible by 16.
+    top = STACKS_GPA + (vcpu + 1) * STACK_BYTES
+    return EntryState(rip=entry, rsp=top - 8, rdi=vcpu, rsi=PARAMS_GPA, cr3=layout.tables_gpa)
+
+
+def lay_out_tables(memory: GuestMemory, layout: TinyLayout) -> int:
+    """Write the guest's page tables: 4 KiB leaves, virtual address = gpa.
+
+    Mapped are the parameter page, the TSS, everything from the stacks up to the tables,
+    high memory and the MMIO window, but not page 0 and not the tables themselves.
+
+    :return: gpa of the root
+    """
+    region = memory.region_at(layout.tables_gpa, layout.tables_bytes)
+    tables = ffi.new(
+        "struct kh_tables *",
+        {
+            "alias": region.alias_address + layout.tables_gpa - region.gpa,
+            "pa": layout.tables_gpa,
+            "n_pages": layout.tables_bytes // PAGE_BYTES,
+        },
+    )
+    ranges = [
+        (PARAMS_GPA, PARAMS_GPA + PAGE_BYTES),
+        (TSS_GPA, -(-(TSS_GPA + TSS_BYTES) // PAGE_BYTES) * PAGE_BYTES),
+        (STACKS_GPA, layout.tables_gpa),
+    ]
+    ranges += [(gpa, gpa + n_bytes) for gpa, n_bytes in layout.regions[1:]]
+    ranges.append((MMIO_GPA, MMIO_GPA + MMIO_BYTES))
+    for start, end in ranges:
+        check(
+            lib.kh_tables_identity(tables, start, (end - start) // PAGE_BYTES),
+            "kh_tables_identity",
+            start=start,
+            end=end,
+        )
+    return layout.tables_gpa
+
+
+def write_tss(memory: GuestMemory) -> None:
+    """Write a task state segment whose bitmap allows every port.
+
+    Source: Intel SDM vol. 1, 19.5.2 ("I/O permission bit map").
+    """
+    tss = bytearray(TSS_BYTES)
+    tss[102:104] = (104).to_bytes(2, "little")
+    tss[-1] = 0xFF
+    memory[TSS_GPA : TSS_GPA + TSS_BYTES] = tss

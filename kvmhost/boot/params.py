@@ -1,0 +1,84 @@
+"""The parameter page: how the host tells a tiny guest what to do, and hears back.
+
+At gpa 0x1000, little-endian; guests/x86_64/guest.h has the same in C::
+
+    0x000  u64  magic "kvmhost1"
+    0x008  u64  number of vCPUs
+    0x010  u64  free memory: start gpa
+    0x018  u64  free memory: end gpa
+    0x020  u64  start gpa of the MMIO window
+    0x040  u64  arguments, 64 of them, by the image's own list of names
+    0x400  results, 64 bytes a vCPU: status, gfn, epoch, expected, found, 3 spare
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Mapping
+
+from kvmhost.boot.image import Image
+from kvmhost.errors import LayoutError
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.layout import MMIO_GPA, PARAMS_GPA, TinyLayout
+
+__all__ = ["GuestResult", "read_result", "resolve_params", "write_params"]
+
+MAGIC = int.from_bytes(b"kvmhost1", "little")
+ARGS_OFFSET = 0x40
+RESULTS_OFFSET = 0x400
+RESULT_BYTES = 64
+
+_U64_MAX = (1 << 64) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class GuestResult:
+    """What a vCPU left in its slot of the parameter page."""
+
+    status: int
+    gfn: int
+    epoch: int
+    expected: int
+    found: int
+
+
+def resolve_params(image: Image, given: Mapping[str, int]) -> dict[str, int]:
+    """Return all parameters of an image: its defaults, and over them what was given.
+
+    :raises LayoutError: for a name that the image does not have, or a value
+        outside ``[0, 2**64)``
+    """
+    values = {param.name: param.default for param in image.params}
+    for name, value in given.items():
+        if name not in values:
+            known = ", ".join(values) or "none"
+            raise LayoutError(f"{image.path} has no parameter {name!r}; it has: {known}")
+        if not 0 <= value <= _U64_MAX:
+            raise LayoutError(f"parameter {name}={value} is outside [0, 2**64)")
+        values[name] = value
+    return values
+
+
+def write_params(
+    memory: GuestMemory,
+    layout: TinyLayout,
+    image: Image,
+    n_vcpus: int,
+    values: Mapping[str, int],
+) -> None:
+    """Fill the parameter page."""
+    start, end = layout.free_range
+    if start <= image.end < end:
+        start = -(-image.end // 4096) * 4096
+    head = struct.pack("<5Q", MAGIC, n_vcpus, start, end, MMIO_GPA)
+    args = struct.pack(f"<{len(values)}Q", *values.values())
+    memory[PARAMS_GPA : PARAMS_GPA + len(head)] = head
+    at = PARAMS_GPA + ARGS_OFFSET
+    memory[at : at + len(args)] = args
+
+
+def read_result(memory: GuestMemory, vcpu: int) -> GuestResult:
+    """Read what vCPU ``vcpu`` reported."""
+    at = PARAMS_GPA + RESULTS_OFFSET + vcpu * RESULT_BYTES
+    return GuestResult(*struct.unpack("<5Q", memory[at : at + 40]))

@@ -1,0 +1,84 @@
+"""What every engine offers: memory, vCPUs, and re-arming of accessed bits."""
+
+from __future__ import annotations
+
+import enum
+from typing import Protocol
+
+from kvmhost.boot.longmode import EntryState
+from kvmhost.devices.bus import Bus
+from kvmhost.exits import Exit
+from kvmhost.memory.guest import GuestMemory
+
+__all__ = ["Engine", "RearmKind", "Vcpu"]
+
+
+class RearmKind(enum.Enum):
+    """What makes the processor set an accessed bit again after it was cleared.
+
+    A translation that is still cached sets nothing. Which of these is needed is
+    found out by trying, see :mod:`kvmhost.trackers.calibrate`.
+    """
+
+    NONE = "none"  # the bit comes back by itself
+    ZAP = "zap"  # zap the guest mapping, so that KVM drops its shadow entries
+    TLB_FLUSH = "tlb-flush"  # tell the emulator to drop its cached translations
+
+
+class Vcpu(Protocol):
+    """One vCPU. :meth:`run` belongs to one thread; the rest is for any thread."""
+
+    index: int
+
+    def run(self) -> Exit:
+        """Run guest code until an exit that the bus does not answer in C."""
+
+    def kick(self) -> None:
+        """Make :meth:`run` return ``Kicked``, now or at its next call."""
+
+    def complete_read(self, data: bytes) -> None:
+        """Answer the pending ``IoIn`` or ``MmioRead``, little-endian."""
+
+    def stop_at_doorbell(self, stop: bool) -> None:
+        """Return at each doorbell instead of only counting it."""
+
+    def registers(self) -> dict[str, int]:
+        """Return general registers, rip, rflags, cr2 and cr3; the vCPU must not run."""
+
+    @property
+    def exits(self) -> int:
+        """How often guest mode was left."""
+
+    @property
+    def doorbells(self) -> int:
+        """Doorbells rung so far."""
+
+    @property
+    def doorbell_value(self) -> int:
+        """Value of the last doorbell: for the tiny guests, the epoch that ended."""
+
+    def close(self) -> None:
+        """Free the vCPU. Idempotent."""
+
+
+class Engine(Protocol):
+    """Runs the vCPUs of one VM over its guest memory."""
+
+    name: str
+    #: How to re-arm, if that is a property of the engine; None: calibrate.
+    fixed_rearm: RearmKind | None
+
+    def attach(self, memory: GuestMemory, bus: Bus) -> None:
+        """Give the engine its memory and bus; once, before any vCPU."""
+
+    def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
+        """Create a vCPU that starts in ``state``."""
+
+    def flush_tlbs(self) -> None:
+        """Drop cached translations of all vCPUs, where the engine keeps them itself."""
+
+    def max_vcpus(self) -> int:
+        """How many vCPUs a VM may have."""
+
+    def close(self) -> None:
+        """Free everything; the vCPUs must be closed. Idempotent."""

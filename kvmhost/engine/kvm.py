@@ -1,0 +1,129 @@
+"""The kvm engine: guest code on /dev/kvm."""
+
+from __future__ import annotations
+
+from kvmhost._ffi import ffi
+from kvmhost.boot.longmode import EntryState
+from kvmhost.devices.bus import Bus
+from kvmhost.engine.base import RearmKind, Vcpu
+from kvmhost.exits import Exit
+from kvmhost.kvm import Cap, KvmVcpu, System
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.layout import TSS_BYTES, TSS_GPA
+
+__all__ = ["KvmEngine"]
+
+_CODE_TYPE, _DATA_TYPE, _TSS_TYPE = 11, 3, 11
+
+
+class KvmEngine:
+    """A VM on /dev/kvm.
+
+    :raises CapabilityError: if /dev/kvm cannot be used here
+    """
+
+    name = "kvm"
+    fixed_rearm: RearmKind | None = None
+
+    def __init__(self) -> None:
+        self._system = System()
+        try:
+            self.vm = self._system.create_vm()
+        except BaseException:
+            self._system.close()
+            raise
+        self._bus: Bus | None = None
+        self._cpuid = b""
+
+    def attach(self, memory: GuestMemory, bus: Bus) -> None:
+        """Create one memslot a region, on the guest mapping."""
+        self._bus = bus
+        for slot, region in enumerate(memory.regions):
+            self.vm.set_memory_region(slot, region.gpa, region.n_bytes, region.guest_address)
+
+    def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
+        """Create a vCPU in 64-bit mode at privilege level 3."""
+        if self._bus is None:
+            raise RuntimeError("attach() comes before create_vcpu()")
+        if not self._cpuid:
+            self._cpuid = self._system.supported_cpuid()
+        core = self.vm.create_vcpu(index)
+        core.set_cpuid(self._cpuid)
+        _enter_long_mode(core, state)
+        return _EngineVcpu(core, self._bus)
+
+    def flush_tlbs(self) -> None:
+        """Nothing: KVM flushes when the guest mapping changes."""
+
+    def max_vcpus(self) -> int:
+        """Return KVM_CAP_MAX_VCPUS, or KVM_CAP_NR_VCPUS where it is not told."""
+        return self._system.check_extension(Cap.MAX_VCPUS) or self._system.check_extension(
+            Cap.NR_VCPUS
+        )
+
+    def close(self) -> None:
+        """Close the VM. Idempotent."""
+        self.vm.close()
+        self._system.close()
+
+
+class _EngineVcpu:
+    """A KVM vCPU with the VM's bus."""
+
+    def __init__(self, core: KvmVcpu, bus: Bus) -> None:
+        self._vcpu, self._bus = core, bus
+        self.index = core.index
+
+    def run(self) -> Exit:
+        return self._vcpu.run(self._bus.core)
+
+    def kick(self) -> None:
+        self._vcpu.kick()
+
+    def complete_read(self, data: bytes) -> None:
+        self._vcpu.complete_read(data)
+
+    def stop_at_doorbell(self, stop: bool) -> None:
+        self._vcpu.core.stop_at_doorbell = int(stop)
+
+    def registers(self) -> dict[str, int]:
+        regs, sregs = self._vcpu.get_regs(), self._vcpu.get_sregs()
+        shown = {name: int(getattr(regs, name)) for name, _ in ffi.typeof(regs[0]).fields}
+        return shown | {"cr2": int(sregs.cr2), "cr3": int(sregs.cr3), "cs": sregs.cs.selector}
+
+    @property
+    def exits(self) -> int:
+        return int(self._vcpu.core.exits)
+
+    @property
+    def doorbells(self) -> int:
+        return int(self._vcpu.core.doorbells)
+
+    @property
+    def doorbell_value(self) -> int:
+        return int(self._vcpu.core.doorbell_value)
+
+    def close(self) -> None:
+        self._vcpu.close()
+
+
+def _enter_long_mode(vcpu: KvmVcpu, state: EntryState) -> None:
+    sregs = vcpu.get_sregs()
+    code = {"limit": 0xFFFFFFFF, "present": 1, "dpl": 3, "s": 1, "g": 1}
+    _set(sregs.cs, code | {"selector": 0x23, "type": _CODE_TYPE, "l": 1})
+    for segment in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
+        _set(segment, code | {"selector": 0x1B, "type": _DATA_TYPE, "db": 1})
+    _set(sregs.tr, {"base": TSS_GPA, "limit": TSS_BYTES - 1, "present": 1, "type": _TSS_TYPE})
+    # No tables: whatever would need one is a triple fault.
+    sregs.gdt.limit = sregs.idt.limit = 0
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = state.cr0, state.cr3, state.cr4, state.efer
+    vcpu.set_sregs(sregs)
+    regs = vcpu.get_regs()
+    regs.rip, regs.rsp, regs.rflags = state.rip, state.rsp, state.rflags
+    regs.rdi, regs.rsi = state.rdi, state.rsi
+    vcpu.set_regs(regs)
+
+
+def _set(segment: object, fields: dict[str, int]) -> None:
+    for name in ("base", "limit", "selector", "type", "present", "dpl", "db", "s", "l", "g"):
+        setattr(segment, name, fields.get(name, 0))

@@ -1,0 +1,65 @@
+"""From ``struct kh_exit``, the C core's decoded ``struct kvm_run``, to typed exits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvmhost._ffi import ffi, lib
+from kvmhost.exits import (
+    Exit,
+    FailEntry,
+    Hlt,
+    InternalError,
+    IoIn,
+    IoOut,
+    Kicked,
+    MemoryFault,
+    MmioRead,
+    MmioWrite,
+    Shutdown,
+    UnknownExit,
+)
+
+__all__ = ["Exit", "Kicked", "decode"]
+
+
+def decode(raw: Any) -> Exit:
+    """Turn ``struct kh_exit`` into an :class:`~kvmhost.exits.Exit`.
+
+    A reason without a type of its own becomes
+    :class:`~kvmhost.exits.UnknownExit`; nothing raises here.
+    """
+    build = _DECODERS.get(raw.reason)
+    return build(raw) if build else UnknownExit(raw.reason, raw.detail)
+
+
+def _io(raw: Any) -> Exit:
+    if not raw.is_write:
+        return IoIn(raw.port, raw.size, raw.count)
+    n_bytes = min(raw.size * raw.count, lib.KH_IO_DATA)
+    return IoOut(raw.port, raw.size, ffi.buffer(raw.data, n_bytes)[:], raw.count)
+
+
+def _mmio(raw: Any) -> Exit:
+    if raw.is_write:
+        return MmioWrite(raw.address, ffi.buffer(raw.data, raw.size)[:])
+    return MmioRead(raw.address, raw.size)
+
+
+def _internal(raw: Any) -> Exit:
+    return InternalError(raw.detail, tuple(raw.internal[i] for i in range(raw.n_internal)))
+
+
+_DECODERS: dict[int, Callable[[Any], Exit]] = {
+    lib.KVM_EXIT_IO: _io,
+    lib.KVM_EXIT_MMIO: _mmio,
+    lib.KVM_EXIT_HLT: lambda raw: Hlt(),
+    lib.KVM_EXIT_SHUTDOWN: lambda raw: Shutdown(),
+    lib.KVM_EXIT_INTR: lambda raw: Kicked(),
+    lib.KVM_EXIT_FAIL_ENTRY: lambda raw: FailEntry(raw.detail),
+    lib.KVM_EXIT_INTERNAL_ERROR: _internal,
+    lib.KVM_EXIT_MEMORY_FAULT: lambda raw: MemoryFault(
+        raw.address, raw.internal[0], raw.detail
+    ),
+}

@@ -1,0 +1,396 @@
+"""A machine: memory, engine, vCPUs, devices and pager of one VM, put together.
+
+>>> from kvmhost.machine import Machine
+>>> from guests import image_path
+>>> with Machine(image_path("hello"), mem_bytes=4 << 20) as machine:  # doctest: +SKIP
+...     machine.start()
+...     machine.wait(timeout=5)
+...     machine.console_text()
+0
+'hello from vCPU 0x0 of 0x1\\n'
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from kvmhost import engine as engines
+from kvmhost.boot.image import Image, read_image
+from kvmhost.boot.longmode import entry_state, lay_out_tables, write_tss
+from kvmhost.boot.params import GuestResult, read_result, resolve_params, write_params
+from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, Bus
+from kvmhost.devices.serial import Serial
+from kvmhost.engine.base import Vcpu
+from kvmhost.errors import GuestTimeout, KvmHostError, LayoutError, UnexpectedExit
+from kvmhost.exits import (
+    Exit,
+    InternalError,
+    IoIn,
+    IoOut,
+    MmioRead,
+    MmioWrite,
+    Shutdown,
+)
+from kvmhost.memory.guest import GuestMemory, Region
+from kvmhost.memory.layout import (
+    MAX_TINY_VCPUS,
+    PAGE_BYTES,
+    PAGE_SHIFT,
+    TinyLayout,
+)
+from kvmhost.runner import Runner, Step
+
+if typing.TYPE_CHECKING:
+    from kvmhost.pager import Pager, Userfault
+    from kvmhost.trackers import Tracker
+
+__all__ = ["Machine"]
+
+
+class Machine:
+    """One VM with a tiny guest in it.
+
+    :param image: path of an image, or a parsed one
+    :param mem_bytes: guest memory, a multiple of 4 KiB
+    :param engine: ``auto``, ``kvm`` or ``emulated``
+    :param params: values for the image's parameters
+    :param console_fd: descriptor that gets the guest's serial output; -1: none
+    :param store_limit_bytes: limit of the pager's store; 0: none
+    :raises ImageError: if the image cannot be used
+    :raises LayoutError: if sizes, counts or parameters do not fit
+    :raises CapabilityError: if the engine is not to be had
+    """
+
+    def __init__(
+        self,
+        image: Path | str | Image,
+        *,
+        mem_bytes: int = 64 << 20,
+        n_vcpus: int = 1,
+        engine: str = "auto",
+        params: Mapping[str, int] | None = None,
+        console_fd: int = -1,
+        name: str = "",
+        store_limit_bytes: int = 0,
+    ) -> None:
+        self.name = name
+        self.image = image if isinstance(image, Image) else read_image(Path(image))
+        self.layout = TinyLayout(mem_bytes)
+        self.params = resolve_params(self.image, params or {})
+        if not 1 <= n_vcpus <= MAX_TINY_VCPUS:
+            raise LayoutError(f"{n_vcpus} vCPUs: a tiny guest takes 1 to {MAX_TINY_VCPUS}")
+        self._store_limit_bytes = store_limit_bytes
+        self._statuses: dict[int, int] = {}
+        self._error: BaseException | None = None
+        self._userfault: Userfault | None = None
+        self._pager: Pager | None = None
+        self._tracker: Tracker | None = None
+        self._lock = threading.RLock()
+        self._started_ns = 0
+        self._closed = False
+        self.vcpus: list[Vcpu] = []
+        self.engine = engines.choose(engine)
+        try:
+            self.memory = GuestMemory(
+                [Region(gpa, n_bytes, name or "guest") for gpa, n_bytes in self.layout.regions]
+            )
+            self._assemble(n_vcpus, console_fd)
+        except BaseException:
+            self.close()
+            raise
+        self._runner = Runner(self.vcpus, self._on_exit, self._on_error)
+
+    def _assemble(self, n_vcpus: int, console_fd: int) -> None:
+        if n_vcpus > self.engine.max_vcpus():
+            raise LayoutError(
+                f"{n_vcpus} vCPUs: the {self.engine.name} engine has {self.engine.max_vcpus()}"
+            )
+        self.serial = Serial(console_fd)
+        self.bus = Bus()
+        self.bus.add_serial(self.serial)
+        self.bus.add_doorbell()
+        self.image.load(self.memory, self.layout.tables_gpa)
+        write_params(self.memory, self.layout, self.image, n_vcpus, self.params)
+        write_tss(self.memory)
+        lay_out_tables(self.memory, self.layout)
+        self.engine.attach(self.memory, self.bus)
+        for index in range(n_vcpus):
+            state = entry_state(self.layout, self.image.entry, index)
+            self.vcpus.append(self.engine.create_vcpu(index, state))
+
+    # -- running --------------------------------------------------------------
+
+    def start(self, paused: bool = False) -> None:
+        """Start the vCPUs' threads; with ``paused`` they wait for :meth:`resume`."""
+        if paused:
+            self._runner.pause_at_start()
+        self._started_ns = time.monotonic_ns()
+        self._runner.start()
+
+    def pause(self) -> None:
+        """Stop guest code on every vCPU; return when all stand still. Pauses nest."""
+        self._runner.pause()
+
+    def resume(self) -> None:
+        """Undo one :meth:`pause`."""
+        self._runner.resume()
+
+    @property
+    def paused(self) -> bool:
+        """Whether the vCPUs are held back."""
+        return self._runner.paused
+
+    @property
+    def running(self) -> bool:
+        """Whether a vCPU has yet to end."""
+        return self._started_ns > 0 and not self._runner.ended
+
+    def step_by_doorbell(self, stop: bool = True) -> None:
+        """Make each vCPU stop at its doorbells, for :meth:`run_epoch`."""
+        for vcpu in self.vcpus:
+            vcpu.stop_at_doorbell(stop)
+        if not stop:
+            self._runner.release()
+
+    def run_epoch(self, timeout: float = 60.0) -> bool:
+        """Run every vCPU to its next doorbell.
+
+        Needs :meth:`step_by_doorbell`. The first call starts the machine.
+
+        :return: False if the guest has ended instead
+        :raises GuestTimeout: if a vCPU does not get there in time
+        :raises GuestError: if the guest failed
+        """
+        if not self._started_ns:
+            self.start()
+        else:
+            self._runner.release()
+        if not self._runner.wait_held(timeout):
+            raise GuestTimeout(timeout)
+        self._raise_error()
+        return not self._runner.ended
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the guest's end and return its status.
+
+        :raises GuestTimeout: if it still runs after ``timeout`` seconds
+        :raises GuestError: if a vCPU ended in a way that its contract does not know
+        """
+        if not self._runner.wait_ended(timeout):
+            raise GuestTimeout(timeout or 0.0)
+        self.serial.flush()
+        self._raise_error()
+        return self.status or 0
+
+    @property
+    def status(self) -> int | None:
+        """The guest's exit status: the first that is not 0; None before any exit."""
+        if not self._statuses:
+            return None
+        return next((s for _, s in sorted(self._statuses.items()) if s), 0)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the guest against its will."""
+        return self._error
+
+    def fail(self, error: BaseException) -> None:
+        """End the machine with an error; :meth:`wait` raises it. Any thread."""
+        self._error = self._error or error
+        self._runner.request_stop()
+
+    def stop(self) -> None:
+        """End every vCPU, wherever it is."""
+        if not self._runner.stop():
+            raise KvmHostError("a vCPU thread does not come back from guest mode")
+
+    def console_text(self) -> str:
+        """Return what the guest printed, up to 64 KiB."""
+        return self.serial.text()
+
+    def result(self, vcpu: int = 0) -> GuestResult:
+        """Return what a vCPU left in the parameter page."""
+        return read_result(self.memory, vcpu)
+
+    @property
+    def doorbells(self) -> int:
+        """Doorbells of all vCPUs: for the tiny guests, epochs finished."""
+        return sum(vcpu.doorbells for vcpu in self.vcpus)
+
+    @property
+    def exits(self) -> int:
+        """Exits of all vCPUs."""
+        return sum(vcpu.exits for vcpu in self.vcpus)
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the start; 0 before it."""
+        return (time.monotonic_ns() - self._started_ns) / 1e9 if self._started_ns else 0.0
+
+    # -- memory ---------------------------------------------------------------
+
+    @property
+    def userfault(self) -> Userfault:
+        """The VM's userfaultfd, opened on first use.
+
+        :raises CapabilityError: if it cannot be had
+        """
+        with self._lock:
+            if self._userfault is None:
+                from kvmhost.pager import Userfault
+
+                self._userfault = Userfault()
+            return self._userfault
+
+    @property
+    def pager(self) -> Pager:
+        """The VM's pager, made on first use; live tables and parameters are pinned.
+
+        :raises CapabilityError: if there is no userfaultfd
+        """
+        with self._lock:
+            if self._pager is None:
+                from kvmhost.pager import Pager
+
+                pager = Pager(
+                    self.memory,
+                    self.userfault,
+                    store_limit_bytes=self._store_limit_bytes,
+                    on_failure=self.fail,
+                )
+                for gpa, n_bytes in self.layout.pinned_ranges:
+                    pager.pin(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
+                self._pager = pager
+            return self._pager
+
+    @property
+    def has_pager(self) -> bool:
+        """Whether anyone has asked for the pager yet."""
+        return self._pager is not None
+
+    def use_tracker(self, name: str = "auto") -> Tracker:
+        """Return a started tracker; another one in use is stopped first.
+
+        :raises CapabilityError: if it does not work here
+        :raises LayoutError: for an unknown name
+        """
+        from kvmhost import trackers
+
+        with self._lock:
+            wanted = trackers.resolve(name, self)
+            if self._tracker is not None and self._tracker.name != wanted:
+                self._tracker.stop()
+                self._tracker = None
+            if self._tracker is None:
+                self._tracker = trackers.create(wanted, self)
+                self._tracker.start()
+            return self._tracker
+
+    # -- exits ----------------------------------------------------------------
+
+    def _on_exit(self, vcpu: Vcpu, leaving: Exit) -> Step:
+        if isinstance(leaving, IoOut):
+            return self._port_write(vcpu, leaving)
+        if isinstance(leaving, IoIn):
+            found = self.bus.port_handler(leaving.port)
+            value = found[0].read(found[1], leaving.size) if found else (1 << 8 * leaving.size) - 1
+            vcpu.complete_read(value.to_bytes(leaving.size, "little") * leaving.count)
+            return Step.GO_ON
+        if isinstance(leaving, MmioRead | MmioWrite):
+            return self._mmio(vcpu, leaving)
+        raise _unexpected(vcpu, leaving)
+
+    def _port_write(self, vcpu: Vcpu, leaving: IoOut) -> Step:
+        if leaving.port == EXIT_PORT:
+            self._statuses[vcpu.index] = leaving.value & 0xFF
+            return Step.END
+        if leaving.port == DEBUG_EXIT_PORT:
+            self._statuses[vcpu.index] = (leaving.value << 1 | 1) & 0xFF
+            return Step.END_ALL
+        if leaving.port == DOORBELL_PORT:
+            return Step.HOLD
+        found = self.bus.port_handler(leaving.port)
+        if found:
+            for i in range(leaving.count):
+                one = leaving.data[i * leaving.size : (i + 1) * leaving.size]
+                found[0].write(found[1], leaving.size, int.from_bytes(one, "little"))
+        # A port where nothing is: writes go nowhere, as on a real machine.
+        return Step.GO_ON
+
+    def _mmio(self, vcpu: Vcpu, leaving: MmioRead | MmioWrite) -> Step:
+        found = self.bus.mmio_handler(leaving.gpa)
+        if found is None:
+            kind = "read" if isinstance(leaving, MmioRead) else "write"
+            raise UnexpectedExit(
+                vcpu.index,
+                f"{kind} outside all memory slots, gpa {leaving.gpa:#x}",
+                _where(vcpu),
+            )
+        device, offset = found
+        if isinstance(leaving, MmioRead):
+            value = device.read(offset, leaving.size)
+            vcpu.complete_read(value.to_bytes(leaving.size, "little"))
+        else:
+            device.write(offset, len(leaving.data), int.from_bytes(leaving.data, "little"))
+        return Step.GO_ON
+
+    def _on_error(self, vcpu: Vcpu, error: BaseException) -> None:
+        self._error = self._error or error
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # -- end ------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop and free everything, in order. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if hasattr(self, "_runner"):
+            self.stop()
+        if self._tracker is not None:
+            self._tracker.stop()
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.engine.close()
+        if self._pager is not None:
+            self._pager.close()
+        if self._userfault is not None:
+            self._userfault.close()
+        if hasattr(self, "memory"):
+            self.memory.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _where(vcpu: Vcpu) -> str:
+    registers = vcpu.registers()
+    shown = ("rip", "rsp", "rax", "rcx", "rdx", "rsi", "rdi", "rflags", "cr2", "cr3")
+    return " ".join(f"{name}={registers[name]:#x}" for name in shown if name in registers)
+
+
+def _unexpected(vcpu: Vcpu, leaving: Exit) -> UnexpectedExit:
+    if isinstance(leaving, Shutdown):
+        reason = "triple fault: an exception that the guest has no handler for"
+    elif isinstance(leaving, InternalError):
+        code = leaving.instruction.hex(" ") or "not told"
+        reason = f"KVM internal error {leaving.suberror}, instruction bytes: {code}"
+    else:
+        reason = repr(leaving)
+    return UnexpectedExit(vcpu.index, reason, _where(vcpu))

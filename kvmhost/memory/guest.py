@@ -1,0 +1,216 @@
+"""Memory regions and access to them.
+
+Each region is one memfd, mapped twice. The **guest mapping** belongs to KVM:
+its host PTEs say what the guest did. The **alias** is what everyone else reads
+and writes; access through it leaves no trace in the guest mapping. Once the
+pager is armed, a touch of an evicted page through either mapping brings it back.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import typing
+from collections.abc import Sequence
+from types import TracebackType
+
+from kvmhost._ffi import check, ffi, lib
+from kvmhost.errors import LayoutError
+from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
+
+if typing.TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["GuestMemory", "Region"]
+
+
+class Region:
+    """A run of guest physical memory in a memfd of its own.
+
+    :param gpa: guest physical address of the first byte, page-aligned
+    :param n_bytes: size, a multiple of the page size
+    :raises LayoutError: for bad alignment or size
+    """
+
+    def __init__(self, gpa: int, n_bytes: int, name: str = "kvmhost") -> None:
+        if gpa % PAGE_BYTES or n_bytes % PAGE_BYTES or n_bytes <= 0 or gpa < 0:
+            raise LayoutError(
+                f"region [{gpa:#x}, {gpa + n_bytes:#x}): not a whole number of 4 KiB pages"
+            )
+        self.gpa, self.n_bytes = gpa, n_bytes
+        self.memfd = os.memfd_create(f"{name}-{gpa:#x}", os.MFD_CLOEXEC)
+        os.ftruncate(self.memfd, n_bytes)
+        self.alias = mmap.mmap(self.memfd, n_bytes)
+        address = ffi.new("uint64_t *")
+        check(lib.kh_map(self.memfd, n_bytes, address), "mmap", fd=self.memfd, length=n_bytes)
+        self.guest_address: int = address[0]
+        # SAFETY: an address only; the mapping belongs to self.alias and lives until close().
+        self.alias_address = int(ffi.cast("uintptr_t", ffi.from_buffer(self.alias)))
+
+    @property
+    def end(self) -> int:
+        """Guest physical address after the last byte."""
+        return self.gpa + self.n_bytes
+
+    @property
+    def gfn(self) -> int:
+        """First guest frame number."""
+        return self.gpa >> PAGE_SHIFT
+
+    @property
+    def n_pages(self) -> int:
+        """Size in pages."""
+        return self.n_bytes >> PAGE_SHIFT
+
+    def close(self) -> None:
+        """Unmap both mappings and close the memfd. Idempotent.
+
+        :raises BufferError: if a view on the alias is still held
+        """
+        if self.memfd < 0:
+            return
+        self.alias.close()
+        lib.kh_unmap(self.guest_address, self.n_bytes)
+        os.close(self.memfd)
+        self.memfd = -1
+
+
+class GuestMemory:
+    """All regions of a VM, ascending, with bounds-checked access by gpa.
+
+    >>> memory = GuestMemory.of_size(1 << 20)
+    >>> memory[0x1000:0x1004] = b"abcd"
+    >>> bytes(memory[0x1000:0x1004])
+    b'abcd'
+    >>> memory.close()
+    """
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self.regions = sorted(regions, key=lambda region: region.gpa)
+        for below, above in zip(self.regions, self.regions[1:], strict=False):
+            if below.end > above.gpa:
+                raise LayoutError(f"regions overlap at {above.gpa:#x}")
+
+    @classmethod
+    def of_size(cls, n_bytes: int, gpa: int = 0) -> GuestMemory:
+        """Make one region at ``gpa``."""
+        return cls([Region(gpa, n_bytes)])
+
+    @property
+    def n_pages(self) -> int:
+        """Pages in all regions."""
+        return sum(region.n_pages for region in self.regions)
+
+    @property
+    def gfn_end(self) -> int:
+        """First gfn above all regions."""
+        return self.regions[-1].end >> PAGE_SHIFT
+
+    def region_at(self, gpa: int, n_bytes: int = 1) -> Region:
+        """Return the region that holds all of ``[gpa, gpa + n_bytes)``.
+
+        :raises LayoutError: if there is none
+        """
+        for region in self.regions:
+            if region.gpa <= gpa and gpa + n_bytes <= region.end:
+                return region
+        held = ", ".join(f"[{r.gpa:#x}, {r.end:#x})" for r in self.regions)
+        raise LayoutError(f"gpa range [{gpa:#x}, {gpa + n_bytes:#x}) is not in {held}")
+
+    def view(self, gpa: int, n_bytes: int) -> memoryview:
+        """Return a writable view on ``[gpa, gpa + n_bytes)`` through the alias.
+
+        :raises LayoutError: if the range is not in one region
+        """
+        if n_bytes < 0:
+            raise LayoutError(f"negative length {n_bytes} at gpa {gpa:#x}")
+        region = self.region_at(gpa, max(n_bytes, 1))
+        start = gpa - region.gpa
+        return memoryview(region.alias)[start : start + n_bytes]
+
+    def array(
+        self, gpa: int, shape: int | tuple[int, ...], dtype: npt.DTypeLike
+    ) -> npt.NDArray[typing.Any]:
+        """Return a numpy view on guest memory through the alias; no copy.
+
+        :param dtype: state the byte order of anything wider than a byte (``"<u8"``)
+        """
+        import numpy as np
+
+        kind = np.dtype(dtype)
+        count = int(np.prod(shape))
+        view: npt.NDArray[typing.Any] = np.frombuffer(self.view(gpa, count * kind.itemsize), kind)
+        return view.reshape(shape)
+
+    def resident(self) -> npt.NDArray[np.bool_]:
+        """Return which pages the memfds hold now: shape ``(n_pages,)``, by region.
+
+        Reads mincore(2) on the alias and so touches nothing.
+        """
+        import numpy as np
+
+        from kvmhost.bitmap import n_words, unpack
+
+        parts = []
+        for region in self.regions:
+            words = np.zeros(n_words(region.n_pages), dtype=np.uint64)
+            check(
+                lib.kh_resident(
+                    region.alias_address, region.n_pages, ffi.from_buffer("uint64_t[]", words)
+                ),
+                "mincore",
+                gpa=region.gpa,
+            )
+            parts.append(unpack(words, region.n_pages))
+        return np.concatenate(parts)
+
+    def resident_bytes(self) -> int:
+        """Return the bytes that the memfds hold now, from fstat(2)."""
+        return sum(os.fstat(region.memfd).st_blocks * 512 for region in self.regions)
+
+    def index_of_gfn(self, gfn: int) -> int:
+        """Return a page's number over all regions.
+
+        :raises LayoutError: if no region holds it
+        """
+        first = 0
+        for region in self.regions:
+            if region.gfn <= gfn < region.gfn + region.n_pages:
+                return first + gfn - region.gfn
+            first += region.n_pages
+        raise LayoutError(f"gfn {gfn:#x} is in no memory region")
+
+    def __getitem__(self, where: slice) -> memoryview:
+        gpa, n_bytes = _bounds(where)
+        return self.view(gpa, n_bytes)
+
+    def __setitem__(self, where: slice, data: bytes | bytearray | memoryview) -> None:
+        gpa, n_bytes = _bounds(where)
+        if len(data) != n_bytes:
+            raise LayoutError(f"{len(data)} bytes for a range of {n_bytes} at gpa {gpa:#x}")
+        self.view(gpa, n_bytes)[:] = data
+
+    def close(self) -> None:
+        """Close all regions. Idempotent."""
+        for region in self.regions:
+            region.close()
+
+    def __enter__(self) -> GuestMemory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _bounds(where: slice) -> tuple[int, int]:
+    if where.step is not None or where.start is None or where.stop is None:
+        raise LayoutError("guest memory takes [gpa:gpa + n_bytes] without a step")
+    if where.stop < where.start:
+        raise LayoutError(f"gpa range ends ({where.stop:#x}) before it starts ({where.start:#x})")
+    return where.start, where.stop - where.start

@@ -1,0 +1,270 @@
+"""Eviction and fault-in for one VM: the Python face of the C pager.
+
+Evicting a page: write-protect it in both mappings, copy it out of the memfd,
+compress it into the store, punch it out. A write that comes in between waits in
+the kernel until that is over. Bringing it back: a missing fault, through either
+mapping, copies the page in and wakes who waited. Everything per page is in C
+(``kvmhost/_core/pager.c``); the fault handler is a thread that runs there
+without the interpreter lock.
+
+A full store refuses evictions; it never drops a page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost._ffi import check, ffi, lib
+from kvmhost.errors import PagerError
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.layout import PAGE_SHIFT
+from kvmhost.pager.codec import Codec, lz4_codec
+from kvmhost.pager.userfault import Userfault
+
+__all__ = ["EvictOutcome", "EvictResult", "PageState", "Pager"]
+
+
+class PageState(enum.IntEnum):
+    """Where a page's contents are."""
+
+    RESIDENT = 0  # in the memfd, or never touched
+    EVICTED = 1  # in the store only
+    LOST = 2  # the store could not give it back; the VM stops
+
+
+class EvictOutcome(enum.IntEnum):
+    """What became of one page that was to be evicted."""
+
+    DONE = 0
+    PINNED = 1  # holds live tables or the parameter page
+    ABSENT = 2  # evicted already, or never touched
+    FULL = 3  # the store's limit is reached
+    REFUSED = 4  # does not compress
+    ERROR = 5  # a system call or the store failed
+
+
+@dataclasses.dataclass(frozen=True)
+class EvictResult:
+    """Outcome of a batch: ``outcomes[i]`` belongs to the i-th gfn (``uint8``)."""
+
+    gfns: npt.NDArray[np.int64]
+    outcomes: npt.NDArray[np.uint8]
+
+    def count(self, outcome: EvictOutcome) -> int:
+        """Return how many pages ended that way."""
+        return int((self.outcomes == outcome).sum())
+
+    def by_name(self) -> dict[str, int]:
+        """Return every outcome with its number of pages."""
+        return {outcome.name.lower(): self.count(outcome) for outcome in EvictOutcome}
+
+
+class Pager:
+    """Owns the evicted pages of a VM.
+
+    :param store_limit_bytes: what the contents of evicted pages may take; 0: no limit
+    :param refuse_incompressible: keep pages that do not compress resident
+    :param on_failure: called in the fault handler's thread if it cannot go on;
+        guest threads that wait for a page wait on until the VM stops
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        userfault: Userfault,
+        *,
+        store_limit_bytes: int = 0,
+        refuse_incompressible: bool = False,
+        codec: Codec | None = None,
+        on_failure: Callable[[PagerError], None] | None = None,
+    ) -> None:
+        self._memory, self._on_failure = memory, on_failure
+        self.codec = codec or lz4_codec()
+        # SAFETY: owned here, freed in close() after the handler thread has ended.
+        self._core = lib.kh_pager_new(userfault.fd, self.codec.compress, self.codec.decompress)
+        if self._core == ffi.NULL:
+            raise PagerError("out of memory for the pager")
+        for region in memory.regions:
+            check(
+                lib.kh_pager_add_region(
+                    self._core,
+                    region.memfd,
+                    region.guest_address,
+                    region.alias_address,
+                    region.n_pages,
+                ),
+                "kh_pager_add_region",
+                gpa=region.gpa,
+            )
+        lib.kh_pager_set_store(self._core, store_limit_bytes, int(refuse_incompressible))
+        self._thread: threading.Thread | None = None
+        self._arming = threading.Lock()
+
+    def arm(self) -> None:
+        """Start to catch faults. Idempotent.
+
+        From here on the first touch of a fresh page costs a message as well, so
+        that a VM that never evicts never pays for it.
+
+        :raises IoctlError: if a mapping cannot be registered
+        """
+        with self._arming:
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._serve, name="pager", daemon=True)
+            thread.start()
+            self._thread = thread
+            check(lib.kh_pager_arm(self._core), "UFFDIO_REGISTER")
+
+    @property
+    def armed(self) -> bool:
+        """Whether faults are being caught."""
+        return self._thread is not None
+
+    def evict(self, gfns: Iterable[int] | npt.NDArray[Any]) -> EvictResult:
+        """Evict pages, in the given order; partial success is normal.
+
+        :raises LayoutError: if a gfn is in no region; then nothing was evicted
+        """
+        wanted = _as_gfns(gfns)
+        index = self._indexes(wanted)
+        self.arm()
+        outcomes = np.zeros(index.size, dtype=np.uint8)
+        check(
+            lib.kh_pager_evict(
+                self._core,
+                ffi.from_buffer("uint32_t[]", index),
+                index.size,
+                ffi.from_buffer("uint8_t[]", outcomes, require_writable=True),
+            ),
+            "kh_pager_evict",
+            n=index.size,
+        )
+        return EvictResult(wanted, outcomes)
+
+    def restore(self, gfn: int, n_pages: int = 1) -> int:
+        """Bring evicted pages of ``[gfn, gfn + n_pages)`` back; return how many came.
+
+        :raises PagerError: if the store cannot give one back
+        """
+        index = self._memory.index_of_gfn(gfn)
+        done = lib.kh_pager_restore(self._core, index, n_pages)
+        if done < 0:
+            raise PagerError(f"restore of gfn {gfn:#x} + {n_pages}: errno {-done}")
+        return int(done)
+
+    def pin(self, gfn: int, n_pages: int = 1) -> None:
+        """Never evict these pages; what is out comes back first."""
+        index = self._memory.index_of_gfn(gfn)
+        if check(lib.kh_pager_pin(self._core, index, n_pages, 1), "kh_pager_pin", gfn=gfn):
+            self.restore(gfn, n_pages)
+
+    def set_limit(self, resident_pages: int) -> None:
+        """Hold the resident pages under a limit in the fault handler itself; 0: none.
+
+        At the limit each fault first evicts: what :meth:`set_victims` named, and
+        where that is used up, whatever a clock hand finds.
+        """
+        self.arm()
+        lib.kh_pager_set_limit(self._core, resident_pages)
+
+    def set_victims(self, gfns: Iterable[int] | npt.NDArray[Any]) -> None:
+        """Name the pages that go first when the limit is reached, best ones first."""
+        index = self._indexes(_as_gfns(gfns))
+        check(
+            lib.kh_pager_set_victims(
+                self._core, ffi.from_buffer("uint32_t[]", index), index.size
+            ),
+            "kh_pager_set_victims",
+            n=index.size,
+        )
+
+    def states(self) -> npt.NDArray[np.uint8]:
+        """Return every page's :class:`PageState`, by region: shape ``(n_pages,)``."""
+        states = np.zeros(self._memory.n_pages, dtype=np.uint8)
+        buffer = ffi.from_buffer("uint8_t[]", states, require_writable=True)
+        check(lib.kh_pager_state(self._core, 0, states.size, buffer), "kh_pager_state")
+        return states
+
+    def state(self, gfn: int) -> PageState:
+        """Return one page's state."""
+        buffer = ffi.new("uint8_t *")
+        index = self._memory.index_of_gfn(gfn)
+        check(lib.kh_pager_state(self._core, index, 1, buffer), "kh_pager_state", gfn=gfn)
+        return PageState(buffer[0])
+
+    def stored_bytes(self, gfn: int) -> int:
+        """Return what one page takes in the store."""
+        return int(lib.kh_pager_stored_bytes(self._core, self._memory.index_of_gfn(gfn)))
+
+    def counters(self) -> dict[str, Any]:
+        """Return all counters; ``outcomes`` by name, ``latency_ns`` as a histogram.
+
+        The histogram's bucket ``b`` counts fault-ins and first touches that took
+        ``[2**b, 2**(b + 1))`` ns in the handler.
+        """
+        raw = ffi.new("struct kh_pager_counters *")
+        lib.kh_pager_counters(self._core, raw)
+        shown: dict[str, Any] = {
+            name: int(getattr(raw, name))
+            for name, _ in ffi.typeof(raw[0]).fields
+            if name not in ("outcomes", "latency")
+        }
+        shown["outcomes"] = {o.name.lower(): int(raw.outcomes[o]) for o in EvictOutcome}
+        shown["latency_ns"] = [int(raw.latency[b]) for b in range(lib.KH_LATENCY_BUCKETS)]
+        return shown
+
+    def inject_failures(self, stores: int = 0, loads: int = 0) -> None:
+        """Make the next stores, or loads, of the store fail. For tests."""
+        lib.kh_pager_inject(self._core, stores, loads)
+
+    def stop(self) -> None:
+        """End the fault handler. Nothing may wait for a page any more. Idempotent."""
+        if self._thread is not None:
+            lib.kh_pager_stop(self._core)
+            self._thread.join()
+
+    def close(self) -> None:
+        """Stop, and free the store. Idempotent."""
+        if self._core != ffi.NULL:
+            self.stop()
+            lib.kh_pager_free(self._core)
+            self._core = ffi.NULL
+
+    def _indexes(self, gfns: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        index = np.full(gfns.size, -1, dtype=np.int64)
+        first = 0
+        for region in self._memory.regions:
+            inside = (gfns >= region.gfn) & (gfns < region.gfn + region.n_pages)
+            index[inside] = gfns[inside] - region.gfn + first
+            first += region.n_pages
+        if (index < 0).any():
+            # The same error as for one page.
+            self._memory.index_of_gfn(int(gfns[np.flatnonzero(index < 0)[0]]))
+        return index.astype(np.uint32)
+
+    def _serve(self) -> None:
+        check(lib.kh_thread_mask_signals(), "pthread_sigmask")
+        result = lib.kh_pager_serve(self._core)
+        if result < 0 and self._on_failure is not None:
+            lost = np.flatnonzero(self.states() == PageState.LOST)
+            where = f"; lost page numbers: {lost[:8].tolist()}" if lost.size else ""
+            self._on_failure(PagerError(f"the fault handler failed, errno {-result}{where}"))
+
+
+def _as_gfns(gfns: Iterable[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    values = gfns if isinstance(gfns, np.ndarray) else np.array(list(gfns), dtype=np.int64)
+    return np.ascontiguousarray(values, dtype=np.int64)
+
+
+def gfn_range(gpa: int, n_bytes: int) -> tuple[int, int]:
+    """Return ``(gfn, n_pages)`` of a byte range."""
+    first = gpa >> PAGE_SHIFT
+    return first, ((gpa + n_bytes + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT) - first

@@ -1,0 +1,174 @@
+"""The threads that run vCPUs: starting, parking, stepping by epochs, stopping.
+
+Each vCPU has one thread. A thread is *parked* while it waits between two runs:
+because the machine is paused, or because the vCPU stopped at a doorbell and
+nobody has let it go on. Kicks bring a running vCPU to where it can park; there
+is no polling anywhere.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from kvmhost._ffi import check, lib
+from kvmhost.engine.base import Vcpu
+from kvmhost.exits import Exit, Kicked
+
+__all__ = ["Runner", "Step"]
+
+
+class Step(enum.Enum):
+    """What a vCPU does after an exit."""
+
+    GO_ON = enum.auto()
+    HOLD = enum.auto()  # park until released: it stopped at a doorbell
+    END = enum.auto()  # this vCPU is done
+    END_ALL = enum.auto()  # the whole machine is done
+
+
+class Runner:
+    """Runs the vCPUs of one machine.
+
+    :param on_exit: called in the vCPU's thread with the vCPU and its exit
+    :param on_error: called in the vCPU's thread if ``on_exit`` or the run raised
+    """
+
+    def __init__(
+        self,
+        vcpus: Sequence[Vcpu],
+        on_exit: Callable[[Vcpu, Exit], Step],
+        on_error: Callable[[Vcpu, BaseException], None],
+    ) -> None:
+        self._vcpus = list(vcpus)
+        self._on_exit, self._on_error = on_exit, on_error
+        self._changed = threading.Condition()
+        self._paused = 0
+        self._stopping = False
+        self._held: set[int] = set()
+        self._parked: set[int] = set()
+        self._ended: set[int] = set()
+        self._threads = [
+            threading.Thread(target=self._loop, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
+            for vcpu in self._vcpus
+        ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def pause(self) -> None:
+        """Park every vCPU and return when all are parked. Pauses nest."""
+        with self._changed:
+            self._paused += 1
+        self._kick_all()
+        with self._changed:
+            self._changed.wait_for(self._all_still)
+
+    def pause_at_start(self) -> None:
+        """Pause before the threads run."""
+        with self._changed:
+            self._paused += 1
+
+    def resume(self) -> None:
+        """Undo one :meth:`pause`."""
+        with self._changed:
+            if self._paused:
+                self._paused -= 1
+            self._changed.notify_all()
+
+    @property
+    def paused(self) -> bool:
+        """Whether someone holds the vCPUs back."""
+        return self._paused > 0
+
+    def release(self) -> None:
+        """Let the vCPUs that stopped at doorbells go on."""
+        with self._changed:
+            self._held.clear()
+            self._changed.notify_all()
+
+    def wait_held(self, timeout: float | None = None) -> bool:
+        """Wait until every vCPU stopped at a doorbell or ended; False on timeout."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: len(self._held | self._ended) == len(self._vcpus), timeout
+            )
+
+    def wait_ended(self, timeout: float | None = None) -> bool:
+        """Wait until every vCPU has ended; False on timeout."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._ended) == len(self._vcpus), timeout)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every vCPU has ended."""
+        return len(self._ended) == len(self._vcpus)
+
+    def request_stop(self) -> None:
+        """Ask every vCPU to end; does not wait."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._kick_all()
+
+    def stop(self, timeout: float = 10.0) -> bool:
+        """End every vCPU and join the threads; False if one does not come back."""
+        self.request_stop()
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _kick_all(self) -> None:
+        for vcpu in self._vcpus:
+            if vcpu.index not in self._ended:
+                vcpu.kick()
+
+    def _all_still(self) -> bool:
+        return len(self._parked | self._ended) == len(self._vcpus)
+
+    def _may_run(self, index: int) -> bool:
+        return self._stopping or (not self._paused and index not in self._held)
+
+    def _park(self, index: int) -> bool:
+        """Wait for leave to run; False if the machine stops."""
+        with self._changed:
+            if not self._may_run(index):
+                self._parked.add(index)
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._may_run(index))
+                self._parked.discard(index)
+            return not self._stopping
+
+    def _loop(self, vcpu: Vcpu) -> None:
+        check(lib.kh_thread_mask_signals(), "pthread_sigmask")
+        step = Step.GO_ON
+        try:
+            while self._park(vcpu.index):
+                leaving = vcpu.run()
+                if isinstance(leaving, Kicked):
+                    continue
+                step = self._on_exit(vcpu, leaving)
+                if step is Step.HOLD:
+                    self._hold(vcpu.index)
+                elif step in (Step.END, Step.END_ALL):
+                    break
+        except BaseException as error:  # noqa: BLE001 - a thread has nobody above it
+            self._on_error(vcpu, error)
+            step = Step.END_ALL
+        with self._changed:
+            self._ended.add(vcpu.index)
+            self._stopping = self._stopping or step is Step.END_ALL
+            self._changed.notify_all()
+        if step is Step.END_ALL:
+            self._kick_all()
+
+    def _hold(self, index: int) -> None:
+        with self._changed:
+            self._held.add(index)
+            self._changed.notify_all()
