@@ -1,0 +1,185 @@
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "mmu_internal.h"
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+void kh_rwlock_init(struct kh_rwlock *lock)
+{
+	pthread_rwlockattr_t attr;
+
+	memset(lock, 0, sizeof(*lock));
+	pthread_rwlockattr_init(&attr);
+	/* The kernel's queued rwlock lets a waiting writer go before new readers. */
+	pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+	pthread_rwlock_init(&lock->lock, &attr);
+	pthread_rwlockattr_destroy(&attr);
+}
+
+static void wait_for(struct kh_rwlock *lock, int (*wait)(pthread_rwlock_t *))
+{
+	uint64_t start = now_ns();
+
+	__atomic_fetch_add(&lock->waiters, 1, __ATOMIC_RELAXED);
+	wait(&lock->lock);
+	__atomic_fetch_sub(&lock->waiters, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&lock->waits, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&lock->wait_ns, now_ns() - start, __ATOMIC_RELAXED);
+}
+
+void kh_read_lock(struct kh_rwlock *lock)
+{
+	if (pthread_rwlock_tryrdlock(&lock->lock))
+		wait_for(lock, pthread_rwlock_rdlock);
+}
+
+void kh_write_lock(struct kh_rwlock *lock)
+{
+	if (pthread_rwlock_trywrlock(&lock->lock))
+		wait_for(lock, pthread_rwlock_wrlock);
+}
+
+bool kh_root_tryget(struct kh_root *root)
+{
+	uint32_t count = __atomic_load_n(&root->refcount, __ATOMIC_RELAXED);
+
+	while (count)
+		if (__atomic_compare_exchange_n(&root->refcount, &count, count + 1, true,
+						__ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+			return true;
+	return false;
+}
+
+void kh_root_put(struct kh_mmu *mmu, struct kh_root *root)
+{
+	(void)mmu;
+	__atomic_fetch_sub(&root->refcount, 1, __ATOMIC_ACQ_REL);
+}
+
+static bool regions_ok(const struct kh_region *regions, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		const struct kh_region *region = &regions[i];
+
+		if (region->pa_start % 4096 || region->host_address % 4096 ||
+		    region->pa_start + region->n_bytes < region->pa_start)
+			return false;
+	}
+	return true;
+}
+
+static struct kh_mmu *mmu_alloc(const struct kh_mmu_config *config, int *result)
+{
+	struct kh_mmu *mmu = aligned_alloc(64, (sizeof(*mmu) + 63) / 64 * 64);
+
+	if (!mmu) {
+		*result = -ENOMEM;
+		return NULL;
+	}
+	memset(mmu, 0, sizeof(*mmu));
+	*result = kh_format_init(&mmu->fmt, config);
+	if (*result < 0) {
+		free(mmu);
+		return NULL;
+	}
+	mmu->flags = config->flags;
+	mmu->n_as = config->n_as ? config->n_as : 1;
+	kh_epoch_init(&mmu->epoch, mmu);
+	kh_rwlock_init(&mmu->lock);
+	return mmu;
+}
+
+static int add_live_root(struct kh_mmu *mmu, uint64_t root_pa)
+{
+	uint64_t n_bytes = kh_table_bytes(&mmu->fmt, mmu->fmt.n_levels);
+	struct kh_root *root = calloc(1, sizeof(*root));
+
+	if (!root)
+		return -ENOMEM;
+	root->pa = root_pa;
+	root->refcount = 1;
+	root->table = root_pa % 4096 ? NULL : kh_memory_host(&mmu->memory, root_pa, n_bytes);
+	mmu->roots = root;
+	return root->table ? 0 : -EFAULT;
+}
+
+int kh_mmu_open_live(struct kh_mmu **out, const struct kh_mmu_config *config,
+		     const struct kh_region *regions, uint32_t n_regions, uint64_t root_pa)
+{
+	size_t n_bytes = n_regions * sizeof(*regions);
+	struct kh_mmu *mmu;
+	int result;
+
+	if (!n_regions || !regions_ok(regions, n_regions))
+		return -EINVAL;
+	mmu = mmu_alloc(config, &result);
+	if (!mmu)
+		return result;
+	mmu->memory.regions = malloc(n_bytes);
+	result = mmu->memory.regions ? 0 : -ENOMEM;
+	if (!result) {
+		memcpy(mmu->memory.regions, regions, n_bytes);
+		mmu->memory.n_regions = n_regions;
+		result = add_live_root(mmu, root_pa);
+	}
+	if (result < 0) {
+		kh_mmu_close(mmu);
+		return result;
+	}
+	*out = mmu;
+	return 0;
+}
+
+void kh_mmu_close(struct kh_mmu *mmu)
+{
+	struct kh_root *next;
+
+	for (struct kh_root *root = mmu->roots; root; root = next) {
+		next = root->next;
+		free(root);
+	}
+	kh_epoch_destroy(&mmu->epoch);
+	pthread_rwlock_destroy(&mmu->lock.lock);
+	free(mmu->memory.regions);
+	free(mmu);
+}
+
+int kh_mmu_read_entry(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t level,
+		      uint64_t *raw)
+{
+	unsigned int slot;
+	struct kh_root *root;
+	uint64_t ignored = 0;
+	int result = -ENOENT;
+
+	if (gfn >= kh_n_gfns(&mmu->fmt) || level < 1 || level > mmu->fmt.n_levels)
+		return -EINVAL;
+	slot = kh_epoch_enter(&mmu->epoch);
+	kh_for_each_root_lockless(mmu, root, as_id) {
+		uint64_t *table = root->table;
+		unsigned int at = mmu->fmt.n_levels;
+
+		if (root->invalid)
+			continue;
+		for (; table; at--) {
+			*raw = kh_read_entry(table + kh_index(&mmu->fmt, gfn, at));
+			if (at == level) {
+				result = 0;
+				break;
+			}
+			table = kh_table(&mmu->fmt, *raw, at) ?
+				kh_child(mmu, *raw, at, &ignored) : NULL;
+		}
+		break;
+	}
+	kh_epoch_exit(&mmu->epoch, slot);
+	return result;
+}

@@ -1,0 +1,96 @@
+/*
+ * Secondary MMU: tables in table memory, walkers over them, the harvest.
+ *
+ * Physical addresses ("pa") are what table entries hold; a table memory maps
+ * them to host bytes. A gfn counts base pages of the table (4 KiB, or 64 KiB
+ * for a radix table of that base). Ranges are [start, end). Every function
+ * returns a non-negative result or -errno.
+ */
+#ifndef KVMHOST_MMU_CORE_H
+#define KVMHOST_MMU_CORE_H
+
+#include "compat.h"
+
+#define KH_FMT_NPT 0
+#define KH_FMT_EPT 1
+#define KH_FMT_STAGE2 2
+#define KH_FMT_RADIX 3
+
+/* kh_mmu_config.flags */
+#define KH_MMU_POISON 1    /* fill freed table pages with KH_POISON */
+#define KH_MMU_SW_ACCESS 2 /* accessed bits set by the fault handler, not by hardware */
+
+#define KH_POISON 0xdeadbeefdeadffffull
+
+/* kh_mmu_harvest flags */
+#define KH_HARVEST_CLEAR 1  /* clear where the mask asks for it (everywhere without a mask) */
+#define KH_HARVEST_DIRTY 2  /* dirty state instead of the accessed bit */
+#define KH_HARVEST_LOCKED 4 /* hold the MMU lock for write, as before 2023 (for comparison) */
+
+/* What a table looks like. Zero means the format's usual value. */
+struct kh_mmu_config {
+	uint32_t format;      /* KH_FMT_* */
+	uint32_t levels;      /* tdp: 4 or 5 */
+	uint32_t ipa_bits;    /* stage 2: 32 to 48 */
+	uint32_t page_shift;  /* radix: 12 or 16 */
+	uint32_t flags;       /* KH_MMU_* */
+	uint32_t n_as;        /* address spaces (1) */
+	uint64_t arena_pa;    /* made-up physical address of the arena */
+	uint64_t arena_bytes; /* size of the arena; untouched parts cost nothing */
+};
+
+/* The shape that a configuration gives. Levels count from 1, the base page. */
+struct kh_mmu_shape {
+	uint32_t n_levels;
+	uint32_t page_shift;
+	uint32_t shift[6]; /* log2 of the bytes that an entry of that level maps */
+	uint32_t bits[6];  /* log2 of the entries in a table of that level */
+	uint64_t n_gfns;   /* size of the address space, in base pages */
+};
+
+/* Host bytes that stand for [pa_start, pa_start + n_bytes). */
+struct kh_region {
+	uint64_t pa_start;
+	uint64_t host_address;
+	uint64_t n_bytes;
+};
+
+/* Part of a harvest: n_pages from gfn_start, reported from bit `bit` on. */
+struct kh_segment {
+	uint64_t gfn_start;
+	uint64_t n_pages;
+	uint64_t bit;
+	uint32_t as_id;
+	uint32_t reserved;
+};
+
+/* What a walk met. Counters are added to, never reset. */
+struct kh_walk_stats {
+	uint64_t tables;       /* last-level tables read */
+	uint64_t huge_leaves;  /* leaves above the last level */
+	uint64_t young;        /* leaves found young (dirty) */
+	uint64_t cleared;      /* bits cleared by this walk */
+	uint64_t lost;         /* young when seen, changed by someone else before the clear */
+	uint64_t bad_pointers; /* entries that point outside the table memory; skipped */
+	uint64_t poisoned;     /* entries read from a freed table page: always 0 */
+	uint64_t yields;       /* times the walk left its epoch and came back */
+};
+
+struct kh_mmu;
+
+int kh_mmu_shape(const struct kh_mmu_config *config, struct kh_mmu_shape *shape);
+/* Walk tables that something else owns, from the root at root_pa. */
+int kh_mmu_open_live(struct kh_mmu **mmu, const struct kh_mmu_config *config,
+		     const struct kh_region *regions, uint32_t n_regions, uint64_t root_pa);
+void kh_mmu_close(struct kh_mmu *mmu);
+/* Test, or test and clear, the accessed (dirty) state of some gfns, without a lock. */
+int kh_mmu_harvest(struct kh_mmu *mmu, const struct kh_segment *segments, uint32_t n_segments,
+		   uint32_t flags, const uint64_t *mask, uint64_t *young, uint64_t *coarse,
+		   struct kh_walk_stats *stats);
+/* Host bytes of a table entry for a gfn at a level: the raw entry, or -ENOENT. */
+int kh_mmu_read_entry(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t level,
+		      uint64_t *raw);
+/* 0 scalar, 1 AVX2: what the scan uses; `force` 0 or 1 sets it, -1 asks. */
+int kh_scan_level(int force);
+
+#endif

@@ -1,0 +1,62 @@
+/*
+ * Epoch-based reclamation: what RCU is to KVM's page tables.
+ *
+ * A reader publishes the epoch in which it entered. Who unlinks something
+ * retires it with the epoch of that moment and moves the epoch on; it is freed
+ * once every reader that is still inside entered later. Sequential consistency
+ * between a reader's slot and the unlinking store is what makes this sound:
+ * either the reclaimer sees the slot, or the reader sees the unlinked entry.
+ */
+#ifndef KVMHOST_MMU_EPOCH_INTERNAL_H
+#define KVMHOST_MMU_EPOCH_INTERNAL_H
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "compat.h"
+
+#define KH_EPOCH_SLOTS 128
+
+struct kh_retired {
+	uint64_t epoch;
+	void *object;
+	uint64_t argument;
+	void (*free)(void *owner, void *object, uint64_t argument);
+};
+
+struct kh_epoch {
+	_Alignas(64) uint64_t now; /* from 1: 0 marks an empty slot */
+	_Alignas(64) struct {
+		uint64_t epoch;
+		uint64_t pad[7];
+	} slots[KH_EPOCH_SLOTS];
+	pthread_mutex_t lock; /* the list below */
+	struct kh_retired *retired;
+	uint32_t n_retired;
+	uint32_t size;
+	uint32_t waiting;     /* retired objects that a reader holds up: long walks yield */
+	void *owner;
+	uint64_t freed;
+};
+
+void kh_epoch_init(struct kh_epoch *epoch, void *owner);
+void kh_epoch_destroy(struct kh_epoch *epoch);
+unsigned int kh_epoch_enter(struct kh_epoch *epoch);
+/* Free `object` when every reader of now has left; never blocks. */
+void kh_epoch_retire(struct kh_epoch *epoch, void *object, uint64_t argument,
+		     void (*free)(void *, void *, uint64_t));
+void kh_epoch_reclaim(struct kh_epoch *epoch);
+/* Wait until every reader of now has left; not from inside an epoch. */
+void kh_epoch_synchronize(struct kh_epoch *epoch);
+
+static inline void kh_epoch_exit(struct kh_epoch *epoch, unsigned int slot)
+{
+	__atomic_store_n(&epoch->slots[slot].epoch, 0, __ATOMIC_RELEASE);
+}
+
+static inline bool kh_epoch_wanted(struct kh_epoch *epoch)
+{
+	return __atomic_load_n(&epoch->waiting, __ATOMIC_RELAXED) != 0;
+}
+
+#endif

@@ -1,0 +1,69 @@
+"""Two-dimensional paging on x86: tables in the layouts of NPT and EPT.
+
+The walk is ``struct tdp_iter`` of ``arch/x86/kvm/mmu/tdp_iter.[ch]``: pre-order, with a
+snapshot of each entry, down to a minimum level, restarted from the root after a yield
+(``_core/mmu_tdp.c``). Departures from the kernel:
+
+- last-level tables are harvested as runs of entries instead of being stepped through;
+- "present" is what hardware sees (bit 0; any of R, W, X), not a software bit, since the
+  same walk reads tables that a guest owns;
+- a pointer out of the table memory is counted and passed by: live tables are not trusted.
+"""
+
+from __future__ import annotations
+
+from kvmhost._ffi import check, ffi, lib
+from kvmhost.errors import LayoutError
+from kvmhost.mmu.harvest import Handle, Harvester
+from kvmhost.mmu.memslots import MemSlots
+from kvmhost.mmu.tablemem import TableMemory
+
+__all__ = ["LiveTable"]
+
+_FORMATS = {"npt": lib.KH_FMT_NPT, "ept": lib.KH_FMT_EPT}
+
+
+class LiveTable(Harvester):
+    """A table that something else owns and hardware changes, walked where it lies.
+
+    The usual case: a guest's own tables, laid out by the VMM in guest memory, with the
+    guest's CR3 as root. A "gfn" is then a page number of the guest's linear addresses.
+
+    :param memory: where tables may lie
+    :param root_pa: physical address of the root table
+    :param levels: 4 or 5
+    :param table_format: ``"npt"`` (which is also the layout of long-mode tables) or ``"ept"``
+    :param slots: which gfns exist, and their hva for :meth:`test_clear_young`; without it
+        every gfn is taken to exist
+    :raises LayoutError: if the root is unaligned or outside the memory
+    """
+
+    tracker = "guestpt"
+
+    def __init__(
+        self,
+        memory: TableMemory,
+        root_pa: int,
+        *,
+        levels: int = 4,
+        table_format: str = "npt",
+        slots: MemSlots | None = None,
+    ) -> None:
+        if table_format not in _FORMATS:
+            raise LayoutError(f"table format {table_format!r}: need one of {sorted(_FORMATS)}")
+        if root_pa % 4096 or root_pa not in memory:
+            raise LayoutError(f"root table at {root_pa:#x} is unaligned or outside the memory")
+        self.memory = memory
+        self.table_format = table_format
+        config = ffi.new(
+            "struct kh_mmu_config *", {"format": _FORMATS[table_format], "levels": levels}
+        )
+        regions = memory.c_regions()
+        out = ffi.new("struct kh_mmu **")
+        check(
+            lib.kh_mmu_open_live(out, config, regions, len(regions), root_pa),
+            "kh_mmu_open_live",
+            root_pa=root_pa,
+            levels=levels,
+        )
+        super().__init__(Handle(out[0]), slots, 4096)

@@ -1,0 +1,127 @@
+"""``kvmhost bench walk``: how fast a live table is harvested, against bare loops.
+
+Every figure is a ratio of medians taken in one run, the variants in turn, so that a
+machine that is busy or slow does not change it much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvmhost._ffi import ffi, lib
+from kvmhost.bitmap import Words
+from kvmhost.mmu.tablemem import TableMemory
+from kvmhost.mmu.tdp import LiveTable
+
+__all__ = ["interleaved", "main", "run"]
+
+_PRESENT_WRITE = 3
+_ACCESSED_BIT = 5
+
+Step = tuple[Callable[[], object], Callable[[], object]]
+
+
+def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+    """Time named steps in turn; each is (what prepares it, what is timed).
+
+    :return: median ns of each
+    """
+    times: dict[str, list[int]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, (prepare, timed) in steps.items():
+            prepare()
+            start = lib.kh_bench_now_ns()
+            timed()
+            times[name].append(lib.kh_bench_now_ns() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run(n_entries: int = 4 << 20, repeats: int = 15) -> dict[str, Any]:
+    """Harvest ``n_entries`` live entries, all old and all young, beside bare loops.
+
+    :return: ``ns_per_entry`` by step, and the ratios: ``old_of_sum``, the speed of the
+        all-old harvest as a part of that of a plain 64-bit sum over the same entries
+        (``old_of_wide_sum``: of a vectorised one); ``young_of_and``, the time of the
+        all-young harvest as a multiple of that of a bare atomic-and loop
+    """
+    memory, words, leaves = _build(n_entries)
+    # SAFETY: `words` and `leaves` view `memory`, held by this frame until it returns.
+    entries = ffi.cast("uint64_t *", leaves.ctypes.data)
+
+    def nothing() -> None:
+        pass
+
+    def touch() -> None:
+        lib.kh_bench_or(entries, n_entries, _ACCESSED_BIT)
+
+    with LiveTable(TableMemory([(0, words.ctypes.data, len(memory))], memory), 0) as table:
+        steps: dict[str, Step] = {
+            "sum": (nothing, lambda: lib.kh_bench_sum(entries, n_entries)),
+            "wide_sum": (nothing, lambda: lib.kh_bench_sum_wide(entries, n_entries)),
+            "harvest_old": (nothing, lambda: table.harvest(0, n_entries)),
+            "and": (touch, lambda: lib.kh_bench_and(entries, n_entries, _ACCESSED_BIT)),
+            "harvest_young": (touch, lambda: table.harvest(0, n_entries)),
+        }
+        median = interleaved(steps, repeats)
+    return {
+        "n_entries": n_entries,
+        "repeats": repeats,
+        "scan": ["scalar", "avx2"][lib.kh_scan_level(-1)],
+        "ns_per_entry": {name: ns / n_entries for name, ns in median.items()},
+        "old_of_sum": median["sum"] / median["harvest_old"],
+        "old_of_wide_sum": median["wide_sum"] / median["harvest_old"],
+        "young_of_and": median["harvest_young"] / median["and"],
+    }
+
+
+def _build(n_entries: int) -> tuple[mmap.mmap, Words, Words]:
+    """Lay out a long-mode table at physical address 0: root first, leaf tables last."""
+    n_leaf = -(-n_entries // 512)
+    n_middle = -(-n_leaf // 512)
+    if n_entries % 512 or n_middle > 512:
+        raise ValueError(f"n_entries={n_entries}: need a multiple of 512, at most {1 << 27}")
+    memory = mmap.mmap(-1, 4096 * (2 + n_middle + n_leaf))
+    words: Words = np.frombuffer(memory, dtype=np.uint64)
+    first_middle, first_leaf = 2, 2 + n_middle
+    words[0] = 4096 | _PRESENT_WRITE
+    words[512 : 512 + n_middle] = _pointers(first_middle, n_middle)
+    at = first_middle * 512
+    words[at : at + n_leaf] = _pointers(first_leaf, n_leaf)
+    leaves = words[first_leaf * 512 :][:n_entries]
+    leaves[:] = _pointers(0, n_entries)
+    return memory, words, leaves
+
+
+def _pointers(first_page: int, n: int) -> Words:
+    pages = np.arange(first_page, first_page + n, dtype=np.uint64)
+    return pages * np.uint64(4096) | np.uint64(_PRESENT_WRITE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the figures as a table, or as JSON."""
+    parser = argparse.ArgumentParser(prog="kvmhost bench walk", description=__doc__)
+    parser.add_argument("--entries", type=int, default=4 << 20)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(argv)
+    result = run(options.entries, options.repeats)
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    for name, ns in result["ns_per_entry"].items():
+        print(f"{name:15} {ns:7.2f} ns an entry")
+    print(f"all old:   {result['old_of_sum']:.2f} of the speed of a plain sum")
+    print(f"           {result['old_of_wide_sum']:.2f} of the speed of a vectorised sum")
+    print(f"all young: {result['young_of_and']:.2f} times a bare atomic-and loop")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
