@@ -59,6 +59,7 @@ class _Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.request_came()
+        self._serving.n_open -= 1
         super().connection_lost(exc)
 
     def expect_request(self, seconds: float) -> None:
@@ -107,6 +108,8 @@ class _Serving:
         self._listener, self._stop = listener, stop
         self._routes = Routes(owner.machine, owner.name)
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Accepted connections that are not lost yet.
+        self.n_open = 0
 
     async def run(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -160,9 +163,10 @@ class _Serving:
         if uid not in self.owner.allowed_uids:
             log.warning("control socket of %s: refused a peer of uid %d", self.owner.name, uid)
             peer.close()
-        elif len(self._server.connections) + len(self._tasks) >= self.owner.max_connections:
+        elif self.n_open >= self.owner.max_connections:
             _refuse(peer, self.owner.max_connections)
         else:
+            self.n_open += 1
             task = self.loop.create_task(self._connect(peer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -175,6 +179,7 @@ class _Serving:
         try:
             await self.loop.connect_accepted_socket(self._server, peer)
         except OSError:
+            self.n_open -= 1
             peer.close()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
