@@ -17,7 +17,9 @@ SOURCES = Path(__file__).resolve().parent / "x86_64"
 CFLAGS = [
     "-std=gnu11", "-O2", "-m64", "-ffreestanding", "-nostdlib", "-static", "-fno-pie", "-no-pie",
     "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none",
-    "-mno-red-zone", "-mgeneral-regs-only", "-fno-tree-loop-distribute-patterns", "-fno-toplevel-reorder",
+    "-mno-red-zone", "-mgeneral-regs-only", "-fno-tree-loop-distribute-patterns",
+    # The order of PARAM() lines is the order of the arguments.
+    "-fno-toplevel-reorder",
     "-Wall", "-Wextra", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,max-page-size=4096",
 ]  # fmt: skip
 
@@ -39,7 +41,15 @@ def build_guests(target: Path = SOURCES) -> list[Path]:
     images = []
     for source in sorted(SOURCES.glob("*.c")):
         image = target / f"{source.stem}.elf"
-        command = [*compiler, *CFLAGS, f"-Wl,-T,{script}", "-o", str(image), str(start), str(source)]
+        command = [
+            *compiler,
+            *CFLAGS,
+            f"-Wl,-T,{script}",
+            "-o",
+            str(image),
+            str(start),
+            str(source),
+        ]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except FileNotFoundError as error:

@@ -183,9 +183,7 @@ class Pager:
         """Name the pages that go first when the limit is reached, best ones first."""
         index = self._indexes(_as_gfns(gfns))
         check(
-            lib.kh_pager_set_victims(
-                self._core, ffi.from_buffer("uint32_t[]", index), index.size
-            ),
+            lib.kh_pager_set_victims(self._core, ffi.from_buffer("uint32_t[]", index), index.size),
             "kh_pager_set_victims",
             n=index.size,
         )

@@ -152,7 +152,9 @@ def test_wire_form_agrees_with_array_form_on_a_live_guest() -> None:
             # Ones test and clear: each young page flips its bit to 0.
             wire = pack(np.ones(n_pages, dtype=bool))
             used.table.test_clear_young(hva, hva + n_pages * 4096, wire)
-            assert np.array_equal(~YoungBitmap(first, n_pages, wire).as_bool()[::-1], array.as_bool())
+            assert np.array_equal(
+                ~YoungBitmap(first, n_pages, wire).as_bool()[::-1], array.as_bool()
+            )
             assert used.harvest(first, n_pages, clear=False).count() == 0
             used.rearm(0, machine.memory.gfn_end)
             used.harvest(0, machine.memory.gfn_end)
