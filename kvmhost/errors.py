@@ -9,6 +9,8 @@
     ├─ ImageError (also ValueError): file, offset, field
     ├─ PagerError: eviction or fault-in failed; no data was lost
     ├─ ControlError: a VM answered a request with an error status
+   ├─ NameInUseError (also ValueError): a VM of that name runs already
+   ├─ VmGoneError (also ConnectionError): no VM answers there, or it went away
     └─ GuestError
        ├─ UnexpectedExit: the decoded exit
        └─ GuestTimeout
@@ -30,8 +32,10 @@ __all__ = [
     "IoctlError",
     "KvmHostError",
     "LayoutError",
+    "NameInUseError",
     "PagerError",
     "UnexpectedExit",
+    "VmGoneError",
 ]
 
 
@@ -110,6 +114,35 @@ class ControlError(KvmHostError):
 
     def __str__(self) -> str:
         return f"{self.problem} (HTTP {self.status})"
+
+
+class NameInUseError(KvmHostError, ValueError):
+    """A VM of that name runs already.
+
+    :param pid: its process, 0 if that is not known
+    """
+
+    def __init__(self, name: str, pid: int = 0) -> None:
+        super().__init__(name, pid)
+        self.name, self.pid = name, pid
+
+    def __str__(self) -> str:
+        who = f" (process {self.pid})" if self.pid else ""
+        return f"a VM named {self.name!r} runs already{who}; stop it or take another --name"
+
+
+class VmGoneError(KvmHostError, ConnectionError):
+    """No VM answers at a socket, or it went away in the middle of a request.
+
+    :param vm: name or socket path, as the caller gave it
+    """
+
+    def __init__(self, vm: str, problem: str) -> None:
+        super().__init__(vm, problem)
+        self.vm, self.problem = vm, problem
+
+    def __str__(self) -> str:
+        return f"VM {self.vm!r}: {self.problem}"
 
 
 class GuestError(KvmHostError):

@@ -34,6 +34,8 @@ class KvmEngine:
             raise
         self._bus: Bus | None = None
         self._cpuid = b""
+        #: The bare vCPUs, by index.
+        self.cores: list[KvmVcpu] = []
 
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
         """Create one memslot a region, on the guest mapping."""
@@ -48,6 +50,7 @@ class KvmEngine:
         if not self._cpuid:
             self._cpuid = self._system.supported_cpuid()
         core = self.vm.create_vcpu(index)
+        self.cores.append(core)
         core.set_cpuid(self._cpuid)
         _enter_long_mode(core, state)
         return _EngineVcpu(core, self._bus)

@@ -1,1 +1,76 @@
-"""trackers."""
+"""Trackers: where a young bit comes from.
+
+========= =========================================== ============= ================
+tracker   how                                         sees          granularity
+========= =========================================== ============= ================
+guestpt   accessed bits in the guest's own tables     reads, writes 4 KiB
+pagemap   which host PTEs came back after a zap       reads, writes 4 KiB, or 64 KiB
+                                                                    without userfaultfd
+========= =========================================== ============= ================
+
+``auto`` is ``guestpt``. One tracker at a time works on a machine: re-arming for
+one takes away what another looks at.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+
+from kvmhost.errors import LayoutError
+from kvmhost.trackers.base import Support, Tracker, TrackerInfo
+from kvmhost.trackers.guestpt import GuestptTracker
+from kvmhost.trackers.pagemap import PagemapTracker
+
+if typing.TYPE_CHECKING:
+    from kvmhost.machine import Machine
+
+__all__ = [
+    "NAMES",
+    "Support",
+    "Tracker",
+    "TrackerInfo",
+    "create",
+    "describe",
+    "probe_all",
+    "resolve",
+]
+
+_REGISTRY: dict[str, type[GuestptTracker] | type[PagemapTracker]] = {
+    GuestptTracker.name: GuestptTracker,
+    PagemapTracker.name: PagemapTracker,
+}
+
+#: Trackers by name, best first.
+NAMES = tuple(_REGISTRY)
+
+
+def resolve(name: str, machine: Machine) -> str:
+    """Return the name that ``auto`` stands for on this machine, or the name itself.
+
+    :raises LayoutError: for an unknown name
+    """
+    if name == "auto":
+        return GuestptTracker.name
+    if name not in _REGISTRY:
+        raise LayoutError(f"unknown tracker {name!r}; there are: auto, {', '.join(NAMES)}")
+    return name
+
+
+def create(name: str, machine: Machine) -> Tracker:
+    """Make a tracker for a machine; it is not started yet.
+
+    :raises CapabilityError: if it does not work here
+    """
+    factory: Callable[[Machine], Tracker] = _REGISTRY[name]
+    return factory(machine)
+
+
+def describe(name: str) -> TrackerInfo:
+    """Return what a tracker sees and what it costs."""
+    return _REGISTRY[name].info
+
+
+def probe_all(engine: str = "auto") -> dict[str, Support]:
+    """Try every tracker on an engine; say which works, and why one does not."""
+    return {name: tracker.probe(engine) for name, tracker in _REGISTRY.items()}

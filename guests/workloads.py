@@ -1,0 +1,85 @@
+"""Which gfns an epoch of a guest touches, computed on the host from its parameters.
+
+The sources of the guests define these sets; here they are computed again, in
+numpy, for tests and measurements. No code is shared with the guests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["hotcold_gfns", "hotcold_owned_pages", "touch_gfns"]
+
+Gfns = npt.NDArray[np.int64]
+
+_U64 = np.uint64
+
+
+def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of SplitMix64 over an array."""
+    with np.errstate(over="ignore"):
+        x = x + _U64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+        return x ^ (x >> _U64(31))
+
+
+def touch_gfns(params: Mapping[str, int], epoch: int) -> Gfns:
+    """Return the gfns that ``touch`` touches in an epoch, ascending, each once."""
+    start, pages = params["start_gfn"], params["pages"]
+    if params["pattern"] == 2:
+        base = _mix_one(params["seed"] + epoch)
+        steps = _indexes(params["count"])
+        with np.errstate(over="ignore"):
+            picked = mix(steps + base) % _U64(pages)
+        return np.unique(picked.astype(np.int64)) + start
+    stride = params["stride"] or 1
+    return np.arange(start, start + pages, stride, dtype=np.int64)
+
+
+def hotcold_owned_pages(params: Mapping[str, int], n_vcpus: int) -> int:
+    """Return how many pages of the range the vCPUs touch at all."""
+    return params["pages"] // n_vcpus * n_vcpus
+
+
+def hotcold_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1) -> Gfns:
+    """Return the gfns of the range that ``hotcold`` touches in an epoch.
+
+    Ascending, each once, over all vCPUs. The guest's list of last writes, which
+    follows the range, is not part of it.
+    """
+    run = params["pages"] // n_vcpus
+    parts = []
+    for vcpu in range(n_vcpus):
+        base = run * vcpu
+        if epoch == 0:
+            parts.append(np.arange(base, base + run, dtype=np.int64))
+        else:
+            parts.extend(_hotcold_epoch(params, epoch, base, run))
+    return np.unique(np.concatenate(parts)) + params["start_gfn"]
+
+
+def _hotcold_epoch(params: Mapping[str, int], epoch: int, base: int, run: int) -> list[Gfns]:
+    hot = params["hot"] * run // params["pages"]
+    parts = [np.arange(base + run // 4, base + run // 4 + hot, dtype=np.int64)]
+    with np.errstate(over="ignore"):
+        random = _mix_one(params["seed"] + epoch) + _U64(base)
+        picked = mix(_indexes(params["cold"]) + random) % _U64(run)
+    parts.append(picked.astype(np.int64) + base)
+    slices = params["scan_epochs"]
+    step = epoch % params["scan_every"] if params["scan_every"] else slices
+    if step < slices:
+        first, last = run * step // slices, run * (step + 1) // slices
+        parts.append(np.arange(base + first, base + last, dtype=np.int64))
+    return parts
+
+
+def _indexes(n: int) -> npt.NDArray[np.uint64]:
+    return np.arange(n, dtype=np.uint64)
+
+
+def _mix_one(x: int) -> np.uint64:
+    return np.uint64(mix(np.array([x % 2**64], dtype=np.uint64))[0])

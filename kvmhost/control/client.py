@@ -1,0 +1,248 @@
+"""A client of a VM's control socket.
+
+>>> with Client("a") as vm:  # doctest: +SKIP
+...     young = vm.harvest()
+...     vm.evict(cold_gfns)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import httpcore
+import httpx
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
+from kvmhost.control import schema
+from kvmhost.control.paths import to_socket_path
+from kvmhost.control.schema import HEADER_PREFIX, HarvestCost
+from kvmhost.control.transport import UnixTransport
+from kvmhost.errors import ControlError, VmGoneError
+
+__all__ = ["Client"]
+
+T = TypeVar("T")
+
+_BINARY = {"Content-Type": "application/octet-stream"}
+_JSON = {"Content-Type": "application/json"}
+
+Gfns = Iterable[int] | npt.NDArray[Any]
+
+
+class Client:
+    """Talks to one VM. Methods are safe to call from several threads.
+
+    Every method raises:
+
+    - :class:`~kvmhost.errors.ControlError` if the VM refused: status and its message
+    - :class:`~kvmhost.errors.VmGoneError` if there is no VM, or no longer
+
+    :param vm: the VM's name, or the path of its socket (anything with a slash)
+    :param timeout_s: for the VM to answer; a large eviction takes seconds
+    :raises LayoutError: for a bad name
+    """
+
+    def __init__(self, vm: str | Path, *, timeout_s: float = 60.0) -> None:
+        self.vm = str(vm)
+        self.path = to_socket_path(vm)
+        self._http = httpx.Client(
+            transport=UnixTransport(self.path),
+            base_url="http://vm/v1/",
+            timeout=httpx.Timeout(timeout_s, connect=5.0),
+        )
+
+    def state(self) -> schema.VmState:
+        """Return the VM's state."""
+        return self._get("state", schema.VmState)
+
+    def memory(self) -> schema.MemoryMap:
+        """Return memory regions and pinned ranges."""
+        return self._get("memory", schema.MemoryMap)
+
+    def counters(self) -> schema.Counters:
+        """Return all counters."""
+        return self._get("counters", schema.Counters)
+
+    def page(self, gfn: int) -> schema.Page:
+        """Return what the VM knows of one page."""
+        return self._get(f"pages/{gfn}", schema.Page)
+
+    def resident(self, gfn_start: int = 0, n_pages: int | None = None) -> npt.NDArray[np.bool_]:
+        """Return which pages the memfds hold: ``[i]`` is gfn ``gfn_start + i``."""
+        query = _range_query(gfn_start, n_pages)
+        return _read_bitmap(self.vm, self._call("GET", "resident", params=query)).as_bool()
+
+    def harvest(
+        self,
+        gfn_start: int = 0,
+        n_pages: int | None = None,
+        *,
+        tracker: str = "auto",
+        clear: bool = True,
+        rearm: str = "young",
+        mask: Words | None = None,
+    ) -> YoungBitmap:
+        """Return which pages were young.
+
+        :param n_pages: None: to the end of memory
+        :param clear: begin a new window for them
+        :param rearm: ``none``, ``young`` (those that were cleared) or ``all``
+        :param mask: shape ``(ceil(n_pages / 64),)``: clear only where the bit is 1
+        """
+        return self.harvest_timed(
+            gfn_start, n_pages, tracker=tracker, clear=clear, rearm=rearm, mask=mask
+        )[0]
+
+    def harvest_timed(
+        self,
+        gfn_start: int = 0,
+        n_pages: int | None = None,
+        *,
+        tracker: str = "auto",
+        clear: bool = True,
+        rearm: str = "young",
+        mask: Words | None = None,
+    ) -> tuple[YoungBitmap, HarvestCost]:
+        """Do the same as :meth:`harvest`, and say what it took inside the VM."""
+        query = _range_query(gfn_start, n_pages)
+        query |= {"tracker": tracker, "clear": str(int(clear)), "rearm": rearm}
+        body = b"" if mask is None else mask.astype("<u8", copy=False).tobytes()
+        answer = self._call("POST", "harvest", params=query, content=body, headers=_BINARY)
+        cost = HarvestCost(
+            _header_number(self.vm, answer, "Harvest-Ns"),
+            _header_number(self.vm, answer, "Rearm-Ns"),
+        )
+        return _read_bitmap(self.vm, answer), cost
+
+    def evict(self, gfns: Gfns, each: bool = False) -> schema.EvictReport:
+        """Evict pages in the given order; partial success is normal.
+
+        :param each: also ask for every page's outcome
+        """
+        answer = self._call(
+            "POST",
+            "evict",
+            params={"each": str(int(each))},
+            content=_gfn_bytes(gfns),
+            headers=_BINARY,
+        )
+        return self._read(answer, schema.EvictReport)
+
+    def restore(self, gfn: int, n_pages: int = 1) -> int:
+        """Bring evicted pages of a range back; return how many came."""
+        body = schema.encode(schema.RestoreRequest(gfn, n_pages))
+        answer = self._call("POST", "restore", content=body, headers=_JSON)
+        return self._read(answer, schema.RestoreReport).restored
+
+    def set_limit(self, resident_max_bytes: int) -> int:
+        """Limit the resident bytes, 0 for no limit; return what is in force now."""
+        body = schema.encode(schema.LimitRequest(resident_max_bytes))
+        answer = self._call("PUT", "limit", content=body, headers=_JSON)
+        return self._read(answer, schema.LimitState).resident_max_bytes
+
+    def set_victims(self, gfns: Gfns) -> int:
+        """Name the pages that go first at the limit, best ones first."""
+        answer = self._call("PUT", "victims", content=_gfn_bytes(gfns), headers=_BINARY)
+        return self._read(answer, schema.VictimsReport).pages
+
+    def pause(self) -> schema.RunState:
+        """Hold the vCPUs; pauses nest."""
+        return self._read(self._call("POST", "pause"), schema.RunState)
+
+    def resume(self) -> schema.RunState:
+        """Undo one :meth:`pause`."""
+        return self._read(self._call("POST", "resume"), schema.RunState)
+
+    def stop(self) -> schema.RunState:
+        """End the guest."""
+        return self._read(self._call("POST", "stop"), schema.RunState)
+
+    def close(self) -> None:
+        """Hang up. Idempotent."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _get(self, path: str, kind: type[T]) -> T:
+        return self._read(self._call("GET", path), kind)
+
+    def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        with self._gone():
+            answer = self._http.request(method, path, **arguments)
+        if answer.is_success:
+            return answer
+        try:
+            problem = schema.decode(answer.content, schema.ErrorReply).error
+        except schema.SchemaError:
+            raise ControlError(answer.status_code, answer.text[:200]) from None
+        field = f"{problem.field}: " if problem.field else ""
+        raise ControlError(problem.status, field + problem.message)
+
+    @contextlib.contextmanager
+    def _gone(self) -> Iterator[None]:
+        try:
+            yield
+        except httpcore.ConnectError as error:
+            raise VmGoneError(self.vm, f"nothing answers at {self.path} ({error})") from error
+        except httpcore.TimeoutException as error:
+            raise VmGoneError(self.vm, f"no answer in time at {self.path}") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+            raise VmGoneError(self.vm, f"hung up ({error})") from error
+
+    def _read(self, answer: httpx.Response, kind: type[T]) -> T:
+        try:
+            return schema.decode(answer.content, kind)
+        except schema.SchemaError as error:
+            raise ControlError(answer.status_code, f"VM {self.vm!r}: odd answer: {error}") from None
+
+
+def _range_query(gfn_start: int, n_pages: int | None) -> dict[str, str]:
+    query = {"gfn_start": str(gfn_start)}
+    return query if n_pages is None else query | {"n_pages": str(n_pages)}
+
+
+def _gfn_bytes(gfns: Gfns) -> bytes:
+    values = gfns if isinstance(gfns, np.ndarray) else np.array(list(gfns), dtype=np.int64)
+    return values.astype("<i8").tobytes()
+
+
+def _header_number(vm: str, answer: httpx.Response, name: str) -> int:
+    text = answer.headers.get(HEADER_PREFIX + name, "")
+    if not text.isdigit():
+        raise ControlError(answer.status_code, f"VM {vm!r}: odd answer: {name} is {text!r}")
+    return int(text)
+
+
+def _read_bitmap(vm: str, answer: httpx.Response) -> YoungBitmap:
+    n_pages = _header_number(vm, answer, "Pages")
+    coarse = bool(_header_number(vm, answer, "Coarse"))
+    size = n_words(n_pages)
+    if len(answer.content) != size * 8 * (1 + coarse):
+        raise ControlError(
+            answer.status_code,
+            f"VM {vm!r}: odd answer: {len(answer.content)} bytes for {n_pages} pages",
+        )
+    words = np.frombuffer(answer.content, dtype="<u8").astype(np.uint64)
+    source = Provenance(
+        answer.headers.get(HEADER_PREFIX + "Tracker", "unknown"),
+        answer.headers.get(HEADER_PREFIX + "Format", "none"),
+        _header_number(vm, answer, "Window-Start-Ns"),
+        _header_number(vm, answer, "Window-End-Ns"),
+    )
+    gfn_start = _header_number(vm, answer, "Gfn-Start")
+    return YoungBitmap(gfn_start, n_pages, words[:size], words[size:] if coarse else None, source)

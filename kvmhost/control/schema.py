@@ -1,0 +1,351 @@
+"""What goes over the control socket: one Struct a message, in JSON.
+
+Binary parts are little-endian: bitmaps as 64-bit words in the layout of
+:mod:`kvmhost.bitmap`, lists of gfns as 64-bit numbers. A request with a field that
+is not listed here is refused, and so is a number out of range.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+__all__ = [
+    "HEADER_PREFIX",
+    "Counters",
+    "ErrorInfo",
+    "ErrorReply",
+    "EvictReport",
+    "EvictRequest",
+    "GfnList",
+    "HarvestCost",
+    "HarvestQuery",
+    "HarvestTotals",
+    "LimitRequest",
+    "LimitState",
+    "MachineCounters",
+    "MemoryMap",
+    "Page",
+    "PageRange",
+    "RangeQuery",
+    "RegionInfo",
+    "RestoreReport",
+    "RestoreRequest",
+    "RunState",
+    "SchemaError",
+    "VcpuState",
+    "VictimsReport",
+    "VmState",
+    "decode",
+    "decode_query",
+    "encode",
+]
+
+#: Bitmaps carry their description in headers of this prefix.
+HEADER_PREFIX = "X-Kvmhost-"
+
+Gfn = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of what a client sends."""
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """Base of what a server sends; a client takes answers of a newer server."""
+
+
+class SchemaError(ValueError):
+    """A message does not have the shape that it should have.
+
+    :param field: where, as ``gfns[3]``; empty for the whole message
+    """
+
+    def __init__(self, problem: str, field: str = "") -> None:
+        super().__init__(problem, field)
+        self.problem, self.field = problem, field
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}" if self.field else self.problem
+
+
+# -- requests -----------------------------------------------------------------
+
+
+class RangeQuery(_Strict, frozen=True):
+    """Query of what works on a range; without ``n_pages`` to the end of memory."""
+
+    gfn_start: Gfn = 0
+    n_pages: Count | None = None
+
+
+class HarvestQuery(RangeQuery, frozen=True):
+    """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page."""
+
+    tracker: str = "auto"
+    clear: bool = True
+    rearm: Literal["none", "young", "all"] = "young"
+
+
+class EvictQuery(_Strict, frozen=True):
+    """Query of ``POST /v1/evict``: ``each`` asks for every page's outcome."""
+
+    each: bool = False
+
+
+class GfnList(_Strict, frozen=True):
+    """Body of ``PUT /v1/victims``; or binary."""
+
+    gfns: list[Gfn]
+
+
+class EvictRequest(GfnList, frozen=True):
+    """Body of ``POST /v1/evict``; or binary."""
+
+
+class RestoreRequest(_Strict, frozen=True):
+    """Body of ``POST /v1/restore``."""
+
+    gfn: Gfn
+    n_pages: Annotated[int, msgspec.Meta(ge=1, lt=1 << 52)] = 1
+
+
+class LimitRequest(_Strict, frozen=True):
+    """Body of ``PUT /v1/limit``: bytes that may be resident, 0 for no limit."""
+
+    resident_max_bytes: Bytes
+
+
+class NoQuery(_Strict, frozen=True):
+    """Nothing may be asked."""
+
+
+# -- answers ------------------------------------------------------------------
+
+
+class ErrorInfo(_Answer, frozen=True, omit_defaults=True):
+    """Why a request failed."""
+
+    status: int
+    message: str
+    field: str = ""
+
+
+class ErrorReply(_Answer, frozen=True):
+    """Body of every answer with a status of 400 or more."""
+
+    error: ErrorInfo
+
+
+class VcpuState(_Answer, frozen=True):
+    """One vCPU. ``epoch`` is the value of its last doorbell."""
+
+    index: int
+    exits: int
+    doorbells: int
+    epoch: int
+
+
+class VmState(_Answer, frozen=True):
+    """Answer of ``GET /v1/state``.
+
+    ``status`` is None while the guest has not exited; ``limit_bytes`` 0 is no limit.
+    """
+
+    name: str
+    pid: int
+    engine: str
+    image: str
+    params: dict[str, int]
+    running: bool
+    paused: bool
+    status: int | None
+    error: str | None
+    uptime_s: float
+    vcpus: list[VcpuState]
+    exits: int
+    doorbells: int
+    mem_bytes: int
+    resident_bytes: int
+    limit_bytes: int
+    tracker: str | None
+
+
+class PageRange(_Answer, frozen=True):
+    """Pages ``[gfn, gfn + n_pages)``."""
+
+    gfn: int
+    n_pages: int
+
+
+class RegionInfo(_Answer, frozen=True):
+    """One memslot; ``hva`` is its address in the guest mapping."""
+
+    slot: int
+    gpa: int
+    n_bytes: int
+    gfn: int
+    n_pages: int
+    hva: int
+
+
+class MemoryMap(_Answer, frozen=True):
+    """Answer of ``GET /v1/memory``; ``gfn_end`` is the first gfn above all regions."""
+
+    page_bytes: int
+    gfn_end: int
+    regions: list[RegionInfo]
+    pinned: list[PageRange]
+
+
+class Page(_Answer, frozen=True):
+    """Answer of ``GET /v1/pages/GFN``.
+
+    ``state`` is ``resident``, ``evicted`` or ``lost``; a page that nobody has touched
+    yet is in state resident and not ``resident`` in the memfd.
+    """
+
+    gfn: int
+    gpa: int
+    slot: int
+    slot_offset_bytes: int
+    hva: int
+    pinned: bool
+    resident: bool
+    state: str
+    stored_bytes: int
+
+
+class EvictReport(_Answer, frozen=True):
+    """Answer of ``POST /v1/evict``: pages by outcome (``done``, ``pinned``, ``absent``, …).
+
+    ``each`` has one byte a page of the request, its ``EvictOutcome``; base64 in JSON.
+    """
+
+    pages: int
+    outcomes: dict[str, int]
+    each: bytes | None = None
+
+    @property
+    def done(self) -> int:
+        """Pages that were evicted."""
+        return self.outcomes.get("done", 0)
+
+
+class RestoreReport(_Answer, frozen=True):
+    """Answer of ``POST /v1/restore``: pages that came back."""
+
+    restored: int
+
+
+class LimitState(_Answer, frozen=True):
+    """Answer of ``PUT /v1/limit``: what is in force, rounded down to pages."""
+
+    resident_max_bytes: int
+
+
+class VictimsReport(_Answer, frozen=True):
+    """Answer of ``PUT /v1/victims``."""
+
+    pages: int
+
+
+class RunState(_Answer, frozen=True):
+    """Answer of ``POST /v1/pause``, ``resume`` and ``stop``."""
+
+    running: bool
+    paused: bool
+
+
+class MachineCounters(_Answer, frozen=True):
+    """Counts since the start of the VM."""
+
+    exits: int
+    doorbells: int
+    uptime_s: float
+    resident_bytes: int
+
+
+class HarvestTotals(_Answer, frozen=True):
+    """Harvests made over the control socket, and what they took."""
+
+    harvests: int
+    pages: int
+    young: int
+    harvest_ns: int
+    rearm_ns: int
+
+
+class Counters(_Answer, frozen=True):
+    """Answer of ``GET /v1/counters``; ``pager`` is None until something used the pager.
+
+    The pager's counters are described in ``kvmhost/_core/pager.h``.
+    """
+
+    machine: MachineCounters
+    harvest: HarvestTotals
+    pager: dict[str, Any] | None
+
+
+class HarvestCost(msgspec.Struct, frozen=True):
+    """What one harvest took inside the VM process."""
+
+    harvest_ns: int
+    rearm_ns: int
+
+
+# -- coding -------------------------------------------------------------------
+
+T = TypeVar("T")
+
+_AT_FIELD = re.compile(r" - at `\$\.?(?P<field>.*)`$")
+_NAMED = re.compile(r"(?:unknown field|missing required field) `(?P<field>.*?)`")
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Return a message as JSON."""
+    return msgspec.json.encode(message)
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """Read a message from JSON.
+
+    :raises SchemaError: if it is no JSON or not of that kind; names the field
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise _schema_error(error) from None
+
+
+def decode_query(query: dict[str, str], kind: type[T]) -> T:
+    """Read a URL's query; numbers may be hex with ``0x``.
+
+    :raises SchemaError: if a value or a name is wrong; names the field
+    """
+    plain = {name: _plain_number(value) for name, value in query.items()}
+    try:
+        return msgspec.convert(plain, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _schema_error(error) from None
+
+
+def _plain_number(text: str) -> str:
+    if text[:2].lower() == "0x":
+        try:
+            return str(int(text, 16))
+        except ValueError:
+            return text
+    return text
+
+
+def _schema_error(error: Exception) -> SchemaError:
+    text = str(error)
+    at = _AT_FIELD.search(text)
+    named = _NAMED.search(text)
+    parts = [m["field"] for m in (at, named) if m and m["field"]]
+    return SchemaError(_AT_FIELD.sub("", text), ".".join(parts))

@@ -1,0 +1,259 @@
+"""The event loop behind a control socket: accepting, deadlines, errors as JSON.
+
+Every request is answered by a :class:`~kvmhost.control.routes.Routes`. This module
+keeps clients in bounds: a peer of the wrong uid is closed before a byte is read, a
+request that does not come in time is dropped, a body that is too large is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+import typing
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+
+from kvmhost.control import schema
+from kvmhost.control.routes import Problem, Reply, Routes, problem_of
+
+if typing.TYPE_CHECKING:
+    from kvmhost.control.server import ControlServer
+
+__all__ = ["peer_uid", "serve"]
+
+log = logging.getLogger("kvmhost.control")
+
+#: Seconds to read on after a refused body, so that the client sees the answer.
+_LINGER_S = 1.0
+#: Seconds not to accept after descriptors ran out.
+_BACK_OFF_S = 0.5
+
+
+def serve(owner: ControlServer, listener: socket.socket, stop: socket.socket) -> None:
+    """Serve until ``stop`` becomes readable; then finish what is in work and return."""
+    asyncio.run(_Serving(owner, listener, stop).run())
+
+
+def peer_uid(peer: socket.socket) -> int:
+    """Return the uid of the process that connected. Source: SO_PEERCRED, unix(7)."""
+    kind = struct.Struct("3i")
+    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, kind.size)
+    return int(kind.unpack(raw)[1])
+
+
+class _Connection(web.RequestHandler):
+    """A connection that is closed if no whole request header comes in time."""
+
+    def __init__(self, serving: _Serving, manager: web.Server, **settings: Any) -> None:
+        super().__init__(manager, loop=serving.loop, **settings)
+        self._serving = serving
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.expect_request(self._serving.owner.request_deadline_s)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.request_came()
+        self._serving.n_open -= 1
+        super().connection_lost(exc)
+
+    def expect_request(self, seconds: float) -> None:
+        """Close the connection unless a request header is complete in time."""
+        self.request_came()
+        self._deadline = self._serving.loop.call_later(seconds, self.force_close)
+
+    def request_came(self) -> None:
+        """Stop the clock."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is no HTTP, as JSON. Not worth a log entry: anyone can send that."""
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            log.error("control request failed", exc_info=exc)
+        elif request.writer.output_size > 0:
+            raise ConnectionError("an answer is out already")
+        text = (message or HTTPStatus(status).phrase).strip().partition("\n")[0]
+        return _closing(_error(Problem(status, f"not a request: {text}")))
+
+
+class _Server(web.Server):
+    """Makes our connections."""
+
+    def __init__(self, serving: _Serving, **settings: Any) -> None:
+        super().__init__(serving.handle, request_factory=serving.make_request, **settings)
+        self._serving, self._settings = serving, settings
+
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self._serving, self, **self._settings)
+
+
+class _Serving:
+    """One run of the event loop."""
+
+    def __init__(self, owner: ControlServer, listener: socket.socket, stop: socket.socket) -> None:
+        self.owner = owner
+        self._listener, self._stop = listener, stop
+        self._routes = Routes(owner.machine, owner.name)
+        self._tasks: set[asyncio.Task[None]] = set()
+        #: Accepted connections that are not lost yet.
+        self.n_open = 0
+
+    async def run(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        stopped = asyncio.Event()
+        self._server = _Server(
+            self,
+            logger=log,
+            access_log=None,
+            keepalive_timeout=self.owner.idle_s,
+            lingering_time=_LINGER_S,
+            auto_decompress=False,
+        )
+        self.loop.add_reader(self._listener, self._accept)
+        self.loop.add_reader(self._stop, stopped.set)
+        try:
+            await stopped.wait()
+        finally:
+            self.loop.remove_reader(self._listener)
+            self.loop.remove_reader(self._stop)
+            self._server.pre_shutdown()
+            await self._server.shutdown(timeout=2.0)
+            # Blocking calls into the machine end before the machine may be closed.
+            await asyncio.to_thread(self._routes.close)
+
+    def make_request(
+        self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any
+    ) -> web.BaseRequest:
+        return web.BaseRequest(
+            message,
+            payload,
+            protocol,
+            writer,
+            task,
+            self.loop,
+            client_max_size=self._routes.max_body_bytes,
+        )
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # No descriptors left: the listener stays readable, so do not spin on it.
+            log.warning("control socket of %s: accept: %s", self.owner.name, error)
+            self.loop.remove_reader(self._listener)
+            self.loop.call_later(_BACK_OFF_S, self._accept_again)
+            return
+        peer.setblocking(False)
+        uid = peer_uid(peer)
+        if uid not in self.owner.allowed_uids:
+            log.warning("control socket of %s: refused a peer of uid %d", self.owner.name, uid)
+            peer.close()
+        elif self.n_open >= self.owner.max_connections:
+            _refuse(peer, self.owner.max_connections)
+        else:
+            self.n_open += 1
+            task = self.loop.create_task(self._connect(peer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _accept_again(self) -> None:
+        if self._stop.fileno() >= 0 and self._listener.fileno() >= 0:
+            self.loop.add_reader(self._listener, self._accept)
+
+    async def _connect(self, peer: socket.socket) -> None:
+        try:
+            await self.loop.connect_accepted_socket(self._server, peer)
+        except OSError:
+            self.n_open -= 1
+            peer.close()
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = typing.cast(_Connection, request.protocol)
+        connection.request_came()
+        try:
+            return await self._answer(request)
+        except Problem as problem:
+            answer = _error(problem)
+            # A body that was not read in full is not read any further.
+            return answer if request.content.is_eof() else _closing(answer)
+        finally:
+            connection.expect_request(self.owner.idle_s)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        route, path_args = self._routes.find(request.method, request.path)
+        body = await self._read_body(request)
+        query = dict(request.query)
+        json_body = request.content_type == "application/json"
+        try:
+            reply = await route(query, body, json_body, *path_args)
+        except Exception as error:
+            problem = problem_of(error)
+            if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                log.error("%s %s failed", request.method, request.path, exc_info=error)
+            raise problem from error
+        return _response(reply)
+
+    async def _read_body(self, request: web.BaseRequest) -> bytes:
+        limit = self._routes.max_body_bytes
+        too_large = Problem(413, f"body larger than {limit} bytes")
+        if (request.content_length or 0) > limit:
+            raise too_large
+        try:
+            async with asyncio.timeout(self.owner.request_deadline_s):
+                return await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise too_large from None
+        except TimeoutError:
+            raise Problem(408, "the body did not come in time") from None
+        except (web.RequestPayloadError, ValueError) as error:
+            raise Problem(400, f"bad body: {error}") from error
+
+
+def _response(reply: Reply) -> web.Response:
+    return web.Response(
+        body=reply.body, status=200, content_type=reply.content_type, headers=reply.headers
+    )
+
+
+def _error(problem: Problem) -> web.Response:
+    body = schema.encode(
+        schema.ErrorReply(schema.ErrorInfo(problem.status, problem.message, problem.field))
+    )
+    headers = {"Allow": problem.allow} if problem.allow else {}
+    return web.Response(
+        body=body, status=problem.status, content_type="application/json", headers=headers
+    )
+
+
+def _closing(response: web.Response) -> web.Response:
+    response.force_close()
+    return response
+
+
+def _refuse(peer: socket.socket, limit: int) -> None:
+    body = schema.encode(schema.ErrorReply(schema.ErrorInfo(503, f"more than {limit} connections")))
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    with peer:
+        # A fresh socket takes this much at once; a peer that is gone already may miss it.
+        try:
+            peer.send(head.encode() + body)
+        except OSError as error:
+            log.debug("refusing a connection: %s", error)

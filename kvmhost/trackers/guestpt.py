@@ -1,0 +1,143 @@
+"""guestpt: the accessed bits in the guest's own page tables.
+
+The VMM laid the tables out in guest memory; the processor, or a KVM that shadows
+them, sets accessed and dirty bits there, and the tdp walker harvests them where
+they lie. Clearing a bit is not enough: a translation that is still cached sets
+nothing. What re-arms is found out by calibration (:mod:`kvmhost.trackers.calibrate`).
+
+Staleness: a touch between the clearing of a bit and its re-arming is not seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import ClassVar
+
+import numpy as np
+
+from kvmhost._ffi import check, ffi, lib
+from kvmhost.bitmap import Words, YoungBitmap, n_words, pack, unpack
+from kvmhost.engine.base import RearmKind
+from kvmhost.errors import CapabilityError
+from kvmhost.mmu.memslots import MemSlot, MemSlots
+from kvmhost.mmu.tablemem import TableMemory
+from kvmhost.mmu.tdp import LiveTable
+from kvmhost.trackers.base import Support, TrackerInfo, check_range, pieces, sub_words
+
+if typing.TYPE_CHECKING:
+    from kvmhost.machine import Machine
+
+__all__ = ["GuestptTracker"]
+
+
+class GuestptTracker:
+    """Walks the live tables of a tiny guest.
+
+    :raises CapabilityError: if no way of re-arming works on this engine
+    """
+
+    name: ClassVar[str] = "guestpt"
+    info: ClassVar[TrackerInfo] = TrackerInfo(
+        sees=("reads", "writes"),
+        granularity_bytes=4096,
+        provenance="accessed bit of the leaf entry in the guest's own page table",
+        guest_cost="one fault a re-armed page where KVM shadows, a TLB miss elsewhere",
+    )
+
+    def __init__(self, machine: Machine, rearm_kind: RearmKind | None = None) -> None:
+        from kvmhost.trackers.calibrate import calibrated_rearm
+
+        self._machine, self._memory = machine, machine.memory
+        self.rearm_kind = rearm_kind or calibrated_rearm(machine.engine)
+        self.table_format = "npt"
+        regions = self._memory.regions
+        tables = TableMemory([(r.gpa, r.alias_address, r.n_bytes) for r in regions], self._memory)
+        slots = MemSlots(
+            MemSlot(i, r.gfn, r.n_pages, r.guest_address) for i, r in enumerate(regions)
+        )
+        self.table = LiveTable(tables, machine.layout.tables_gpa, slots=slots)
+        # Cleared and not re-armed yet, by region: such a page may still be cached.
+        self._stale = {r.gfn: np.zeros(n_words(r.n_pages) * 64, dtype=bool) for r in regions}
+
+    @classmethod
+    def probe(cls, engine: str = "auto") -> Support:
+        """Calibrate on an engine and say how re-arming works there."""
+        from kvmhost import engine as engines
+        from kvmhost.trackers.calibrate import calibrated_rearm
+
+        try:
+            chosen = engines.choose(engine)
+            try:
+                kind = calibrated_rearm(chosen)
+            finally:
+                chosen.close()
+        except CapabilityError as error:
+            return Support(False, str(error))
+        return Support(True, f"engine {chosen.name}, re-arm by {kind.value}")
+
+    def start(self) -> None:
+        """Clear and re-arm everything."""
+        self.harvest(0, self._memory.gfn_end)
+        self.rearm(0, self._memory.gfn_end)
+
+    def harvest(
+        self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
+    ) -> YoungBitmap:
+        """Test, or test and clear, the accessed bits of a range; see the protocol.
+
+        Lockless: vCPUs run on.
+        """
+        check_range(gfn_start, n_pages)
+        bitmap = self.table.harvest(gfn_start, n_pages, clear, mask)
+        if clear and self.rearm_kind is not RearmKind.NONE:
+            words = bitmap.words if mask is None else bitmap.words & mask
+            self._note_stale(gfn_start, n_pages, words)
+        provenance = dataclasses.replace(bitmap.provenance, tracker=self.name)
+        return dataclasses.replace(bitmap, provenance=provenance)
+
+    def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
+        """Re-arm pages of a range; see the protocol.
+
+        Only pages that were cleared are re-armed, unless the whole range is asked for:
+        zapping others would cost the guest a fault for nothing.
+        """
+        check_range(gfn_start, n_pages)
+        if self.rearm_kind is RearmKind.TLB_FLUSH:
+            self._machine.engine.flush_tlbs()
+        for region, start, count in pieces(self._memory, gfn_start, n_pages):
+            first = start - region.gfn
+            stale = self._stale[region.gfn][first : first + count]
+            if self.rearm_kind is RearmKind.ZAP:
+                words = None if young is None else pack(stale | self._young_in(young, start, count))
+                address = region.guest_address + first * 4096
+                _zap(address, count, words)
+            stale[:] = False
+
+    def stop(self) -> None:
+        """Nothing to let go of but the walker. Idempotent."""
+        self.table.close()
+
+    def _note_stale(self, gfn_start: int, n_pages: int, words: Words) -> None:
+        for region, start, count in pieces(self._memory, gfn_start, n_pages):
+            bits = unpack(sub_words(words, n_pages, start - gfn_start, count), count)
+            first = start - region.gfn
+            self._stale[region.gfn][first : first + count] |= bits
+
+    @staticmethod
+    def _young_in(young: YoungBitmap, start: int, count: int) -> np.ndarray[typing.Any, typing.Any]:
+        """Bits of [start, start + count) in a bitmap that may cover another range."""
+        bits = np.zeros(count, dtype=bool)
+        low = max(start, young.gfn_start)
+        high = min(start + count, young.gfn_start + young.n_pages)
+        if low < high:
+            bits[low - start : high - start] = young.as_bool()[
+                low - young.gfn_start : high - young.gfn_start
+            ]
+        return bits
+
+
+def _zap(address: int, n_pages: int, words: Words | None) -> None:
+    # SAFETY: words lives until the call returns; the range is inside one guest mapping.
+    pointer = ffi.NULL if words is None else ffi.from_buffer("uint64_t[]", words)
+    check(lib.kh_zap(address, n_pages, pointer, 0), "madvise", address=address, pages=n_pages)

@@ -1,0 +1,160 @@
+"""A machine of plain Python behind a real control server: no KVM, no userfaultfd."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+
+from kvmhost.bitmap import Provenance, YoungBitmap, unpack
+from kvmhost.control.paths import RUNTIME_DIR_ENV
+from kvmhost.control.server import ControlServer
+from kvmhost.errors import CapabilityError
+from kvmhost.memory.guest import GuestMemory, Region
+from kvmhost.memory.layout import TinyLayout
+from kvmhost.pager.pager import EvictOutcome, EvictResult, PageState
+
+GFN_HIGH = 0x4000
+
+
+class FakeTracker:
+    table_format = "npt"
+
+    def __init__(self, name):
+        self.name, self.young, self.rearmed = name, set(), []
+
+    def harvest(self, gfn_start, n_pages, clear=True, mask=None):
+        found = sorted(g for g in self.young if gfn_start <= g < gfn_start + n_pages)
+        asked = np.ones(n_pages, bool) if mask is None else unpack(mask, n_pages)
+        if clear:
+            self.young -= {g for g in found if asked[g - gfn_start]}
+        return YoungBitmap.from_gfns(
+            gfn_start, n_pages, found, provenance=Provenance(self.name, "npt", 10, 20)
+        )
+
+    def rearm(self, gfn_start, n_pages, young=None):
+        self.rearmed.append((gfn_start, n_pages, None if young is None else young.gfns().tolist()))
+
+
+class FakePager:
+    def __init__(self, memory):
+        self._memory = memory
+        self.out, self.pinned = set(), {1}
+        self.victims, self.limit_pages = [], 0
+        self.error = None
+
+    def evict(self, gfns):
+        if self.error:
+            raise self.error
+        outcomes = np.zeros(gfns.size, dtype=np.uint8)
+        for i, gfn in enumerate(gfns.tolist()):
+            if gfn in self.pinned:
+                outcomes[i] = EvictOutcome.PINNED
+            elif gfn in self.out:
+                outcomes[i] = EvictOutcome.ABSENT
+            self.out |= {gfn} - self.pinned
+        return EvictResult(gfns, outcomes)
+
+    def restore(self, gfn, n_pages=1):
+        back = {g for g in self.out if gfn <= g < gfn + n_pages}
+        self.out -= back
+        return len(back)
+
+    def set_limit(self, pages):
+        self.limit_pages = pages
+
+    def set_victims(self, gfns):
+        self.victims = gfns.tolist()
+
+    def state(self, gfn):
+        return PageState.EVICTED if gfn in self.out else PageState.RESIDENT
+
+    def stored_bytes(self, gfn):
+        return 8 if gfn in self.out else 0
+
+    def counters(self):
+        return {"evictions": len(self.out)}
+
+
+class FakeMachine:
+    """What the control server uses of a machine. Two regions with a hole between them."""
+
+    def __init__(self, name="fake"):
+        self.name = name
+        self.layout = TinyLayout(4 << 20)
+        self.memory = GuestMemory([Region(0, 4 << 20), Region(GFN_HIGH << 12, 1 << 20)])
+        self.engine = types.SimpleNamespace(name="fake")
+        self.image = types.SimpleNamespace(path="fake.elf")
+        self.params = {"seed": 1}
+        self.vcpus = [types.SimpleNamespace(index=0, exits=3, doorbells=2, doorbell_value=1)]
+        self.exits, self.doorbells, self.uptime_s = 3, 2, 1.5
+        self.running, self.status, self.error = True, None, None
+        self.pauses = 0
+        self.tracker = None
+        self.has_pager = False
+        self.pager_problem = None
+        self.hold = None
+        self._pager = FakePager(self.memory)
+
+    @property
+    def paused(self):
+        return self.pauses > 0
+
+    @property
+    def pager(self):
+        if self.pager_problem:
+            raise self.pager_problem
+        self.has_pager = True
+        return self._pager
+
+    def use_tracker(self, name="auto"):
+        if self.hold:
+            self.hold()
+        wanted = "guestpt" if name == "auto" else name
+        if wanted == "broken":
+            raise CapabilityError("broken", "a tracker", "none", "take another")
+        if self.tracker is None or self.tracker.name != wanted:
+            self.tracker = FakeTracker(wanted)
+        return self.tracker
+
+    def pause(self):
+        self.pauses += 1
+
+    def resume(self):
+        self.pauses = max(0, self.pauses - 1)
+
+    def stop(self):
+        self.running = False
+
+    def close(self):
+        self.memory.close()
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    monkeypatch.setenv(RUNTIME_DIR_ENV, str(path))
+    return path
+
+
+@pytest.fixture
+def machine():
+    fake = FakeMachine()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def serve(machine):
+    """Start a control server with settings; closed at the end."""
+    servers = []
+
+    def start(**settings):
+        server = ControlServer(machine, **settings).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.close()

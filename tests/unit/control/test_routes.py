@@ -1,0 +1,261 @@
+"""Every request, through the real client and socket."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+
+from kvmhost.bitmap import pack
+from kvmhost.control.client import Client
+from kvmhost.errors import (
+    CapabilityError,
+    ControlError,
+    IoctlError,
+    LayoutError,
+    PagerError,
+    VmGoneError,
+)
+
+GFN_HIGH = 0x4000
+
+
+@pytest.fixture
+def vm(serve):
+    serve()
+    with Client("fake", timeout_s=10) as client:
+        yield client
+
+
+def refused(call, *args, **kwargs):
+    with pytest.raises(ControlError) as caught:
+        call(*args, **kwargs)
+    return caught.value
+
+
+def test_state(vm, machine):
+    state = vm.state()
+    assert (state.name, state.engine, state.image) == ("fake", "fake", "fake.elf")
+    assert state.mem_bytes == 5 << 20
+    assert state.vcpus[0].epoch == 1
+    assert state.params == {"seed": 1}
+    assert (state.running, state.paused, state.status, state.tracker) == (True, False, None, None)
+    machine.running, machine.status, machine.error = False, 3, LayoutError("why")
+    state = vm.state()
+    assert (state.running, state.status, state.error) == (False, 3, "why")
+
+
+def test_memory(vm, machine):
+    found = vm.memory()
+    assert [(r.slot, r.gfn, r.n_pages) for r in found.regions] == [(0, 0, 1024), (1, GFN_HIGH, 256)]
+    assert found.gfn_end == GFN_HIGH + 256
+    assert found.regions[1].hva == machine.memory.regions[1].guest_address
+    assert found.pinned[0].gfn == 1
+
+
+def test_resident_is_by_gfn_and_skips_the_hole(vm, machine):
+    machine.memory[0x3000:0x3001] = b"x"
+    machine.memory[(GFN_HIGH + 5) << 12 : ((GFN_HIGH + 5) << 12) + 1] = b"x"
+    assert np.flatnonzero(vm.resident()).tolist() == [3, GFN_HIGH + 5]
+    assert np.flatnonzero(vm.resident(2, 10)).tolist() == [1]
+    assert np.flatnonzero(vm.resident(GFN_HIGH - 1, 100)).tolist() == [6]
+    assert vm.state().resident_bytes == 8192
+
+
+def test_harvest_clears_and_rearms_what_it_cleared(vm, machine):
+    machine.use_tracker().young = {5, 70, GFN_HIGH}
+    bitmap, cost = vm.harvest_timed()
+    assert bitmap.gfns().tolist() == [5, 70, GFN_HIGH]
+    assert bitmap.n_pages == GFN_HIGH + 256
+    assert bitmap.coarse is None
+    source = bitmap.provenance
+    assert (source.tracker, source.table_format) == ("guestpt", "npt")
+    assert (source.window_start_ns, source.window_end_ns) == (10, 20)
+    assert cost.harvest_ns > 0
+    assert machine.tracker.rearmed == [(0, GFN_HIGH + 256, [5, 70, GFN_HIGH])]
+    assert vm.harvest().count() == 0
+    assert vm.counters().harvest.harvests == 2
+    assert vm.counters().harvest.young == 3
+
+
+def test_harvest_without_clear_changes_nothing(vm, machine):
+    machine.use_tracker().young = {5}
+    for _ in range(2):
+        assert vm.harvest(0, 64, clear=False).gfns().tolist() == [5]
+    assert machine.tracker.rearmed == []
+
+
+def test_harvest_with_mask_clears_only_that(vm, machine):
+    machine.use_tracker().young = {5, 6}
+    mask = np.zeros(100, bool)
+    mask[6] = True
+    assert vm.harvest(0, 100, mask=pack(mask)).gfns().tolist() == [5, 6]
+    assert machine.tracker.rearmed == [(0, 100, [6])]
+    assert vm.harvest(0, 100).gfns().tolist() == [5]
+
+
+def test_rearm_kinds(vm, machine):
+    vm.harvest(0, 64, rearm="none")
+    assert machine.tracker.rearmed == []
+    vm.harvest(0, 64, rearm="all")
+    assert machine.tracker.rearmed == [(0, 64, None)]
+
+
+def test_auto_keeps_the_tracker_in_use(vm):
+    assert vm.harvest(tracker="pagemap").provenance.tracker == "pagemap"
+    assert vm.harvest().provenance.tracker == "pagemap"
+    assert vm.state().tracker == "pagemap"
+    assert vm.harvest(tracker="guestpt").provenance.tracker == "guestpt"
+
+
+def test_bad_harvests(vm):
+    assert "mask of 8 bytes" in refused(vm.harvest, 0, 100, mask=np.zeros(1, np.uint64)).problem
+    assert "n_pages" in refused(vm.harvest, 0, 1 << 40).problem
+    assert "gfn_start" in refused(vm.harvest, -1, 5).problem
+    assert "rearm" in refused(vm.harvest, 0, 5, rearm="x").problem
+    error = refused(vm.harvest, tracker="broken")
+    assert error.status == 501
+    assert "take another" in error.problem
+
+
+def test_evict_restore_and_lookup(vm, machine):
+    report = vm.evict([7, 1, 7, GFN_HIGH], each=True)
+    assert (report.pages, report.done) == (4, 2)
+    assert report.outcomes["pinned"] == 1
+    assert report.each == bytes([0, 1, 2, 0])
+    page = vm.page(GFN_HIGH)
+    assert (page.slot, page.slot_offset_bytes, page.state) == (1, 0, "evicted")
+    assert (page.stored_bytes, page.resident, page.pinned) == (8, False, False)
+    assert vm.page(1).pinned
+    assert vm.restore(0, 64) == 1
+    assert vm.page(7).state == "resident"
+    assert vm.counters().pager == {"evictions": 1}
+
+
+def test_counters_before_any_pager(vm):
+    assert vm.counters().pager is None
+    assert vm.page(7).state == "resident"
+
+
+@pytest.mark.parametrize("gfn", [1024, GFN_HIGH - 1, GFN_HIGH + 256, 1 << 51, -1])
+def test_gfn_outside_memory_is_named(vm, machine, gfn):
+    error = refused(vm.evict, [5, gfn])
+    assert error.status == 400
+    assert "gfns[1]" in error.problem
+    assert hex(gfn % (1 << 64)) in error.problem
+    assert machine._pager.out == set()
+    assert refused(vm.page, gfn).status == 400
+    if gfn >= 0:
+        assert refused(vm.restore, gfn).status == 400
+
+
+def test_restore_across_a_hole_is_refused(vm):
+    assert refused(vm.restore, 1020, 8).status == 400
+
+
+def test_limit_and_victims(vm, machine):
+    assert vm.set_limit(10 * 4096 + 5) == 10 * 4096
+    assert machine._pager.limit_pages == 10
+    assert vm.state().limit_bytes == 10 * 4096
+    assert vm.set_victims(np.array([9, 8, 7])) == 3
+    assert machine._pager.victims == [9, 8, 7]
+    assert vm.set_limit(0) == 0
+    assert refused(vm.set_limit, 100).status == 400
+    assert refused(vm.set_victims, [1 << 40]).status == 400
+
+
+def test_pause_resume_stop(vm, machine):
+    assert vm.pause().paused
+    assert not vm.resume().paused
+    assert not vm.resume().paused
+    assert not vm.stop().running
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (PagerError("no"), 409),
+        (IoctlError("UFFDIO_COPY", 28), 507),
+        (IoctlError("UFFDIO_COPY", 14), 500),
+        (CapabilityError("userfaultfd", "it", "EPERM", "run as root"), 501),
+    ],
+)
+def test_pager_trouble(vm, machine, error, status):
+    machine._pager.error = error
+    found = refused(vm.evict, [5])
+    assert found.status == status
+    assert str(error) in found.problem
+
+
+def test_no_pager_says_what_to_do(vm, machine):
+    machine.pager_problem = CapabilityError("userfaultfd", "it", "EPERM", "run as root")
+    for call in (lambda: vm.evict([5]), lambda: vm.set_limit(8192), lambda: vm.set_victims([5])):
+        error = refused(call)
+        assert error.status == 501
+        assert "run as root" in error.problem
+
+
+def test_a_bug_is_no_leak_of_internals(vm, machine, caplog):
+    machine._pager.error = ZeroDivisionError("secret")
+    error = refused(vm.evict, [5])
+    assert error.status == 500
+    assert "secret" not in error.problem
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_state_answers_while_a_harvest_hangs(vm, machine):
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        inside.set()
+        assert leave.wait(20)
+
+    machine.hold = hold
+    thread = threading.Thread(target=vm.harvest)
+    thread.start()
+    try:
+        assert inside.wait(10)
+        assert vm.state().running
+        assert vm.page(5).gfn == 5
+    finally:
+        leave.set()
+        thread.join(20)
+    assert vm.counters().harvest.harvests == 1
+
+
+def test_client_without_a_vm():
+    with Client("nobody") as client, pytest.raises(VmGoneError, match=r"'nobody'.*nothing answers"):
+        client.state()
+
+
+def test_client_of_a_vm_that_went_away(serve):
+    server = serve()
+    with Client(server.path) as client:
+        client.state()
+        server.close()
+        with pytest.raises(VmGoneError):
+            client.state()
+
+
+def test_client_outlives_a_restart_of_the_vm(serve):
+    server = serve()
+    with Client("fake") as client:
+        client.state()
+        server.close()
+        serve()
+        assert client.state().running
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
+def test_curl(serve):
+    path = serve().path
+    run = subprocess.run(
+        ["curl", "-sS", "--unix-socket", str(path), "http://vm/v1/state"],
+        capture_output=True,
+        check=True,
+        timeout=20,
+    )
+    assert b'"name":"fake"' in run.stdout

@@ -1,0 +1,84 @@
+"""Arguments that several commands share: sizes, parameters, images, engines."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from kvmhost.errors import ImageError, LayoutError
+
+__all__ = ["add_machine_arguments", "find_image", "parse_params", "size_bytes"]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def size_bytes(text: str) -> int:
+    """Parse ``256M``, ``1G``, ``65536``: bytes, with binary units.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 65536, 256M or 1G")
+    return int(match.group(1)) * _UNITS[match.group(2).upper()]
+
+
+def parse_params(given: list[str]) -> dict[str, int]:
+    """Parse ``name=value`` words; values are decimal or 0x hex.
+
+    :raises LayoutError: for a word that is no ``name=number``
+    """
+    params = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        try:
+            params[name] = int(value, 0)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise LayoutError(f"--param {word!r}: need name=number, for example pages=4096")
+    return params
+
+
+def find_image(name: str) -> Path:
+    """Return the image that a name means: a file if it looks like one, else a built-in guest.
+
+    :raises ImageError: if there is neither
+    """
+    from guests import image_names, image_path
+
+    if "/" in name or name.endswith(".elf"):
+        return Path(name)
+    if name in image_names():
+        return image_path(name)
+    if Path(name).exists():
+        return Path(name)
+    known = ", ".join(image_names()) or "none are built: run make guests"
+    raise ImageError(name, "image", f"no such file, and no built-in guest (there are: {known})")
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that boots a guest takes."""
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        choices=("auto", "kvm", "emulated"),
+        help="what runs the vCPUs; auto takes kvm where /dev/kvm works (default: auto)",
+    )
+    parser.add_argument(
+        "--mem",
+        type=size_bytes,
+        default=64 << 20,
+        metavar="SIZE",
+        help="guest memory, for example 256M (default: 64M)",
+    )
+    parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="vCPUs (default: 1)")
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameter of the guest, may be repeated; kvmhost guests lists them",
+    )

@@ -1,0 +1,127 @@
+"""``kvmhost bench exits``: what a port exit costs beside KVM itself.
+
+Three ways to handle the same guest's port writes, in turn, in one run: a
+hand-written minimal C loop, the C run loop (which counts the write as a
+doorbell), and a device in Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from guests import image_path
+from kvmhost._ffi import check, lib
+from kvmhost.devices.bus import DOORBELL_PORT, EXIT_PORT
+from kvmhost.engine.kvm import KvmEngine
+from kvmhost.machine import Machine
+
+__all__ = ["main", "run"]
+
+_PYTHON_PORT = 0x600
+
+
+class _Counter:
+    """A device that counts writes."""
+
+    def __init__(self) -> None:
+        self.writes = 0
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.writes += 1
+
+
+def run(count: int = 10_000, repeats: int = 9) -> dict[str, Any]:
+    """Measure; ``ns_per_exit`` by way, and the ratios to the minimal loop.
+
+    :raises CapabilityError: without /dev/kvm
+    """
+    ways: dict[str, Callable[[int], float]] = {
+        "minimal C loop": _minimal,
+        "C run loop": _in_c,
+        "Python device": _in_python,
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way(count // 10)
+    for _ in range(repeats):
+        for name, way in ways.items():
+            times[name].append(way(count))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    base = median["minimal C loop"]
+    return {
+        "count": count,
+        "repeats": repeats,
+        "ns_per_exit": {name: seconds / count * 1e9 for name, seconds in median.items()},
+        "c_of_minimal": median["C run loop"] / base,
+        "python_of_minimal": median["Python device"] / base,
+    }
+
+
+def _machine(port: int, count: int) -> Machine:
+    params = {"port": port, "count": count}
+    return Machine(image_path("portout"), mem_bytes=4 << 20, engine="kvm", params=params)
+
+
+def _minimal(count: int) -> float:
+    with _machine(_PYTHON_PORT, count) as machine:
+        assert isinstance(machine.engine, KvmEngine)
+        core = machine.engine.cores[0].core
+        start = time.perf_counter()
+        seen = check(lib.kh_bench_exits(core.fd, core.run, EXIT_PORT), "kh_bench_exits")
+        seconds = time.perf_counter() - start
+    _expect(seen, count)
+    return seconds
+
+
+def _in_c(count: int) -> float:
+    with _machine(DOORBELL_PORT, count) as machine:
+        seconds = _timed(machine)
+        _expect(machine.doorbells, count)
+    return seconds
+
+
+def _in_python(count: int) -> float:
+    counter = _Counter()
+    with _machine(_PYTHON_PORT, count) as machine:
+        machine.bus.add_port(_PYTHON_PORT, 4, counter)
+        seconds = _timed(machine)
+    _expect(counter.writes, count)
+    return seconds
+
+
+def _timed(machine: Machine) -> float:
+    start = time.perf_counter()
+    machine.start()
+    machine.wait(timeout=120)
+    return time.perf_counter() - start
+
+
+def _expect(seen: int, count: int) -> None:
+    if seen != count:
+        raise RuntimeError(f"{seen} exits seen, {count} made")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the figures as a table, or as JSON."""
+    parser = argparse.ArgumentParser(prog="kvmhost bench exits", description=__doc__)
+    parser.add_argument("--count", type=int, default=10_000, help="exits a repetition")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(argv)
+    result = run(options.count, options.repeats)
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    for name, ns in result["ns_per_exit"].items():
+        print(f"{name:15} {ns / 1000:7.2f} us an exit")
+    print(f"C run loop:     {result['c_of_minimal']:.3f} times the minimal C loop")
+    print(f"Python device:  {result['python_of_minimal']:.3f} times the minimal C loop")
+    return 0

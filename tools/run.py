@@ -1,0 +1,122 @@
+"""``kvmhost run``: boot a guest, show what it prints, and pass its status through."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import typing
+from collections.abc import Sequence
+from types import FrameType
+
+from kvmhost.machine import Machine
+from tools.args import add_machine_arguments, find_image, parse_params, size_bytes
+
+if typing.TYPE_CHECKING:
+    from kvmhost.control.server import ControlServer
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    # With --json standard output belongs to the report; the guest goes to standard error.
+    console_fd = (sys.stderr if args.json else sys.stdout).fileno()
+    machine = Machine(
+        find_image(args.image),
+        mem_bytes=args.mem,
+        n_vcpus=args.vcpus,
+        engine=args.engine,
+        params=parse_params(args.param),
+        console_fd=console_fd,
+        name=args.name or "",
+        store_limit_bytes=args.store_limit,
+    )
+    server: ControlServer | None = None
+    with machine:
+        try:
+            if args.name:
+                server = _serve(machine)
+            if args.tracker:
+                machine.use_tracker(args.tracker)
+            if args.resident_max:
+                machine.pager.set_limit(args.resident_max // 4096)
+            machine.start(paused=args.paused)
+            status = machine.wait(args.timeout)
+            if args.json:
+                print(json.dumps(_report(machine, status)))
+            return status
+        finally:
+            if server is not None:
+                server.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvmhost run",
+        description="Boot a guest image and show its serial output.",
+        epilog="The exit code is the guest's own status; 124: timed out, 125: triple fault or "
+        "another end that the guest did not choose, 2: bad image or parameters.",
+    )
+    parser.add_argument("image", help="a built-in guest (see kvmhost guests) or an ELF file")
+    add_machine_arguments(parser)
+    parser.add_argument(
+        "--name",
+        help="open a control socket under this name, for reclaimd, young and other clients",
+    )
+    parser.add_argument(
+        "--tracker", metavar="NAME", help="start a tracker at once: auto, guestpt or pagemap"
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="stop the guest after this time"
+    )
+    parser.add_argument(
+        "--paused", action="store_true", help="wait for a resume over the control socket"
+    )
+    parser.add_argument(
+        "--resident-max",
+        type=size_bytes,
+        default=0,
+        metavar="SIZE",
+        help="hold guest memory under this size by evicting, with or without a daemon",
+    )
+    parser.add_argument(
+        "--store-limit",
+        type=size_bytes,
+        default=0,
+        metavar="SIZE",
+        help="what evicted pages may take, compressed; a full store refuses (default: no limit)",
+    )
+    parser.add_argument("--json", action="store_true", help="print a report when the guest ends")
+    return parser
+
+
+def _serve(machine: Machine) -> ControlServer:
+    # aiohttp costs more to import than a whole guest run without a name.
+    from kvmhost.control.server import ControlServer
+
+    server = ControlServer(machine)
+    server.start()
+    return server
+
+
+def _report(machine: Machine, status: int) -> dict[str, typing.Any]:
+    return {
+        "image": machine.image.path,
+        "engine": machine.engine.name,
+        "vcpus": len(machine.vcpus),
+        "mem_bytes": machine.layout.mem_bytes,
+        "status": status,
+        "doorbells": machine.doorbells,
+        "exits": machine.exits,
+        "seconds": round(machine.uptime_s, 6),
+        "resident_bytes": machine.memory.resident_bytes(),
+        "pager": machine.pager.counters() if machine.has_pager else None,
+    }
+
+
+def _interrupt(number: int, frame: FrameType | None) -> typing.NoReturn:
+    raise KeyboardInterrupt
