@@ -16,9 +16,9 @@
  * In every form exactly one of several harvests sees the bit go from 1 to 0, and
  * only that one reports it.
  */
-#include <string.h>
-
 #include "mmu_internal.h"
+
+#include <string.h>
 
 static void harvest_bits(uint64_t *bitmap, uint64_t bit, uint64_t value)
 {
@@ -43,8 +43,8 @@ static void put_bits(uint64_t *bitmap, uint64_t bit, unsigned int n, uint64_t va
 }
 
 /* Clear one bit; true if this call changed it from 1 to 0. */
-static bool clear_by_swap(const struct kh_format *fmt, const struct kh_probe *probe,
-			  uint64_t *entry, unsigned int level)
+bool kh_clear_leaf(const struct kh_format *fmt, const struct kh_probe *probe, uint64_t *entry,
+		   unsigned int level)
 {
 	uint64_t raw = kh_read_entry(entry);
 
@@ -89,7 +89,7 @@ static uint64_t clear_swapped(const struct kh_format *fmt, const struct kh_probe
 	for (; todo; todo &= todo - 1) {
 		unsigned int i = (unsigned int)__builtin_ctzll(todo);
 
-		got |= (uint64_t)clear_by_swap(fmt, probe, &entries[i], 1) << i;
+		got |= (uint64_t)kh_clear_leaf(fmt, probe, &entries[i], 1) << i;
 	}
 	return got;
 }
@@ -202,7 +202,7 @@ void kh_harvest_huge(struct kh_harvest *harvest, uint64_t *entry, uint64_t raw, 
 		return;
 	/* One bit for many pages: cleared if any of them is to be cleared. */
 	if (harvest->clear && (!harvest->mask || any_bit(harvest->mask, bit, last - first))) {
-		if (!clear_by_swap(fmt, harvest->probe, entry, level)) {
+		if (!kh_clear_leaf(fmt, harvest->probe, entry, level)) {
 			harvest->stats->lost++;
 			return;
 		}
