@@ -114,7 +114,7 @@ static int init_radix(struct kh_format *fmt, const struct kh_mmu_config *config)
 static uint64_t leaf_bits(const struct kh_format *fmt, unsigned int level, unsigned int flags)
 {
 	bool write = flags & KH_LEAF_WRITE, young = flags & KH_LEAF_YOUNG;
-	bool dirty = write && flags & KH_LEAF_DIRTY;
+	bool dirty = flags & KH_LEAF_DIRTY;
 	uint64_t huge = level > 1 ? KH_BIT(7) : 0;
 
 	switch (fmt->id) {
@@ -123,10 +123,10 @@ static uint64_t leaf_bits(const struct kh_format *fmt, unsigned int level, unsig
 	case KH_FMT_EPT: /* R, X, write-back, IPAT; W with bits 57 and 58 */
 		return 0x75 | huge | (write ? 0x2 | KH_BIT(57) | KH_BIT(58) : 0) |
 		       (young ? 0x100 : 0) | (dirty ? 0x200 : 0);
-	case KH_FMT_STAGE2: /* valid, normal memory, S2AP[0], inner shareable */
+	case KH_FMT_STAGE2: /* valid, normal memory, S2AP[0], inner shareable; dirty is S2AP[1] */
 		return 0x1 | (level == 1 ? 0x2 : 0) | 0xf << 2 | 0x40 | 0x300 |
 		       (write ? KH_BIT(fmt->sw_access ? 55 : 51) : 0) | (young ? 0x400 : 0) |
-		       (dirty ? 0x80 : 0);
+		       (write && dirty ? 0x80 : 0);
 	default: /* radix: present, leaf, read, execute */
 		return KH_BIT(63) | KH_BIT(62) | 0x5 | (write ? 0x2 : 0) | (young ? 0x100 : 0) |
 		       (dirty ? 0x80 : 0);

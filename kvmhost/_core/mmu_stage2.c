@@ -231,7 +231,11 @@ static int map_visitor(const struct kh_visit_ctx *ctx)
 
 	if (ctx->now == KH_WALK_TABLE_PRE)
 		return ctx->level == map->level ? -EEXIST : 0;
-	if (kh_present(fmt, ctx->old))
+	/*
+	 * Below the wanted level: a table came into the entry that this walk meant to
+	 * take, after the callback lost the race for it.
+	 */
+	if (kh_present(fmt, ctx->old) || ctx->level < map->level)
 		return -EEXIST;
 	if (ctx->old)
 		return -EAGAIN; /* locked */

@@ -55,6 +55,7 @@ class Format:
     table_mask = 0x000F_FFFF_FFFF_F000
     accessed = 0
     dirty = 0
+    dirty_needs_write = False
     frozen: int | None = None
     bits: dict[int, str] = {}  # noqa: RUF012 (a constant of each subclass)
 
@@ -67,7 +68,9 @@ class Format:
         young: bool = False,
         dirty: bool = False,
     ) -> int:
-        """Encode a leaf that maps the 4 KiB frame ``pfn`` first; only a writable one is dirty.
+        """Encode a leaf that maps the 4 KiB frame ``pfn`` first.
+
+        Dirty state of stage 2 is part of the write permission: a read-only leaf has none.
 
         :raises LayoutError: if the frame does not fit the format
         """
@@ -77,7 +80,7 @@ class Format:
         value = address | self._leaf_bits(level, write)
         if young:
             value |= self.accessed
-        if dirty and write:
+        if dirty and (write or not self.dirty_needs_write):
             value |= self.dirty
         return value
 
@@ -217,6 +220,7 @@ class Stage2(Format):
     table_mask = 0x0000_FFFF_FFFF_F000
     accessed = _bit(10)
     dirty = _bit(7)
+    dirty_needs_write = True
     frozen = _bit(10)  # KVM_INVALID_PTE_LOCKED
     bits = {  # noqa: RUF012
         0: "valid", 1: "type", 2: "MemAttr0", 3: "MemAttr1", 4: "MemAttr2", 5: "MemAttr3",

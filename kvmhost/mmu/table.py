@@ -121,7 +121,12 @@ class Mmu(Harvester):
         return {n: getattr(config, n) for n in ("format", "levels", "ipa_bits", "page_shift")}
 
     def level_pages(self, level: int) -> int:
-        """Return how many base pages an entry of a level maps."""
+        """Return how many base pages an entry of a level maps.
+
+        :raises LayoutError: if the table has no such level
+        """
+        if not 1 <= level <= self.n_levels:
+            raise LayoutError(f"level {level}: the table has levels 1 to {self.n_levels}")
         return 1 << (self.level_shift[level] - self.page_shift)
 
     # Memslots.
