@@ -41,6 +41,7 @@ static int init_tdp(struct kh_format *fmt, const struct kh_mmu_config *config)
 {
 	unsigned int levels = config->levels ? config->levels : 4;
 	bool ept = config->format == KH_FMT_EPT;
+	uint64_t readable;
 
 	if (levels != 4 && levels != 5)
 		return -EINVAL;
@@ -49,8 +50,10 @@ static int init_tdp(struct kh_format *fmt, const struct kh_mmu_config *config)
 	fmt->addr_mask = fmt->table_mask = 0x000ffffffffff000ull;
 	fmt->raw_present = ept ? 7 : KH_BIT(0);
 	fmt->raw_huge[0] = fmt->raw_huge[1] = KH_BIT(7);
-	fmt->young = probe_for(fmt, KH_BIT(ept ? 8 : 5), 0);
-	fmt->dirty = probe_for(fmt, KH_BIT(ept ? 9 : 6), 0);
+	/* Leaves of this layer's own EPT are readable, so that the scan's answer is exact. */
+	readable = ept && config->arena_bytes ? 1 : 0;
+	fmt->young = probe_for(fmt, KH_BIT(ept ? 8 : 5), readable);
+	fmt->dirty = probe_for(fmt, KH_BIT(ept ? 9 : 6), readable);
 	fmt->raw_write = fmt->raw_write_all = KH_BIT(1);
 	fmt->raw_dirty_set = fmt->dirty.raw_clear;
 	fmt->raw_frozen = KH_TDP_FROZEN;

@@ -124,6 +124,7 @@ struct kh_harvest {
 	uint64_t bit;   /* of `start` */
 	struct kh_root *root;
 	bool clear;
+	bool careful; /* look at each entry again before clearing it */
 	bool may_yield;
 	unsigned int epoch_slot;
 	const uint64_t *mask;
