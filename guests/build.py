@@ -11,13 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["GuestBuildError", "build_guests"]
+__all__ = ["GuestBuildError", "build_guests", "compile_guest"]
 
 SOURCES = Path(__file__).resolve().parent / "x86_64"
 CFLAGS = [
     "-std=gnu11", "-O2", "-m64", "-ffreestanding", "-nostdlib", "-static", "-fno-pie", "-no-pie",
     "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none",
-    "-mno-red-zone", "-mgeneral-regs-only", "-fno-tree-loop-distribute-patterns", "-fno-toplevel-reorder",
+    "-mno-red-zone", "-mgeneral-regs-only", "-fno-tree-loop-distribute-patterns",
+    # The order of PARAM() lines is the order of the arguments.
+    "-fno-toplevel-reorder",
     "-Wall", "-Wextra", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,max-page-size=4096",
 ]  # fmt: skip
 
@@ -33,21 +35,31 @@ def build_guests(target: Path = SOURCES) -> list[Path]:
     :return: the images, sorted by name
     :raises GuestBuildError: if the compiler fails or is missing
     """
-    compiler = shlex.split(os.environ.get("KVMHOST_GUEST_CC") or os.environ.get("CC") or "cc")
     target.mkdir(parents=True, exist_ok=True)
-    start, script = SOURCES / "start.S", SOURCES / "guest.ld"
-    images = []
-    for source in sorted(SOURCES.glob("*.c")):
-        image = target / f"{source.stem}.elf"
-        command = [*compiler, *CFLAGS, f"-Wl,-T,{script}", "-o", str(image), str(start), str(source)]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise GuestBuildError(f"no compiler {compiler[0]!r}; install one or set CC") from error
-        except subprocess.CalledProcessError as error:
-            raise GuestBuildError(f"{source.name}: {error.stderr}") from error
-        images.append(image)
-    return images
+    return [
+        compile_guest(source, target / f"{source.stem}.elf")
+        for source in sorted(SOURCES.glob("*.c"))
+    ]
+
+
+def compile_guest(source: Path, image: Path) -> Path:
+    """Compile one C source, which includes ``guest.h``, into an image.
+
+    The compiler is ``$KVMHOST_GUEST_CC``, else ``$CC``, else ``cc``.
+
+    :return: ``image``
+    :raises GuestBuildError: if the compiler fails or is missing
+    """
+    compiler = shlex.split(os.environ.get("KVMHOST_GUEST_CC") or os.environ.get("CC") or "cc")
+    linking = [f"-Wl,-T,{SOURCES / 'guest.ld'}", f"-I{SOURCES}", str(SOURCES / "start.S")]
+    command = [*compiler, *CFLAGS, *linking, "-o", str(image), str(source)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise GuestBuildError(f"no compiler {compiler[0]!r}; install one or set CC") from error
+    except subprocess.CalledProcessError as error:
+        raise GuestBuildError(f"{source.name}: {error.stderr}") from error
+    return image
 
 
 if __name__ == "__main__":

@@ -93,8 +93,10 @@ class YoungBitmap:
 
     def count(self) -> int:
         """Return the number of young pages."""
-        return int(np.bitwise_count(self.words).sum()) if hasattr(np, "bitwise_count") else int(
-            self.as_bool().sum()
+        return (
+            int(np.bitwise_count(self.words).sum())
+            if hasattr(np, "bitwise_count")
+            else int(self.as_bool().sum())
         )
 
     def __eq__(self, other: object) -> bool:

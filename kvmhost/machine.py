@@ -205,8 +205,19 @@ class Machine:
         self._runner.request_stop()
 
     def stop(self) -> None:
-        """End every vCPU, wherever it is."""
-        if not self._runner.stop():
+        """End every vCPU, wherever it is.
+
+        :raises KvmHostError: if a vCPU's thread does not come back
+        """
+        if self._runner.stop(timeout=5.0):
+            return
+        # A thread that waits in the kernel for a page that will not come: closing the
+        # userfaultfd lets it go, and the stop request keeps it out of guest mode.
+        if self._userfault is not None:
+            if self._pager is not None:
+                self._pager.stop()
+            self._userfault.close()
+        if not self._runner.stop(timeout=5.0):
             raise KvmHostError("a vCPU thread does not come back from guest mode")
 
     def console_text(self) -> str:

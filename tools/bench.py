@@ -12,7 +12,10 @@ __all__ = ["BENCHES", "main"]
 BENCHES = {
     "walk": ("bench_walk", "harvest over live entries against a plain sum and a bare atomic loop"),
     "exits": ("bench_exits", "port exits in the C loop and in Python against a minimal C loop"),
-    "harvest": ("bench_harvest", "trackers on a 1 GiB guest: scan, re-arm, and what the guest pays"),
+    "harvest": (
+        "bench_harvest",
+        "trackers on a 1 GiB guest: scan, re-arm, and what the guest pays",
+    ),
     "start": ("bench_start", "kvmhost run hello: wall time of the whole process"),
     "mmu": ("bench_mmu", "tables in all formats: speed, locking, batching"),
 }

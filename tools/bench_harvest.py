@@ -41,9 +41,7 @@ def run(
     return {"mem_bytes": mem_bytes, "hot_pages": hot, "seconds": seconds, "trackers": rows}
 
 
-def _measure(
-    name: str, mem_bytes: int, hot: int, seconds: float, repeats: int
-) -> dict[str, Any]:
+def _measure(name: str, mem_bytes: int, hot: int, seconds: float, repeats: int) -> dict[str, Any]:
     params = {"start_gfn": _START_GFN, "pages": hot, "epochs": 0}
     image = image_path("touch")
     with Machine(image, mem_bytes=mem_bytes, engine="kvm", params=params) as machine:

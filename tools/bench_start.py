@@ -50,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(result, indent=2))
         return 0
-    print(f"kvmhost run hello: {result['hello_s']:.3f} s median of {result['repeats']}, "
-          f"{result['hello_max_s']:.3f} s at most")
+    print(
+        f"kvmhost run hello: {result['hello_s']:.3f} s median of {result['repeats']}, "
+        f"{result['hello_max_s']:.3f} s at most"
+    )
     print(f"python -c pass:    {result['python_s']:.3f} s")
     return 0

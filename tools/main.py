@@ -28,6 +28,7 @@ from kvmhost.errors import (
     ImageError,
     KvmHostError,
     LayoutError,
+    NameInUseError,
 )
 
 __all__ = ["COMMANDS", "main", "reclaimd", "run_command"]
@@ -88,7 +89,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
 
 def exit_code(error: KvmHostError) -> int:
     """Return the documented exit code of an error."""
-    if isinstance(error, ImageError | LayoutError):
+    if isinstance(error, ImageError | LayoutError | NameInUseError):
         return EXIT_USAGE
     if isinstance(error, CapabilityError):
         return EXIT_MISSING

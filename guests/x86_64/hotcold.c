@@ -43,10 +43,10 @@ struct state {
 	struct result *result;
 };
 
-/* Seven words in eight carry the page's own value, so that a page compresses. */
+/* Fifteen words in sixteen carry the page's own value, so that a page compresses. */
 static inline u64 word_at(u64 value, u64 i, int same_filled)
 {
-	return same_filled || (i & 7) ? value : value + (i + 1) * 0x9e3779b97f4a7c15ul;
+	return same_filled || (i & 15) ? value : value + (i + 1) * 0x9e3779b97f4a7c15ul;
 }
 
 static u64 value_of(u64 gfn, u64 written)

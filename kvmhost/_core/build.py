@@ -63,7 +63,7 @@ def make_ffi() -> FFI:
     return ffi
 
 
-class BuildExt(build_ext):  # type: ignore[misc]
+class BuildExt(build_ext):
     """Build the C core, and the guests beside it where the compiler can."""
 
     def build_extension(self, ext: Any) -> None:

@@ -38,6 +38,16 @@
 #define UFFD_FEATURE_WP_ASYNC (1 << 15)
 #endif
 
+/* Since commit fc71884a5f59 ("mm: userfaultfd: add new UFFDIO_POISON ioctl") (in v6.6). */
+#ifndef UFFDIO_POISON
+struct uffdio_poison {
+	struct uffdio_range range;
+	uint64_t mode;
+	int64_t updated;
+};
+#define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
+#endif
+
 /* Since commit 52526ca7fdb9 ("fs/proc/task_mmu: implement IOCTL to get and
  * optionally clear info about PTEs") (in v6.7). */
 #ifndef PAGEMAP_SCAN

@@ -39,6 +39,10 @@ struct kh_pager {
 	int uffd;
 	int stop_event;
 	int armed;
+	int serving;
+	int failed;		/* serve() has reported a failure once */
+	pthread_mutex_t serving_lock;
+	pthread_cond_t serving_changed;
 	uint32_t n_regions;
 	struct region regions[MAX_REGIONS];
 	uint64_t n_pages;
@@ -74,6 +78,8 @@ struct kh_pager *kh_pager_new(int uffd, kh_compress_fn compress, kh_decompress_f
 	pager->store.compress = compress;
 	pager->store.decompress = decompress;
 	pthread_mutex_init(&pager->evict_lock, NULL);
+	pthread_mutex_init(&pager->serving_lock, NULL);
+	pthread_cond_init(&pager->serving_changed, NULL);
 	for (int i = 0; i < STRIPES; i++)
 		pthread_mutex_init(&pager->stripes[i], NULL);
 	return pager;
@@ -507,10 +513,36 @@ static int serve_message(struct kh_pager *pager, const struct uffd_msg *message)
 	return result;
 }
 
+static int is_alias(const struct kh_pager *pager, uint64_t address)
+{
+	for (uint32_t i = 0; i < pager->n_regions; i++)
+		if (address - pager->regions[i].alias < pager->regions[i].n_pages * KH_PAGE_BYTES)
+			return 1;
+	return 0;
+}
+
+/*
+ * A fault that cannot be served. A guest thread may wait: a kick gets it out.
+ * A thread of the VMM may hold the interpreter lock, and everything would wait
+ * for it: better SIGBUS than that, or than made-up data.
+ */
+static int give_up(struct kh_pager *pager, const struct uffd_msg *message, int error)
+{
+	uint64_t address = message->arg.pagefault.address & ~(KH_PAGE_BYTES - 1ull);
+	int first = !pager->failed;
+
+	pager->failed = 1;
+	COUNT(pager, errors);
+	if (is_alias(pager, address))
+		kh_uffd_poison(pager->uffd, address);
+	return first ? error : 0;
+}
+
 static int read_messages(struct kh_pager *pager)
 {
 	struct uffd_msg messages[MESSAGES];
 	ssize_t got = read(pager->uffd, messages, sizeof(messages));
+	int failure = 0;
 
 	if (got < 0)
 		return errno == EAGAIN || errno == EINTR ? 0 : -errno;
@@ -519,9 +551,10 @@ static int read_messages(struct kh_pager *pager)
 
 		/* ENOENT: the mapping is on its way out; nobody waits there any more. */
 		if (result && result != -ENOENT && result != -ESRCH)
-			return result;
+			result = give_up(pager, &messages[i], result);
+		failure = failure ? failure : result == -ENOENT || result == -ESRCH ? 0 : result;
 	}
-	return 0;
+	return failure;
 }
 
 int kh_pager_serve(struct kh_pager *pager)
@@ -531,6 +564,10 @@ int kh_pager_serve(struct kh_pager *pager)
 		{ .fd = pager->stop_event, .events = POLLIN },
 	};
 
+	pthread_mutex_lock(&pager->serving_lock);
+	pager->serving = 1;
+	pthread_cond_broadcast(&pager->serving_changed);
+	pthread_mutex_unlock(&pager->serving_lock);
 	for (;;) {
 		int result;
 
@@ -546,6 +583,14 @@ int kh_pager_serve(struct kh_pager *pager)
 		if (result)
 			return result;
 	}
+}
+
+void kh_pager_wait_serving(struct kh_pager *pager)
+{
+	pthread_mutex_lock(&pager->serving_lock);
+	while (!pager->serving)
+		pthread_cond_wait(&pager->serving_changed, &pager->serving_lock);
+	pthread_mutex_unlock(&pager->serving_lock);
 }
 
 void kh_pager_stop(struct kh_pager *pager)
@@ -567,6 +612,8 @@ void kh_pager_free(struct kh_pager *pager)
 	free(pager->recent);
 	free(pager->victims);
 	pthread_mutex_destroy(&pager->evict_lock);
+	pthread_mutex_destroy(&pager->serving_lock);
+	pthread_cond_destroy(&pager->serving_changed);
 	for (int i = 0; i < STRIPES; i++)
 		pthread_mutex_destroy(&pager->stripes[i]);
 	free(pager);

@@ -60,8 +60,14 @@ int64_t kh_pager_add_region(struct kh_pager *pager, int memfd, uint64_t guest, u
 			    uint64_t n_pages);
 /* Register both mappings for missing and write-protect faults. */
 int kh_pager_arm(struct kh_pager *pager);
-/* Serve faults until kh_pager_stop; 0, or -errno if the pager can go on no more. */
+/*
+ * Serve faults until kh_pager_stop; 0, or -errno if a page cannot be brought
+ * back. Called again after that, it serves what it can: guest threads that wait
+ * for a page that is lost wait on, the VMM's own touch of it is SIGBUS.
+ */
 int kh_pager_serve(struct kh_pager *pager);
+/* Wait until a thread is inside kh_pager_serve. */
+void kh_pager_wait_serving(struct kh_pager *pager);
 void kh_pager_stop(struct kh_pager *pager);
 void kh_pager_free(struct kh_pager *pager);
 

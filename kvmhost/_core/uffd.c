@@ -116,6 +116,13 @@ int kh_uffd_zero(int uffd, uint64_t address)
 	return retry_ioctl(uffd, UFFDIO_ZEROPAGE, &argument);
 }
 
+int kh_uffd_poison(int uffd, uint64_t address)
+{
+	struct uffdio_poison argument = { .range = { .start = address, .len = PAGE_BYTES } };
+
+	return retry_ioctl(uffd, UFFDIO_POISON, &argument);
+}
+
 int kh_uffd_wake(int uffd, uint64_t address)
 {
 	struct uffdio_range range = { .start = address, .len = PAGE_BYTES };

@@ -22,6 +22,8 @@ int kh_uffd_write_protect(int uffd, uint64_t address, uint64_t n_bytes, int prot
 /* Fill one missing page; EEXIST where another thread was faster. */
 int kh_uffd_copy(int uffd, uint64_t address, const void *page);
 int kh_uffd_zero(int uffd, uint64_t address);
+/* Make a missing page one whose touch is SIGBUS. */
+int kh_uffd_poison(int uffd, uint64_t address);
 int kh_uffd_wake(int uffd, uint64_t address);
 
 #endif

@@ -155,12 +155,8 @@ def _chosen_dir() -> Path:
     given = os.environ.get(RUNTIME_DIR_ENV)
     if given:
         return Path(given)
-    # Not platformdirs for the common case: this is on the way of every start.
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if not base:
-        import platformdirs
-
-        base = str(Path(platformdirs.user_runtime_dir("kvmhost")).parent)
+    # What systemd sets the variable to; a plain su or cron has the folder without it.
+    base = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
     if base != tempfile.gettempdir() and os.access(base, os.W_OK | os.X_OK):
         return Path(base) / "kvmhost"
     return Path(tempfile.gettempdir()) / f"kvmhost-{os.geteuid()}"

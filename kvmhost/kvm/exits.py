@@ -59,7 +59,5 @@ _DECODERS: dict[int, Callable[[Any], Exit]] = {
     lib.KVM_EXIT_INTR: lambda raw: Kicked(),
     lib.KVM_EXIT_FAIL_ENTRY: lambda raw: FailEntry(raw.detail),
     lib.KVM_EXIT_INTERNAL_ERROR: _internal,
-    lib.KVM_EXIT_MEMORY_FAULT: lambda raw: MemoryFault(
-        raw.address, raw.internal[0], raw.detail
-    ),
+    lib.KVM_EXIT_MEMORY_FAULT: lambda raw: MemoryFault(raw.address, raw.internal[0], raw.detail),
 }

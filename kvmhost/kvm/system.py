@@ -70,9 +70,7 @@ class System:
         while True:
             buffer = bytearray(8 + 40 * entries)
             buffer[0:4] = entries.to_bytes(4, "little")
-            result = lib.kh_ioctl_ptr(
-                self.fd, lib.KVM_GET_SUPPORTED_CPUID, ffi.from_buffer(buffer)
-            )
+            result = lib.kh_ioctl_ptr(self.fd, lib.KVM_GET_SUPPORTED_CPUID, ffi.from_buffer(buffer))
             if result != -errno.E2BIG or entries >= _MAX_CPUID_ENTRIES:
                 check(result, "KVM_GET_SUPPORTED_CPUID", nent=entries)
                 used = int.from_bytes(buffer[0:4], "little")

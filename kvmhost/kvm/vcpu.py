@@ -48,9 +48,7 @@ class KvmVcpu:
         Source: KVM_GET_SREGS.
         """
         sregs = ffi.new("struct kvm_sregs *")
-        check(
-            lib.kh_ioctl_ptr(self.fd, lib.KVM_GET_SREGS, sregs), "KVM_GET_SREGS", vcpu=self.index
-        )
+        check(lib.kh_ioctl_ptr(self.fd, lib.KVM_GET_SREGS, sregs), "KVM_GET_SREGS", vcpu=self.index)
         return sregs
 
     def set_sregs(self, sregs: Any) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
-
 import typing
+from types import TracebackType
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.kvm.vcpu import KvmVcpu

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -120,6 +121,9 @@ class Pager:
                 return
             thread = threading.Thread(target=self._serve, name="pager", daemon=True)
             thread.start()
+            # A thread that touches an evicted page may hold the interpreter lock: by
+            # then the handler has to be in C, where it needs no such lock.
+            lib.kh_pager_wait_serving(self._core)
             self._thread = thread
             check(lib.kh_pager_arm(self._core), "UFFDIO_REGISTER")
 
@@ -179,9 +183,7 @@ class Pager:
         """Name the pages that go first when the limit is reached, best ones first."""
         index = self._indexes(_as_gfns(gfns))
         check(
-            lib.kh_pager_set_victims(
-                self._core, ffi.from_buffer("uint32_t[]", index), index.size
-            ),
+            lib.kh_pager_set_victims(self._core, ffi.from_buffer("uint32_t[]", index), index.size),
             "kh_pager_set_victims",
             n=index.size,
         )
@@ -253,10 +255,16 @@ class Pager:
     def _serve(self) -> None:
         check(lib.kh_thread_mask_signals(), "pthread_sigmask")
         result = lib.kh_pager_serve(self._core)
-        if result < 0 and self._on_failure is not None:
-            lost = np.flatnonzero(self.states() == PageState.LOST)
-            where = f"; lost page numbers: {lost[:8].tolist()}" if lost.size else ""
-            self._on_failure(PagerError(f"the fault handler failed, errno {-result}{where}"))
+        if result < 0:
+            if self._on_failure is not None:
+                self._on_failure(self._failure(-result))
+            lib.kh_pager_serve(self._core)
+
+    def _failure(self, number: int) -> PagerError:
+        lost = np.flatnonzero(self.states() == PageState.LOST)
+        if lost.size:
+            return PagerError(f"the store cannot give back {lost.size} lost page(s): {lost[:8]}")
+        return PagerError(f"the fault handler failed: {os.strerror(number)}")
 
 
 def _as_gfns(gfns: Iterable[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -1,0 +1,321 @@
+"""The emulated engine: guest code under Unicorn, for hosts without /dev/kvm.
+
+Each vCPU is a Unicorn instance of its own over one shared guest memory: the
+guest mapping, so that zapping, eviction and fault-in work as under KVM. Unicorn
+sets accessed and dirty bits in the guest's page tables when it fills its TLB;
+what it has cached sets nothing until a flush, which is how bits are re-armed.
+
+Where this departs from a processor:
+
+- Unicorn writes accessed and dirty bits with plain stores. Two vCPUs that touch
+  a page for the first time at the same moment may lose one of the two bits.
+- An exception is a triple fault at once, as there is no IDT.
+- Code is searched for port instructions before its first run. A guest that
+  writes new ones over code that ran before ends with an InternalError.
+- ``rdtsc`` and ``cpuid`` tell of the emulator.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from kvmhost._ffi import ffi, lib
+from kvmhost.boot.longmode import EntryState
+from kvmhost.devices.bus import Bus
+from kvmhost.engine.base import RearmKind, Vcpu
+from kvmhost.engine.outside import Replay
+from kvmhost.engine.portinsn import PortInsn, candidates, decode
+from kvmhost.engine.unicorncpu import UnicornCpu
+from kvmhost.exits import Exit, InternalError, IoIn, IoOut, Kicked, Shutdown, UnknownExit
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.layout import MAX_TINY_VCPUS
+
+__all__ = ["EmulatedEngine"]
+
+#: KVM_INTERNAL_ERROR_EMULATION: an instruction that cannot be emulated.
+_EMULATION_FAILED = 1
+_UART_LSR, _UART_LSR_IDLE = 5, 0x60
+
+
+class EmulatedEngine:
+    """A VM under Unicorn.
+
+    :raises CapabilityError: if Unicorn cannot be used (at import, or here)
+    """
+
+    name = "emulated"
+    fixed_rearm: RearmKind | None = RearmKind.TLB_FLUSH
+
+    def __init__(self) -> None:
+        self._memory: GuestMemory | None = None
+        self._bus: Bus | None = None
+        self._vcpus: list[EmulatedVcpu] = []
+
+    def attach(self, memory: GuestMemory, bus: Bus) -> None:
+        """Take memory and bus for the vCPUs to come."""
+        self._memory, self._bus = memory, bus
+
+    def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
+        """Create a vCPU in 64-bit mode at privilege level 3."""
+        if self._memory is None or self._bus is None:
+            raise RuntimeError("attach() comes before create_vcpu()")
+        vcpu = EmulatedVcpu(index, UnicornCpu(self._memory, state), self._bus)
+        self._vcpus.append(vcpu)
+        return vcpu
+
+    def flush_tlbs(self) -> None:
+        """Drop cached translations; return when no vCPU can use an old one.
+
+        A vCPU that waits for an evicted page is waited for.
+        """
+        for vcpu in self._vcpus:
+            vcpu.request_flush()
+        for vcpu in self._vcpus:
+            vcpu.wait_flushed()
+
+    def max_vcpus(self) -> int:
+        """Return what a tiny guest may have; Unicorn sets no limit."""
+        return MAX_TINY_VCPUS
+
+    def close(self) -> None:
+        """Forget the vCPUs. Idempotent."""
+        self._vcpus.clear()
+
+
+class EmulatedVcpu:
+    """One Unicorn instance behind the protocol of :class:`~kvmhost.engine.base.Vcpu`."""
+
+    def __init__(self, index: int, cpu: UnicornCpu, bus: Bus) -> None:
+        self.index = index
+        self._cpu, self._core, self._bus = cpu, cpu.core, bus
+        # Guards what other threads change: the requests and who is inside Unicorn.
+        self._changed = threading.Condition()
+        self._inside = self._kicked = self._flush = self._closed = False
+        self._stop_at_doorbell = False
+        self._reading: PortInsn | None = None  # waits for complete_read()
+        self._string: int | None = None  # address of INS whose data are there
+        self._replay: Replay | None = None
+        self._exits = self._doorbells = self._doorbell_value = 0
+
+    def run(self) -> Exit:
+        """Run guest code until an exit that the bus does not answer."""
+        while self._go_in():
+            try:
+                leaving = self._once()
+            finally:
+                self._come_out()
+            if leaving is not None:
+                return leaving
+        return Kicked()
+
+    def kick(self) -> None:
+        """Make :meth:`run` return ``Kicked``, before its next block or at its next call."""
+        with self._changed:
+            self._kicked = True
+            self._cpu.attend()
+
+    def complete_read(self, data: bytes) -> None:
+        """Answer the pending ``IoIn`` or ``MmioRead``, little-endian."""
+        if self._reading is not None:
+            insn, self._reading = self._reading, None
+            self._finish_in(insn, data)
+        elif self._replay is not None:
+            self._replay.answer(data)
+
+    def stop_at_doorbell(self, stop: bool) -> None:
+        """Return at each doorbell instead of only counting it."""
+        self._stop_at_doorbell = stop
+
+    def registers(self) -> dict[str, int]:
+        """Return the general registers, rip, rflags, cr2, cr3 and cs."""
+        return self._cpu.registers()
+
+    @property
+    def exits(self) -> int:
+        """How often emulation was left for an exit, answered here or not."""
+        return self._exits
+
+    @property
+    def doorbells(self) -> int:
+        """Doorbells rung so far."""
+        return self._doorbells
+
+    @property
+    def doorbell_value(self) -> int:
+        """Value of the last doorbell."""
+        return self._doorbell_value
+
+    def close(self) -> None:
+        """Free the vCPU. Idempotent."""
+        with self._changed:
+            self._closed = True
+        self._cpu.close()
+
+    # -- requests of other threads --------------------------------------------
+
+    def request_flush(self) -> None:
+        """Have the TLB flushed before guest code runs on; at once if none runs."""
+        with self._changed:
+            self._flush = not self._closed
+            if self._inside:
+                self._cpu.attend()
+            else:
+                self._flush_now()
+
+    def wait_flushed(self) -> None:
+        """Wait until a requested flush is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._flush)
+
+    def _go_in(self) -> bool:
+        with self._changed:
+            # Lowered under the lock under which it is raised: no request is lost.
+            self._core.attention = 0
+            if self._kicked:
+                self._kicked = False
+                return False
+            self._inside = True
+            return True
+
+    def _come_out(self) -> None:
+        with self._changed:
+            self._inside = False
+            self._flush_now()
+
+    def _flush_now(self) -> None:
+        if self._flush:
+            self._cpu.flush_tlb()
+            self._flush = False
+            self._changed.notify_all()
+
+    # -- guest code -----------------------------------------------------------
+
+    def _once(self) -> Exit | None:
+        """Run until something stops it; None if that is dealt with."""
+        if self._reading is not None:
+            self.complete_read(b"\xff" * lib.KH_EMU_DATA)
+        if self._string is not None:
+            address, self._string = self._string, None
+            return self._stopped(self._cpu.step_string(address), whole=True)
+        if self._replay is not None:
+            return self._run_outside(self._replay)
+        return self._stopped(self._cpu.run())
+
+    def _stopped(self, error: str, whole: bool = False) -> Exit | None:
+        """Look at why it stopped; ``whole``: a stop after one instruction is meant."""
+        core = self._core
+        reason, address, size = core.reason, int(core.address), int(core.size)
+        if reason == lib.KH_EMU_ATTENTION or (whole and reason == lib.KH_EMU_NONE and not error):
+            return None
+        if reason == lib.KH_EMU_NEW_BLOCK:
+            starts, ends = candidates(self._cpu.code(address, size))
+            self._cpu.watch((address + i for i in starts), (address + i for i in ends))
+            return None
+        self._exits += 1
+        if reason == lib.KH_EMU_PORT:
+            return self._port(address, size)
+        if reason == lib.KH_EMU_OUTSIDE:
+            return self._outside()
+        if reason == lib.KH_EMU_EXCEPTION:
+            return Shutdown(f"exception {address}")
+        if reason == lib.KH_EMU_UNFORESEEN:
+            return self._not_emulated()
+        return UnknownExit(reason, self._cpu.read("rip"))
+
+    # -- ports ------------------------------------------------------------------
+
+    def _port(self, address: int, n_bytes: int) -> Exit | None:
+        insn = decode(self._cpu.code(address, n_bytes))
+        if insn is None:
+            return self._not_emulated()
+        port = self._cpu.read("rdx") & 0xFFFF if insn.port is None else insn.port
+        if insn.is_in:
+            return self._read_port(insn, port)
+        if not insn.is_string:
+            value = self._cpu.read("rax").to_bytes(8, "little")[: insn.size]
+            self._cpu.write("rip", address + insn.n_bytes)
+            return self._write_port(port, insn.size, value)
+        self._core.used = 0
+        failed = self._stopped(self._cpu.step_string(address), whole=True)
+        data = ffi.buffer(self._core.data, self._core.used)[:]
+        return failed or (self._write_port(port, insn.size, data) if data else None)
+
+    def _write_port(self, port: int, size: int, data: bytes) -> Exit | None:
+        entry = self._core_port(port)
+        if entry is None:
+            return IoOut(port, size, data, len(data) // size)
+        if entry.kind == lib.KH_PORT_SERIAL:
+            if port == entry.port:
+                lib.kh_serial_write(entry.serial, data, len(data))
+            return None
+        self._doorbell_value = int.from_bytes(data[:size], "little")
+        self._doorbells += 1
+        return IoOut(port, size, data, len(data) // size) if self._stop_at_doorbell else None
+
+    def _read_port(self, insn: PortInsn, port: int) -> Exit | None:
+        count = 1
+        if insn.repeats:
+            left = self._cpu.read("rcx") & ((1 << 32) - 1 if insn.narrow else (1 << 64) - 1)
+            count = min(left, lib.KH_EMU_DATA // insn.size)
+        entry = self._core_port(port)
+        if entry is None and count:
+            self._reading = insn
+            return IoIn(port, insn.size, count)
+        is_serial = entry is not None and entry.kind == lib.KH_PORT_SERIAL
+        idle = is_serial and port - entry.port == _UART_LSR
+        filler = _UART_LSR_IDLE if idle else 0 if is_serial else 0xFF
+        self._finish_in(insn, bytes([filler]) * (insn.size * count))
+        return None
+
+    def _finish_in(self, insn: PortInsn, data: bytes) -> None:
+        address = self._cpu.read("rip")
+        if insn.is_string:
+            self._string = address
+            self._core.used, self._core.done = len(data), 0
+            ffi.memmove(self._core.data, data, min(len(data), lib.KH_EMU_DATA))
+            return
+        value = int.from_bytes(data[: insn.size].ljust(insn.size, b"\0"), "little")
+        if insn.size < 4:  # 32 bits clear the upper half, less keeps it
+            mask = (1 << 8 * insn.size) - 1
+            value |= self._cpu.read("rax") & ~mask
+        self._cpu.write("rax", value)
+        self._cpu.write("rip", address + insn.n_bytes)
+
+    def _core_port(self, port: int) -> Any:
+        """Return the ``struct kh_port`` that C answers for KVM; None if Python has to."""
+        for entry in self._bus.core.ports[0 : self._bus.core.n_ports]:
+            if entry.port <= port < entry.port + entry.n_ports:
+                return entry
+        return None
+
+    # -- accesses outside memory --------------------------------------------------
+
+    def _outside(self) -> Exit:
+        core = self._core
+        if core.type == UnicornCpu.FETCH_OUTSIDE:
+            return self._not_emulated()
+        self._replay = self._replay or Replay()
+        is_write = core.type == UnicornCpu.WRITE_OUTSIDE
+        return self._replay.ask(core.address, core.size, core.value if is_write else None)
+
+    def _run_outside(self, replay: Replay) -> Exit | None:
+        """Run the instruction again, its accesses answered as far as they are known."""
+        error, put_back = self._cpu.step_outside(replay.pages, replay.read, replay.write)
+        missing = replay.take_missing()
+        if missing is not None:
+            put_back()
+            self._exits += 1
+            return missing
+        failed = self._stopped(error, whole=True)
+        if self._core.reason == lib.KH_EMU_OUTSIDE:
+            put_back()
+        else:
+            self._replay = None
+        return failed
+
+    def _not_emulated(self) -> InternalError:
+        code = self._cpu.code(self._cpu.read("rip"), 15)
+        raw = (bytes([len(code)]) + code).ljust(24, b"\0")
+        words = (int.from_bytes(raw[i : i + 8], "little") for i in range(0, 24, 8))
+        return InternalError(_EMULATION_FAILED, (1, *words))
