@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.control.client import Client
 from kvmhost.control.schema import HarvestCost, MemoryMap
-from kvmhost.errors import LayoutError, VmGoneError
+from kvmhost.errors import LayoutError
 
 __all__ = ["main"]
 
@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         "The harvests clear: a reclaim daemon on the same VM sees less meanwhile.",
     )
     _add_common(heatmap)
-    heatmap.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="picture")
+    heatmap.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FILE", help=".png, .svg, .pdf"
+    )
     heatmap.add_argument(
         "--interval",
         type=_seconds,
@@ -237,36 +239,23 @@ def _umask() -> int:
 
 
 def _heatmap(args: argparse.Namespace) -> int:
-    from reclaim.young.render import Heatmap, draw_heatmap
+    from reclaim.young.render import need_plotting, record_live, render_heatmap
 
-    with Client(args.vm) as vm:
+    need_plotting()
+    with Client(args.vm) as vm, _progress(args.count) as advance:
         gfn_start, n_pages = _range_of(args.range, vm.memory())
-        image = Path(vm.state().image).stem
-        heatmap = Heatmap(gfn_start, n_pages, args.bins)
-        bitmap = vm.harvest(gfn_start, n_pages, tracker=args.tracker)
-        begin_ns = end_ns = time.monotonic_ns()
-        source = bitmap.provenance
-        with _progress(args.count) as advance, contextlib.suppress(KeyboardInterrupt):
-            for number in range(1, args.count + 1):
-                # Measured from the start: a late window does not make all others late.
-                due = begin_ns / 1e9 + number * args.interval
-                time.sleep(max(0.0, due - time.monotonic()))
-                try:
-                    bitmap = vm.harvest(gfn_start, n_pages, tracker=source.tracker)
-                except VmGoneError:
-                    break
-                start_ns, end_ns = end_ns, time.monotonic_ns()
-                heatmap.add(bitmap, start_ns, end_ns)
-                advance()
-    if not heatmap.columns:
-        raise VmGoneError(args.vm, "gone before the first window ended")
-    windows = len(heatmap.columns)
-    title = (
-        f"VM {args.vm} ({image}): pages touched, by {source.tracker} ({source.table_format}), "
-        f"{windows} windows of {args.interval:g} s"
-    )
-    draw_heatmap(heatmap, args.out, title)
-    print(f"{args.out}: {windows} windows of {args.vm}")
+        heatmap = record_live(
+            vm,
+            interval_s=args.interval,
+            count=args.count,
+            tracker=args.tracker,
+            gfn_start=gfn_start,
+            n_pages=n_pages,
+            n_bins=args.bins,
+            on_window=advance,
+        )
+    render_heatmap(heatmap, args.out)
+    print(f"{args.out}: {len(heatmap.columns)} windows of {args.vm}")
     return 0
 
 
