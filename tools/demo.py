@@ -196,7 +196,7 @@ def _throughput(settings: Settings, seconds: float = 2.0) -> dict[str, float]:
                     budget = settings.mem_bytes
                     stack.enter_context(_daemon("free", budget, _logs(vm.directory)))
                     passes = vm.client.counters().harvest.harvests
-                    _wait(lambda n=passes: vm.client.counters().harvest.harvests > n, vm, "a pass")
+                    _wait(_more_harvests(vm, passes), vm, "a pass")
                 start, first = time.perf_counter(), vm.client.state().doorbells
                 time.sleep(seconds)
                 done = vm.client.state().doorbells - first

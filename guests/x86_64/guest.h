@@ -104,12 +104,18 @@ static inline void put_hex(struct line *line, u64 value)
 		line->text[line->used++] = "0123456789abcdef"[value >> (4 * digits) & 15];
 }
 
+/* One vCPU at a time: a run of bytes may leave the guest in several exits. */
+static u32 serial_busy __attribute__((unused));
+
 static inline void send(struct line *line)
 {
 	if (line->used == sizeof(line->text))
 		line->used--;
 	line->text[line->used++] = '\n';
+	while (__atomic_exchange_n(&serial_busy, 1, __ATOMIC_ACQUIRE))
+		__asm__ volatile("pause");
 	out_string(line->text, line->used);
+	__atomic_store_n(&serial_busy, 0, __ATOMIC_RELEASE);
 	line->used = 0;
 }
 

@@ -73,8 +73,8 @@ struct kh_pager *kh_pager_new(int uffd, kh_compress_fn compress, kh_decompress_f
 	if (!pager)
 		return NULL;
 	/*
-	 * Pages are stored by one thread and dropped by another, over and over.
-	 * With an arena a thread that fragments without end; one serves well.
+	 * A process under a memory limit serves requests from several threads:
+	 * with a malloc arena for each it grows by tens of MiB for nothing.
 	 */
 	mallopt(M_ARENA_MAX, 1);
 	pager->uffd = uffd;
@@ -83,6 +83,7 @@ struct kh_pager *kh_pager_new(int uffd, kh_compress_fn compress, kh_decompress_f
 		free(pager);
 		return NULL;
 	}
+	kh_store_init(&pager->store);
 	pager->store.compress = compress;
 	pager->store.decompress = decompress;
 	pthread_mutex_init(&pager->evict_lock, NULL);
@@ -744,6 +745,8 @@ void kh_pager_counters(struct kh_pager *pager, struct kh_pager_counters *counter
 	for (uint64_t i = 0; i < sizeof(*counters) / sizeof(*to); i++)
 		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
 	counters->store_bytes = __atomic_load_n(&pager->store.used_bytes, __ATOMIC_RELAXED);
+	counters->store_held_bytes = __atomic_load_n(&pager->store.slab.chunk_bytes,
+						     __ATOMIC_RELAXED);
 	counters->same_filled_pages = __atomic_load_n(&pager->store.same_filled_pages,
 						      __ATOMIC_RELAXED);
 	counters->raw_pages = __atomic_load_n(&pager->store.raw_pages, __ATOMIC_RELAXED);

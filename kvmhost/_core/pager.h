@@ -39,6 +39,7 @@ struct kh_pager_counters {
 	uint64_t same_filled_pages;	/* of these, kept as one word */
 	uint64_t raw_pages;		/* of these, kept uncompressed */
 	uint64_t store_bytes;		/* used by page contents in the store */
+	uint64_t store_held_bytes;	/* taken from the system for them */
 	uint64_t evictions;
 	uint64_t direct_evictions;	/* of these, made by the fault handler at the limit */
 	uint64_t fault_ins;

@@ -6,6 +6,11 @@
 /* A page that compresses to more than this is kept as it is. */
 #define WORTH_BYTES (KH_PAGE_BYTES - KH_PAGE_BYTES / 8)
 
+void kh_store_init(struct kh_store *store)
+{
+	kh_slab_init(&store->slab);
+}
+
 int kh_store_grow(struct kh_store *store, uint64_t n_pages)
 {
 	uint64_t *content = calloc(n_pages, sizeof(*content));
@@ -60,7 +65,7 @@ static int put_bytes(struct kh_store *store, uint64_t index, const void *bytes, 
 
 	if (!reserve(store, n_bytes))
 		return KH_EVICT_FULL;
-	copy = malloc(n_bytes);
+	copy = kh_slab_take(&store->slab, n_bytes);
 	if (!copy) {
 		__atomic_sub_fetch(&store->used_bytes, n_bytes, __ATOMIC_RELAXED);
 		return KH_EVICT_ERROR;
@@ -124,7 +129,7 @@ void kh_store_drop(struct kh_store *store, uint64_t index)
 	if (n_bytes == KH_SAME_FILLED) {
 		__atomic_fetch_sub(&store->same_filled_pages, 1, __ATOMIC_RELAXED);
 	} else if (n_bytes) {
-		free((void *)(uintptr_t)store->content[index]);
+		kh_slab_give(&store->slab, (void *)(uintptr_t)store->content[index]);
 		__atomic_fetch_sub(&store->used_bytes, n_bytes, __ATOMIC_RELAXED);
 		if (n_bytes == KH_PAGE_BYTES)
 			__atomic_fetch_sub(&store->raw_pages, 1, __ATOMIC_RELAXED);
@@ -139,4 +144,5 @@ void kh_store_destroy(struct kh_store *store, uint64_t n_pages)
 		kh_store_drop(store, index);
 	free(store->content);
 	free(store->n_bytes);
+	kh_slab_destroy(&store->slab);
 }

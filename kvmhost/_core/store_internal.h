@@ -6,6 +6,7 @@
 #define KVMHOST_STORE_INTERNAL_H
 
 #include "pager.h"
+#include "slab_internal.h"
 
 struct kh_store {
 	uint64_t *content;	/* fill word, or address of the bytes */
@@ -17,6 +18,7 @@ struct kh_store {
 	uint64_t failing_stores;
 	uint64_t failing_loads;
 	int refuse_raw;
+	struct kh_slab slab;
 	kh_compress_fn compress;
 	kh_decompress_fn decompress;
 };
@@ -24,6 +26,7 @@ struct kh_store {
 #define KH_SAME_FILLED 0xffff
 #define KH_PAGE_BYTES 4096
 
+void kh_store_init(struct kh_store *store);
 int kh_store_grow(struct kh_store *store, uint64_t n_pages);
 /* Keep a page: KH_EVICT_DONE, _FULL, _REFUSED or _ERROR; unless done, nothing changed. */
 int kh_store_put(struct kh_store *store, uint64_t index, const void *page);
