@@ -1,8 +1,8 @@
+#include "mmu_internal.h"
+
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-
-#include "mmu_internal.h"
 
 static uint64_t now_ns(void)
 {
@@ -47,23 +47,6 @@ void kh_write_lock(struct kh_rwlock *lock)
 		wait_for(lock, pthread_rwlock_wrlock);
 }
 
-bool kh_root_tryget(struct kh_root *root)
-{
-	uint32_t count = __atomic_load_n(&root->refcount, __ATOMIC_RELAXED);
-
-	while (count)
-		if (__atomic_compare_exchange_n(&root->refcount, &count, count + 1, true,
-						__ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
-			return true;
-	return false;
-}
-
-void kh_root_put(struct kh_mmu *mmu, struct kh_root *root)
-{
-	(void)mmu;
-	__atomic_fetch_sub(&root->refcount, 1, __ATOMIC_ACQ_REL);
-}
-
 static bool regions_ok(const struct kh_region *regions, uint32_t n)
 {
 	for (uint32_t i = 0; i < n; i++) {
@@ -94,7 +77,52 @@ static struct kh_mmu *mmu_alloc(const struct kh_mmu_config *config, int *result)
 	mmu->n_as = config->n_as ? config->n_as : 1;
 	kh_epoch_init(&mmu->epoch, mmu);
 	kh_rwlock_init(&mmu->lock);
+	pthread_mutex_init(&mmu->roots_lock, NULL);
 	return mmu;
+}
+
+/* An arena is the one region of its tables' memory. */
+static int add_arena(struct kh_mmu *mmu, const struct kh_mmu_config *config)
+{
+	uint64_t pa = config->arena_pa ? config->arena_pa : 1ull << 32;
+	uint64_t n_bytes = config->arena_bytes ? config->arena_bytes : 64ull << 20;
+	int result;
+
+	if (pa % 65536 || n_bytes % 65536 || pa + n_bytes > mmu->fmt.table_mask ||
+	    pa + n_bytes < pa)
+		return -EINVAL;
+	result = kh_arena_open(&mmu->arena, pa, n_bytes, mmu->flags & KH_MMU_POISON);
+	if (result < 0)
+		return result;
+	mmu->memory.regions = malloc(sizeof(*mmu->memory.regions));
+	if (!mmu->memory.regions)
+		return -ENOMEM;
+	mmu->memory.n_regions = 1;
+	mmu->memory.regions[0] = (struct kh_region){
+		.pa_start = pa,
+		.host_address = (uint64_t)(uintptr_t)mmu->arena->base,
+		.n_bytes = n_bytes,
+	};
+	return 0;
+}
+
+int kh_mmu_open(struct kh_mmu **out, const struct kh_mmu_config *config)
+{
+	struct kh_mmu *mmu;
+	int result;
+
+	mmu = mmu_alloc(config, &result);
+	if (!mmu)
+		return result;
+	result = add_arena(mmu, config);
+	for (uint32_t as_id = 0; !result && as_id < mmu->n_as; as_id++)
+		result = kh_root_new(mmu, as_id) ? 0 : -ENOMEM;
+	if (result < 0) {
+		kh_mmu_close(mmu);
+		return result;
+	}
+	*out = mmu;
+	return 0;
 }
 
 static int add_live_root(struct kh_mmu *mmu, uint64_t root_pa)
@@ -146,8 +174,13 @@ void kh_mmu_close(struct kh_mmu *mmu)
 		next = root->next;
 		free(root);
 	}
+	/* Retired objects go back to the arena: it must still be there. */
 	kh_epoch_destroy(&mmu->epoch);
 	pthread_rwlock_destroy(&mmu->lock.lock);
+	pthread_mutex_destroy(&mmu->roots_lock);
+	if (mmu->arena)
+		kh_arena_close(mmu->arena);
+	free(mmu->slots);
 	free(mmu->memory.regions);
 	free(mmu);
 }
@@ -167,7 +200,7 @@ int kh_mmu_read_entry(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t
 		uint64_t *table = root->table;
 		unsigned int at = mmu->fmt.n_levels;
 
-		if (root->invalid)
+		if (__atomic_load_n(&root->invalid, __ATOMIC_ACQUIRE))
 			continue;
 		for (; table; at--) {
 			*raw = kh_read_entry(table + kh_index(&mmu->fmt, gfn, at));

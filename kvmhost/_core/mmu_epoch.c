@@ -1,11 +1,8 @@
+#include "mmu_epoch_internal.h"
+
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include "mmu_epoch_internal.h"
-
-/* Objects that may wait before a retire looks for some to free. */
-#define RECLAIM_BATCH 64
 
 static uint32_t next_hint;
 static _Thread_local uint32_t slot_hint;
@@ -112,7 +109,7 @@ void kh_epoch_retire(struct kh_epoch *epoch, void *object, uint64_t argument,
 		release(epoch->owner, object, argument);
 		epoch->freed++;
 	}
-	if (epoch->n_retired >= RECLAIM_BATCH && epoch->n_retired % RECLAIM_BATCH == 0)
+	if (epoch->n_retired % KH_EPOCH_BACKLOG == 0 && epoch->n_retired)
 		reclaim_locked(epoch);
 	pthread_mutex_unlock(&epoch->lock);
 }
@@ -122,7 +119,7 @@ void kh_epoch_synchronize(struct kh_epoch *epoch)
 	uint64_t now = __atomic_fetch_add(&epoch->now, 1, __ATOMIC_SEQ_CST);
 
 	while (oldest_reader(epoch) <= now) {
-		__atomic_store_n(&epoch->waiting, 1, __ATOMIC_RELAXED);
+		__atomic_store_n(&epoch->waiting, UINT32_MAX, __ATOMIC_RELAXED);
 		sched_yield();
 	}
 	kh_epoch_reclaim(epoch);

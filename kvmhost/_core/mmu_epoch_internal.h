@@ -10,12 +10,13 @@
 #ifndef KVMHOST_MMU_EPOCH_INTERNAL_H
 #define KVMHOST_MMU_EPOCH_INTERNAL_H
 
+#include "compat.h"
+
 #include <pthread.h>
 #include <stdbool.h>
 
-#include "compat.h"
-
 #define KH_EPOCH_SLOTS 128
+#define KH_EPOCH_BACKLOG 64
 
 struct kh_retired {
 	uint64_t epoch;
@@ -34,7 +35,7 @@ struct kh_epoch {
 	struct kh_retired *retired;
 	uint32_t n_retired;
 	uint32_t size;
-	uint32_t waiting;     /* retired objects that a reader holds up: long walks yield */
+	uint32_t waiting;     /* retired objects that a reader holds up */
 	void *owner;
 	uint64_t freed;
 };
@@ -54,9 +55,10 @@ static inline void kh_epoch_exit(struct kh_epoch *epoch, unsigned int slot)
 	__atomic_store_n(&epoch->slots[slot].epoch, 0, __ATOMIC_RELEASE);
 }
 
+/* So many objects are held up that a long walk should let go for a moment. */
 static inline bool kh_epoch_wanted(struct kh_epoch *epoch)
 {
-	return __atomic_load_n(&epoch->waiting, __ATOMIC_RELAXED) != 0;
+	return __atomic_load_n(&epoch->waiting, __ATOMIC_RELAXED) >= KH_EPOCH_BACKLOG;
 }
 
 #endif

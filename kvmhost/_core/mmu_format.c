@@ -1,6 +1,14 @@
+#include "mmu_format_internal.h"
+
 #include <string.h>
 
-#include "mmu_format_internal.h"
+#include "mmu_ops.h"
+
+/*
+ * The kernel's FROZEN_SPTE is 0x5a0, which has the accessed bit of NPT and of EPT in
+ * it; this one has neither, so that clearing such a bit never changes it.
+ */
+#define KH_TDP_FROZEN 0x480ull
 
 /* Equal index widths: 9 bits at each level over 4 KiB pages. */
 static void even_levels(struct kh_format *fmt, unsigned int n_levels)
@@ -33,6 +41,7 @@ static int init_tdp(struct kh_format *fmt, const struct kh_mmu_config *config)
 {
 	unsigned int levels = config->levels ? config->levels : 4;
 	bool ept = config->format == KH_FMT_EPT;
+	uint64_t readable;
 
 	if (levels != 4 && levels != 5)
 		return -EINVAL;
@@ -41,8 +50,13 @@ static int init_tdp(struct kh_format *fmt, const struct kh_mmu_config *config)
 	fmt->addr_mask = fmt->table_mask = 0x000ffffffffff000ull;
 	fmt->raw_present = ept ? 7 : KH_BIT(0);
 	fmt->raw_huge[0] = fmt->raw_huge[1] = KH_BIT(7);
-	fmt->young = probe_for(fmt, KH_BIT(ept ? 8 : 5), 0);
-	fmt->dirty = probe_for(fmt, KH_BIT(ept ? 9 : 6), 0);
+	/* Leaves of this layer's own EPT are readable, so that the scan's answer is exact. */
+	readable = ept && config->arena_bytes ? 1 : 0;
+	fmt->young = probe_for(fmt, KH_BIT(ept ? 8 : 5), readable);
+	fmt->dirty = probe_for(fmt, KH_BIT(ept ? 9 : 6), readable);
+	fmt->raw_write = fmt->raw_write_all = KH_BIT(1);
+	fmt->raw_dirty_set = fmt->dirty.raw_clear;
+	fmt->raw_frozen = KH_TDP_FROZEN;
 	return 0;
 }
 
@@ -50,6 +64,7 @@ static int init_tdp(struct kh_format *fmt, const struct kh_mmu_config *config)
 static int init_stage2(struct kh_format *fmt, const struct kh_mmu_config *config)
 {
 	unsigned int ipa_bits = config->ipa_bits ? config->ipa_bits : 40;
+	uint64_t writable;
 
 	if (ipa_bits < 32 || ipa_bits > 48)
 		return -EINVAL;
@@ -61,8 +76,16 @@ static int init_stage2(struct kh_format *fmt, const struct kh_mmu_config *config
 	fmt->raw_page[0] = fmt->raw_page[1] = KH_BIT(1);
 	fmt->raw_huge[0] = KH_BIT(1);
 	fmt->young = probe_for(fmt, KH_BIT(10), 0);
-	/* FEAT_HAFDBS: with DBM (bit 51) set, S2AP[1] (bit 7) is the dirty state. */
-	fmt->dirty = probe_for(fmt, KH_BIT(7), KH_BIT(51));
+	/*
+	 * FEAT_HAFDBS: with DBM (bit 51) set, S2AP[1] (bit 7) is the dirty state, and
+	 * hardware sets it. Without, a software bit (55) says that a fault may.
+	 */
+	writable = KH_BIT(fmt->sw_access ? 55 : 51);
+	fmt->dirty = probe_for(fmt, KH_BIT(7), writable);
+	fmt->raw_write = KH_BIT(7) | (fmt->sw_access ? 0 : writable);
+	fmt->raw_write_all = KH_BIT(7) | writable;
+	fmt->raw_dirty_set = KH_BIT(7);
+	fmt->raw_frozen = KH_BIT(10); /* KVM_INVALID_PTE_LOCKED */
 	return 0;
 }
 
@@ -85,7 +108,52 @@ static int init_radix(struct kh_format *fmt, const struct kh_mmu_config *config)
 	fmt->raw_huge[0] = fmt->raw_huge[1] = kh_raw(fmt, KH_BIT(62));
 	fmt->young = probe_for(fmt, 0x100, 0);
 	fmt->dirty = probe_for(fmt, 0x80, 0);
+	fmt->raw_write = fmt->raw_write_all = kh_raw(fmt, 0x2);
+	fmt->raw_dirty_set = fmt->dirty.raw_clear;
 	return 0;
+}
+
+/* Flags that a format keeps in a leaf beside the address. */
+static uint64_t leaf_bits(const struct kh_format *fmt, unsigned int level, unsigned int flags)
+{
+	bool write = flags & KH_LEAF_WRITE, young = flags & KH_LEAF_YOUNG;
+	bool dirty = flags & KH_LEAF_DIRTY;
+	uint64_t huge = level > 1 ? KH_BIT(7) : 0;
+
+	switch (fmt->id) {
+	case KH_FMT_NPT: /* P, U; W with host- and MMU-writable (bits 9, 10) */
+		return 0x5 | huge | (write ? 0x602 : 0) | (young ? 0x20 : 0) | (dirty ? 0x40 : 0);
+	case KH_FMT_EPT: /* R, X, write-back, IPAT; W with bits 57 and 58 */
+		return 0x75 | huge | (write ? 0x2 | KH_BIT(57) | KH_BIT(58) : 0) |
+		       (young ? 0x100 : 0) | (dirty ? 0x200 : 0);
+	case KH_FMT_STAGE2: /* valid, normal memory, S2AP[0], inner shareable; dirty is S2AP[1] */
+		return 0x1 | (level == 1 ? 0x2 : 0) | 0xf << 2 | 0x40 | 0x300 |
+		       (write ? KH_BIT(fmt->sw_access ? 55 : 51) : 0) | (young ? 0x400 : 0) |
+		       (write && dirty ? 0x80 : 0);
+	default: /* radix: present, leaf, read, execute */
+		return KH_BIT(63) | KH_BIT(62) | 0x5 | (write ? 0x2 : 0) | (young ? 0x100 : 0) |
+		       (dirty ? 0x80 : 0);
+	}
+}
+
+uint64_t kh_make_leaf(const struct kh_format *fmt, uint64_t pfn, unsigned int level,
+		      unsigned int flags)
+{
+	return kh_raw(fmt, ((pfn << 12) & fmt->addr_mask) | leaf_bits(fmt, level, flags));
+}
+
+uint64_t kh_make_table(const struct kh_format *fmt, uint64_t pa, unsigned int level)
+{
+	switch (fmt->id) {
+	case KH_FMT_NPT: /* P, W, U, A */
+		return pa | 0x27;
+	case KH_FMT_EPT: /* R, W, X, A */
+		return pa | 0x107;
+	case KH_FMT_STAGE2:
+		return pa | 0x3;
+	default: /* radix: present, and the index width of the next table */
+		return kh_raw(fmt, pa | KH_BIT(63) | fmt->bits[level - 1]);
+	}
 }
 
 int kh_format_init(struct kh_format *fmt, const struct kh_mmu_config *config)

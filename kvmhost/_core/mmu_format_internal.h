@@ -9,6 +9,8 @@
 #ifndef KVMHOST_MMU_FORMAT_INTERNAL_H
 #define KVMHOST_MMU_FORMAT_INTERNAL_H
 
+#include "compat.h"
+
 #include <stdbool.h>
 
 #include "mmu_core.h"
@@ -40,6 +42,10 @@ struct kh_format {
 	uint64_t raw_present;       /* any bit of it: present */
 	uint64_t raw_page[2];       /* leaf at level 1: entry & [0] == [1] */
 	uint64_t raw_huge[2];       /* leaf above level 1 */
+	uint64_t raw_write;         /* a write needs one of these bits */
+	uint64_t raw_write_all;     /* what write-protection clears */
+	uint64_t raw_dirty_set;     /* what hardware sets on a write */
+	uint64_t raw_frozen;        /* absent, and somebody is working on it; 0: not used */
 	struct kh_probe young;
 	struct kh_probe dirty;
 };
@@ -95,6 +101,33 @@ static inline uint64_t kh_n_gfns(const struct kh_format *fmt)
 	unsigned int top = fmt->n_levels;
 
 	return 1ull << (fmt->shift[top] + fmt->bits[top] - fmt->page_shift);
+}
+
+/* A leaf of a level; flags are KH_LEAF_*. */
+uint64_t kh_make_leaf(const struct kh_format *fmt, uint64_t pfn, unsigned int level,
+		      unsigned int flags);
+/* An entry of a level that points to a table of the level below. */
+uint64_t kh_make_table(const struct kh_format *fmt, uint64_t pa, unsigned int level);
+
+/* 4 KiB frame that a leaf maps first. */
+static inline uint64_t kh_leaf_pfn(const struct kh_format *fmt, uint64_t raw)
+{
+	return (kh_raw(fmt, raw) & fmt->addr_mask) >> 12;
+}
+
+static inline bool kh_writable(const struct kh_format *fmt, uint64_t raw)
+{
+	return raw & fmt->raw_write;
+}
+
+static inline bool kh_young(const struct kh_format *fmt, uint64_t raw)
+{
+	return raw & fmt->young.raw_clear;
+}
+
+static inline bool kh_dirty(const struct kh_format *fmt, uint64_t raw)
+{
+	return raw & fmt->dirty.raw_clear;
 }
 
 int kh_format_init(struct kh_format *fmt, const struct kh_mmu_config *config);

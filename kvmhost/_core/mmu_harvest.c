@@ -16,9 +16,9 @@
  * In every form exactly one of several harvests sees the bit go from 1 to 0, and
  * only that one reports it.
  */
-#include <string.h>
-
 #include "mmu_internal.h"
+
+#include <string.h>
 
 static void harvest_bits(uint64_t *bitmap, uint64_t bit, uint64_t value)
 {
@@ -43,8 +43,8 @@ static void put_bits(uint64_t *bitmap, uint64_t bit, unsigned int n, uint64_t va
 }
 
 /* Clear one bit; true if this call changed it from 1 to 0. */
-static bool clear_by_swap(const struct kh_format *fmt, const struct kh_probe *probe,
-			  uint64_t *entry, unsigned int level)
+bool kh_clear_leaf(const struct kh_format *fmt, const struct kh_probe *probe, uint64_t *entry,
+		   unsigned int level)
 {
 	uint64_t raw = kh_read_entry(entry);
 
@@ -81,15 +81,29 @@ CLEAR_BY_AND(6)
 CLEAR_BY_AND(8)
 CLEAR_BY_AND(9)
 
+/*
+ * Compare-and-swap on the marked entries. All are read before the first is swapped: a
+ * locked instruction holds later loads up, so reading each just before would cost more
+ * than the swap. One that changed since is looked at again, alone.
+ */
 static uint64_t clear_swapped(const struct kh_format *fmt, const struct kh_probe *probe,
 			      uint64_t *entries, uint64_t todo)
 {
-	uint64_t got = 0;
+	uint64_t seen[64], got = 0;
 
-	for (; todo; todo &= todo - 1) {
-		unsigned int i = (unsigned int)__builtin_ctzll(todo);
+	for (uint64_t left = todo; left; left &= left - 1) {
+		unsigned int i = (unsigned int)__builtin_ctzll(left);
 
-		got |= (uint64_t)clear_by_swap(fmt, probe, &entries[i], 1) << i;
+		seen[i] = __atomic_load_n(&entries[i], __ATOMIC_RELAXED);
+	}
+	for (uint64_t left = todo; left; left &= left - 1) {
+		unsigned int i = (unsigned int)__builtin_ctzll(left);
+		bool done = kh_probe_hit(fmt, probe, seen[i], 1) &&
+			    kh_try_set(&entries[i], seen[i], seen[i] & ~probe->raw_clear);
+
+		if (!done)
+			done = kh_clear_leaf(fmt, probe, &entries[i], 1);
+		got |= (uint64_t)done << i;
 	}
 	return got;
 }
@@ -129,9 +143,15 @@ static void harvest_word(struct kh_harvest *harvest, uint64_t *entries, uint64_t
 			 unsigned int n, uint64_t hint)
 {
 	const struct kh_format *fmt = &harvest->mmu->fmt;
-	uint64_t young = confirm(harvest, entries, hint);
+	uint64_t young = hint;
 	uint64_t todo = 0;
 
+	/*
+	 * Where all are cleared, the clear itself says which were young; only where freed
+	 * pages hold poison must each be looked at before it is touched.
+	 */
+	if (!harvest->clear || harvest->mask || harvest->careful)
+		young = confirm(harvest, entries, hint);
 	if (harvest->clear)
 		todo = harvest->mask ? young & get_bits(harvest->mask, bit, n) : young;
 	if (todo) {
@@ -202,7 +222,7 @@ void kh_harvest_huge(struct kh_harvest *harvest, uint64_t *entry, uint64_t raw, 
 		return;
 	/* One bit for many pages: cleared if any of them is to be cleared. */
 	if (harvest->clear && (!harvest->mask || any_bit(harvest->mask, bit, last - first))) {
-		if (!clear_by_swap(fmt, harvest->probe, entry, level)) {
+		if (!kh_clear_leaf(fmt, harvest->probe, entry, level)) {
 			harvest->stats->lost++;
 			return;
 		}
@@ -271,6 +291,7 @@ int kh_mmu_harvest(struct kh_mmu *mmu, const struct kh_segment *segments, uint32
 		.mmu = mmu,
 		.probe = flags & KH_HARVEST_DIRTY ? &mmu->fmt.dirty : &mmu->fmt.young,
 		.clear = flags & KH_HARVEST_CLEAR,
+		.careful = mmu->flags & KH_MMU_POISON,
 		.may_yield = !(flags & KH_HARVEST_LOCKED),
 		.mask = mask,
 		.young = young,

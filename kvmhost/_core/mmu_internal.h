@@ -2,11 +2,15 @@
 #ifndef KVMHOST_MMU_INTERNAL_H
 #define KVMHOST_MMU_INTERNAL_H
 
+#include "compat.h"
+
 #include <pthread.h>
 
+#include "mmu_arena_internal.h"
 #include "mmu_core.h"
 #include "mmu_epoch_internal.h"
 #include "mmu_format_internal.h"
+#include "mmu_ops.h"
 
 struct kh_memory {
 	struct kh_region *regions;
@@ -52,6 +56,7 @@ struct kh_root {
 	uint32_t as_id;
 	uint32_t refcount; /* 0: being freed, walks pass it by */
 	bool invalid;      /* being torn down: aged, never mapped into */
+	bool zapping;      /* under roots_lock: somebody tears it down */
 };
 
 /*
@@ -65,20 +70,50 @@ struct kh_root {
 		    !__atomic_load_n(&root->refcount, __ATOMIC_ACQUIRE)) {                       \
 		} else
 
-struct kh_slot_array;
-struct kh_arena;
+/* A snapshot of the memslots, replaced as a whole. */
+struct kh_slot_array {
+	uint32_t n;
+	struct kh_slot slots[];
+};
+
+struct kh_counters {
+	uint64_t born_young, set_young, copied_young, merged_young, dropped_young, cleared_young;
+	uint64_t faults, fault_retries, flushes, deferred;
+};
 
 struct kh_mmu {
 	struct kh_format fmt;
 	struct kh_memory memory;
 	struct kh_arena *arena; /* NULL: tables of someone else */
 	struct kh_root *roots;
+	pthread_mutex_t roots_lock;
 	struct kh_epoch epoch;
 	struct kh_rwlock lock;
+	struct kh_slot_array *slots; /* NULL: no gfn may be faulted in */
+	struct kh_counters counters;
 	uint32_t flags;
 	uint32_t n_as;
-	struct kh_slot_array *slots; /* NULL: every gfn may be mapped */
+	bool released;
+	uint64_t tlb_seq;    /* vCPUs whose copy differs empty their TLB */
+	uint64_t tlbs_dirty; /* times somebody changed an entry and did not flush */
+	/* Written under the MMU lock held for write, read under it held for read. */
+	uint64_t invalidate_in_progress;
+	uint64_t invalidate_start;
+	uint64_t invalidate_end;
+	uint64_t invalidate_seq;
 };
+
+static inline void kh_count(uint64_t *counter, uint64_t n)
+{
+	__atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
+}
+
+/* Set an entry if it still is what it was. */
+static inline bool kh_try_set(uint64_t *entry, uint64_t old, uint64_t value)
+{
+	return __atomic_compare_exchange_n(entry, &old, value, false, __ATOMIC_SEQ_CST,
+					   __ATOMIC_ACQUIRE);
+}
 
 /* One harvest over one range; walkers hand leaves to kh_harvest_*(). */
 struct kh_harvest {
@@ -89,6 +124,7 @@ struct kh_harvest {
 	uint64_t bit;   /* of `start` */
 	struct kh_root *root;
 	bool clear;
+	bool careful; /* look at each entry again before clearing it */
 	bool may_yield;
 	unsigned int epoch_slot;
 	const uint64_t *mask;
@@ -119,11 +155,84 @@ static inline uint64_t *kh_child(const struct kh_mmu *mmu, uint64_t raw, unsigne
 	return table;
 }
 
+/* One present leaf that a walk found. */
+struct kh_leaf_ctx {
+	struct kh_mmu *mmu;
+	uint64_t *entry;
+	uint64_t old;
+	uint64_t gfn; /* first that the leaf maps */
+	unsigned int level;
+	void *arg;
+};
+
+/* Negative ends the walk; KH_LOOK_AGAIN: there is a table now where the leaf was. */
+#define KH_LOOK_AGAIN 1
+
+typedef int (*kh_leaf_fn)(const struct kh_leaf_ctx *ctx);
+
+/* Every present leaf that touches [start, end), in the shape of the format's walker. */
+int kh_tdp_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t start, uint64_t end,
+			 kh_leaf_fn fn, void *arg);
+int kh_stage2_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t start,
+			    uint64_t end, kh_leaf_fn fn, void *arg);
+int kh_radix_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t start,
+			   uint64_t end, kh_leaf_fn fn, void *arg);
+int kh_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t start, uint64_t end,
+		     kh_leaf_fn fn, void *arg);
+
+/*
+ * Map one leaf where nothing is: -EEXIST for something, -EAGAIN if someone is at work
+ * there. tdp and stage 2 with the lock held for read, radix with it held for write.
+ */
+int kh_tdp_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map);
+int kh_stage2_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map);
+int kh_radix_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map);
+/* stage 2 only: take out leaves, and tables that are empty then. */
+int kh_stage2_unmap(struct kh_mmu *mmu, struct kh_root *root, uint64_t start, uint64_t end,
+		    bool *any);
+
+/* A table page of a level for entries of level `level`. */
+uint64_t *kh_table_alloc(struct kh_mmu *mmu, unsigned int level);
+/* Free a table that nobody ever could reach. */
+void kh_table_free(struct kh_mmu *mmu, uint64_t *table, unsigned int level);
+/* Free a table that walks may still be in, after they have left. */
+void kh_table_retire(struct kh_mmu *mmu, uint64_t *table, unsigned int level);
+/* Retire a table that was unlinked, with all below it; leaves in it are gone. */
+void kh_table_remove(struct kh_mmu *mmu, uint64_t *table, unsigned int level);
+/* Take out a leaf; returns what it was. Bits that were set in it are counted as dropped. */
+uint64_t kh_leaf_remove(struct kh_mmu *mmu, uint64_t *entry, unsigned int level, uint64_t left);
+/* The entry for a gfn at a level, whatever it holds; NULL if no table of that level is there. */
+uint64_t *kh_entry_find(struct kh_mmu *mmu, struct kh_root *root, uint64_t gfn,
+			unsigned int level);
+struct kh_root *kh_root_new(struct kh_mmu *mmu, uint32_t as_id);
+/* The root that vCPUs use; inside an epoch, or with the MMU lock held. */
+struct kh_root *kh_root_current(struct kh_mmu *mmu, uint32_t as_id);
+const struct kh_slot *kh_slot_find(const struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn);
+
+/* What hardware caches of a translation. */
+struct kh_translation {
+	uint64_t gfn;
+	uint64_t pfn;
+	unsigned int level;
+	bool write; /* a write needs no further walk */
+};
+
+#define KH_FAULT_ABSENT 1 /* no leaf */
+#define KH_FAULT_ACCESS 2 /* accessed bit clear, and hardware does not set it */
+#define KH_FAULT_WRITE 3  /* not writable, or dirty state that hardware does not set */
+
+/* Translate like hardware, inside an epoch; *set counts accessed bits that it set. */
+int kh_hw_walk(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, bool write,
+	       struct kh_translation *out, uint64_t *set);
+
 /* Consecutive last-level entries of one table. */
 void kh_harvest_run(struct kh_harvest *harvest, uint64_t *entries, uint64_t gfn, uint64_t n);
 /* One leaf above the last level, found with value `raw`. */
 void kh_harvest_huge(struct kh_harvest *harvest, uint64_t *entry, uint64_t raw, uint64_t gfn,
 		     unsigned int level);
+/* Clear one bit by compare-and-swap; true if this call changed it from 1 to 0. */
+bool kh_clear_leaf(const struct kh_format *fmt, const struct kh_probe *probe, uint64_t *entry,
+		   unsigned int level);
 /* Leave the epoch and come back, if someone waits for that. True: start over from the root. */
 bool kh_harvest_yield(struct kh_harvest *harvest);
 

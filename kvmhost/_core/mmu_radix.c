@@ -54,3 +54,65 @@ void kh_radix_harvest(struct kh_harvest *harvest, struct kh_root *root)
 		kh_harvest_yield(harvest);
 	}
 }
+
+int kh_radix_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t start,
+			   uint64_t end, kh_leaf_fn fn, void *arg)
+{
+	const struct kh_format *fmt = &mmu->fmt;
+	struct kh_leaf_ctx ctx = { .mmu = mmu, .arg = arg };
+	uint64_t bad = 0;
+	unsigned int shift;
+	int result;
+
+	for (uint64_t gfn = start, span; gfn < end; gfn = span ? (gfn & ~(span - 1)) + span : gfn) {
+		ctx.entry = kh_radix_find(mmu, root, gfn, &shift, &ctx.level, &bad);
+		span = 1ull << (shift - fmt->page_shift);
+		if (!ctx.entry)
+			continue;
+		ctx.old = kh_read_entry(ctx.entry);
+		ctx.gfn = gfn & ~(span - 1);
+		if (!kh_leaf(fmt, ctx.old, ctx.level))
+			continue;
+		result = fn(&ctx);
+		if (result < 0)
+			return result;
+		if (result == KH_LOOK_AGAIN)
+			span = 0;
+	}
+	return 0;
+}
+
+/*
+ * In the shape of kvmppc_create_pte(). Nobody else changes the tables meanwhile: the
+ * lock is held for write, as the kernel holds its spinlock there.
+ */
+int kh_radix_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map)
+{
+	const struct kh_format *fmt = &mmu->fmt;
+	uint64_t *table = root->table;
+	uint64_t *entry, raw, bad = 0;
+
+	for (unsigned int level = fmt->n_levels;; level--) {
+		entry = table + kh_index(fmt, map->gfn, level);
+		raw = kh_read_entry(entry);
+		if (level == map->level)
+			break;
+		if (kh_leaf(fmt, raw, level))
+			return -EEXIST;
+		if (!kh_present(fmt, raw)) {
+			table = kh_table_alloc(mmu, level - 1);
+			if (!table)
+				return -ENOMEM;
+			raw = kh_make_table(fmt, kh_arena_pa(mmu->arena, table), level);
+			__atomic_store_n(entry, raw, __ATOMIC_RELEASE);
+		}
+		table = kh_child(mmu, raw, level, &bad);
+		if (!table)
+			return -EFAULT;
+	}
+	if (raw)
+		return -EEXIST;
+	__atomic_store_n(entry, kh_make_leaf(fmt, map->pfn, map->level, map->flags),
+			 __ATOMIC_RELEASE);
+	return 0;
+}

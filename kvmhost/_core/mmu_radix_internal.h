@@ -1,6 +1,8 @@
 #ifndef KVMHOST_MMU_RADIX_INTERNAL_H
 #define KVMHOST_MMU_RADIX_INTERNAL_H
 
+#include "compat.h"
+
 #include "mmu_internal.h"
 
 /*

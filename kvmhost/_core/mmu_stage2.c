@@ -148,3 +148,170 @@ void kh_stage2_harvest(struct kh_harvest *harvest, struct kh_root *root)
 		kh_harvest_yield(harvest);
 	}
 }
+
+struct leaf_walk {
+	struct kh_mmu *mmu;
+	kh_leaf_fn fn;
+	void *arg;
+};
+
+static int leaf_visitor(const struct kh_visit_ctx *ctx)
+{
+	struct leaf_walk *walk = ctx->arg;
+	const struct kh_format *fmt = &walk->mmu->fmt;
+	struct kh_leaf_ctx leaf = {
+		.mmu = walk->mmu,
+		.entry = ctx->ptep,
+		.old = ctx->old,
+		.gfn = ctx->addr & ~(kh_level_pages(fmt, ctx->level) - 1),
+		.level = ctx->level,
+		.arg = walk->arg,
+	};
+
+	int result;
+
+	if (!kh_leaf(fmt, ctx->old, ctx->level))
+		return 0;
+	/* The visitor reads the entry again after this, and enters a table that is new. */
+	result = walk->fn(&leaf);
+	return result < 0 ? result : 0;
+}
+
+int kh_stage2_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t start,
+			    uint64_t end, kh_leaf_fn fn, void *arg)
+{
+	struct leaf_walk walk = { .mmu = mmu, .fn = fn, .arg = arg };
+	struct kh_walker walker = { .cb = leaf_visitor, .arg = &walk, .flags = KH_WALK_LEAF };
+	uint64_t bad = 0;
+
+	return kh_stage2_walk(mmu, root, start, end, &walker, &bad);
+}
+
+/*
+ * Break before make: the entry is invalid and locked (KVM_INVALID_PTE_LOCKED) until
+ * stage2_make_pte(), so that no other fault works on it meanwhile.
+ */
+static bool stage2_try_break_pte(struct kh_mmu *mmu, const struct kh_visit_ctx *ctx)
+{
+	return kh_try_set(ctx->ptep, ctx->old, mmu->fmt.raw_frozen);
+}
+
+static void stage2_make_pte(uint64_t *ptep, uint64_t value)
+{
+	__atomic_store_n(ptep, value, __ATOMIC_RELEASE);
+}
+
+struct map_walk {
+	struct kh_mmu *mmu;
+	const struct kh_map *map;
+	bool done;
+};
+
+static int map_table(struct map_walk *walk, const struct kh_visit_ctx *ctx)
+{
+	struct kh_mmu *mmu = walk->mmu;
+	uint64_t *table = kh_table_alloc(mmu, ctx->level - 1);
+
+	if (!table)
+		return -ENOMEM;
+	if (!stage2_try_break_pte(mmu, ctx)) {
+		kh_table_free(mmu, table, ctx->level - 1);
+		return -EAGAIN;
+	}
+	stage2_make_pte(ctx->ptep, kh_make_table(&mmu->fmt, kh_arena_pa(mmu->arena, table),
+						 ctx->level));
+	return 0;
+}
+
+static int map_visitor(const struct kh_visit_ctx *ctx)
+{
+	struct map_walk *walk = ctx->arg;
+	const struct kh_map *map = walk->map;
+	const struct kh_format *fmt = &walk->mmu->fmt;
+
+	if (ctx->now == KH_WALK_TABLE_PRE)
+		return ctx->level == map->level ? -EEXIST : 0;
+	/*
+	 * Below the wanted level: a table came into the entry that this walk meant to
+	 * take, after the callback lost the race for it.
+	 */
+	if (kh_present(fmt, ctx->old) || ctx->level < map->level)
+		return -EEXIST;
+	if (ctx->old)
+		return -EAGAIN; /* locked */
+	if (ctx->level > map->level)
+		return map_table(walk, ctx);
+	if (!kh_try_set(ctx->ptep, 0, kh_make_leaf(fmt, map->pfn, map->level, map->flags)))
+		return -EAGAIN;
+	walk->done = true;
+	return 0;
+}
+
+int kh_stage2_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map)
+{
+	struct map_walk walk = { .mmu = mmu, .map = map };
+	struct kh_walker walker = {
+		.cb = map_visitor,
+		.arg = &walk,
+		.flags = KH_WALK_LEAF | KH_WALK_TABLE_PRE | KH_WALK_SHARED,
+	};
+	uint64_t bad = 0;
+	int result = kh_stage2_walk(mmu, root, map->gfn, map->gfn + 1, &walker, &bad);
+
+	if (result)
+		return result;
+	return walk.done ? 0 : -EAGAIN;
+}
+
+struct unmap_walk {
+	struct kh_mmu *mmu;
+	bool any;
+};
+
+static bool table_empty(const uint64_t *table, uint64_t n)
+{
+	for (uint64_t i = 0; i < n; i++)
+		if (kh_read_entry(&table[i]))
+			return false;
+	return true;
+}
+
+/* Leaves go; so does a table that is empty after that (its page count drops to 1 there). */
+static int unmap_visitor(const struct kh_visit_ctx *ctx)
+{
+	struct unmap_walk *walk = ctx->arg;
+	struct kh_mmu *mmu = walk->mmu;
+	const struct kh_format *fmt = &mmu->fmt;
+	uint64_t bad = 0;
+	uint64_t *table;
+
+	if (ctx->now == KH_WALK_LEAF) {
+		if (kh_leaf(fmt, ctx->old, ctx->level)) {
+			kh_leaf_remove(mmu, ctx->ptep, ctx->level, 0);
+			walk->any = true;
+		}
+		return 0;
+	}
+	table = kh_child(mmu, ctx->old, ctx->level, &bad);
+	/* Only who takes the entry out retires the table: a root's teardown may be here too. */
+	if (table && table_empty(table, 1ull << fmt->bits[ctx->level - 1]) &&
+	    kh_try_set(ctx->ptep, ctx->old, 0))
+		kh_table_retire(mmu, table, ctx->level - 1);
+	return 0;
+}
+
+int kh_stage2_unmap(struct kh_mmu *mmu, struct kh_root *root, uint64_t start, uint64_t end,
+		    bool *any)
+{
+	struct unmap_walk walk = { .mmu = mmu };
+	struct kh_walker walker = {
+		.cb = unmap_visitor,
+		.arg = &walk,
+		.flags = KH_WALK_LEAF | KH_WALK_TABLE_POST,
+	};
+	uint64_t bad = 0;
+	int result = kh_stage2_walk(mmu, root, start, end, &walker, &bad);
+
+	*any |= walk.any;
+	return result;
+}

@@ -5,6 +5,8 @@
 #ifndef KVMHOST_MMU_STAGE2_INTERNAL_H
 #define KVMHOST_MMU_STAGE2_INTERNAL_H
 
+#include "compat.h"
+
 #include "mmu_internal.h"
 
 #define KH_WALK_LEAF 1       /* leaves, invalid entries included */

@@ -1,6 +1,6 @@
-#include <string.h>
-
 #include "mmu_tdp_internal.h"
+
+#include <string.h>
 
 /* Point the iterator at the entry for next_last_level_gfn on its level. */
 static void tdp_iter_refresh_sptep(struct tdp_iter *iter)
@@ -133,4 +133,70 @@ void kh_tdp_harvest(struct kh_harvest *harvest, struct kh_root *root)
 			harvest_table(&iter, harvest);
 	}
 	harvest->stats->bad_pointers += iter.bad_pointers;
+}
+
+int kh_tdp_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t start, uint64_t end,
+			 kh_leaf_fn fn, void *arg)
+{
+	struct tdp_iter iter;
+	int result;
+
+	for_each_tdp_pte_min_level(iter, mmu, root, 1, start, end) {
+		struct kh_leaf_ctx ctx = {
+			.mmu = mmu,
+			.entry = iter.sptep,
+			.old = iter.old_spte,
+			.gfn = iter.gfn,
+			.level = iter.level,
+			.arg = arg,
+		};
+
+		if (!kh_leaf(&mmu->fmt, iter.old_spte, iter.level))
+			continue;
+		/* A table that is new here is stepped into next, so looking again needs nothing. */
+		result = fn(&ctx);
+		if (result < 0)
+			return result;
+	}
+	return 0;
+}
+
+/* Link a new, empty table where nothing was (tdp_mmu_link_sp). */
+static int link_table(struct tdp_iter *iter, struct kh_mmu *mmu)
+{
+	uint64_t *table = kh_table_alloc(mmu, iter->level - 1);
+	uint64_t pa;
+
+	if (!table)
+		return -ENOMEM;
+	pa = kh_arena_pa(mmu->arena, table);
+	if (kh_try_set(iter->sptep, iter->old_spte, kh_make_table(&mmu->fmt, pa, iter->level)))
+		return 0;
+	/* Another fault was first: use what it made. */
+	kh_table_free(mmu, table, iter->level - 1);
+	return -EAGAIN;
+}
+
+int kh_tdp_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map)
+{
+	const struct kh_format *fmt = &mmu->fmt;
+	struct tdp_iter iter;
+	int result;
+
+	for_each_tdp_pte_min_level(iter, mmu, root, map->level, map->gfn, map->gfn + 1) {
+		if (kh_table(fmt, iter.old_spte, iter.level) && iter.level > map->level)
+			continue;
+		if (kh_present(fmt, iter.old_spte))
+			return -EEXIST;
+		if (iter.old_spte)
+			return -EAGAIN; /* frozen */
+		if (iter.level == map->level)
+			return kh_try_set(iter.sptep, 0,
+					  kh_make_leaf(fmt, map->pfn, map->level, map->flags)) ?
+				0 : -EAGAIN;
+		result = link_table(&iter, mmu);
+		if (result < 0)
+			return result;
+	}
+	return -EAGAIN;
 }

@@ -6,6 +6,8 @@
 #ifndef KVMHOST_MMU_TDP_INTERNAL_H
 #define KVMHOST_MMU_TDP_INTERNAL_H
 
+#include "compat.h"
+
 #include "mmu_internal.h"
 
 struct tdp_iter {

@@ -8,9 +8,10 @@ lock and flushes no TLB.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, unpack
 from kvmhost.errors import KvmHostError, LayoutError
 from kvmhost.mmu.memslots import MemSlots
 
-__all__ = ["Handle", "Harvester", "words_pointer"]
+__all__ = ["Handle", "Harvester", "Hold", "words_pointer"]
 
 _STATS = (
     "tables",
@@ -32,6 +33,14 @@ _STATS = (
     "poisoned",
     "yields",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hold:
+    """A pointer that stays valid until :attr:`close` is called."""
+
+    pointer: Any
+    close: Callable[[], None]
 
 
 class Handle:
@@ -59,6 +68,11 @@ class Handle:
             with self._idle:
                 self._users -= 1
                 self._idle.notify_all()
+
+    def hold(self) -> Hold:
+        """Keep the pointer alive for longer than a call, until the hold is closed."""
+        stack = contextlib.ExitStack()
+        return Hold(stack.enter_context(self.use()), stack.close)
 
     def close(self) -> None:
         """Free the tables once nobody is inside a call; does nothing the second time."""
@@ -98,8 +112,12 @@ class Harvester:
         """The memslots as of now; None if every gfn is taken to exist."""
         return self._slots
 
+    def hold(self) -> Hold:
+        """Keep the tables open for something that runs on in C."""
+        return self._handle.hold()
+
     def close(self) -> None:
-        """Let go of the tables."""
+        """Let go of the tables; waits for what still uses them."""
         self._handle.close()
 
     def __enter__(self) -> Any:

@@ -29,6 +29,7 @@ class MemSlot:
 
     ``slot`` is the number that the owner gave it; ``as_id`` the address space (1 is
     system management mode on x86).
+    ``huge`` allows leaves larger than a page.
     """
 
     slot: int
@@ -38,6 +39,11 @@ class MemSlot:
     as_id: int = 0
     read_only: bool = False
     dirty_log: bool = False
+    huge: bool = True
+
+    def with_dirty_log(self, on: bool) -> MemSlot:
+        """Return the slot with dirty logging on or off."""
+        return dataclasses.replace(self, dirty_log=on)
 
     @property
     def gfn_end(self) -> int:

@@ -5,6 +5,13 @@ snapshot of each entry, down to a minimum level, restarted from the root after a
 (``_core/mmu_tdp.c``). Departures from the kernel:
 
 - last-level tables are harvested as runs of entries instead of being stepped through;
+- the walk may leave its epoch, not a lock, and only when table pages wait for it;
+- the frozen entry is 0x480, not 0x5a0, which has the accessed bits of both layouts in it;
+- huge leaves lose their accessed bit by compare-and-swap (and-not could hit the bit of a
+  table that took the leaf's place);
+- a fault never replaces a table by a huge leaf; :meth:`~kvmhost.mmu.table.Mmu.collapse` does;
+- tables that became empty stay until their root goes, as in tdp_mmu_zap_leafs();
+- access tracking without A/D bits, MMIO entries and PAE are not modelled;
 - "present" is what hardware sees (bit 0; any of R, W, X), not a software bit, since the
   same walk reads tables that a guest owns;
 - a pointer out of the table memory is counted and passed by: live tables are not trusted.
@@ -12,15 +19,33 @@ snapshot of each entry, down to a minimum level, restarted from the root after a
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.errors import LayoutError
 from kvmhost.mmu.harvest import Handle, Harvester
 from kvmhost.mmu.memslots import MemSlots
+from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tablemem import TableMemory
 
-__all__ = ["LiveTable"]
+__all__ = ["LiveTable", "TdpTable"]
 
 _FORMATS = {"npt": lib.KH_FMT_NPT, "ept": lib.KH_FMT_EPT}
+
+
+class TdpTable(Mmu):
+    """A tdp MMU: 4 levels (48 bits) or 5 (57 bits), in NPT or EPT layout.
+
+    A bit of a last-level entry is cleared by atomic and-not, which is enough: such an entry
+    is a leaf or absent, never a table, and absent entries do not hold the bit.
+
+    :param layout: ``"npt"`` or ``"ept"``; the rest as :class:`~kvmhost.mmu.table.Mmu`
+    """
+
+    def __init__(self, layout: str = "npt", *, levels: int = 4, **fields: Any) -> None:
+        if layout not in _FORMATS:
+            raise LayoutError(f"tdp layout {layout!r}: need one of {sorted(_FORMATS)}")
+        super().__init__(layout, levels=levels, **fields)
 
 
 class LiveTable(Harvester):

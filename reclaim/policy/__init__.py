@@ -1,1 +1,1 @@
-"""reclaim/policy."""
+"""Which pages go: policies behind one protocol."""

@@ -1,1 +1,1 @@
-"""reclaim/pressure."""
+"""Where the wish for free memory comes from: budgets and cgroups."""

@@ -1,1 +1,1 @@
-"""reclaim/young."""
+"""Young bitmaps: the type, and pictures of it."""

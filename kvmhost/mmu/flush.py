@@ -1,0 +1,92 @@
+"""Deferred remote TLB flush: the orders of 2009, as steps for the explorer.
+
+Who zaps an entry may put the flush off by raising a dirty mark, and whoever needs the
+flush later asks for it if the mark is up. Two things decide whether a flush can be lost:
+
+- the zapping side changes the entry and raises the mark: in which order?
+- the flushing side flushes and lowers the mark: in which order, and by what?
+
+The protocol of ``_core/mmu_ops.c`` (and of ``kvm_flush_remote_tlbs()``): change the entry,
+then raise the mark, then drop the MMU lock; read the mark, flush, and lower the mark only if
+it still is what was read. The mark is a count, so that a mark raised in between differs.
+"""
+
+from __future__ import annotations
+
+from kvmhost.mmu.explorer import BLOCKED, Report, State, Step, explore
+
+__all__ = ["LOWER_ORDERS", "RAISE_ORDERS", "explore_flush"]
+
+
+def _lock(s: State) -> object:
+    if s["locked"]:
+        return BLOCKED
+    s["locked"] = True
+    return None
+
+
+def _unlock(s: State) -> None:
+    s["locked"] = False
+
+
+def _zap(s: State) -> None:
+    s["present"] = False
+
+
+def _raise_mark(s: State) -> None:
+    s["mark"] += 1
+
+
+def _lower(s: State) -> None:
+    s["mark"] = 0
+
+
+def _flush(s: State) -> None:
+    s["cached"] = False
+
+
+def _read_mark(s: State) -> None:
+    s["seen"] = s["mark"]
+
+
+def _lower_if_unchanged(s: State) -> None:
+    if s["mark"] == s["seen"]:
+        s["mark"] = 0
+
+
+def _access(s: State) -> None:
+    """Use the page: from the TLB, or by a walk that fills it while the entry is there."""
+    if s["present"]:
+        s["cached"] = True
+
+
+RAISE_ORDERS: dict[str, list[Step]] = {
+    "raise, then zap": [_lock, _raise_mark, _zap, _unlock],
+    "zap, then raise": [_lock, _zap, _raise_mark, _unlock],
+}
+LOWER_ORDERS: dict[str, list[Step]] = {
+    "lower, then flush": [_lower, _flush],
+    "flush, then lower": [_flush, _lower],
+    "read, flush, lower if unchanged": [_read_mark, _flush, _lower_if_unchanged],
+}
+
+
+def explore_flush(raise_order: str, lower_order: str, *, mark: int = 0) -> Report:
+    """Explore one vCPU, one zap that defers its flush, and one flush, in all orders.
+
+    A schedule fails if afterwards nobody would flush (the mark is down) although the TLB
+    still holds a translation of an entry that is gone.
+
+    :param mark: value of the mark at the start; 1 if an earlier zap left it up
+    """
+    state: State = {"present": True, "cached": True, "mark": mark, "seen": 0, "locked": False}
+    actors: dict[str, list[Step]] = {
+        "zap": RAISE_ORDERS[raise_order],
+        "flush": LOWER_ORDERS[lower_order],
+        "vcpu": [_access, _access],
+    }
+
+    def nothing_lost(s: State) -> bool:
+        return bool(s["present"] or not s["cached"] or s["mark"])
+
+    return explore(state, actors, nothing_lost)

@@ -1,0 +1,200 @@
+"""MMU notifiers: how the owner of memory tells secondary MMUs what it does with it.
+
+:class:`MemoryMap` is the side of ``mm/mmu_notifier.c``: it has subscribers and calls them.
+:class:`VmNotifier` is the side of ``virt/kvm/kvm_main.c``: it finds the gfns of a range of
+hva in its memslots and works on its tables. Several VMs may subscribe to one memory.
+
+There is no ``change_pte``. Every caller in the kernel wrapped it in an invalidation
+(since commit 6bdb913f0a70 ("mm: wrap calls to set_pte_at_notify with
+invalidate_range_start and invalidate_range_end")), which takes the entry out before and
+holds faults off until after: it could find nothing to change. Linux v6.10 removed it. A
+test replays the sequence against every placement of a racing fault.
+
+Departures from the kernel: ranges of blockable and non-blockable callers are not told
+apart, and there is no event type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from kvmhost.bitmap import Words
+from kvmhost.errors import KvmHostError
+from kvmhost.mmu.table import Mmu
+
+__all__ = ["MemoryMap", "Notifier", "VmNotifier"]
+
+
+class Notifier(Protocol):
+    """What a secondary MMU implements (``struct mmu_notifier_ops``); ranges are of hva."""
+
+    def invalidate_range_start(self, start: int, end: int) -> None:
+        """Take out what is mapped of the range, and hold faults off until the end."""
+
+    def invalidate_range_end(self, start: int, end: int) -> None:
+        """Let faults on the range go on."""
+
+    def clear_flush_young(self, start: int, end: int) -> bool:
+        """Clear accessed bits and flush; say if any was set."""
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """Clear accessed bits; say if any was set."""
+
+    def test_young(self, start: int, end: int) -> bool:
+        """Say if any accessed bit is set."""
+
+    def test_clear_young(self, start: int, end: int, bitmap: Words) -> bool:
+        """Do the batch in the form of 2023; False if this MMU cannot."""
+
+    def release(self) -> None:
+        """Let go of everything: the memory is going away."""
+
+
+class MemoryMap:
+    """Memory with subscribers. A call reaches all who were subscribed when it began."""
+
+    def __init__(self) -> None:
+        self._subscribers: tuple[Notifier, ...] = ()
+        self._lock = threading.Lock()
+
+    def subscribe(self, notifier: Notifier) -> None:
+        """Add a subscriber."""
+        with self._lock:
+            self._subscribers = (*self._subscribers, notifier)
+
+    def unsubscribe(self, notifier: Notifier) -> None:
+        """Remove a subscriber; a call that is under way may still reach it."""
+        with self._lock:
+            self._subscribers = tuple(s for s in self._subscribers if s is not notifier)
+
+    @contextlib.contextmanager
+    def invalidating(self, start: int, end: int) -> Iterator[None]:
+        """Hold an invalidation of ``[start, end)`` for the block; it ends in any case.
+
+        Each subscriber whose start was reached gets its end, also if a later start fails.
+        """
+        begun: list[Notifier] = []
+        try:
+            for notifier in self._subscribers:
+                begun.append(notifier)
+                notifier.invalidate_range_start(start, end)
+            yield
+        finally:
+            for notifier in reversed(begun):
+                notifier.invalidate_range_end(start, end)
+
+    def clear_flush_young(self, start: int, end: int) -> bool:
+        """Age a range everywhere, one lock and one flush a subscriber."""
+        return self._any(lambda n: n.clear_flush_young(start, end))
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """Age a range everywhere without a flush."""
+        return self._any(lambda n: n.clear_young(start, end))
+
+    def test_young(self, start: int, end: int) -> bool:
+        """Say if a range is young anywhere."""
+        return self._any(lambda n: n.test_young(start, end))
+
+    def test_clear_young(self, start: int, end: int, bitmap: Words, *, fallback: bool) -> bool:
+        """Age a range everywhere by bitmap.
+
+        :param bitmap: in the form of :meth:`~kvmhost.mmu.harvest.Harvester.test_clear_young`.
+            Each subscriber flips bits, so a page that two of them find young flips back:
+            as in 2023, the caller of one bitmap has one subscriber in mind
+        :param fallback: age by :meth:`Notifier.clear_young` where a subscriber cannot batch
+        :return: False without fallback; else whether a fallback found something young
+        """
+        young = False
+        for notifier in self._subscribers:
+            if notifier.test_clear_young(start, end, bitmap):
+                continue
+            if fallback:
+                young |= notifier.clear_young(start, end)
+        return young
+
+    def release(self) -> None:
+        """Tell every subscriber that the memory goes away, and forget them."""
+        with self._lock:
+            subscribers, self._subscribers = self._subscribers, ()
+        for notifier in subscribers:
+            notifier.release()
+
+    def _any(self, call: Callable[[Notifier], bool]) -> bool:
+        # No short cut: every subscriber must age its own tables.
+        results = [call(notifier) for notifier in self._subscribers]
+        return any(results)
+
+
+class VmNotifier:
+    """A VM's tables as a subscriber.
+
+    :param table: the tables; its memslots say which gfns a range of hva is
+    :param batches: whether ``test_clear_young`` is offered. A kernel without it, or whose
+        tables lack accessed bits, answers False there, and the caller falls back
+    """
+
+    def __init__(self, table: Mmu, *, batches: bool = True) -> None:
+        self.table = table
+        self.batches = batches
+        self._open: dict[tuple[int, int], list[list[tuple[int, int, int]]]] = {}
+        self._lock = threading.Lock()
+
+    def invalidate_range_start(self, start: int, end: int) -> None:
+        """Unmap the range; faults on it retry until the end."""
+        ranges = self._ranges(start, end)
+        # The slots may change before the end comes: it must end what was begun.
+        with self._lock:
+            self._open.setdefault((start, end), []).append(ranges)
+        self.table.invalidate_start(ranges)
+
+    def invalidate_range_end(self, start: int, end: int) -> None:
+        """End the invalidation.
+
+        :raises KvmHostError: if it was never begun
+        """
+        with self._lock:
+            begun = self._open.get((start, end))
+            if not begun:
+                raise KvmHostError(f"invalidate_range_end([{start:#x}, {end:#x})) without start")
+            ranges = begun.pop()
+        self.table.invalidate_end(ranges)
+
+    def clear_flush_young(self, start: int, end: int) -> bool:
+        """Age the range under the MMU lock, with a flush."""
+        return self._any(self.table.clear_flush_young, start, end)
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """Age the range without lock or flush."""
+        return self._any(self.table.clear_young, start, end)
+
+    def test_young(self, start: int, end: int) -> bool:
+        """Say if anything in the range is young."""
+        return self._any(self.table.test_young, start, end)
+
+    def test_clear_young(self, start: int, end: int, bitmap: Words) -> bool:
+        """Age the range by bitmap, without a lock; False if batches are not offered."""
+        if not self.batches:
+            return False
+        self.table.test_clear_young(start, end, bitmap)
+        return True
+
+    def release(self) -> None:
+        """Zap everything, for good; walks that are under way end safely."""
+        self.table.release()
+
+    def _ranges(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        slots = self.table.slots
+        if slots is None:
+            return []
+        return [
+            (p.slot.as_id, p.gfn_start, p.gfn_start + p.n_pages)
+            for p in slots.in_hva_range(start, end)
+        ]
+
+    def _any(self, operation: Callable[..., bool], start: int, end: int) -> bool:
+        # No short cut: a page that several slots map is aged in all of them.
+        results = [operation(s, e, as_id=a) for a, s, e in self._ranges(start, end)]
+        return any(results)

@@ -1,0 +1,41 @@
+"""The exceptions of reclaim.
+
+::
+
+    ReclaimError
+    └─ KernelFileError (also OSError): interface, value written
+
+Each survives pickling. What a host lacks is a
+:class:`kvmhost.errors.CapabilityError`, as everywhere in the project.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+__all__ = ["KernelFileError", "ReclaimError"]
+
+
+class ReclaimError(Exception):
+    """Base of everything that reclaim raises on purpose."""
+
+
+class KernelFileError(ReclaimError, OSError):
+    """A kernel file or directory could not be read, written, made or removed.
+
+    :param interface: its path
+    :param errno_: positive errno
+    :param value: what was written; None for anything but a write
+    """
+
+    def __init__(self, interface: str, errno_: int, value: str | None = None) -> None:
+        self.interface, self.value = interface, value
+        OSError.__init__(self, errno_, os.strerror(errno_))
+
+    def __str__(self) -> str:
+        action = "" if self.value is None else f" (writing {self.value!r})"
+        return f"{self.interface}{action}: {self.strerror}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.interface, self.errno, self.value))

@@ -1,0 +1,62 @@
+"""A resident budget: how many pages have to go, and when.
+
+Three levels, highest first. The **budget** itself is a hard limit, which the VM
+holds in its own fault handler. Above the **high** mark the daemon evicts in the
+background, down to the **low** mark; so between two passes a guest can grow by
+budget minus low before a fault of its own has to wait for an eviction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kvmhost.errors import LayoutError
+
+__all__ = ["DEFAULT_HIGH", "DEFAULT_LOW", "Budget"]
+
+#: Marks as shares of the budget, where none are given.
+DEFAULT_HIGH, DEFAULT_LOW = 0.95, 0.85
+
+_PAGE_BYTES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Resident memory that one VM may have.
+
+    :param max_bytes: the hard limit
+    :param high_bytes: evict above this
+    :param low_bytes: down to this
+    :raises LayoutError: unless 0 < low <= high <= max, and max is a page at least
+    """
+
+    max_bytes: int
+    high_bytes: int
+    low_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < _PAGE_BYTES:
+            raise LayoutError(f"budget of {self.max_bytes} bytes: less than a page")
+        if not 0 < self.low_bytes <= self.high_bytes <= self.max_bytes:
+            raise LayoutError(
+                f"budget of {self.max_bytes} bytes with marks high {self.high_bytes} and "
+                f"low {self.low_bytes}: need 0 < low <= high <= budget"
+            )
+
+    @classmethod
+    def of(
+        cls, max_bytes: int, high_bytes: int | None = None, low_bytes: int | None = None
+    ) -> Budget:
+        """Make a budget; marks that are not given are shares of it, in order.
+
+        :raises LayoutError: as the class
+        """
+        high = int(max_bytes * DEFAULT_HIGH) if high_bytes is None else high_bytes
+        low = min(int(max_bytes * DEFAULT_LOW), high) if low_bytes is None else low_bytes
+        return cls(max_bytes, high, low)
+
+    def excess_pages(self, resident_pages: int) -> int:
+        """Return how many pages have to go now; 0 up to the high mark."""
+        if resident_pages * _PAGE_BYTES <= self.high_bytes:
+            return 0
+        return resident_pages - self.low_bytes // _PAGE_BYTES

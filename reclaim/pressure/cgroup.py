@@ -1,0 +1,272 @@
+"""Memory cgroups, version 1 and 2: a child with a limit, for as long as it is needed.
+
+======================= =========================== ==============================
+                        version 1                   version 2
+======================= =========================== ==============================
+limit                   memory.limit_in_bytes       memory.max
+no swap beyond it       memory.memsw.limit_in_bytes memory.swap.max
+usage, highest usage    memory.usage_in_bytes,      memory.current, memory.peak
+                        memory.max_usage_in_bytes   (since Linux 5.19)
+processes killed        memory.oom_control:         memory.events: oom_kill
+                        oom_kill (Linux 4.13)
+======================= =========================== ==============================
+
+A parent is looked for at the mount's root, then at this process's own cgroup and
+what is above it; the first where a child with a memory limit can be made is taken.
+
+>>> with MemoryCgroup.create("demo", limit_bytes=64 << 20) as group:  # doctest: +SKIP
+...     group.add_pid(pid)
+...     group.usage_bytes()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import posixpath
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+from kvmhost.errors import CapabilityError
+from reclaim.errors import KernelFileError
+from reclaim.pressure.kernelfiles import KernelFiles
+
+__all__ = ["MemoryCgroup", "Parent", "find_parent"]
+
+#: How long a cgroup may stay busy after its last process has been reaped.
+_REMOVE_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """What the control files are called."""
+
+    limit: str
+    swap_limit: str
+    usage: str
+    peak: str
+    events: str
+
+
+_NAMES = {
+    1: _Names(
+        "memory.limit_in_bytes",
+        "memory.memsw.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "memory.max_usage_in_bytes",
+        "memory.oom_control",
+    ),
+    2: _Names("memory.max", "memory.swap.max", "memory.current", "memory.peak", "memory.events"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+    """A cgroup that takes children with a memory limit: version 1 or 2, and its path."""
+
+    version: int
+    path: str
+
+
+def find_parent(files: KernelFiles | None = None) -> Parent:
+    """Find a cgroup in which a child with a memory limit can be made, by making one.
+
+    :raises CapabilityError: if there is none; says what was tried and why it failed
+    """
+    files = files or KernelFiles()
+    tried = []
+    for parent in _candidates(files):
+        problem = _try_child(files, parent)
+        if problem is None:
+            return parent
+        tried.append(f"v{parent.version} {parent.path}: {problem}")
+    raise CapabilityError(
+        "memory cgroup",
+        "a cgroup of version 1 or 2 that takes a child with a memory limit",
+        "; ".join(tried) or "no memory cgroup is mounted",
+        "run as root, or in a delegated cgroup (systemd-run --user -p Delegate=yes)",
+    )
+
+
+class MemoryCgroup:
+    """A child cgroup with a memory limit; removed by :meth:`close`.
+
+    Every method raises :class:`~reclaim.errors.KernelFileError` if the kernel refuses.
+    """
+
+    def __init__(self, path: str, version: int, files: KernelFiles) -> None:
+        self.path, self.version = path, version
+        self._files, self._names = files, _NAMES[version]
+        self._closed = False
+
+    @classmethod
+    def create(
+        cls, name: str, *, limit_bytes: int | None = None, files: KernelFiles | None = None
+    ) -> MemoryCgroup:
+        """Make a cgroup ``kvmhost-NAME-PID`` with a limit; None: none yet.
+
+        :raises CapabilityError: if no memory cgroup can be made here
+        """
+        files = files or KernelFiles()
+        parent = find_parent(files)
+        path = posixpath.join(parent.path, f"kvmhost-{name}-{os.getpid()}")
+        files.mkdir(path)
+        group = cls(path, parent.version, files)
+        try:
+            if limit_bytes is not None:
+                group.set_limit(limit_bytes)
+        except BaseException:
+            group.close()
+            raise
+        return group
+
+    def set_limit(self, limit_bytes: int) -> None:
+        """Limit memory, and leave no swap to make up for it."""
+        if self.version == 1:
+            # Memory and swap together may never be below memory alone.
+            self._set_swap(-1)
+            self._write(self._names.limit, limit_bytes)
+            self._set_swap(limit_bytes)
+        else:
+            self._write(self._names.limit, limit_bytes)
+            self._set_swap(0)
+
+    def add_pid(self, pid: int) -> None:
+        """Move a process in; 0 is the caller."""
+        self._write("cgroup.procs", pid)
+
+    def pids(self) -> list[int]:
+        """Return the processes inside."""
+        return [int(line) for line in self._read("cgroup.procs").split()]
+
+    def limit_bytes(self) -> int | None:
+        """Return the limit; None: there is none."""
+        text = self._read(self._names.limit).strip()
+        # Version 1 says "none" with the largest multiple of the page size.
+        return None if text == "max" or int(text) >= 1 << 62 else int(text)
+
+    def usage_bytes(self) -> int:
+        """Return what is charged now; shared memory counts for who touched it first."""
+        return int(self._read(self._names.usage))
+
+    def peak_bytes(self) -> int | None:
+        """Return the highest usage so far; None where the kernel does not keep it."""
+        if not self._files.exists(posixpath.join(self.path, self._names.peak)):
+            return None
+        return int(self._read(self._names.peak))
+
+    def oom_kills(self) -> int:
+        """Return how many processes were killed at the limit."""
+        for line in self._read(self._names.events).splitlines():
+            key, _, value = line.partition(" ")
+            if key == "oom_kill":
+                return int(value)
+        return 0
+
+    def close(self) -> None:
+        """Remove the cgroup; its processes must have ended. Idempotent.
+
+        :raises KernelFileError: ``EBUSY`` if a process is left inside
+        """
+        if self._closed:
+            return
+        deadline = time.monotonic() + _REMOVE_S
+        while True:
+            try:
+                self._files.rmdir(self.path)
+                break
+            except KernelFileError as error:
+                if error.errno == errno.ENOENT:
+                    break
+                # A reaped process leaves its cgroup a little later.
+                busy = error.errno == errno.EBUSY and not self.pids()
+                if not busy or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
+        self._closed = True
+
+    def _set_swap(self, limit_bytes: int) -> None:
+        if self._files.exists(posixpath.join(self.path, self._names.swap_limit)):
+            self._write(self._names.swap_limit, limit_bytes)
+
+    def _read(self, name: str) -> str:
+        return self._files.read(posixpath.join(self.path, name))
+
+    def _write(self, name: str, value: int) -> None:
+        self._files.write(posixpath.join(self.path, name), str(value))
+
+    def __enter__(self) -> MemoryCgroup:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _candidates(files: KernelFiles) -> Iterator[Parent]:
+    own = _own_cgroups(files)
+    for version, root, mount in _mounts(files):
+        yield Parent(version, mount)
+        path = posixpath.relpath(own.get(version, "/"), root)
+        while path not in (".", "/") and not path.startswith(".."):
+            yield Parent(version, posixpath.join(mount, path))
+            path = posixpath.dirname(path) or "."
+
+
+def _mounts(files: KernelFiles) -> Iterator[tuple[int, str, str]]:
+    """Yield (version, root inside the hierarchy, mount point). Source: proc(5)."""
+    for line in files.read("/proc/self/mountinfo").splitlines():
+        left, _, right = line.partition(" - ")
+        fields, kind = left.split(), right.split()
+        if len(fields) < 5 or len(kind) < 3:
+            continue
+        root, mount = _unescape(fields[3]), _unescape(fields[4])
+        if kind[0] == "cgroup2":
+            yield 2, root, mount
+        elif kind[0] == "cgroup" and "memory" in kind[2].split(","):
+            yield 1, root, mount
+
+
+def _own_cgroups(files: KernelFiles) -> dict[int, str]:
+    """Return this process's cgroup by version. Source: cgroups(7)."""
+    own = {}
+    for line in files.read("/proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            own[2] = path
+        elif "memory" in controllers.split(","):
+            own[1] = path
+    return own
+
+
+def _unescape(text: str) -> str:
+    return text.encode().decode("unicode_escape") if "\\" in text else text
+
+
+def _try_child(files: KernelFiles, parent: Parent) -> str | None:
+    """Make a child and remove it; return what failed."""
+    child = posixpath.join(parent.path, f"kvmhost-probe-{os.getpid()}")
+    try:
+        if parent.version == 2:
+            _enable_memory(files, parent.path)
+        files.mkdir(child)
+        limit = files.exists(posixpath.join(child, _NAMES[parent.version].limit))
+        files.rmdir(child)
+    except KernelFileError as error:
+        return str(error)
+    return None if limit else "a child has no memory limit"
+
+
+def _enable_memory(files: KernelFiles, path: str) -> None:
+    switches = posixpath.join(path, "cgroup.subtree_control")
+    if "memory" in files.read(switches).split():
+        return
+    if "memory" not in files.read(posixpath.join(path, "cgroup.controllers")).split():
+        raise KernelFileError(f"{path}: no memory controller", errno.EOPNOTSUPP)
+    files.write(switches, "+memory")

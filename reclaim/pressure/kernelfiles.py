@@ -1,0 +1,62 @@
+"""The one seam through which reclaim touches files of the kernel.
+
+Tests put a directory in its place, so that every path is relative to a root.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from reclaim.errors import KernelFileError
+
+__all__ = ["KernelFiles"]
+
+
+class KernelFiles:
+    """Files below a root; every failure is a :class:`~reclaim.errors.KernelFileError`.
+
+    :param root: where ``/`` is
+    """
+
+    def __init__(self, root: Path | str = "/") -> None:
+        self.root = Path(root)
+
+    def read(self, path: str) -> str:
+        """Return a file's text."""
+        try:
+            return self._at(path).read_text()
+        except OSError as error:
+            raise KernelFileError(path, error.errno or 0) from error
+
+    def write(self, path: str, value: str) -> None:
+        """Write a value in one system call, as control files want it."""
+        try:
+            fd = os.open(self._at(path), os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, value.encode())
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise KernelFileError(path, error.errno or 0, value) from error
+
+    def exists(self, path: str) -> bool:
+        """Return whether a path exists."""
+        return self._at(path).exists()
+
+    def mkdir(self, path: str) -> None:
+        """Make one directory."""
+        try:
+            self._at(path).mkdir()
+        except OSError as error:
+            raise KernelFileError(path, error.errno or 0) from error
+
+    def rmdir(self, path: str) -> None:
+        """Remove a directory; in a cgroup file system its files do not count."""
+        try:
+            self._at(path).rmdir()
+        except OSError as error:
+            raise KernelFileError(path, error.errno or 0) from error
+
+    def _at(self, path: str) -> Path:
+        return self.root / path.lstrip("/")
