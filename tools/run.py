@@ -51,7 +51,9 @@ def _run(args: argparse.Namespace) -> int:
     with machine:
         try:
             if args.name:
-                server = _serve(machine)
+                # Known before it makes its socket: a signal may come in between.
+                server = _server(machine)
+                server.start()
             if args.tracker:
                 machine.use_tracker(args.tracker)
             if args.resident_max:
@@ -108,13 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _serve(machine: Machine) -> ControlServer:
+def _server(machine: Machine) -> ControlServer:
     # aiohttp costs more to import than a whole guest run without a name.
     from kvmhost.control.server import ControlServer
 
-    server = ControlServer(machine)
-    server.start()
-    return server
+    return ControlServer(machine)
 
 
 def _report(machine: Machine, status: int) -> dict[str, typing.Any]:

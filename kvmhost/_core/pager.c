@@ -431,7 +431,7 @@ static void hold_limit(struct kh_pager *pager)
 		COUNT(pager, over_limit);
 }
 
-/* Fill a page, making room where the host's memory limit refuses it. */
+/* Fill a page without waking its waiters, making room where the host's memory limit refuses it. */
 static int fill(struct kh_pager *pager, uint64_t address, const void *page)
 {
 	int result = -ENOMEM;
@@ -462,7 +462,8 @@ static int bring_back(struct kh_pager *pager, uint64_t index, uint64_t address)
 	COUNT(pager, fault_ins);
 	COUNT(pager, resident_pages);
 	UNCOUNT(pager, evicted_pages);
-	return 0;
+	/* Last: who waited finds state and counters as they are now. */
+	return kh_uffd_wake(pager->uffd, address);
 }
 
 static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
@@ -476,11 +477,11 @@ static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
 		COUNT(pager, wakes);
 		return kh_uffd_wake(pager->uffd, address);
 	}
-	if (!result) {
-		COUNT(pager, zero_fills);
-		COUNT(pager, resident_pages);
-	}
-	return result;
+	if (result)
+		return result;
+	COUNT(pager, zero_fills);
+	COUNT(pager, resident_pages);
+	return kh_uffd_wake(pager->uffd, address);
 }
 
 static int serve_missing(struct kh_pager *pager, uint64_t index, uint64_t address)

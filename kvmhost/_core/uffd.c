@@ -104,6 +104,7 @@ int kh_uffd_copy(int uffd, uint64_t address, const void *page)
 		.dst = address,
 		.src = (uintptr_t)page,
 		.len = PAGE_BYTES,
+		.mode = UFFDIO_COPY_MODE_DONTWAKE,
 	};
 
 	return retry_ioctl(uffd, UFFDIO_COPY, &argument);
@@ -111,7 +112,8 @@ int kh_uffd_copy(int uffd, uint64_t address, const void *page)
 
 int kh_uffd_zero(int uffd, uint64_t address)
 {
-	struct uffdio_zeropage argument = { .range = { .start = address, .len = PAGE_BYTES } };
+	struct uffdio_zeropage argument = { .range = { .start = address, .len = PAGE_BYTES },
+					     .mode = UFFDIO_ZEROPAGE_MODE_DONTWAKE };
 
 	return retry_ioctl(uffd, UFFDIO_ZEROPAGE, &argument);
 }

@@ -19,7 +19,7 @@ int kh_uffd_register(int uffd, uint64_t address, uint64_t n_bytes, int modes);
 int kh_uffd_unregister(int uffd, uint64_t address, uint64_t n_bytes);
 /* Write-protect a range, or lift it and wake who waits for that. */
 int kh_uffd_write_protect(int uffd, uint64_t address, uint64_t n_bytes, int protect);
-/* Fill one missing page; EEXIST where another thread was faster. */
+/* Fill one missing page and wake nobody yet; EEXIST where another thread was faster. */
 int kh_uffd_copy(int uffd, uint64_t address, const void *page);
 int kh_uffd_zero(int uffd, uint64_t address);
 /* Make a missing page one whose touch is SIGBUS. */

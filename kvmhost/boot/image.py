@@ -11,6 +11,7 @@ A file is untrusted: whatever is wrong with it ends in an
 from __future__ import annotations
 
 import dataclasses
+import stat
 import struct
 from pathlib import Path
 
@@ -91,18 +92,23 @@ def read_image(path: Path) -> Image:
     data = _read(path)
     try:
         return _parse(str(path), data)
-    except (struct.error, UnicodeDecodeError, IndexError, OverflowError) as error:
+    except ImageError:
+        raise
+    except (struct.error, ValueError, IndexError, OverflowError) as error:
         raise ImageError(str(path), "ELF", f"damaged: {error}") from error
 
 
 def _read(path: Path) -> bytes:
     try:
+        kind, size = path.stat().st_mode, path.stat().st_size
+        if not stat.S_ISREG(kind):
+            raise ImageError(str(path), "file", "not a regular file")
+        if size > MAX_IMAGE_BYTES:
+            raise ImageError(str(path), "file", f"larger than {MAX_IMAGE_BYTES} bytes")
         with path.open("rb") as file:
-            data = file.read(MAX_IMAGE_BYTES + 1)
+            data = file.read(size)
     except OSError as error:
         raise ImageError(str(path), "file", error.strerror or str(error)) from error
-    if len(data) > MAX_IMAGE_BYTES:
-        raise ImageError(str(path), "file", f"larger than {MAX_IMAGE_BYTES} bytes")
     if data[:4] != b"\x7fELF":
         raise ImageError(str(path), "e_ident", "not an ELF file", 0)
     if len(data) < 64:
@@ -182,7 +188,11 @@ def _parse_params(path: str, offset: int, raw: bytes) -> tuple[Param, ...]:
         default, _, text = rest.partition(";")
         if not equals or not name.isidentifier() or not default.isdecimal():
             raise ImageError(path, PARAMS_SECTION, f"line {line!r}: need name=number;help", offset)
+        if int(default) >> 64:
+            raise ImageError(path, PARAMS_SECTION, f"{name}: default is over 64 bits", offset)
         params.append(Param(name, int(default), text.strip()))
     if len(params) > MAX_PARAMS:
         raise ImageError(path, PARAMS_SECTION, f"{len(params)} lines, at most {MAX_PARAMS}", offset)
+    if len({param.name for param in params}) < len(params):
+        raise ImageError(path, PARAMS_SECTION, "a name stands there twice", offset)
     return tuple(params)

@@ -101,8 +101,9 @@ class ControlServer:
             self._thread = None
         if self._listener is not None:
             self._listener.close()
-            if self._lock.held:
-                self.path.unlink(missing_ok=True)
+        # Not only with a listener: a signal may have come between bind and its noting.
+        if self._lock.held:
+            self.path.unlink(missing_ok=True)
         self._lock.release()
 
     def _run(self, listener: socket.socket, stop: socket.socket) -> None:

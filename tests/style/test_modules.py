@@ -1,0 +1,91 @@
+"""How the code is cut: docstrings, ``__all__``, layers, and light imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("kvmhost", "reclaim", "guests", "tools")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+#: Package: what it must not import.
+FORBIDDEN = {
+    "kvmhost": {"reclaim", "tools"},
+    "reclaim": {"tools"},
+    "guests": {"reclaim", "tools"},
+    "tools": set(),
+}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_module_has_a_docstring_and_its_layer(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "no docstring"
+    package = path.relative_to(ROOT).parts[0]
+    roots = {name.split(".")[0] for name in imported(tree)}
+    assert not roots & FORBIDDEN[package]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_all_names_what_is_defined(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    listed: list[str] | None = None
+    bound: set[str] = set()
+    for node in tree.body:
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        for target in targets:
+            bound |= {leaf.id for leaf in ast.walk(target) if isinstance(leaf, ast.Name)}
+            if isinstance(target, ast.Name) and target.id == "__all__":
+                assert node.value is not None
+                listed = ast.literal_eval(node.value)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {alias.asname or alias.name for alias in node.names}
+    if listed is None:
+        assert path.name == "__init__.py", "no __all__"
+        assert not bound, "an __init__ that offers something lists it"
+        return
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= bound
+
+
+@pytest.mark.parametrize("module", ["kvmhost", "kvmhost.machine", "kvmhost.engine.kvm"])
+def test_light_imports(module: str) -> None:
+    heavy = {"numpy", "unicorn", "aiohttp", "httpx", "matplotlib", "rich", "lz4"}
+    code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == ""
+
+
+def test_only_one_module_imports_the_extension_and_one_unicorn() -> None:
+    extension = {
+        name_of(path)
+        for path in MODULES
+        if "kvmhost._core._native" in imported(ast.parse(path.read_text()))
+    }
+    assert extension == {"kvmhost/_ffi.py"}
+    naming = [name_of(path) for path in MODULES if 'import_module("unicorn")' in path.read_text()]
+    assert naming == ["kvmhost/engine/unicorncpu.py"]

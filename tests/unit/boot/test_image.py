@@ -1,0 +1,159 @@
+"""Images: whatever is in the file, it loads or ends in an ImageError."""
+
+from __future__ import annotations
+
+import os
+import struct
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from guests import image_names, image_path
+from kvmhost.boot.image import MAX_IMAGE_BYTES, Image, read_image
+from kvmhost.errors import ImageError
+from kvmhost.memory.guest import GuestMemory
+
+HELLO = image_path("hello").read_bytes()
+HEADERS = 64 + 56 * 2
+SAME_FILE = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300
+)
+
+
+def attempt(path: Path, data: bytes) -> Image | ImageError:
+    path.write_bytes(data)
+    try:
+        image = read_image(path)
+        with GuestMemory.of_size(4 << 20) as memory:
+            image.load(memory, 3 << 20)
+        return image
+    except ImageError as error:
+        return error
+
+
+@pytest.mark.parametrize("name", image_names())
+def test_built_in_guests_parse(name: str) -> None:
+    image = read_image(image_path(name))
+    assert image.entry == 0x10_0000
+    assert len({param.name for param in image.params}) == len(image.params) > 0
+
+
+@SAME_FILE
+@given(
+    edits=st.lists(
+        st.tuples(
+            st.one_of(
+                st.integers(0, HEADERS),
+                st.integers(0, len(HELLO) - 1),
+                st.integers(len(HELLO) - 64 * 10, len(HELLO) - 1),
+            ),
+            st.integers(0, 255),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_mutated_images_raise_nothing_else(tmp_path: Path, edits: list[tuple[int, int]]) -> None:
+    data = bytearray(HELLO)
+    for at, value in edits:
+        data[at] = value
+    assert isinstance(attempt(tmp_path / "g.elf", bytes(data)), Image | ImageError)
+
+
+@SAME_FILE
+@given(
+    field=st.sampled_from([24, 32, 40, *range(64 + 8, 64 + 56, 8)]),
+    value=st.one_of(st.integers(0, (1 << 64) - 1), st.sampled_from([1 << 63, (1 << 64) - 1])),
+)
+def test_huge_fields_raise_nothing_else(tmp_path: Path, field: int, value: int) -> None:
+    data = bytearray(HELLO)
+    struct.pack_into("<Q", data, field, value)
+    assert isinstance(attempt(tmp_path / "g.elf", bytes(data)), Image | ImageError)
+
+
+@SAME_FILE
+@given(st.integers(0, len(HELLO) - 1))
+def test_truncated_images_are_refused(tmp_path: Path, n_bytes: int) -> None:
+    assert isinstance(attempt(tmp_path / "g.elf", HELLO[:n_bytes]), ImageError)
+
+
+@SAME_FILE
+@given(st.binary(max_size=300))
+def test_garbage_is_refused(tmp_path: Path, data: bytes) -> None:
+    assert isinstance(attempt(tmp_path / "g.elf", data), ImageError)
+    assert isinstance(attempt(tmp_path / "g.elf", b"\x7fELF" + data), ImageError)
+
+
+def test_a_large_memory_size_takes_no_memory(tmp_path: Path) -> None:
+    data = bytearray(HELLO)
+    struct.pack_into("<Q", data, 64 + 40, 1 << 60)  # p_memsz
+    path = tmp_path / "g.elf"
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        image = read_image(path)
+        with GuestMemory.of_size(4 << 20) as memory, pytest.raises(ImageError, match="p_paddr"):
+            image.load(memory, 3 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "g.elf"
+    with path.open("wb") as file:
+        file.write(HELLO)
+        file.truncate(MAX_IMAGE_BYTES + 1)
+    with pytest.raises(ImageError, match="larger than"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "field"),
+    [
+        (0, b"MZ", "e_ident"),
+        (4, b"\x01", "e_ident"),
+        (16, b"\x03", "e_type"),
+        (18, b"\xb7", "e_machine"),
+        (24, b"\0\0\0", "e_entry"),
+        (54, b"\x20", "e_phentsize"),
+    ],
+)
+def test_errors_name_the_field(tmp_path: Path, at: int, value: bytes, field: str) -> None:
+    data = bytearray(HELLO)
+    data[at : at + len(value)] = value
+    error = attempt(tmp_path / "g.elf", bytes(data))
+    assert isinstance(error, ImageError)
+    assert error.field == field
+
+
+PARAM = b"start_gfn=1024;first gfn of the range"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"start_gfn=x;", "need name=number;help"),
+        (b"start-gfn=1;", "need name=number;help"),
+        (b"start_gfn", "need name=number;help"),
+        (b"start_gfn=" + b"9" * 21 + b";", "over 64 bits"),
+        (b"pages=1;", "twice"),
+    ],
+)
+def test_bad_parameters_are_refused(tmp_path: Path, line: bytes, problem: str) -> None:
+    good = image_path("touch").read_bytes()
+    assert good.count(PARAM) == 1
+    error = attempt(tmp_path / "g.elf", good.replace(PARAM, line.ljust(len(PARAM), b"\0")))
+    assert isinstance(error, ImageError)
+    assert problem in str(error)
+    assert error.file == str(tmp_path / "g.elf")
+
+
+@pytest.mark.parametrize("path", ["absent.elf", ".", "fifo"])
+def test_unreadable_files_are_named(tmp_path: Path, path: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ImageError, match="file"):
+        read_image(tmp_path / path)
