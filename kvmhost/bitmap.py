@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvmhost.errors import LayoutError
 
-__all__ = ["Provenance", "Words", "YoungBitmap", "n_words"]
+__all__ = ["Provenance", "Words", "YoungBitmap", "n_words", "pack", "sub_words", "unpack"]
 
 Words = npt.NDArray[np.uint64]
 
@@ -128,3 +128,10 @@ def unpack(words: Words, n_pages: int) -> npt.NDArray[np.bool_]:
     """Unpack words into ``n_pages`` booleans."""
     raw = words.astype("<u8", copy=False).view(np.uint8)
     return np.unpackbits(raw, count=n_pages, bitorder="little").astype(bool)
+
+
+def sub_words(words: Words, n_pages: int, first: int, count: int) -> Words:
+    """Return the bits ``[first, first + count)`` of a bitmap as words of their own."""
+    if first == 0 and count == n_pages:
+        return words
+    return pack(unpack(words, n_pages)[first : first + count])

@@ -42,7 +42,7 @@ __all__ = ["main"]
 _MIB = 1 << 20
 _START_GFN = 1024
 #: Beside guest memory and the store: interpreter, page tables, KVM's own memory.
-_PROCESS_BYTES = 40 * _MIB
+_PROCESS_BYTES = 44 * _MIB
 #: What a page of this guest takes in the store, compressed, about a tenth.
 _STORE_SHARE = 0.1
 
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="kvmhost demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
-    parser.add_argument("--mem", type=size_bytes, default=256 * _MIB, metavar="SIZE")
+    parser.add_argument("--mem", type=size_bytes, default=320 * _MIB, metavar="SIZE")
     parser.add_argument("--hot", type=size_bytes, default=48 * _MIB, metavar="SIZE")
     parser.add_argument("--epochs", type=int, default=600, help="epochs of the limited runs")
     parser.add_argument(
@@ -196,9 +196,7 @@ def _throughput(settings: Settings, seconds: float = 2.0) -> dict[str, float]:
                     budget = settings.mem_bytes
                     stack.enter_context(_daemon("free", budget, _logs(vm.directory)))
                     passes = vm.client.counters().harvest.harvests
-                    _wait(
-                        lambda n=passes: vm.client.counters().harvest.harvests > n, vm, "a pass"
-                    )
+                    _wait(lambda n=passes: vm.client.counters().harvest.harvests > n, vm, "a pass")
                 start, first = time.perf_counter(), vm.client.state().doorbells
                 time.sleep(seconds)
                 done = vm.client.state().doorbells - first
@@ -365,7 +363,7 @@ def _daemon(
     name: str, budget_bytes: int, log: typing.BinaryIO
 ) -> Iterator[subprocess.Popen[bytes]]:
     words = [sys.executable, "-m", "tools.main", "reclaimd", name]
-    words += ["--budget", str(budget_bytes), "--interval", "0.5"]
+    words += ["--budget", str(budget_bytes), "--interval", "0.25"]
     with log, contextlib.ExitStack() as stack:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
         stack.callback(_end, process)
@@ -385,6 +383,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _more_harvests(vm: _Vm, than: int) -> Callable[[], bool]:
+    return lambda: vm.client.counters().harvest.harvests > than
 
 
 def _wait(condition: Callable[[], bool], vm: _Vm, what: str) -> None:

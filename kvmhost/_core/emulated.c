@@ -73,10 +73,15 @@ static void on_port(void *uc, uint64_t address, uint32_t size, void *user)
 
 	if (!emu->stepping)
 		stop(uc, emu, KH_EMU_PORT, address, size);
-	else if (address != emu->address)
+	else if (address != emu->address || emu->stepping == KH_EMU_STEP_DONE)
 		emu->stop(uc);
 }
 
+/*
+ * The data of a string instruction come and go one access at a time. Here it
+ * cannot be stopped, its registers are not up to date: that waits for its next
+ * repetition, or for what follows it.
+ */
 static void on_out(void *uc, uint32_t port, int size, uint32_t value, void *user)
 {
 	struct kh_emu *emu = user;
@@ -88,7 +93,7 @@ static void on_out(void *uc, uint32_t port, int size, uint32_t value, void *user
 	memcpy(emu->data + emu->used, &value, size);
 	emu->used += size;
 	if (emu->used + size > KH_EMU_DATA)
-		emu->stop(uc);
+		emu->stepping = KH_EMU_STEP_DONE;
 }
 
 static uint32_t on_in(void *uc, uint32_t port, int size, void *user)
@@ -104,7 +109,7 @@ static uint32_t on_in(void *uc, uint32_t port, int size, void *user)
 		memcpy(&value, emu->data + emu->done, size);
 	emu->done += size;
 	if (emu->done + size > emu->used)
-		emu->stop(uc);
+		emu->stepping = KH_EMU_STEP_DONE;
 	return value;
 }
 

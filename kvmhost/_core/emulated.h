@@ -20,6 +20,10 @@
 #define KH_EMU_EXCEPTION 5	/* address is the vector */
 #define KH_EMU_OUTSIDE 6	/* an access outside guest memory; type as in Unicorn */
 
+#define KH_EMU_STEP_NO 0
+#define KH_EMU_STEP_RUNS 1
+#define KH_EMU_STEP_DONE 2	/* no data left, or no room */
+
 /* Which hook; see kh_emu_hook. */
 #define KH_EMU_HOOK_BLOCK 0
 #define KH_EMU_HOOK_PORT 1
@@ -36,7 +40,7 @@ typedef int (*kh_emu_stop_fn)(void *uc);
 struct kh_emu {
 	kh_emu_stop_fn stop;	/* uc_emu_stop; called by hooks only */
 	int attention;
-	int stepping;		/* one instruction is run on purpose: stop for nothing else */
+	int stepping;		/* KH_EMU_STEP_*: stop for nothing but the end of one instruction */
 	int reason;		/* KH_EMU_*: the first stop of a run */
 	int type;		/* of an access outside memory */
 	uint32_t size;		/* in bytes: of the block, the instruction or the access */

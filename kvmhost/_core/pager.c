@@ -5,6 +5,7 @@
 #include "uffd.h"
 
 #include <fcntl.h>
+#include <malloc.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -19,6 +20,7 @@
 #define RUN_PAGES 16
 #define MESSAGES 16
 #define ENOMEM_TRIES 8
+#define HISTORY_NOW 0x80
 
 struct region {
 	int memfd;
@@ -48,7 +50,7 @@ struct kh_pager {
 	uint64_t n_pages;
 	uint8_t *state;		/* KH_PAGE_* */
 	uint8_t *pinned;
-	uint8_t *recent;	/* faulted in since the clock hand passed */
+	uint8_t *history;	/* young in the last eight windows, the latest in bit 7 */
 	pthread_mutex_t evict_lock;
 	pthread_mutex_t stripes[STRIPES];
 	struct kh_store store;
@@ -69,6 +71,11 @@ struct kh_pager *kh_pager_new(int uffd, kh_compress_fn compress, kh_decompress_f
 
 	if (!pager)
 		return NULL;
+	/*
+	 * Pages are stored by one thread and dropped by another, over and over.
+	 * With an arena a thread that fragments without end; one serves well.
+	 */
+	mallopt(M_ARENA_MAX, 1);
 	pager->uffd = uffd;
 	pager->stop_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (pager->stop_event < 0) {
@@ -100,11 +107,11 @@ int64_t kh_pager_add_region(struct kh_pager *pager, int memfd, uint64_t guest, u
 		return result;
 	free(pager->state);
 	free(pager->pinned);
-	free(pager->recent);
+	free(pager->history);
 	pager->state = calloc(total, 1);
 	pager->pinned = calloc(total, 1);
-	pager->recent = calloc(total, 1);
-	if (!pager->state || !pager->pinned || !pager->recent)
+	pager->history = calloc(total, 1);
+	if (!pager->state || !pager->pinned || !pager->history)
 		return -ENOMEM;
 	pager->regions[pager->n_regions++] = (struct region){ memfd, guest, alias, first, n_pages };
 	pager->n_pages = total;
@@ -235,7 +242,7 @@ static void commit_run(struct kh_pager *pager, const struct region *region, uint
 				continue;
 			}
 			__atomic_store_n(&pager->state[first + k], KH_PAGE_EVICTED, __ATOMIC_RELEASE);
-			pager->recent[first + k] = 0;
+			pager->history[first + k] = 0;
 			COUNT(pager, evictions);
 			COUNT(pager, evicted_pages);
 			UNCOUNT(pager, resident_pages);
@@ -344,6 +351,13 @@ int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n
 	return done;
 }
 
+/*
+ * How many windows of its history a page may have been young in, to be taken by
+ * the clock hand in its first, second, ... lap. A page that a scan touched once
+ * goes before one that was young in every window.
+ */
+static const int lap_limits[] = { 0, 1, 3, 8 };
+
 /* Next pages for the fault handler to evict: the daemon's wishes, then a clock. */
 static uint64_t choose_victims(struct kh_pager *pager, uint32_t *index, uint64_t n)
 {
@@ -352,18 +366,19 @@ static uint64_t choose_victims(struct kh_pager *pager, uint32_t *index, uint64_t
 	while (found < n && pager->next_victim < pager->n_victims) {
 		uint32_t page = pager->victims[pager->next_victim++];
 
-		if (pager->state[page] == KH_PAGE_RESIDENT && !pager->pinned[page])
+		/* Young since the daemon named it: leave it to the clock. */
+		if (pager->state[page] == KH_PAGE_RESIDENT && !pager->pinned[page] &&
+		    !(pager->history[page] & HISTORY_NOW))
 			index[found++] = page;
 	}
-	for (uint64_t step = 0; found < n && step < 2 * pager->n_pages; step++) {
-		uint64_t page = pager->hand++ % pager->n_pages;
+	for (uint64_t lap = 0; !found && lap < sizeof(lap_limits) / sizeof(*lap_limits); lap++) {
+		for (uint64_t step = 0; found < n && step < pager->n_pages; step++) {
+			uint64_t page = pager->hand++ % pager->n_pages;
 
-		if (pager->state[page] != KH_PAGE_RESIDENT || pager->pinned[page])
-			continue;
-		if (pager->recent[page])
-			pager->recent[page] = 0;	/* second chance */
-		else
-			index[found++] = page;
+			if (pager->state[page] == KH_PAGE_RESIDENT && !pager->pinned[page] &&
+			    __builtin_popcount(pager->history[page]) <= lap_limits[lap])
+				index[found++] = page;
+		}
 	}
 	return found;
 }
@@ -444,7 +459,7 @@ static int bring_back(struct kh_pager *pager, uint64_t index, uint64_t address)
 	if (result)
 		return result;
 	kh_store_drop(&pager->store, index);
-	pager->recent[index] = 1;
+	pager->history[index] |= HISTORY_NOW;
 	__atomic_store_n(&pager->state[index], KH_PAGE_RESIDENT, __ATOMIC_RELEASE);
 	COUNT(pager, fault_ins);
 	COUNT(pager, resident_pages);
@@ -609,7 +624,7 @@ void kh_pager_free(struct kh_pager *pager)
 	kh_store_destroy(&pager->store, pager->n_pages);
 	free(pager->state);
 	free(pager->pinned);
-	free(pager->recent);
+	free(pager->history);
 	free(pager->victims);
 	pthread_mutex_destroy(&pager->evict_lock);
 	pthread_mutex_destroy(&pager->serving_lock);
@@ -651,6 +666,20 @@ int kh_pager_set_victims(struct kh_pager *pager, const uint32_t *index, uint64_t
 	pager->n_victims = n;
 	pager->next_victim = 0;
 	pthread_mutex_unlock(&pager->evict_lock);
+	return 0;
+}
+
+int kh_pager_note_young(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
+			const uint64_t *words)
+{
+	if (index > pager->n_pages || n_pages > pager->n_pages - index)
+		return -ERANGE;
+	/* Races with a fault-in lose a bit of history at most. */
+	for (uint64_t i = 0; i < n_pages; i++) {
+		uint8_t young = words[i / 64] >> (i % 64) & 1 ? HISTORY_NOW : 0;
+
+		pager->history[index + i] = pager->history[index + i] >> 1 | young;
+	}
 	return 0;
 }
 

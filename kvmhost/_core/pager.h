@@ -77,6 +77,9 @@ void kh_pager_set_store(struct kh_pager *pager, uint64_t limit_bytes, int refuse
 void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages);
 /* What the fault handler evicts first at the limit, in this order. */
 int kh_pager_set_victims(struct kh_pager *pager, const uint32_t *index, uint64_t n);
+/* Begin a new window: these pages were young in the last one. */
+int kh_pager_note_young(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
+			const uint64_t *words);
 int kh_pager_pin(struct kh_pager *pager, uint64_t index, uint64_t n_pages, int pinned);
 /* Evict pages; outcome[i] tells what became of index[i]. Returns how many went. */
 int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n,

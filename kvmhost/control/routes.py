@@ -280,6 +280,8 @@ class Routes:
         start = time.perf_counter_ns()
         bitmap = tracker.harvest(gfn_start, n_pages, asked.clear, mask)
         middle = time.perf_counter_ns()
+        if asked.clear and self._machine.has_pager:
+            self._machine.pager.note_young(bitmap)
         if asked.rearm == "all":
             tracker.rearm(gfn_start, n_pages)
         elif asked.rearm == "young" and asked.clear:

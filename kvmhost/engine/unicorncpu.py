@@ -39,8 +39,8 @@ except (ImportError, AttributeError, OSError) as _error:
 
 __all__ = ["UnicornCpu"]
 
-#: An address that no guest code is at: runs end by hooks only.
-_NOWHERE = (1 << 64) - 1
+#: Not looked at: runs end by hooks only.
+_NO_END = 0
 #: A page that neither memory nor the MMIO window of a tiny guest has.
 _SCRATCH_GPA = 0xE000_0000
 
@@ -84,6 +84,8 @@ class UnicornCpu:
                     region.gpa, region.n_bytes, uc_const.UC_PROT_ALL, region.guest_address
                 )
             self._enter(state)
+            # No end address: after a run Unicorn looks its code up, and that faults.
+            self._uc.ctl_exits_enabled(True)
             self._add_hooks()
         except unicorn.UcError as error:
             raise CapabilityError(
@@ -99,18 +101,18 @@ class UnicornCpu:
         """
         self.core.reason = lib.KH_EMU_NONE
         try:
-            self._uc.emu_start(self.read("rip"), _NOWHERE, count=count)
+            self._uc.emu_start(self.read("rip"), _NO_END, count=count)
         except unicorn.UcError as error:
             return str(error)
         return ""
 
     def step_string(self, address: int) -> str:
         """Run the string port instruction at ``address``, its data in ``core.data``."""
-        self.core.stepping, self.core.address = 1, address
+        self.core.stepping, self.core.address = lib.KH_EMU_STEP_RUNS, address
         try:
             return self.run()
         finally:
-            self.core.stepping = 0
+            self.core.stepping = lib.KH_EMU_STEP_NO
 
     def step_outside(
         self, pages: Iterable[int], read: ReadOutside, write: WriteOutside
@@ -128,11 +130,11 @@ class UnicornCpu:
             self._map_device(page, read, write)
         # Translated code does not count instructions unless it was made to.
         self._uc.ctl_flush_tb()
-        self.core.stepping, self.core.address = 1, self.read("rip")
+        self.core.stepping, self.core.address = lib.KH_EMU_STEP_RUNS, self.read("rip")
         try:
             error = self.run(count=1)
         finally:
-            self.core.stepping = 0
+            self.core.stepping = lib.KH_EMU_STEP_NO
             for page in mapped:
                 self._uc.mem_unmap(page, PAGE_BYTES)
         return error, lambda: self._uc.context_restore(before)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from kvmhost._ffi import check, ffi, lib
@@ -22,7 +22,7 @@ if typing.TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["GuestMemory", "Region"]
+__all__ = ["GuestMemory", "Region", "pieces"]
 
 
 class Region:
@@ -206,6 +206,15 @@ class GuestMemory:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def pieces(memory: GuestMemory, gfn_start: int, n_pages: int) -> Iterator[tuple[Region, int, int]]:
+    """Cut a gfn range at the regions: yields ``(region, first gfn, pages)``."""
+    for region in memory.regions:
+        start = max(gfn_start, region.gfn)
+        end = min(gfn_start + n_pages, region.gfn + region.n_pages)
+        if start < end:
+            yield region, start, end - start
 
 
 def _bounds(where: slice) -> tuple[int, int]:

@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost._ffi import check, ffi, lib
+from kvmhost.bitmap import YoungBitmap, sub_words
 from kvmhost.errors import PagerError
-from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.guest import GuestMemory, pieces
 from kvmhost.memory.layout import PAGE_SHIFT
 from kvmhost.pager.codec import Codec, lz4_codec
 from kvmhost.pager.userfault import Userfault
@@ -174,7 +175,7 @@ class Pager:
         """Hold the resident pages under a limit in the fault handler itself; 0: none.
 
         At the limit each fault first evicts: what :meth:`set_victims` named, and
-        where that is used up, whatever a clock hand finds.
+        where that is used up, what a clock hand finds (see :meth:`note_young`).
         """
         self.arm()
         lib.kh_pager_set_limit(self._core, resident_pages)
@@ -187,6 +188,23 @@ class Pager:
             "kh_pager_set_victims",
             n=index.size,
         )
+
+    def note_young(self, young: YoungBitmap) -> None:
+        """Tell which pages were young in the window that a harvest has just ended.
+
+        Only the clock hand of the resident limit uses it: pages that were young in
+        few of the last eight windows go first.
+        """
+        for region, start, count in pieces(self._memory, young.gfn_start, young.n_pages):
+            words = sub_words(young.words, young.n_pages, start - young.gfn_start, count)
+            index = self._memory.index_of_gfn(start)
+            check(
+                lib.kh_pager_note_young(
+                    self._core, index, count, ffi.from_buffer("uint64_t[]", words)
+                ),
+                "kh_pager_note_young",
+                gfn=region.gfn,
+            )
 
     def states(self) -> npt.NDArray[np.uint8]:
         """Return every page's :class:`PageState`, by region: shape ``(n_pages,)``."""

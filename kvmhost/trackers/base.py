@@ -1,21 +1,14 @@
-"""The protocol that every tracker follows, and helpers over regions."""
+"""The protocol that every tracker follows."""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Iterator
 from typing import ClassVar, Protocol
 
-from kvmhost.bitmap import Words, YoungBitmap, pack, unpack
+from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.errors import LayoutError
-from kvmhost.memory.guest import GuestMemory, Region
 
-if typing.TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-__all__ = ["Support", "Tracker", "TrackerInfo", "check_range", "pieces", "sub_words"]
+__all__ = ["Support", "Tracker", "TrackerInfo", "check_range"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +71,3 @@ def check_range(gfn_start: int, n_pages: int) -> None:
     """
     if gfn_start < 0 or n_pages < 0 or gfn_start + n_pages > 1 << 52:
         raise LayoutError(f"harvest: bad range of {n_pages} pages from gfn {gfn_start:#x}")
-
-
-def pieces(memory: GuestMemory, gfn_start: int, n_pages: int) -> Iterator[tuple[Region, int, int]]:
-    """Cut a gfn range at the regions: yields ``(region, first gfn, pages)``."""
-    for region in memory.regions:
-        start = max(gfn_start, region.gfn)
-        end = min(gfn_start + n_pages, region.gfn + region.n_pages)
-        if start < end:
-            yield region, start, end - start
-
-
-def sub_words(words: Words, n_pages: int, first: int, count: int) -> Words:
-    """Return the bits ``[first, first + count)`` of a bitmap as words of their own."""
-    if first == 0 and count == n_pages:
-        return words
-    bits: npt.NDArray[np.bool_] = unpack(words, n_pages)[first : first + count]
-    return pack(bits)

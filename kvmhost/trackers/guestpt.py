@@ -17,13 +17,14 @@ from typing import ClassVar
 import numpy as np
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.bitmap import Words, YoungBitmap, n_words, pack, unpack
+from kvmhost.bitmap import Words, YoungBitmap, n_words, pack, sub_words, unpack
 from kvmhost.engine.base import RearmKind
 from kvmhost.errors import CapabilityError
+from kvmhost.memory.guest import pieces
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.tablemem import TableMemory
 from kvmhost.mmu.tdp import LiveTable
-from kvmhost.trackers.base import Support, TrackerInfo, check_range, pieces, sub_words
+from kvmhost.trackers.base import Support, TrackerInfo, check_range
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine

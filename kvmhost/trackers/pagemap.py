@@ -23,9 +23,10 @@ from typing import ClassVar
 import numpy as np
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, unpack
+from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, sub_words, unpack
 from kvmhost.errors import CapabilityError, LayoutError
-from kvmhost.trackers.base import Support, TrackerInfo, check_range, pieces, sub_words
+from kvmhost.memory.guest import pieces
+from kvmhost.trackers.base import Support, TrackerInfo, check_range
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine

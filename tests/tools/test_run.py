@@ -18,12 +18,16 @@ from guests.build import compile_guest
 
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
 
-TRIPLE_FAULT = "u64 guest_main(u64 v, struct params *p) { (void)v; (void)p; *(volatile u64 *)0 = 1; return 0; }"
+TRIPLE_FAULT = (
+    "u64 guest_main(u64 v, struct params *p) { (void)p; *(volatile u64 *)(v + 8) = 1; return 0; }"
+)
 OUTSIDE = (
     "u64 guest_main(u64 v, struct params *p)"
     "{ (void)v; *(volatile u32 *)(p->mmio_start + 0x40) = 7; return 0; }"
 )
-DEBUG_EXIT = "u64 guest_main(u64 v, struct params *p) { (void)v; (void)p; out32(0xf4, 5); for (;;); }"
+DEBUG_EXIT = (
+    "u64 guest_main(u64 v, struct params *p) { (void)v; (void)p; out32(0xf4, 5); for (;;); }"
+)
 
 
 @pytest.fixture

@@ -1,0 +1,166 @@
+"""What the kvmhost half of the project can use on this host, found out by trying.
+
+Each probe does the act: it opens the device, makes a VM, scans a page. None
+compares versions, and none changes anything that outlives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import mmap
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kvmhost.errors import CapabilityError, KvmHostError
+
+__all__ = ["Finding", "probe_host"]
+
+_IDLE_BITMAP = Path("/sys/kernel/mm/page_idle/bitmap")
+#: Parameters of the KVM modules that say how guest memory is translated.
+_PAGING = ("kvm_intel/parameters/ept", "kvm_amd/parameters/npt", "kvm/parameters/tdp_mmu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that works or does not.
+
+    :ivar works: None for a plain fact that neither helps nor hurts
+    :ivar found: what is there, or why it does not work
+    :ivar remedy: what to do where it does not work
+    """
+
+    area: str
+    name: str
+    works: bool | None
+    found: str
+    remedy: str = ""
+
+
+def probe_host() -> Iterator[Finding]:
+    """Try everything that kvmhost uses; engines have the area ``engine``."""
+    yield Finding("host", "kernel", None, platform.release())
+    yield Finding("host", "python", sys.version_info >= (3, 11), platform.python_version())
+    yield from _kvm()
+    yield _engine("emulated", _try_emulated)
+    yield from _trackers()
+    yield from _memory()
+
+
+def _engine(name: str, attempt: Callable[[], str]) -> Finding:
+    try:
+        return Finding("engine", name, True, attempt())
+    except CapabilityError as error:
+        return Finding("engine", name, False, error.found, error.remedy)
+    except KvmHostError as error:
+        return Finding("engine", name, False, str(error), "see dmesg")
+
+
+def _kvm() -> Iterator[Finding]:
+    from kvmhost.kvm import Cap, System
+
+    yield _engine("kvm", _try_kvm)
+    try:
+        with System() as system:
+            for cap in Cap:
+                value = system.check_extension(cap)
+                found = str(value) if value else "missing"
+                yield Finding("kvm", f"KVM_CAP_{cap.name}", None, found)
+    except KvmHostError:
+        return  # the engine's line says why
+    yield Finding("kvm", "paging", None, _paging())
+
+
+def _try_kvm() -> str:
+    from kvmhost.kvm import System
+
+    with System() as system, system.create_vm() as vm, vm.create_vcpu(0):
+        return "/dev/kvm opens; a VM and a vCPU can be made"
+
+
+def _paging() -> str:
+    """Say what the modules claim; only a calibration on a running guest knows."""
+    told = []
+    for name in _PAGING:
+        try:
+            told.append(f"{Path(name).name}={(Path('/sys/module') / name).read_text().strip()}")
+        except OSError:
+            continue
+    claim = ", ".join(told) or "the modules do not tell"
+    return f"{claim}; the guestpt tracker finds out on a running guest"
+
+
+def _try_emulated() -> str:
+    from kvmhost.boot.longmode import EntryState
+    from kvmhost.engine.unicorncpu import UnicornCpu
+    from kvmhost.memory.guest import GuestMemory
+
+    with GuestMemory.of_size(1 << 20) as memory:
+        UnicornCpu(memory, EntryState(rip=0, rsp=0, rdi=0, rsi=0, cr3=0)).close()
+    return "Unicorn enters 64-bit mode at privilege level 3"
+
+
+def _trackers() -> Iterator[Finding]:
+    try:
+        probe_all = importlib.import_module("kvmhost.trackers").probe_all
+    except AttributeError:
+        return
+    for name, support in probe_all().items():
+        works = bool(support.works)
+        yield Finding("tracker", name, works, support.reason or "works")
+
+
+def _memory() -> Iterator[Finding]:
+    from kvmhost.pager.codec import lz4_codec
+    from kvmhost.pager.userfault import Userfault
+
+    try:
+        userfault = Userfault()
+    except CapabilityError as error:
+        yield Finding("memory", "userfaultfd", False, error.found, error.remedy)
+    else:
+        yield Finding("memory", "userfaultfd", True, f"features {userfault.features:#x}")
+        userfault.close()
+    problem = _try_pagemap_scan()
+    yield Finding(
+        "memory",
+        "PAGEMAP_SCAN",
+        not problem,
+        problem or "scans",
+        "" if not problem else "none needed: pagemap is read instead; Linux 6.7 has it",
+    )
+    codec = lz4_codec()
+    works = codec.name != "none"
+    remedy = "" if works else "install lz4 from a wheel; pages are kept uncompressed"
+    yield Finding("memory", "compression", works, codec.name, remedy)
+    idle = os.access(_IDLE_BITMAP, os.R_OK | os.W_OK)
+    yield Finding(
+        "memory",
+        "idle page tracking",
+        idle,
+        str(_IDLE_BITMAP) if idle else f"{_IDLE_BITMAP} cannot be used",
+        "" if idle else "a kernel with CONFIG_IDLE_PAGE_TRACKING, as root; not needed",
+    )
+
+
+def _try_pagemap_scan() -> str:
+    from kvmhost._ffi import ffi, lib
+
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return f"/proc/self/pagemap: {error.strerror}"
+    try:
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:
+            page[0] = 1
+            words = ffi.new("uint64_t *")
+            # SAFETY: the view is released before the mapping closes.
+            with ffi.from_buffer(page) as view:
+                address = int(ffi.cast("uintptr_t", view))
+                result = lib.kh_pagemap_scan(fd, address, 1, words)
+    finally:
+        os.close(fd)
+    return os.strerror(-result) if result < 0 else ""

@@ -1,0 +1,174 @@
+"""Fixtures and markers for all tests.
+
+A ``requires_…`` marker skips a test where the machine cannot do what it needs.
+Each probe does the act itself, once, and says what to do about it.
+``TEST_DEMAND=kvm,uffd,cgroup,root,cap`` turns such a skip into a failure.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmhost.errors import CapabilityError, IoctlError
+from kvmhost.machine import Machine
+
+DEADLINE_S = 60.0
+
+
+@functools.cache
+def _no_kvm() -> str | None:
+    from kvmhost.kvm.system import probe
+
+    return probe()
+
+
+@functools.cache
+def _no_uffd() -> str | None:
+    from kvmhost.pager.userfault import probe
+
+    return probe()
+
+
+@functools.cache
+def _no_root() -> str | None:
+    return None if os.geteuid() == 0 else f"runs as uid {os.geteuid()}; run the tests as root"
+
+
+@functools.cache
+def _no_cgroup() -> str | None:
+    """Make a memory cgroup and remove it again, in v1 or v2."""
+    reasons = []
+    for root in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+        group = root / f"kvmhost-probe-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError as error:
+            reasons.append(f"{group}: {error.strerror}")
+            continue
+        try:
+            limits = [group / "memory.limit_in_bytes", group / "memory.max"]
+            if any(path.exists() for path in limits):
+                return None
+            reasons.append(f"{root}: no memory controller")
+        finally:
+            group.rmdir()
+    return "; ".join(reasons) + "; mount a memory cgroup hierarchy and run as root"
+
+
+@functools.cache
+def _no_cap(name: str) -> str | None:
+    from kvmhost.kvm import Cap, System
+
+    try:
+        with System() as system:
+            has = system.check_extension(Cap[name])
+    except (CapabilityError, IoctlError) as error:
+        return str(error)
+    return None if has else f"this KVM lacks KVM_CAP_{name}; use a newer kernel"
+
+
+_PROBES: dict[str, Callable[..., str | None]] = {
+    "requires_kvm": _no_kvm,
+    "requires_uffd": _no_uffd,
+    "requires_root": _no_root,
+    "requires_cgroup": lambda *_: _no_cgroup(),
+    "requires_cap": _no_cap,
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    demanded = os.environ.get("TEST_DEMAND", "").split(",")
+    for marker in item.iter_markers():
+        probe = _PROBES.get(marker.name)
+        reason = probe(*marker.args) if probe else None
+        if reason is None:
+            continue
+        if marker.name.removeprefix("requires_") in demanded:
+            pytest.fail(f"demanded by TEST_DEMAND: {marker.name}: {reason}", pytrace=False)
+        pytest.skip(f"{marker.name}: {reason}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
+    outcome: Any = yield
+    report = outcome.get_result()
+    if report.when == "call":
+        item.stash[_FAILED] = report.failed
+
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.fixture
+def make_vm(request: pytest.FixtureRequest) -> Iterator[Callable[..., Machine]]:
+    """Return a maker of machines that are closed, and described if the test fails."""
+    made: list[Machine] = []
+
+    def make(*args: Any, **kwargs: Any) -> Machine:
+        machine = Machine(*args, **kwargs)
+        made.append(machine)
+        return machine
+
+    yield make
+    if request.node.stash.get(_FAILED, False):
+        for machine in made:
+            print(describe(machine))
+    for machine in made:
+        machine.close()
+
+
+def describe(machine: Machine) -> str:
+    """Describe a machine for the report of a failed test."""
+    lines = [f"engine {machine.engine.name}, error {machine.error!r}"]
+    lines += [f"console: {machine.console_text()!r}", f"layout: {machine.layout}"]
+    if machine.running:
+        machine.pause()
+    for vcpu in machine.vcpus:
+        shown = " ".join(f"{name}={value:#x}" for name, value in vcpu.registers().items())
+        lines.append(f"vCPU {vcpu.index}: doorbells {vcpu.doorbells}, {shown}")
+    return "\n".join(lines)
+
+
+def footprint() -> dict[str, int]:
+    """Count what a machine that is gone must not leave behind."""
+    maps = Path("/proc/self/maps").read_text()
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    return {
+        "fds": len(list(Path("/proc/self/fd").iterdir())),
+        "threads": threading.active_count(),
+        "processes": len(children.split()),
+        "memfd mappings": maps.count("/memfd:"),
+        "shared memory files": len(list(Path("/dev/shm").iterdir())),
+    }
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fail if the test leaves descriptors, threads, processes or mappings behind."""
+    before = footprint()
+    yield
+    deadline = time.monotonic() + 10
+    while (after := footprint()) != before and time.monotonic() < deadline:
+        time.sleep(0.01)  # a thread that has been told to end
+    assert after == before
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """Return a wait for a condition, with a deadline."""
+
+    def wait(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_S) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+            time.sleep(0.001)
+
+    return wait

@@ -1,0 +1,99 @@
+"""``kvmhost doctor`` tells the truth, in every form of output."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from kvmhost.doctor import Finding
+from reclaim.pressure import probe
+from tools import doctor
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def findings(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
+    shown = json.loads(capsys.readouterr().out)
+    return {f"{f['area']} {f['name']}": f for f in shown["findings"]}
+
+
+def test_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--json"]) == 0
+    found = findings(capsys)
+    assert found["host kernel"]["found"] == os.uname().release
+    assert found["engine emulated"]["works"] is True
+    assert {"memory userfaultfd", "memory compression", "pressure PSI"} <= set(found)
+    assert all(f["remedy"] for f in found.values() if f["works"] is False)
+
+
+def test_hidden_kvm_is_told_with_its_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMHOST_HIDE_KVM", "1")
+    assert doctor.main(["--json"]) == 0  # the other engine works
+    kvm = findings(capsys)["engine kvm"]
+    assert kvm["works"] is False
+    assert kvm["remedy"] == "unset KVMHOST_HIDE_KVM"
+
+
+def test_no_engine_is_126(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = [Finding("engine", name, False, "gone", "buy one") for name in ("kvm", "emulated")]
+    monkeypatch.setattr(doctor, "probe_host", lambda: iter(nothing))
+    assert doctor.main([]) == 126
+    assert "gone (buy one)" in capsys.readouterr().out
+
+
+def test_table_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert doctor.main([]) == 0
+    assert "emulated" in capsys.readouterr().out
+
+
+def test_help_names_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        doctor.main(["--help"])
+    assert "126 if none does" in capsys.readouterr().out
+
+
+def test_probes_say_why_not(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    for works, found, remedy in (
+        probe.probe_cgroup_v1(absent),
+        probe.probe_cgroup_v2((absent,)),
+        probe.probe_psi(absent),
+        probe.probe_psi_trigger(absent),
+        probe.probe_swap(absent),
+    ):
+        assert not works
+        assert found
+        assert remedy
+
+
+def test_v2_without_the_memory_controller(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpu io\n")
+    works, found, _ = probe.probe_cgroup_v2((tmp_path,))
+    assert (works, found) == (False, f"{tmp_path} has no memory controller")
+
+
+def test_a_group_without_its_limit_file_does_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text("memory\n")
+    works, _, _ = probe.probe_cgroup_v2((tmp_path,))
+    assert not works
+    assert [path.name for path in tmp_path.iterdir()] == ["cgroup.controllers"]
+
+
+@pytest.mark.parametrize(
+    ("text", "works"),
+    [("Filename\tType\n", False), ("Filename\tType\n/dev/sda2 partition\n", True)],
+)
+def test_swap(tmp_path: Path, text: str, works: bool) -> None:
+    swaps = tmp_path / "swaps"
+    swaps.write_text(text)
+    assert probe.probe_swap(swaps)[0] is works

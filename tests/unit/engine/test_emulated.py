@@ -1,0 +1,147 @@
+"""The emulated engine on raw code: no KVM, no threads but the test's own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from kvmhost.boot.longmode import entry_state, lay_out_tables
+from kvmhost.devices.bus import Bus
+from kvmhost.engine.base import RearmKind
+from kvmhost.engine.emulated import EmulatedEngine
+from kvmhost.exits import Exit, InternalError, IoIn, IoOut, Kicked, Shutdown
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.layout import IMAGE_GPA, TinyLayout
+
+ACCESSED = 1 << 5
+SPIN = b"\xeb\xfe"
+
+
+class Raw:
+    """One vCPU at the start of some machine code."""
+
+    def __init__(self, code: bytes) -> None:
+        self.layout = TinyLayout(4 << 20)
+        self.memory = GuestMemory.of_size(self.layout.mem_bytes)
+        self.memory[IMAGE_GPA : IMAGE_GPA + len(code)] = code
+        lay_out_tables(self.memory, self.layout)
+        self.engine = EmulatedEngine()
+        self.engine.attach(self.memory, Bus())
+        self.vcpu = self.engine.create_vcpu(0, entry_state(self.layout, IMAGE_GPA, 0))
+
+    def is_accessed(self, clear: bool = False) -> bool:
+        """Test (and clear) the accessed bit of the leaf that maps gpa 0x180000."""
+        entries = self.memory.array(self.layout.tables_gpa, 512 * 6, "<u8")
+        (where,) = np.flatnonzero(entries & ~np.uint64(0xFFF) == 0x18_0000)
+        found = bool(entries[where] & ACCESSED)
+        if clear:
+            entries[where] &= ~np.uint64(ACCESSED)
+        return found
+
+    def close(self) -> None:
+        self.vcpu.close()
+        self.engine.close()
+        self.memory.close()
+
+
+@pytest.fixture
+def raw(request: pytest.FixtureRequest) -> Iterator[Raw]:
+    made = Raw(request.param)
+    yield made
+    made.close()
+
+
+def code(*values: bytes) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("raw", [b"".join(values)], indirect=True, ids=["code"])
+
+
+@code(b"\xe6\x80", b"\xff\xc3", b"\xe4\x81", b"\x0f\x0b")
+def test_stops_exactly_at_port_instructions(raw: Raw) -> None:
+    assert raw.vcpu.run() == IoOut(0x80, 1, b"\0")
+    assert raw.vcpu.registers()["rip"] == IMAGE_GPA + 2
+    assert raw.vcpu.registers()["rbx"] == 0
+    assert raw.vcpu.run() == IoIn(0x81, 1)
+    raw.vcpu.complete_read(b"\x5a")
+    leaving = raw.vcpu.run()
+    assert isinstance(leaving, Shutdown)
+    registers = raw.vcpu.registers()
+    assert (registers["rax"], registers["rbx"]) == (0x5A, 1)
+    assert registers["rip"] == IMAGE_GPA + 6
+    assert registers["cs"] & 3 == 3
+    assert raw.vcpu.exits == 3
+
+
+@code(b"\xe4\x81", b"\x0f\x0b")
+def test_unanswered_read_is_all_ones(raw: Raw) -> None:
+    assert raw.vcpu.run() == IoIn(0x81, 1)
+    assert isinstance(raw.vcpu.run(), Shutdown)
+    assert raw.vcpu.registers()["rax"] == 0xFF
+
+
+# mov byte [rip + 5], 0xee; jmp +0; nop: the nop becomes "out dx, al" after its first run.
+@code(
+    b"\xeb\x07",
+    b"\xc6\x05\x02\x00\x00\x00\xee",
+    b"\xeb\x00",
+    b"\x90",
+    b"\xeb\xf4",
+)
+def test_new_port_instruction_over_old_code_is_told(raw: Raw) -> None:
+    leaving: Exit = raw.vcpu.run()
+    assert isinstance(leaving, InternalError)
+    assert leaving.suberror == 1
+
+
+@code(SPIN)
+def test_kick_ends_a_spin_and_is_not_lost(raw: Raw) -> None:
+    raw.vcpu.kick()
+    assert raw.vcpu.run() == Kicked()
+    results: list[Exit] = []
+    thread = threading.Thread(target=lambda: results.append(raw.vcpu.run()))
+    thread.start()
+    raw.vcpu.kick()
+    thread.join(30)
+    assert results == [Kicked()]
+
+
+# 1: mov rax, [0x180000]; jmp 1b
+@code(b"\x48\x8b\x04\x25\x00\x00\x18\x00", b"\xeb\xf6")
+def test_flush_rearms_under_a_running_vcpu(raw: Raw) -> None:
+    assert raw.engine.fixed_rearm is RearmKind.TLB_FLUSH
+    thread = threading.Thread(target=raw.vcpu.run)
+    assert not raw.is_accessed()
+    thread.start()
+    try:
+        wait_for(raw.is_accessed)
+        raw.is_accessed(clear=True)
+        raw.engine.flush_tlbs()  # of a vCPU that is running
+        wait_for(raw.is_accessed)
+    finally:
+        raw.vcpu.kick()
+        thread.join(30)
+    raw.is_accessed(clear=True)
+    raw.engine.flush_tlbs()  # of one that stands still
+    assert not raw.is_accessed()
+
+
+# mov rax, [0x180000]; out 0x80, al; twice
+@code((b"\x48\x8b\x04\x25\x00\x00\x18\x00" + b"\xe6\x80") * 3)
+def test_cached_translation_sets_nothing(raw: Raw) -> None:
+    assert isinstance(raw.vcpu.run(), IoOut)
+    assert raw.is_accessed(clear=True)
+    assert isinstance(raw.vcpu.run(), IoOut)
+    assert not raw.is_accessed()
+    raw.engine.flush_tlbs()
+    assert isinstance(raw.vcpu.run(), IoOut)
+    assert raw.is_accessed()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -1,0 +1,89 @@
+"""``kvmhost doctor``: what works on this host and what does not, with the remedy."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from kvmhost.doctor import Finding, probe_host
+from reclaim.pressure import probe
+
+__all__ = ["main"]
+
+EXIT_MISSING = 126
+
+_DESCRIPTION = """\
+Try everything that kvmhost uses: /dev/kvm and its capabilities, engines,
+trackers, userfaultfd, compression, memory cgroups, PSI. Each line says what was
+found and, where something does not work, what to do about it. Nothing is changed.
+
+exit status: 0 if at least one engine works, 126 if none does
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Probe, print, and return 0 if a guest can be run here, else 126."""
+    parser = argparse.ArgumentParser(
+        prog="kvmhost doctor",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    arguments = parser.parse_args(argv)
+    findings = [*probe_host(), *_pressure()]
+    usable = any(f.works for f in findings if f.area == "engine")
+    if arguments.json:
+        shown = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"usable": usable, "findings": shown}, indent=2))
+    elif sys.stdout.isatty():
+        _print_table(findings)
+    else:
+        _print_plain(findings)
+    return 0 if usable else EXIT_MISSING
+
+
+def _pressure() -> list[Finding]:
+    probes: dict[str, Callable[[], tuple[bool, str, str]]] = {
+        "cgroup v1 memory": probe.probe_cgroup_v1,
+        "cgroup v2 memory": probe.probe_cgroup_v2,
+        "PSI": probe.probe_psi,
+        "PSI trigger": probe.probe_psi_trigger,
+        "swap": probe.probe_swap,
+    }
+    return [Finding("pressure", name, *attempt()) for name, attempt in probes.items()]
+
+
+def _mark(finding: Finding) -> str:
+    return {True: "yes", False: "no", None: "-"}[finding.works]
+
+
+def _print_plain(findings: list[Finding]) -> None:
+    area_width = max(len(f.area) for f in findings)
+    name_width = max(len(f.name) for f in findings)
+    for f in findings:
+        remedy = f" ({f.remedy})" if f.remedy else ""
+        start = f"{f.area:<{area_width}}  {f.name:<{name_width}}  {_mark(f):<3}"
+        print(f"{start}  {f.found}{remedy}")
+
+
+def _print_table(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for heading in ("area", "what", "works", "found", "remedy"):
+        table.add_column(heading, overflow="fold")
+    style = {True: "green", False: "red", None: "dim"}
+    for f in findings:
+        # Text, not markup: what the kernel says may hold brackets.
+        mark = Text(_mark(f), style[f.works])
+        table.add_row(f.area, f.name, mark, Text(f.found), Text(f.remedy))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
