@@ -18,11 +18,23 @@ if typing.TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_STOPPERS = {signal.SIGINT, signal.SIGTERM}
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
+    # Held back until everything that has to be taken down is known to be there. The
+    # threads started meanwhile inherit the mask: only the main thread sees signals.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPERS)
+    try:
+        return _run(args)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run(args: argparse.Namespace) -> int:
     # With --json standard output belongs to the report; the guest goes to standard error.
     console_fd = (sys.stderr if args.json else sys.stdout).fileno()
     machine = Machine(
@@ -45,11 +57,13 @@ def main(argv: Sequence[str]) -> int:
             if args.resident_max:
                 machine.pager.set_limit(args.resident_max // 4096)
             machine.start(paused=args.paused)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPERS)
             status = machine.wait(args.timeout)
             if args.json:
                 print(json.dumps(_report(machine, status)))
             return status
         finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPERS)
             if server is not None:
                 server.close()
 

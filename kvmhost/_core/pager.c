@@ -42,6 +42,7 @@ struct kh_pager {
 	int stop_event;
 	int armed;
 	int serving;
+	int stopping;
 	int failed;		/* serve() has reported a failure once */
 	pthread_mutex_t serving_lock;
 	pthread_cond_t serving_changed;
@@ -118,7 +119,8 @@ int64_t kh_pager_add_region(struct kh_pager *pager, int memfd, uint64_t guest, u
 	return first;
 }
 
-static int count_resident(const struct region *region, uint64_t *resident_pages)
+/* Find out which pages of a region exist; from here on the fault handler knows. */
+static int take_stock(struct kh_pager *pager, const struct region *region)
 {
 	uint64_t n_words = (region->n_pages + 63) / 64;
 	uint64_t *words = calloc(n_words, sizeof(*words));
@@ -127,35 +129,40 @@ static int count_resident(const struct region *region, uint64_t *resident_pages)
 	if (!words)
 		return -ENOMEM;
 	result = kh_resident(region->alias, region->n_pages, words);
-	for (uint64_t i = 0; !result && i < n_words; i++)
-		*resident_pages += __builtin_popcountll(words[i]);
+	for (uint64_t i = 0; !result && i < region->n_pages; i++) {
+		int resident = words[i / 64] >> (i % 64) & 1;
+
+		pager->state[region->first + i] = resident ? KH_PAGE_RESIDENT : KH_PAGE_FRESH;
+		pager->counters.resident_pages += resident;
+	}
 	free(words);
 	return result;
 }
 
 int kh_pager_arm(struct kh_pager *pager)
 {
-	uint64_t resident_pages = 0;
+	int result = 0;
 
 	if (pager->armed)
 		return 0;
-	/* From the first registration on, new pages are counted by the fault handler. */
-	for (uint32_t i = 0; i < pager->n_regions; i++) {
+	/* Faults that come from here on wait until serve() sees that all is armed. */
+	for (uint32_t i = 0; !result && i < pager->n_regions; i++) {
 		const struct region *region = &pager->regions[i];
 		uint64_t n_bytes = region->n_pages * KH_PAGE_BYTES;
 		int modes = KH_UFFD_MISSING | KH_UFFD_WP;
-		int result = kh_uffd_register(pager->uffd, region->guest, n_bytes, modes);
+
+		result = kh_uffd_register(pager->uffd, region->guest, n_bytes, modes);
 
 		if (!result)
 			result = kh_uffd_register(pager->uffd, region->alias, n_bytes, modes);
 		if (!result)
-			result = count_resident(region, &resident_pages);
-		if (result)
-			return result;
+			result = take_stock(pager, region);
 	}
-	__atomic_fetch_add(&pager->counters.resident_pages, resident_pages, __ATOMIC_RELAXED);
-	pager->armed = 1;
-	return 0;
+	pthread_mutex_lock(&pager->serving_lock);
+	pager->armed = !result;
+	pthread_cond_broadcast(&pager->serving_changed);
+	pthread_mutex_unlock(&pager->serving_lock);
+	return result;
 }
 
 static const struct region *region_of(const struct kh_pager *pager, uint64_t index)
@@ -389,18 +396,8 @@ static int64_t direct_evict(struct kh_pager *pager)
 	uint8_t outcome[RUN_PAGES];
 	int64_t done = 0;
 
-	/* Never-touched pages look resident to the clock: go on past them for a while. */
 	pthread_mutex_lock(&pager->evict_lock);
-	for (uint64_t tries = 0; !done && tries < pager->n_pages / RUN_PAGES + 2; tries++) {
-		uint64_t found = choose_victims(pager, index, RUN_PAGES);
-
-		if (!found)
-			break;
-		done = evict_locked(pager, index, found, outcome);
-		for (uint64_t i = 0; i < found; i++)
-			if (outcome[i] == KH_EVICT_FULL || outcome[i] == KH_EVICT_ERROR)
-				tries = pager->n_pages;
-	}
+	done = evict_locked(pager, index, choose_victims(pager, index, RUN_PAGES), outcome);
 	pthread_mutex_unlock(&pager->evict_lock);
 	__atomic_fetch_add(&pager->counters.direct_evictions, done, __ATOMIC_RELAXED);
 	return done;
@@ -467,10 +464,12 @@ static int bring_back(struct kh_pager *pager, uint64_t index, uint64_t address)
 	return 0;
 }
 
-static int first_touch(struct kh_pager *pager, uint64_t address)
+static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
 {
 	int result = fill(pager, address, NULL);
 
+	if (!result || result == -EEXIST)
+		__atomic_store_n(&pager->state[index], KH_PAGE_RESIDENT, __ATOMIC_RELEASE);
 	if (result == -EEXIST) {
 		/* There already, put in through the other mapping: map it and go on. */
 		COUNT(pager, wakes);
@@ -494,7 +493,7 @@ static int serve_missing(struct kh_pager *pager, uint64_t index, uint64_t addres
 	else if (pager->state[index] == KH_PAGE_LOST)
 		result = -EBADMSG;
 	else
-		result = first_touch(pager, address);
+		result = first_touch(pager, index, address);
 	unlock_page(pager, index);
 	return result;
 }
@@ -582,6 +581,8 @@ int kh_pager_serve(struct kh_pager *pager)
 	pthread_mutex_lock(&pager->serving_lock);
 	pager->serving = 1;
 	pthread_cond_broadcast(&pager->serving_changed);
+	while (!pager->armed && !pager->stopping)
+		pthread_cond_wait(&pager->serving_changed, &pager->serving_lock);
 	pthread_mutex_unlock(&pager->serving_lock);
 	for (;;) {
 		int result;
@@ -612,6 +613,10 @@ void kh_pager_stop(struct kh_pager *pager)
 {
 	uint64_t one = 1;
 
+	pthread_mutex_lock(&pager->serving_lock);
+	pager->stopping = 1;
+	pthread_cond_broadcast(&pager->serving_changed);
+	pthread_mutex_unlock(&pager->serving_lock);
 	while (write(pager->stop_event, &one, sizeof(one)) < 0 && errno == EINTR)
 		;
 }
@@ -692,7 +697,7 @@ int kh_pager_pin(struct kh_pager *pager, uint64_t index, uint64_t n_pages, int p
 	for (uint64_t i = index; i < index + n_pages; i++) {
 		lock_page(pager, i);
 		if (pinned)
-			result |= pager->state[i] != KH_PAGE_RESIDENT;
+			result |= pager->state[i] == KH_PAGE_EVICTED;
 		pager->pinned[i] = pinned;
 		unlock_page(pager, i);
 	}

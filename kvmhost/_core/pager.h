@@ -12,9 +12,10 @@
 
 #include "compat.h"
 
-#define KH_PAGE_RESIDENT 0	/* in the memfd, or never touched */
+#define KH_PAGE_RESIDENT 0	/* in the memfd; before arming, or never touched */
 #define KH_PAGE_EVICTED 1	/* only in the store */
 #define KH_PAGE_LOST 2		/* the store could not give it back: the VM must stop */
+#define KH_PAGE_FRESH 3		/* never touched: in neither */
 
 /* Outcome of one eviction. */
 #define KH_EVICT_DONE 0

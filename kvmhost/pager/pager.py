@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import YoungBitmap, sub_words
-from kvmhost.errors import PagerError
+from kvmhost.errors import IoctlError, PagerError
 from kvmhost.memory.guest import GuestMemory, pieces
 from kvmhost.memory.layout import PAGE_SHIFT
 from kvmhost.pager.codec import Codec, lz4_codec
@@ -36,9 +36,10 @@ __all__ = ["EvictOutcome", "EvictResult", "PageState", "Pager"]
 class PageState(enum.IntEnum):
     """Where a page's contents are."""
 
-    RESIDENT = 0  # in the memfd, or never touched
+    RESIDENT = 0  # in the memfd
     EVICTED = 1  # in the store only
     LOST = 2  # the store could not give it back; the VM stops
+    FRESH = 3  # never touched
 
 
 class EvictOutcome(enum.IntEnum):
@@ -108,6 +109,7 @@ class Pager:
         lib.kh_pager_set_store(self._core, store_limit_bytes, int(refuse_incompressible))
         self._thread: threading.Thread | None = None
         self._arming = threading.Lock()
+        self._arm_errno = 0
 
     def arm(self) -> None:
         """Start to catch faults. Idempotent.
@@ -119,6 +121,7 @@ class Pager:
         """
         with self._arming:
             if self._thread is not None:
+                self._check_armed()
                 return
             thread = threading.Thread(target=self._serve, name="pager", daemon=True)
             thread.start()
@@ -126,12 +129,19 @@ class Pager:
             # then the handler has to be in C, where it needs no such lock.
             lib.kh_pager_wait_serving(self._core)
             self._thread = thread
-            check(lib.kh_pager_arm(self._core), "UFFDIO_REGISTER")
+            result = lib.kh_pager_arm(self._core)
+            if result < 0:
+                self._arm_errno = -result
+            self._check_armed()
+
+    def _check_armed(self) -> None:
+        if self._arm_errno:
+            raise IoctlError("UFFDIO_REGISTER", self._arm_errno)
 
     @property
     def armed(self) -> bool:
         """Whether faults are being caught."""
-        return self._thread is not None
+        return self._thread is not None and not self._arm_errno
 
     def evict(self, gfns: Iterable[int] | npt.NDArray[Any]) -> EvictResult:
         """Evict pages, in the given order; partial success is normal.
@@ -208,6 +218,9 @@ class Pager:
 
     def states(self) -> npt.NDArray[np.uint8]:
         """Return every page's :class:`PageState`, by region: shape ``(n_pages,)``."""
+        if not self.armed:
+            resident = self._memory.resident()
+            return np.where(resident, PageState.RESIDENT, PageState.FRESH).astype(np.uint8)
         states = np.zeros(self._memory.n_pages, dtype=np.uint8)
         buffer = ffi.from_buffer("uint8_t[]", states, require_writable=True)
         check(lib.kh_pager_state(self._core, 0, states.size, buffer), "kh_pager_state")
@@ -215,8 +228,10 @@ class Pager:
 
     def state(self, gfn: int) -> PageState:
         """Return one page's state."""
-        buffer = ffi.new("uint8_t *")
         index = self._memory.index_of_gfn(gfn)
+        if not self.armed:
+            return PageState(self.states()[index])
+        buffer = ffi.new("uint8_t *")
         check(lib.kh_pager_state(self._core, index, 1, buffer), "kh_pager_state", gfn=gfn)
         return PageState(buffer[0])
 
