@@ -29,6 +29,7 @@ from kvmhost.errors import (
     KvmHostError,
     LayoutError,
     NameInUseError,
+    VmGoneError,
 )
 
 __all__ = ["COMMANDS", "main", "reclaimd", "run_command"]
@@ -95,6 +96,8 @@ def exit_code(error: KvmHostError) -> int:
         return EXIT_MISSING
     if isinstance(error, GuestTimeout):
         return EXIT_TIMEOUT
+    if isinstance(error, VmGoneError):
+        return EXIT_FAILED
     if isinstance(error, ControlError):
         return EXIT_USAGE if error.status == 400 else EXIT_FAILED
     return EXIT_OURS

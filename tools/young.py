@@ -26,6 +26,7 @@ __all__ = ["main"]
 
 _SHOWN_RANGES = 10
 _FIRST_WINDOW_S = 1.0
+_BITMAP_KINDS = (".npy", ".bin")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -121,8 +122,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _snapshot(args: argparse.Namespace) -> int:
-    if args.out is not None and args.out.suffix not in (".npy", ".bin"):
-        raise LayoutError(f"--out {args.out}: the name must end in .npy or .bin")
+    if args.out is not None:
+        _check_out(args.out, _BITMAP_KINDS)
     with Client(args.vm) as vm:
         memory = vm.memory()
         gfn_start, n_pages = _range_of(args.range, memory)
@@ -229,6 +230,17 @@ def _write_bitmap(bitmap: YoungBitmap, path: Path) -> None:
             raise
 
 
+def _check_out(path: Path, kinds: Sequence[str]) -> None:
+    """Refuse a file that cannot be written before any work is done for it.
+
+    :raises LayoutError: if so
+    """
+    if path.suffix.lower() not in kinds:
+        raise LayoutError(f"{path}: the name must end in {' or '.join(kinds)}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise LayoutError(f"{path}: no file can be written there")
+
+
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
@@ -239,9 +251,10 @@ def _umask() -> int:
 
 
 def _heatmap(args: argparse.Namespace) -> int:
-    from reclaim.young.render import need_plotting, record_live, render_heatmap
+    from reclaim.young.render import PICTURE_KINDS, need_plotting, record_live, render_heatmap
 
     need_plotting()
+    _check_out(args.out, PICTURE_KINDS)
     with Client(args.vm) as vm, _progress(args.count) as advance:
         gfn_start, n_pages = _range_of(args.range, vm.memory())
         heatmap = record_live(

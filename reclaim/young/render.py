@@ -22,6 +22,7 @@ from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
 from reclaim.young.bitmap import YoungBitmap
 
 __all__ = [
+    "PICTURE_KINDS",
     "Heatmap",
     "bin_edges",
     "bin_shares",
@@ -33,7 +34,8 @@ __all__ = [
 _PAGE_BYTES = 4096
 #: Low shares are what tells a cold page that was touched once from one that was not.
 _GAMMA = 0.45
-_KINDS = (".png", ".svg", ".pdf")
+#: Suffixes of files that can be drawn.
+PICTURE_KINDS = (".png", ".svg", ".pdf")
 
 
 def bin_edges(n_pages: int, n_bins: int) -> npt.NDArray[np.int64]:
@@ -154,8 +156,8 @@ def render_heatmap(heatmap: Heatmap, path: Path) -> None:
     if not heatmap.columns:
         raise LayoutError("heatmap: no window to draw")
     kind = path.suffix.lower()
-    if kind not in _KINDS:
-        raise LayoutError(f"{path}: the name must end in {', '.join(_KINDS)}")
+    if kind not in PICTURE_KINDS:
+        raise LayoutError(f"{path}: the name must end in {', '.join(PICTURE_KINDS)}")
     matplotlib, colors, figure, ticker = _matplotlib()
     picture = figure.Figure(figsize=(12, 7), dpi=120, layout="constrained")
     axes = picture.add_subplot()

@@ -1,0 +1,195 @@
+"""``kvmhost young`` as a person types it, on a guest whose touches are known."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from guests.workloads import hotcold_gfns
+from kvmhost.bitmap import unpack
+from kvmhost.control.client import Client
+from kvmhost.errors import VmGoneError
+
+pytestmark = [pytest.mark.requires_kvm]
+
+PARAMS = {"pages": 4096, "hot": 1024, "cold": 0, "scan_every": 0, "epochs": 0}
+MEM_PAGES = (24 << 20) // 4096
+
+
+def kvmhost(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "tools.main", *words],
+        text=True,
+        timeout=60,
+        **({"capture_output": True} | options),
+    )
+
+
+def until(condition, what, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def vm(tmp_path, monkeypatch):
+    """A VM named ``v`` that touches its hot set only, epoch by epoch."""
+    monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path / "run"))
+    pairs = [word for key, value in PARAMS.items() for word in ("--param", f"{key}={value}")]
+    words = ["run", "hotcold", "--name", "v", "--mem", "24M", *pairs]
+    process = subprocess.Popen([sys.executable, "-m", "tools.main", *words])
+    client = Client("v")
+
+    def beyond_first_epoch():
+        try:
+            return client.state().doorbells > 3
+        except VmGoneError:
+            return process.poll() is not None
+
+    until(beyond_first_epoch, "the first epochs")
+    yield client
+    client.close()
+    process.send_signal(signal.SIGTERM)
+    process.wait(20)
+
+
+@pytest.fixture
+def hot(vm):
+    return hotcold_gfns(vm.state().params, 1)
+
+
+def test_snapshot_opens_a_window_where_nobody_harvests_yet(vm, hot, tmp_path):
+    out = tmp_path / "young.npy"
+    done = kvmhost("young", "snapshot", "v", "--json", "--out", str(out))
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    young = np.load(out)
+    assert young.dtype == bool
+    assert young.shape == (MEM_PAGES,)
+    assert np.flatnonzero(young[1024 : 1024 + 4096]).tolist() == (hot - 1024).tolist()
+    assert found["young"] == young.sum() == found["regions"][0]["young"]
+    assert [int(hot[0]), int(hot[-1]) + 1] in found["ranges"]
+    assert found["tracker"] == "guestpt"
+    # Looking changed nothing: the window is still open.
+    assert vm.harvest(clear=False).count() >= found["young"]
+
+
+def test_snapshot_for_people(vm, hot):
+    done = kvmhost("young", "snapshot", "v", "--window", "0.3", "--range", "1024:0x1400")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == "v: 1024 of 4096 pages young (25.0 %), 4.0 MiB"
+    assert "slot 0 [0x400, 0x1400): 1024 of 4096 young (25.0 %)" in lines
+    assert lines[-1].split() == [f"[{hot[0]:#x},", f"{hot[-1] + 1:#x})", "1024", "pages"]
+
+
+def test_snapshot_with_clear_begins_a_new_window(vm, tmp_path):
+    vm.harvest()
+    seen = vm.state().doorbells
+    until(lambda: vm.state().doorbells > seen + 2, "a whole epoch")
+    vm.pause()
+    out = tmp_path / "young.bin"
+    assert kvmhost("young", "snapshot", "v", "--clear", "--out", str(out)).returncode == 0
+    words = np.frombuffer(out.read_bytes(), "<u8")
+    assert unpack(words, MEM_PAGES).sum() >= 1024
+    assert vm.harvest().count() == 0
+    vm.resume()
+
+
+def test_snapshot_by_the_other_tracker(vm, hot):
+    done = kvmhost(
+        "young", "snapshot", "v", "--tracker", "pagemap", "--range", "1024:5120", "--json"
+    )
+    found = json.loads(done.stdout)
+    assert (found["tracker"], found["young"]) == ("pagemap", hot.size)
+
+
+def refused(words, code, text):
+    done = kvmhost("young", *words)
+    assert done.returncode == code
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["snapshot", "v", "--range", "5:5"], "memory has gfns [0, 0x1800)"),
+        (["snapshot", "v", "--range", "0:0x1801"], "memory has gfns [0, 0x1800)"),
+        (["snapshot", "v", "--tracker", "x"], "unknown tracker"),
+        (["snapshot", "v", "--window", "0.01", "--out", "/nowhere/x.npy"], "/nowhere/x.npy"),
+    ],
+)
+def test_what_does_not_fit_the_vm(vm, words, text):
+    refused(words, 2, text)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["snapshot"], 2, "VM"),
+        (["snapshot", "v", "--range", "x"], 2, "is no range"),
+        (["snapshot", "v", "--out", "x.txt"], 2, "must end in .npy or .bin"),
+        (["snapshot", "v", "--window", "no"], 2, "--window"),
+        (["heatmap", "v"], 2, "-o"),
+        (["heatmap", "v", "-o", "x.png", "--count", "0"], 2, "1 or more"),
+        (["heatmap", "v", "-o", "x.txt", "--count", "1"], 2, ".png"),
+        (["heatmap", "v", "-o", "/nowhere/x.png", "--count", "1"], 2, "/nowhere"),
+        (["snapshot", "../v"], 1, "nothing answers"),
+        (["snapshot", "nobody"], 1, "nothing answers"),
+    ],
+)
+def test_errors_without_a_vm(tmp_path, monkeypatch, words, code, text):
+    monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path / "run"))
+    refused(words, code, text)
+
+
+def test_heatmap_in_a_pipe_is_silent_but_for_its_result(vm, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "x.png"
+    words = ("--interval", "0.02", "--count", "10", "--bins", "64")
+    done = kvmhost("young", "heatmap", "v", "-o", str(out), *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{out}: 10 windows of v\n"
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_heatmap_shows_progress_on_a_terminal(vm, tmp_path):
+    pytest.importorskip("matplotlib")
+    master, slave = pty.openpty()
+    try:
+        out = tmp_path / "x.png"
+        words = ("--interval", "0.05", "--count", "8")
+        done = kvmhost(
+            "young", "heatmap", "v", "-o", str(out), *words,
+            capture_output=False, stdout=subprocess.DEVNULL, stderr=slave,
+        )  # fmt: skip
+        assert done.returncode == 0
+        assert b"harvesting" in os.read(master, 65536)
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def test_heatmap_of_a_vm_that_ends_has_what_there_was(vm, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "x.png"
+    words = [sys.executable, "-m", "tools.main", "young", "heatmap", "v", "-o", str(out)]
+    process = subprocess.Popen(
+        [*words, "--interval", "0.05", "--count", "10000"], stdout=subprocess.PIPE, text=True
+    )
+    until(lambda: vm.counters().harvest.harvests > 5, "some windows")
+    vm.stop()
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "windows of v" in stdout
+    assert out.exists()
