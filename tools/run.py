@@ -14,6 +14,9 @@ from kvmhost.machine import Machine
 from tools.args import add_machine_arguments, find_image, parse_params, size_bytes
 
 if typing.TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvmhost.control.paths import NameLock
     from kvmhost.control.server import ControlServer
 
 __all__ = ["main"]
@@ -35,10 +38,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    image = find_image(args.image)
+    if not args.name:
+        return _boot(args, image, None)
+    # The name first: where it is taken, no VM is made only to be thrown away.
+    from kvmhost.control.paths import NameLock
+
+    lock = NameLock(args.name)
+    try:
+        return _boot(args, image, lock)
+    finally:
+        lock.release()
+
+
+def _boot(args: argparse.Namespace, image: Path, lock: NameLock | None) -> int:
     # With --json standard output belongs to the report; the guest goes to standard error.
     console_fd = (sys.stderr if args.json else sys.stdout).fileno()
     machine = Machine(
-        find_image(args.image),
+        image,
         mem_bytes=args.mem,
         n_vcpus=args.vcpus,
         engine=args.engine,
@@ -50,10 +67,8 @@ def _run(args: argparse.Namespace) -> int:
     server: ControlServer | None = None
     with machine:
         try:
-            if args.name:
-                # Known before it makes its socket: a signal may come in between.
-                server = _server(machine)
-                server.start()
+            if lock is not None:
+                server = _serve(machine, lock)
             if args.tracker:
                 machine.use_tracker(args.tracker)
             if args.resident_max:
@@ -110,11 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _server(machine: Machine) -> ControlServer:
-    # aiohttp costs more to import than a whole guest run without a name.
+def _serve(machine: Machine, lock: NameLock) -> ControlServer:
     from kvmhost.control.server import ControlServer
 
-    return ControlServer(machine)
+    server = ControlServer(machine, lock=lock)
+    server.start()
+    return server
 
 
 def _report(machine: Machine, status: int) -> dict[str, typing.Any]:
