@@ -529,6 +529,62 @@ int64_t kh_mmu_age(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t 
 	return (int64_t)total;
 }
 
+struct mark_arg {
+	uint64_t start;
+	uint64_t end;
+	const uint64_t *bitmap;
+	uint64_t marked;
+};
+
+static bool marked(const struct mark_arg *arg, uint64_t gfn, uint64_t pages)
+{
+	uint64_t first = gfn > arg->start ? gfn : arg->start;
+	uint64_t last = gfn + pages < arg->end ? gfn + pages : arg->end;
+
+	if (!arg->bitmap)
+		return true;
+	for (; first < last; first++)
+		if (arg->bitmap[(first - arg->start) / 64] >> ((first - arg->start) % 64) & 1)
+			return true;
+	return false;
+}
+
+static int mark_leaf(const struct kh_leaf_ctx *ctx)
+{
+	const struct kh_format *fmt = &ctx->mmu->fmt;
+	struct mark_arg *arg = ctx->arg;
+	uint64_t raw = ctx->old;
+
+	if (!marked(arg, ctx->gfn, kh_level_pages(fmt, ctx->level)))
+		return 0;
+	while (kh_leaf(fmt, raw, ctx->level) && !kh_young(fmt, raw)) {
+		if (__atomic_compare_exchange_n(ctx->entry, &raw, raw | fmt->young.raw_clear, false,
+						__ATOMIC_SEQ_CST, __ATOMIC_ACQUIRE)) {
+			arg->marked++;
+			break;
+		}
+	}
+	return 0;
+}
+
+int64_t kh_mmu_mark_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t n_pages,
+			  const uint64_t *bitmap)
+{
+	struct mark_arg arg = { .start = start, .end = start + n_pages, .bitmap = bitmap };
+	unsigned int slot;
+	struct kh_root *root;
+
+	if (!range_ok(mmu, as_id, start, arg.end))
+		return -EINVAL;
+	slot = kh_epoch_enter(&mmu->epoch);
+	root = kh_root_current(mmu, as_id);
+	if (root)
+		kh_for_each_leaf(mmu, root, start, arg.end, mark_leaf, &arg);
+	kh_epoch_exit(&mmu->epoch, slot);
+	kh_count(&mmu->counters.set_young, arg.marked);
+	return (int64_t)arg.marked;
+}
+
 /* Housekeeping. */
 
 int kh_mmu_synchronize(struct kh_mmu *mmu)

@@ -10,10 +10,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from kvmhost._ffi import check, ffi, lib
+from kvmhost.bitmap import Words, n_words
 from kvmhost.errors import LayoutError
 from kvmhost.mmu.formats import Entry, Format, by_name
-from kvmhost.mmu.harvest import Handle, Harvester
+from kvmhost.mmu.harvest import Handle, Harvester, words_pointer
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 
 __all__ = ["Mmu"]
@@ -280,6 +283,23 @@ class Mmu(Harvester):
         with self._handle.use() as mmu:
             found = lib.kh_mmu_age(mmu, as_id, start, end, batch_pages, flags)
         return check(int(found), "kh_mmu_age", start=start, end=end, batch_pages=batch_pages)
+
+    def mark_young(
+        self, start: int, n_pages: int, bitmap: Words | None = None, *, as_id: int = 0
+    ) -> int:
+        """Make leaves young: how a tracker that learned of accesses elsewhere tells the model.
+
+        :param bitmap: shape ``(ceil(n_pages / 64),)``; None for all pages of the range
+        :return: how many leaves were old before
+        :raises LayoutError: if the bitmap does not fit
+        """
+        if bitmap is not None:
+            if bitmap.shape != (n_words(n_pages),):
+                raise LayoutError(f"mark_young: shape {bitmap.shape} for {n_pages} pages")
+            bitmap = np.ascontiguousarray(bitmap, dtype=np.uint64)
+        with self._handle.use() as mmu:
+            found = lib.kh_mmu_mark_young(mmu, as_id, start, n_pages, words_pointer(bitmap))
+        return check(int(found), "kh_mmu_mark_young", start=start, n_pages=n_pages)
 
     def zap_all(self) -> None:
         """Replace every root by an empty one and tear the old ones down."""
