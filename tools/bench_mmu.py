@@ -166,7 +166,7 @@ def _resident_bytes() -> int:
 
 
 def bench_aging(
-    threads: Sequence[int] = (1, 2, 4, 8, 16), pages_per_vcpu: int = _GIB_PAGES, repeats: int = 3
+    threads: Sequence[int] = (1, 2, 4, 8, 16), pages_per_vcpu: int = _GIB_PAGES, repeats: int = 5
 ) -> dict[str, Any]:
     """Fault in ``pages_per_vcpu`` pages on each vCPU while the same memory is aged.
 
@@ -216,7 +216,7 @@ def _aging_run(how: str, n_vcpus: int, pages: int) -> tuple[float, float, int]:
 
 
 def bench_ways(
-    n_pages: int = 1 << 15, n_accesses: int = 600_000, repeats: int = 3
+    n_pages: int = 1 << 15, n_accesses: int = 3_000_000, repeats: int = 5
 ) -> dict[str, Any]:
     """The 2x2x2 of 2023 on each format, and what each change brings.
 
