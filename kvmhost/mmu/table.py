@@ -43,6 +43,7 @@ _STATS = (
     "invalidate_seq",
     "invalidate_in_progress",
 )
+_ARENA_UNIT = 1 << 16
 _IDS = {
     "npt": lib.KH_FMT_NPT,
     "ept": lib.KH_FMT_EPT,
@@ -66,7 +67,8 @@ class Mmu(Harvester):
     :param sw_access: accessed and dirty state are set by the fault handler, as on arm64
         without FEAT_HAFDBS (stage 2 and radix)
     :param poison: fill freed table pages with a pattern that every walk would notice
-    :param arena_bytes: room for table pages; what is not used costs nothing
+    :param arena_bytes: room for table pages, rounded up to 64 KiB; what is not used costs
+        nothing
     :param arena_pa: made-up physical address of the arena, a multiple of 64 KiB
     :raises IoctlError: ``EINVAL`` if the parameters do not fit the format
     """
@@ -100,7 +102,7 @@ class Mmu(Harvester):
                 "page_shift": page_shift,
                 "n_as": n_as,
                 "arena_pa": arena_pa,
-                "arena_bytes": arena_bytes,
+                "arena_bytes": -(-arena_bytes // _ARENA_UNIT) * _ARENA_UNIT,
                 "flags": (lib.KH_MMU_POISON if poison else 0)
                 | (lib.KH_MMU_SW_ACCESS if sw_access else 0),
             },
