@@ -7,7 +7,7 @@ PIP     = $(PY) -m pip --disable-pip-version-check -q
 SOURCES = pyproject.toml $(wildcard kvmhost/_core/*.[ch] kvmhost/_core/*.cdef kvmhost/_core/build.py) \
           $(wildcard guests/*.py guests/x86_64/*.[chS] guests/x86_64/*.ld)
 
-.PHONY: demo test test-slow lint guests clean
+.PHONY: demo test test-slow lint sanitize guests clean
 
 demo: $(VENV)/.plot
 	$(VENV)/bin/kvmhost demo
@@ -22,6 +22,10 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The C core's stress under ThreadSanitizer and AddressSanitizer; SECONDS_EACH=60 for long.
+sanitize:
+	$(MAKE) -C tests/sanitize run
 
 guests: $(VENV)/.plot
 	$(PY) -m guests.build

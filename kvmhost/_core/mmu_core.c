@@ -14,14 +14,13 @@ static uint64_t now_ns(void)
 
 void kh_rwlock_init(struct kh_rwlock *lock)
 {
-	pthread_rwlockattr_t attr;
-
 	memset(lock, 0, sizeof(*lock));
-	pthread_rwlockattr_init(&attr);
-	/* The kernel's queued rwlock lets a waiting writer go before new readers. */
-	pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-	pthread_rwlock_init(&lock->lock, &attr);
-	pthread_rwlockattr_destroy(&attr);
+	/*
+	 * glibc's default kind: waiting readers go in when a writer leaves, and a writer
+	 * when the readers are gone. The kernel's lock is a queue, which comes nearer to this
+	 * than the kind that prefers writers: with that, a writer in a loop starves the rest.
+	 */
+	pthread_rwlock_init(&lock->lock, NULL);
 }
 
 static void wait_for(struct kh_rwlock *lock, int (*wait)(pthread_rwlock_t *))

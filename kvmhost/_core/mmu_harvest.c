@@ -81,27 +81,21 @@ CLEAR_BY_AND(6)
 CLEAR_BY_AND(8)
 CLEAR_BY_AND(9)
 
-/*
- * Compare-and-swap on the marked entries. All are read before the first is swapped: a
- * locked instruction holds later loads up, so reading each just before would cost more
- * than the swap. One that changed since is looked at again, alone.
- */
+/* Compare-and-swap on the marked entries; one that changes meanwhile is looked at again. */
 static uint64_t clear_swapped(const struct kh_format *fmt, const struct kh_probe *probe,
 			      uint64_t *entries, uint64_t todo)
 {
-	uint64_t seen[64], got = 0;
+	uint64_t mask = probe->raw_mask[0], value = probe->raw_value[0];
+	uint64_t got = 0;
 
-	for (uint64_t left = todo; left; left &= left - 1) {
-		unsigned int i = (unsigned int)__builtin_ctzll(left);
+	for (; todo; todo &= todo - 1) {
+		unsigned int i = (unsigned int)__builtin_ctzll(todo);
+		uint64_t raw = kh_read_entry(&entries[i]);
+		/* These formats have one present bit, which the mask includes. */
+		bool done = (raw & mask) == value &&
+			    kh_try_set(&entries[i], raw, raw & ~probe->raw_clear);
 
-		seen[i] = __atomic_load_n(&entries[i], __ATOMIC_RELAXED);
-	}
-	for (uint64_t left = todo; left; left &= left - 1) {
-		unsigned int i = (unsigned int)__builtin_ctzll(left);
-		bool done = kh_probe_hit(fmt, probe, seen[i], 1) &&
-			    kh_try_set(&entries[i], seen[i], seen[i] & ~probe->raw_clear);
-
-		if (!done)
+		if (__builtin_expect(!done, 0))
 			done = kh_clear_leaf(fmt, probe, &entries[i], 1);
 		got |= (uint64_t)done << i;
 	}

@@ -201,6 +201,8 @@ void kh_table_retire(struct kh_mmu *mmu, uint64_t *table, unsigned int level);
 void kh_table_remove(struct kh_mmu *mmu, uint64_t *table, unsigned int level);
 /* Take out a leaf; returns what it was. Bits that were set in it are counted as dropped. */
 uint64_t kh_leaf_remove(struct kh_mmu *mmu, uint64_t *entry, unsigned int level, uint64_t left);
+/* A range of gfns of a table that this layer owns. */
+bool kh_range_ok(const struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end);
 /* The entry for a gfn at a level, whatever it holds; NULL if no table of that level is there. */
 uint64_t *kh_entry_find(struct kh_mmu *mmu, struct kh_root *root, uint64_t gfn,
 			unsigned int level);

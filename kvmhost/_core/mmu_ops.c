@@ -7,7 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static bool range_ok(const struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end)
+bool kh_range_ok(const struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end)
 {
 	return mmu->arena && as_id < mmu->n_as && start <= end && end <= kh_n_gfns(&mmu->fmt);
 }
@@ -97,7 +97,7 @@ static bool map_ok(const struct kh_mmu *mmu, const struct kh_map *map, uint64_t 
 		return false;
 	pages = kh_level_pages(fmt, map->level);
 	frames = pages << (fmt->page_shift - 12);
-	return range_ok(mmu, map->as_id, map->gfn, map->gfn) && n <= kh_n_gfns(fmt) / pages &&
+	return kh_range_ok(mmu, map->as_id, map->gfn, map->gfn) && n <= kh_n_gfns(fmt) / pages &&
 	       map->gfn + n * pages <= kh_n_gfns(fmt) && map->gfn % pages == 0 &&
 	       map->pfn % frames == 0 && map->pfn + n * frames - 1 <= fmt->addr_mask >> 12;
 }
@@ -218,7 +218,7 @@ int kh_mmu_unmap(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t en
 {
 	bool any;
 
-	if (!range_ok(mmu, as_id, start, end))
+	if (!kh_range_ok(mmu, as_id, start, end))
 		return -EINVAL;
 	kh_write_lock(&mmu->lock);
 	any = unmap_locked(mmu, as_id, start, end);
@@ -252,7 +252,7 @@ int kh_mmu_write_protect(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uin
 	struct kh_root *root;
 	bool any = false;
 
-	if (!range_ok(mmu, as_id, start, end))
+	if (!kh_range_ok(mmu, as_id, start, end))
 		return -EINVAL;
 	kh_write_lock(&mmu->lock);
 	root = kh_root_current(mmu, as_id);
@@ -325,7 +325,7 @@ int kh_mmu_split(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t en
 	bool any = false;
 	int result = 0;
 
-	if (!range_ok(mmu, as_id, start, end))
+	if (!kh_range_ok(mmu, as_id, start, end))
 		return -EINVAL;
 	kh_write_lock(&mmu->lock);
 	root = kh_root_current(mmu, as_id);
@@ -402,7 +402,7 @@ int kh_mmu_collapse(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t l
 	struct kh_root *root;
 	int result = -EINVAL;
 
-	if (!range_ok(mmu, as_id, gfn, gfn) || level < 2 || level > mmu->fmt.max_leaf_level ||
+	if (!kh_range_ok(mmu, as_id, gfn, gfn) || level < 2 || level > mmu->fmt.max_leaf_level ||
 	    gfn % kh_level_pages(&mmu->fmt, level))
 		return -EINVAL;
 	kh_write_lock(&mmu->lock);
@@ -411,122 +411,6 @@ int kh_mmu_collapse(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t l
 		result = collapse_locked(mmu, root, gfn, level);
 	kh_unlock(&mmu->lock);
 	return result;
-}
-
-/* Aging one by one, as it is done without the harvest. */
-
-static int test_leaf(const struct kh_leaf_ctx *ctx)
-{
-	*(uint64_t *)ctx->arg += kh_young(&ctx->mmu->fmt, ctx->old);
-	return 0;
-}
-
-static int clear_leaf(const struct kh_leaf_ctx *ctx)
-{
-	const struct kh_format *fmt = &ctx->mmu->fmt;
-
-	*(uint64_t *)ctx->arg += kh_clear_leaf(fmt, &fmt->young, ctx->entry, ctx->level);
-	return 0;
-}
-
-static uint64_t age_lockless(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end,
-			     kh_leaf_fn fn)
-{
-	unsigned int slot = kh_epoch_enter(&mmu->epoch);
-	struct kh_root *root;
-	uint64_t young = 0;
-
-	kh_for_each_root_lockless(mmu, root, as_id)
-		kh_for_each_leaf(mmu, root, start, end, fn, &young);
-	kh_epoch_exit(&mmu->epoch, slot);
-	return young;
-}
-
-int kh_mmu_test_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end)
-{
-	if (!range_ok(mmu, as_id, start, end))
-		return -EINVAL;
-	return age_lockless(mmu, as_id, start, end, test_leaf) != 0;
-}
-
-int kh_mmu_clear_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end)
-{
-	uint64_t young;
-
-	if (!range_ok(mmu, as_id, start, end))
-		return -EINVAL;
-	young = age_lockless(mmu, as_id, start, end, clear_leaf);
-	kh_count(&mmu->counters.cleared_young, young);
-	return young != 0;
-}
-
-int kh_mmu_clear_flush_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end)
-{
-	uint64_t young;
-
-	if (!range_ok(mmu, as_id, start, end))
-		return -EINVAL;
-	kh_write_lock(&mmu->lock);
-	young = age_lockless(mmu, as_id, start, end, clear_leaf);
-	kh_count(&mmu->counters.cleared_young, young);
-	kh_unlock(&mmu->lock);
-	/*
-	 * A stale translation is harmless here (no page goes away), so nobody else's
-	 * deferred flush has to be waited for: only what was young is flushed.
-	 */
-	if (young)
-		kh_mmu_flush_remote(mmu);
-	return young != 0;
-}
-
-/* A batch as the harvest does it: a run over each table, not a walk for each page. */
-static uint64_t age_batch(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t n_pages,
-			  uint32_t flags)
-{
-	uint64_t young[64] = { 0 }, coarse[64] = { 0 };
-	struct kh_segment segment = { .gfn_start = start, .n_pages = n_pages, .as_id = as_id };
-	struct kh_walk_stats stats = { 0 };
-	uint64_t found = 0;
-
-	kh_mmu_harvest(mmu, &segment, 1,
-		       KH_HARVEST_CLEAR | (flags & KH_AGE_LOCKED ? KH_HARVEST_LOCKED : 0), NULL,
-		       young, coarse, &stats);
-	for (unsigned int i = 0; i < 64; i++)
-		found += (uint64_t)__builtin_popcountll(young[i]);
-	kh_count(&mmu->counters.cleared_young, stats.cleared);
-	return found;
-}
-
-static uint64_t age_page(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t flags)
-{
-	uint64_t young;
-
-	if (flags & KH_AGE_LOCKED)
-		kh_write_lock(&mmu->lock);
-	young = age_lockless(mmu, as_id, gfn, gfn + 1, clear_leaf);
-	kh_count(&mmu->counters.cleared_young, young);
-	if (flags & KH_AGE_LOCKED)
-		kh_unlock(&mmu->lock);
-	return young;
-}
-
-int64_t kh_mmu_age(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end,
-		   uint64_t batch_pages, uint32_t flags)
-{
-	uint64_t total = 0;
-
-	if (!range_ok(mmu, as_id, start, end) || batch_pages < 1 || batch_pages > 4096)
-		return -EINVAL;
-	for (uint64_t gfn = start; gfn < end; gfn += batch_pages) {
-		uint64_t n = end - gfn < batch_pages ? end - gfn : batch_pages;
-		uint64_t young = batch_pages == 1 ? age_page(mmu, as_id, gfn, flags)
-						  : age_batch(mmu, as_id, gfn, n, flags);
-
-		total += young;
-		for (; flags & KH_AGE_FLUSH && young; young--)
-			kh_mmu_flush_remote(mmu);
-	}
-	return (int64_t)total;
 }
 
 /* Housekeeping. */

@@ -91,6 +91,13 @@ int kh_mmu_clear_flush_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start,
  */
 int64_t kh_mmu_age(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end,
 		   uint64_t batch_pages, uint32_t flags);
+/*
+ * Make leaves young: how a tracker that learned of accesses elsewhere tells the model.
+ * Bit i of `bitmap` is gfn start + i; NULL is all. Lock: none. Returns how many leaves
+ * it made young that were old.
+ */
+int64_t kh_mmu_mark_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t n_pages,
+			  const uint64_t *bitmap);
 int kh_mmu_zap_all(struct kh_mmu *mmu);
 /* First half of it: new roots; the old ones stay in the list, invalid, with their tables. */
 int kh_mmu_invalidate_roots(struct kh_mmu *mmu);

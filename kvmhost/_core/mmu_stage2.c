@@ -17,6 +17,18 @@ static bool goes_on(const struct kh_walker *walker, int result)
 	return result == 0 || (result == -EAGAIN && walker->flags & KH_WALK_SHARED);
 }
 
+/* An entry where nothing is, for a walk that does not care for those. */
+static bool step_over(struct walk_data *data, const uint64_t *ptep, unsigned int level)
+{
+	const struct kh_format *fmt = &data->mmu->fmt;
+	uint64_t span = kh_level_pages(fmt, level);
+
+	if (!(data->walker->flags & KH_WALK_VALID) || kh_present(fmt, kh_read_entry(ptep)))
+		return false;
+	data->addr = (data->addr & ~(span - 1)) + span;
+	return true;
+}
+
 static int visit(struct walk_data *data, uint64_t *ptep, unsigned int level)
 {
 	const struct kh_format *fmt = &data->mmu->fmt;
@@ -79,6 +91,8 @@ static int walk_table(struct walk_data *data, uint64_t *table, unsigned int leve
 	for (uint64_t i = kh_index(fmt, data->addr, level); i < n; i++) {
 		if (data->addr >= data->end)
 			break;
+		if (step_over(data, &table[i], level))
+			continue;
 		result = visit(data, &table[i], level);
 		if (result)
 			break;
@@ -129,14 +143,14 @@ static int harvest_visitor(const struct kh_visit_ctx *ctx)
 }
 
 /* In chunks, as stage2_apply_range() does, so that the epoch can move on between them. */
-#define CHUNK_GFNS (1ull << 18)
+#define CHUNK_GFNS (1ull << 22)
 
 void kh_stage2_harvest(struct kh_harvest *harvest, struct kh_root *root)
 {
 	struct kh_walker walker = {
 		.cb = harvest_visitor,
 		.arg = harvest,
-		.flags = KH_WALK_LEAF | KH_WALK_TABLE_PRE | KH_WALK_SHARED,
+		.flags = KH_WALK_LEAF | KH_WALK_TABLE_PRE | KH_WALK_SHARED | KH_WALK_VALID,
 	};
 	uint64_t next;
 

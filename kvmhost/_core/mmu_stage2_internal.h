@@ -13,6 +13,7 @@
 #define KH_WALK_TABLE_PRE 2  /* before the entries of a table */
 #define KH_WALK_TABLE_POST 4 /* after them */
 #define KH_WALK_SHARED 8     /* others change the tables at the same time */
+#define KH_WALK_VALID 16     /* no callback for invalid entries (not in the kernel) */
 
 /* A TABLE_PRE callback returns it to have done the table's entries itself. */
 #define KH_WALK_SKIP 1

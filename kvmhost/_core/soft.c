@@ -27,6 +27,7 @@ struct vcpu {
 struct worker {
 	struct kh_soft *soft;
 	uint32_t index;
+	bool joined;
 	pthread_t thread;
 };
 
@@ -299,10 +300,32 @@ uint64_t kh_soft_progress(struct kh_soft *soft)
 	return sum;
 }
 
+int kh_soft_wait(struct kh_soft *soft, uint32_t timeout_ms)
+{
+	struct timespec until;
+
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_sec += timeout_ms / 1000;
+	until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+	if (until.tv_nsec >= 1000000000) {
+		until.tv_sec++;
+		until.tv_nsec -= 1000000000;
+	}
+	for (uint32_t i = 0; i < soft->n_started; i++) {
+		struct worker *worker = &soft->workers[i];
+
+		if (!worker->joined && pthread_timedjoin_np(worker->thread, NULL, &until))
+			return 0;
+		worker->joined = true;
+	}
+	return 1;
+}
+
 int kh_soft_finish(struct kh_soft *soft, struct kh_soft_result *results)
 {
 	for (uint32_t i = 0; i < soft->n_started; i++)
-		pthread_join(soft->workers[i].thread, NULL);
+		if (!soft->workers[i].joined)
+			pthread_join(soft->workers[i].thread, NULL);
 	for (uint32_t i = 0; results && i < soft->config.n_vcpus; i++)
 		results[i] = soft->vcpus[i].result;
 	soft_free(soft);

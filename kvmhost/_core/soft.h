@@ -59,6 +59,8 @@ int kh_soft_start(struct kh_soft **soft, struct kh_mmu *mmu,
 void kh_soft_stop(struct kh_soft *soft);
 /* Accesses done so far, by all vCPUs, as of each one's last turn. */
 uint64_t kh_soft_progress(struct kh_soft *soft);
+/* Wait up to timeout_ms for the threads to end: 1 if they have, 0 if not yet. */
+int kh_soft_wait(struct kh_soft *soft, uint32_t timeout_ms);
 /* Wait for the threads to end, fill in one result a vCPU, free everything. */
 int kh_soft_finish(struct kh_soft *soft, struct kh_soft_result *results);
 /* The next n gfns of one vCPU's trace (bit 63: a write), without running anything. */

@@ -148,14 +148,27 @@ class SoftRun:
         lib.kh_soft_stop(self._pointer())
 
     def wait(self) -> list[VcpuReport]:
-        """Wait for the threads to end; one report a vCPU."""
-        run, self._run = self._pointer(), None
+        """Wait for the threads to end; one report a vCPU.
+
+        A signal's exception (say, KeyboardInterrupt) stops the vCPUs first.
+        """
+        run = self._pointer()
         results = ffi.new("struct kh_soft_result[]", self._n_vcpus)
+        try:
+            # In slices, so that a signal is handled between them.
+            while not lib.kh_soft_wait(run, 100):
+                pass
+        finally:
+            self._run = None
+            lib.kh_soft_stop(run)
+            self._finish(run, results)
+        return [VcpuReport(*(int(getattr(r, name)) for name in _FIELDS)) for r in results]
+
+    def _finish(self, run: Any, results: Any) -> None:
         try:
             check(lib.kh_soft_finish(run, results), "kh_soft_finish")
         finally:
             self._keep.close()
-        return [VcpuReport(*(int(getattr(r, name)) for name in _FIELDS)) for r in results]
 
     def _pointer(self) -> Any:
         if self._run is None:

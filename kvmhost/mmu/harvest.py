@@ -112,6 +112,12 @@ class Harvester:
         """The memslots as of now; None if every gfn is taken to exist."""
         return self._slots
 
+    @contextlib.contextmanager
+    def hold_open(self) -> Iterator[Any]:
+        """Give the C pointer for the length of a block."""
+        with self._handle.use() as pointer:
+            yield pointer
+
     def hold(self) -> Hold:
         """Keep the tables open for something that runs on in C."""
         return self._handle.hold()

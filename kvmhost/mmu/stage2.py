@@ -5,8 +5,9 @@ table-pre and table-post callbacks (``_core/mmu_stage2.c``). Departures from the
 
 - concatenated start tables are one table with a wider index, not a loop over pages;
 - a table-pre callback may say that it did the table's entries itself (the harvest does);
+- a walk may ask not to be shown invalid entries;
 - a table is found empty by reading it, not by a page count, before it is freed;
-- the harvest is cut into chunks of 2**18 pages, between which it may leave its epoch;
+- the harvest is cut into chunks of 2**22 pages, between which it may leave its epoch;
 - hardware dirty state (DBM) is used; KVM tracks writes by faults only;
 - memory attributes, execute permission, and nested stage 2 are not modelled.
 

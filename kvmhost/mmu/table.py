@@ -10,10 +10,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from kvmhost._ffi import check, ffi, lib
+from kvmhost.bitmap import Words, n_words
 from kvmhost.errors import LayoutError
 from kvmhost.mmu.formats import Entry, Format, by_name
-from kvmhost.mmu.harvest import Handle, Harvester
+from kvmhost.mmu.harvest import Handle, Harvester, words_pointer
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 
 __all__ = ["Mmu"]
@@ -40,6 +43,7 @@ _STATS = (
     "invalidate_seq",
     "invalidate_in_progress",
 )
+_ARENA_UNIT = 1 << 16
 _IDS = {
     "npt": lib.KH_FMT_NPT,
     "ept": lib.KH_FMT_EPT,
@@ -63,7 +67,8 @@ class Mmu(Harvester):
     :param sw_access: accessed and dirty state are set by the fault handler, as on arm64
         without FEAT_HAFDBS (stage 2 and radix)
     :param poison: fill freed table pages with a pattern that every walk would notice
-    :param arena_bytes: room for table pages; what is not used costs nothing
+    :param arena_bytes: room for table pages, rounded up to 64 KiB; what is not used costs
+        nothing
     :param arena_pa: made-up physical address of the arena, a multiple of 64 KiB
     :raises IoctlError: ``EINVAL`` if the parameters do not fit the format
     """
@@ -97,7 +102,7 @@ class Mmu(Harvester):
                 "page_shift": page_shift,
                 "n_as": n_as,
                 "arena_pa": arena_pa,
-                "arena_bytes": arena_bytes,
+                "arena_bytes": -(-arena_bytes // _ARENA_UNIT) * _ARENA_UNIT,
                 "flags": (lib.KH_MMU_POISON if poison else 0)
                 | (lib.KH_MMU_SW_ACCESS if sw_access else 0),
             },
@@ -280,6 +285,23 @@ class Mmu(Harvester):
         with self._handle.use() as mmu:
             found = lib.kh_mmu_age(mmu, as_id, start, end, batch_pages, flags)
         return check(int(found), "kh_mmu_age", start=start, end=end, batch_pages=batch_pages)
+
+    def mark_young(
+        self, start: int, n_pages: int, bitmap: Words | None = None, *, as_id: int = 0
+    ) -> int:
+        """Make leaves young: how a tracker that learned of accesses elsewhere tells the model.
+
+        :param bitmap: shape ``(ceil(n_pages / 64),)``; None for all pages of the range
+        :return: how many leaves were old before
+        :raises LayoutError: if the bitmap does not fit
+        """
+        if bitmap is not None:
+            if bitmap.shape != (n_words(n_pages),):
+                raise LayoutError(f"mark_young: shape {bitmap.shape} for {n_pages} pages")
+            bitmap = np.ascontiguousarray(bitmap, dtype=np.uint64)
+        with self._handle.use() as mmu:
+            found = lib.kh_mmu_mark_young(mmu, as_id, start, n_pages, words_pointer(bitmap))
+        return check(int(found), "kh_mmu_mark_young", start=start, n_pages=n_pages)
 
     def zap_all(self) -> None:
         """Replace every root by an empty one and tear the old ones down."""

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import LayoutError
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.radix import RadixTable
@@ -301,3 +302,21 @@ def test_many_leaves_of_each_level():
         big = table.harvest(1 << 18, 3 << 18)
         assert big.count() == 2 << 18
         assert np.array_equal(big.coarse_as_bool(), big.as_bool())
+
+
+@every
+def test_mark_young_feeds_what_a_tracker_learned(make):
+    with make() as table:
+        two = table.level_pages(2)
+        table.map(0, 0, n=two)
+        table.map(2 * two, 0, 2)
+        gfns = [0, 5, two - 1, two, 3 * two - 1]
+        learned = YoungBitmap.from_gfns(0, 4 * two, gfns)
+        # Page `two` is not mapped; the last one lies in a huge leaf.
+        assert table.mark_young(0, 4 * two, learned.words) == 4
+        assert table.mark_young(0, 4 * two, learned.words) == 0
+        found = table.harvest(0, 4 * two)
+        assert found.gfns().tolist() == [0, 5, two - 1, *range(2 * two, 3 * two)]
+        assert table.mark_young(0, 4 * two) == two + 1
+        with pytest.raises(LayoutError, match="mark_young"):
+            table.mark_young(0, 100, np.zeros(1, dtype=np.uint64))
