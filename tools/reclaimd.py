@@ -72,13 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         "--high",
         type=_size_or_share,
         metavar="SIZE|N%",
-        help=f"evict in the background above this (default: {DEFAULT_HIGH:.0%} of the budget)",
+        help=f"evict in the background above this (default: {DEFAULT_HIGH:.0%}% of the budget)",
     )
     parser.add_argument(
         "--low",
         type=_size_or_share,
         metavar="SIZE|N%",
-        help=f"and down to this (default: {DEFAULT_LOW:.0%} of the budget)",
+        help=f"and down to this (default: {DEFAULT_LOW:.0%}% of the budget)",
     )
     parser.add_argument(
         "--interval",
