@@ -17,12 +17,12 @@ import time
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 from kvmhost import engine as engines
 from kvmhost.boot.image import Image, read_image
 from kvmhost.boot.longmode import entry_state, lay_out_tables, write_tss
 from kvmhost.boot.params import GuestResult, read_result, resolve_params, write_params
+from kvmhost.closing import Closing
 from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, Bus
 from kvmhost.devices.serial import Serial
 from kvmhost.engine.base import Vcpu
@@ -52,7 +52,7 @@ if typing.TYPE_CHECKING:
 __all__ = ["Machine"]
 
 
-class Machine:
+class Machine(Closing):
     """One VM with a tiny guest in it.
 
     :param image: path of an image, or a parsed one
@@ -377,17 +377,6 @@ class Machine:
             self._userfault.close()
         if hasattr(self, "memory"):
             self.memory.close()
-
-    def __enter__(self) -> Machine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _where(vcpu: Vcpu) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import httpcore
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
+from kvmhost.closing import Closing
 from kvmhost.control import schema
 from kvmhost.control.paths import to_socket_path
 from kvmhost.control.schema import HEADER_PREFIX, HarvestCost
@@ -35,7 +35,7 @@ _JSON = {"Content-Type": "application/json"}
 Gfns = Iterable[int] | npt.NDArray[Any]
 
 
-class Client:
+class Client(Closing):
     """Talks to one VM. Methods are safe to call from several threads.
 
     Every method raises:
@@ -166,17 +166,6 @@ class Client:
     def close(self) -> None:
         """Hang up. Idempotent."""
         self._http.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _get(self, path: str, kind: type[T]) -> T:
         return self._read(self._call("GET", path), kind)

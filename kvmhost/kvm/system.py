@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from types import TracebackType
 
 from kvmhost._ffi import check, ffi, lib
+from kvmhost.closing import Closing
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.kvm.caps import Cap
 from kvmhost.kvm.vm import Vm
@@ -22,7 +22,7 @@ HIDE_KVM_ENV = "KVMHOST_HIDE_KVM"
 _MAX_CPUID_ENTRIES = 1024
 
 
-class System:
+class System(Closing):
     """An open /dev/kvm.
 
     >>> with System() as kvm:  # doctest: +SKIP
@@ -94,17 +94,6 @@ class System:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> System:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def probe() -> str | None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import Any
 
 from kvmhost._ffi import check, ffi, lib
+from kvmhost.closing import Closing
 from kvmhost.kvm.exits import Exit, Kicked, decode
 
 __all__ = ["KvmVcpu"]
 
 
-class KvmVcpu:
+class KvmVcpu(Closing):
     """One vCPU. :meth:`run` is for one thread at a time, :meth:`kick` for any.
 
     Owns its descriptor and the mapping of ``struct kvm_run``.
@@ -106,14 +106,3 @@ class KvmVcpu:
             lib.kh_vcpu_unmap(self.core)
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> KvmVcpu:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

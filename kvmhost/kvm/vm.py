@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import typing
-from types import TracebackType
 
 from kvmhost._ffi import check, ffi, lib
+from kvmhost.closing import Closing
 from kvmhost.kvm.vcpu import KvmVcpu
 
 if typing.TYPE_CHECKING:
@@ -15,7 +15,7 @@ if typing.TYPE_CHECKING:
 __all__ = ["Vm"]
 
 
-class Vm:
+class Vm(Closing):
     """A VM, as KVM_CREATE_VM returned it. Owns its descriptor."""
 
     def __init__(self, fd: int, vcpu_run_bytes: int) -> None:
@@ -75,14 +75,3 @@ class Vm:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Vm:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

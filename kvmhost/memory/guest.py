@@ -12,9 +12,9 @@ import mmap
 import os
 import typing
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 
 from kvmhost._ffi import check, ffi, lib
+from kvmhost.closing import Closing
 from kvmhost.errors import LayoutError
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 
@@ -76,7 +76,7 @@ class Region:
         self.memfd = -1
 
 
-class GuestMemory:
+class GuestMemory(Closing):
     """All regions of a VM, ascending, with bounds-checked access by gpa.
 
     >>> memory = GuestMemory.of_size(1 << 20)
@@ -195,17 +195,6 @@ class GuestMemory:
         """Close all regions. Idempotent."""
         for region in self.regions:
             region.close()
-
-    def __enter__(self) -> GuestMemory:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def pieces(memory: GuestMemory, gfn_start: int, n_pages: int) -> Iterator[tuple[Region, int, int]]:

@@ -27,8 +27,8 @@ import os
 import posixpath
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
+from kvmhost.closing import Closing
 from kvmhost.errors import CapabilityError
 from reclaim.errors import KernelFileError
 from reclaim.pressure.kernelfiles import KernelFiles
@@ -90,7 +90,7 @@ def find_parent(files: KernelFiles | None = None) -> Parent:
     )
 
 
-class MemoryCgroup:
+class MemoryCgroup(Closing):
     """A child cgroup with a memory limit; removed by :meth:`close`.
 
     Every method raises :class:`~reclaim.errors.KernelFileError` if the kernel refuses.
@@ -196,17 +196,6 @@ class MemoryCgroup:
 
     def _write(self, name: str, value: int) -> None:
         self._files.write(posixpath.join(self.path, name), str(value))
-
-    def __enter__(self) -> MemoryCgroup:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _candidates(files: KernelFiles) -> Iterator[Parent]:
