@@ -1,0 +1,243 @@
+/* How pages come back: the userfaultfd event loop and what it does with a fault. */
+#include "pager_internal.h"
+
+#include "uffd.h"
+
+#include <poll.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MESSAGES 16
+#define ENOMEM_TRIES 8
+
+/* Index of the page at a faulting address, in either mapping; -1 if in none. */
+static int64_t index_at(const struct kh_pager *pager, uint64_t address)
+{
+	for (uint32_t i = 0; i < pager->n_regions; i++) {
+		const struct kh_pager_region *region = &pager->regions[i];
+		uint64_t n_bytes = region->n_pages * KH_PAGE_BYTES;
+
+		if (address - region->guest < n_bytes)
+			return region->first + (address - region->guest) / KH_PAGE_BYTES;
+		if (address - region->alias < n_bytes)
+			return region->first + (address - region->alias) / KH_PAGE_BYTES;
+	}
+	return -1;
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000ull + now.tv_nsec;
+}
+
+static void count_latency(struct kh_pager *pager, uint64_t ns)
+{
+	int bucket = ns ? 63 - __builtin_clzll(ns) : 0;
+
+	COUNT(pager, latency[bucket < KH_LATENCY_BUCKETS ? bucket : KH_LATENCY_BUCKETS - 1]);
+}
+
+static void hold_limit(struct kh_pager *pager)
+{
+	uint64_t limit = __atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED);
+
+	if (!limit || __atomic_load_n(&pager->counters.resident_pages, __ATOMIC_RELAXED) < limit)
+		return;
+	if (!kh_pager_direct_evict(pager))
+		COUNT(pager, over_limit);
+}
+
+/* Fill a page without waking its waiters; a memory shortage may pass. */
+static int fill(struct kh_pager *pager, uint64_t address, const void *page)
+{
+	int result = -ENOMEM;
+
+	for (int tries = 0; result == -ENOMEM && tries < ENOMEM_TRIES; tries++) {
+		result = page ? kh_uffd_copy(pager->uffd, address, page)
+			      : kh_uffd_zero(pager->uffd, address);
+	}
+	return result;
+}
+
+int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address)
+{
+	char page[KH_PAGE_BYTES] __attribute__((aligned(64)));
+	int result = kh_store_get(&pager->store, index, page);
+
+	if (result) {
+		pager->state[index] = KH_PAGE_LOST;
+		COUNT(pager, lost_pages);
+		return result;
+	}
+	result = fill(pager, address, page);
+	if (result)
+		return result;
+	kh_store_drop(&pager->store, index);
+	pager->history[index] |= KH_HISTORY_NOW;
+	__atomic_store_n(&pager->state[index], KH_PAGE_RESIDENT, __ATOMIC_RELEASE);
+	COUNT(pager, fault_ins);
+	COUNT(pager, resident_pages);
+	UNCOUNT(pager, evicted_pages);
+	/* Last: who waited finds state and counters as they are now. */
+	return kh_uffd_wake(pager->uffd, address);
+}
+
+static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
+{
+	int result = fill(pager, address, NULL);
+
+	if (!result || result == -EEXIST)
+		__atomic_store_n(&pager->state[index], KH_PAGE_RESIDENT, __ATOMIC_RELEASE);
+	if (result == -EEXIST) {
+		/* There already, put in through the other mapping: map it and go on. */
+		COUNT(pager, wakes);
+		return kh_uffd_wake(pager->uffd, address);
+	}
+	if (result)
+		return result;
+	COUNT(pager, zero_fills);
+	COUNT(pager, resident_pages);
+	return kh_uffd_wake(pager->uffd, address);
+}
+
+static int serve_missing(struct kh_pager *pager, uint64_t index, uint64_t address)
+{
+	int result;
+
+	hold_limit(pager);
+	kh_pager_lock_page(pager, index);
+	if (pager->state[index] == KH_PAGE_EVICTED)
+		result = kh_pager_bring_back(pager, index, address);
+	else if (pager->state[index] == KH_PAGE_LOST)
+		result = -EBADMSG;
+	else
+		result = first_touch(pager, index, address);
+	kh_pager_unlock_page(pager, index);
+	return result;
+}
+
+/* A write met the protection of an eviction. By now the eviction is over. */
+static int serve_wp(struct kh_pager *pager, uint64_t index, uint64_t address)
+{
+	int result;
+
+	kh_pager_lock_page(pager, index);
+	COUNT(pager, wp_faults);
+	result = kh_uffd_write_protect(pager->uffd, address, KH_PAGE_BYTES, 0);
+	kh_pager_unlock_page(pager, index);
+	return result;
+}
+
+static int serve_message(struct kh_pager *pager, const struct uffd_msg *message)
+{
+	uint64_t address = message->arg.pagefault.address & ~(KH_PAGE_BYTES - 1ull);
+	int64_t index = index_at(pager, address);
+	uint64_t start_ns = now_ns();
+	int result;
+
+	if (message->event != UFFD_EVENT_PAGEFAULT || index < 0)
+		return 0;
+	if (message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP)
+		return serve_wp(pager, index, address);
+	result = serve_missing(pager, index, address);
+	if (!result)
+		count_latency(pager, now_ns() - start_ns);
+	return result;
+}
+
+static int is_alias(const struct kh_pager *pager, uint64_t address)
+{
+	for (uint32_t i = 0; i < pager->n_regions; i++)
+		if (address - pager->regions[i].alias < pager->regions[i].n_pages * KH_PAGE_BYTES)
+			return 1;
+	return 0;
+}
+
+/*
+ * A fault that cannot be served. A guest thread may wait: a kick gets it out.
+ * A thread of the VMM may hold the interpreter lock, and everything would wait
+ * for it: better SIGBUS than that, or than made-up data.
+ */
+static int give_up(struct kh_pager *pager, const struct uffd_msg *message, int error)
+{
+	uint64_t address = message->arg.pagefault.address & ~(KH_PAGE_BYTES - 1ull);
+	int first = !pager->failed;
+
+	pager->failed = 1;
+	COUNT(pager, errors);
+	if (is_alias(pager, address))
+		kh_uffd_poison(pager->uffd, address);
+	return first ? error : 0;
+}
+
+static int read_messages(struct kh_pager *pager)
+{
+	struct uffd_msg messages[MESSAGES];
+	ssize_t got = read(pager->uffd, messages, sizeof(messages));
+	int failure = 0;
+
+	if (got < 0)
+		return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+	for (uint64_t i = 0; i < got / sizeof(*messages); i++) {
+		int result = serve_message(pager, &messages[i]);
+
+		/* ENOENT: the mapping is on its way out; nobody waits there any more. */
+		if (result && result != -ENOENT && result != -ESRCH)
+			result = give_up(pager, &messages[i], result);
+		failure = failure ? failure : result == -ENOENT || result == -ESRCH ? 0 : result;
+	}
+	return failure;
+}
+
+int kh_pager_serve(struct kh_pager *pager)
+{
+	struct pollfd wait[2] = {
+		{ .fd = pager->uffd, .events = POLLIN },
+		{ .fd = pager->stop_event, .events = POLLIN },
+	};
+
+	pthread_mutex_lock(&pager->serving_lock);
+	pager->serving = 1;
+	pthread_cond_broadcast(&pager->serving_changed);
+	while (!pager->armed && !pager->stopping)
+		pthread_cond_wait(&pager->serving_changed, &pager->serving_lock);
+	pthread_mutex_unlock(&pager->serving_lock);
+	for (;;) {
+		int result;
+
+		if (poll(wait, 2, -1) < 0 && errno != EINTR)
+			return -errno;
+		if (wait[1].revents)
+			return 0;
+		if (!wait[0].revents)
+			continue;
+		if (wait[0].revents & (POLLERR | POLLNVAL))
+			return -EIO;
+		result = read_messages(pager);
+		if (result)
+			return result;
+	}
+}
+
+void kh_pager_wait_serving(struct kh_pager *pager)
+{
+	pthread_mutex_lock(&pager->serving_lock);
+	while (!pager->serving)
+		pthread_cond_wait(&pager->serving_changed, &pager->serving_lock);
+	pthread_mutex_unlock(&pager->serving_lock);
+}
+
+void kh_pager_stop(struct kh_pager *pager)
+{
+	uint64_t one = 1;
+
+	pthread_mutex_lock(&pager->serving_lock);
+	pager->stopping = 1;
+	pthread_cond_broadcast(&pager->serving_changed);
+	pthread_mutex_unlock(&pager->serving_lock);
+	while (write(pager->stop_event, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
+}
