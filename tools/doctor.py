@@ -74,14 +74,19 @@ def _print_table(findings: list[Finding]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    # Four columns fit 80 characters; the remedy stands below what was found.
     table = Table()
-    for heading in ("area", "what", "works", "found", "remedy"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("area", "what", "works"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("found, and what to do", overflow="fold")
     style = {True: "green", False: "red", None: "dim"}
     for f in findings:
         # Text, not markup: what the kernel says may hold brackets.
         mark = Text(_mark(f), style[f.works])
-        table.add_row(f.area, f.name, mark, Text(f.found), Text(f.remedy))
+        found = Text(f.found)
+        if f.remedy:
+            found.append(f"\n→ {f.remedy}", "yellow")
+        table.add_row(f.area, f.name.removeprefix("KVM_CAP_"), mark, found)
     Console().print(table)
 
 
