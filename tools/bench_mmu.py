@@ -229,7 +229,10 @@ def _aging_run(how: str, n_vcpus: int, pages: int) -> tuple[float, float, int]:
 
 
 def bench_ways(
-    n_pages: int = 1 << 15, n_accesses: int = 2_000_000, repeats: int = 5
+    n_pages: int = 1 << 15,
+    n_accesses: int = 2_000_000,
+    repeats: int = 5,
+    formats: Sequence[str] = FORMATS,
 ) -> dict[str, Any]:
     """The 2x2x2 of 2023 on each format, and what each change brings.
 
@@ -241,7 +244,7 @@ def bench_ways(
     """
     result: dict[str, Any] = {}
     ways = list(itertools.product((1, BATCH_PAGES), (True, False), (True, False)))
-    for name in FORMATS:
+    for name in formats:
         alone: list[float] = []
         rows: dict[tuple[int, bool, bool], list[tuple[float, float]]] = {w: [] for w in ways}
         for _ in range(repeats):
@@ -440,14 +443,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the named parts (all of them without names) and print tables, or JSON."""
     parser = argparse.ArgumentParser(prog="kvmhost bench mmu", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=" ".join(PARTS))
+    parser.add_argument("--format", choices=FORMATS, help="ways: one format only")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
+    parts = dict(PARTS)
+    if options.format:
+        parts["ways"] = lambda: bench_ways(formats=[options.format])
     unknown = set(options.parts) - set(PARTS)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     result = {}
     for part in options.parts or PARTS:
-        result[part] = PARTS[part]()
+        result[part] = parts[part]()
         if not options.json:
             print(f"-- {part}")
             _PRINTERS[part](result[part])
