@@ -9,19 +9,21 @@ variants of a part take turns in one run, so that their ratios hold on a busy ma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import mmap
+import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from kvmhost._ffi import ffi, lib
-from kvmhost.engine.soft import SoftEngine, Trace
+from kvmhost.engine.soft import SoftEngine, SoftRun, Trace
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tlb import TlbGeometry
@@ -227,7 +229,10 @@ def _aging_run(how: str, n_vcpus: int, pages: int) -> tuple[float, float, int]:
 
 
 def bench_ways(
-    n_pages: int = 1 << 15, n_accesses: int = 2_000_000, repeats: int = 5
+    n_pages: int = 1 << 15,
+    n_accesses: int = 2_000_000,
+    repeats: int = 5,
+    formats: Sequence[str] = FORMATS,
 ) -> dict[str, Any]:
     """The 2x2x2 of 2023 on each format, and what each change brings.
 
@@ -239,7 +244,7 @@ def bench_ways(
     """
     result: dict[str, Any] = {}
     ways = list(itertools.product((1, BATCH_PAGES), (True, False), (True, False)))
-    for name in FORMATS:
+    for name in formats:
         alone: list[float] = []
         rows: dict[tuple[int, bool, bool], list[tuple[float, float]]] = {w: [] for w in ways}
         for _ in range(repeats):
@@ -316,26 +321,51 @@ def _ways_run(
         engine = SoftEngine(table, TlbGeometry())
         engine.run(Trace.sequential(0, n_pages, write_permille=1000), n_vcpus=1, n_accesses=n_pages)
         trace = Trace.random(0, n_pages, write_permille=500)
-        run = engine.start(trace, n_vcpus=1, n_accesses=n_accesses)
-        aged, aging_s, at = 0, 0.0, 0
-        next_unmap = time.monotonic()
-        while run.progress() < n_accesses:
-            if time.monotonic() >= next_unmap:
-                table.unmap(at, at + 512)
-                at = (at + 512) % n_pages
-                next_unmap += _CYCLES_APART
-            if way is None:
-                _spin()
-                continue
-            batch, locked, flush = way
-            # A part of the pages at a time, so that the unmaps keep their pace.
-            first = aged % n_pages
-            begin = time.monotonic()
-            table.age(first, first + 1024, batch, locked=locked, flush=flush)
-            aging_s += time.monotonic() - begin
-            aged += 1024
-        (report,) = run.wait()
-        return aging_s / max(aged, 1) * 1e9, report.busy_ns / 1e9
+        with _apart() as settle:
+            run = engine.start(trace, n_vcpus=1, n_accesses=n_accesses)
+            settle()
+            return _age_until_done(table, run, way, n_pages, n_accesses)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[Callable[[], None]]:
+    """Put threads that are started in the block on another core than this thread.
+
+    Left alone, the scheduler may put both on one core while others use the machine, and
+    then nothing happens at the same time. The function ends the start of threads.
+    """
+    cores = os.sched_getaffinity(0)
+    mine = min(cores)
+    os.sched_setaffinity(0, cores - {mine} or cores)
+    try:
+        yield lambda: os.sched_setaffinity(0, {mine})
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _age_until_done(
+    table: Mmu, run: SoftRun, way: tuple[int, bool, bool] | None, n_pages: int, n_accesses: int
+) -> tuple[float, float]:
+    aged, aging_s, at = 0, 0.0, 0
+    next_unmap = time.monotonic()
+    # At least one part is aged, however fast the vCPU is.
+    while run.progress() < n_accesses or (way is not None and not aged):
+        if time.monotonic() >= next_unmap:
+            table.unmap(at, at + 512)
+            at = (at + 512) % n_pages
+            next_unmap += _CYCLES_APART
+        if way is None:
+            _spin()
+            continue
+        batch, locked, flush = way
+        # A part of the pages at a time, so that the unmaps keep their pace.
+        first = aged % n_pages
+        begin = time.monotonic()
+        table.age(first, first + 1024, batch, locked=locked, flush=flush)
+        aging_s += time.monotonic() - begin
+        aged += 1024
+    (report,) = run.wait()
+    return aging_s / max(aged, 1) * 1e9, report.busy_ns / 1e9
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -414,14 +444,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the named parts (all of them without names) and print tables, or JSON."""
     parser = argparse.ArgumentParser(prog="kvmhost bench mmu", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=" ".join(PARTS))
+    parser.add_argument("--format", choices=FORMATS, help="ways: one format only")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
+    parts = dict(PARTS)
+    if options.format:
+        parts["ways"] = lambda: bench_ways(formats=[options.format])
     unknown = set(options.parts) - set(PARTS)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     result = {}
     for part in options.parts or PARTS:
-        result[part] = PARTS[part]()
+        result[part] = parts[part]()
         if not options.json:
             print(f"-- {part}")
             _PRINTERS[part](result[part])

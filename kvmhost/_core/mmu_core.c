@@ -23,13 +23,23 @@ void kh_rwlock_init(struct kh_rwlock *lock)
 	pthread_rwlock_init(&lock->lock, NULL);
 }
 
-static void wait_for(struct kh_rwlock *lock, int (*wait)(pthread_rwlock_t *))
+/* How often a waiter looks before it sleeps: the kernel's lock spins; some 20 us. */
+#define SPINS 1000
+
+static void wait_for(struct kh_rwlock *lock, int (*try)(pthread_rwlock_t *),
+		     int (*wait)(pthread_rwlock_t *))
 {
 	uint64_t start = now_ns();
+	int spins = 0;
 
-	__atomic_fetch_add(&lock->waiters, 1, __ATOMIC_RELAXED);
-	wait(&lock->lock);
-	__atomic_fetch_sub(&lock->waiters, 1, __ATOMIC_RELAXED);
+	while (spins < SPINS && try(&lock->lock)) {
+		spins++;
+#if defined(__x86_64__)
+		__builtin_ia32_pause();
+#endif
+	}
+	if (spins == SPINS)
+		wait(&lock->lock);
 	__atomic_fetch_add(&lock->waits, 1, __ATOMIC_RELAXED);
 	__atomic_fetch_add(&lock->wait_ns, now_ns() - start, __ATOMIC_RELAXED);
 }
@@ -37,13 +47,13 @@ static void wait_for(struct kh_rwlock *lock, int (*wait)(pthread_rwlock_t *))
 void kh_read_lock(struct kh_rwlock *lock)
 {
 	if (pthread_rwlock_tryrdlock(&lock->lock))
-		wait_for(lock, pthread_rwlock_rdlock);
+		wait_for(lock, pthread_rwlock_tryrdlock, pthread_rwlock_rdlock);
 }
 
 void kh_write_lock(struct kh_rwlock *lock)
 {
 	if (pthread_rwlock_trywrlock(&lock->lock))
-		wait_for(lock, pthread_rwlock_wrlock);
+		wait_for(lock, pthread_rwlock_trywrlock, pthread_rwlock_wrlock);
 }
 
 static bool regions_ok(const struct kh_region *regions, uint32_t n)

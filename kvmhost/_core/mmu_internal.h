@@ -34,7 +34,6 @@ static inline void *kh_memory_host(const struct kh_memory *memory, uint64_t pa, 
 /* The MMU lock, with what waiting for it cost. */
 struct kh_rwlock {
 	pthread_rwlock_t lock;
-	uint32_t waiters;
 	uint64_t waits;
 	uint64_t wait_ns;
 };

@@ -54,6 +54,10 @@ class LiveTable(Harvester):
     The usual case: a guest's own tables, laid out by the VMM in guest memory, with the
     guest's CR3 as root. A "gfn" is then a page number of the guest's linear addresses.
 
+    Hardware may set bits at any time. A guest that rewrites its tables meanwhile may find the
+    accessed bit cleared in an entry that it has just put in a young one's place; nothing
+    outside its own memory can be reached.
+
     :param memory: where tables may lie
     :param root_pa: physical address of the root table
     :param levels: 4 or 5

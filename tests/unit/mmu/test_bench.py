@@ -39,7 +39,7 @@ def test_aging_in_small():
 
 
 def test_ways_in_small():
-    result = bench_mmu.bench_ways(n_pages=2048, n_accesses=20_000, repeats=1)
+    result = bench_mmu.bench_ways(n_pages=2048, n_accesses=50_000, repeats=1)
     for name in bench_mmu.FORMATS:
         assert len(result[name]["cells"]) == 8
         assert result[name]["sentence"].startswith(f"{name}: ")
