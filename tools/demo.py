@@ -30,7 +30,7 @@ import numpy as np
 from guests import image_path
 from guests.workloads import hotcold_gfns
 from kvmhost.control.client import Client
-from kvmhost.errors import CapabilityError, GuestError, KvmHostError
+from kvmhost.errors import CapabilityError, GuestError, KvmHostError, LayoutError
 from kvmhost.machine import Machine
 from kvmhost.trackers import NAMES, probe_all
 from reclaim.pressure.cgroup import MemoryCgroup
@@ -101,6 +101,11 @@ def main(argv: Sequence[str]) -> int:
     engine = _engine_name(args.engine)
     share = 1 if engine == "kvm" else _EMULATED_SHARE
     settings = Settings(args.mem, args.hot // min(share, 4), args.epochs // share, engine)
+    if settings.budget_bytes < settings.hot_bytes:
+        raise LayoutError(
+            f"--mem {args.mem >> 20} MiB leaves a budget of {settings.budget_bytes >> 20} MiB "
+            f"for a hot set of {settings.hot_bytes >> 20} MiB: give more memory or a smaller --hot"
+        )
     with tempfile.TemporaryDirectory(prefix="kvmhost-demo-") as runtime:
         os.environ["KVMHOST_RUNTIME_DIR"] = runtime
         report = _run(settings, args.output, Progress(args.json))

@@ -130,6 +130,8 @@ def _serve(machine: Machine, lock: NameLock) -> ControlServer:
 
     server = ControlServer(machine, lock=lock)
     server.start()
+    if sys.stderr.isatty():
+        print(f"control socket: {server.path}", file=sys.stderr)
     return server
 
 

@@ -205,8 +205,8 @@ class MemoryMap(_Answer, frozen=True):
 class Page(_Answer, frozen=True):
     """Answer of ``GET /v1/pages/GFN``.
 
-    ``state`` is ``resident``, ``evicted`` or ``lost``; a page that nobody has touched
-    yet is in state resident and not ``resident`` in the memfd.
+    ``state`` is ``resident``, ``evicted``, ``lost`` or ``fresh`` (never touched);
+    ``resident`` tells whether the memfd holds the page at this moment.
     """
 
     gfn: int
