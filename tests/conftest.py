@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,11 @@ from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.machine import Machine
 
 DEADLINE_S = 60.0
+
+# A shell starts its background jobs with SIGINT ignored, and every process below
+# inherits that: the tests that interrupt a command would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @functools.cache

@@ -174,7 +174,10 @@ def test_interrupt_is_130_and_leaves_nothing(
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=20)
+        try:
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
 
