@@ -4,7 +4,8 @@ One thread a VM, and one pass an interval:
 
 1. harvest with clear, re-arming what was young, and age by it;
 2. take what is resident now and was not after the last pass as in use;
-3. above the budget's high mark, evict the oldest down to the low mark;
+3. above the budget's high mark, evict the oldest down to the low mark; if the
+   protected generations alone are larger than the budget, have the VM enforce its limit;
 4. tell the VM which pages to take next, for its fault handler to hold the hard
    limit between two passes.
 
@@ -71,6 +72,7 @@ class PassReport:
     :param resident_bytes: after the pass
     :param generations: resident pages by sequence number, the oldest first
     :param wanted_pages: what had to go; evicted are ``outcomes["done"]``
+    :param forced_pages: went by the VM's own choice, since all that was left was protected
     :param refaulted_pages: came back since the last pass after having been evicted
     :param harvest_ns_per_page: scan and re-arming, inside the VM
     :param busy_ms: the daemon's own processor time in this pass
@@ -83,6 +85,7 @@ class PassReport:
     generations: list[tuple[int, int]]
     wanted_pages: int
     outcomes: dict[str, int]
+    forced_pages: int
     refaulted_pages: int
     harvest_ns_per_page: float
     duration_ms: float
@@ -99,10 +102,11 @@ class PassReport:
         others = "".join(
             f" {name} {n}" for name, n in self.outcomes.items() if n and name != "done"
         )
+        forced = f", forced {self.forced_pages}" if self.forced_pages else ""
         return (
             f"{self.vm} pass {self.number}: resident {self.resident_bytes / 2**20:.1f} MiB, "
             f"young {self.young_pages}, generations {generations}, "
-            f"evicted {self.evicted_pages} of {self.wanted_pages}{others}, "
+            f"evicted {self.evicted_pages} of {self.wanted_pages}{others}{forced}, "
             f"refaulted {self.refaulted_pages}, harvest {self.harvest_ns_per_page:.1f} ns/page, "
             f"{self.duration_ms:.1f} ms"
         )
@@ -166,6 +170,7 @@ class VmReclaimer:
         refaulted = self._note_arrivals(resident)
         wanted = self._settings.budget.excess_pages(int(resident.sum()))
         outcomes = self._evict(policy.victims(wanted, resident & self._movable), resident, stop)
+        forced = self._enforce(resident)
         next_best = policy.victims(self._settings.max_victims, resident & self._movable)
         client.set_victims(next_best)
         self._resident = resident
@@ -178,11 +183,21 @@ class VmReclaimer:
             generations=policy.sizes(resident & self._movable),
             wanted_pages=wanted,
             outcomes=outcomes,
+            forced_pages=forced,
             refaulted_pages=refaulted,
             harvest_ns_per_page=(cost.harvest_ns + cost.rearm_ns) / max(self._n_pages, 1),
             duration_ms=(time.perf_counter_ns() - start) / 1e6,
             busy_ms=(time.thread_time_ns() - busy) / 1e6,
         )
+
+    def _enforce(self, resident: Mask) -> int:
+        """Have the VM shrink to the budget where the policy's victims were not enough.
+
+        Not in the first passes: they protect everything, for want of knowledge.
+        """
+        budget = self._settings.budget
+        excess = int(resident.sum()) > budget.max_bytes // _PAGE_BYTES
+        return self._client.shrink(budget.max_bytes) if excess and self._passes >= 3 else 0
 
     def _note_arrivals(self, resident: Mask) -> int:
         """Tell the policy what came since the last pass; return how much of it came back."""

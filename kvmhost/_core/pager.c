@@ -140,6 +140,20 @@ void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages)
 	__atomic_store_n(&pager->limit_pages, resident_pages, __ATOMIC_RELAXED);
 }
 
+int64_t kh_pager_shrink(struct kh_pager *pager)
+{
+	uint64_t limit = __atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED);
+	int64_t done = 0, went = 1;
+
+	/* The guest may fault pages in meanwhile; it does not keep this going for ever. */
+	while (limit && went > 0 && done < (int64_t)pager->n_pages &&
+	       __atomic_load_n(&pager->counters.resident_pages, __ATOMIC_RELAXED) > limit) {
+		went = kh_pager_direct_evict(pager);
+		done += went;
+	}
+	return done;
+}
+
 int kh_pager_set_victims(struct kh_pager *pager, const uint32_t *index, uint64_t n)
 {
 	uint32_t *copy = malloc(n ? n * sizeof(*copy) : 1);

@@ -77,6 +77,8 @@ void kh_pager_free(struct kh_pager *pager);
 void kh_pager_set_store(struct kh_pager *pager, uint64_t limit_bytes, int refuse_raw);
 /* Resident limit in pages (0: none), held by the fault handler itself. */
 void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages);
+/* Evict, as the fault handler would, until the limit holds; returns how many went. */
+int64_t kh_pager_shrink(struct kh_pager *pager);
 /* What the fault handler evicts first at the limit, in this order. */
 int kh_pager_set_victims(struct kh_pager *pager, const uint32_t *index, uint64_t n);
 /* Begin a new window: these pages were young in the last one. */

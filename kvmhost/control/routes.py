@@ -321,7 +321,8 @@ class Routes:
         async with self._paging:
             await self._work(lambda: self._machine.pager.set_limit(n_pages))
             self._limit_bytes = n_pages * PAGE_BYTES
-        return _json(schema.LimitState(self._limit_bytes))
+            shrunk = await self._work(self._machine.pager.shrink) if asked.shrink else 0
+        return _json(schema.LimitState(self._limit_bytes, shrunk))
 
     async def _put_victims(self, query: Query, body: bytes, is_json: bool) -> Reply:
         _query(query, schema.NoQuery)

@@ -115,9 +115,13 @@ class RestoreRequest(_Strict, frozen=True):
 
 
 class LimitRequest(_Strict, frozen=True):
-    """Body of ``PUT /v1/limit``: bytes that may be resident, 0 for no limit."""
+    """Body of ``PUT /v1/limit``: bytes that may be resident, 0 for no limit.
+
+    ``shrink`` evicts at once what is above; else the limit acts at the next faults.
+    """
 
     resident_max_bytes: Bytes
+    shrink: bool = False
 
 
 class NoQuery(_Strict, frozen=True):
@@ -243,9 +247,13 @@ class RestoreReport(_Answer, frozen=True):
 
 
 class LimitState(_Answer, frozen=True):
-    """Answer of ``PUT /v1/limit``: what is in force, rounded down to pages."""
+    """Answer of ``PUT /v1/limit``: what is in force, rounded down to pages.
+
+    ``shrunk_pages`` went to make it hold.
+    """
 
     resident_max_bytes: int
+    shrunk_pages: int
 
 
 class VictimsReport(_Answer, frozen=True):

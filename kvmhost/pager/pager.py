@@ -190,6 +190,15 @@ class Pager:
         self.arm()
         lib.kh_pager_set_limit(self._core, resident_pages)
 
+    def shrink(self) -> int:
+        """Evict until the limit of :meth:`set_limit` holds; return how many pages went.
+
+        A limit alone acts at the next fault: pages that are resident already stay.
+        Who goes is chosen as the fault handler does it.
+        """
+        self.arm()
+        return int(lib.kh_pager_shrink(self._core))
+
     def set_victims(self, gfns: Iterable[int] | npt.NDArray[Any]) -> None:
         """Name the pages that go first when the limit is reached, best ones first."""
         index = self._indexes(_as_gfns(gfns))

@@ -135,6 +135,29 @@ def test_resident_limit_is_held_by_the_fault_handler() -> None:
 
 
 @pytest.mark.requires_kvm
+def test_shrinking_evicts_what_was_not_young_first() -> None:
+    with hotcold(n_vcpus=1, hot=1000, cold=0, scan_every=0, epochs=12) as machine:
+        machine.step_by_doorbell()
+        tracker = machine.use_tracker("guestpt")
+        for _ in range(4):
+            machine.run_epoch()
+            young = tracker.harvest(0, machine.memory.gfn_end)
+            machine.pager.note_young(young)
+            tracker.rearm(0, machine.memory.gfn_end, young)
+        limit = 2000
+        machine.pager.set_limit(limit)
+        before = machine.pager.counters()["resident_pages"]
+        assert machine.pager.shrink() >= before - limit
+        assert machine.pager.counters()["resident_pages"] <= limit
+        assert machine.pager.shrink() == 0
+        hot = START + PAGES // 4 + np.arange(1000)
+        assert machine.memory.resident()[hot].all()
+        while machine.run_epoch():
+            pass
+        assert machine.wait(30) == 0
+
+
+@pytest.mark.requires_kvm
 def test_named_victims_go_first_at_the_limit() -> None:
     with hotcold(n_vcpus=1, hot=100, cold=4, scan_every=0) as machine:
         machine.step_by_doorbell()

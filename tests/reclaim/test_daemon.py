@@ -78,6 +78,18 @@ def test_a_hot_set_that_fits_stays(hotcold, daemon):
     assert vm.client.state().resident_bytes <= BUDGET + SLACK
 
 
+def test_a_guest_that_touches_everything_is_brought_under_the_budget(hotcold, daemon):
+    """All of it is young in every window, and resident before the daemon comes."""
+    vm = hotcold("a", hot=9216, scan_every=2, scan_epochs=2)
+    vm.goes_on(4)
+    assert vm.client.state().resident_bytes > BUDGET
+    mine = daemon("a", "--budget", "24M", "--json")
+    until(lambda: vm.client.state().resident_bytes <= BUDGET + SLACK, "the budget holds")
+    until(lambda: '"forced_pages": 0' in mine.out, "a pass")
+    vm.goes_on(2)
+    assert vm.running(), vm.err
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals_end_the_daemon_and_not_the_guest(hotcold, daemon, number, code):
     vm = hotcold("a")

@@ -61,6 +61,9 @@ class FakePager:
         self.out -= back
         return len(back)
 
+    def shrink(self):
+        return 7
+
     def set_limit(self, pages):
         self.limit_pages = pages
 

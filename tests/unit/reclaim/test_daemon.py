@@ -28,7 +28,7 @@ class FakeVm:
         self.touches = lambda window: range(100)
         self.window = 0
         self.asked, self.victims, self.limit = [], None, None
-        self.full_after = N
+        self.full_after, self.shrunk = N, 0
         self.trouble = {}
 
     def _meet(self, what):
@@ -44,6 +44,12 @@ class FakeVm:
     def set_limit(self, n_bytes):
         self._meet("limit")
         self.limit = n_bytes
+
+    def shrink(self, n_bytes):
+        self.shrunk += 1
+        went = np.flatnonzero(self.here)[n_bytes // 4096 :]
+        self.here[went] = False
+        return len(went)
 
     def harvest_timed(self, gfn_start, n_pages, *, tracker, clear, rearm):
         self._meet("harvest")
@@ -109,6 +115,19 @@ def test_passes_age_and_evict_the_oldest_down_to_the_low_mark(vm):
     third = mine.run_pass()
     assert (third.wanted_pages, third.outcomes) == (0, {})
     assert third.number == 3
+
+
+def test_a_vm_that_is_young_everywhere_is_shrunk_by_its_own_choice(vm):
+    vm.touches = lambda window: range(N) if window < 6 else range(100)
+    mine = reclaimer(vm)
+    assert [mine.run_pass().forced_pages for _ in range(3)] == [0, 0, 0]
+    fourth = mine.run_pass()
+    assert (fourth.wanted_pages, fourth.evicted_pages, fourth.forced_pages) == (600, 0, 500)
+    assert ", forced 500," in fourth.line()
+    vm.touches = lambda window: range(100)
+    shrunk = vm.shrunk
+    assert [mine.run_pass().forced_pages for _ in range(3)] == [0, 0, 0]
+    assert vm.shrunk == shrunk
 
 
 def test_pages_that_come_back_are_counted_and_protected(vm):
