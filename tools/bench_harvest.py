@@ -21,7 +21,7 @@ from typing import Any
 from guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
-from kvmhost.trackers import NAMES, Tracker
+from kvmhost.trackers import NAMES, Tracker, describe
 
 __all__ = ["main", "run"]
 
@@ -42,7 +42,9 @@ def run(
 
 
 def _measure(name: str, mem_bytes: int, hot: int, seconds: float, repeats: int) -> dict[str, Any]:
-    params = {"start_gfn": _START_GFN, "pages": hot, "epochs": 0}
+    # A tracker that sees only writes is measured on a guest that writes.
+    writes = int("reads" not in describe(name).sees)
+    params = {"start_gfn": _START_GFN, "pages": hot, "epochs": 0, "write": writes}
     image = image_path("touch")
     with Machine(image, mem_bytes=mem_bytes, engine="kvm", params=params) as machine:
         machine.step_by_doorbell()

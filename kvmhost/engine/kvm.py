@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvmhost._ffi import ffi
+from kvmhost._ffi import ffi, lib
 from kvmhost.boot.longmode import EntryState
 from kvmhost.devices.bus import Bus
 from kvmhost.engine.base import RearmKind, Vcpu
@@ -33,15 +33,28 @@ class KvmEngine:
             self._system.close()
             raise
         self._bus: Bus | None = None
+        self._memory: GuestMemory | None = None
         self._cpuid = b""
         #: The bare vCPUs, by index.
         self.cores: list[KvmVcpu] = []
 
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
         """Create one memslot a region, on the guest mapping."""
-        self._bus = bus
-        for slot, region in enumerate(memory.regions):
-            self.vm.set_memory_region(slot, region.gpa, region.n_bytes, region.guest_address)
+        self._bus, self._memory = bus, memory
+        self._set_slots(0)
+
+    def log_dirty_pages(self, on: bool) -> None:
+        """Switch dirty logging of every memslot on or off; vCPUs may run.
+
+        :raises IoctlError: if KVM refuses, for example with ``ENOMEM``
+        """
+        self._set_slots(lib.KVM_MEM_LOG_DIRTY_PAGES if on else 0)
+
+    def _set_slots(self, flags: int) -> None:
+        if self._memory is None:
+            raise RuntimeError("attach() comes first")
+        for slot, region in enumerate(self._memory.regions):
+            self.vm.set_memory_region(slot, region.gpa, region.n_bytes, region.guest_address, flags)
 
     def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
         """Create a vCPU in 64-bit mode at privilege level 3."""

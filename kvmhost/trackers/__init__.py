@@ -6,6 +6,7 @@ tracker   how                                         sees          granularity
 guestpt   accessed bits in the guest's own tables     reads, writes 4 KiB
 pagemap   which host PTEs came back after a zap       reads, writes 4 KiB, or 64 KiB
                                                                     without userfaultfd
+dirty     KVM's dirty log                             writes        4 KiB
 ========= =========================================== ============= ================
 
 ``auto`` is ``guestpt``. One tracker at a time works on a machine: re-arming for
@@ -19,6 +20,7 @@ from collections.abc import Callable
 
 from kvmhost.errors import LayoutError
 from kvmhost.trackers.base import Support, Tracker, TrackerInfo
+from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker
 from kvmhost.trackers.pagemap import PagemapTracker
 
@@ -36,9 +38,12 @@ __all__ = [
     "resolve",
 ]
 
-_REGISTRY: dict[str, type[GuestptTracker] | type[PagemapTracker]] = {
+_Registered = type[GuestptTracker] | type[PagemapTracker] | type[DirtyTracker]
+
+_REGISTRY: dict[str, _Registered] = {
     GuestptTracker.name: GuestptTracker,
     PagemapTracker.name: PagemapTracker,
+    DirtyTracker.name: DirtyTracker,
 }
 
 #: Trackers by name, best first.
