@@ -1,9 +1,13 @@
-"""dirty: which pages were written, from KVM's dirty log.
+"""dirty: which pages were written, from KVM's dirty log or its dirty rings.
 
 The memslots log dirty pages while the tracker runs. Protection is manual
 (``KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2``): reading the log changes nothing, and
 clearing takes exactly the pages asked for and write-protects them again, so
 that there is nothing left to re-arm.
+
+A machine made with ``dirty_ring_entries`` has a ring a vCPU instead. Collecting
+it takes all written pages out, and KVM protects them again at once; what
+was not asked for or not cleared is kept in a bitmap, so both forms answer alike.
 
 Reads are not seen. What is seen beside the guest's own stores is KVM's writes on
 its behalf: a KVM that shadows sets accessed and dirty bits in the guest's tables,
@@ -33,9 +37,11 @@ if typing.TYPE_CHECKING:
 
 __all__ = ["DirtyTracker"]
 
+_PROBE_ENTRIES = 4096
+
 
 class DirtyTracker:
-    """Reads KVM's dirty log.
+    """Reads KVM's dirty log, or the dirty rings of a machine that has them.
 
     :raises CapabilityError: on another engine than kvm, or without manual protection
     """
@@ -44,16 +50,18 @@ class DirtyTracker:
     info: ClassVar[TrackerInfo] = TrackerInfo(
         sees=("writes",),
         granularity_bytes=4096,
-        provenance="KVM's dirty log of the memslots",
+        provenance="KVM's dirty log of the memslots, or the vCPUs' dirty rings",
         guest_cost="one write fault a cleared page",
-        staleness="none: a write is in the window that ends with the clearing after it",
+        staleness="none: a write is in the window that ends with the clearing after it; with rings "
+        "on a CPU that logs by itself, up to 512 pages a vCPU show after its next exit",
     )
 
     def __init__(self, machine: Machine) -> None:
         self._memory = machine.memory
         self._engine = _kvm_engine(machine.engine)
-        self.table_format = "dirty-log"
-        _protect_by_hand(self._engine)
+        self.table_format = "dirty-log" if self._engine.rings is None else "dirty-ring"
+        if self._engine.rings is None:
+            _protect_by_hand(self._engine)
         self._slots = {region.gfn: i for i, region in enumerate(self._memory.regions)}
         self._last_ns = 0
         self._started = False
@@ -71,10 +79,12 @@ class DirtyTracker:
                 chosen.close()
         except CapabilityError as error:
             return Support(False, str(error))
-        return Support(True, "dirty log with manual protection")
+        return Support(True, f"dirty log with manual protection; {_probe_ring()}")
 
     def start(self) -> None:
         """Switch logging on: no page is dirty, every page is write-protected."""
+        if self._engine.rings is not None:
+            self._engine.rings.forget()
         self._engine.log_dirty_pages(True)
         self._started = True
         self._last_ns = time.monotonic_ns()
@@ -113,12 +123,18 @@ class DirtyTracker:
         if self._started:
             self._started = False
             self._engine.log_dirty_pages(False)
+            if self._engine.rings is not None:
+                self._engine.rings.forget()
 
     def _harvest_region(
         self, region: Region, first: int, count: int, clear: bool, wanted: Words | None
     ) -> Words:
         """Return the bits of pages ``[first, first + count)`` of a region."""
         slot = self._slots[region.gfn]
+        if self._engine.rings is not None:
+            words = np.zeros(n_words(count), dtype=np.uint64)
+            self._engine.rings.harvest(slot, first, count, clear, wanted, words)
+            return words
         log = np.empty(n_words(region.n_pages), dtype=np.uint64)
         self._engine.vm.get_dirty_log(slot, log)
         words = sub_words(log, region.n_pages, first, count)
@@ -147,6 +163,23 @@ def _kvm_engine(engine: Engine) -> KvmEngine:
             "dirty", "KVM's dirty log", f"engine {engine.name}", "use --engine kvm"
         )
     return typing.cast("KvmEngine", engine)
+
+
+def _probe_ring() -> str:
+    """Switch a ring on, in a VM of its own, and map one; say what came of it."""
+    from kvmhost.engine.kvm import KvmEngine
+
+    engine = KvmEngine()
+    try:
+        engine.enable_dirty_ring(_PROBE_ENTRIES)
+        assert engine.rings is not None
+        with engine.vm.create_vcpu(0) as vcpu:
+            engine.rings.add_vcpu(vcpu.fd)
+    except (CapabilityError, IoctlError) as error:
+        return f"no dirty ring: {error}"
+    finally:
+        engine.close()
+    return "a dirty ring a vCPU with Machine(dirty_ring_entries=...)"
 
 
 def _protect_by_hand(engine: KvmEngine) -> None:
