@@ -227,6 +227,8 @@ class Machine:
             return
         # A thread that waits in the kernel for a page that will not come: closing the
         # userfaultfd lets it go, and the stop request keeps it out of guest mode.
+        if self._tracker is not None:
+            self._tracker.stop()
         if self._userfault is not None:
             if self._pager is not None:
                 self._pager.stop()
@@ -312,8 +314,13 @@ class Machine:
                 self._tracker.stop()
                 self._tracker = None
             if self._tracker is None:
-                self._tracker = trackers.create(wanted, self)
-                self._tracker.start()
+                tracker = trackers.create(wanted, self)
+                try:
+                    tracker.start()
+                except BaseException:
+                    tracker.stop()
+                    raise
+                self._tracker = tracker
             return self._tracker
 
     # -- exits ----------------------------------------------------------------

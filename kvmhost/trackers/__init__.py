@@ -6,7 +6,9 @@ tracker   how                                         sees          granularity
 guestpt   accessed bits in the guest's own tables     reads, writes 4 KiB
 pagemap   which host PTEs came back after a zap       reads, writes 4 KiB, or 64 KiB
                                                                     without userfaultfd
-dirty     KVM's dirty log                             writes        4 KiB
+dirty     KVM's dirty log or dirty rings              writes        4 KiB
+uffd      minor faults that userspace answers         reads, writes 4 KiB
+                                                      and order
 ========= =========================================== ============= ================
 
 ``auto`` is ``guestpt``. One tracker at a time works on a machine: re-arming for
@@ -23,6 +25,7 @@ from kvmhost.trackers.base import Support, Tracker, TrackerInfo
 from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker
 from kvmhost.trackers.pagemap import PagemapTracker
+from kvmhost.trackers.uffd import UffdTracker
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
@@ -38,12 +41,13 @@ __all__ = [
     "resolve",
 ]
 
-_Registered = type[GuestptTracker] | type[PagemapTracker] | type[DirtyTracker]
+_Registered = type[GuestptTracker] | type[PagemapTracker] | type[DirtyTracker] | type[UffdTracker]
 
 _REGISTRY: dict[str, _Registered] = {
     GuestptTracker.name: GuestptTracker,
     PagemapTracker.name: PagemapTracker,
     DirtyTracker.name: DirtyTracker,
+    UffdTracker.name: UffdTracker,
 }
 
 #: Trackers by name, best first.

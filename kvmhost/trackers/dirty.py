@@ -85,8 +85,8 @@ class DirtyTracker:
         """Switch logging on: no page is dirty, every page is write-protected."""
         if self._engine.rings is not None:
             self._engine.rings.forget()
-        self._engine.log_dirty_pages(True)
         self._started = True
+        self._engine.log_dirty_pages(True)
         self._last_ns = time.monotonic_ns()
 
     def harvest(
