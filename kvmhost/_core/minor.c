@@ -54,11 +54,7 @@ struct kh_minor *kh_minor_new(int uffd, uint64_t capacity)
 	minor->uffd = uffd;
 	minor->capacity = capacity;
 	minor->log = calloc(capacity ? capacity : 1, sizeof(*minor->log));
-	minor->stop_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (!minor->log || minor->stop_event < 0) {
-		free(minor->log);
-		if (minor->stop_event >= 0)
-			close(minor->stop_event);
+	if (!minor->log) {
 		free(minor);
 		return NULL;
 	}
@@ -190,12 +186,17 @@ static int start_thread(struct kh_minor *minor)
 	sigset_t all, old;
 	int result;
 
+	minor->stop_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (minor->stop_event < 0)
+		return -errno;
 	/* The thread inherits the mask: signals are for those who handle them. */
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	result = pthread_create(&minor->thread, NULL, serve_all, minor);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	minor->running = !result;
+	if (result)
+		close(minor->stop_event);
 	return -result;
 }
 
@@ -237,8 +238,7 @@ void kh_minor_stop(struct kh_minor *minor)
 	while (write(minor->stop_event, &one, sizeof(one)) < 0 && errno == EINTR)
 		;
 	pthread_join(minor->thread, NULL);
-	if (read(minor->stop_event, &one, sizeof(one)) < 0)
-		minor->counts.errors++;
+	close(minor->stop_event);
 	minor->running = 0;
 }
 
@@ -318,7 +318,6 @@ void kh_minor_free(struct kh_minor *minor)
 	if (!minor)
 		return;
 	kh_minor_stop(minor);
-	close(minor->stop_event);
 	pthread_mutex_destroy(&minor->lock);
 	free(minor->young);
 	free(minor->log);

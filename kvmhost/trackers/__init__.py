@@ -9,6 +9,8 @@ pagemap   which host PTEs came back after a zap       reads, writes 4 KiB, or 64
 dirty     KVM's dirty log or dirty rings              writes        4 KiB
 uffd      minor faults that userspace answers         reads, writes 4 KiB
                                                       and order
+idle      the kernel's idle flags, by pfn             reads, writes 4 KiB, or the
+                                                                    huge page
 ========= =========================================== ============= ================
 
 ``auto`` is ``guestpt``. One tracker at a time works on a machine: re-arming for
@@ -24,6 +26,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.trackers.base import Support, Tracker, TrackerInfo
 from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker
+from kvmhost.trackers.idle import IdleTracker
 from kvmhost.trackers.pagemap import PagemapTracker
 from kvmhost.trackers.uffd import UffdTracker
 
@@ -41,13 +44,20 @@ __all__ = [
     "resolve",
 ]
 
-_Registered = type[GuestptTracker] | type[PagemapTracker] | type[DirtyTracker] | type[UffdTracker]
+_Registered = (
+    type[GuestptTracker]
+    | type[PagemapTracker]
+    | type[DirtyTracker]
+    | type[UffdTracker]
+    | type[IdleTracker]
+)
 
 _REGISTRY: dict[str, _Registered] = {
     GuestptTracker.name: GuestptTracker,
     PagemapTracker.name: PagemapTracker,
     DirtyTracker.name: DirtyTracker,
     UffdTracker.name: UffdTracker,
+    IdleTracker.name: IdleTracker,
 }
 
 #: Trackers by name, best first.
