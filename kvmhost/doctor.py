@@ -19,7 +19,6 @@ from kvmhost.errors import CapabilityError, KvmHostError
 
 __all__ = ["Finding", "probe_host"]
 
-_IDLE_BITMAP = Path("/sys/kernel/mm/page_idle/bitmap")
 #: Parameters of the KVM modules that say how guest memory is translated.
 _PAGING = ("kvm_intel/parameters/ept", "kvm_amd/parameters/npt", "kvm/parameters/tdp_mmu")
 
@@ -110,7 +109,8 @@ def _trackers() -> Iterator[Finding]:
         return
     for name, support in probe_all().items():
         works = bool(support.works)
-        yield Finding("tracker", name, works, support.reason or "works")
+        remedy = "" if works else "none needed: the other trackers do without it"
+        yield Finding("tracker", name, works, support.reason or "works", remedy)
 
 
 def _memory() -> Iterator[Finding]:
@@ -136,14 +136,6 @@ def _memory() -> Iterator[Finding]:
     works = codec.name != "none"
     remedy = "" if works else "install lz4 from a wheel; pages are kept uncompressed"
     yield Finding("memory", "compression", works, codec.name, remedy)
-    idle = os.access(_IDLE_BITMAP, os.R_OK | os.W_OK)
-    yield Finding(
-        "memory",
-        "idle page tracking",
-        idle,
-        str(_IDLE_BITMAP) if idle else f"{_IDLE_BITMAP} cannot be used",
-        "" if idle else "a kernel with CONFIG_IDLE_PAGE_TRACKING, as root; not needed",
-    )
 
 
 def _try_pagemap_scan() -> str:

@@ -26,7 +26,7 @@ from kvmhost.closing import Closing
 from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, Bus
 from kvmhost.devices.serial import Serial
 from kvmhost.engine.base import Vcpu
-from kvmhost.errors import GuestTimeout, KvmHostError, LayoutError, UnexpectedExit
+from kvmhost.errors import CapabilityError, GuestTimeout, KvmHostError, LayoutError, UnexpectedExit
 from kvmhost.exits import (
     Exit,
     InternalError,
@@ -61,6 +61,8 @@ class Machine(Closing):
     :param params: values for the image's parameters
     :param console_fd: descriptor that gets the guest's serial output; -1: none
     :param store_limit_bytes: limit of the pager's store; 0: none
+    :param dirty_ring_entries: give each vCPU a dirty ring of so many entries, which the
+        tracker ``dirty`` then uses instead of the dirty log; 0: none
     :raises ImageError: if the image cannot be used
     :raises LayoutError: if sizes, counts or parameters do not fit
     :raises CapabilityError: if the engine is not to be had
@@ -77,6 +79,7 @@ class Machine(Closing):
         console_fd: int = -1,
         name: str = "",
         store_limit_bytes: int = 0,
+        dirty_ring_entries: int = 0,
     ) -> None:
         self.name = name
         self.image = image if isinstance(image, Image) else read_image(Path(image))
@@ -99,6 +102,8 @@ class Machine(Closing):
             self.memory = GuestMemory(
                 [Region(gpa, n_bytes, name or "guest") for gpa, n_bytes in self.layout.regions]
             )
+            if dirty_ring_entries:
+                self._enable_dirty_ring(dirty_ring_entries)
             self._assemble(n_vcpus, console_fd)
         except BaseException:
             self.close()
@@ -122,6 +127,15 @@ class Machine(Closing):
         for index in range(n_vcpus):
             state = entry_state(self.layout, self.image.entry, index)
             self.vcpus.append(self.engine.create_vcpu(index, state))
+
+    def _enable_dirty_ring(self, n_entries: int) -> None:
+        from kvmhost.engine.kvm import KvmEngine
+
+        if not isinstance(self.engine, KvmEngine):
+            raise CapabilityError(
+                "dirty ring", "the kvm engine", f"engine {self.engine.name}", "use --engine kvm"
+            )
+        self.engine.enable_dirty_ring(n_entries)
 
     # -- running --------------------------------------------------------------
 
@@ -213,6 +227,8 @@ class Machine(Closing):
             return
         # A thread that waits in the kernel for a page that will not come: closing the
         # userfaultfd lets it go, and the stop request keeps it out of guest mode.
+        if self._tracker is not None:
+            self._tracker.stop()
         if self._userfault is not None:
             if self._pager is not None:
                 self._pager.stop()
@@ -298,8 +314,13 @@ class Machine(Closing):
                 self._tracker.stop()
                 self._tracker = None
             if self._tracker is None:
-                self._tracker = trackers.create(wanted, self)
-                self._tracker.start()
+                tracker = trackers.create(wanted, self)
+                try:
+                    tracker.start()
+                except BaseException:
+                    tracker.stop()
+                    raise
+                self._tracker = tracker
             return self._tracker
 
     # -- exits ----------------------------------------------------------------

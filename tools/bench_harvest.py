@@ -21,7 +21,7 @@ from typing import Any
 from guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
-from kvmhost.trackers import NAMES, Tracker
+from kvmhost.trackers import NAMES, Tracker, describe, probe_all
 
 __all__ = ["main", "run"]
 
@@ -31,18 +31,23 @@ _START_GFN = 1024
 def run(
     mem_bytes: int = 1 << 30, hot_share: float = 0.1, seconds: float = 4.0, repeats: int = 3
 ) -> dict[str, Any]:
-    """Measure every tracker; ``trackers`` holds one row each.
+    """Measure every tracker that works here; ``trackers`` holds one row each.
 
     :raises CapabilityError: without /dev/kvm
     """
     n_pages = mem_bytes // PAGE_BYTES
     hot = int(n_pages * hot_share)
-    rows = [_measure(name, mem_bytes, hot, seconds, repeats) for name in NAMES]
+    support = probe_all("kvm")
+    rows = [
+        _measure(name, mem_bytes, hot, seconds, repeats) for name in NAMES if support[name].works
+    ]
     return {"mem_bytes": mem_bytes, "hot_pages": hot, "seconds": seconds, "trackers": rows}
 
 
 def _measure(name: str, mem_bytes: int, hot: int, seconds: float, repeats: int) -> dict[str, Any]:
-    params = {"start_gfn": _START_GFN, "pages": hot, "epochs": 0}
+    # A tracker that sees only writes is measured on a guest that writes.
+    writes = int("reads" not in describe(name).sees)
+    params = {"start_gfn": _START_GFN, "pages": hot, "epochs": 0, "write": writes}
     image = image_path("touch")
     with Machine(image, mem_bytes=mem_bytes, engine="kvm", params=params) as machine:
         machine.step_by_doorbell()

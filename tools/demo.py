@@ -32,7 +32,7 @@ from guests.workloads import hotcold_gfns
 from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, GuestError, KvmHostError, LayoutError
 from kvmhost.machine import Machine
-from kvmhost.trackers import NAMES, probe_all
+from kvmhost.trackers import NAMES, describe, probe_all
 from reclaim.pressure.cgroup import MemoryCgroup
 from tools.args import size_bytes
 from tools.progress import Progress, show_table
@@ -155,8 +155,9 @@ def _run(settings: Settings, picture: Path, progress: Progress) -> dict[str, typ
 
 
 def _working_trackers(settings: Settings) -> list[str]:
+    """Return the trackers that work here and see every touch, not only writes."""
     support = probe_all(settings.engine)
-    return [name for name in NAMES if support[name].works]
+    return [n for n in NAMES if support[n].works and "reads" in describe(n).sees]
 
 
 # -- accuracy ------------------------------------------------------------------

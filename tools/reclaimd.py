@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tracker",
         default="auto",
         metavar="NAME",
-        help="where young bits come from: auto (the VM's choice), guestpt or pagemap",
+        help="where young bits come from: auto (the VM's choice), or one that doctor lists",
     )
     parser.add_argument(
         "--generations",

@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="open a control socket under this name, for reclaimd, young and other clients",
     )
     parser.add_argument(
-        "--tracker", metavar="NAME", help="start a tracker at once: auto, guestpt or pagemap"
+        "--tracker", metavar="NAME", help="start a tracker at once: auto, or one that doctor lists"
     )
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="stop the guest after this time"

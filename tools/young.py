@@ -108,7 +108,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--tracker",
         default="auto",
         metavar="NAME",
-        help="auto (the one in use, or the best), guestpt or pagemap",
+        help="auto (the one in use, or the best), or one that doctor lists",
     )
     parser.add_argument(
         "--range",

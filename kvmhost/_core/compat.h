@@ -83,6 +83,11 @@ struct pm_scan_arg {
 #define PAGE_IS_SOFT_DIRTY (1 << 7)
 #endif
 
+/* Since commit fb04a1eddb1a ("KVM: X86: Implement ring-based dirty memory tracking") (in v5.11). */
+#ifndef KVM_DIRTY_LOG_PAGE_OFFSET
+#define KVM_DIRTY_LOG_PAGE_OFFSET 0
+#endif
+
 /* Since commit 16f95f3b95ca ("KVM: Add KVM_EXIT_MEMORY_FAULT exit to report
  * faults to userspace") (in v6.8). */
 #ifndef KVM_EXIT_MEMORY_FAULT

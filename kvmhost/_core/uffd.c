@@ -44,11 +44,12 @@ static int offered_features(uint64_t *features)
 
 int kh_uffd_open(uint64_t *features)
 {
-	struct uffdio_api api = { .api = UFFD_API, .features = WANTED };
+	struct uffdio_api api = { .api = UFFD_API };
 	int uffd = offered_features(features);
 
 	if (uffd < 0)
 		return uffd;
+	api.features = WANTED | (*features & UFFD_FEATURE_MINOR_SHMEM);
 	uffd = open_descriptor();
 	if (uffd < 0)
 		return uffd;
@@ -66,7 +67,8 @@ int kh_uffd_register(int uffd, uint64_t address, uint64_t n_bytes, int modes)
 	struct uffdio_register argument = {
 		.range = { .start = address, .len = n_bytes },
 		.mode = (modes & KH_UFFD_MISSING ? UFFDIO_REGISTER_MODE_MISSING : 0) |
-			(modes & KH_UFFD_WP ? UFFDIO_REGISTER_MODE_WP : 0),
+			(modes & KH_UFFD_WP ? UFFDIO_REGISTER_MODE_WP : 0) |
+			(modes & KH_UFFD_MINOR ? UFFDIO_REGISTER_MODE_MINOR : 0),
 	};
 
 	return ioctl(uffd, UFFDIO_REGISTER, &argument) ? -errno : 0;
@@ -116,6 +118,13 @@ int kh_uffd_zero(int uffd, uint64_t address)
 					     .mode = UFFDIO_ZEROPAGE_MODE_DONTWAKE };
 
 	return retry_ioctl(uffd, UFFDIO_ZEROPAGE, &argument);
+}
+
+int kh_uffd_continue(int uffd, uint64_t address)
+{
+	struct uffdio_continue argument = { .range = { .start = address, .len = PAGE_BYTES } };
+
+	return retry_ioctl(uffd, UFFDIO_CONTINUE, &argument);
 }
 
 int kh_uffd_poison(int uffd, uint64_t address)

@@ -6,6 +6,10 @@
 
 #define KH_UFFD_MISSING 1
 #define KH_UFFD_WP 2
+#define KH_UFFD_MINOR 4
+
+/* UFFD_FEATURE_MINOR_SHMEM: agreed on where the kernel offers it (Linux 5.14). */
+#define KH_UFFD_FEATURE_MINOR 1024
 
 /*
  * Open a userfaultfd that also delivers faults of kernel mode (KVM's are), and
@@ -22,6 +26,8 @@ int kh_uffd_write_protect(int uffd, uint64_t address, uint64_t n_bytes, int prot
 /* Fill one missing page and wake nobody yet; EEXIST where another thread was faster. */
 int kh_uffd_copy(int uffd, uint64_t address, const void *page);
 int kh_uffd_zero(int uffd, uint64_t address);
+/* Map a page that the memfd holds, and wake; EEXIST if it is mapped, EFAULT if it is a hole. */
+int kh_uffd_continue(int uffd, uint64_t address);
 /* Make a missing page one whose touch is SIGBUS. */
 int kh_uffd_poison(int uffd, uint64_t address);
 int kh_uffd_wake(int uffd, uint64_t address);

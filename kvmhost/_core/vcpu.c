@@ -190,6 +190,13 @@ static int run_loop(struct kh_vcpu *vcpu, struct kh_bus *bus)
 			return KH_RUN_KICKED;
 		}
 		__atomic_fetch_add(&vcpu->exits, 1, __ATOMIC_RELAXED);
+		if (vcpu->run->exit_reason == KVM_EXIT_DIRTY_RING_FULL && vcpu->rings) {
+			int64_t taken = kh_rings_on_full(vcpu->rings);
+
+			if (taken < 0)
+				return (int)taken;
+			continue;
+		}
 		if (vcpu->run->exit_reason != KVM_EXIT_IO || !handle_port(vcpu, bus))
 			break;
 	}

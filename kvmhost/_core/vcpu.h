@@ -6,6 +6,7 @@
 #define KVMHOST_VCPU_H
 
 #include "compat.h"
+#include "dirtyring.h"
 
 /* How a port on the bus is handled. */
 #define KH_PORT_SERIAL 1
@@ -68,6 +69,7 @@ struct kh_vcpu {
 	uint64_t doorbells;
 	uint64_t doorbell_value;	/* last one */
 	uint64_t doorbell_ns;	/* CLOCK_MONOTONIC of the last one */
+	struct kh_rings *rings;	/* the VM's dirty rings, or NULL */
 	struct kh_exit exit;
 };
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from kvmhost._ffi import ffi
+from kvmhost._ffi import ffi, lib
 from kvmhost.boot.longmode import EntryState
 from kvmhost.devices.bus import Bus
 from kvmhost.engine.base import RearmKind, Vcpu
+from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.exits import Exit
-from kvmhost.kvm import Cap, KvmVcpu, System
+from kvmhost.kvm import Cap, DirtyRings, KvmVcpu, System
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import TSS_BYTES, TSS_GPA
 
 __all__ = ["KvmEngine"]
 
+_RING_ENTRY_BYTES = 16
 _CODE_TYPE, _DATA_TYPE, _TSS_TYPE = 11, 3, 11
 
 
@@ -33,15 +35,58 @@ class KvmEngine:
             self._system.close()
             raise
         self._bus: Bus | None = None
+        self._memory: GuestMemory | None = None
         self._cpuid = b""
+        #: The VM's dirty rings, if they were switched on.
+        self.rings: DirtyRings | None = None
         #: The bare vCPUs, by index.
         self.cores: list[KvmVcpu] = []
 
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
         """Create one memslot a region, on the guest mapping."""
-        self._bus = bus
-        for slot, region in enumerate(memory.regions):
-            self.vm.set_memory_region(slot, region.gpa, region.n_bytes, region.guest_address)
+        self._bus, self._memory = bus, memory
+        self._set_slots(0)
+        if self.rings is not None:
+            for region in memory.regions:
+                self.rings.add_slot(region.n_pages)
+
+    def enable_dirty_ring(self, n_entries: int) -> None:
+        """Give every vCPU a ring of written pages; once, before :meth:`attach`.
+
+        KVM's dirty log cannot be read any more then.
+
+        :param n_entries: a power of two, from 256 (1024 where the CPU logs by itself) to 65536
+        :raises LayoutError: for another number
+        :raises CapabilityError: if this KVM has no ring, or none of that size
+        """
+        if not 256 <= n_entries <= 65536 or n_entries & (n_entries - 1):
+            raise LayoutError(f"{n_entries} dirty ring entries: a power of two from 256 to 65536")
+        # What needs memory barriers has only the second; x86 has both.
+        acquire = self._system.check_extension(Cap.DIRTY_LOG_RING_ACQ_REL)
+        cap = Cap.DIRTY_LOG_RING_ACQ_REL if acquire else Cap.DIRTY_LOG_RING
+        try:
+            self.vm.enable_cap(cap, n_entries * _RING_ENTRY_BYTES)
+        except IoctlError as error:
+            raise CapabilityError(
+                "dirty ring",
+                f"a ring of {n_entries} entries a vCPU",
+                str(error),
+                "use Linux 5.11 or newer, or the dirty log",
+            ) from error
+        self.rings = DirtyRings(self.vm.fd, n_entries)
+
+    def log_dirty_pages(self, on: bool) -> None:
+        """Switch dirty logging of every memslot on or off; vCPUs may run.
+
+        :raises IoctlError: if KVM refuses, for example with ``ENOMEM``
+        """
+        self._set_slots(lib.KVM_MEM_LOG_DIRTY_PAGES if on else 0)
+
+    def _set_slots(self, flags: int) -> None:
+        if self._memory is None:
+            raise RuntimeError("attach() comes first")
+        for slot, region in enumerate(self._memory.regions):
+            self.vm.set_memory_region(slot, region.gpa, region.n_bytes, region.guest_address, flags)
 
     def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
         """Create a vCPU in 64-bit mode at privilege level 3."""
@@ -51,6 +96,10 @@ class KvmEngine:
             self._cpuid = self._system.supported_cpuid()
         core = self.vm.create_vcpu(index)
         self.cores.append(core)
+        if self.rings is not None:
+            self.rings.add_vcpu(core.fd)
+            # SAFETY: the rings are freed in close(), after the vCPUs.
+            core.core.rings = self.rings.core
         core.set_cpuid(self._cpuid)
         _enter_long_mode(core, state)
         return _EngineVcpu(core, self._bus)
@@ -66,6 +115,9 @@ class KvmEngine:
 
     def close(self) -> None:
         """Close the VM. Idempotent."""
+        if self.rings is not None:
+            self.rings.close()
+            self.rings = None
         self.vm.close()
         self._system.close()
 

@@ -6,8 +6,9 @@ request's name, errno and arguments. Source of names and layouts:
 """
 
 from kvmhost.kvm.caps import Cap
+from kvmhost.kvm.ring import DirtyRings
 from kvmhost.kvm.system import System
 from kvmhost.kvm.vcpu import KvmVcpu
 from kvmhost.kvm.vm import Vm
 
-__all__ = ["Cap", "KvmVcpu", "System", "Vm"]
+__all__ = ["Cap", "DirtyRings", "KvmVcpu", "System", "Vm"]

@@ -89,6 +89,7 @@ class Pager:
         on_failure: Callable[[PagerError], None] | None = None,
     ) -> None:
         self._memory, self._on_failure = memory, on_failure
+        self._userfault = userfault
         self.codec = codec or lz4_codec()
         # SAFETY: owned here, freed in close() after the handler thread has ended.
         self._core = lib.kh_pager_new(userfault.fd, self.codec.compress, self.codec.decompress)
@@ -118,11 +119,13 @@ class Pager:
         that a VM that never evicts never pays for it.
 
         :raises IoctlError: if a mapping cannot be registered
+        :raises CapabilityError: while the tracker ``uffd`` runs
         """
         with self._arming:
             if self._thread is not None:
                 self._check_armed()
                 return
+            self._userfault.claim("pager")
             thread = threading.Thread(target=self._serve, name="pager", daemon=True)
             thread.start()
             # A thread that touches an evicted page may hold the interpreter lock: by

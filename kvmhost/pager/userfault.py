@@ -1,9 +1,10 @@
-"""The userfaultfd of a VM, shared by the pager and the pagemap tracker."""
+"""The userfaultfd of a VM, shared by the pager and the trackers."""
 
 from __future__ import annotations
 
 import errno
 import os
+import threading
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.errors import CapabilityError
@@ -26,6 +27,38 @@ class Userfault:
             raise _unavailable(-fd)
         self.fd, self.features = fd, int(features[0])
         self._quiet: set[int] = set()
+        self._reader = ""
+        self._claiming = threading.Lock()
+
+    @property
+    def minor_faults(self) -> bool:
+        """Whether the kernel delivers minor faults on shared memory (Linux 5.14)."""
+        return bool(self.features & lib.KH_UFFD_FEATURE_MINOR)
+
+    def claim(self, reader: str) -> None:
+        """Become the one who reads the messages, and who registers the guest mappings.
+
+        A mapping has one userfaultfd and a message one reader: the pager or a
+        tracker, never both.
+
+        :raises CapabilityError: if it is taken
+        """
+        with self._claiming:
+            if self._reader not in ("", reader):
+                raise CapabilityError(
+                    reader,
+                    "the messages of the VM's userfaultfd",
+                    f"the {self._reader} reads them",
+                    "use another tracker, such as guestpt, on a VM that evicts pages",
+                )
+            self._reader = reader
+
+    def release(self, reader: str) -> None:
+        """Undo :meth:`claim`; the reader has unregistered what it registered. Idempotent."""
+        with self._claiming:
+            if self._reader == reader:
+                self._reader = ""
+                self._quiet.clear()
 
     def silence_fault_around(self, region: Region) -> None:
         """Register a region's guest mapping for write-protect faults only.

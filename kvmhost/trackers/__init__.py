@@ -6,6 +6,11 @@ tracker   how                                         sees          granularity
 guestpt   accessed bits in the guest's own tables     reads, writes 4 KiB
 pagemap   which host PTEs came back after a zap       reads, writes 4 KiB, or 64 KiB
                                                                     without userfaultfd
+dirty     KVM's dirty log or dirty rings              writes        4 KiB
+uffd      minor faults that userspace answers         reads, writes 4 KiB
+                                                      and order
+idle      the kernel's idle flags, by pfn             reads, writes 4 KiB, or the
+                                                                    huge page
 ========= =========================================== ============= ================
 
 ``auto`` is ``guestpt``. One tracker at a time works on a machine: re-arming for
@@ -19,8 +24,11 @@ from collections.abc import Callable
 
 from kvmhost.errors import LayoutError
 from kvmhost.trackers.base import Support, Tracker, TrackerInfo
+from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker
+from kvmhost.trackers.idle import IdleTracker
 from kvmhost.trackers.pagemap import PagemapTracker
+from kvmhost.trackers.uffd import UffdTracker
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
@@ -36,9 +44,20 @@ __all__ = [
     "resolve",
 ]
 
-_REGISTRY: dict[str, type[GuestptTracker] | type[PagemapTracker]] = {
+_Registered = (
+    type[GuestptTracker]
+    | type[PagemapTracker]
+    | type[DirtyTracker]
+    | type[UffdTracker]
+    | type[IdleTracker]
+)
+
+_REGISTRY: dict[str, _Registered] = {
     GuestptTracker.name: GuestptTracker,
     PagemapTracker.name: PagemapTracker,
+    DirtyTracker.name: DirtyTracker,
+    UffdTracker.name: UffdTracker,
+    IdleTracker.name: IdleTracker,
 }
 
 #: Trackers by name, best first.

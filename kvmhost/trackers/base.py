@@ -23,15 +23,18 @@ class Support:
 class TrackerInfo:
     """What a tracker sees.
 
+    :param sees: of ``reads``, ``writes`` and ``order``
     :param granularity_bytes: the smallest range that it tells apart
     :param provenance: where a bit was learned
     :param guest_cost: what the guest pays for a re-armed page
+    :param staleness: which touches a harvest misses or puts into the wrong window
     """
 
     sees: tuple[str, ...]
     granularity_bytes: int
     provenance: str
     guest_cost: str
+    staleness: str
 
 
 class Tracker(Protocol):

@@ -44,6 +44,8 @@ class GuestptTracker:
         granularity_bytes=4096,
         provenance="accessed bit of the leaf entry in the guest's own page table",
         guest_cost="one fault a re-armed page where KVM shadows, a TLB miss elsewhere",
+        staleness="a touch between the clearing of a bit and its re-arming is not seen; "
+        "a page that was cleared and not re-armed may read as old for ever",
     )
 
     def __init__(self, machine: Machine, rearm_kind: RearmKind | None = None) -> None:

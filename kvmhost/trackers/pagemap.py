@@ -49,6 +49,7 @@ class PagemapTracker:
         granularity_bytes=4096,
         provenance="host PTE of the guest mapping, present again after a zap",
         guest_cost="one host fault a cleared page",
+        staleness="a touch between the scan and the zap of the same page is not seen",
     )
 
     def __init__(self, machine: Machine) -> None:

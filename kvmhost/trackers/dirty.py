@@ -1,0 +1,195 @@
+"""dirty: which pages were written, from KVM's dirty log or its dirty rings.
+
+The memslots log dirty pages while the tracker runs. Protection is manual
+(``KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2``): reading the log changes nothing, and
+clearing takes exactly the pages asked for and write-protects them again, so
+that there is nothing left to re-arm.
+
+A machine made with ``dirty_ring_entries`` has a ring a vCPU instead. Collecting
+it takes all written pages out, and KVM protects them again at once; what
+was not asked for or not cleared is kept in a bitmap, so both forms answer alike.
+
+Reads are not seen. What is seen beside the guest's own stores is KVM's writes on
+its behalf: a KVM that shadows sets accessed and dirty bits in the guest's tables,
+so the pages of live tables show as written.
+"""
+
+from __future__ import annotations
+
+import time
+import typing
+from typing import ClassVar
+
+import numpy as np
+
+from kvmhost._ffi import lib
+from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, sub_words, unpack
+from kvmhost.errors import CapabilityError, IoctlError, LayoutError
+from kvmhost.kvm.caps import Cap
+from kvmhost.memory.guest import pieces
+from kvmhost.trackers.base import Support, TrackerInfo, check_range
+
+if typing.TYPE_CHECKING:
+    from kvmhost.engine.base import Engine
+    from kvmhost.engine.kvm import KvmEngine
+    from kvmhost.machine import Machine
+    from kvmhost.memory.guest import Region
+
+__all__ = ["DirtyTracker"]
+
+_PROBE_ENTRIES = 4096
+
+
+class DirtyTracker:
+    """Reads KVM's dirty log, or the dirty rings of a machine that has them.
+
+    :raises CapabilityError: on another engine than kvm, or without manual protection
+    """
+
+    name: ClassVar[str] = "dirty"
+    info: ClassVar[TrackerInfo] = TrackerInfo(
+        sees=("writes",),
+        granularity_bytes=4096,
+        provenance="KVM's dirty log of the memslots, or the vCPUs' dirty rings",
+        guest_cost="one write fault a cleared page",
+        staleness="none: a write is in the window that ends with the clearing after it; with rings "
+        "on a CPU that logs by itself, up to 512 pages a vCPU show after its next exit",
+    )
+
+    def __init__(self, machine: Machine) -> None:
+        self._memory = machine.memory
+        self._engine = _kvm_engine(machine.engine)
+        self.table_format = "dirty-log" if self._engine.rings is None else "dirty-ring"
+        if self._engine.rings is None:
+            _protect_by_hand(self._engine)
+        self._slots = {region.gfn: i for i, region in enumerate(self._memory.regions)}
+        self._last_ns = 0
+        self._started = False
+
+    @classmethod
+    def probe(cls, engine: str = "auto") -> Support:
+        """Switch manual protection on in a VM of its own."""
+        from kvmhost import engine as engines
+
+        try:
+            chosen = engines.choose(engine)
+            try:
+                _protect_by_hand(_kvm_engine(chosen))
+            finally:
+                chosen.close()
+        except CapabilityError as error:
+            return Support(False, str(error))
+        return Support(True, f"dirty log with manual protection; {_probe_ring()}")
+
+    def start(self) -> None:
+        """Switch logging on: no page is dirty, every page is write-protected."""
+        if self._engine.rings is not None:
+            self._engine.rings.forget()
+        self._started = True
+        self._engine.log_dirty_pages(True)
+        self._last_ns = time.monotonic_ns()
+
+    def harvest(
+        self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
+    ) -> YoungBitmap:
+        """Return the pages that were written, and clear them with ``clear``; see the protocol."""
+        check_range(gfn_start, n_pages)
+        if mask is not None and mask.shape != (n_words(n_pages),):
+            raise LayoutError(f"harvest: mask of shape {mask.shape} for {n_pages} pages")
+        whole = np.zeros(n_words(n_pages), dtype=np.uint64)
+        bits: np.ndarray[typing.Any, typing.Any] | None = None
+        for region, start, count in pieces(self._memory, gfn_start, n_pages):
+            wanted = None
+            if mask is not None:
+                wanted = sub_words(mask, n_pages, start - gfn_start, count)
+            words = self._harvest_region(region, start - region.gfn, count, clear, wanted)
+            if start == gfn_start and count == n_pages:
+                whole = words
+                break
+            bits = np.zeros(n_pages, dtype=bool) if bits is None else bits
+            bits[start - gfn_start : start - gfn_start + count] = unpack(words, count)
+        if bits is not None:
+            whole = pack(bits)
+        window_start, self._last_ns = self._last_ns, time.monotonic_ns()
+        provenance = Provenance(self.name, self.table_format, window_start, self._last_ns)
+        return YoungBitmap(gfn_start, n_pages, whole, None, provenance)
+
+    def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
+        """Nothing: a cleared page is armed. Pages that were not cleared stay as they are."""
+        check_range(gfn_start, n_pages)
+
+    def stop(self) -> None:
+        """Switch logging off; pages become writable again at their next fault. Idempotent."""
+        if self._started:
+            self._started = False
+            self._engine.log_dirty_pages(False)
+            if self._engine.rings is not None:
+                self._engine.rings.forget()
+
+    def _harvest_region(
+        self, region: Region, first: int, count: int, clear: bool, wanted: Words | None
+    ) -> Words:
+        """Return the bits of pages ``[first, first + count)`` of a region."""
+        slot = self._slots[region.gfn]
+        if self._engine.rings is not None:
+            words = np.zeros(n_words(count), dtype=np.uint64)
+            self._engine.rings.harvest(slot, first, count, clear, wanted, words)
+            return words
+        log = np.empty(n_words(region.n_pages), dtype=np.uint64)
+        self._engine.vm.get_dirty_log(slot, log)
+        words = sub_words(log, region.n_pages, first, count)
+        if clear:
+            self._clear(slot, region.n_pages, first, words if wanted is None else words & wanted)
+        return words
+
+    def _clear(self, slot: int, slot_pages: int, first: int, chosen: Words) -> None:
+        """Clear pages of a slot; ``chosen`` starts at page ``first`` of it."""
+        # KVM takes whole words of the slot: shift where the range begins inside one.
+        shift = first % 64
+        if shift:
+            n_bits = chosen.size * 64
+            shifted = np.zeros(shift + n_bits, dtype=bool)
+            shifted[shift:] = unpack(chosen, n_bits)
+            chosen = pack(shifted)
+        start = first - shift
+        n_pages = min(chosen.size * 64, slot_pages - start)
+        if chosen.any():
+            self._engine.vm.clear_dirty_log(slot, start, n_pages, chosen)
+
+
+def _kvm_engine(engine: Engine) -> KvmEngine:
+    if engine.name != "kvm":
+        raise CapabilityError(
+            "dirty", "KVM's dirty log", f"engine {engine.name}", "use --engine kvm"
+        )
+    return typing.cast("KvmEngine", engine)
+
+
+def _probe_ring() -> str:
+    """Switch a ring on, in a VM of its own, and map one; say what came of it."""
+    from kvmhost.engine.kvm import KvmEngine
+
+    engine = KvmEngine()
+    try:
+        engine.enable_dirty_ring(_PROBE_ENTRIES)
+        assert engine.rings is not None
+        with engine.vm.create_vcpu(0) as vcpu:
+            engine.rings.add_vcpu(vcpu.fd)
+    except (CapabilityError, IoctlError) as error:
+        return f"no dirty ring: {error}"
+    finally:
+        engine.close()
+    return "a dirty ring a vCPU with Machine(dirty_ring_entries=...)"
+
+
+def _protect_by_hand(engine: KvmEngine) -> None:
+    """Switch manual protection on, once or more often.
+
+    Not ``KVM_DIRTY_LOG_INITIALLY_SET``: the first window would begin all dirty.
+    """
+    try:
+        engine.vm.enable_cap(Cap.MANUAL_DIRTY_LOG_PROTECT2, lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+    except IoctlError as error:
+        raise CapabilityError(
+            "dirty", "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", str(error), "use Linux 5.2 or newer"
+        ) from error
