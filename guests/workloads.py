@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["hotcold_gfns", "hotcold_owned_pages", "touch_gfns"]
+__all__ = ["hotcold_gfns", "hotcold_owned_pages", "hotcold_written_gfns", "touch_gfns"]
 
 Gfns = npt.NDArray[np.int64]
 
@@ -60,6 +60,16 @@ def hotcold_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1) -> Gfn
         else:
             parts.extend(_hotcold_epoch(params, epoch, base, run))
     return np.unique(np.concatenate(parts)) + params["start_gfn"]
+
+
+def hotcold_written_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1) -> Gfns:
+    """Return those of :func:`hotcold_gfns` that the epoch writes."""
+    gfns = hotcold_gfns(params, epoch, n_vcpus)
+    if epoch == 0:
+        return gfns
+    dice = mix(gfns.astype(np.uint64) ^ _U64(epoch << 32)) % _U64(1000)
+    written: Gfns = gfns[dice < params["write_permille"]]
+    return written
 
 
 def _hotcold_epoch(params: Mapping[str, int], epoch: int, base: int, run: int) -> list[Gfns]:

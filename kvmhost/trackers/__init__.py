@@ -23,7 +23,7 @@ import typing
 from collections.abc import Callable
 
 from kvmhost.errors import LayoutError
-from kvmhost.trackers.base import Support, Tracker, TrackerInfo
+from kvmhost.trackers.base import Support, Tracker, TrackerInfo, sample_mask
 from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker
 from kvmhost.trackers.idle import IdleTracker
@@ -42,6 +42,7 @@ __all__ = [
     "describe",
     "probe_all",
     "resolve",
+    "sample_mask",
 ]
 
 _Registered = (
