@@ -5,7 +5,11 @@ engine    runs                                          for
 ========= ============================================= =========================
 kvm       guest code on /dev/kvm                        the real thing
 emulated  the same guest code under Unicorn             hosts without /dev/kvm
+soft      access traces in C, against mmu tables        stress, ablation, scale
 ========= ============================================= =========================
+
+``soft`` runs no images and is no choice of :func:`choose`; see
+:mod:`kvmhost.engine.soft`.
 
 :func:`choose` picks one by name; ``auto`` takes ``kvm`` where a VM can be made.
 """
