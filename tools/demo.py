@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
     parser.add_argument("--mem", type=size_bytes, default=320 * _MIB, metavar="SIZE")
     parser.add_argument("--hot", type=size_bytes, default=48 * _MIB, metavar="SIZE")
-    parser.add_argument("--epochs", type=int, default=450, help="epochs of the limited runs")
+    parser.add_argument("--epochs", type=int, default=300, help="epochs of the limited runs")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("kvmhost-demo.png"), help="the heatmap"
     )
@@ -143,7 +143,7 @@ def _engine_name(wanted: str) -> str:
 def _run(settings: Settings, picture: Path, progress: Progress) -> dict[str, typing.Any]:
     progress.say(f"engine {settings.engine}: guest of {settings.mem_bytes // _MIB} MiB")
     report: dict[str, typing.Any] = {"engine": settings.engine, "mem_bytes": settings.mem_bytes}
-    epochs = 24 if settings.engine == "kvm" else 13
+    epochs = 13
     progress.say(f"accuracy of the trackers, {epochs} epochs each")
     report["trackers"] = [_accuracy(settings, name, epochs) for name in _working_trackers(settings)]
     progress.say("guest throughput without and with the daemon, no limit; drawing the picture")
