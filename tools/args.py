@@ -8,7 +8,14 @@ from pathlib import Path
 
 from kvmhost.errors import ImageError, LayoutError
 
-__all__ = ["add_machine_arguments", "find_image", "parse_params", "size_bytes"]
+__all__ = [
+    "add_machine_arguments",
+    "count",
+    "find_image",
+    "parse_params",
+    "seconds",
+    "size_bytes",
+]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -23,6 +30,28 @@ def size_bytes(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 65536, 256M or 1G")
     return int(match.group(1)) * _UNITS[match.group(2).upper()]
+
+
+def seconds(text: str) -> float:
+    """Parse a number of seconds above 0.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: need a number of seconds above 0")
+    return value
+
+
+def count(text: str) -> int:
+    """Parse a number of 1 or more.
+
+    :raises argparse.ArgumentTypeError: for less
+    """
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: need 1 or more")
+    return value
 
 
 def parse_params(given: list[str]) -> dict[str, int]:

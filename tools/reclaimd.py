@@ -12,7 +12,7 @@ from types import FrameType
 
 from reclaim.daemon import Daemon, Dropped, PassReport, Settings
 from reclaim.pressure.budget import DEFAULT_HIGH, DEFAULT_LOW, Budget
-from tools.args import size_bytes
+from tools.args import count, seconds, size_bytes
 
 __all__ = ["main"]
 
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--interval",
-        type=_positive,
+        type=seconds,
         default=1.0,
         metavar="SECONDS",
         help="time from one pass to the next (default: 1)",
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help="shuffle pages of one generation, by this seed (default: in order of gfn)",
     )
     parser.add_argument(
-        "--passes", type=_count, metavar="N", help="end after so many passes over each VM"
+        "--passes", type=count, metavar="N", help="end after so many passes over each VM"
     )
     parser.add_argument("--wait", action="store_true", help="wait for VMs that are not running yet")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -129,20 +129,6 @@ def _size_or_share(text: str) -> int | float:
 
 def _mark(given: int | float | None, budget_bytes: int) -> int | None:
     return int(given * budget_bytes) if isinstance(given, float) else given
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: need a number of seconds above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: need 1 or more")
-    return value
 
 
 def _print_line(event: PassReport | Dropped) -> None:

@@ -21,6 +21,7 @@ from kvmhost.bitmap import YoungBitmap
 from kvmhost.control.client import Client
 from kvmhost.control.schema import HarvestCost, MemoryMap
 from kvmhost.errors import LayoutError
+from tools.args import count, seconds
 
 __all__ = ["main"]
 
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(snapshot)
     snapshot.add_argument(
         "--window",
-        type=_seconds,
+        type=seconds,
         metavar="SECONDS",
         help="clear first and look after this time (default: look at the window since the last "
         f"harvest of whomever; {_FIRST_WINDOW_S:g} if there was none)",
@@ -87,16 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     heatmap.add_argument(
         "--interval",
-        type=_seconds,
+        type=seconds,
         default=0.1,
         metavar="SECONDS",
         help="length of a window (default: 0.1)",
     )
     heatmap.add_argument(
-        "--count", type=_count, default=120, metavar="N", help="windows (default: 120)"
+        "--count", type=count, default=120, metavar="N", help="windows (default: 120)"
     )
     heatmap.add_argument(
-        "--bins", type=_count, default=512, metavar="N", help="rows of the picture (default: 512)"
+        "--bins", type=count, default=512, metavar="N", help="rows of the picture (default: 512)"
     )
     heatmap.set_defaults(command=_heatmap)
     return parser
@@ -308,20 +309,6 @@ def _gfn_range(text: str) -> tuple[int, int]:
             f"{text!r} is no range; write for example 0x400:0x1000"
         ) from None
     return start, end
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: need a number of seconds above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: need 1 or more")
-    return value
 
 
 def _percent(part: int, whole: int) -> str:

@@ -26,7 +26,6 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import YoungBitmap, sub_words
 from kvmhost.errors import IoctlError, PagerError
 from kvmhost.memory.guest import GuestMemory, pieces
-from kvmhost.memory.layout import PAGE_SHIFT
 from kvmhost.pager.codec import Codec, lz4_codec
 from kvmhost.pager.userfault import Userfault
 
@@ -315,9 +314,3 @@ class Pager:
 def _as_gfns(gfns: Iterable[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     values = gfns if isinstance(gfns, np.ndarray) else np.array(list(gfns), dtype=np.int64)
     return np.ascontiguousarray(values, dtype=np.int64)
-
-
-def gfn_range(gpa: int, n_bytes: int) -> tuple[int, int]:
-    """Return ``(gfn, n_pages)`` of a byte range."""
-    first = gpa >> PAGE_SHIFT
-    return first, ((gpa + n_bytes + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT) - first

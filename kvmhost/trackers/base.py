@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import numpy as np
 
-from kvmhost.bitmap import Words, YoungBitmap, pack
+from kvmhost.bitmap import Words, YoungBitmap, n_words, pack, sub_words, unpack
 from kvmhost.errors import LayoutError
+from kvmhost.memory.guest import GuestMemory, Region, pieces
 
-__all__ = ["Support", "Tracker", "TrackerInfo", "check_range", "sample_mask"]
+__all__ = [
+    "Support",
+    "Tracker",
+    "TrackerInfo",
+    "check_mask",
+    "check_range",
+    "harvest_pieces",
+    "sample_mask",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,3 +103,38 @@ def check_range(gfn_start: int, n_pages: int) -> None:
     """
     if gfn_start < 0 or n_pages < 0 or gfn_start + n_pages > 1 << 52:
         raise LayoutError(f"harvest: bad range of {n_pages} pages from gfn {gfn_start:#x}")
+
+
+def check_mask(mask: Words | None, n_pages: int) -> None:
+    """Refuse a mask that does not fit a range.
+
+    :raises LayoutError: for another shape than ``(ceil(n_pages / 64),)``
+    """
+    if mask is not None and mask.shape != (n_words(n_pages),):
+        raise LayoutError(f"harvest: mask of shape {mask.shape} for {n_pages} pages")
+
+
+def harvest_pieces(
+    memory: GuestMemory,
+    gfn_start: int,
+    n_pages: int,
+    mask: Words | None,
+    harvest_piece: Callable[[Region, int, int, Words | None], Words],
+) -> Words:
+    """Harvest a range region by region and put the bits together.
+
+    :param harvest_piece: gets region, first gfn, pages and the piece's own mask (None:
+        all); returns the piece's bits
+    :raises LayoutError: if range or mask do not fit
+    """
+    check_range(gfn_start, n_pages)
+    check_mask(mask, n_pages)
+    bits = np.zeros(n_pages, dtype=bool)
+    for region, start, count in pieces(memory, gfn_start, n_pages):
+        first = start - gfn_start
+        wanted = None if mask is None else sub_words(mask, n_pages, first, count)
+        words = harvest_piece(region, start, count, wanted)
+        if count == n_pages:
+            return words
+        bits[first : first + count] = unpack(words, count)
+    return pack(bits)

@@ -24,10 +24,10 @@ import numpy as np
 
 from kvmhost._ffi import lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, sub_words, unpack
-from kvmhost.errors import CapabilityError, IoctlError, LayoutError
+from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.kvm.caps import Cap
-from kvmhost.memory.guest import pieces
-from kvmhost.trackers.base import Support, TrackerInfo, check_range
+from kvmhost.memory.guest import Region
+from kvmhost.trackers.base import Support, TrackerInfo, check_range, harvest_pieces
 
 if typing.TYPE_CHECKING:
     from kvmhost.engine.base import Engine
@@ -93,23 +93,11 @@ class DirtyTracker:
         self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
     ) -> YoungBitmap:
         """Return the pages that were written, and clear them with ``clear``; see the protocol."""
-        check_range(gfn_start, n_pages)
-        if mask is not None and mask.shape != (n_words(n_pages),):
-            raise LayoutError(f"harvest: mask of shape {mask.shape} for {n_pages} pages")
-        whole = np.zeros(n_words(n_pages), dtype=np.uint64)
-        bits: np.ndarray[typing.Any, typing.Any] | None = None
-        for region, start, count in pieces(self._memory, gfn_start, n_pages):
-            wanted = None
-            if mask is not None:
-                wanted = sub_words(mask, n_pages, start - gfn_start, count)
-            words = self._harvest_region(region, start - region.gfn, count, clear, wanted)
-            if start == gfn_start and count == n_pages:
-                whole = words
-                break
-            bits = np.zeros(n_pages, dtype=bool) if bits is None else bits
-            bits[start - gfn_start : start - gfn_start + count] = unpack(words, count)
-        if bits is not None:
-            whole = pack(bits)
+
+        def piece(region: Region, start: int, count: int, wanted: Words | None) -> Words:
+            return self._harvest_region(region, start - region.gfn, count, clear, wanted)
+
+        whole = harvest_pieces(self._memory, gfn_start, n_pages, mask, piece)
         window_start, self._last_ns = self._last_ns, time.monotonic_ns()
         provenance = Provenance(self.name, self.table_format, window_start, self._last_ns)
         return YoungBitmap(gfn_start, n_pages, whole, None, provenance)

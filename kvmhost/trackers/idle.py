@@ -27,10 +27,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, unpack
-from kvmhost.errors import CapabilityError, IoctlError, LayoutError
+from kvmhost.bitmap import Provenance, Words, YoungBitmap, pack, unpack
+from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.memory.guest import pieces
-from kvmhost.trackers.base import Support, TrackerInfo, check_range
+from kvmhost.trackers.base import Support, TrackerInfo, check_mask, check_range
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
@@ -195,8 +195,7 @@ class IdleTracker:
     ) -> YoungBitmap:
         """Return the pages that are not idle, and make them idle with ``clear``."""
         check_range(gfn_start, n_pages)
-        if mask is not None and mask.shape != (n_words(n_pages),):
-            raise LayoutError(f"harvest: mask of shape {mask.shape} for {n_pages} pages")
+        check_mask(mask, n_pages)
         wanted = np.ones(n_pages, dtype=bool) if mask is None else unpack(mask, n_pages)
         young, coarse = np.zeros(n_pages, dtype=bool), np.zeros(n_pages, dtype=bool)
         for region, start, count in pieces(self._memory, gfn_start, n_pages):

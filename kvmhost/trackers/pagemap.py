@@ -23,10 +23,10 @@ from typing import ClassVar
 import numpy as np
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, sub_words, unpack
-from kvmhost.errors import CapabilityError, LayoutError
-from kvmhost.memory.guest import pieces
-from kvmhost.trackers.base import Support, TrackerInfo, check_range
+from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
+from kvmhost.errors import CapabilityError
+from kvmhost.memory.guest import Region
+from kvmhost.trackers.base import Support, TrackerInfo, check_range, harvest_pieces
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
@@ -98,27 +98,16 @@ class PagemapTracker:
         self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
     ) -> YoungBitmap:
         """Find the pages that came back, and zap them with ``clear``; see the protocol."""
-        check_range(gfn_start, n_pages)
-        if mask is not None and mask.shape != (n_words(n_pages),):
-            raise LayoutError(f"harvest: mask of shape {mask.shape} for {n_pages} pages")
-        whole = np.zeros(n_words(n_pages), dtype=np.uint64)
-        bits: np.ndarray[typing.Any, typing.Any] | None = None
-        for region, start, count in pieces(self._memory, gfn_start, n_pages):
+
+        def piece(region: Region, start: int, count: int, wanted: Words | None) -> Words:
             address = region.guest_address + (start - region.gfn) * 4096
             words = np.zeros(n_words(count), dtype=np.uint64)
             self._present(address, count, words)
             if clear:
-                chosen = words
-                if mask is not None:
-                    chosen = words & sub_words(mask, n_pages, start - gfn_start, count)
-                self._zap(address, count, chosen)
-            if start == gfn_start and count == n_pages:
-                whole = words
-                break
-            bits = np.zeros(n_pages, dtype=bool) if bits is None else bits
-            bits[start - gfn_start : start - gfn_start + count] = unpack(words, count)
-        if bits is not None:
-            whole = pack(bits)
+                self._zap(address, count, words if wanted is None else words & wanted)
+            return words
+
+        whole = harvest_pieces(self._memory, gfn_start, n_pages, mask, piece)
         window_start, self._last_ns = self._last_ns, time.monotonic_ns()
         provenance = Provenance(self.name, self.table_format, window_start, self._last_ns)
         coarse = whole.copy() if self.coarse else None

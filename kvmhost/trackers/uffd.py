@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, sub_words, unpack
-from kvmhost.errors import CapabilityError, KvmHostError, LayoutError
-from kvmhost.memory.guest import pieces
+from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
+from kvmhost.errors import CapabilityError, KvmHostError
+from kvmhost.memory.guest import Region
 from kvmhost.pager.userfault import Userfault
-from kvmhost.trackers.base import Support, TrackerInfo, check_range
+from kvmhost.trackers.base import Support, TrackerInfo, check_range, harvest_pieces
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
@@ -118,19 +118,12 @@ class UffdTracker:
         self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
     ) -> YoungBitmap:
         """Return the pages that were touched, and zap them with ``clear``; see the protocol."""
-        check_range(gfn_start, n_pages)
-        if mask is not None and mask.shape != (n_words(n_pages),):
-            raise LayoutError(f"harvest: mask of shape {mask.shape} for {n_pages} pages")
-        bits = np.zeros(n_pages, dtype=bool)
-        for _, start, count in pieces(self._memory, gfn_start, n_pages):
-            offset = start - gfn_start
+
+        def piece(region: Region, start: int, count: int, wanted: Words | None) -> Words:
             words = np.zeros(n_words(count), dtype=np.uint64)
             # SAFETY: both arrays live until the call returns.
             out = ffi.from_buffer("uint64_t[]", words, require_writable=True)
-            chosen = ffi.NULL
-            if mask is not None:
-                wanted = sub_words(mask, n_pages, offset, count)
-                chosen = ffi.from_buffer("uint64_t[]", wanted)
+            chosen = ffi.NULL if wanted is None else ffi.from_buffer("uint64_t[]", wanted)
             index = self._memory.index_of_gfn(start)
             check(
                 lib.kh_minor_harvest(self._core, index, count, int(clear), chosen, out),
@@ -138,10 +131,12 @@ class UffdTracker:
                 gfn=start,
                 pages=count,
             )
-            bits[offset : offset + count] = unpack(words, count)
+            return words
+
+        whole = harvest_pieces(self._memory, gfn_start, n_pages, mask, piece)
         window_start, self._last_ns = self._last_ns, time.monotonic_ns()
         provenance = Provenance(self.name, self.table_format, window_start, self._last_ns)
-        return YoungBitmap(gfn_start, n_pages, pack(bits), None, provenance)
+        return YoungBitmap(gfn_start, n_pages, whole, None, provenance)
 
     def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
         """Nothing: a cleared page is armed. Pages that were not cleared stay as they are."""
