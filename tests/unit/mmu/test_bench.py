@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from tools import bench_mmu, bench_walk
+from tools.bench import mmu as bench_mmu
+from tools.bench import walk as bench_walk
 
 
 def test_walk_in_small():

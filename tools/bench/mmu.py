@@ -27,7 +27,7 @@ from kvmhost.engine.soft import SoftEngine, SoftRun, Trace
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tlb import TlbGeometry
-from tools.bench_walk import Step, interleaved
+from tools.bench.walk import Step, interleaved
 
 __all__ = ["FORMATS", "PARTS", "main", "run"]
 

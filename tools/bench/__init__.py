@@ -1,0 +1,24 @@
+"""``kvmhost bench NAME``: measurements, each a ratio of two variants in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tools.dispatch import dispatch
+
+__all__ = ["BENCHES", "main"]
+
+#: Name, which is also its module here, and one line about it.
+BENCHES = {
+    "walk": "harvest over live entries against a plain sum and a bare atomic loop",
+    "exits": "port exits in the C loop and in Python against a minimal C loop",
+    "harvest": "trackers on a 1 GiB guest: scan, re-arm, and what the guest pays",
+    "start": "kvmhost run hello: wall time of the whole process",
+    "mmu": "tables in all formats: speed, locking, batching",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one benchmark."""
+    about = "Measurements, each a ratio of two variants in one run."
+    return dispatch("kvmhost bench", about, __name__, BENCHES, argv)

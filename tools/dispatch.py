@@ -1,0 +1,30 @@
+"""Commands with subcommands, each in a module of its own that is imported when it is named."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+__all__ = ["dispatch"]
+
+
+def dispatch(
+    prog: str, about: str, package: str, names: Mapping[str, str], argv: Sequence[str]
+) -> int:
+    """Run the subcommand that ``argv`` begins with; its own ``--help`` tells its options.
+
+    :param names: subcommand, which is also its module in ``package``, and one line about it
+    :return: the subcommand's exit code; 2 if there is none of that name
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(len(name) for name in names)
+        lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in names.items())
+        print(f"usage: {prog} NAME [options]\n\n{about}\n\nnames:\n{lines}")
+        return 0 if argv else 2
+    if argv[0] not in names:
+        print(f"{prog}: no {argv[0]!r}: there are {', '.join(names)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"{package}.{argv[0]}")
+    run: Callable[[Sequence[str]], int] = module.main
+    return run(argv[1:])

@@ -1,0 +1,20 @@
+"""``kvmhost young NAME``: which guest page was touched when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tools.dispatch import dispatch
+
+__all__ = ["COMMANDS", "main"]
+
+#: Name, which is also its module here, and one line about it.
+COMMANDS = {
+    "snapshot": "one bitmap of a running VM: counts, densities, ranges",
+    "heatmap": "a picture, gfn by time",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the commands."""
+    return dispatch("kvmhost young", "Look at which pages were touched.", __name__, COMMANDS, argv)

@@ -1,0 +1,105 @@
+"""What the commands of ``kvmhost young`` share: arguments, ranges, output files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from kvmhost.control.schema import MemoryMap
+from kvmhost.errors import LayoutError
+
+__all__ = ["add_vm_arguments", "check_out", "percent", "progress_bar", "range_of", "replacing"]
+
+
+def add_vm_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add VM, --tracker and --range."""
+    parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
+    parser.add_argument(
+        "--tracker",
+        default="auto",
+        metavar="NAME",
+        help="auto (the one in use, or the best), or one that doctor lists",
+    )
+    parser.add_argument(
+        "--range",
+        type=_gfn_range,
+        metavar="GFN:GFN",
+        help="from this gfn up to before that one; 0x for hex (default: all memory)",
+    )
+
+
+def range_of(given: tuple[int, int] | None, memory: MemoryMap) -> tuple[int, int]:
+    """Return (first gfn, pages).
+
+    :raises LayoutError: for a range that is empty or ends above all memory
+    """
+    start, end = given or (0, memory.gfn_end)
+    if not 0 <= start < end <= memory.gfn_end:
+        raise LayoutError(f"--range {start:#x}:{end:#x}: memory has gfns [0, {memory.gfn_end:#x})")
+    return start, end - start
+
+
+def check_out(path: Path, kinds: Sequence[str]) -> None:
+    """Refuse a file that cannot be written before any work is done for it.
+
+    :raises LayoutError: if so
+    """
+    if path.suffix.lower() not in kinds:
+        raise LayoutError(f"{path}: the name must end in {' or '.join(kinds)}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise LayoutError(f"{path}: no file can be written there")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file through one beside it and a rename, so that nobody reads half of it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            Path(file.name).chmod(0o666 & ~_umask())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, what: str = "harvesting") -> Iterator[Callable[[], None]]:
+    """Show a bar on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def percent(part: int, whole: int) -> str:
+    """Return a share as text, such as ``12.5 %``."""
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def _gfn_range(text: str) -> tuple[int, int]:
+    try:
+        start, end = (int(part, 0) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no range; write for example 0x400:0x1000"
+        ) from None
+    return start, end
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

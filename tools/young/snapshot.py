@@ -1,0 +1,165 @@
+"""``kvmhost young snapshot``: one bitmap of a running VM: counts, densities, ranges."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.bitmap import YoungBitmap
+from kvmhost.control.client import Client
+from kvmhost.control.schema import HarvestCost, MemoryMap
+from tools.args import seconds
+from tools.young.common import add_vm_arguments, check_out, percent, range_of, replacing
+
+__all__ = ["main"]
+
+_SHOWN_RANGES = 10
+_FIRST_WINDOW_S = 1.0
+_BITMAP_KINDS = (".npy", ".bin")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = _parser().parse_args(argv)
+    if args.out is not None:
+        check_out(args.out, _BITMAP_KINDS)
+    with Client(args.vm) as vm:
+        memory = vm.memory()
+        gfn_start, n_pages = range_of(args.range, memory)
+        window_s = args.window
+        tracker = vm.state().tracker
+        if window_s is None and (tracker is None or args.tracker not in ("auto", tracker)):
+            window_s = _FIRST_WINDOW_S
+        if window_s is not None:
+            vm.harvest(gfn_start, n_pages, tracker=args.tracker)
+            time.sleep(window_s)
+        bitmap, cost = vm.harvest_timed(
+            gfn_start, n_pages, tracker=args.tracker, clear=args.clear, rearm=args.rearm
+        )
+    if args.out is not None:
+        _write_bitmap(bitmap, args.out)
+    if args.json:
+        print(json.dumps(_summary(args.vm, bitmap, cost, memory)))
+    else:
+        _print_snapshot(args.vm, bitmap, cost, memory)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvmhost young snapshot",
+        description="Show which pages are young now. Without --clear nothing changes for "
+        "anyone else who harvests the VM.",
+    )
+    add_vm_arguments(parser)
+    parser.add_argument(
+        "--window",
+        type=seconds,
+        metavar="SECONDS",
+        help="clear first and look after this time (default: look at the window since the last "
+        f"harvest of whomever; {_FIRST_WINDOW_S:g} if there was none)",
+    )
+    parser.add_argument(
+        "--clear",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="begin a new window for the pages that are young",
+    )
+    parser.add_argument(
+        "--rearm",
+        choices=("none", "young", "all"),
+        default="young",
+        help="with --clear: what to arm again (default: young)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="also write the bitmap: .npy for one boolean a page, .bin for 64-bit words",
+    )
+    return parser
+
+
+def _summary(vm: str, bitmap: YoungBitmap, cost: HarvestCost, memory: MemoryMap) -> dict[str, Any]:
+    starts, ends = _runs(bitmap)
+    return {
+        "vm": vm,
+        "gfn_start": bitmap.gfn_start,
+        "pages": bitmap.n_pages,
+        "young": bitmap.count(),
+        "coarse": bitmap.coarse is not None,
+        **dataclasses.asdict(bitmap.provenance),
+        "harvest_ns": cost.harvest_ns,
+        "rearm_ns": cost.rearm_ns,
+        "regions": _regions(bitmap, memory),
+        "ranges": np.stack([starts, ends], axis=1).tolist(),
+    }
+
+
+def _regions(bitmap: YoungBitmap, memory: MemoryMap) -> list[dict[str, int]]:
+    """Count young pages by memslot, inside the bitmap's range."""
+    young, found = bitmap.as_bool(), []
+    for region in memory.regions:
+        first = max(region.gfn, bitmap.gfn_start)
+        end = min(region.gfn + region.n_pages, bitmap.gfn_start + bitmap.n_pages)
+        if first < end:
+            inside = young[first - bitmap.gfn_start : end - bitmap.gfn_start]
+            found.append(
+                {
+                    "slot": region.slot,
+                    "gfn_start": first,
+                    "gfn_end": end,
+                    "young": int(inside.sum()),
+                }
+            )
+    return found
+
+
+def _print_snapshot(vm: str, bitmap: YoungBitmap, cost: HarvestCost, memory: MemoryMap) -> None:
+    young, source = bitmap.count(), bitmap.provenance
+    window = ""
+    if source.window_start_ns:
+        window = f", window {(source.window_end_ns - source.window_start_ns) / 1e9:.3f} s"
+    print(
+        f"{vm}: {young} of {bitmap.n_pages} pages young "
+        f"({percent(young, bitmap.n_pages)}), {young * memory.page_bytes / 2**20:.1f} MiB"
+    )
+    coarse = ", coarse: bits stand for more than one page" if bitmap.coarse is not None else ""
+    print(f"tracker {source.tracker}, format {source.table_format}{window}{coarse}")
+    print(f"harvest {cost.harvest_ns / 1e6:.2f} ms, re-arming {cost.rearm_ns / 1e6:.2f} ms")
+    for region in _regions(bitmap, memory):
+        pages = region["gfn_end"] - region["gfn_start"]
+        print(
+            f"slot {region['slot']} [{region['gfn_start']:#x}, {region['gfn_end']:#x}): "
+            f"{region['young']} of {pages} young ({percent(region['young'], pages)})"
+        )
+    starts, ends = _runs(bitmap)
+    print(f"{starts.size} young ranges" + (", the first:" if starts.size else ""))
+    for start, end in zip(starts[:_SHOWN_RANGES], ends[:_SHOWN_RANGES], strict=True):
+        print(f"  [{start:#x}, {end:#x})  {end - start} pages")
+    if starts.size > _SHOWN_RANGES:
+        print(f"  and {starts.size - _SHOWN_RANGES} more")
+
+
+def _runs(bitmap: YoungBitmap) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return starts and ends of the runs of young gfns, ends exclusive."""
+    padded = np.concatenate([[False], bitmap.as_bool(), [False]])
+    change = np.flatnonzero(padded[1:] != padded[:-1]) + bitmap.gfn_start
+    return change[::2], change[1::2]
+
+
+def _write_bitmap(bitmap: YoungBitmap, path: Path) -> None:
+    with replacing(path) as file:
+        if path.suffix == ".npy":
+            np.save(file, bitmap.as_bool())
+        else:
+            file.write(bitmap.words.astype("<u8").tobytes())
