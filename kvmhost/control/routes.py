@@ -40,6 +40,7 @@ from kvmhost.control import schema
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import CapabilityError, IoctlError, KvmHostError, LayoutError, PagerError
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.trackers.sample import DEFAULT_FRACTION, Sampler
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
@@ -103,6 +104,7 @@ class Routes:
         self._harvesting, self._paging, self._running = (asyncio.Lock() for _ in range(3))
         self._limit_bytes = 0
         self._tracker: str | None = None
+        self._sampler = Sampler()
         self._totals = schema.HarvestTotals(0, 0, 0, 0, 0)
         self._table: dict[str, dict[str, Route]] = {
             "/v1/state": {"GET": self._get_state},
@@ -254,6 +256,8 @@ class Routes:
 
     async def _harvest(self, query: Query, body: bytes, is_json: bool) -> Reply:
         asked = _query(query, schema.HarvestQuery)
+        if asked.fraction is not None and asked.rearm != "sample":
+            raise Problem(400, f"goes with rearm=sample, not {asked.rearm}", "fraction")
         gfn_start, n_pages = self._range(asked)
         mask = _mask(body, n_pages) if body else None
         async with self._harvesting:
@@ -277,6 +281,9 @@ class Routes:
         wanted = self._tracker if asked.tracker == "auto" else asked.tracker
         tracker = self._machine.use_tracker(wanted or "auto")
         self._tracker = tracker.name
+        if asked.rearm == "sample" and asked.clear:
+            sample = self._sampler.next_mask(gfn_start, n_pages, asked.fraction or DEFAULT_FRACTION)
+            mask = sample if mask is None else mask & sample
         start = time.perf_counter_ns()
         bitmap = tracker.harvest(gfn_start, n_pages, asked.clear, mask)
         middle = time.perf_counter_ns()
@@ -284,7 +291,7 @@ class Routes:
             self._machine.pager.note_young(bitmap)
         if asked.rearm == "all":
             tracker.rearm(gfn_start, n_pages)
-        elif asked.rearm == "young" and asked.clear:
+        elif asked.rearm != "none" and asked.clear:
             cleared = bitmap
             if mask is not None:
                 cleared = dataclasses.replace(bitmap, words=bitmap.words & mask)
