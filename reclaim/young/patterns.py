@@ -118,9 +118,11 @@ def find_phases(record: YoungRecord, *, span: int = 8, threshold: float = 0.5) -
         after = (below[min(at + span, n)] - below[at]) / min(span, n - at)
         larger = np.maximum(before, after).sum()
         change[at] = np.abs(before - after).sum() / larger if larger else 0.0
+    # Nearer to an end there is too little to tell a change from noise.
+    margin = max(span // 2, 1)
     cuts = [
         at
-        for at in range(1, n)
+        for at in range(margin, n - margin + 1)
         if change[at] >= threshold
         and change[at] == change[max(at - span, 0) : at + span + 1].max()
         and not (change[max(at - span, 0) : at] == change[at]).any()

@@ -22,7 +22,7 @@ N_PAGES = 200
 
 
 @st.composite
-def lists(draw, max_windows=90):
+def lists(draw, max_windows=70):
     n = draw(st.integers(1, max_windows))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     share = rng.random(N_PAGES) ** 4
@@ -51,7 +51,7 @@ def record_of(tmp_path_factory):
 
 
 FEW = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
