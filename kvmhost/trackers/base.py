@@ -20,7 +20,6 @@ __all__ = [
     "check_mask",
     "check_range",
     "harvest_pieces",
-    "sample_mask",
 ]
 
 
@@ -78,23 +77,6 @@ class Tracker(Protocol):
 
     def stop(self) -> None:
         """Let go of what the tracker holds. Idempotent."""
-
-
-def sample_mask(n_pages: int, period: int, turn: int) -> Words:
-    """Return a mask for :meth:`Tracker.harvest` that holds one page in ``period``.
-
-    Re-arming is where the guest pays, and only cleared pages need it. Harvested with
-    the masks of ``turn`` 0, 1, 2, ... every page is cleared once in ``period`` harvests:
-    the guest pays that much less, no touch is missed, and a page that is no longer
-    touched goes on reading as young for up to ``period`` harvests.
-
-    :raises LayoutError: if ``period`` is below 1
-    """
-    if period < 1:
-        raise LayoutError(f"sample_mask: a period of {period} harvests")
-    # Mixed, so that a stride in the workload meets every turn.
-    pages = np.arange(n_pages, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return pack((pages >> np.uint64(32)) % np.uint64(period) == np.uint64(turn % period))
 
 
 def check_range(gfn_start: int, n_pages: int) -> None:
