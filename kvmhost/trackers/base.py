@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from kvmhost.bitmap import Words, YoungBitmap, n_words, pack, place_words, sub_words
+from kvmhost.bitmap import Words, YoungBitmap, n_words, place_words, sub_words
 from kvmhost.errors import LayoutError
 from kvmhost.memory.guest import GuestMemory, Region, pieces
 
