@@ -24,7 +24,7 @@ from kvmhost.control.schema import HarvestCost, MemoryMap, RegionInfo
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError, VmGoneError
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.trackers.foreign import Way, check_part, open_way
-from kvmhost.trackers.procmaps import choose_mapping, shared_mappings
+from kvmhost.trackers.procmaps import choose_mapping, shared_mappings, shared_ranges
 
 __all__ = ["Attached", "AttachedState"]
 
@@ -155,17 +155,6 @@ class Attached(Closing):
             raise VmGoneError(self.vm, "the process has ended") from None
         if not _covers(now, self.mapping.start, self.mapping.end):
             raise VmGoneError(self.vm, f"the mapping {self.mapping} is no longer there")
-
-
-def shared_ranges(maps: Path) -> list[tuple[int, int]]:
-    """Return the address ranges of shared mappings, ascending."""
-    found = []
-    for line in maps.read_text().splitlines():
-        words = line.split(maxsplit=2)
-        if words[1][3] == "s":
-            start, end = (int(part, 16) for part in words[0].split("-"))
-            found.append((start, end))
-    return found
 
 
 def _covers(ranges: list[tuple[int, int]], start: int, end: int) -> bool:

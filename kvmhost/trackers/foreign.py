@@ -25,12 +25,13 @@ reading as young, and is reported as coarse.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -38,8 +39,8 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, sub_words, unpack
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.trackers.base import check_mask, check_range
-from kvmhost.trackers.pagescan import new_scanner, page_states, scans
-from kvmhost.trackers.procmaps import Mapping
+from kvmhost.trackers.pagescan import Bits, new_scanner, page_states, scans
+from kvmhost.trackers.procmaps import Mapping, shared_ranges
 
 if typing.TYPE_CHECKING:
     from kvmhost.trackers.idle import IdleTracker
@@ -96,27 +97,26 @@ class Present:
         present, coarse = self._there(first, n_pages)
         return _bitmap(self.name, first, present, coarse, 0)
 
-    def _there(self, first: int, n_pages: int) -> tuple[Any, Any]:
+    def _there(self, first: int, n_pages: int) -> tuple[Bits, Bits]:
         """Return which pages are present, and which of them may be a neighbour's doing.
 
-        The kernel maps what lies in the same aligned block as a page that is read: a
-        page that is alone in its block was touched itself.
+        The kernel maps a block along with a page that is read. What it mapped has the
+        page that was read less than a block away; a page without such a neighbour was
+        touched itself.
         """
-        target, around = self._target, self._around
-        base = target.mapping.start // 4096
-        low = (base + first) // around * around - base
-        high = -(-(base + first + n_pages) // around) * around - base
-        start, end = max(low, 0), min(high, target.mapping.n_pages)
+        target, reach = self._target, self._around - 1
+        start = max(first - reach, 0)
+        end = min(first + n_pages + reach, target.mapping.n_pages)
         states = page_states(
             target.pagemap_fd, target.mapping.start + start * 4096, end - start, self._scanner
         )
-        blocks = np.zeros(high - low, dtype=bool)
-        blocks[start - low : end - low] = states.present
-        crowded = blocks.reshape(-1, around).sum(axis=1) > 1
-        coarse = blocks & np.repeat(crowded, around)
-        coarse[start - low : end - low] |= states.huge
-        here = slice(first - low, first - low + n_pages)
-        return blocks[here], coarse[here]
+        near = np.diff(np.flatnonzero(states.present)) <= reach
+        crowded = np.append(near, False) | np.insert(near, 0, False)
+        coarse = states.huge.copy()
+        if near.size:
+            coarse[np.flatnonzero(states.present)[crowded]] = True
+        here = slice(first - start, first - start + n_pages)
+        return states.present[here], coarse[here]
 
 
 class Pageout(Present):
@@ -150,7 +150,8 @@ class Pageout(Present):
                 "pageout",
                 "process_madvise(MADV_PAGEOUT)",
                 error.strerror or "",
-                "needs Linux 5.10 and CAP_SYS_NICE; run as root",
+                "needs Linux 5.10, CAP_SYS_NICE (run as root), and memory that is neither locked "
+                "nor in hugetlbfs",
             ) from error
         self._last_ns = time.monotonic_ns()
 
@@ -165,16 +166,67 @@ class Pageout(Present):
         return _bitmap(self.name, first, present, coarse, since)
 
     def _take_out(self, first: int, n_pages: int, words: Words | None) -> None:
-        target = self._target
-        # SAFETY: words lives until the call returns.
-        chosen = ffi.NULL if words is None else ffi.from_buffer("uint64_t[]", words)
-        address = target.mapping.start + first * 4096
-        result = lib.kh_foreign_pageout(target.pidfd, address, n_pages, chosen)
-        check(result, "process_madvise", pid=target.pid, start=address, pages=n_pages)
-        asked = np.ones(n_pages, dtype=bool) if words is None else unpack(words, n_pages)
-        left = page_states(target.pagemap_fd, address, n_pages, self._scanner).present
+        """Take pages out, and note those that are still there."""
+        chosen = np.ones(n_pages, dtype=bool) if words is None else unpack(words, n_pages)
         here = self._stuck[first : first + n_pages]
-        here[asked] = left[asked]
+        self._ask(first, chosen)
+        left = self._left(first, chosen)
+        if (left & ~here).any():
+            # New pages wait in a list of the CPU that made them; the kernel empties that
+            # of the CPU it is asked on.
+            before = os.sched_getaffinity(0)
+            try:
+                for cpu in sorted(before):
+                    os.sched_setaffinity(0, {cpu})
+                    self._ask(first, left)
+                    left = self._left(first, left)
+                    if not left.any():
+                        break
+            finally:
+                os.sched_setaffinity(0, before)
+        here[chosen] = left[chosen]
+
+    def _left(self, first: int, chosen: Bits) -> Bits:
+        target = self._target
+        address = target.mapping.start + first * 4096
+        return page_states(target.pagemap_fd, address, chosen.size, self._scanner).present & chosen
+
+    def _ask(self, first: int, chosen: Bits) -> None:
+        """Ask the kernel to take pages out.
+
+        :raises IoctlError: ``EINVAL`` if no part of the mapping can be asked for
+        """
+        refused = self._refusal(first, chosen)
+        if refused is None:
+            return
+        # Some part is locked or of huge pages: ask for the others, part by part.
+        mapping, done = self._target.mapping, False
+        for start, end in shared_ranges(self._target.proc / str(self._target.pid) / "maps"):
+            low = max((start - mapping.start) // 4096, first) - first
+            high = min((end - mapping.start) // 4096, first + chosen.size) - first
+            if low < high:
+                done |= self._refusal(first + low, chosen[low:high]) is None
+        if not done:
+            raise refused
+
+    def _refusal(self, first: int, chosen: Bits) -> IoctlError | None:
+        """Ask, and return the error if the kernel says that the memory is not of that kind."""
+        try:
+            self._ask_range(first, chosen)
+        except IoctlError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return error
+        return None
+
+    def _ask_range(self, first: int, chosen: Bits) -> None:
+        words = pack(chosen)
+        address = self._target.mapping.start + first * 4096
+        # SAFETY: words lives until the call returns.
+        result = lib.kh_foreign_pageout(
+            self._target.pidfd, address, chosen.size, ffi.from_buffer("uint64_t[]", words)
+        )
+        check(result, "process_madvise", pid=self._target.pid, start=address, pages=chosen.size)
 
 
 class Written:
@@ -343,7 +395,7 @@ def check_part(mapping: Mapping, first: int, n_pages: int, mask: Words | None) -
         )
 
 
-def _bitmap(way: str, first: int, young: Any, coarse: Any, since_ns: int) -> YoungBitmap:
+def _bitmap(way: str, first: int, young: Bits, coarse: Bits | None, since_ns: int) -> YoungBitmap:
     source = Provenance(way, "host-process", since_ns, time.monotonic_ns())
     marked = pack(coarse) if coarse is not None and coarse.any() else None
     return YoungBitmap(first, young.size, pack(young), marked, source)

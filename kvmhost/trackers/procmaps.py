@@ -14,7 +14,7 @@ from pathlib import Path
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.memory.layout import PAGE_BYTES
 
-__all__ = ["Mapping", "choose_mapping", "shared_mappings"]
+__all__ = ["Mapping", "choose_mapping", "shared_mappings", "shared_ranges"]
 
 _MEMORY_PATHS = ("/memfd:", "/dev/shm/", "/dev/zero", "/SYSV", "/anon_hugepage")
 
@@ -78,6 +78,20 @@ def shared_mappings(pid: int, proc: Path = Path("/proc")) -> list[Mapping]:
         else:
             found.append(mapping)
     return sorted(found, key=lambda mapping: mapping.start - mapping.end)
+
+
+def shared_ranges(maps: Path) -> list[tuple[int, int]]:
+    """Return the address ranges of shared mappings, ascending.
+
+    :raises FileNotFoundError, ProcessLookupError: if the process has ended
+    """
+    found = []
+    for line in maps.read_text().splitlines():
+        words = line.split(maxsplit=2)
+        if words[1][3] == "s":
+            start, end = (int(part, 16) for part in words[0].split("-"))
+            found.append((start, end))
+    return found
 
 
 def choose_mapping(mappings: list[Mapping], wanted: str = "") -> Mapping:
