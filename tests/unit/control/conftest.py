@@ -14,7 +14,7 @@ from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import TinyLayout
 from kvmhost.pager.pager import EvictOutcome, EvictResult, PageState
-from kvmhost.trackers.harvesting import harvest_machine
+from kvmhost.trackers.harvesting import Harvester
 
 GFN_HIGH = 0x4000
 
@@ -102,6 +102,7 @@ class FakeMachine:
         self.has_pager = False
         self.pager_problem = None
         self.hold = None
+        self.harvester = None
         self._pager = FakePager(self.memory)
 
     @property
@@ -130,7 +131,8 @@ class FakeMachine:
         return self.tracker and self.tracker.name
 
     def harvest(self, gfn_start, n_pages, **how):
-        return harvest_machine(self, gfn_start, n_pages, **how)
+        self.harvester = self.harvester or Harvester(self)
+        return self.harvester.harvest(gfn_start, n_pages, **how)
 
     def pause(self):
         self.pauses += 1
