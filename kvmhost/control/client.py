@@ -170,17 +170,39 @@ class Client(Closing):
         answer = self._call("PUT", "victims", content=_gfn_bytes(gfns), headers=_BINARY)
         return self._read(answer, schema.VictimsReport).pages
 
-    def pause(self) -> schema.RunState:
-        """Hold the vCPUs; pauses nest."""
-        return self._read(self._call("POST", "pause"), schema.RunState)
+    def pause(self, for_s: float = 60.0) -> schema.RunState:
+        """Hold the vCPUs; pauses nest.
 
-    def resume(self) -> schema.RunState:
-        """Undo one :meth:`pause`."""
-        return self._read(self._call("POST", "resume"), schema.RunState)
+        :param for_s: seconds after which the VM goes on by itself; 0: never
+        """
+        return self._read(self._call("POST", "pause", params={"for_s": for_s}), schema.RunState)
+
+    def resume(self, pause: int | None = None) -> schema.RunState:
+        """Undo one :meth:`pause`: that of a number, as it was answered, or the last one."""
+        query = {} if pause is None else {"pause": pause}
+        return self._read(self._call("POST", "resume", params=query), schema.RunState)
 
     def stop(self) -> schema.RunState:
         """End the guest."""
         return self._read(self._call("POST", "stop"), schema.RunState)
+
+    def take_lease(self, asked: schema.LeaseRequest) -> None:
+        """Become the one who looks after the VM; from now on every request renews that.
+
+        :raises ControlError: with status 423 if someone else is, and here from every
+            request once the lease is lost
+        """
+        answer = self._call("PUT", "lease", content=schema.encode(asked), headers=_JSON)
+        self._http.headers[HEADER_PREFIX + "Lease"] = self._read(answer, schema.LeaseGrant).token
+
+    def give_back_lease(self) -> None:
+        """Look after the VM no longer."""
+        self._call("DELETE", "lease")
+        del self._http.headers[HEADER_PREFIX + "Lease"]
+
+    def lease(self) -> schema.LeaseInfo | None:
+        """Return who looks after the VM; None: nobody."""
+        return self._get("lease", schema.LeaseState).lease
 
     def close(self) -> None:
         """Hang up. Idempotent."""

@@ -16,6 +16,7 @@ __all__ = [
     "Support",
     "Tracker",
     "TrackerInfo",
+    "add_piece",
     "check_mask",
     "check_range",
     "harvest_pieces",
@@ -111,12 +112,27 @@ def harvest_pieces(
     """
     check_range(gfn_start, n_pages)
     check_mask(mask, n_pages)
-    bits = np.zeros(n_pages, dtype=bool)
+    found: Words | None = None
     for region, start, count in pieces(memory, gfn_start, n_pages):
         first = start - gfn_start
         wanted = None if mask is None else sub_words(mask, n_pages, first, count)
         words = harvest_piece(region, start, count, wanted)
+        found = add_piece(found, n_pages, first, count, words)
+    return np.zeros(n_words(n_pages), dtype=np.uint64) if found is None else found
+
+
+def add_piece(whole: Words | None, n_pages: int, first: int, count: int, words: Words) -> Words:
+    """Set the bits of pages ``[first, first + count)`` in a bitmap of ``n_pages``.
+
+    :param whole: None: begin with an empty one; ``words`` itself if it covers everything
+    """
+    if whole is None:
         if count == n_pages:
             return words
-        bits[first : first + count] = unpack(words, count)
-    return pack(bits)
+        whole = np.zeros(n_words(n_pages), dtype=np.uint64)
+    if first % 64 == 0:
+        whole[first // 64 : first // 64 + words.size] |= words
+        return whole
+    bits = np.zeros(n_pages, dtype=bool)
+    bits[first : first + count] = unpack(words, count)
+    return whole | pack(bits)

@@ -14,6 +14,7 @@ from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import TinyLayout
 from kvmhost.pager.pager import EvictOutcome, EvictResult, PageState
+from kvmhost.trackers.harvesting import harvest_machine
 
 GFN_HIGH = 0x4000
 
@@ -76,6 +77,9 @@ class FakePager:
     def stored_bytes(self, gfn):
         return 8 if gfn in self.out else 0
 
+    def note_young(self, young):
+        self.noted = young.gfns().tolist()
+
     def counters(self):
         return {"evictions": len(self.out)}
 
@@ -120,6 +124,13 @@ class FakeMachine:
         if self.tracker is None or self.tracker.name != wanted:
             self.tracker = FakeTracker(wanted)
         return self.tracker
+
+    @property
+    def tracker_name(self):
+        return self.tracker and self.tracker.name
+
+    def harvest(self, gfn_start, n_pages, **how):
+        return harvest_machine(self, gfn_start, n_pages, **how)
 
     def pause(self):
         self.pauses += 1
