@@ -23,7 +23,8 @@ from kvmhost.boot.image import Image, read_image
 from kvmhost.boot.longmode import entry_state, lay_out_tables, write_tss
 from kvmhost.boot.params import GuestResult, read_result, resolve_params, write_params
 from kvmhost.closing import Closing
-from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, Bus
+from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, FREE_PORT, Bus
+from kvmhost.devices.freelist import FreeList
 from kvmhost.devices.serial import Serial
 from kvmhost.engine.base import Vcpu
 from kvmhost.errors import CapabilityError, GuestTimeout, KvmHostError, LayoutError, UnexpectedExit
@@ -47,6 +48,7 @@ from kvmhost.runner import Runner, Step
 
 if typing.TYPE_CHECKING:
     from kvmhost.pager import Pager, Userfault
+    from kvmhost.storeoptions import StoreOptions
     from kvmhost.trackers import Tracker
 
 __all__ = ["Machine"]
@@ -60,7 +62,7 @@ class Machine(Closing):
     :param engine: ``auto``, ``kvm`` or ``emulated``
     :param params: values for the image's parameters
     :param console_fd: descriptor that gets the guest's serial output; -1: none
-    :param store_limit_bytes: limit of the pager's store; 0: none
+    :param store: what the pager's store is to be
     :param dirty_ring_entries: give each vCPU a dirty ring of so many entries, which the
         tracker ``dirty`` then uses instead of the dirty log; 0: none
     :raises ImageError: if the image cannot be used
@@ -78,7 +80,7 @@ class Machine(Closing):
         params: Mapping[str, int] | None = None,
         console_fd: int = -1,
         name: str = "",
-        store_limit_bytes: int = 0,
+        store: StoreOptions | None = None,
         dirty_ring_entries: int = 0,
     ) -> None:
         self.name = name
@@ -87,7 +89,7 @@ class Machine(Closing):
         self.params = resolve_params(self.image, params or {})
         if not 1 <= n_vcpus <= MAX_TINY_VCPUS:
             raise LayoutError(f"{n_vcpus} vCPUs: a tiny guest takes 1 to {MAX_TINY_VCPUS}")
-        self._store_limit_bytes = store_limit_bytes
+        self._store_options = store
         self._statuses: dict[int, int] = {}
         self._error: BaseException | None = None
         self._userfault: Userfault | None = None
@@ -119,6 +121,7 @@ class Machine(Closing):
         self.bus = Bus()
         self.bus.add_serial(self.serial)
         self.bus.add_doorbell()
+        self.bus.add_port(FREE_PORT, 4, FreeList(self))
         self.image.load(self.memory, self.layout.tables_gpa)
         write_params(self.memory, self.layout, self.image, n_vcpus, self.params)
         write_tss(self.memory)
@@ -287,13 +290,25 @@ class Machine(Closing):
                 pager = Pager(
                     self.memory,
                     self.userfault,
-                    store_limit_bytes=self._store_limit_bytes,
+                    self._store_options,
                     on_failure=self.fail,
                 )
                 for gpa, n_bytes in self.layout.pinned_ranges:
                     pager.pin(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
                 self._pager = pager
             return self._pager
+
+    def drop(self, gfn: int, n_pages: int) -> int:
+        """Forget pages that the guest declared free; return how many will read as zeros.
+
+        Pinned pages stay as they are.
+
+        :raises LayoutError: if the range is not in one region; then nothing was dropped
+        """
+        with self._lock:
+            if self._pager is not None:
+                return self._pager.drop(gfn, n_pages).dropped
+            return self.memory.punch(gfn, n_pages, self.layout.pinned_ranges)
 
     @property
     def has_pager(self) -> bool:
