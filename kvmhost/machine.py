@@ -27,7 +27,14 @@ from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, FREE_
 from kvmhost.devices.freelist import FreeList
 from kvmhost.devices.serial import Serial
 from kvmhost.engine.base import Vcpu
-from kvmhost.errors import CapabilityError, GuestTimeout, KvmHostError, LayoutError, UnexpectedExit
+from kvmhost.errors import (
+    CapabilityError,
+    GuestTimeout,
+    KvmHostError,
+    LayoutError,
+    PagerError,
+    UnexpectedExit,
+)
 from kvmhost.exits import (
     Exit,
     InternalError,
@@ -219,14 +226,15 @@ class Machine(Closing):
     def fail(self, error: BaseException) -> None:
         """End the machine with an error; :meth:`wait` raises it. Any thread."""
         self._error = self._error or error
-        self._runner.request_stop()
+        self._runner.give_up()
 
     def stop(self) -> None:
         """End every vCPU, wherever it is.
 
         :raises KvmHostError: if a vCPU's thread does not come back
         """
-        if self._runner.stop(timeout=5.0):
+        # After a fault that nobody serves there is no use in waiting long.
+        if self._runner.stop(timeout=0.5 if isinstance(self._error, PagerError) else 5.0):
             return
         # A thread that waits in the kernel for a page that will not come: closing the
         # userfaultfd lets it go, and the stop request keeps it out of guest mode.
