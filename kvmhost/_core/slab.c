@@ -110,6 +110,10 @@ static uint32_t new_chunk(struct kh_slab *slab, uint32_t class)
 		chunk->free[i / 64] |= 1ull << (i % 64);
 	slab->chunk_bytes += CHUNK_BYTES;
 	link_chunk(slab, number);
+	if (slab->fd < 0)
+		/* All of it at once: a fault for each of its pages costs more than to pack one. */
+		(void)madvise(kh_slab_address(slab, number * CHUNK_STEPS), CHUNK_BYTES,
+			      MADV_POPULATE_WRITE);
 	return number;
 }
 
