@@ -314,9 +314,9 @@ class Machine(Closing):
         :raises LayoutError: if the range is not in one region; then nothing was dropped
         """
         with self._lock:
-            if self._pager is not None:
-                return self._pager.drop(gfn, n_pages).dropped
-            return self.memory.punch(gfn, n_pages, self.layout.pinned_ranges)
+            if self._pager is None:
+                return self.memory.punch(gfn, n_pages, self.layout.pinned_ranges)
+        return self._pager.drop(gfn, n_pages).dropped
 
     @property
     def has_pager(self) -> bool:

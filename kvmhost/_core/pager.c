@@ -158,7 +158,10 @@ int kh_pager_lost_errno(struct kh_pager *pager)
 
 void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages)
 {
+	/* After this nobody evicts for the limit that was. */
+	pthread_mutex_lock(&pager->evict_lock);
 	__atomic_store_n(&pager->limit_pages, resident_pages, __ATOMIC_RELAXED);
+	pthread_mutex_unlock(&pager->evict_lock);
 }
 
 int64_t kh_pager_shrink(struct kh_pager *pager)

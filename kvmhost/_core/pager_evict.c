@@ -178,7 +178,10 @@ int64_t kh_pager_direct_evict(struct kh_pager *pager)
 	int64_t done = 0;
 
 	pthread_mutex_lock(&pager->evict_lock);
-	done = evict_locked(pager, index, kh_pager_choose(pager, index, KH_RUN_PAGES), outcome);
+	/* The limit may have been lifted meanwhile: then what is there stays. */
+	if (__atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED))
+		done = evict_locked(pager, index, kh_pager_choose(pager, index, KH_RUN_PAGES),
+				    outcome);
 	pthread_mutex_unlock(&pager->evict_lock);
 	__atomic_fetch_add(&pager->counters.direct_evictions, done, __ATOMIC_RELAXED);
 	return done;

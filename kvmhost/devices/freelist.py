@@ -5,7 +5,9 @@ little-endian 64-bit words: number of ranges; then, for the host to fill in, pag
 dropped and pages kept; a reserved word; then first gfn and number of pages of each
 range. From the write on a dropped page reads as zeros, whatever it held and wherever
 it was. A guest can only free its own memory: a range that is not wholly in one of its
-regions counts as kept, and so does a page that the host has pinned.
+regions counts as kept, and so does a page that the host has pinned. So do ranges after
+those that make up more pages than the guest has: a list that names pages over and over
+would keep the vCPU's thread from anything else.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class FreeList:
             dropped = kept = 0
             for i in range(min(n_ranges, MAX_RANGES)):
                 gfn, n_pages = _RANGE.unpack_from(page, _HEAD.size + i * _RANGE.size)
-                went = self._drop(gfn, n_pages)
+                room = self._machine.memory.n_pages - dropped
+                went = self._drop(gfn, n_pages) if n_pages <= room else 0
                 dropped, kept = dropped + went, kept + n_pages - went
             # The list itself may have been in a range: this write is then its first touch.
             _HEAD.pack_into(page, 0, n_ranges, dropped, min(kept, (1 << 64) - 1), reserved)

@@ -119,9 +119,17 @@ def test_a_list_that_lies_harms_only_itself(armed: bool) -> None:
         assert kept == (1 << 63) + 1 + 1 + 2
         assert bytes(machine.memory[0x1000:0x2000]) == before
         assert not any(machine.memory[gpa + PAGE_BYTES : gpa + 2 * PAGE_BYTES])
+        # The same range over and over, to keep the host busy: it is worked off once.
+        whole = (0x400, machine.memory.regions[0].n_pages - 0x400)
+        body = struct.pack("<4Q", 254, 0, 0, 0) + struct.pack("<2Q", *whole) * 254
+        machine.memory[0x300 * PAGE_BYTES : 0x300 * PAGE_BYTES + len(body)] = body
+        device.write(0, 4, 0x300)
+        _, dropped, kept, _ = struct.unpack("<4Q", machine.memory[0x300000:0x300020])
+        assert dropped + kept == 254 * whole[1]
+        assert dropped <= machine.memory.n_pages
         # A count beyond the page, and lists that are not in memory at all.
         machine.memory[gpa : gpa + 8] = struct.pack("<Q", 1 << 40)
         device.write(0, 4, 0x400)
         device.write(0, 4, 0xFFFFFFFF)
-        assert device.lists == 2
+        assert device.lists == 3
         assert MAX_RANGES == 254
