@@ -25,6 +25,17 @@
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
 
+/* Since commit 1a4e58cce84e ("mm: introduce MADV_PAGEOUT") (in v5.4). */
+#ifndef MADV_PAGEOUT
+#define MADV_PAGEOUT 21
+#endif
+
+/* Since commit 4ca9b3859dac ("mm/madvise: introduce MADV_POPULATE_(READ|WRITE) to
+ * prefault page tables") (in v5.14); an older kernel refuses, and nothing is lost. */
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
 #ifndef UFFD_USER_MODE_ONLY
 #define UFFD_USER_MODE_ONLY 1
 #endif

@@ -104,9 +104,13 @@ class HarvestQuery(RangeQuery, frozen=True):
 
 
 class EvictQuery(_Strict, frozen=True):
-    """Query of ``POST /v1/evict``: ``each`` asks for every page's outcome."""
+    """Query of ``POST /v1/evict``: ``each`` asks for every page's outcome.
+
+    ``actuator`` is the pager's own store or the host's swap.
+    """
 
     each: bool = False
+    actuator: Literal["store", "swap"] = "store"
 
 
 class GfnList(_Strict, frozen=True):
@@ -308,9 +312,14 @@ class EvictReport(_Answer, frozen=True):
 
 
 class RestoreReport(_Answer, frozen=True):
-    """Answer of ``POST /v1/restore``: pages that came back."""
+    """Answer of ``POST /v1/restore`` and ``POST /v1/drain``: evicted pages of the range.
+
+    ``lost`` cannot be given back, ``left`` found no memory on the host.
+    """
 
     restored: int
+    lost: int = 0
+    left: int = 0
 
 
 class LimitState(_Answer, frozen=True):
