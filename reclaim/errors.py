@@ -3,7 +3,8 @@
 ::
 
     ReclaimError
-    └─ KernelFileError (also OSError): interface, value written
+    ├─ KernelFileError (also OSError): interface, value written
+    └─ ConfigError (also ValueError): file, line, key
 
 Each survives pickling. What a host lacks is a
 :class:`kvmhost.errors.CapabilityError`, as everywhere in the project.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["KernelFileError", "ReclaimError"]
+__all__ = ["ConfigError", "KernelFileError", "ReclaimError"]
 
 
 class ReclaimError(Exception):
@@ -39,3 +40,20 @@ class KernelFileError(ReclaimError, OSError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.interface, self.errno, self.value))
+
+
+class ConfigError(ReclaimError, ValueError):
+    """A configuration cannot be used.
+
+    :param file: its path; ``flags`` for what came on a command line
+    :param line: from 1 on; 0 where no single line is to blame
+    :param key: as ``daemon.interval``; empty for the whole file
+    """
+
+    def __init__(self, file: str, line: int, key: str, problem: str) -> None:
+        super().__init__(file, line, key, problem)
+        self.file, self.line, self.key, self.problem = file, line, key, problem
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{where}: {self.key}: {self.problem}" if self.key else f"{where}: {self.problem}"
