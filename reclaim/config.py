@@ -213,7 +213,7 @@ def _check(config: Config, where: _Where) -> None:
         except LayoutError as error:
             raise where.error(keys, str(error)) from None
     pressure = config.pressure
-    goals = pressure.total_budget or pressure.psi_target or pressure.promotion_target
+    goals: float | str = pressure.total_budget or pressure.psi_target or pressure.promotion_target
     goals = goals or pressure.psi_trigger or pressure.cgroup
     if not goals and not any(vm.budget for vm in tables.values()):
         raise where.error(

@@ -2,7 +2,7 @@
 
 One thread a VM, and one pass an interval:
 
-1. harvest with clear, re-arming what was young, and age by it;
+1. harvest with clear, re-arming what was young (or a sample of it), and age by it;
 2. take what is resident now and was not after the last pass as in use;
 3. above the budget's high mark, evict the oldest down to the low mark; if the
    protected generations alone are larger than the budget, have the VM enforce its limit;
@@ -53,6 +53,9 @@ _STOP_S = 5.0
 class Settings:
     """What holds for every VM of a daemon.
 
+    :param sample: clear and re-arm only this fraction of the pages at each harvest, in
+        turn: the guest pays less, and a page takes ``1 / sample`` passes to look old;
+        None: re-arm all that were young
     :param max_victims: length of the list of pages to go next, in pages
     :param seed: order within a generation; None: by gfn
     """
@@ -60,6 +63,7 @@ class Settings:
     budget: Budget
     interval_s: float = 1.0
     tracker: str = "auto"
+    sample: float | None = None
     n_generations: int = 4
     max_victims: int = 16384
     seed: int | None = None
@@ -163,7 +167,12 @@ class VmReclaimer:
         start, busy = time.perf_counter_ns(), time.thread_time_ns()
         client, policy = self._client, self._policy
         bitmap, cost = client.harvest_timed(
-            0, self._n_pages, tracker=self._settings.tracker, clear=True, rearm="young"
+            0,
+            self._n_pages,
+            tracker=self._settings.tracker,
+            clear=True,
+            rearm="young" if self._settings.sample is None else "sample",
+            fraction=self._settings.sample,
         )
         policy.age(bitmap.as_bool())
         resident = client.resident(0, self._n_pages)

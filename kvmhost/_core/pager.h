@@ -50,7 +50,8 @@ struct kh_pager_counters {
 	uint64_t errors;
 	uint64_t lost_pages;
 	uint64_t outcomes[KH_EVICT_OUTCOMES];
-	uint64_t latency[KH_LATENCY_BUCKETS];	/* fault-ins by handling time */
+	uint64_t latency_sum_ns;	/* handling time of all fault-ins together */
+	uint64_t latency[KH_LATENCY_BUCKETS];	/* fault-ins by handling time; their number is the sum */
 };
 
 struct kh_pager;

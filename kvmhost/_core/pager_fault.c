@@ -37,6 +37,7 @@ static void count_latency(struct kh_pager *pager, uint64_t ns)
 {
 	int bucket = ns ? 63 - __builtin_clzll(ns) : 0;
 
+	__atomic_fetch_add(&pager->counters.latency_sum_ns, ns, __ATOMIC_RELAXED);
 	COUNT(pager, latency[bucket < KH_LATENCY_BUCKETS ? bucket : KH_LATENCY_BUCKETS - 1]);
 }
 
@@ -105,17 +106,21 @@ static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
 
 static int serve_missing(struct kh_pager *pager, uint64_t index, uint64_t address)
 {
-	int result;
+	uint64_t start_ns = now_ns();
+	int evicted, result;
 
 	hold_limit(pager);
 	kh_pager_lock_page(pager, index);
-	if (pager->state[index] == KH_PAGE_EVICTED)
+	evicted = pager->state[index] == KH_PAGE_EVICTED;
+	if (evicted)
 		result = kh_pager_bring_back(pager, index, address);
 	else if (pager->state[index] == KH_PAGE_LOST)
 		result = -EBADMSG;
 	else
 		result = first_touch(pager, index, address);
 	kh_pager_unlock_page(pager, index);
+	if (evicted && !result)
+		count_latency(pager, now_ns() - start_ns);
 	return result;
 }
 
@@ -135,17 +140,12 @@ static int serve_message(struct kh_pager *pager, const struct uffd_msg *message)
 {
 	uint64_t address = message->arg.pagefault.address & ~(KH_PAGE_BYTES - 1ull);
 	int64_t index = index_at(pager, address);
-	uint64_t start_ns = now_ns();
-	int result;
 
 	if (message->event != UFFD_EVENT_PAGEFAULT || index < 0)
 		return 0;
 	if (message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP)
 		return serve_wp(pager, index, address);
-	result = serve_missing(pager, index, address);
-	if (!result)
-		count_latency(pager, now_ns() - start_ns);
-	return result;
+	return serve_missing(pager, index, address);
 }
 
 static int is_alias(const struct kh_pager *pager, uint64_t address)

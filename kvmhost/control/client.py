@@ -86,17 +86,27 @@ class Client(Closing):
         tracker: str = "auto",
         clear: bool = True,
         rearm: str = "young",
+        fraction: float | None = None,
         mask: Words | None = None,
     ) -> YoungBitmap:
         """Return which pages were young.
 
         :param n_pages: None: to the end of memory
         :param clear: begin a new window for them
-        :param rearm: ``none``, ``young`` (those that were cleared) or ``all``
+        :param rearm: ``none``, ``young`` (those that were cleared), ``all``, or ``sample``:
+            clear and re-arm only a ``fraction`` of the pages, in turn; the guest pays less,
+            and a page that is no longer touched reads as young for ``1 / fraction`` harvests
+        :param fraction: with ``sample``, from 1/65536 to 1; None: a default
         :param mask: shape ``(ceil(n_pages / 64),)``: clear only where the bit is 1
         """
         return self.harvest_timed(
-            gfn_start, n_pages, tracker=tracker, clear=clear, rearm=rearm, mask=mask
+            gfn_start,
+            n_pages,
+            tracker=tracker,
+            clear=clear,
+            rearm=rearm,
+            fraction=fraction,
+            mask=mask,
         )[0]
 
     def harvest_timed(
@@ -107,11 +117,14 @@ class Client(Closing):
         tracker: str = "auto",
         clear: bool = True,
         rearm: str = "young",
+        fraction: float | None = None,
         mask: Words | None = None,
     ) -> tuple[YoungBitmap, HarvestCost]:
         """Do the same as :meth:`harvest`, and say what it took inside the VM."""
         query = _range_query(gfn_start, n_pages)
         query |= {"tracker": tracker, "clear": str(int(clear)), "rearm": rearm}
+        if fraction is not None:
+            query["fraction"] = repr(float(fraction))
         body = b"" if mask is None else mask.astype("<u8", copy=False).tobytes()
         answer = self._call("POST", "harvest", params=query, content=body, headers=_BINARY)
         cost = HarvestCost(

@@ -51,9 +51,11 @@ from kvmhost.control.pauses import Pauses
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import CapabilityError, IoctlError, KvmHostError, LayoutError, PagerError
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.trackers.sample import DEFAULT_FRACTION, Sampler
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
+    from kvmhost.trackers.harvesting import Harvest
 
 __all__ = ["Routes", "problem_of"]
 
@@ -92,6 +94,7 @@ class Routes:
         self._pauses = Pauses(machine, name, self._work)
         self._lease = Lease(name)
         self._limit_bytes = 0
+        self._sampler = Sampler()
         self._totals = schema.HarvestTotals(0, 0, 0, 0, 0)
         self._table: dict[str, dict[str, Answering]] = {
             "/v1/state": {"GET": self._get_state},
@@ -260,19 +263,12 @@ class Routes:
 
     async def _harvest(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.HarvestQuery)
+        if asked.fraction is not None and asked.rearm != "sample":
+            raise Problem(400, f"goes with rearm=sample, not {asked.rearm}", "fraction")
         gfn_start, n_pages = self._range(asked)
         mask = _mask(request.body, n_pages) if request.body else None
         async with self._harvesting:
-            found = await self._work(
-                lambda: self._machine.harvest(
-                    gfn_start,
-                    n_pages,
-                    tracker=asked.tracker,
-                    clear=asked.clear,
-                    rearm=asked.rearm,
-                    mask=mask,
-                )
-            )
+            found = await self._work(lambda: self._run_harvest(asked, gfn_start, n_pages, mask))
         old = self._totals
         self._totals = schema.HarvestTotals(
             old.harvests + 1,
@@ -282,6 +278,21 @@ class Routes:
             old.rearm_ns + found.rearm_ns,
         )
         return _bitmap(found.young, schema.HarvestCost(found.harvest_ns, found.rearm_ns))
+
+    def _run_harvest(
+        self, asked: schema.HarvestQuery, gfn_start: int, n_pages: int, mask: Words | None
+    ) -> Harvest:
+        rearm = asked.rearm
+        if rearm == "sample":
+            # A sample is a mask of its own: what it leaves out is neither cleared nor re-armed.
+            rearm = "young"
+            if asked.clear:
+                fraction = asked.fraction or DEFAULT_FRACTION
+                sample = self._sampler.next_mask(gfn_start, n_pages, fraction)
+                mask = sample if mask is None else mask & sample
+        return self._machine.harvest(
+            gfn_start, n_pages, tracker=asked.tracker, clear=asked.clear, rearm=rearm, mask=mask
+        )
 
     # -- pager ----------------------------------------------------------------
 

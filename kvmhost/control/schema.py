@@ -56,6 +56,7 @@ HEADER_PREFIX = "X-Kvmhost-"
 
 Gfn = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+Fraction = Annotated[float, msgspec.Meta(ge=1 / 65536, le=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
@@ -92,11 +93,16 @@ class RangeQuery(_Strict, frozen=True):
 
 
 class HarvestQuery(RangeQuery, frozen=True):
-    """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page."""
+    """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page.
+
+    ``rearm=sample`` clears and re-arms only a ``fraction`` of the pages, other ones at
+    each harvest of the range; without ``fraction`` a default that was measured.
+    """
 
     tracker: str = "auto"
     clear: bool = True
-    rearm: Literal["none", "young", "all"] = "young"
+    rearm: Literal["none", "young", "all", "sample"] = "young"
+    fraction: Fraction | None = None
 
 
 class EvictQuery(_Strict, frozen=True):

@@ -253,8 +253,8 @@ class Pager:
     def counters(self) -> dict[str, Any]:
         """Return all counters; ``outcomes`` by name, ``latency_ns`` as a histogram.
 
-        The histogram's bucket ``b`` counts fault-ins and first touches that took
-        ``[2**b, 2**(b + 1))`` ns in the handler.
+        The histogram's bucket ``b`` counts fault-ins that took ``[2**b, 2**(b + 1))`` ns
+        in the handler, evictions at the limit included; ``latency_sum_ns`` is their sum.
         """
         raw = ffi.new("struct kh_pager_counters *")
         lib.kh_pager_counters(self._core, raw)
