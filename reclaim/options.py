@@ -134,6 +134,13 @@ class VmOptions(_Section, frozen=True):
     tracker: Annotated[
         str, _about("where young bits come from: auto (the VM's choice), or one of doctor's list")
     ] = "auto"
+    sample: Annotated[
+        Share,
+        _about(
+            "clear and re-arm only this share of the pages at each harvest, for example 1/8: the "
+            "guest loses that much less, and a page takes 8 passes to look old; 0%: all"
+        ),
+    ] = Share(0)
     policy: Annotated[str, _about("which pages go: lru_gen, or another policy's name")] = "lru_gen"
     generations: Annotated[
         int,

@@ -5,7 +5,7 @@ type        written                       value
 =========== ============================= ===========================================
 `Bytes`     ``96M``, ``1GiB``, ``4096``   bytes; K, M, G, T are powers of 1024
 `Seconds`   ``50ms``, ``1s``, ``2min``    seconds; a bare number only on a command line
-`Share`     ``0.2%``, ``90%``             1 is 100 %
+`Share`     ``0.2%``, ``90%``, ``1/8``    1 is 100 %
 `Mark`      ``90%``, ``80M``              a share of something, or bytes
 =========== ============================= ===========================================
 
@@ -24,7 +24,7 @@ _BINARY = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _TIME = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(us|ms|s|min|h)?")
 _SECONDS = {"us": "0.000001", "ms": "0.001", "s": "1", "min": "60", "h": "3600"}
-_SHARE = re.compile(r"(\d+(?:\.\d+)?(?:[eE]-?\d+)?)\s*%")
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%|(\d+)/(\d+)")
 
 
 class Bytes(int):
@@ -74,13 +74,15 @@ class Share(float):
 
     @classmethod
     def parse(cls, given: object) -> Share:
-        """Read ``0.2%``.
+        """Read ``0.2%`` or ``1/8``.
 
         :raises ValueError: for anything else
         """
         match = _SHARE.fullmatch(given.strip()) if isinstance(given, str) else None
-        if match is None:
-            raise ValueError(f"{given!r} is no share; write for example 90%")
+        if match is None or (match[3] and not int(match[3])):
+            raise ValueError(f"{given!r} is no share; write for example 90% or 1/8")
+        if match[3]:
+            return cls(int(match[2]) / int(match[3]))
         # In decimals: what is written back has to read as the same number.
         return cls(Decimal(match[1]) / 100)
 
