@@ -14,6 +14,7 @@ from kvmhost.machine import Machine
 from tools.args import (
     add_machine_arguments,
     add_store_arguments,
+    count,
     find_image,
     parse_params,
     size_bytes,
@@ -70,6 +71,7 @@ def _boot(args: argparse.Namespace, image: Path, lock: NameLock | None) -> int:
         console_fd=console_fd,
         name=args.name or "",
         store=store_options(args),
+        dirty_ring_entries=args.dirty_ring,
     )
     server: ControlServer | None = None
     with machine:
@@ -110,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tracker", metavar="NAME", help="start a tracker at once: auto, or one that doctor lists"
+    )
+    parser.add_argument(
+        "--dirty-ring",
+        type=count,
+        default=0,
+        metavar="ENTRIES",
+        help="give each vCPU a dirty ring, a power of two from 256 to 65536, which the tracker "
+        "dirty then reads instead of the dirty log (engine kvm)",
     )
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="stop the guest after this time"
