@@ -122,6 +122,15 @@ class Vm(Closing):
             **fields,
         )
 
+    def ioctl_int(self, request: str, argument: int) -> int:
+        """Make a request whose argument is a number.
+
+        :param request: its name, for example ``KVM_CREATE_IRQCHIP``
+        :raises IoctlError: if KVM refuses
+        """
+        result = lib.kh_ioctl_int(self.fd, getattr(lib, request), argument)
+        return check(result, request, argument=argument)
+
     def create_vcpu(self, index: int) -> KvmVcpu:
         """Create vCPU ``index``. Source: KVM_CREATE_VCPU.
 
