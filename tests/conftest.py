@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from guests.build import compile_pc_guest, pc_sources
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.machine import Machine
 
@@ -70,6 +72,11 @@ def _no_cgroup() -> str | None:
 
 
 @functools.cache
+def _no_program(name: str) -> str | None:
+    return None if shutil.which(name) else f"no program {name}; .ci/packages installs it"
+
+
+@functools.cache
 def _no_cap(name: str) -> str | None:
     from kvmhost.kvm import Cap, System
 
@@ -87,6 +94,7 @@ _PROBES: dict[str, Callable[..., str | None]] = {
     "requires_root": _no_root,
     "requires_cgroup": lambda *_: _no_cgroup(),
     "requires_cap": _no_cap,
+    "requires_program": _no_program,
 }
 
 
@@ -141,6 +149,21 @@ def describe(machine: Machine) -> str:
         shown = " ".join(f"{name}={value:#x}" for name, value in vcpu.registers().items())
         lines.append(f"vCPU {vcpu.index}: doorbells {vcpu.doorbells}, {shown}")
     return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def pc_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a compiler of ``guests/x86_64/pc``: ``hello.elf``, ``hello.flat``."""
+    folder = tmp_path_factory.mktemp("pc")
+
+    def compile_once(name: str) -> Path:
+        image = folder / name
+        if not image.exists():
+            (source,) = (s for s in pc_sources() if s.stem == image.stem)
+            compile_pc_guest(source, image)
+        return image
+
+    return compile_once
 
 
 def footprint() -> dict[str, int]:

@@ -39,7 +39,7 @@ _STOPPERS = {signal.SIGINT, signal.SIGTERM}
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_join_append(argv))
     signal.signal(signal.SIGTERM, _interrupt)
     # Held back until everything that has to be taken down is known to be there. The
     # threads started meanwhile inherit the mask: only the main thread sees signals.
@@ -48,6 +48,15 @@ def main(argv: Sequence[str]) -> int:
         return _run(args)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _join_append(argv: Sequence[str]) -> list[str]:
+    """Make one word of ``--append TEXT``: the text may begin with a dash."""
+    words, rest = [], iter(argv)
+    for word in rest:
+        text = next(rest, None) if word == "--append" else None
+        words.append(word if text is None else f"{word}={text}")
+    return words
 
 
 def _run(args: argparse.Namespace) -> int:

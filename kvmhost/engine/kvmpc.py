@@ -43,7 +43,9 @@ _CR0_PE, _CR0_ET, _CR0_PG = 1, 1 << 4, 1 << 31
 _CR4_PAE = 1 << 5
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 #: Firmware's choice: timer, keyboard and cascade are open; of the second PIC the clock.
-_PIC_STATES = {_PIC_MASTER: (0x08, 0xB8, 0x04), _PIC_SLAVE: (0x70, 0x8E, 0x0C)}
+_PIC_STATES = {_PIC_MASTER: (0x08, 0xB8, 0x00), _PIC_SLAVE: (0x70, 0x8E, 0x0C)}
+#: Spurious vector and enable; LINT0 takes the PIC, LINT1 is NMI.
+_LAPIC_STATE = {0xF0: 0x1FF, 0x350: 0x8700, 0x360: 0x8400}
 
 
 class KvmPcEngine(KvmEngine):
@@ -72,12 +74,24 @@ class KvmPcEngine(KvmEngine):
             _enter(core, entry, cr3)
         return vcpu
 
-    def set_up_pics(self) -> None:
-        """Leave the PICs as firmware does: vectors 0x08 and 0x70, most lines masked."""
+    def set_up_interrupts(self) -> None:
+        """Leave the interrupt hardware as firmware does.
+
+        PICs at vectors 0x08 and 0x70 with most lines masked, the PIT ticking 18.2 times
+        a second, and the first local APIC in virtual wire mode.
+        """
         for chip, (base, mask, elcr) in _PIC_STATES.items():
             raw = bytearray(get_state(self.vm.fd, "KVM_GET_IRQCHIP", struct.pack("<I", chip)))
-            raw[8 + 2], raw[8 + 5], raw[8 + 14] = mask, base, elcr if chip else 0
+            raw[8 + 2], raw[8 + 5], raw[8 + 14] = mask, base, elcr
             set_state(self.vm.fd, "KVM_SET_IRQCHIP", bytes(raw))
+        pit = bytearray(get_state(self.vm.fd, "KVM_GET_PIT2"))
+        struct.pack_into("<I", pit, 0, 0x10000)
+        pit[9:16] = bytes((3, 3, 0, 3, 2, 0, 1))  # two-byte access, mode 2, gate open
+        set_state(self.vm.fd, "KVM_SET_PIT2", bytes(pit))
+        lapic = bytearray(get_state(self.cores[0].fd, "KVM_GET_LAPIC"))
+        for register, value in _LAPIC_STATE.items():
+            struct.pack_into("<I", lapic, register, value)
+        set_state(self.cores[0].fd, "KVM_SET_LAPIC", bytes(lapic))
 
     def set_line(self, irq: int, level: bool) -> None:
         """Raise or lower an interrupt line of the board. Source: KVM_IRQ_LINE."""
@@ -118,7 +132,11 @@ def pc_cpuid(supported: bytes, index: int, n_vcpus: int) -> bytes:
     for at in range(8, len(supported), 40):
         function, sub, flags, eax, ebx, ecx, edx = _CPUID_ENTRY.unpack_from(supported, at)
         if function == 1:
-            ebx = ebx & 0xFFFF | min(1 << bits, 255) << 16 | (index & 0xFF) << 24
+            ebx = (
+                ebx & 0xFFFF
+                | (min(1 << bits, 255) << 16 if n_vcpus > 1 else 0)
+                | (index & 0xFF) << 24
+            )
             ecx |= _BIT_X2APIC | _BIT_TSC_DEADLINE | _BIT_HYPERVISOR
             edx = edx | _BIT_HTT if n_vcpus > 1 else edx & ~_BIT_HTT
         elif function == 4 and eax & 0x1F:

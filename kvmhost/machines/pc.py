@@ -142,7 +142,7 @@ class PcMachine(Machine):
         self._add_devices(self.bus)
         for index in range(self.n_vcpus):
             self.vcpus.append(self.pc_engine.create_processor(index, self.n_vcpus, entry, cr3))
-        self.pc_engine.set_up_pics()
+        self.pc_engine.set_up_interrupts()
         self.serial.connect(self.pc_engine.vm.fd, SERIAL_IRQ)
 
     # -- devices --------------------------------------------------------------

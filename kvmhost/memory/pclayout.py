@@ -12,12 +12,15 @@
     0xfec0_0000  I/O APIC, 0xfee0_0000 local APICs, in the kernel
     0xfeff_c000  identity map and task state segment of KVM (reserved)
     0xff00_0000  memory of the test device
+    0xfd_0000_0000  kept by AMD processors (reserved)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+from pathlib import Path
 
 from kvmhost.errors import LayoutError
 from kvmhost.memory.layout import HIGH_GPA, LOW_END_GPA, PAGE_BYTES
@@ -31,6 +34,7 @@ IDENTITY_MAP_GPA = 0xFEFF_C000
 KVM_TSS_GPA = 0xFEFF_D000
 KVM_PAGES_BYTES = 0x4000
 ROM_GPA = 0xFFFC_0000
+HYPERTRANSPORT_GPA, HYPERTRANSPORT_BYTES = 0xFD_0000_0000, 0x3_0000_0000
 
 TABLES_BYTES = 0x2_0000
 PAGE_TABLES_OFFSET = 0x1_0000
@@ -120,4 +124,17 @@ class PcLayout:
             MapEntry(IDENTITY_MAP_GPA, KVM_PAGES_BYTES, reserved),
             MapEntry(ROM_GPA, HIGH_GPA - ROM_GPA, reserved),
         ]
-        return entries + [MapEntry(gpa, n_bytes, usable) for gpa, n_bytes in self.regions[1:]]
+        entries += [MapEntry(gpa, n_bytes, usable) for gpa, n_bytes in self.regions[1:]]
+        if _is_amd():
+            entries.append(MapEntry(HYPERTRANSPORT_GPA, HYPERTRANSPORT_BYTES, reserved))
+        return entries
+
+
+@functools.cache
+def _is_amd() -> bool:
+    """Return whether the processor keeps the end of its first TiB for HyperTransport."""
+    try:
+        with Path("/proc/cpuinfo").open("rb") as file:
+            return b"AuthenticAMD" in file.read(256)
+    except OSError:
+        return False
