@@ -3,7 +3,8 @@
 ::
 
     ReclaimError
-    └─ KernelFileError (also OSError): interface, value written
+    ├─ KernelFileError (also OSError): interface, value written
+    └─ RecordError (also ImageError): a record or an imported file is damaged; file, field, offset
 
 Each survives pickling. What a host lacks is a
 :class:`kvmhost.errors.CapabilityError`, as everywhere in the project.
@@ -14,7 +15,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["KernelFileError", "ReclaimError"]
+from kvmhost.errors import ImageError
+
+__all__ = ["KernelFileError", "ReclaimError", "RecordError"]
 
 
 class ReclaimError(Exception):
@@ -39,3 +42,13 @@ class KernelFileError(ReclaimError, OSError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.interface, self.errno, self.value))
+
+
+class RecordError(ReclaimError, ImageError):
+    """A record, or a file to import, is damaged or is none; nothing of it was used.
+
+    :param file: path of the file; for a record the one inside it
+    :param field: the part that is wrong
+    :param problem: what is wrong with it
+    :param offset: byte offset in the file, where one is known
+    """

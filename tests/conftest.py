@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -72,11 +72,6 @@ def _no_cgroup() -> str | None:
 
 
 @functools.cache
-def _no_program(name: str) -> str | None:
-    return None if shutil.which(name) else f"no program {name}; .ci/packages installs it"
-
-
-@functools.cache
 def _no_cap(name: str) -> str | None:
     from kvmhost.kvm import Cap, System
 
@@ -88,13 +83,22 @@ def _no_cap(name: str) -> str | None:
     return None if has else f"this KVM lacks KVM_CAP_{name}; use a newer kernel"
 
 
+@functools.cache
+def _no_qemu() -> str | None:
+    try:
+        subprocess.run(["qemu-system-x86_64", "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"qemu-system-x86_64: {error}; run .ci/packages as root"
+    return None
+
+
 _PROBES: dict[str, Callable[..., str | None]] = {
     "requires_kvm": _no_kvm,
     "requires_uffd": _no_uffd,
     "requires_root": _no_root,
     "requires_cgroup": lambda *_: _no_cgroup(),
     "requires_cap": _no_cap,
-    "requires_program": _no_program,
+    "requires_qemu": _no_qemu,
 }
 
 

@@ -18,11 +18,13 @@ from kvmhost.machines import make_machine
 from kvmhost.memory.layout import TinyLayout
 from tools.args import (
     add_machine_arguments,
+    add_store_arguments,
     find_image,
     parse_fw_cfg,
     parse_modules,
     parse_params,
     size_bytes,
+    store_options,
 )
 
 if typing.TYPE_CHECKING:
@@ -94,7 +96,7 @@ def _make(args: argparse.Namespace, image: Path, console: Console) -> Machine:
         params=parse_params(args.param),
         console_fd=console.fd,
         name=args.name or "",
-        store_limit_bytes=args.store_limit,
+        store=store_options(args),
     )
 
 
@@ -105,6 +107,9 @@ def _run_machine(
     try:
         if lock is not None:
             server = _serve(machine, lock)
+        if args.store is not None or args.codec != "auto":
+            # Now: a file or a codec that cannot be had is an error of the command.
+            assert machine.pager
         if args.tracker:
             machine.use_tracker(args.tracker)
         if args.resident_max:
@@ -169,13 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="hold guest memory under this size by evicting, with or without a daemon",
     )
-    parser.add_argument(
-        "--store-limit",
-        type=size_bytes,
-        default=0,
-        metavar="SIZE",
-        help="what evicted pages may take, compressed; a full store refuses (default: no limit)",
-    )
+    add_store_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print a report when the guest ends")
     return parser
 

@@ -7,14 +7,15 @@ halted processor waits there for an interrupt: ``hlt`` is no exit.
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from kvmhost.boot.firmware import GDT_BYTES, GDT_GPA
 from kvmhost.boot.pcboot import Mode, PcEntry
 from kvmhost.devices.bus import Bus
 from kvmhost.engine.base import Vcpu
 from kvmhost.engine.kvm import KvmEngine
-from kvmhost.engine.kvmraw import get_state, set_state
 from kvmhost.kvm import KvmVcpu
+from kvmhost.kvm.vm_irq import irqchip_route
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.pclayout import IDENTITY_MAP_GPA, KVM_TSS_GPA
 
@@ -30,9 +31,7 @@ MP_STATES = {
 }
 MP_RUNNABLE, MP_HALTED = 0, 3
 
-_PIT_SPEAKER_DUMMY = 1  # KVM_PIT_SPEAKER_DUMMY: the kernel answers port 0x61 too
 _PIC_MASTER, _PIC_SLAVE, _IO_APIC = 0, 1, 2
-_ROUTE_IRQCHIP = 1
 _N_GSIS = 24
 
 _CPUID_ENTRY = struct.Struct("<7I12x")
@@ -57,10 +56,10 @@ class KvmPcEngine(KvmEngine):
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
         """Create the memslots and the board; once, before any vCPU."""
         super().attach(memory, bus)
-        self.vm.ioctl_int("KVM_SET_TSS_ADDR", KVM_TSS_GPA)
-        set_state(self.vm.fd, "KVM_SET_IDENTITY_MAP_ADDR", struct.pack("<Q", IDENTITY_MAP_GPA))
-        self.vm.ioctl_int("KVM_CREATE_IRQCHIP", 0)
-        set_state(self.vm.fd, "KVM_CREATE_PIT2", struct.pack("<I", _PIT_SPEAKER_DUMMY))
+        self.vm.set_tss_addr(KVM_TSS_GPA)
+        self.vm.set_identity_map_addr(IDENTITY_MAP_GPA)
+        self.vm.create_irqchip()
+        self.vm.create_pit2(speaker=True)
         self._route_lines()
 
     def create_processor(self, index: int, n_vcpus: int, entry: PcEntry, cr3: int) -> Vcpu:
@@ -69,7 +68,7 @@ class KvmPcEngine(KvmEngine):
         :param cr3: root of the page tables, for a 64-bit entry
         """
         core, vcpu = self._create_core(index)
-        core.set_cpuid(pc_cpuid(self._supported_cpuid(), index, n_vcpus))
+        core.set_cpuid(pc_cpuid(bytes(self._supported_cpuid()), index, n_vcpus))
         if index == 0:
             _enter(core, entry, cr3)
         return vcpu
@@ -80,27 +79,28 @@ class KvmPcEngine(KvmEngine):
         PICs at vectors 0x08 and 0x70 with most lines masked, the PIT ticking 18.2 times
         a second, and the first local APIC in virtual wire mode.
         """
-        for chip, (base, mask, elcr) in _PIC_STATES.items():
-            raw = bytearray(get_state(self.vm.fd, "KVM_GET_IRQCHIP", struct.pack("<I", chip)))
-            raw[8 + 2], raw[8 + 5], raw[8 + 14] = mask, base, elcr
-            set_state(self.vm.fd, "KVM_SET_IRQCHIP", bytes(raw))
-        pit = bytearray(get_state(self.vm.fd, "KVM_GET_PIT2"))
-        struct.pack_into("<I", pit, 0, 0x10000)
-        pit[9:16] = bytes((3, 3, 0, 3, 2, 0, 1))  # two-byte access, mode 2, gate open
-        set_state(self.vm.fd, "KVM_SET_PIT2", bytes(pit))
-        lapic = bytearray(get_state(self.cores[0].fd, "KVM_GET_LAPIC"))
+        for number, (base, mask, elcr) in _PIC_STATES.items():
+            state = self.vm.get_irqchip(number)
+            pic = state.chip.pic
+            pic.imr, pic.irq_base, pic.elcr = mask, base, elcr
+            self.vm.set_irqchip(state)
+        pit = self.vm.get_pit2()
+        pit.channels[0].update(
+            count=0x10000, rw_mode=3, read_state=3, write_state=3, write_latch=0, mode=2, gate=1
+        )
+        self.vm.set_pit2(pit)
+        lapic = self.cores[0].get_lapic()
         for register, value in _LAPIC_STATE.items():
-            struct.pack_into("<I", lapic, register, value)
-        set_state(self.cores[0].fd, "KVM_SET_LAPIC", bytes(lapic))
+            struct.pack_into("<I", lapic.raw(), register, value)
+        self.cores[0].set_lapic(lapic)
 
     def set_line(self, irq: int, level: bool) -> None:
         """Raise or lower an interrupt line of the board. Source: KVM_IRQ_LINE."""
-        set_state(self.vm.fd, "KVM_IRQ_LINE", struct.pack("<II", irq, int(level)))
+        self.vm.irq_line(irq, int(level))
 
     def mp_state(self, index: int) -> int:
         """Return what a processor does, a key of :data:`MP_STATES`."""
-        raw = get_state(self.cores[index].fd, "KVM_GET_MP_STATE")
-        return int.from_bytes(raw[:4], "little")
+        return self.cores[index].get_mp_state()
 
     def interrupts_open(self, index: int) -> bool:
         """Return whether a processor takes maskable interrupts."""
@@ -108,18 +108,13 @@ class KvmPcEngine(KvmEngine):
 
     def _route_lines(self) -> None:
         """Lines 0 to 15 to the PICs, all to the I/O APIC; the PIT is at input 2 there."""
-        routes = b""
-        count = 0
+        routes = []
         for gsi in range(_N_GSIS):
-            pins = []
             if gsi < 16:
-                pins.append((_PIC_MASTER if gsi < 8 else _PIC_SLAVE, gsi % 8))
+                routes.append(irqchip_route(gsi, gsi // 8, gsi % 8))
             if gsi != 2:
-                pins.append((_IO_APIC, 2 if gsi == 0 else gsi))
-            for chip, pin in pins:
-                routes += struct.pack("<6I24x", gsi, _ROUTE_IRQCHIP, 0, 0, chip, pin)
-                count += 1
-        set_state(self.vm.fd, "KVM_SET_GSI_ROUTING", struct.pack("<II", count, 0) + routes)
+                routes.append(irqchip_route(gsi, _IO_APIC, 2 if gsi == 0 else gsi))
+        self.vm.set_gsi_routing(routes)
 
 
 def pc_cpuid(supported: bytes, index: int, n_vcpus: int) -> bytes:
@@ -161,7 +156,7 @@ def _enter(vcpu: KvmVcpu, entry: PcEntry, cr3: int) -> None:
     sregs = vcpu.get_sregs()
     if entry.mode is Mode.REAL:
         for segment in (sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss):
-            segment.base = segment.selector = 0
+            segment.update(base=0, selector=0)
     else:
         is_long = entry.mode is Mode.LONG
         # Descriptors as they are in the table, so that reloading a selector works.
@@ -180,8 +175,7 @@ def _enter(vcpu: KvmVcpu, entry: PcEntry, cr3: int) -> None:
     vcpu.set_regs(regs)
 
 
-def _flat(segment: object, selector: int, kind: int, is_32: bool, is_64: bool) -> None:
+def _flat(segment: Any, selector: int, kind: int, is_32: bool, is_64: bool) -> None:
     fields = {"base": 0, "limit": 0xFFFFFFFF, "selector": selector, "type": kind}
     fields |= {"present": 1, "dpl": 0, "s": 1, "g": 1, "db": int(is_32), "l": int(is_64)}
-    for name, value in fields.items():
-        setattr(segment, name, value)
+    segment.update(**fields)

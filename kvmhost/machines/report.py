@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 
 from kvmhost.disasm import disassemble, hint
-from kvmhost.engine.kvmraw import get_state
 from kvmhost.errors import IoctlError, LayoutError, UnexpectedExit
 from kvmhost.exits import InternalError
 from kvmhost.kvm import KvmVcpu
@@ -59,9 +57,9 @@ def internal_error(
 def _code_at(core: KvmVcpu, memory: GuestMemory, linear: int) -> bytes:
     """Read instruction bytes through the guest's page tables; nothing if not mapped."""
     try:
-        raw = get_state(core.fd, "KVM_TRANSLATE", struct.pack("<Q", linear))
-        gpa, valid = struct.unpack_from("<QB", raw, 8)
-        n_bytes = min(15, 4096 - gpa % 4096)
-        return bytes(memory[gpa : gpa + n_bytes]) if valid else b""
+        gpa = core.translate(linear)
+        if gpa is None:
+            return b""
+        return bytes(memory[gpa : gpa + min(15, 4096 - gpa % 4096)])
     except (IoctlError, LayoutError):
         return b""

@@ -219,7 +219,7 @@ def theirs(image: Path, n_vcpus: int, words: list[str]) -> tuple[int, str]:
 
 
 @needs_kvm
-@pytest.mark.requires_program(QEMU)
+@pytest.mark.requires_qemu
 @pytest.mark.parametrize(
     ("name", "n_vcpus", "words"),
     [

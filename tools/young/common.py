@@ -14,7 +14,15 @@ from typing import IO
 from kvmhost.control.schema import MemoryMap
 from kvmhost.errors import LayoutError
 
-__all__ = ["add_vm_arguments", "check_out", "percent", "progress_bar", "range_of", "replacing"]
+__all__ = [
+    "add_vm_arguments",
+    "check_out",
+    "gfn_range",
+    "percent",
+    "progress_bar",
+    "range_of",
+    "replacing",
+]
 
 
 def add_vm_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +36,7 @@ def add_vm_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--range",
-        type=_gfn_range,
+        type=gfn_range,
         metavar="GFN:GFN",
         help="from this gfn up to before that one; 0x for hex (default: all memory)",
     )
@@ -89,7 +97,11 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
-def _gfn_range(text: str) -> tuple[int, int]:
+def gfn_range(text: str) -> tuple[int, int]:
+    """Parse ``GFN:GFN``.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
     try:
         start, end = (int(part, 0) for part in text.split(":"))
     except ValueError:
