@@ -2,8 +2,9 @@
 
 One thread a VM, and one pass an interval:
 
-1. harvest with clear, re-arming what was young (or a sample of it), and age by it;
-2. take what is resident now and was not after the last pass as in use;
+1. harvest with clear, re-arming what was young (or a sample of it);
+2. take what is resident now and was not after the last pass as in use, and age by the
+   harvest;
 3. above the budget's high mark, evict the oldest down to the low mark; if the
    protected generations alone are larger than the budget, have the VM enforce its limit;
 4. tell the VM which pages to take next, for its fault handler to hold the hard
@@ -174,13 +175,15 @@ class VmReclaimer:
             rearm="young" if self._settings.sample is None else "sample",
             fraction=self._settings.sample,
         )
-        policy.age(bitmap.as_bool())
         resident = client.resident(0, self._n_pages)
-        refaulted = self._note_arrivals(resident)
+        now_ns = time.monotonic_ns()
+        refaulted = self._note_arrivals(resident, now_ns)
+        policy.age(bitmap.words, now_ns)
         wanted = self._settings.budget.excess_pages(int(resident.sum()))
-        outcomes = self._evict(policy.victims(wanted, resident & self._movable), resident, stop)
+        victims = policy.victims(wanted, resident & self._movable, now_ns)
+        outcomes = self._evict(victims, resident, now_ns, stop)
         forced = self._enforce(resident)
-        next_best = policy.victims(self._settings.max_victims, resident & self._movable)
+        next_best = policy.victims(self._settings.max_victims, resident & self._movable, now_ns)
         client.set_victims(next_best)
         self._resident = resident
         self._passes += 1
@@ -208,18 +211,22 @@ class VmReclaimer:
         excess = int(resident.sum()) > budget.max_bytes // _PAGE_BYTES
         return self._client.shrink(budget.max_bytes) if excess and self._passes >= 3 else 0
 
-    def _note_arrivals(self, resident: Mask) -> int:
+    def _note_arrivals(self, resident: Mask, now_ns: int) -> int:
         """Tell the policy what came since the last pass; return how much of it came back."""
         if self._resident is None:
             return 0
         # What the fault handler evicted on its own since the last pass.
-        self._gone |= self._resident & ~resident
-        self._policy.refaulted(resident & ~self._resident)
+        went = self._resident & ~resident
+        self._gone |= went
+        self._policy.evicted(np.flatnonzero(went), now_ns)
+        self._policy.refaulted(np.flatnonzero(resident & ~self._resident), now_ns)
         back = self._gone & resident
         self._gone &= ~resident
         return int(back.sum())
 
-    def _evict(self, victims: Gfns, resident: Mask, stop: threading.Event | None) -> dict[str, int]:
+    def _evict(
+        self, victims: Gfns, resident: Mask, now_ns: int, stop: threading.Event | None
+    ) -> dict[str, int]:
         """Evict in batches, and take what went out of the resident mask."""
         outcomes: dict[str, int] = {}
         for first in range(0, victims.size, _BATCH_PAGES):
@@ -232,7 +239,7 @@ class VmReclaimer:
             went = batch[np.frombuffer(report.each or b"", dtype=np.uint8) == 0]
             resident[went] = False
             self._gone[went] = True
-            self._policy.evicted(went)
+            self._policy.evicted(went, now_ns)
             if report.outcomes.get("full"):
                 break
         return outcomes

@@ -4,7 +4,8 @@
 
     ReclaimError
     ├─ KernelFileError (also OSError): interface, value written
-    └─ RecordError (also ImageError): a record or an imported file is damaged; file, field, offset
+    ├─ RecordError (also ImageError): a record or an imported file is damaged; file, field, offset
+    └─ ConfigError (also ValueError): file, line, key
 
 Each survives pickling. What a host lacks is a
 :class:`kvmhost.errors.CapabilityError`, as everywhere in the project.
@@ -17,7 +18,7 @@ from typing import Any
 
 from kvmhost.errors import ImageError
 
-__all__ = ["KernelFileError", "ReclaimError", "RecordError"]
+__all__ = ["ConfigError", "KernelFileError", "ReclaimError", "RecordError"]
 
 
 class ReclaimError(Exception):
@@ -52,3 +53,20 @@ class RecordError(ReclaimError, ImageError):
     :param problem: what is wrong with it
     :param offset: byte offset in the file, where one is known
     """
+
+
+class ConfigError(ReclaimError, ValueError):
+    """A configuration cannot be used.
+
+    :param file: its path; ``flags`` for what came on a command line
+    :param line: from 1 on; 0 where no single line is to blame
+    :param key: as ``daemon.interval``; empty for the whole file
+    """
+
+    def __init__(self, file: str, line: int, key: str, problem: str) -> None:
+        super().__init__(file, line, key, problem)
+        self.file, self.line, self.key, self.problem = file, line, key, problem
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{where}: {self.key}: {self.problem}" if self.key else f"{where}: {self.problem}"
