@@ -24,10 +24,18 @@ from kvmhost.boot.image import Image, read_image
 from kvmhost.boot.longmode import entry_state, lay_out_tables, write_tss
 from kvmhost.boot.params import GuestResult, read_result, resolve_params, write_params
 from kvmhost.closing import Closing
-from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, Bus
+from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, FREE_PORT, Bus
+from kvmhost.devices.freelist import FreeList
 from kvmhost.devices.serial import Serial
 from kvmhost.engine.base import Vcpu
-from kvmhost.errors import CapabilityError, GuestTimeout, KvmHostError, LayoutError, UnexpectedExit
+from kvmhost.errors import (
+    CapabilityError,
+    GuestTimeout,
+    KvmHostError,
+    LayoutError,
+    PagerError,
+    UnexpectedExit,
+)
 from kvmhost.exits import (
     Exit,
     InternalError,
@@ -48,6 +56,7 @@ from kvmhost.runner import Runner, Step
 
 if typing.TYPE_CHECKING:
     from kvmhost.pager import Pager, Userfault
+    from kvmhost.storeoptions import StoreOptions
     from kvmhost.trackers import Tracker
     from kvmhost.trackers.harvesting import Harvest, Harvester
 
@@ -62,7 +71,7 @@ class Machine(Closing):
     :param engine: ``auto``, ``kvm`` or ``emulated``
     :param params: values for the image's parameters
     :param console_fd: descriptor that gets the guest's serial output; -1: none
-    :param store_limit_bytes: limit of the pager's store; 0: none
+    :param store: what the pager's store is to be
     :param dirty_ring_entries: give each vCPU a dirty ring of so many entries, which the
         tracker ``dirty`` then uses instead of the dirty log; 0: none
     :raises ImageError: if the image cannot be used
@@ -80,7 +89,7 @@ class Machine(Closing):
         params: Mapping[str, int] | None = None,
         console_fd: int = -1,
         name: str = "",
-        store_limit_bytes: int = 0,
+        store: StoreOptions | None = None,
         dirty_ring_entries: int = 0,
     ) -> None:
         self.name = name
@@ -89,7 +98,7 @@ class Machine(Closing):
         self.params = resolve_params(self.image, params or {})
         if not 1 <= n_vcpus <= MAX_TINY_VCPUS:
             raise LayoutError(f"{n_vcpus} vCPUs: a tiny guest takes 1 to {MAX_TINY_VCPUS}")
-        self._store_limit_bytes = store_limit_bytes
+        self._store_options = store
         self._statuses: dict[int, int] = {}
         self._error: BaseException | None = None
         self._userfault: Userfault | None = None
@@ -123,6 +132,7 @@ class Machine(Closing):
         self.bus = Bus()
         self.bus.add_serial(self.serial)
         self.bus.add_doorbell()
+        self.bus.add_port(FREE_PORT, 4, FreeList(self))
         self.image.load(self.memory, self.layout.tables_gpa)
         write_params(self.memory, self.layout, self.image, n_vcpus, self.params)
         write_tss(self.memory)
@@ -220,14 +230,15 @@ class Machine(Closing):
     def fail(self, error: BaseException) -> None:
         """End the machine with an error; :meth:`wait` raises it. Any thread."""
         self._error = self._error or error
-        self._runner.request_stop()
+        self._runner.give_up()
 
     def stop(self) -> None:
         """End every vCPU, wherever it is.
 
         :raises KvmHostError: if a vCPU's thread does not come back
         """
-        if self._runner.stop(timeout=5.0):
+        # After a fault that nobody serves there is no use in waiting long.
+        if self._runner.stop(timeout=0.5 if isinstance(self._error, PagerError) else 5.0):
             return
         # A thread that waits in the kernel for a page that will not come: closing the
         # userfaultfd lets it go, and the stop request keeps it out of guest mode.
@@ -291,13 +302,25 @@ class Machine(Closing):
                 pager = Pager(
                     self.memory,
                     self.userfault,
-                    store_limit_bytes=self._store_limit_bytes,
+                    self._store_options,
                     on_failure=self.fail,
                 )
                 for gpa, n_bytes in self.layout.pinned_ranges:
                     pager.pin(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
                 self._pager = pager
             return self._pager
+
+    def drop(self, gfn: int, n_pages: int) -> int:
+        """Forget pages that the guest declared free; return how many will read as zeros.
+
+        Pinned pages stay as they are.
+
+        :raises LayoutError: if the range is not in one region; then nothing was dropped
+        """
+        with self._lock:
+            if self._pager is None:
+                return self.memory.punch(gfn, n_pages, self.layout.pinned_ranges)
+        return self._pager.drop(gfn, n_pages).dropped
 
     @property
     def has_pager(self) -> bool:

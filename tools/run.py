@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from types import FrameType
 
 from kvmhost.machine import Machine
-from tools.args import add_machine_arguments, count, find_image, parse_params, size_bytes
+from tools.args import (
+    add_machine_arguments,
+    add_store_arguments,
+    count,
+    find_image,
+    parse_params,
+    size_bytes,
+    store_options,
+)
 
 if typing.TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +70,7 @@ def _boot(args: argparse.Namespace, image: Path, lock: NameLock | None) -> int:
         params=parse_params(args.param),
         console_fd=console_fd,
         name=args.name or "",
-        store_limit_bytes=args.store_limit,
+        store=store_options(args),
         dirty_ring_entries=args.dirty_ring,
     )
     server: ControlServer | None = None
@@ -70,6 +78,9 @@ def _boot(args: argparse.Namespace, image: Path, lock: NameLock | None) -> int:
         try:
             if lock is not None:
                 server = _serve(machine, lock)
+            if args.store is not None or args.codec != "auto":
+                # Now: a file or a codec that cannot be had is an error of the command.
+                assert machine.pager
             if args.tracker:
                 machine.use_tracker(args.tracker)
             if args.resident_max:
@@ -123,13 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="hold guest memory under this size by evicting, with or without a daemon",
     )
-    parser.add_argument(
-        "--store-limit",
-        type=size_bytes,
-        default=0,
-        metavar="SIZE",
-        help="what evicted pages may take, compressed; a full store refuses (default: no limit)",
-    )
+    add_store_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print a report when the guest ends")
     return parser
 

@@ -51,8 +51,8 @@ struct kh_exit {
 	uint8_t size;		/* bytes of one access */
 	uint16_t port;
 	uint32_t count;		/* accesses in data */
-	uint64_t address;	/* gpa of an MMIO access or a memory fault */
-	uint64_t detail;	/* suberror, hardware reason, event type, flags */
+	uint64_t address;	/* gpa of an MMIO access or a memory fault; rip; MSR */
+	uint64_t detail;	/* suberror, hardware reason, event type, flags, hypercall */
 	uint32_t n_internal;
 	uint64_t internal[KH_INTERNAL_DATA];
 	uint8_t data[KH_IO_DATA];	/* what was written, little-endian */
@@ -88,6 +88,10 @@ int kh_vcpu_run(struct kh_vcpu *vcpu, struct kh_bus *bus);
 int kh_vcpu_kick(struct kh_vcpu *vcpu);
 /* Give the value that a pending port or MMIO read returns. */
 void kh_vcpu_complete_read(struct kh_vcpu *vcpu, const uint8_t *data, uint64_t n_bytes);
+/* Give the value that a pending MSR read returns, or refuse the access (#GP). */
+void kh_vcpu_complete_msr(struct kh_vcpu *vcpu, uint64_t value, int error);
+/* Give what a pending hypercall returns. */
+void kh_vcpu_complete_hypercall(struct kh_vcpu *vcpu, uint64_t result);
 
 struct kh_serial *kh_serial_new(int fd, uint64_t log_size);
 void kh_serial_write(struct kh_serial *serial, const uint8_t *data, uint64_t n_bytes);

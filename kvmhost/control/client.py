@@ -140,15 +140,18 @@ class Client(Closing):
         )
         return _read_bitmap(self.vm, answer), cost
 
-    def evict(self, gfns: Gfns, each: bool = False) -> schema.EvictReport:
+    def evict(
+        self, gfns: Gfns, each: bool = False, *, actuator: str = "store"
+    ) -> schema.EvictReport:
         """Evict pages in the given order; partial success is normal.
 
         :param each: also ask for every page's outcome
+        :param actuator: ``store``, the pager's own, or ``swap``, the host's
         """
         answer = self._call(
             "POST",
             "evict",
-            params={"each": str(int(each))},
+            params={"each": str(int(each)), "actuator": actuator},
             content=_gfn_bytes(gfns),
             headers=_BINARY,
         )
@@ -159,6 +162,10 @@ class Client(Closing):
         body = schema.encode(schema.RestoreRequest(gfn, n_pages))
         answer = self._call("POST", "restore", content=body, headers=_JSON)
         return self._read(answer, schema.RestoreReport).restored
+
+    def drain(self) -> schema.RestoreReport:
+        """Bring everything back, lift the limit and forget the victims; the VM runs on."""
+        return self._read(self._call("POST", "drain"), schema.RestoreReport)
 
     def set_limit(self, resident_max_bytes: int) -> int:
         """Limit the resident bytes, 0 for no limit; return what is in force now."""

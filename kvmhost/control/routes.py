@@ -9,6 +9,7 @@
 ``POST /v1/harvest``            bitmap: which pages were young
 ``POST /v1/evict``              evict a list of pages
 ``POST /v1/restore``            bring a range back
+``POST /v1/drain``              bring everything back and evict no more
 ``PUT  /v1/limit``              resident limit, held by the fault handler
 ``PUT  /v1/victims``            what goes first at the limit
 ``POST /v1/pause|resume|stop``  the vCPUs
@@ -54,6 +55,7 @@ from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
+    from kvmhost.pager import EvictResult
     from kvmhost.trackers.feed import Feed
 
 __all__ = ["Routes", "problem_of"]
@@ -103,6 +105,7 @@ class Routes:
             "/v1/harvest": {"POST": self._harvest},
             "/v1/evict": {"POST": self._evict},
             "/v1/restore": {"POST": self._restore},
+            "/v1/drain": {"POST": self._drain},
             "/v1/limit": {"PUT": self._put_limit},
             "/v1/victims": {"PUT": self._put_victims},
             "/v1/pause": {"POST": self._pause},
@@ -307,19 +310,30 @@ class Routes:
         asked = schema.decode_query(request.query, schema.EvictQuery)
         gfns = self._gfns(request, schema.EvictRequest)
         async with self._paging:
-            result = await self._work(lambda: self._machine.pager.evict(gfns))
+            result = await self._work(lambda: self._run_evict(asked, gfns))
         each = result.outcomes.tobytes() if asked.each else None
         return json_reply(schema.EvictReport(int(gfns.size), result.by_name(), each))
+
+    def _run_evict(self, asked: schema.EvictQuery, gfns: npt.NDArray[np.int64]) -> EvictResult:
+        pager = self._machine.pager
+        return pager.page_out(gfns) if asked.actuator == "swap" else pager.evict(gfns)
 
     async def _restore(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)
         asked = schema.decode(request.body, schema.RestoreRequest)
         self._machine.memory.region_at(asked.gfn << PAGE_SHIFT, asked.n_pages << PAGE_SHIFT)
         async with self._paging:
-            restored = await self._work(
-                lambda: self._machine.pager.restore(asked.gfn, asked.n_pages)
-            )
-        return json_reply(schema.RestoreReport(restored))
+            result = await self._work(lambda: self._machine.pager.restore(asked.gfn, asked.n_pages))
+        return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
+
+    async def _drain(self, request: Request) -> Reply:
+        nothing_asked(request)
+        if not self._machine.has_pager:
+            return json_reply(schema.RestoreReport(0))
+        async with self._paging:
+            result = await self._work(lambda: self._machine.pager.drain())
+            self._limit_bytes = 0
+        return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
 
     async def _put_limit(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)

@@ -8,6 +8,7 @@ is not listed here is refused, and so is a number out of range.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -44,6 +45,7 @@ __all__ = [
     "VcpuState",
     "VictimsReport",
     "VmState",
+    "convert",
     "decode",
     "decode_query",
     "encode",
@@ -106,9 +108,13 @@ class HarvestQuery(RangeQuery, frozen=True):
 
 
 class EvictQuery(_Strict, frozen=True):
-    """Query of ``POST /v1/evict``: ``each`` asks for every page's outcome."""
+    """Query of ``POST /v1/evict``: ``each`` asks for every page's outcome.
+
+    ``actuator`` is the pager's own store or the host's swap.
+    """
 
     each: bool = False
+    actuator: Literal["store", "swap"] = "store"
 
 
 class GfnList(_Strict, frozen=True):
@@ -310,9 +316,14 @@ class EvictReport(_Answer, frozen=True):
 
 
 class RestoreReport(_Answer, frozen=True):
-    """Answer of ``POST /v1/restore``: pages that came back."""
+    """Answer of ``POST /v1/restore`` and ``POST /v1/drain``: evicted pages of the range.
+
+    ``lost`` cannot be given back, ``left`` found no memory on the host.
+    """
 
     restored: int
+    lost: int = 0
+    left: int = 0
 
 
 class LimitState(_Answer, frozen=True):
@@ -408,6 +419,18 @@ def decode_query(query: dict[str, str], kind: type[T]) -> T:
     plain = {name: _plain_number(value) for name, value in query.items()}
     try:
         return msgspec.convert(plain, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _schema_error(error) from None
+
+
+def convert(plain: Any, kind: type[T], dec_hook: Callable[[type, Any], Any] | None = None) -> T:
+    """Read a message from plain objects, as a file's parser returns them.
+
+    :param dec_hook: reads types of its own, raising ValueError
+    :raises SchemaError: if they are not of that kind; names the field
+    """
+    try:
+        return msgspec.convert(plain, kind, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
         raise _schema_error(error) from None
 

@@ -15,6 +15,7 @@ BENCHES = {
     "harvest": "trackers on a 1 GiB guest: scan, re-arm, and what the guest pays",
     "start": "kvmhost run hello: wall time of the whole process",
     "trackers": "pagemap and dirty against the bare kernel calls; memory of each tracker",
+    "pager": "codecs, fault-in and eviction beside a minimal C pager, memory taken",
     "mmu": "tables in all formats: speed, locking, batching",
 }
 

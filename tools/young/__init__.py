@@ -12,6 +12,12 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "snapshot": "one bitmap of a running VM: counts, densities, ranges",
     "heatmap": "a picture, gfn by time",
+    "record": "bitmaps of running VMs into a file, window by window",
+    "stat": "what is in a record: windows, sources, main figures, phases",
+    "wss": "working-set size over time, at several lengths",
+    "ages": "how cold pages are, and what it would cost to take them",
+    "hot": "ranges of pages that are young most of the time",
+    "diff": "how alike two stretches or two records are",
 }
 
 

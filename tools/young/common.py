@@ -23,6 +23,7 @@ __all__ = [
     "add_source_arguments",
     "add_vm_arguments",
     "check_out",
+    "gfn_range",
     "open_source",
     "percent",
     "progress_bar",
@@ -84,7 +85,7 @@ def add_vm_arguments(parser: argparse.ArgumentParser, *, or_pid: bool = False) -
     )
     parser.add_argument(
         "--range",
-        type=_gfn_range,
+        type=gfn_range,
         metavar="GFN:GFN",
         help="from this gfn up to before that one; 0x for hex (default: all memory)",
     )
@@ -145,7 +146,11 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
-def _gfn_range(text: str) -> tuple[int, int]:
+def gfn_range(text: str) -> tuple[int, int]:
+    """Parse ``GFN:GFN``.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
     try:
         start, end = (int(part, 0) for part in text.split(":"))
     except ValueError:
