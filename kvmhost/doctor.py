@@ -22,6 +22,9 @@ __all__ = ["Finding", "probe_host"]
 #: Parameters of the KVM modules that say how guest memory is translated.
 _PAGING = ("kvm_intel/parameters/ept", "kvm_amd/parameters/npt", "kvm/parameters/tdp_mmu")
 
+#: As in the patches of July 2026; no released header has it.
+_UFFD_FEATURE_RWP = 1 << 17
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -122,6 +125,7 @@ def _memory() -> Iterator[Finding]:
         yield Finding("memory", "userfaultfd", False, error.found, error.remedy)
     else:
         yield Finding("memory", "userfaultfd", True, f"features {userfault.features:#x}")
+        yield Finding("memory", "userfaultfd RWP", None, _read_write_protect(userfault.features))
         userfault.close()
     problem = _try_pagemap_scan()
     yield Finding(
@@ -150,6 +154,12 @@ def _store() -> Iterator[Finding]:
     works = has_checksum()
     remedy = "" if works else "install xxhash from a wheel; without it no store is in a file"
     yield Finding("memory", "page checksums", works, "xxh3" if works else "none", remedy)
+
+
+def _read_write_protect(features: int) -> str:
+    """Tell of the mode that traps reads and writes; docs/trackers.md says why none uses it."""
+    offered = features & _UFFD_FEATURE_RWP
+    return f"{'offered' if offered else 'not offered'}; no tracker uses it yet"
 
 
 def _try_pagemap_scan() -> str:
