@@ -6,16 +6,27 @@ numpy, for tests and measurements. No code is shared with the guests.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["hotcold_gfns", "hotcold_owned_pages", "hotcold_written_gfns", "touch_gfns"]
+__all__ = [
+    "hotcold_gfns",
+    "hotcold_owned_pages",
+    "hotcold_written_gfns",
+    "touch_gfns",
+    "zipf_ranks",
+    "zipf_sums",
+]
 
 Gfns = npt.NDArray[np.int64]
 
 _U64 = np.uint64
+#: Spreads ranks over the pages; a prime, so that no two ranks meet.
+_SCATTER = 2654435761
+_LOG_ONE = 1 << 24
 
 
 def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -73,18 +84,44 @@ def hotcold_written_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1
 
 
 def _hotcold_epoch(params: Mapping[str, int], epoch: int, base: int, run: int) -> list[Gfns]:
-    hot = params["hot"] * run // params["pages"]
-    parts = [np.arange(base + run // 4, base + run // 4 + hot, dtype=np.int64)]
+    hot = params["hot"] * run // params["pages"] if params["passes"] else 0
+    phase = epoch // params["phase_every"] if params["phase_every"] else 0
+    moved = phase * (params["phase_step"] * run // params["pages"])
+    parts = [base + (np.arange(hot, dtype=np.int64) + run // 4 + moved) % run]
     with np.errstate(over="ignore"):
         random = _mix_one(params["seed"] + epoch) + _U64(base)
-        picked = mix(_indexes(params["cold"]) + random) % _U64(run)
-    parts.append(picked.astype(np.int64) + base)
+        draws = mix(_indexes(params["cold"] + params["zipf"]) + random)
+    cold, popular = np.split(draws, [params["cold"]])
+    parts.append((cold % _U64(run)).astype(np.int64) + base)
+    if popular.size:
+        ranks = zipf_ranks(popular, run, params["zipf_permille"])
+        parts.append((ranks * _SCATTER + moved) % run + base)
     slices = params["scan_epochs"]
     step = epoch % params["scan_every"] if params["scan_every"] else slices
     if step < slices:
         first, last = run * step // slices, run * (step + 1) // slices
         parts.append(np.arange(base + first, base + last, dtype=np.int64))
     return parts
+
+
+def zipf_ranks(draws: npt.NDArray[np.uint64], n_ranks: int, permille: int) -> npt.NDArray[np.int64]:
+    """Return the ranks that random numbers stand for, as ``zipf.h`` defines it."""
+    sums = zipf_sums(n_ranks, permille)
+    ranks: Gfns = np.searchsorted(sums, draws % sums[-1], side="right").astype(np.int64)
+    return ranks
+
+
+@functools.lru_cache(maxsize=8)
+def zipf_sums(n_ranks: int, permille: int) -> npt.NDArray[np.uint64]:
+    """Return the sums of the weights up to each rank.
+
+    The definition is taken literally, in the widest floating point that numpy has; the
+    guest has its own integer arithmetic. Tests hold them against each other.
+    """
+    logs = np.log2(np.arange(1, n_ranks + 1).astype(np.longdouble))
+    exponents = permille * np.floor(logs * _LOG_ONE).astype(np.int64) // 1000
+    weights = np.floor(np.exp2(32 - exponents.astype(np.longdouble) / _LOG_ONE))
+    return np.cumsum(weights.astype(np.uint64), dtype=np.uint64)
 
 
 def _indexes(n: int) -> npt.NDArray[np.uint64]:

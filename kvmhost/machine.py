@@ -17,6 +17,7 @@ import time
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kvmhost import engine as engines
 from kvmhost.boot.image import Image, read_image
@@ -57,6 +58,7 @@ if typing.TYPE_CHECKING:
     from kvmhost.pager import Pager, Userfault
     from kvmhost.storeoptions import StoreOptions
     from kvmhost.trackers import Tracker
+    from kvmhost.trackers.harvesting import Harvest, Harvester
 
 __all__ = ["Machine"]
 
@@ -103,6 +105,8 @@ class Machine(Closing):
         self._pager: Pager | None = None
         self._tracker: Tracker | None = None
         self._lock = threading.RLock()
+        self._harvesting = threading.Lock()
+        self._harvester: Harvester | None = None
         self._started_ns = 0
         self._closed = False
         self.vcpus: list[Vcpu] = []
@@ -345,6 +349,24 @@ class Machine(Closing):
                     raise
                 self._tracker = tracker
             return self._tracker
+
+    @property
+    def tracker_name(self) -> str | None:
+        """The tracker in use; None before the first."""
+        return None if self._tracker is None else self._tracker.name
+
+    def harvest(self, gfn_start: int, n_pages: int, **how: Any) -> Harvest:
+        """Return the young pages of a range; one call works at a time.
+
+        :param how: as :meth:`~kvmhost.trackers.harvesting.Harvester.harvest` has it
+        :raises CapabilityError: if the tracker does not work here
+        :raises LayoutError: if range, mask or names are wrong
+        """
+        from kvmhost.trackers.harvesting import Harvester
+
+        with self._harvesting:
+            self._harvester = self._harvester or Harvester(self)
+            return self._harvester.harvest(gfn_start, n_pages, **how)
 
     # -- exits ----------------------------------------------------------------
 

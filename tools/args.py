@@ -16,6 +16,7 @@ __all__ = [
     "find_image",
     "parse_params",
     "seconds",
+    "share",
     "size_bytes",
     "store_options",
 ]
@@ -43,6 +44,24 @@ def seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r}: need a number of seconds above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """Parse a share above 0 and up to 1: ``1/8``, ``0.125`` or ``12.5%``.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    try:
+        part, slash, whole = text.partition("/")
+        if slash:
+            value = float(part) / float(whole)
+        else:
+            value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except (ValueError, ZeroDivisionError):
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write for example 1/8 or 12.5%")
     return value
 
 

@@ -26,7 +26,7 @@ typedef unsigned long u64;
 
 /* The parameter page; see kvmhost/boot/params.py. */
 struct result {
-	u64 status, gfn, epoch, expected, found, spare[3];
+	u64 status, gfn, epoch, expected, found, word, touches, spare;
 };
 
 struct params {

@@ -92,6 +92,8 @@ struct pm_scan_arg {
 #define PAGE_IS_PFNZERO (1 << 5)
 #define PAGE_IS_HUGE (1 << 6)
 #define PAGE_IS_SOFT_DIRTY (1 << 7)
+#define PM_SCAN_WP_MATCHING (1 << 0)
+#define PM_SCAN_CHECK_WPASYNC (1 << 1)
 #endif
 
 /* Since commit fb04a1eddb1a ("KVM: X86: Implement ring-based dirty memory tracking") (in v5.11). */

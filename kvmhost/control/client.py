@@ -86,17 +86,27 @@ class Client(Closing):
         tracker: str = "auto",
         clear: bool = True,
         rearm: str = "young",
+        fraction: float | None = None,
         mask: Words | None = None,
     ) -> YoungBitmap:
         """Return which pages were young.
 
         :param n_pages: None: to the end of memory
         :param clear: begin a new window for them
-        :param rearm: ``none``, ``young`` (those that were cleared) or ``all``
+        :param rearm: ``none``, ``young`` (those that were cleared), ``all``, or ``sample``:
+            clear and re-arm only a ``fraction`` of the pages, in turn; the guest pays less,
+            and a page that is no longer touched reads as young for ``1 / fraction`` harvests
+        :param fraction: with ``sample``, from 1/65536 to 1; None: a default
         :param mask: shape ``(ceil(n_pages / 64),)``: clear only where the bit is 1
         """
         return self.harvest_timed(
-            gfn_start, n_pages, tracker=tracker, clear=clear, rearm=rearm, mask=mask
+            gfn_start,
+            n_pages,
+            tracker=tracker,
+            clear=clear,
+            rearm=rearm,
+            fraction=fraction,
+            mask=mask,
         )[0]
 
     def harvest_timed(
@@ -107,11 +117,14 @@ class Client(Closing):
         tracker: str = "auto",
         clear: bool = True,
         rearm: str = "young",
+        fraction: float | None = None,
         mask: Words | None = None,
     ) -> tuple[YoungBitmap, HarvestCost]:
         """Do the same as :meth:`harvest`, and say what it took inside the VM."""
         query = _range_query(gfn_start, n_pages)
         query |= {"tracker": tracker, "clear": str(int(clear)), "rearm": rearm}
+        if fraction is not None:
+            query["fraction"] = repr(float(fraction))
         body = b"" if mask is None else mask.astype("<u8", copy=False).tobytes()
         answer = self._call("POST", "harvest", params=query, content=body, headers=_BINARY)
         cost = HarvestCost(
@@ -164,17 +177,39 @@ class Client(Closing):
         answer = self._call("PUT", "victims", content=_gfn_bytes(gfns), headers=_BINARY)
         return self._read(answer, schema.VictimsReport).pages
 
-    def pause(self) -> schema.RunState:
-        """Hold the vCPUs; pauses nest."""
-        return self._read(self._call("POST", "pause"), schema.RunState)
+    def pause(self, for_s: float = 60.0) -> schema.RunState:
+        """Hold the vCPUs; pauses nest.
 
-    def resume(self) -> schema.RunState:
-        """Undo one :meth:`pause`."""
-        return self._read(self._call("POST", "resume"), schema.RunState)
+        :param for_s: seconds after which the VM goes on by itself; 0: never
+        """
+        return self._read(self._call("POST", "pause", params={"for_s": for_s}), schema.RunState)
+
+    def resume(self, pause: int | None = None) -> schema.RunState:
+        """Undo one :meth:`pause`: that of a number, as it was answered, or the last one."""
+        query = {} if pause is None else {"pause": pause}
+        return self._read(self._call("POST", "resume", params=query), schema.RunState)
 
     def stop(self) -> schema.RunState:
         """End the guest."""
         return self._read(self._call("POST", "stop"), schema.RunState)
+
+    def take_lease(self, asked: schema.LeaseRequest) -> None:
+        """Become the one who looks after the VM; from now on every request renews that.
+
+        :raises ControlError: with status 423 if someone else is, and here from every
+            request once the lease is lost
+        """
+        answer = self._call("PUT", "lease", content=schema.encode(asked), headers=_JSON)
+        self._http.headers[HEADER_PREFIX + "Lease"] = self._read(answer, schema.LeaseGrant).token
+
+    def give_back_lease(self) -> None:
+        """Look after the VM no longer."""
+        self._call("DELETE", "lease")
+        del self._http.headers[HEADER_PREFIX + "Lease"]
+
+    def lease(self) -> schema.LeaseInfo | None:
+        """Return who looks after the VM; None: nobody."""
+        return self._get("lease", schema.LeaseState).lease
 
     def close(self) -> None:
         """Hang up. Idempotent."""

@@ -23,16 +23,22 @@ __all__ = [
     "HarvestCost",
     "HarvestQuery",
     "HarvestTotals",
+    "LeaseGrant",
+    "LeaseInfo",
+    "LeaseRequest",
+    "LeaseState",
     "LimitRequest",
     "LimitState",
     "MachineCounters",
     "MemoryMap",
     "Page",
     "PageRange",
+    "PauseQuery",
     "RangeQuery",
     "RegionInfo",
     "RestoreReport",
     "RestoreRequest",
+    "ResumeQuery",
     "RunState",
     "SchemaError",
     "VcpuState",
@@ -48,6 +54,7 @@ HEADER_PREFIX = "X-Kvmhost-"
 
 Gfn = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+Fraction = Annotated[float, msgspec.Meta(ge=1 / 65536, le=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
@@ -84,11 +91,16 @@ class RangeQuery(_Strict, frozen=True):
 
 
 class HarvestQuery(RangeQuery, frozen=True):
-    """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page."""
+    """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page.
+
+    ``rearm=sample`` clears and re-arms only a ``fraction`` of the pages, other ones at
+    each harvest of the range; without ``fraction`` a default that was measured.
+    """
 
     tracker: str = "auto"
     clear: bool = True
-    rearm: Literal["none", "young", "all"] = "young"
+    rearm: Literal["none", "young", "all", "sample"] = "young"
+    fraction: Fraction | None = None
 
 
 class EvictQuery(_Strict, frozen=True):
@@ -128,6 +140,33 @@ class LimitRequest(_Strict, frozen=True):
     shrink: bool = False
 
 
+class PauseQuery(_Strict, frozen=True):
+    """Query of ``POST /v1/pause``: seconds until it ends by itself; 0: never."""
+
+    for_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 60.0
+
+
+class ResumeQuery(_Strict, frozen=True):
+    """Query of ``POST /v1/resume``: which pause to undo; without, the last one."""
+
+    pause: Annotated[int, msgspec.Meta(ge=1, lt=1 << 52)] | None = None
+
+
+class LeaseRequest(_Strict, frozen=True):
+    """Body of ``PUT /v1/lease``.
+
+    :param holder: who asks, for people to read
+    :param ttl_s: after so long without a request the holder counts as hung
+    :param socket: where the holder answers questions; empty: nowhere
+    :param take_over: take it away from who has it
+    """
+
+    holder: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    ttl_s: Annotated[float, msgspec.Meta(ge=0.05, le=86400)] = 10.0
+    socket: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    take_over: bool = False
+
+
 class NoQuery(_Strict, frozen=True):
     """Nothing may be asked."""
 
@@ -158,6 +197,33 @@ class VcpuState(_Answer, frozen=True):
     epoch: int
 
 
+class LeaseInfo(_Answer, frozen=True):
+    """Who looks after a VM.
+
+    :param held_s: since when
+    :param silent_s: since the last request
+    """
+
+    holder: str
+    pid: int
+    socket: str
+    ttl_s: float
+    held_s: float
+    silent_s: float
+
+
+class LeaseState(_Answer, frozen=True):
+    """Answer of ``GET /v1/lease``; None: nobody has it."""
+
+    lease: LeaseInfo | None
+
+
+class LeaseGrant(_Answer, frozen=True):
+    """Answer of ``PUT /v1/lease``: what goes into the header ``X-Kvmhost-Lease``."""
+
+    token: str
+
+
 class VmState(_Answer, frozen=True):
     """Answer of ``GET /v1/state``.
 
@@ -181,6 +247,7 @@ class VmState(_Answer, frozen=True):
     resident_bytes: int
     limit_bytes: int
     tracker: str | None
+    lease: LeaseInfo | None = None
 
 
 class PageRange(_Answer, frozen=True):
@@ -272,10 +339,11 @@ class VictimsReport(_Answer, frozen=True):
 
 
 class RunState(_Answer, frozen=True):
-    """Answer of ``POST /v1/pause``, ``resume`` and ``stop``."""
+    """Answer of ``POST /v1/pause``, ``resume`` and ``stop``; a pause has a number."""
 
     running: bool
     paused: bool
+    pause: int | None = None
 
 
 class MachineCounters(_Answer, frozen=True):

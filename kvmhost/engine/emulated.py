@@ -7,8 +7,9 @@ what it has cached sets nothing until a flush, which is how bits are re-armed.
 
 Where this departs from a processor:
 
-- Unicorn writes accessed and dirty bits with plain stores. Two vCPUs that touch
-  a page for the first time at the same moment may lose one of the two bits.
+- vCPUs run in turns of a few milliseconds, one at a time: Unicorn makes neither
+  a locked instruction nor its setting of accessed and dirty bits atomic against
+  another instance. A turn ends between blocks, so each instruction is whole.
 - An exception is a triple fault at once, as there is no IDT.
 - Code is searched for port instructions before its first run. A guest that
   writes new ones over code that ran before ends with an InternalError.
@@ -26,6 +27,7 @@ from kvmhost.devices.bus import Bus
 from kvmhost.engine.base import RearmKind, Vcpu
 from kvmhost.engine.outside import Replay
 from kvmhost.engine.portinsn import PortInsn, candidates, decode
+from kvmhost.engine.turns import Turns
 from kvmhost.engine.unicorncpu import UnicornCpu
 from kvmhost.exits import Exit, InternalError, IoIn, IoOut, Kicked, Shutdown, UnknownExit
 from kvmhost.memory.guest import GuestMemory
@@ -51,6 +53,7 @@ class EmulatedEngine:
         self._memory: GuestMemory | None = None
         self._bus: Bus | None = None
         self._vcpus: list[EmulatedVcpu] = []
+        self._turns = Turns()
 
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
         """Take memory and bus for the vCPUs to come."""
@@ -60,7 +63,7 @@ class EmulatedEngine:
         """Create a vCPU in 64-bit mode at privilege level 3."""
         if self._memory is None or self._bus is None:
             raise RuntimeError("attach() comes before create_vcpu()")
-        vcpu = EmulatedVcpu(index, UnicornCpu(self._memory, state), self._bus)
+        vcpu = EmulatedVcpu(index, UnicornCpu(self._memory, state), self._bus, self._turns)
         self._vcpus.append(vcpu)
         return vcpu
 
@@ -86,9 +89,9 @@ class EmulatedEngine:
 class EmulatedVcpu:
     """One Unicorn instance behind the protocol of :class:`~kvmhost.engine.base.Vcpu`."""
 
-    def __init__(self, index: int, cpu: UnicornCpu, bus: Bus) -> None:
+    def __init__(self, index: int, cpu: UnicornCpu, bus: Bus, turns: Turns) -> None:
         self.index = index
-        self._cpu, self._core, self._bus = cpu, cpu.core, bus
+        self._cpu, self._core, self._bus, self._turns = cpu, cpu.core, bus, turns
         # Guards what other threads change: the requests and who is inside Unicorn.
         self._changed = threading.Condition()
         self._inside = self._kicked = self._flush = self._closed = False
@@ -100,14 +103,17 @@ class EmulatedVcpu:
 
     def run(self) -> Exit:
         """Run guest code until an exit that the bus does not answer."""
-        while self._go_in():
-            try:
-                leaving = self._once()
-            finally:
-                self._come_out()
+        while True:
+            # Before going in: who waits for a turn runs nothing, and is flushed at once.
+            with self._turns.turn(self._cpu.attend):
+                if not self._go_in():
+                    return Kicked()
+                try:
+                    leaving = self._once()
+                finally:
+                    self._come_out()
             if leaving is not None:
                 return leaving
-        return Kicked()
 
     def kick(self) -> None:
         """Make :meth:`run` return ``Kicked``, before its next block or at its next call."""

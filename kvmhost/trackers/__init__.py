@@ -23,11 +23,12 @@ import typing
 from collections.abc import Callable
 
 from kvmhost.errors import LayoutError
-from kvmhost.trackers.base import Support, Tracker, TrackerInfo, sample_mask
+from kvmhost.trackers.base import Support, Tracker, TrackerInfo
 from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker
 from kvmhost.trackers.idle import IdleTracker
 from kvmhost.trackers.pagemap import PagemapTracker
+from kvmhost.trackers.sample import sample_mask
 from kvmhost.trackers.uffd import UffdTracker
 
 if typing.TYPE_CHECKING:

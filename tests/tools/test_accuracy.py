@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvmhost.bitmap import YoungBitmap, pack, unpack
-from kvmhost.errors import LayoutError
-from kvmhost.trackers import NAMES, probe_all, sample_mask
+from kvmhost.bitmap import YoungBitmap, pack
+from kvmhost.trackers import NAMES, probe_all
 from kvmhost.trackers.guestpt import GuestptTracker
 from tools import accuracy
 from tools.main import run_command
@@ -90,24 +89,3 @@ def test_waits_are_counted_in_harvests() -> None:
     assert sorted(accuracy._harvests_until(truth, found, False)) == [2, 3]
     # Page 1 is new in 1 and shows in 2, page 0 in 4 at once; page 2's change is undone.
     assert sorted(accuracy._harvests_until(truth, found, True)) == [1, 2]
-
-
-@pytest.mark.parametrize("period", [1, 2, 8, 30])
-@pytest.mark.parametrize("n_pages", [1, 64, 1000])
-def test_samples_take_every_page_once(period: int, n_pages: int) -> None:
-    masks = [unpack(sample_mask(n_pages, period, turn), n_pages) for turn in range(period)]
-    assert (np.sum(masks, axis=0) == 1).all()
-    assert np.array_equal(sample_mask(n_pages, period, period), sample_mask(n_pages, period, 0))
-    if n_pages == 1000:
-        assert max(mask.sum() for mask in masks) < 2 * n_pages / period + 20
-
-
-def test_a_stride_meets_every_turn_of_a_sample() -> None:
-    for stride in (2, 8, 64):
-        counts = [unpack(sample_mask(8192, 8, t), 8192)[::stride].sum() for t in range(8)]
-        assert min(counts) > 8192 / stride / 8 / 3
-
-
-def test_no_sample_has_a_period_below_one() -> None:
-    with pytest.raises(LayoutError):
-        sample_mask(10, 0, 0)

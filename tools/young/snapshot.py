@@ -16,7 +16,8 @@ import numpy.typing as npt
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.control.client import Client
 from kvmhost.control.schema import HarvestCost, MemoryMap
-from tools.args import seconds
+from kvmhost.trackers.sample import DEFAULT_FRACTION
+from tools.args import seconds, share
 from tools.young.common import add_vm_arguments, check_out, percent, range_of, replacing
 
 __all__ = ["main"]
@@ -42,7 +43,12 @@ def main(argv: Sequence[str]) -> int:
             vm.harvest(gfn_start, n_pages, tracker=args.tracker)
             time.sleep(window_s)
         bitmap, cost = vm.harvest_timed(
-            gfn_start, n_pages, tracker=args.tracker, clear=args.clear, rearm=args.rearm
+            gfn_start,
+            n_pages,
+            tracker=args.tracker,
+            clear=args.clear,
+            rearm=args.rearm,
+            fraction=args.fraction,
         )
     if args.out is not None:
         _write_bitmap(bitmap, args.out)
@@ -75,9 +81,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rearm",
-        choices=("none", "young", "all"),
+        choices=("none", "young", "all", "sample"),
         default="young",
-        help="with --clear: what to arm again (default: young)",
+        help="with --clear: what to arm again (default: young); sample clears and re-arms "
+        "only a fraction of the pages, other ones each time",
+    )
+    parser.add_argument(
+        "--fraction",
+        type=share,
+        metavar="SHARE",
+        help=f"with --rearm sample, for example 1/4 (default: 1/{1 / DEFAULT_FRACTION:.0f})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
