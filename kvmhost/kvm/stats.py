@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import errno
 import os
 import typing
 
 from kvmhost._ffi import ffi
-from kvmhost.errors import KvmHostError
+from kvmhost.errors import IoctlError, KvmHostError
 from kvmhost.kvm.descriptor import Descriptor
 from kvmhost.kvm.structs import Struct
 
@@ -173,7 +174,11 @@ class Stats(Descriptor):
         return found
 
     def _pread(self, n_bytes: int, offset: int) -> bytes:
-        data = os.pread(self.fd, n_bytes, offset)
+        try:
+            data = os.pread(self.fd, n_bytes, offset)
+        except OSError as error:
+            shown = {"length": n_bytes, "offset": offset}
+            raise IoctlError("pread", error.errno or errno.EIO, shown) from error
         if len(data) != n_bytes:
             raise KvmHostError(
                 f"statistics: {len(data)} bytes at offset {offset}, the header says {n_bytes}"
