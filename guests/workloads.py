@@ -6,16 +6,27 @@ numpy, for tests and measurements. No code is shared with the guests.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["hotcold_gfns", "hotcold_owned_pages", "hotcold_written_gfns", "touch_gfns"]
+__all__ = [
+    "hotcold_gfns",
+    "hotcold_owned_pages",
+    "hotcold_written_gfns",
+    "touch_gfns",
+    "zipf_ranks",
+    "zipf_sums",
+]
 
 Gfns = npt.NDArray[np.int64]
 
 _U64 = np.uint64
+#: Spreads ranks over the pages; a prime, so that no two ranks meet.
+_SCATTER = 2654435761
+_LOG_ONE = 1 << 24
 
 
 def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -27,17 +38,25 @@ def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         return x ^ (x >> _U64(31))
 
 
-def touch_gfns(params: Mapping[str, int], epoch: int) -> Gfns:
-    """Return the gfns that ``touch`` touches in an epoch, ascending, each once."""
+def touch_gfns(
+    params: Mapping[str, int], epoch: int, n_vcpus: int = 1, vcpu: int | None = None
+) -> Gfns:
+    """Return the gfns that ``touch`` touches in an epoch, ascending, each once.
+
+    :param vcpu: only this one's share; None: over all vCPUs
+    """
     start, pages = params["start_gfn"], params["pages"]
+    share = slice(None) if vcpu is None else slice(vcpu, None, n_vcpus)
     if params["pattern"] == 2:
         base = _mix_one(params["seed"] + epoch)
-        steps = _indexes(params["count"])
+        steps = _indexes(params["count"])[share]
         with np.errstate(over="ignore"):
             picked = mix(steps + base) % _U64(pages)
         return np.unique(picked.astype(np.int64)) + start
-    stride = params["stride"] or 1
-    return np.arange(start, start + pages, stride, dtype=np.int64)
+    gfns = np.arange(start, start + pages, params["stride"] or 1, dtype=np.int64)
+    if params["pattern"] == 1:
+        gfns = gfns[::-1]
+    return np.sort(gfns[share])
 
 
 def hotcold_owned_pages(params: Mapping[str, int], n_vcpus: int) -> int:
@@ -45,16 +64,20 @@ def hotcold_owned_pages(params: Mapping[str, int], n_vcpus: int) -> int:
     return params["pages"] // n_vcpus * n_vcpus
 
 
-def hotcold_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1) -> Gfns:
+def hotcold_gfns(
+    params: Mapping[str, int], epoch: int, n_vcpus: int = 1, vcpu: int | None = None
+) -> Gfns:
     """Return the gfns of the range that ``hotcold`` touches in an epoch.
 
-    Ascending, each once, over all vCPUs. The guest's list of last writes, which
-    follows the range, is not part of it.
+    Ascending, each once. The guest's list of last writes, which follows the range, is
+    not part of it.
+
+    :param vcpu: only this one's share; None: over all vCPUs
     """
     run = params["pages"] // n_vcpus
     parts = []
-    for vcpu in range(n_vcpus):
-        base = run * vcpu
+    for one in range(n_vcpus) if vcpu is None else (vcpu,):
+        base = run * one
         if epoch == 0:
             parts.append(np.arange(base, base + run, dtype=np.int64))
         else:
@@ -62,9 +85,11 @@ def hotcold_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1) -> Gfn
     return np.unique(np.concatenate(parts)) + params["start_gfn"]
 
 
-def hotcold_written_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1) -> Gfns:
+def hotcold_written_gfns(
+    params: Mapping[str, int], epoch: int, n_vcpus: int = 1, vcpu: int | None = None
+) -> Gfns:
     """Return those of :func:`hotcold_gfns` that the epoch writes."""
-    gfns = hotcold_gfns(params, epoch, n_vcpus)
+    gfns = hotcold_gfns(params, epoch, n_vcpus, vcpu)
     if epoch == 0:
         return gfns
     dice = mix(gfns.astype(np.uint64) ^ _U64(epoch << 32)) % _U64(1000)
@@ -73,18 +98,44 @@ def hotcold_written_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1
 
 
 def _hotcold_epoch(params: Mapping[str, int], epoch: int, base: int, run: int) -> list[Gfns]:
-    hot = params["hot"] * run // params["pages"]
-    parts = [np.arange(base + run // 4, base + run // 4 + hot, dtype=np.int64)]
+    hot = params["hot"] * run // params["pages"] if params["passes"] else 0
+    phase = epoch // params["phase_every"] if params["phase_every"] else 0
+    moved = phase * (params["phase_step"] * run // params["pages"])
+    parts = [base + (np.arange(hot, dtype=np.int64) + run // 4 + moved) % run]
     with np.errstate(over="ignore"):
         random = _mix_one(params["seed"] + epoch) + _U64(base)
-        picked = mix(_indexes(params["cold"]) + random) % _U64(run)
-    parts.append(picked.astype(np.int64) + base)
+        draws = mix(_indexes(params["cold"] + params["zipf"]) + random)
+    cold, popular = np.split(draws, [params["cold"]])
+    parts.append((cold % _U64(run)).astype(np.int64) + base)
+    if popular.size:
+        ranks = zipf_ranks(popular, run, params["zipf_permille"])
+        parts.append((ranks * _SCATTER + moved) % run + base)
     slices = params["scan_epochs"]
     step = epoch % params["scan_every"] if params["scan_every"] else slices
     if step < slices:
         first, last = run * step // slices, run * (step + 1) // slices
         parts.append(np.arange(base + first, base + last, dtype=np.int64))
     return parts
+
+
+def zipf_ranks(draws: npt.NDArray[np.uint64], n_ranks: int, permille: int) -> npt.NDArray[np.int64]:
+    """Return the ranks that random numbers stand for, as ``zipf.h`` defines it."""
+    sums = zipf_sums(n_ranks, permille)
+    ranks: Gfns = np.searchsorted(sums, draws % sums[-1], side="right").astype(np.int64)
+    return ranks
+
+
+@functools.lru_cache(maxsize=8)
+def zipf_sums(n_ranks: int, permille: int) -> npt.NDArray[np.uint64]:
+    """Return the sums of the weights up to each rank.
+
+    The definition is taken literally, in the widest floating point that numpy has; the
+    guest has its own integer arithmetic. Tests hold them against each other.
+    """
+    logs = np.log2(np.arange(1, n_ranks + 1).astype(np.longdouble))
+    exponents = permille * np.floor(logs * _LOG_ONE).astype(np.int64) // 1000
+    weights = np.floor(np.exp2(32 - exponents.astype(np.longdouble) / _LOG_ONE))
+    return np.cumsum(weights.astype(np.uint64), dtype=np.uint64)
 
 
 def _indexes(n: int) -> npt.NDArray[np.uint64]:

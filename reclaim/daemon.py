@@ -2,8 +2,9 @@
 
 One thread a VM, and one pass an interval:
 
-1. harvest with clear, re-arming what was young, and age by it;
-2. take what is resident now and was not after the last pass as in use;
+1. harvest with clear, re-arming what was young (or a sample of it);
+2. take what is resident now and was not after the last pass as in use, and age by the
+   harvest;
 3. above the budget's high mark, evict the oldest down to the low mark; if the
    protected generations alone are larger than the budget, have the VM enforce its limit;
 4. tell the VM which pages to take next, for its fault handler to hold the hard
@@ -53,6 +54,9 @@ _STOP_S = 5.0
 class Settings:
     """What holds for every VM of a daemon.
 
+    :param sample: clear and re-arm only this fraction of the pages at each harvest, in
+        turn: the guest pays less, and a page takes ``1 / sample`` passes to look old;
+        None: re-arm all that were young
     :param max_victims: length of the list of pages to go next, in pages
     :param seed: order within a generation; None: by gfn
     """
@@ -60,6 +64,7 @@ class Settings:
     budget: Budget
     interval_s: float = 1.0
     tracker: str = "auto"
+    sample: float | None = None
     n_generations: int = 4
     max_victims: int = 16384
     seed: int | None = None
@@ -163,15 +168,22 @@ class VmReclaimer:
         start, busy = time.perf_counter_ns(), time.thread_time_ns()
         client, policy = self._client, self._policy
         bitmap, cost = client.harvest_timed(
-            0, self._n_pages, tracker=self._settings.tracker, clear=True, rearm="young"
+            0,
+            self._n_pages,
+            tracker=self._settings.tracker,
+            clear=True,
+            rearm="young" if self._settings.sample is None else "sample",
+            fraction=self._settings.sample,
         )
-        policy.age(bitmap.as_bool())
         resident = client.resident(0, self._n_pages)
-        refaulted = self._note_arrivals(resident)
+        now_ns = time.monotonic_ns()
+        refaulted = self._note_arrivals(resident, now_ns)
+        policy.age(bitmap.words, now_ns)
         wanted = self._settings.budget.excess_pages(int(resident.sum()))
-        outcomes = self._evict(policy.victims(wanted, resident & self._movable), resident, stop)
+        victims = policy.victims(wanted, resident & self._movable, now_ns)
+        outcomes = self._evict(victims, resident, now_ns, stop)
         forced = self._enforce(resident)
-        next_best = policy.victims(self._settings.max_victims, resident & self._movable)
+        next_best = policy.victims(self._settings.max_victims, resident & self._movable, now_ns)
         client.set_victims(next_best)
         self._resident = resident
         self._passes += 1
@@ -199,18 +211,22 @@ class VmReclaimer:
         excess = int(resident.sum()) > budget.max_bytes // _PAGE_BYTES
         return self._client.shrink(budget.max_bytes) if excess and self._passes >= 3 else 0
 
-    def _note_arrivals(self, resident: Mask) -> int:
+    def _note_arrivals(self, resident: Mask, now_ns: int) -> int:
         """Tell the policy what came since the last pass; return how much of it came back."""
         if self._resident is None:
             return 0
         # What the fault handler evicted on its own since the last pass.
-        self._gone |= self._resident & ~resident
-        self._policy.refaulted(resident & ~self._resident)
+        went = self._resident & ~resident
+        self._gone |= went
+        self._policy.evicted(np.flatnonzero(went), now_ns)
+        self._policy.refaulted(np.flatnonzero(resident & ~self._resident), now_ns)
         back = self._gone & resident
         self._gone &= ~resident
         return int(back.sum())
 
-    def _evict(self, victims: Gfns, resident: Mask, stop: threading.Event | None) -> dict[str, int]:
+    def _evict(
+        self, victims: Gfns, resident: Mask, now_ns: int, stop: threading.Event | None
+    ) -> dict[str, int]:
         """Evict in batches, and take what went out of the resident mask."""
         outcomes: dict[str, int] = {}
         for first in range(0, victims.size, _BATCH_PAGES):
@@ -223,7 +239,7 @@ class VmReclaimer:
             went = batch[np.frombuffer(report.each or b"", dtype=np.uint8) == 0]
             resident[went] = False
             self._gone[went] = True
-            self._policy.evicted(went)
+            self._policy.evicted(went, now_ns)
             if report.outcomes.get("full"):
                 break
         return outcomes

@@ -44,6 +44,7 @@ COMMANDS = {
     "run": ("run", "boot a guest and pass its exit status through"),
     "young": ("young", "look at young bitmaps of a running VM"),
     "reclaimd": ("reclaimd", "keep VMs under a memory budget by evicting cold pages"),
+    "drain": ("drain", "bring every evicted page of a VM back, and lift its limit"),
     "demo": ("demo", "the whole path: boot, harvest, reclaim under a limit, look"),
     "accuracy": ("accuracy", "how right and how dear each tracker is, against computed gfns"),
     "bench": ("bench", "measure walks, exits, harvests and starts, as ratios in one run"),

@@ -12,7 +12,7 @@ from types import FrameType
 
 from reclaim.daemon import Daemon, Dropped, PassReport, Settings
 from reclaim.pressure.budget import DEFAULT_HIGH, DEFAULT_LOW, Budget
-from tools.args import count, seconds, size_bytes
+from tools.args import count, seconds, share, size_bytes
 
 __all__ = ["main"]
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
         budget=Budget.of(args.budget, _mark(args.high, args.budget), _mark(args.low, args.budget)),
         interval_s=args.interval,
         tracker=args.tracker,
+        sample=args.sample,
         n_generations=args.generations,
         seed=args.seed,
     )
@@ -92,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         metavar="NAME",
         help="where young bits come from: auto (the VM's choice), or one that doctor lists",
+    )
+    parser.add_argument(
+        "--sample",
+        type=share,
+        metavar="SHARE",
+        help="clear and re-arm only this share of the pages at each harvest, for example 1/8: "
+        "the guest loses that much less, and a page takes 8 passes to look old (default: all)",
     )
     parser.add_argument(
         "--generations",

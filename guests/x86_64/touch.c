@@ -8,6 +8,8 @@
  *   pattern 1, backwards:  the same, from the last one down
  *   pattern 2, random:     start + mix(mix(seed + e) + i) % pages, i < count
  *
+ * After each epoch its number and the touches so far are in the vCPU's results.
+ *
  * Ports out: doorbell after each epoch, exit with 0.
  */
 #include "guest.h"
@@ -37,8 +39,9 @@ static void touch(u64 gfn, int write)
 u64 guest_main(u64 vcpu, struct params *params)
 {
 	const u64 *args = params->args;
-	u64 stride = args[STRIDE] ? args[STRIDE] : 1;
+	u64 stride = args[STRIDE] ? args[STRIDE] : 1, touches = 0;
 	u64 n = args[PATTERN] == RANDOM ? args[COUNT] : (args[PAGES] + stride - 1) / stride;
+	struct result *result = &params->results[vcpu];
 
 	for (u64 epoch = 0; !args[EPOCHS] || epoch < args[EPOCHS]; epoch++) {
 		u64 base = mix(args[SEED] + epoch);
@@ -49,7 +52,10 @@ u64 guest_main(u64 vcpu, struct params *params)
 							   : step * stride;
 
 			touch(args[START] + page, args[WRITE] != 0);
+			touches++;
 		}
+		result->epoch = epoch;
+		result->touches = touches;
 		doorbell(epoch);
 	}
 	return 0;

@@ -16,12 +16,24 @@
 #include <stdint.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 
 /* Since commit 2d5de004e009 ("userfaultfd: add /dev/userfaultfd for
  * fine grained access control") (in v6.1). */
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+
+/* Since commit 1a4e58cce84e ("mm: introduce MADV_PAGEOUT") (in v5.4). */
+#ifndef MADV_PAGEOUT
+#define MADV_PAGEOUT 21
+#endif
+
+/* Since commit 4ca9b3859dac ("mm/madvise: introduce MADV_POPULATE_(READ|WRITE) to
+ * prefault page tables") (in v5.14); an older kernel refuses, and nothing is lost. */
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
 #endif
 
 #ifndef UFFD_USER_MODE_ONLY
@@ -81,6 +93,19 @@ struct pm_scan_arg {
 #define PAGE_IS_PFNZERO (1 << 5)
 #define PAGE_IS_HUGE (1 << 6)
 #define PAGE_IS_SOFT_DIRTY (1 << 7)
+#define PM_SCAN_WP_MATCHING (1 << 0)
+#define PM_SCAN_CHECK_WPASYNC (1 << 1)
+#endif
+
+/* Since commit 1a4e58cce84e ("mm: introduce MADV_PAGEOUT") (in v5.4). */
+#ifndef MADV_PAGEOUT
+#define MADV_PAGEOUT 21
+#endif
+
+/* Since commit ecb8ac8b1f14 ("mm/madvise: introduce process_madvise() syscall: an
+ * external memory hinting API") (in v5.10). */
+#ifndef SYS_process_madvise
+#define SYS_process_madvise 440
 #endif
 
 /* Since commit fb04a1eddb1a ("KVM: X86: Implement ring-based dirty memory tracking") (in v5.11). */

@@ -12,7 +12,4 @@ int kh_ioctl_int(int fd, unsigned long request, unsigned long argument);
 /* ioctl(2) with a pointer argument. */
 int kh_ioctl_ptr(int fd, unsigned long request, void *argument);
 
-/* fallocate(2): give the pages of a range back, keep the size. */
-int kh_punch(int fd, uint64_t offset, uint64_t n_bytes);
-
 #endif

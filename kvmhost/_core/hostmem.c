@@ -1,12 +1,12 @@
 #include "hostmem.h"
 
+#include <fcntl.h>
+
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #define PAGE_SHIFT 12
-#define SCAN_REGIONS 1024
-#define PAGEMAP_PRESENT (1ull << 63)
 #define CHUNK_PAGES 8192
 
 int kh_map(int fd, uint64_t n_bytes, uint64_t *address)
@@ -78,85 +78,6 @@ int64_t kh_zap(uint64_t address, uint64_t n_pages, const uint64_t *words, uint64
 	return calls;
 }
 
-static void set_run(uint64_t *words, uint64_t start, uint64_t end)
-{
-	while (start < end) {
-		uint64_t bit = start % 64, n = 64 - bit < end - start ? 64 - bit : end - start;
-
-		words[start / 64] |= (n == 64 ? ~0ull : (1ull << n) - 1) << bit;
-		start += n;
-	}
-}
-
-int kh_pagemap_scan(int pagemap_fd, uint64_t address, uint64_t n_pages, uint64_t *words)
-{
-	uint64_t end = address + (n_pages << PAGE_SHIFT);
-	struct page_region *regions = malloc(SCAN_REGIONS * sizeof(*regions));
-	struct pm_scan_arg arg = {
-		.size = sizeof(arg),
-		.start = address,
-		.end = end,
-		.vec = (uintptr_t)regions,
-		.vec_len = SCAN_REGIONS,
-		.category_mask = PAGE_IS_PRESENT,
-		.return_mask = PAGE_IS_PRESENT,
-	};
-
-	if (!regions)
-		return -ENOMEM;
-	/* A full vector ends the call early; walk_end says where to go on. */
-	while (arg.start < end) {
-		int found = ioctl(pagemap_fd, PAGEMAP_SCAN, &arg);
-
-		if (found < 0 && errno == EINTR)
-			continue;
-		if (found < 0) {
-			int error = errno;
-
-			free(regions);
-			return -error;
-		}
-		for (int i = 0; i < found; i++)
-			set_run(words, (regions[i].start - address) >> PAGE_SHIFT,
-				(regions[i].end - address) >> PAGE_SHIFT);
-		if (arg.walk_end <= arg.start)
-			break;
-		arg.start = arg.walk_end;
-	}
-	free(regions);
-	return 0;
-}
-
-int kh_pagemap_read(int pagemap_fd, uint64_t address, uint64_t n_pages, uint64_t *words)
-{
-	uint64_t *entries = malloc(CHUNK_PAGES * sizeof(*entries));
-	uint64_t page = 0;
-
-	if (!entries)
-		return -ENOMEM;
-	while (page < n_pages) {
-		uint64_t n = n_pages - page < CHUNK_PAGES ? n_pages - page : CHUNK_PAGES;
-		off_t offset = ((address >> PAGE_SHIFT) + page) * sizeof(*entries);
-		ssize_t got = pread(pagemap_fd, entries, n * sizeof(*entries), offset);
-
-		if (got < 0 && errno == EINTR)
-			continue;
-		if (got <= 0) {
-			int error = got ? errno : EIO;
-
-			free(entries);
-			return -error;
-		}
-		n = got / sizeof(*entries);
-		for (uint64_t i = 0; i < n; i++)
-			if (entries[i] & PAGEMAP_PRESENT)
-				words[(page + i) / 64] |= 1ull << (page + i) % 64;
-		page += n;
-	}
-	free(entries);
-	return 0;
-}
-
 int kh_resident(uint64_t address, uint64_t n_pages, uint64_t *words)
 {
 	unsigned char *held = malloc(CHUNK_PAGES);
@@ -183,4 +104,10 @@ int kh_resident(uint64_t address, uint64_t n_pages, uint64_t *words)
 	}
 	free(held);
 	return 0;
+}
+
+int kh_punch(int fd, uint64_t offset, uint64_t n_bytes)
+{
+	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, n_bytes) ? -errno
+											 : 0;
 }

@@ -1,6 +1,6 @@
 /*
  * Host side of guest memory: mappings of a memfd, zapping, and the questions
- * that pagemap and mincore answer. Bitmaps are 64-bit words, bit 0 first.
+ * that mincore answers (pagemap: pagescan.h). Bitmaps are 64-bit words, bit 0 first.
  */
 #ifndef KVMHOST_HOSTMEM_H
 #define KVMHOST_HOSTMEM_H
@@ -19,10 +19,9 @@ int kh_unmap(uint64_t address, uint64_t n_bytes);
  */
 int64_t kh_zap(uint64_t address, uint64_t n_pages, const uint64_t *words, uint64_t gap_pages);
 
-/* Set the bit of every page whose host PTE is present, by PAGEMAP_SCAN. */
-int kh_pagemap_scan(int pagemap_fd, uint64_t address, uint64_t n_pages, uint64_t *words);
-/* The same by reading 8 bytes a page, for kernels without PAGEMAP_SCAN. */
-int kh_pagemap_read(int pagemap_fd, uint64_t address, uint64_t n_pages, uint64_t *words);
+/* Punch a range out of a memfd: it reads as zeros, and takes no memory. */
+int kh_punch(int fd, uint64_t offset, uint64_t n_bytes);
+
 /* Set the bit of every page that the memfd behind a mapping holds, by mincore. */
 int kh_resident(uint64_t address, uint64_t n_pages, uint64_t *words);
 

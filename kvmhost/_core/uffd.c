@@ -78,7 +78,14 @@ int kh_uffd_unregister(int uffd, uint64_t address, uint64_t n_bytes)
 {
 	struct uffdio_range range = { .start = address, .len = n_bytes };
 
-	return ioctl(uffd, UFFDIO_UNREGISTER, &range) ? -errno : 0;
+	if (ioctl(uffd, UFFDIO_UNREGISTER, &range))
+		return -errno;
+	/*
+	 * The kernel wakes who waits before it takes the registration away: a fault
+	 * that queues in between (it holds only the lock of its VMA) would sleep on.
+	 */
+	ioctl(uffd, UFFDIO_WAKE, &range);
+	return 0;
 }
 
 /* EAGAIN: the address space changes under us (fork, munmap elsewhere). */

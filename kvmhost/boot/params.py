@@ -8,7 +8,7 @@ At gpa 0x1000, little-endian; guests/x86_64/guest.h has the same in C::
     0x018  u64  free memory: end gpa
     0x020  u64  start gpa of the MMIO window
     0x040  u64  arguments, 64 of them, by the image's own list of names
-    0x400  results, 64 bytes a vCPU: status, gfn, epoch, expected, found, 3 spare
+    0x400  results, 64 bytes a vCPU: status, gfn, epoch, expected, found, word, touches, spare
 """
 
 from __future__ import annotations
@@ -34,13 +34,20 @@ _U64_MAX = (1 << 64) - 1
 
 @dataclasses.dataclass(frozen=True)
 class GuestResult:
-    """What a vCPU left in its slot of the parameter page."""
+    """What a vCPU left in its slot of the parameter page.
+
+    :param epoch: the one that it is in, or has finished last
+    :param word: index in the page of the word that was ``found`` and not ``expected``
+    :param touches: pages touched so far; counts up while the guest runs
+    """
 
     status: int
     gfn: int
     epoch: int
     expected: int
     found: int
+    word: int
+    touches: int
 
 
 def resolve_params(image: Image, given: Mapping[str, int]) -> dict[str, int]:
@@ -81,4 +88,4 @@ def write_params(
 def read_result(memory: GuestMemory, vcpu: int) -> GuestResult:
     """Read what vCPU ``vcpu`` reported."""
     at = PARAMS_GPA + RESULTS_OFFSET + vcpu * RESULT_BYTES
-    return GuestResult(*struct.unpack("<5Q", memory[at : at + 40]))
+    return GuestResult(*struct.unpack("<7Q", memory[at : at + 56]))

@@ -86,17 +86,31 @@ class Client(Closing):
         tracker: str = "auto",
         clear: bool = True,
         rearm: str = "young",
+        fraction: float | None = None,
         mask: Words | None = None,
+        table_format: str = "",
     ) -> YoungBitmap:
         """Return which pages were young.
 
         :param n_pages: None: to the end of memory
         :param clear: begin a new window for them
-        :param rearm: ``none``, ``young`` (those that were cleared) or ``all``
+        :param rearm: ``none``, ``young`` (those that were cleared), ``all``, or ``sample``:
+            clear and re-arm only a ``fraction`` of the pages, in turn; the guest pays less,
+            and a page that is no longer touched reads as young for ``1 / fraction`` harvests
+        :param fraction: with ``sample``, from 1/65536 to 1; None: a default
         :param mask: shape ``(ceil(n_pages / 64),)``: clear only where the bit is 1
+        :param table_format: feed the harvest into a model table of this format (``tdp``,
+            ``ept``, ``stage2``, ``radix``) and return what its walker finds
         """
         return self.harvest_timed(
-            gfn_start, n_pages, tracker=tracker, clear=clear, rearm=rearm, mask=mask
+            gfn_start,
+            n_pages,
+            tracker=tracker,
+            clear=clear,
+            rearm=rearm,
+            fraction=fraction,
+            mask=mask,
+            table_format=table_format,
         )[0]
 
     def harvest_timed(
@@ -107,11 +121,17 @@ class Client(Closing):
         tracker: str = "auto",
         clear: bool = True,
         rearm: str = "young",
+        fraction: float | None = None,
         mask: Words | None = None,
+        table_format: str = "",
     ) -> tuple[YoungBitmap, HarvestCost]:
         """Do the same as :meth:`harvest`, and say what it took inside the VM."""
         query = _range_query(gfn_start, n_pages)
         query |= {"tracker": tracker, "clear": str(int(clear)), "rearm": rearm}
+        if fraction is not None:
+            query["fraction"] = repr(float(fraction))
+        if table_format:
+            query["format"] = table_format
         body = b"" if mask is None else mask.astype("<u8", copy=False).tobytes()
         answer = self._call("POST", "harvest", params=query, content=body, headers=_BINARY)
         cost = HarvestCost(
@@ -120,15 +140,18 @@ class Client(Closing):
         )
         return _read_bitmap(self.vm, answer), cost
 
-    def evict(self, gfns: Gfns, each: bool = False) -> schema.EvictReport:
+    def evict(
+        self, gfns: Gfns, each: bool = False, *, actuator: str = "store"
+    ) -> schema.EvictReport:
         """Evict pages in the given order; partial success is normal.
 
         :param each: also ask for every page's outcome
+        :param actuator: ``store``, the pager's own, or ``swap``, the host's
         """
         answer = self._call(
             "POST",
             "evict",
-            params={"each": str(int(each))},
+            params={"each": str(int(each)), "actuator": actuator},
             content=_gfn_bytes(gfns),
             headers=_BINARY,
         )
@@ -139,6 +162,10 @@ class Client(Closing):
         body = schema.encode(schema.RestoreRequest(gfn, n_pages))
         answer = self._call("POST", "restore", content=body, headers=_JSON)
         return self._read(answer, schema.RestoreReport).restored
+
+    def drain(self) -> schema.RestoreReport:
+        """Bring everything back, lift the limit and forget the victims; the VM runs on."""
+        return self._read(self._call("POST", "drain"), schema.RestoreReport)
 
     def set_limit(self, resident_max_bytes: int) -> int:
         """Limit the resident bytes, 0 for no limit; return what is in force now."""
@@ -157,17 +184,39 @@ class Client(Closing):
         answer = self._call("PUT", "victims", content=_gfn_bytes(gfns), headers=_BINARY)
         return self._read(answer, schema.VictimsReport).pages
 
-    def pause(self) -> schema.RunState:
-        """Hold the vCPUs; pauses nest."""
-        return self._read(self._call("POST", "pause"), schema.RunState)
+    def pause(self, for_s: float = 60.0) -> schema.RunState:
+        """Hold the vCPUs; pauses nest.
 
-    def resume(self) -> schema.RunState:
-        """Undo one :meth:`pause`."""
-        return self._read(self._call("POST", "resume"), schema.RunState)
+        :param for_s: seconds after which the VM goes on by itself; 0: never
+        """
+        return self._read(self._call("POST", "pause", params={"for_s": for_s}), schema.RunState)
+
+    def resume(self, pause: int | None = None) -> schema.RunState:
+        """Undo one :meth:`pause`: that of a number, as it was answered, or the last one."""
+        query = {} if pause is None else {"pause": pause}
+        return self._read(self._call("POST", "resume", params=query), schema.RunState)
 
     def stop(self) -> schema.RunState:
         """End the guest."""
         return self._read(self._call("POST", "stop"), schema.RunState)
+
+    def take_lease(self, asked: schema.LeaseRequest) -> None:
+        """Become the one who looks after the VM; from now on every request renews that.
+
+        :raises ControlError: with status 423 if someone else is, and here from every
+            request once the lease is lost
+        """
+        answer = self._call("PUT", "lease", content=schema.encode(asked), headers=_JSON)
+        self._http.headers[HEADER_PREFIX + "Lease"] = self._read(answer, schema.LeaseGrant).token
+
+    def give_back_lease(self) -> None:
+        """Look after the VM no longer."""
+        self._call("DELETE", "lease")
+        del self._http.headers[HEADER_PREFIX + "Lease"]
+
+    def lease(self) -> schema.LeaseInfo | None:
+        """Return who looks after the VM; None: nobody."""
+        return self._get("lease", schema.LeaseState).lease
 
     def close(self) -> None:
         """Hang up. Idempotent."""

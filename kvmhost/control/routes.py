@@ -9,9 +9,11 @@
 ``POST /v1/harvest``            bitmap: which pages were young
 ``POST /v1/evict``              evict a list of pages
 ``POST /v1/restore``            bring a range back
+``POST /v1/drain``              bring everything back and evict no more
 ``PUT  /v1/limit``              resident limit, held by the fault handler
 ``PUT  /v1/victims``            what goes first at the limit
 ``POST /v1/pause|resume|stop``  the vCPUs
+``GET|PUT|DELETE /v1/lease``    which daemon looks after this VM
 =============================== ====================================================
 
 What may block runs in a worker thread: one harvest at a time, one change of the
@@ -23,56 +25,45 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import dataclasses
 import errno
+import functools
 import os
-import time
 import typing
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words, pack
 from kvmhost.control import schema
+from kvmhost.control.answers import (
+    BINARY,
+    Problem,
+    Reply,
+    Request,
+    Route,
+    by_method,
+    json_reply,
+    nothing_asked,
+)
+from kvmhost.control.lease import Lease
+from kvmhost.control.pauses import Pauses
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import CapabilityError, IoctlError, KvmHostError, LayoutError, PagerError
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
+    from kvmhost.pager import EvictResult
+    from kvmhost.trackers.feed import Feed
 
-__all__ = ["Problem", "Reply", "Routes", "problem_of"]
+__all__ = ["Routes", "problem_of"]
 
-JSON, BINARY = "application/json", "application/octet-stream"
 #: A bitmap of so many pages (a terabyte of guest) is the largest one answered.
 MAX_BITMAP_PAGES = 1 << 28
 
-Query = dict[str, str]
-Route = Callable[..., Awaitable["Reply"]]
-
-
-class Problem(Exception):
-    """An answer with an error status.
-
-    :param field: the field of the request that was wrong
-    :param allow: methods for the header of status 405
-    """
-
-    def __init__(self, status: int, message: str, field: str = "", allow: str = "") -> None:
-        super().__init__(status, message)
-        self.status, self.message, self.field, self.allow = status, message, field, allow
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """An answer with status 200."""
-
-    body: bytes
-    content_type: str = JSON
-    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+Answering = Callable[..., Awaitable[Reply]]
 
 
 def problem_of(error: Exception) -> Problem:
@@ -100,11 +91,13 @@ class Routes:
     def __init__(self, machine: Machine, name: str) -> None:
         self._machine, self._name = machine, name
         self._executor = concurrent.futures.ThreadPoolExecutor(4, "control-worker")
-        self._harvesting, self._paging, self._running = (asyncio.Lock() for _ in range(3))
+        self._harvesting, self._paging = asyncio.Lock(), asyncio.Lock()
+        self._pauses = Pauses(machine, name, self._work)
+        self._lease = Lease(name)
         self._limit_bytes = 0
-        self._tracker: str | None = None
+        self._feeds: dict[str, Feed] = {}
         self._totals = schema.HarvestTotals(0, 0, 0, 0, 0)
-        self._table: dict[str, dict[str, Route]] = {
+        self._table: dict[str, dict[str, Answering]] = {
             "/v1/state": {"GET": self._get_state},
             "/v1/memory": {"GET": self._get_memory},
             "/v1/counters": {"GET": self._get_counters},
@@ -112,11 +105,17 @@ class Routes:
             "/v1/harvest": {"POST": self._harvest},
             "/v1/evict": {"POST": self._evict},
             "/v1/restore": {"POST": self._restore},
+            "/v1/drain": {"POST": self._drain},
             "/v1/limit": {"PUT": self._put_limit},
             "/v1/victims": {"PUT": self._put_victims},
             "/v1/pause": {"POST": self._pause},
             "/v1/resume": {"POST": self._resume},
             "/v1/stop": {"POST": self._stop},
+            "/v1/lease": {
+                "GET": self._get_lease,
+                "PUT": self._put_lease,
+                "DELETE": self._delete_lease,
+            },
         }
 
     @property
@@ -125,31 +124,44 @@ class Routes:
         return self._machine.memory.n_pages * 16 + (64 << 10)
 
     def close(self) -> None:
-        """Wait for the worker threads to end."""
+        """Wait for the worker threads to end. Without the event loop."""
         self._executor.shutdown(wait=True)
+        for feed in self._feeds.values():
+            feed.close()
 
-    def find(self, method: str, path: str) -> tuple[Route, tuple[str, ...]]:
-        """Return who answers a request, and the arguments from its path.
+    def let_go(self) -> None:
+        """Stop the clocks of pauses and lease; in the event loop."""
+        self._pauses.close()
+        self._lease.close()
+
+    def find(self, method: str, path: str) -> Route:
+        """Return who answers a request.
 
         :raises Problem: 404 for an unknown path, 405 for the wrong method
         """
         routes, args = self._table.get(path), ()
         if routes is None and path.startswith("/v1/pages/"):
-            routes = {"GET": self._get_page}
-            return _by_method(routes, method, path), (path.removeprefix("/v1/pages/"),)
-        if routes is None:
-            raise Problem(404, f"no such path: {path[:200]}")
-        return _by_method(routes, method, path), args
+            page = by_method({"GET": self._get_page}, method, path)
+            return functools.partial(self._answer, page, (path.removeprefix("/v1/pages/"),))
+        return functools.partial(self._answer, by_method(routes, method, path), args)
+
+    def problem_of(self, error: Exception) -> Problem:
+        """Return the answer that an exception stands for."""
+        return problem_of(error)
+
+    async def _answer(self, route: Answering, args: tuple[str, ...], request: Request) -> Reply:
+        with self._lease.used_by(request.lease):
+            return await route(request, *args)
 
     # -- looking --------------------------------------------------------------
 
-    async def _get_state(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        _nothing(query, body)
+    async def _get_state(self, request: Request) -> Reply:
+        nothing_asked(request)
         machine = self._machine
         vcpus = [
             schema.VcpuState(v.index, v.exits, v.doorbells, v.doorbell_value) for v in machine.vcpus
         ]
-        return _json(
+        return json_reply(
             schema.VmState(
                 name=self._name,
                 pid=os.getpid(),
@@ -167,12 +179,13 @@ class Routes:
                 mem_bytes=machine.memory.n_pages * PAGE_BYTES,
                 resident_bytes=machine.memory.resident_bytes(),
                 limit_bytes=self._limit_bytes,
-                tracker=self._tracker,
+                tracker=machine.tracker_name,
+                lease=self._lease.info(),
             )
         )
 
-    async def _get_memory(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        _nothing(query, body)
+    async def _get_memory(self, request: Request) -> Reply:
+        nothing_asked(request)
         memory = self._machine.memory
         regions = [
             schema.RegionInfo(slot, r.gpa, r.n_bytes, r.gfn, r.n_pages, r.guest_address)
@@ -182,10 +195,10 @@ class Routes:
             schema.PageRange(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
             for gpa, n_bytes in self._machine.layout.pinned_ranges
         ]
-        return _json(schema.MemoryMap(PAGE_BYTES, memory.gfn_end, regions, pinned))
+        return json_reply(schema.MemoryMap(PAGE_BYTES, memory.gfn_end, regions, pinned))
 
-    async def _get_counters(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        _nothing(query, body)
+    async def _get_counters(self, request: Request) -> Reply:
+        nothing_asked(request)
         machine = self._machine
         pager = None
         if machine.has_pager:
@@ -193,22 +206,22 @@ class Routes:
         counts = schema.MachineCounters(
             machine.exits, machine.doorbells, machine.uptime_s, machine.memory.resident_bytes()
         )
-        return _json(schema.Counters(counts, self._totals, pager))
+        return json_reply(schema.Counters(counts, self._totals, pager))
 
-    async def _get_resident(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        asked = _query(query, schema.RangeQuery)
-        _no_body(body)
+    async def _get_resident(self, request: Request) -> Reply:
+        asked = schema.decode_query(request.query, schema.RangeQuery)
+        _no_body(request)
         gfn_start, n_pages = self._range(asked)
         words = await self._work(lambda: self._resident_words(gfn_start, n_pages))
         return _bitmap(YoungBitmap(gfn_start, n_pages, words))
 
-    async def _get_page(self, query: Query, body: bytes, is_json: bool, text: str) -> Reply:
-        _nothing(query, body)
+    async def _get_page(self, request: Request, text: str) -> Reply:
+        nothing_asked(request)
         try:
             gfn = int(text, 0)
         except ValueError:
             raise Problem(400, f"no gfn: {text[:80]!r}", "gfn") from None
-        return _json(await self._work(lambda: self._page(gfn)))
+        return json_reply(await self._work(lambda: self._page(gfn)))
 
     def _page(self, gfn: int) -> schema.Page:
         machine, memory = self._machine, self._machine.memory
@@ -252,69 +265,79 @@ class Routes:
 
     # -- harvest --------------------------------------------------------------
 
-    async def _harvest(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        asked = _query(query, schema.HarvestQuery)
+    async def _harvest(self, request: Request) -> Reply:
+        asked = schema.decode_query(request.query, schema.HarvestQuery)
+        if asked.fraction is not None and asked.rearm != "sample":
+            raise Problem(400, f"goes with rearm=sample, not {asked.rearm}", "fraction")
         gfn_start, n_pages = self._range(asked)
-        mask = _mask(body, n_pages) if body else None
+        mask = _mask(request.body, n_pages) if request.body else None
         async with self._harvesting:
-            bitmap, cost = await self._work(
-                lambda: self._run_harvest(asked, gfn_start, n_pages, mask)
+            found = await self._work(
+                lambda: self._machine.harvest(
+                    gfn_start,
+                    n_pages,
+                    tracker=asked.tracker,
+                    clear=asked.clear,
+                    rearm=asked.rearm,
+                    fraction=asked.fraction,
+                    mask=mask,
+                )
             )
+            young = found.young
+            if asked.format:
+                young = await self._work(lambda: self._feed(asked.format).through(found.young))
         old = self._totals
         self._totals = schema.HarvestTotals(
             old.harvests + 1,
             old.pages + n_pages,
-            old.young + bitmap.count(),
-            old.harvest_ns + cost.harvest_ns,
-            old.rearm_ns + cost.rearm_ns,
+            old.young + found.young.count(),
+            old.harvest_ns + found.harvest_ns,
+            old.rearm_ns + found.rearm_ns,
         )
-        return _bitmap(bitmap, cost)
+        return _bitmap(young, schema.HarvestCost(found.harvest_ns, found.rearm_ns))
 
-    def _run_harvest(
-        self, asked: schema.HarvestQuery, gfn_start: int, n_pages: int, mask: Words | None
-    ) -> tuple[YoungBitmap, schema.HarvestCost]:
-        # Changing trackers begins everything anew: "auto" keeps the one in use.
-        wanted = self._tracker if asked.tracker == "auto" else asked.tracker
-        tracker = self._machine.use_tracker(wanted or "auto")
-        self._tracker = tracker.name
-        start = time.perf_counter_ns()
-        bitmap = tracker.harvest(gfn_start, n_pages, asked.clear, mask)
-        middle = time.perf_counter_ns()
-        if asked.clear and self._machine.has_pager:
-            self._machine.pager.note_young(bitmap)
-        if asked.rearm == "all":
-            tracker.rearm(gfn_start, n_pages)
-        elif asked.rearm == "young" and asked.clear:
-            cleared = bitmap
-            if mask is not None:
-                cleared = dataclasses.replace(bitmap, words=bitmap.words & mask)
-            tracker.rearm(gfn_start, n_pages, cleared)
-        end = time.perf_counter_ns()
-        return bitmap, schema.HarvestCost(middle - start, end - middle)
+    def _feed(self, table_format: str) -> Feed:
+        """Return the model table of a format, made on first use."""
+        if table_format not in self._feeds:
+            from kvmhost.trackers.feed import Feed
+
+            self._feeds[table_format] = Feed(table_format, self._machine.memory.regions)
+        return self._feeds[table_format]
 
     # -- pager ----------------------------------------------------------------
 
-    async def _evict(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        asked = _query(query, schema.EvictQuery)
-        gfns = self._gfns(body, is_json, schema.EvictRequest)
+    async def _evict(self, request: Request) -> Reply:
+        asked = schema.decode_query(request.query, schema.EvictQuery)
+        gfns = self._gfns(request, schema.EvictRequest)
         async with self._paging:
-            result = await self._work(lambda: self._machine.pager.evict(gfns))
+            result = await self._work(lambda: self._run_evict(asked, gfns))
         each = result.outcomes.tobytes() if asked.each else None
-        return _json(schema.EvictReport(int(gfns.size), result.by_name(), each))
+        return json_reply(schema.EvictReport(int(gfns.size), result.by_name(), each))
 
-    async def _restore(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        _query(query, schema.NoQuery)
-        asked = schema.decode(body, schema.RestoreRequest)
+    def _run_evict(self, asked: schema.EvictQuery, gfns: npt.NDArray[np.int64]) -> EvictResult:
+        pager = self._machine.pager
+        return pager.page_out(gfns) if asked.actuator == "swap" else pager.evict(gfns)
+
+    async def _restore(self, request: Request) -> Reply:
+        schema.decode_query(request.query, schema.NoQuery)
+        asked = schema.decode(request.body, schema.RestoreRequest)
         self._machine.memory.region_at(asked.gfn << PAGE_SHIFT, asked.n_pages << PAGE_SHIFT)
         async with self._paging:
-            restored = await self._work(
-                lambda: self._machine.pager.restore(asked.gfn, asked.n_pages)
-            )
-        return _json(schema.RestoreReport(restored))
+            result = await self._work(lambda: self._machine.pager.restore(asked.gfn, asked.n_pages))
+        return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
 
-    async def _put_limit(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        _query(query, schema.NoQuery)
-        asked = schema.decode(body, schema.LimitRequest)
+    async def _drain(self, request: Request) -> Reply:
+        nothing_asked(request)
+        if not self._machine.has_pager:
+            return json_reply(schema.RestoreReport(0))
+        async with self._paging:
+            result = await self._work(lambda: self._machine.pager.drain())
+            self._limit_bytes = 0
+        return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
+
+    async def _put_limit(self, request: Request) -> Reply:
+        schema.decode_query(request.query, schema.NoQuery)
+        asked = schema.decode(request.body, schema.LimitRequest)
         n_pages = asked.resident_max_bytes // PAGE_BYTES
         if asked.resident_max_bytes and not n_pages:
             raise Problem(400, f"less than a page of {PAGE_BYTES} bytes", "resident_max_bytes")
@@ -322,31 +345,52 @@ class Routes:
             await self._work(lambda: self._machine.pager.set_limit(n_pages))
             self._limit_bytes = n_pages * PAGE_BYTES
             shrunk = await self._work(self._machine.pager.shrink) if asked.shrink else 0
-        return _json(schema.LimitState(self._limit_bytes, shrunk))
+        return json_reply(schema.LimitState(self._limit_bytes, shrunk))
 
-    async def _put_victims(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        _query(query, schema.NoQuery)
-        gfns = self._gfns(body, is_json, schema.GfnList)
+    async def _put_victims(self, request: Request) -> Reply:
+        schema.decode_query(request.query, schema.NoQuery)
+        gfns = self._gfns(request, schema.GfnList)
         async with self._paging:
             await self._work(lambda: self._machine.pager.set_victims(gfns))
-        return _json(schema.VictimsReport(int(gfns.size)))
+        return json_reply(schema.VictimsReport(int(gfns.size)))
 
     # -- vCPUs ----------------------------------------------------------------
 
-    async def _pause(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        return await self._steer(query, body, self._machine.pause)
+    async def _pause(self, request: Request) -> Reply:
+        asked = schema.decode_query(request.query, schema.PauseQuery)
+        _no_body(request)
+        number = await self._pauses.pause(asked.for_s)
+        return json_reply(self._run_state(number))
 
-    async def _resume(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        return await self._steer(query, body, self._machine.resume)
+    async def _resume(self, request: Request) -> Reply:
+        asked = schema.decode_query(request.query, schema.ResumeQuery)
+        _no_body(request)
+        await self._pauses.resume(asked.pause)
+        return json_reply(self._run_state())
 
-    async def _stop(self, query: Query, body: bytes, is_json: bool) -> Reply:
-        return await self._steer(query, body, self._machine.stop)
+    async def _stop(self, request: Request) -> Reply:
+        nothing_asked(request)
+        await self._pauses.stop()
+        return json_reply(self._run_state())
 
-    async def _steer(self, query: Query, body: bytes, action: Callable[[], None]) -> Reply:
-        _nothing(query, body)
-        async with self._running:
-            await self._work(action)
-        return _json(schema.RunState(self._machine.running, self._machine.paused))
+    def _run_state(self, pause: int | None = None) -> schema.RunState:
+        return schema.RunState(self._machine.running, self._machine.paused, pause)
+
+    # -- lease ----------------------------------------------------------------
+
+    async def _get_lease(self, request: Request) -> Reply:
+        nothing_asked(request)
+        return json_reply(schema.LeaseState(self._lease.info()))
+
+    async def _put_lease(self, request: Request) -> Reply:
+        schema.decode_query(request.query, schema.NoQuery)
+        asked = schema.decode(request.body, schema.LeaseRequest)
+        return json_reply(self._lease.take(asked, request.lease, request.peer))
+
+    async def _delete_lease(self, request: Request) -> Reply:
+        nothing_asked(request)
+        self._lease.give_back(request.lease)
+        return json_reply(schema.LeaseState(None))
 
     # -- helpers --------------------------------------------------------------
 
@@ -362,14 +406,13 @@ class Routes:
             raise Problem(400, f"{n_pages} pages: at most {MAX_BITMAP_PAGES}", "n_pages")
         return asked.gfn_start, n_pages
 
-    def _gfns(
-        self, body: bytes, is_json: bool, kind: type[schema.GfnList]
-    ) -> npt.NDArray[np.int64]:
+    def _gfns(self, request: Request, kind: type[schema.GfnList]) -> npt.NDArray[np.int64]:
         """Read a list of gfns, JSON or binary.
 
         :raises Problem: naming the first gfn that is in no region
         """
-        if is_json:
+        body = request.body
+        if request.is_json:
             gfns = np.array(schema.decode(body, kind).gfns, dtype=np.int64)
         elif len(body) % 8:
             raise Problem(400, f"{len(body)} bytes: no whole number of 64-bit gfns", "body")
@@ -385,25 +428,9 @@ class Routes:
         return gfns
 
 
-def _by_method(routes: dict[str, Route], method: str, path: str) -> Route:
-    if method not in routes:
-        allow = ", ".join(sorted(routes))
-        raise Problem(405, f"{path} takes {allow}, not {method[:20]}", allow=allow)
-    return routes[method]
-
-
-def _query(query: Query, kind: type[schema.T]) -> schema.T:
-    return schema.decode_query(query, kind)
-
-
-def _no_body(body: bytes) -> None:
-    if body:
+def _no_body(request: Request) -> None:
+    if request.body:
         raise Problem(400, "takes no body", "body")
-
-
-def _nothing(query: Query, body: bytes) -> None:
-    _query(query, schema.NoQuery)
-    _no_body(body)
 
 
 def _mask(body: bytes, n_pages: int) -> Words:
@@ -411,10 +438,6 @@ def _mask(body: bytes, n_pages: int) -> Words:
     if len(body) != needed:
         raise Problem(400, f"mask of {len(body)} bytes: {n_pages} pages need {needed}", "body")
     return np.frombuffer(body, dtype="<u8").astype(np.uint64)
-
-
-def _json(message: msgspec.Struct) -> Reply:
-    return Reply(schema.encode(message))
 
 
 def _bitmap(bitmap: YoungBitmap, cost: schema.HarvestCost | None = None) -> Reply:

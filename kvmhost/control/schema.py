@@ -8,6 +8,7 @@ is not listed here is refused, and so is a number out of range.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -23,21 +24,28 @@ __all__ = [
     "HarvestCost",
     "HarvestQuery",
     "HarvestTotals",
+    "LeaseGrant",
+    "LeaseInfo",
+    "LeaseRequest",
+    "LeaseState",
     "LimitRequest",
     "LimitState",
     "MachineCounters",
     "MemoryMap",
     "Page",
     "PageRange",
+    "PauseQuery",
     "RangeQuery",
     "RegionInfo",
     "RestoreReport",
     "RestoreRequest",
+    "ResumeQuery",
     "RunState",
     "SchemaError",
     "VcpuState",
     "VictimsReport",
     "VmState",
+    "convert",
     "decode",
     "decode_query",
     "encode",
@@ -48,6 +56,7 @@ HEADER_PREFIX = "X-Kvmhost-"
 
 Gfn = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+Fraction = Annotated[float, msgspec.Meta(ge=1 / 65536, le=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
@@ -84,17 +93,28 @@ class RangeQuery(_Strict, frozen=True):
 
 
 class HarvestQuery(RangeQuery, frozen=True):
-    """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page."""
+    """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page.
+
+    ``rearm=sample`` clears and re-arms only a ``fraction`` of the pages, other ones at
+    each harvest of the range; without ``fraction`` a default that was measured. With
+    ``format`` the harvest is fed into a model table, and its walker answers.
+    """
 
     tracker: str = "auto"
     clear: bool = True
-    rearm: Literal["none", "young", "all"] = "young"
+    rearm: Literal["none", "young", "all", "sample"] = "young"
+    fraction: Fraction | None = None
+    format: Literal["", "tdp", "npt", "ept", "stage2", "radix"] = ""
 
 
 class EvictQuery(_Strict, frozen=True):
-    """Query of ``POST /v1/evict``: ``each`` asks for every page's outcome."""
+    """Query of ``POST /v1/evict``: ``each`` asks for every page's outcome.
+
+    ``actuator`` is the pager's own store or the host's swap.
+    """
 
     each: bool = False
+    actuator: Literal["store", "swap"] = "store"
 
 
 class GfnList(_Strict, frozen=True):
@@ -122,6 +142,33 @@ class LimitRequest(_Strict, frozen=True):
 
     resident_max_bytes: Bytes
     shrink: bool = False
+
+
+class PauseQuery(_Strict, frozen=True):
+    """Query of ``POST /v1/pause``: seconds until it ends by itself; 0: never."""
+
+    for_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 60.0
+
+
+class ResumeQuery(_Strict, frozen=True):
+    """Query of ``POST /v1/resume``: which pause to undo; without, the last one."""
+
+    pause: Annotated[int, msgspec.Meta(ge=1, lt=1 << 52)] | None = None
+
+
+class LeaseRequest(_Strict, frozen=True):
+    """Body of ``PUT /v1/lease``.
+
+    :param holder: who asks, for people to read
+    :param ttl_s: after so long without a request the holder counts as hung
+    :param socket: where the holder answers questions; empty: nowhere
+    :param take_over: take it away from who has it
+    """
+
+    holder: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    ttl_s: Annotated[float, msgspec.Meta(ge=0.05, le=86400)] = 10.0
+    socket: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    take_over: bool = False
 
 
 class NoQuery(_Strict, frozen=True):
@@ -154,6 +201,33 @@ class VcpuState(_Answer, frozen=True):
     epoch: int
 
 
+class LeaseInfo(_Answer, frozen=True):
+    """Who looks after a VM.
+
+    :param held_s: since when
+    :param silent_s: since the last request
+    """
+
+    holder: str
+    pid: int
+    socket: str
+    ttl_s: float
+    held_s: float
+    silent_s: float
+
+
+class LeaseState(_Answer, frozen=True):
+    """Answer of ``GET /v1/lease``; None: nobody has it."""
+
+    lease: LeaseInfo | None
+
+
+class LeaseGrant(_Answer, frozen=True):
+    """Answer of ``PUT /v1/lease``: what goes into the header ``X-Kvmhost-Lease``."""
+
+    token: str
+
+
 class VmState(_Answer, frozen=True):
     """Answer of ``GET /v1/state``.
 
@@ -177,6 +251,7 @@ class VmState(_Answer, frozen=True):
     resident_bytes: int
     limit_bytes: int
     tracker: str | None
+    lease: LeaseInfo | None = None
 
 
 class PageRange(_Answer, frozen=True):
@@ -241,9 +316,14 @@ class EvictReport(_Answer, frozen=True):
 
 
 class RestoreReport(_Answer, frozen=True):
-    """Answer of ``POST /v1/restore``: pages that came back."""
+    """Answer of ``POST /v1/restore`` and ``POST /v1/drain``: evicted pages of the range.
+
+    ``lost`` cannot be given back, ``left`` found no memory on the host.
+    """
 
     restored: int
+    lost: int = 0
+    left: int = 0
 
 
 class LimitState(_Answer, frozen=True):
@@ -263,10 +343,11 @@ class VictimsReport(_Answer, frozen=True):
 
 
 class RunState(_Answer, frozen=True):
-    """Answer of ``POST /v1/pause``, ``resume`` and ``stop``."""
+    """Answer of ``POST /v1/pause``, ``resume`` and ``stop``; a pause has a number."""
 
     running: bool
     paused: bool
+    pause: int | None = None
 
 
 class MachineCounters(_Answer, frozen=True):
@@ -338,6 +419,18 @@ def decode_query(query: dict[str, str], kind: type[T]) -> T:
     plain = {name: _plain_number(value) for name, value in query.items()}
     try:
         return msgspec.convert(plain, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _schema_error(error) from None
+
+
+def convert(plain: Any, kind: type[T], dec_hook: Callable[[type, Any], Any] | None = None) -> T:
+    """Read a message from plain objects, as a file's parser returns them.
+
+    :param dec_hook: reads types of its own, raising ValueError
+    :raises SchemaError: if they are not of that kind; names the field
+    """
+    try:
+        return msgspec.convert(plain, kind, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
         raise _schema_error(error) from None
 

@@ -1,4 +1,4 @@
-"""The control server of a VM process: a unix socket and a thread that answers on it.
+"""A server on a unix socket, and the control server of a VM process, which is one.
 
 Starting it costs a socket and a thread. The web server itself (asyncio, aiohttp)
 is imported by that thread when the first client connects, so that a guest that
@@ -18,64 +18,64 @@ import select
 import socket
 import threading
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Self
 
 from kvmhost.control.paths import NameLock, socket_path
 from kvmhost.errors import KvmHostError
 
 if typing.TYPE_CHECKING:
+    from kvmhost.control.answers import Handler
     from kvmhost.machine import Machine
 
-__all__ = ["MAX_CONNECTIONS", "ControlServer"]
+__all__ = ["MAX_CONNECTIONS", "MAX_PER_PROCESS", "ControlServer", "SocketServer"]
 
-#: Clients at one time; more get status 503.
-MAX_CONNECTIONS = 64
+#: Connections at one time, and those of one process; more get status 503.
+MAX_CONNECTIONS, MAX_PER_PROCESS = 64, 32
 #: Seconds that a client may take for a request, from its first byte to its last.
 REQUEST_DEADLINE_S = 10.0
 
 log = logging.getLogger(__name__)
 
 
-class ControlServer:
-    """Answers control requests for one machine until :meth:`close`.
+class SocketServer:
+    """Answers HTTP on one unix socket until :meth:`close`.
 
-    Close it before the machine. The socket has mode 0600; a peer whose uid is not
-    allowed is disconnected before anything that it sent is read.
+    The socket has mode 0600; a peer whose uid is not allowed is disconnected before
+    anything that it sent is read.
 
-    :param name: the VM's name; else the machine's, else ``vm-PID``
-    :param lock: the name's lock if the caller holds it already; released by :meth:`close`
+    :param lock: held while it runs, and released by :meth:`close`
+    :param make_handler: called once, when the first client comes
     :param allowed_uids: who may connect; else the process's own uid and root
     :param request_deadline_s: for a client to send a request in full
     :param idle_s: for a connection between two requests
-    :raises NameInUseError: if a VM of that name runs already
-    :raises LayoutError: for a bad name
     """
 
     def __init__(
         self,
-        machine: Machine,
+        path: Path,
+        lock: NameLock,
+        make_handler: Callable[[], Handler],
         *,
-        name: str | None = None,
-        lock: NameLock | None = None,
         allowed_uids: Collection[int] | None = None,
         max_connections: int = MAX_CONNECTIONS,
+        max_per_process: int = MAX_PER_PROCESS,
         request_deadline_s: float = REQUEST_DEADLINE_S,
         idle_s: float = 60.0,
     ) -> None:
-        self.machine = machine
-        self.name = name or (lock.name if lock else "") or machine.name or f"vm-{os.getpid()}"
+        self.path, self.name = path, lock.name
+        self.make_handler = make_handler
         self.allowed_uids = frozenset({os.geteuid(), 0} if allowed_uids is None else allowed_uids)
-        self.max_connections = max_connections
+        self.max_connections, self.max_per_process = max_connections, max_per_process
         self.request_deadline_s, self.idle_s = request_deadline_s, idle_s
-        self.path: Path = socket_path(self.name)
-        self._lock = lock or NameLock(self.name)
+        self._lock = lock
         self._listener: socket.socket | None = None
         self._wake: socket.socket | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self) -> ControlServer:
+    def start(self) -> Self:
         """Bind the socket and start the thread.
 
         :raises OSError: if the socket cannot be bound
@@ -117,10 +117,10 @@ class ControlServer:
                 serve(self, listener, stop)
             except Exception:
                 # The guest goes on without its control socket; clients see it refuse.
-                log.exception("the control server of %s failed", self.name)
+                log.exception("the server on %s failed", self.path)
                 listener.close()
 
-    def __enter__(self) -> ControlServer:
+    def __enter__(self) -> Self:
         try:
             return self.start()
         except BaseException:
@@ -134,6 +134,35 @@ class ControlServer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class ControlServer(SocketServer):
+    """Answers control requests for one machine. Close it before the machine.
+
+    :param name: the VM's name; else the machine's, else ``vm-PID``
+    :param lock: the name's lock if the caller holds it already; released by :meth:`close`
+    :param settings: as :class:`SocketServer` has them
+    :raises NameInUseError: if a VM of that name runs already
+    :raises LayoutError: for a bad name
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        name: str | None = None,
+        lock: NameLock | None = None,
+        **settings: Any,
+    ) -> None:
+        self.machine = machine
+        found = name or (lock.name if lock else "") or machine.name or f"vm-{os.getpid()}"
+        path = socket_path(found)
+        super().__init__(path, lock or NameLock(found), self._make_routes, **settings)
+
+    def _make_routes(self) -> Handler:
+        from kvmhost.control.routes import Routes
+
+        return Routes(self.machine, self.name)
 
 
 def _listen(path: Path, backlog: int) -> socket.socket:

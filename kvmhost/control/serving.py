@@ -1,13 +1,16 @@
 """The event loop behind a control socket: accepting, deadlines, errors as JSON.
 
-Every request is answered by a :class:`~kvmhost.control.routes.Routes`. This module
+Every request is answered by a :class:`~kvmhost.control.answers.Handler`. This module
 keeps clients in bounds: a peer of the wrong uid is closed before a byte is read, a
-request that does not come in time is dropped, a body that is too large is refused.
+request that does not come in time is dropped, a body that is too large is refused. No
+process gets all connections, and who sends requests without waiting for answers is
+not read on until they are out; so nobody can keep others from being answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import socket
 import struct
@@ -18,40 +21,46 @@ from typing import Any
 from aiohttp import web
 
 from kvmhost.control import schema
-from kvmhost.control.routes import Problem, Reply, Routes, problem_of
+from kvmhost.control.answers import Handler, Peer, Problem, Reply, Request
+from kvmhost.control.schema import HEADER_PREFIX
 
 if typing.TYPE_CHECKING:
-    from kvmhost.control.server import ControlServer
+    from kvmhost.control.server import SocketServer
 
-__all__ = ["peer_uid", "serve"]
+__all__ = ["peer_of", "serve"]
 
 log = logging.getLogger("kvmhost.control")
 
 #: Seconds to read on after a refused body, so that the client sees the answer.
 _LINGER_S = 1.0
+#: Requests of one connection that may wait for their turn; then it is not read on.
+_MAX_WAITING = 16
 #: Seconds not to accept after descriptors ran out.
 _BACK_OFF_S = 0.5
 
 
-def serve(owner: ControlServer, listener: socket.socket, stop: socket.socket) -> None:
+def serve(owner: SocketServer, listener: socket.socket, stop: socket.socket) -> None:
     """Serve until ``stop`` becomes readable; then finish what is in work and return."""
     asyncio.run(_Serving(owner, listener, stop).run())
 
 
-def peer_uid(peer: socket.socket) -> int:
-    """Return the uid of the process that connected. Source: SO_PEERCRED, unix(7)."""
+def peer_of(connection: socket.socket) -> Peer:
+    """Return the process that connected. Source: SO_PEERCRED, unix(7)."""
     kind = struct.Struct("3i")
-    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, kind.size)
-    return int(kind.unpack(raw)[1])
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, kind.size)
+    pid, uid, _ = kind.unpack(raw)
+    return Peer(int(pid), int(uid))
 
 
 class _Connection(web.RequestHandler):
     """A connection that is closed if no whole request header comes in time."""
 
-    def __init__(self, serving: _Serving, manager: web.Server, **settings: Any) -> None:
+    def __init__(self, serving: _Serving, peer: Peer, manager: web.Server, **settings: Any) -> None:
         super().__init__(manager, loop=serving.loop, **settings)
+        self.peer = peer
         self._serving = serving
         self._deadline: asyncio.TimerHandle | None = None
+        self._held_back = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -59,8 +68,21 @@ class _Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.request_came()
-        self._serving.n_open -= 1
+        self._serving.forget(self.peer)
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # aiohttp parses whatever comes and keeps it until it is its turn.
+        if len(self._messages) > _MAX_WAITING and self.transport is not None:
+            self._held_back = True
+            self.transport.pause_reading()
+
+    def answered(self) -> None:
+        """Read on, if the requests that waited have been answered."""
+        if self._held_back and not self._messages and self.transport is not None:
+            self._held_back = False
+            self.transport.resume_reading()
 
     def expect_request(self, seconds: float) -> None:
         """Close the connection unless a request header is complete in time."""
@@ -96,23 +118,23 @@ class _Server(web.Server):
         super().__init__(serving.handle, request_factory=serving.make_request, **settings)
         self._serving, self._settings = serving, settings
 
-    def __call__(self) -> web.RequestHandler:
-        return _Connection(self._serving, self, **self._settings)
+    def connection(self, peer: Peer) -> web.RequestHandler:
+        return _Connection(self._serving, peer, self, **self._settings)
 
 
 class _Serving:
     """One run of the event loop."""
 
-    def __init__(self, owner: ControlServer, listener: socket.socket, stop: socket.socket) -> None:
+    def __init__(self, owner: SocketServer, listener: socket.socket, stop: socket.socket) -> None:
         self.owner = owner
         self._listener, self._stop = listener, stop
-        self._routes = Routes(owner.machine, owner.name)
         self._tasks: set[asyncio.Task[None]] = set()
-        #: Accepted connections that are not lost yet.
-        self.n_open = 0
+        #: Accepted connections that are not lost yet, by process.
+        self._open: collections.Counter[int] = collections.Counter()
 
     async def run(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self._handler: Handler = self.owner.make_handler()
         stopped = asyncio.Event()
         self._server = _Server(
             self,
@@ -131,8 +153,9 @@ class _Serving:
             self.loop.remove_reader(self._stop)
             self._server.pre_shutdown()
             await self._server.shutdown(timeout=2.0)
+            self._handler.let_go()
             # Blocking calls into the machine end before the machine may be closed.
-            await asyncio.to_thread(self._routes.close)
+            await asyncio.to_thread(self._handler.close)
 
     def make_request(
         self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any
@@ -144,12 +167,12 @@ class _Serving:
             writer,
             task,
             self.loop,
-            client_max_size=self._routes.max_body_bytes,
+            client_max_size=self._handler.max_body_bytes,
         )
 
     def _accept(self) -> None:
         try:
-            peer, _ = self._listener.accept()
+            connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
@@ -158,29 +181,42 @@ class _Serving:
             self.loop.remove_reader(self._listener)
             self.loop.call_later(_BACK_OFF_S, self._accept_again)
             return
-        peer.setblocking(False)
-        uid = peer_uid(peer)
-        if uid not in self.owner.allowed_uids:
-            log.warning("control socket of %s: refused a peer of uid %d", self.owner.name, uid)
-            peer.close()
-        elif self.n_open >= self.owner.max_connections:
-            _refuse(peer, self.owner.max_connections)
+        connection.setblocking(False)
+        peer = peer_of(connection)
+        if peer.uid not in self.owner.allowed_uids:
+            log.warning("control socket of %s: refused a peer of uid %d", self.owner.name, peer.uid)
+            connection.close()
+        elif self._open.total() >= self.owner.max_connections:
+            _refuse(connection, f"more than {self.owner.max_connections} connections")
+        elif self._open[peer.pid] >= self.owner.max_per_process:
+            _refuse(
+                connection,
+                f"more than {self.owner.max_per_process} connections of process {peer.pid}",
+            )
         else:
-            self.n_open += 1
-            task = self.loop.create_task(self._connect(peer))
+            self._open[peer.pid] += 1
+            task = self.loop.create_task(self._connect(connection, peer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def forget(self, peer: Peer) -> None:
+        """Count one connection less."""
+        self._open[peer.pid] -= 1
+        if not self._open[peer.pid]:
+            del self._open[peer.pid]
 
     def _accept_again(self) -> None:
         if self._stop.fileno() >= 0 and self._listener.fileno() >= 0:
             self.loop.add_reader(self._listener, self._accept)
 
-    async def _connect(self, peer: socket.socket) -> None:
+    async def _connect(self, connection: socket.socket, peer: Peer) -> None:
         try:
-            await self.loop.connect_accepted_socket(self._server, peer)
+            await self.loop.connect_accepted_socket(
+                lambda: self._server.connection(peer), connection
+            )
         except OSError:
-            self.n_open -= 1
-            peer.close()
+            self.forget(peer)
+            connection.close()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = typing.cast(_Connection, request.protocol)
@@ -193,23 +229,30 @@ class _Serving:
             return answer if request.content.is_eof() else _closing(answer)
         finally:
             connection.expect_request(self.owner.idle_s)
+            connection.answered()
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        route, path_args = self._routes.find(request.method, request.path)
-        body = await self._read_body(request)
-        query = dict(request.query)
-        json_body = request.content_type == "application/json"
+        route = self._handler.find(request.method, request.path)
+        asked = Request(
+            request.method,
+            request.path,
+            dict(request.query),
+            await self._read_body(request),
+            request.content_type == "application/json",
+            typing.cast(_Connection, request.protocol).peer,
+            request.headers.get(HEADER_PREFIX + "Lease", ""),
+        )
         try:
-            reply = await route(query, body, json_body, *path_args)
+            reply = await route(asked)
         except Exception as error:
-            problem = problem_of(error)
+            problem = self._handler.problem_of(error)
             if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 log.error("%s %s failed", request.method, request.path, exc_info=error)
             raise problem from error
         return _response(reply)
 
     async def _read_body(self, request: web.BaseRequest) -> bytes:
-        limit = self._routes.max_body_bytes
+        limit = self._handler.max_body_bytes
         too_large = Problem(413, f"body larger than {limit} bytes")
         if (request.content_length or 0) > limit:
             raise too_large
@@ -245,8 +288,8 @@ def _closing(response: web.Response) -> web.Response:
     return response
 
 
-def _refuse(peer: socket.socket, limit: int) -> None:
-    body = schema.encode(schema.ErrorReply(schema.ErrorInfo(503, f"more than {limit} connections")))
+def _refuse(peer: socket.socket, why: str) -> None:
+    body = schema.encode(schema.ErrorReply(schema.ErrorInfo(503, why)))
     head = (
         "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

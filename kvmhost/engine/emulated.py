@@ -7,8 +7,9 @@ what it has cached sets nothing until a flush, which is how bits are re-armed.
 
 Where this departs from a processor:
 
-- Unicorn writes accessed and dirty bits with plain stores. Two vCPUs that touch
-  a page for the first time at the same moment may lose one of the two bits.
+- vCPUs run in turns of a few milliseconds, one at a time: Unicorn makes neither
+  a locked instruction nor its setting of accessed and dirty bits atomic against
+  another instance. A turn ends between blocks, so each instruction is whole.
 - An exception is a triple fault at once, as there is no IDT.
 - Code is searched for port instructions before its first run. A guest that
   writes new ones over code that ran before ends with an InternalError.
@@ -26,6 +27,7 @@ from kvmhost.devices.bus import Bus
 from kvmhost.engine.base import RearmKind, Vcpu
 from kvmhost.engine.outside import Replay
 from kvmhost.engine.portinsn import PortInsn, candidates, decode
+from kvmhost.engine.turns import Turns
 from kvmhost.engine.unicorncpu import UnicornCpu
 from kvmhost.exits import Exit, InternalError, IoIn, IoOut, Kicked, Shutdown, UnknownExit
 from kvmhost.memory.guest import GuestMemory
@@ -35,7 +37,6 @@ __all__ = ["EmulatedEngine"]
 
 #: KVM_INTERNAL_ERROR_EMULATION: an instruction that cannot be emulated.
 _EMULATION_FAILED = 1
-_UART_LSR, _UART_LSR_IDLE = 5, 0x60
 
 
 class EmulatedEngine:
@@ -51,6 +52,7 @@ class EmulatedEngine:
         self._memory: GuestMemory | None = None
         self._bus: Bus | None = None
         self._vcpus: list[EmulatedVcpu] = []
+        self._turns = Turns()
 
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
         """Take memory and bus for the vCPUs to come."""
@@ -60,7 +62,7 @@ class EmulatedEngine:
         """Create a vCPU in 64-bit mode at privilege level 3."""
         if self._memory is None or self._bus is None:
             raise RuntimeError("attach() comes before create_vcpu()")
-        vcpu = EmulatedVcpu(index, UnicornCpu(self._memory, state), self._bus)
+        vcpu = EmulatedVcpu(index, UnicornCpu(self._memory, state), self._bus, self._turns)
         self._vcpus.append(vcpu)
         return vcpu
 
@@ -86,9 +88,9 @@ class EmulatedEngine:
 class EmulatedVcpu:
     """One Unicorn instance behind the protocol of :class:`~kvmhost.engine.base.Vcpu`."""
 
-    def __init__(self, index: int, cpu: UnicornCpu, bus: Bus) -> None:
+    def __init__(self, index: int, cpu: UnicornCpu, bus: Bus, turns: Turns) -> None:
         self.index = index
-        self._cpu, self._core, self._bus = cpu, cpu.core, bus
+        self._cpu, self._core, self._bus, self._turns = cpu, cpu.core, bus, turns
         # Guards what other threads change: the requests and who is inside Unicorn.
         self._changed = threading.Condition()
         self._inside = self._kicked = self._flush = self._closed = False
@@ -100,14 +102,17 @@ class EmulatedVcpu:
 
     def run(self) -> Exit:
         """Run guest code until an exit that the bus does not answer."""
-        while self._go_in():
-            try:
-                leaving = self._once()
-            finally:
-                self._come_out()
+        while True:
+            # Before going in: who waits for a turn runs nothing, and is flushed at once.
+            with self._turns.turn(self._cpu.attend):
+                if not self._go_in():
+                    return Kicked()
+                try:
+                    leaving = self._once()
+                finally:
+                    self._come_out()
             if leaving is not None:
                 return leaving
-        return Kicked()
 
     def kick(self) -> None:
         """Make :meth:`run` return ``Kicked``, before its next block or at its next call."""
@@ -246,8 +251,8 @@ class EmulatedVcpu:
         if entry is None:
             return IoOut(port, size, data, len(data) // size)
         if entry.kind == lib.KH_PORT_SERIAL:
-            if port == entry.port:
-                lib.kh_serial_write(entry.serial, data, len(data))
+            for i, byte in enumerate(data):
+                lib.kh_serial_out(entry.serial, port - entry.port + i % size, byte)
             return None
         self._doorbell_value = int.from_bytes(data[:size], "little")
         self._doorbells += 1
@@ -262,10 +267,13 @@ class EmulatedVcpu:
         if entry is None and count:
             self._reading = insn
             return IoIn(port, insn.size, count)
-        is_serial = entry is not None and entry.kind == lib.KH_PORT_SERIAL
-        idle = is_serial and port - entry.port == _UART_LSR
-        filler = _UART_LSR_IDLE if idle else 0 if is_serial else 0xFF
-        self._finish_in(insn, bytes([filler]) * (insn.size * count))
+        if entry is not None and entry.kind == lib.KH_PORT_SERIAL:
+            first = port - entry.port
+            wanted = (first + i % insn.size for i in range(insn.size * count))
+            data = bytes(lib.kh_serial_in(entry.serial, offset) for offset in wanted)
+        else:
+            data = b"\xff" * (insn.size * count)
+        self._finish_in(insn, data)
         return None
 
     def _finish_in(self, insn: PortInsn, data: bytes) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from kvmhost.bitmap import Words, YoungBitmap, n_words, pack, sub_words, unpack
+from kvmhost.bitmap import Words, YoungBitmap, n_words, place_words, sub_words
 from kvmhost.errors import LayoutError
 from kvmhost.memory.guest import GuestMemory, Region, pieces
 
@@ -16,10 +16,10 @@ __all__ = [
     "Support",
     "Tracker",
     "TrackerInfo",
+    "add_piece",
     "check_mask",
     "check_range",
     "harvest_pieces",
-    "sample_mask",
 ]
 
 
@@ -79,23 +79,6 @@ class Tracker(Protocol):
         """Let go of what the tracker holds. Idempotent."""
 
 
-def sample_mask(n_pages: int, period: int, turn: int) -> Words:
-    """Return a mask for :meth:`Tracker.harvest` that holds one page in ``period``.
-
-    Re-arming is where the guest pays, and only cleared pages need it. Harvested with
-    the masks of ``turn`` 0, 1, 2, ... every page is cleared once in ``period`` harvests:
-    the guest pays that much less, no touch is missed, and a page that is no longer
-    touched goes on reading as young for up to ``period`` harvests.
-
-    :raises LayoutError: if ``period`` is below 1
-    """
-    if period < 1:
-        raise LayoutError(f"sample_mask: a period of {period} harvests")
-    # Mixed, so that a stride in the workload meets every turn.
-    pages = np.arange(n_pages, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return pack((pages >> np.uint64(32)) % np.uint64(period) == np.uint64(turn % period))
-
-
 def check_range(gfn_start: int, n_pages: int) -> None:
     """Refuse what is no range of gfns.
 
@@ -129,12 +112,23 @@ def harvest_pieces(
     """
     check_range(gfn_start, n_pages)
     check_mask(mask, n_pages)
-    bits = np.zeros(n_pages, dtype=bool)
+    found: Words | None = None
     for region, start, count in pieces(memory, gfn_start, n_pages):
         first = start - gfn_start
         wanted = None if mask is None else sub_words(mask, n_pages, first, count)
         words = harvest_piece(region, start, count, wanted)
+        found = add_piece(found, n_pages, first, count, words)
+    return np.zeros(n_words(n_pages), dtype=np.uint64) if found is None else found
+
+
+def add_piece(whole: Words | None, n_pages: int, first: int, count: int, words: Words) -> Words:
+    """Set the bits of pages ``[first, first + count)`` in a bitmap of ``n_pages``.
+
+    :param whole: None: begin with an empty one; ``words`` itself if it covers everything
+    """
+    if whole is None:
         if count == n_pages:
             return words
-        bits[first : first + count] = unpack(words, count)
-    return pack(bits)
+        whole = np.zeros(n_words(n_pages), dtype=np.uint64)
+    place_words(whole, first, words)
+    return whole

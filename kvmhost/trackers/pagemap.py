@@ -7,14 +7,14 @@ is read. Clearing is the zap itself, so there is nothing left to re-arm.
 
 The kernel maps up to 64 KiB around a read fault. Registering the mapping with
 userfaultfd for write-protection turns that off; where it cannot be had, every
-bit is reported as coarse.
+bit is reported as coarse. So is every bit that comes from a huge host page, which is
+cleared whole if any of its pages is; plain reads cannot tell those.
 
 Staleness: a touch between the scan and the zap of the same page is not seen.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 import typing
@@ -25,16 +25,20 @@ import numpy as np
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
 from kvmhost.errors import CapabilityError
-from kvmhost.memory.guest import Region
-from kvmhost.trackers.base import Support, TrackerInfo, check_range, harvest_pieces
+from kvmhost.memory.guest import Region, pieces
+from kvmhost.trackers.base import (
+    Support,
+    TrackerInfo,
+    add_piece,
+    check_range,
+    harvest_pieces,
+)
+from kvmhost.trackers.pagescan import PageStates, new_scanner, page_states, scans
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
 
-__all__ = ["PLAIN_PAGEMAP_ENV", "PagemapTracker"]
-
-#: Set to a non-empty value to read pagemap as kernels before 6.7 have it.
-PLAIN_PAGEMAP_ENV = "KVMHOST_PLAIN_PAGEMAP"
+__all__ = ["PagemapTracker"]
 
 
 class PagemapTracker:
@@ -56,6 +60,7 @@ class PagemapTracker:
         self._machine, self._memory = machine, machine.memory
         self.table_format = "host"
         self.coarse = False
+        self._spare: Words | None = None
         self._last_ns = 0
         try:
             self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -63,12 +68,12 @@ class PagemapTracker:
             raise CapabilityError(
                 "pagemap", "/proc/self/pagemap", error.strerror or "", "mount /proc"
             ) from error
-        self.scans = not os.environ.get(PLAIN_PAGEMAP_ENV) and self._try_scan()
+        self.scans = scans(self._fd)
+        self._scanner = new_scanner(self._memory.n_pages)
 
     @classmethod
     def probe(cls, engine: str = "auto") -> Support:
         """Scan the mapping of a page of its own; tell which way and how fine."""
-        from kvmhost.memory.guest import Region
         from kvmhost.pager.userfault import probe as probe_userfault
 
         region = Region(0, 4096)
@@ -91,7 +96,7 @@ class PagemapTracker:
         except CapabilityError:
             self.coarse = True
         for region in self._memory.regions:
-            self._zap(region.guest_address, region.n_pages, None)
+            self._zap(region.guest_address, region.n_pages)
         self._last_ns = time.monotonic_ns()
 
     def harvest(
@@ -99,23 +104,39 @@ class PagemapTracker:
     ) -> YoungBitmap:
         """Find the pages that came back, and zap them with ``clear``; see the protocol."""
 
+        coarse: Words | None = None
+
         def piece(region: Region, start: int, count: int, wanted: Words | None) -> Words:
+            nonlocal coarse
             address = region.guest_address + (start - region.gfn) * 4096
-            words = np.zeros(n_words(count), dtype=np.uint64)
-            self._present(address, count, words)
-            if clear:
-                self._zap(address, count, words if wanted is None else words & wanted)
-            return words
+            young, huge = np.zeros(n_words(count), dtype=np.uint64), self._clean_words(count)
+            found = self._harvest_mapping(address, count, clear, wanted, young, huge)
+            if found & lib.KH_PAGES_HUGE:
+                self._spare = None  # handed out, or not clean
+            if self.coarse or found & lib.KH_PAGES_HUGE:
+                coarse = add_piece(coarse, n_pages, start - gfn_start, count,
+                                   young if self.coarse else huge)  # fmt: skip
+            return young
 
         whole = harvest_pieces(self._memory, gfn_start, n_pages, mask, piece)
         window_start, self._last_ns = self._last_ns, time.monotonic_ns()
         provenance = Provenance(self.name, self.table_format, window_start, self._last_ns)
-        coarse = whole.copy() if self.coarse else None
         return YoungBitmap(gfn_start, n_pages, whole, coarse, provenance)
 
     def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
         """Nothing: a cleared page is armed. Pages that were not cleared stay as they are."""
         check_range(gfn_start, n_pages)
+
+    def states(self, gfn_start: int, n_pages: int) -> PageStates:
+        """Return which pages of a range are mapped, swapped or absent; changes nothing."""
+        check_range(gfn_start, n_pages)
+        found = np.zeros((3, n_pages), dtype=bool)
+        for region, start, count in pieces(self._memory, gfn_start, n_pages):
+            address = region.guest_address + (start - region.gfn) * 4096
+            bits = page_states(self._fd, address, count, self._scanner if self.scans else None)
+            here = slice(start - gfn_start, start - gfn_start + count)
+            found[:, here] = bits.present, bits.huge, bits.swapped
+        return PageStates(*found)
 
     def stop(self) -> None:
         """Close pagemap. Idempotent."""
@@ -123,26 +144,33 @@ class PagemapTracker:
             os.close(self._fd)
             self._fd = -1
 
-    def _try_scan(self) -> bool:
-        region = self._memory.regions[0]
-        words = np.zeros(1, dtype=np.uint64)
-        pointer = ffi.from_buffer("uint64_t[]", words)
-        result = lib.kh_pagemap_scan(self._fd, region.guest_address, 1, pointer)
-        if result in (-errno.ENOTTY, -errno.EINVAL):
-            return False
-        check(result, "PAGEMAP_SCAN", start=region.guest_address)
-        return True
+    def _clean_words(self, n_pages: int) -> Words:
+        """Return zeros for the rare huge pages: new memory would cost more than the scan."""
+        if self._spare is None or self._spare.size < n_words(n_pages):
+            self._spare = np.zeros(n_words(n_pages), dtype=np.uint64)
+        return self._spare[: n_words(n_pages)]
 
-    def _present(self, address: int, n_pages: int, words: Words) -> None:
-        ask = lib.kh_pagemap_scan if self.scans else lib.kh_pagemap_read
-        check(
-            ask(self._fd, address, n_pages, ffi.from_buffer("uint64_t[]", words)),
-            "PAGEMAP_SCAN" if self.scans else "pread(pagemap)",
-            start=address,
-            pages=n_pages,
+    def _harvest_mapping(
+        self,
+        address: int,
+        count: int,
+        clear: bool,
+        wanted: Words | None,
+        young: Words,
+        huge: Words,
+    ) -> int:
+        # SAFETY: the arrays live until the call returns.
+        chosen = ffi.NULL if wanted is None else ffi.from_buffer("uint64_t[]", wanted)
+        out, coarse = (ffi.from_buffer("uint64_t[]", words) for words in (young, huge))
+        scanner = self._scanner if self.scans else ffi.NULL
+        result: int = lib.kh_scan_harvest(
+            scanner, self._fd, address, count, clear, chosen, out, coarse
         )
+        if result >= 0:
+            return result
+        request = "PAGEMAP_SCAN" if self.scans else "pread(pagemap)"
+        return check(result, request, start=address, pages=count)
 
     @staticmethod
-    def _zap(address: int, n_pages: int, words: Words | None) -> None:
-        pointer = ffi.NULL if words is None else ffi.from_buffer("uint64_t[]", words)
-        check(lib.kh_zap(address, n_pages, pointer, 0), "madvise", start=address, pages=n_pages)
+    def _zap(address: int, n_pages: int) -> None:
+        check(lib.kh_zap(address, n_pages, ffi.NULL, 0), "madvise", start=address, pages=n_pages)

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvmhost.bitmap import Words, unpack
 from kvmhost.errors import LayoutError
-from reclaim.policy.base import Gfns, Mask
+from reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
 
 __all__ = ["MIN_GENERATIONS", "PROTECTED", "LruGen"]
 
@@ -55,36 +56,36 @@ class LruGen:
         """Pages it knows of."""
         return self.seq.size
 
-    def age(self, young: Mask) -> None:
+    def plan(self, tables_young: Words | None = None) -> Plan:
+        """Ask for everything."""
+        return Everything
+
+    def age(self, young: Words, now_ns: int) -> None:
         """Open a new youngest generation and move the young pages there.
 
-        :raises LayoutError: if the mask has another size
+        :raises LayoutError: if the bitmap has another size
         """
-        self._check(young)
+        check_words(young, self.n_pages)
         self.max_seq += 1
-        self.seq[young] = self.max_seq
+        self.seq[unpack(young, self.n_pages)] = self.max_seq
         oldest = self.max_seq - self.n_generations + 1
         if oldest > self.min_seq:
             self.min_seq = oldest
             np.maximum(self.seq, oldest, out=self.seq)
 
-    def evicted(self, gfns: Gfns) -> None:
+    def evicted(self, gfns: Gfns, now_ns: int) -> None:
         """Nothing to note: a page that comes back is young then."""
 
-    def refaulted(self, pages: Mask) -> None:
-        """Move pages to the youngest generation.
+    def refaulted(self, gfns: Gfns, now_ns: int) -> None:
+        """Move pages to the youngest generation."""
+        self.seq[gfns] = self.max_seq
 
-        :raises LayoutError: if the mask has another size
-        """
-        self._check(pages)
-        self.seq[pages] = self.max_seq
-
-    def victims(self, n: int, candidates: Mask) -> Gfns:
+    def victims(self, n: int, candidates: Mask, now_ns: int, probe: Probe | None = None) -> Gfns:
         """Return up to ``n`` candidates, those of the oldest generation first.
 
         :raises LayoutError: if the mask has another size
         """
-        self._check(candidates)
+        check_mask(candidates, self.n_pages)
         chosen: list[Gfns] = []
         for generation in range(self.min_seq, self.max_seq - PROTECTED + 1):
             if n <= 0:
@@ -98,15 +99,16 @@ class LruGen:
 
     def sizes(self, pages: Mask) -> list[tuple[int, int]]:
         """Return (sequence number, how many of the pages are there), the oldest first."""
-        self._check(pages)
+        check_mask(pages, self.n_pages)
         counts = np.bincount(
             self.seq[pages] - np.uint32(self.min_seq), minlength=self.max_seq - self.min_seq + 1
         )
         return [(self.min_seq + i, int(count)) for i, count in enumerate(counts)]
 
-    def _check(self, mask: Mask) -> None:
-        if mask.shape != self.seq.shape or mask.dtype != np.bool_:
-            raise LayoutError(
-                f"mask of shape {mask.shape} and type {mask.dtype}: need booleans for "
-                f"{self.n_pages} pages"
-            )
+    def counters(self) -> dict[str, float]:
+        """Return the sequence numbers."""
+        return {"min_seq": self.min_seq, "max_seq": self.max_seq}
+
+    def explain(self, gfn: int) -> dict[str, int | float | str]:
+        """Return a page's generation."""
+        return {"seq": int(self.seq[gfn])}

@@ -139,3 +139,22 @@ def test_clients_that_come_and_go_leave_nothing_in_the_vm(hotcold):
     # A connection that was just hung up on may still be on its way out.
     assert after[0] <= before[0] + 2
     assert after[1] <= before[1] + 1
+
+
+def test_sampled_harvests_of_a_running_guest(hotcold):
+    vm = hotcold("a", cold=0, scan_every=0)
+    vm.goes_on()
+    vm.client.harvest()
+    vm.goes_on()
+    hot = vm.client.harvest(HOT.start, 2048, rearm="sample", fraction=0.25)
+    assert hot.count() == 2048
+    vm.client.pause()
+    # Only one page in four was cleared; the guest may have touched it again since.
+    for turn in range(3):
+        young = vm.client.harvest(HOT.start, 2048, rearm="sample", fraction=0.25)
+        assert young.count() >= 2048 * (3 - turn) // 4 - 256
+    vm.client.harvest(HOT.start, 2048, rearm="sample", fraction=0.25)
+    assert vm.client.harvest(HOT.start, 2048, clear=False).count() == 0
+    with pytest.raises(ControlError) as refused:
+        vm.client.harvest(rearm="sample", fraction=2.0)
+    assert refused.value.status == 400

@@ -78,6 +78,19 @@ def test_a_hot_set_that_fits_stays(hotcold, daemon):
     assert vm.client.state().resident_bytes <= BUDGET + SLACK
 
 
+def test_a_sample_is_enough_for_the_hot_set_to_stay(hotcold, daemon):
+    """A quarter of the pages is cleared a pass; what is evicted in the end is not hot."""
+    vm = hotcold("a", cold=4, scan_every=0)
+    mine = daemon("a", "--budget", "24M", "--sample", "1/4")
+    until(lambda: mine.out.count("\n") >= 16, "sixteen passes")
+    hot = slice(1024 + 12288 // 4, 1024 + 12288 // 4 + 2048)
+    until(lambda: vm.client.resident()[hot].all(), "the hot set is resident")
+    harvested = vm.client.counters().harvest
+    # All that is touched reads as young, also what no turn has cleared.
+    assert harvested.young >= harvested.harvests * 2048 / 4
+    assert vm.client.state().resident_bytes <= BUDGET + SLACK
+
+
 def test_a_guest_that_touches_everything_is_brought_under_the_budget(hotcold, daemon):
     """All of it is young in every window, and resident before the daemon comes."""
     vm = hotcold("a", hot=9216, scan_every=2, scan_epochs=2)

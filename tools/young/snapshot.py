@@ -14,10 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import YoungBitmap
-from kvmhost.control.client import Client
 from kvmhost.control.schema import HarvestCost, MemoryMap
-from tools.args import seconds
-from tools.young.common import add_vm_arguments, check_out, percent, range_of, replacing
+from kvmhost.trackers.sample import DEFAULT_FRACTION
+from tools.args import seconds, share
+from tools.young.common import (
+    add_vm_arguments,
+    check_out,
+    open_source,
+    percent,
+    range_of,
+    replacing,
+)
 
 __all__ = ["main"]
 
@@ -31,25 +38,33 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if args.out is not None:
         check_out(args.out, _BITMAP_KINDS)
-    with Client(args.vm) as vm:
+    with open_source(args) as vm:
         memory = vm.memory()
         gfn_start, n_pages = range_of(args.range, memory)
         window_s = args.window
         tracker = vm.state().tracker
-        if window_s is None and (tracker is None or args.tracker not in ("auto", tracker)):
+        is_new = tracker is None or args.tracker not in ("auto", tracker)
+        # What was ever touched has no window.
+        if window_s is None and is_new and args.tracker != "present":
             window_s = _FIRST_WINDOW_S
         if window_s is not None:
             vm.harvest(gfn_start, n_pages, tracker=args.tracker)
             time.sleep(window_s)
         bitmap, cost = vm.harvest_timed(
-            gfn_start, n_pages, tracker=args.tracker, clear=args.clear, rearm=args.rearm
+            gfn_start,
+            n_pages,
+            tracker=args.tracker,
+            clear=args.clear,
+            rearm=args.rearm,
+            fraction=args.fraction,
+            table_format=args.format,
         )
     if args.out is not None:
         _write_bitmap(bitmap, args.out)
     if args.json:
-        print(json.dumps(_summary(args.vm, bitmap, cost, memory)))
+        print(json.dumps(_summary(vm.vm, bitmap, cost, memory)))
     else:
-        _print_snapshot(args.vm, bitmap, cost, memory)
+        _print_snapshot(vm.vm, bitmap, cost, memory)
     return 0
 
 
@@ -59,7 +74,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Show which pages are young now. Without --clear nothing changes for "
         "anyone else who harvests the VM.",
     )
-    add_vm_arguments(parser)
+    add_vm_arguments(parser, or_pid=True)
+    parser.add_argument(
+        "--format",
+        choices=("", "tdp", "npt", "ept", "stage2", "radix"),
+        default="",
+        help="feed the harvest into a model table of this format and show what its walker finds "
+        "(default: what the tracker finds)",
+    )
     parser.add_argument(
         "--window",
         type=seconds,
@@ -75,9 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rearm",
-        choices=("none", "young", "all"),
+        choices=("none", "young", "all", "sample"),
         default="young",
-        help="with --clear: what to arm again (default: young)",
+        help="with --clear: what to arm again (default: young); sample clears and re-arms "
+        "only a fraction of the pages, other ones each time",
+    )
+    parser.add_argument(
+        "--fraction",
+        type=share,
+        metavar="SHARE",
+        help=f"with --rearm sample, for example 1/4 (default: 1/{1 / DEFAULT_FRACTION:.0f})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

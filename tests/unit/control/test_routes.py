@@ -104,6 +104,38 @@ def test_rearm_kinds(vm, machine):
     assert machine.tracker.rearmed == [(0, 64, None)]
 
 
+def test_a_sample_clears_every_page_once_in_its_turns(vm, machine):
+    young = set(range(64))
+    armed = []
+    for _ in range(4):
+        machine.use_tracker().young = set(young)
+        assert vm.harvest(0, 64, rearm="sample", fraction=0.25).count() == 64
+        # Another range has turns of its own, and a look takes nobody's.
+        vm.harvest(100, 64, rearm="sample", fraction=0.25)
+        vm.harvest(0, 64, rearm="sample", fraction=0.25, clear=False)
+        machine.tracker.rearmed, done = [], machine.tracker.rearmed
+        first = next(gfns for start, _, gfns in done if start == 0)
+        assert set(first) == young - {g for g in machine.tracker.young if g < 64}
+        armed += first
+    assert sorted(armed) == sorted(young)
+
+
+def test_a_sample_and_a_mask_clear_what_both_hold(vm, machine):
+    mask = np.arange(64) < 32
+    cleared = []
+    for _ in range(8):
+        machine.use_tracker().young = set(range(64))
+        vm.harvest(0, 64, rearm="sample", mask=pack(mask))
+        cleared += sorted(set(range(64)) - machine.tracker.young)
+    assert sorted(cleared) == list(range(32))
+
+
+def test_bad_samples(vm):
+    for fraction in (0.0, -1.0, 1.5, 1e-9):
+        assert "fraction" in refused(vm.harvest, 0, 5, rearm="sample", fraction=fraction).problem
+    assert "fraction" in refused(vm.harvest, 0, 5, rearm="young", fraction=0.5).problem
+
+
 def test_auto_keeps_the_tracker_in_use(vm):
     assert vm.harvest(tracker="pagemap").provenance.tracker == "pagemap"
     assert vm.harvest().provenance.tracker == "pagemap"
@@ -133,6 +165,32 @@ def test_evict_restore_and_lookup(vm, machine):
     assert vm.restore(0, 64) == 1
     assert vm.page(7).state == "resident"
     assert vm.counters().pager == {"evictions": 1}
+
+
+def test_drain_brings_all_back_and_lifts_the_limit(vm, machine):
+    vm.set_limit(1 << 20)
+    vm.evict([7, 9, GFN_HIGH])
+    report = vm.drain()
+    assert (report.restored, report.lost, report.left) == (3, 0, 0)
+    assert vm.page(7).state == "resident"
+    assert vm.state().limit_bytes == 0
+    assert machine.pager.limit_pages == 0
+    assert vm.drain().restored == 0
+
+
+def test_drain_of_a_vm_that_never_evicted_makes_no_pager(vm, machine):
+    machine.pager_problem = CapabilityError("userfaultfd", "one", "none", "get one")
+    report = vm.drain()
+    assert (report.restored, report.lost, report.left) == (0, 0, 0)
+
+
+def test_swap_actuator_that_the_host_lacks(vm):
+    with pytest.raises(ControlError) as caught:
+        vm.evict([7], actuator="swap")
+    assert caught.value.status == 501
+    assert "add swap" in caught.value.problem
+    with pytest.raises(ControlError, match="actuator"):
+        vm.evict([7], actuator="tape")
 
 
 def test_counters_before_any_pager(vm):

@@ -284,3 +284,63 @@ def test_nothing_is_left_behind(serve, machine):
         visit()
     assert len(list(Path("/proc/self/fd").iterdir())) == fds
     assert threading.active_count() == threads
+
+
+def test_one_process_does_not_get_all_connections(serve):
+    server = serve(max_connections=8, max_per_process=3)
+    other = (
+        "import sys\nfrom kvmhost.control.client import Client\n"
+        "print(Client(sys.argv[1]).state().name)\n"
+    )
+    with contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(connect(server)) for _ in range(3)]
+        kept[-1].sendall(b"GET /v1/state HTTP/1.1\r\nHost: vm\r\n\r\n")
+        assert kept[-1].recv(100).startswith(b"HTTP/1.1 200")
+        status, body = ask(server, b"")
+        assert status == 503
+        assert f"3 connections of process {os.getpid()}" in body["error"]["message"]
+        run = subprocess.run(
+            [sys.executable, "-c", other, str(server.path)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        assert run.stdout == "fake\n"
+
+
+def test_a_client_that_floods_holds_nobody_up(serve):
+    """Sends requests by the ten thousand and reads no answer: it is not read on."""
+    server = serve()
+    burst = b"GET /v1/resident HTTP/1.1\r\nHost: vm\r\n\r\n" * 500
+    sent = [0] * 8
+    stop = threading.Event()
+
+    def flood(number):
+        with connect(server) as peer:
+            peer.settimeout(0.1)
+            while not stop.is_set():
+                try:
+                    sent[number] += peer.send(burst)
+                except TimeoutError:
+                    continue
+                except OSError:
+                    return
+
+    threads = [threading.Thread(target=flood, args=(i,)) for i in range(len(sent))]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: min(sent) > 0, "all of them flood")
+        for _ in range(50):
+            assert still_answers(server)
+        before = sum(sent)
+        for _ in range(20):
+            assert still_answers(server)
+        # Back pressure reached them: what is taken is what the socket buffers hold.
+        assert sum(sent) - before < 16 << 20
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert still_answers(server)

@@ -145,3 +145,26 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+COUNTER, ROUNDS = 0x18_0000, 200_000
+COUNT_UP = [
+    b"\xb9" + ROUNDS.to_bytes(4, "little"),  # mov ecx, ROUNDS
+    b"\xbf" + COUNTER.to_bytes(4, "little"),  # mov edi, COUNTER
+    b"\xf0\xff\x07",  # lock inc dword [rdi]
+    b"\xe2\xfb",  # loop to it
+    b"\xba\xa4\x05\x00\x00\xef",  # mov edx, 0x5a4; out dx, eax
+]
+
+
+@code(*COUNT_UP)
+def test_locked_instructions_of_two_vcpus_add_up(raw: Raw) -> None:
+    vcpus = [raw.vcpu, raw.engine.create_vcpu(1, entry_state(raw.layout, IMAGE_GPA, 1))]
+    ends: list[Exit] = []
+    threads = [threading.Thread(target=lambda v=v: ends.append(v.run())) for v in vcpus]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [end.port for end in ends if isinstance(end, IoOut)] == [0x5A4] * 2
+    assert int(raw.memory.array(COUNTER, 1, "<u4")[0]) == 2 * ROUNDS

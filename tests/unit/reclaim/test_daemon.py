@@ -51,7 +51,9 @@ class FakeVm:
         self.here[went] = False
         return len(went)
 
-    def harvest_timed(self, gfn_start, n_pages, *, tracker, clear, rearm):
+    def harvest_timed(
+        self, gfn_start, n_pages, *, tracker, clear=True, rearm="young", fraction=None
+    ):
         self._meet("harvest")
         self.asked.append((gfn_start, n_pages, tracker, clear, rearm))
         young = list(self.touches(self.window))

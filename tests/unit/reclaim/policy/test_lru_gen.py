@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmhost.bitmap import pack
 from kvmhost.errors import LayoutError
 from reclaim.policy.lru_gen import PROTECTED, LruGen
 
@@ -15,36 +16,40 @@ def mask(n, *gfns):
     return bits
 
 
+def words(n, *gfns):
+    return pack(mask(n, *gfns))
+
+
 def everything(n):
     return np.ones(n, bool)
 
 
 def test_a_new_policy_protects_everything_for_two_passes():
     policy = LruGen(8)
-    assert policy.victims(8, everything(8)).size == 0
-    policy.age(mask(8, 0))
-    assert policy.victims(8, everything(8)).size == 0
-    policy.age(mask(8, 1))
+    assert policy.victims(8, everything(8), 0).size == 0
+    policy.age(words(8, 0), 0)
+    assert policy.victims(8, everything(8), 0).size == 0
+    policy.age(words(8, 1), 0)
     # Page 0 was young one pass ago, page 1 in this one: both are protected.
-    assert policy.victims(8, everything(8)).tolist() == [2, 3, 4, 5, 6, 7]
+    assert policy.victims(8, everything(8), 0).tolist() == [2, 3, 4, 5, 6, 7]
 
 
 def test_victims_come_oldest_first_then_by_gfn():
     policy = LruGen(8)
     for young in ([5, 1], [6, 2], [7], [0]):
-        policy.age(mask(8, *young))
+        policy.age(words(8, *young), 0)
     assert policy.sizes(everything(8)) == [(1, 4), (2, 2), (3, 1), (4, 1)]
-    assert policy.victims(8, everything(8)).tolist() == [1, 3, 4, 5, 2, 6]
-    assert policy.victims(3, everything(8)).tolist() == [1, 3, 4]
-    assert policy.victims(5, everything(8)).tolist() == [1, 3, 4, 5, 2]
-    assert policy.victims(8, mask(8, 6, 3)).tolist() == [3, 6]
-    assert policy.victims(0, everything(8)).size == 0
+    assert policy.victims(8, everything(8), 0).tolist() == [1, 3, 4, 5, 2, 6]
+    assert policy.victims(3, everything(8), 0).tolist() == [1, 3, 4]
+    assert policy.victims(5, everything(8), 0).tolist() == [1, 3, 4, 5, 2]
+    assert policy.victims(8, mask(8, 6, 3), 0).tolist() == [3, 6]
+    assert policy.victims(0, everything(8), 0).size == 0
 
 
 def test_the_two_oldest_generations_become_one():
     policy = LruGen(4, n_generations=4)
     for _ in range(10):
-        policy.age(mask(4, 3))
+        policy.age(words(4, 3), 0)
     assert (policy.min_seq, policy.max_seq) == (7, 10)
     assert policy.seq.tolist() == [7, 7, 7, 10]
 
@@ -52,25 +57,25 @@ def test_the_two_oldest_generations_become_one():
 def test_more_generations_tell_more_apart():
     policy = LruGen(6, n_generations=6)
     for page in range(6):
-        policy.age(mask(6, page))
-    assert policy.victims(6, everything(6)).tolist() == [0, 1, 2, 3]
+        policy.age(words(6, page), 0)
+    assert policy.victims(6, everything(6), 0).tolist() == [0, 1, 2, 3]
 
 
 def test_refaulted_pages_are_young():
     policy = LruGen(4)
     for _ in range(5):
-        policy.age(mask(4))
-    policy.refaulted(mask(4, 2))
-    assert policy.victims(4, everything(4)).tolist() == [0, 1, 3]
+        policy.age(words(4), 0)
+    policy.refaulted(np.array([2]), 0)
+    assert policy.victims(4, everything(4), 0).tolist() == [0, 1, 3]
 
 
 def test_a_seed_shuffles_within_a_generation_only():
     def order(seed):
         policy = LruGen(64, seed=seed)
-        policy.age(mask(64, *range(32)))
-        policy.age(mask(64))
-        policy.age(mask(64))
-        return policy.victims(64, everything(64)).tolist()
+        policy.age(words(64, *range(32)), 0)
+        policy.age(words(64), 0)
+        policy.age(words(64), 0)
+        return policy.victims(64, everything(64), 0).tolist()
 
     assert order(1) == order(1)
     assert order(1) != order(2)
@@ -81,7 +86,7 @@ def test_a_seed_shuffles_within_a_generation_only():
 @pytest.mark.parametrize("bad", [np.zeros(5, bool), np.zeros(4, np.uint8)])
 def test_a_wrong_mask_is_refused(bad):
     policy = LruGen(4)
-    for call in (policy.age, policy.refaulted, policy.sizes, lambda m: policy.victims(1, m)):
+    for call in (policy.sizes, lambda m: policy.victims(1, m, 0)):
         with pytest.raises(LayoutError, match="need booleans for 4 pages"):
             call(bad)
 
@@ -103,7 +108,7 @@ def test_against_a_plain_model(generations, harvests, candidates, n):
     policy = LruGen(16, generations)
     last = dict.fromkeys(range(16), 0)
     for number, young in enumerate(harvests, 1):
-        policy.age(mask(16, *young))
+        policy.age(words(16, *young), 0)
         last |= dict.fromkeys(young, number)
     now = len(harvests)
     oldest = max(0, now - generations + 1)
@@ -112,5 +117,5 @@ def test_against_a_plain_model(generations, harvests, candidates, n):
         (page for page in candidates if age[page] <= now - PROTECTED),
         key=lambda page: (age[page], page),
     )
-    assert policy.victims(n, mask(16, *candidates)).tolist() == eligible[:n]
+    assert policy.victims(n, mask(16, *candidates), 0).tolist() == eligible[:n]
     assert sum(count for _, count in policy.sizes(everything(16))) == 16

@@ -1,0 +1,134 @@
+"""What the HTTP server and those who answer for it agree on: requests, replies, refusals.
+
+A :class:`Handler` answers for one socket. It knows nothing of HTTP's wire format, and
+the server (:mod:`kvmhost.control.serving`) nothing of what is asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from kvmhost.control import schema
+
+__all__ = [
+    "BINARY",
+    "JSON",
+    "Handler",
+    "Peer",
+    "Problem",
+    "Reply",
+    "Request",
+    "Route",
+    "by_method",
+    "json_reply",
+    "nothing_asked",
+]
+
+JSON, BINARY = "application/json", "application/octet-stream"
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """The process that connected; pid 0 is one that this process cannot see."""
+
+    pid: int
+    uid: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One request, its body read in full.
+
+    :param is_json: whether the body says that it is JSON
+    :param lease: the token in the header ``X-Kvmhost-Lease``; empty: none
+    """
+
+    method: str
+    path: str
+    query: dict[str, str]
+    body: bytes
+    is_json: bool
+    peer: Peer
+    lease: str = ""
+
+
+class Problem(Exception):
+    """An answer with an error status.
+
+    :param field: the field of the request that was wrong
+    :param allow: methods for the header of status 405
+    """
+
+    def __init__(self, status: int, message: str, field: str = "", allow: str = "") -> None:
+        super().__init__(status, message)
+        self.status, self.message, self.field, self.allow = status, message, field, allow
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer with status 200."""
+
+    body: bytes
+    content_type: str = JSON
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+#: Answers one request; raises what :meth:`Handler.problem_of` understands.
+Route = Callable[[Request], Awaitable[Reply]]
+
+
+class Handler(Protocol):
+    """Answers the requests of one socket; the server calls it from its event loop."""
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest body that is read."""
+
+    def find(self, method: str, path: str) -> Route:
+        """Return who answers a request.
+
+        :raises Problem: 404 for an unknown path, 405 for the wrong method
+        """
+
+    def problem_of(self, error: Exception) -> Problem:
+        """Return the answer that an exception stands for."""
+
+    def let_go(self) -> None:
+        """Stop clocks and watches; the last call from the event loop."""
+
+    def close(self) -> None:
+        """Wait for what is in work; from another thread."""
+
+
+def by_method(routes: Mapping[str, T] | None, method: str, path: str) -> T:
+    """Pick the entry of a path's method.
+
+    :raises Problem: 404 where there is no such path, 405 for a method that it lacks
+    """
+    if routes is None:
+        raise Problem(404, f"no such path: {path[:200]}")
+    if method not in routes:
+        allow = ", ".join(sorted(routes))
+        raise Problem(405, f"{path} takes {allow}, not {method[:20]}", allow=allow)
+    return routes[method]
+
+
+def nothing_asked(request: Request) -> None:
+    """Refuse a query and a body where there is nothing to say.
+
+    :raises Problem: 400
+    """
+    schema.decode_query(request.query, schema.NoQuery)
+    if request.body:
+        raise Problem(400, "takes no body", "body")
+
+
+def json_reply(message: msgspec.Struct) -> Reply:
+    """Answer with a message."""
+    return Reply(schema.encode(message))

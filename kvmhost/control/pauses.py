@@ -1,0 +1,96 @@
+"""Pauses over the control socket: each ends by itself if nobody undoes it.
+
+A client that pauses a VM and dies would leave it standing for ever. So every pause
+has a time, a minute unless the client says otherwise, after which the VM goes on and
+its log says so. Pauses nest; each has a number, and can be undone by that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import typing
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from kvmhost.control.answers import Problem
+
+if typing.TYPE_CHECKING:
+    from kvmhost.machine import Machine
+
+__all__ = ["Pauses"]
+
+log = logging.getLogger("kvmhost.control")
+
+
+class Pauses:
+    """The pauses of one machine. Everything runs in the server's event loop.
+
+    :param work: runs a blocking call outside of the event loop
+    """
+
+    def __init__(
+        self, machine: Machine, vm: str, work: Callable[[Callable[[], Any]], Awaitable[Any]]
+    ) -> None:
+        self._machine, self._vm, self._work = machine, vm, work
+        self._changing = asyncio.Lock()
+        self._last = 0
+        #: Number of the pause: what ends it in time, None for one without end.
+        self._open: dict[int, asyncio.TimerHandle | None] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def pause(self, for_s: float) -> int:
+        """Hold the vCPUs and return the pause's number.
+
+        :param for_s: seconds after which they go on by themselves; 0: never
+        """
+        async with self._changing:
+            await self._work(self._machine.pause)
+            self._last += 1
+            timer = None
+            if for_s:
+                loop = asyncio.get_running_loop()
+                timer = loop.call_later(for_s, self._time_is_over, self._last, for_s)
+            self._open[self._last] = timer
+            return self._last
+
+    async def resume(self, number: int | None) -> None:
+        """Undo one pause: that of a number, else the last one, else ``--paused``.
+
+        :raises Problem: 409 if there is no pause of that number, any more
+        """
+        async with self._changing:
+            if number is not None and number not in self._open:
+                raise Problem(409, f"pause {number} is over", "pause")
+            if number is None and self._open:
+                number = max(self._open)
+            timer = None if number is None else self._open.pop(number)
+            if timer is not None:
+                timer.cancel()
+            await self._work(self._machine.resume)
+
+    async def stop(self) -> None:
+        """End the guest."""
+        async with self._changing:
+            await self._work(self._machine.stop)
+
+    def close(self) -> None:
+        """Stop the clocks; the machine stays as it is."""
+        for timer in self._open.values():
+            if timer is not None:
+                timer.cancel()
+        self._open.clear()
+        for task in self._tasks:
+            task.cancel()
+
+    def _time_is_over(self, number: int, for_s: float) -> None:
+        task = asyncio.get_running_loop().create_task(self._end(number, for_s))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end(self, number: int, for_s: float) -> None:
+        async with self._changing:
+            # Someone may have resumed while this waited for its turn.
+            if self._open.pop(number, None) is not None:
+                log.warning("%s: nobody ended a pause of %g s; it is over", self._vm, for_s)
+                await self._work(self._machine.resume)
