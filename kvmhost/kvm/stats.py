@@ -158,6 +158,10 @@ class Stats(Descriptor):
             for name, told in self.descriptors.items()
         }
 
+    def values(self) -> dict[str, int | float | bool | tuple[int, ...]]:
+        """Return all values in whole units, by name: for JSON and tables."""
+        return {name: stat.value for name, stat in self.read().items()}
+
     def numpy(self) -> npt.NDArray[np.uint64]:
         """Return all numbers as the kernel lays them out; ``offset // 8`` is an index."""
         import numpy as np

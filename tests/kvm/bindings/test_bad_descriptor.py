@@ -168,7 +168,7 @@ CALLS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "Device": ATTRIBUTES,
     "GuestMemfd": {"map": (), "punch": (0, 4096)},
-    "Stats": {"read": (), "numpy": ()},
+    "Stats": {"read": (), "numpy": (), "values": ()},
 }
 PAIRS = [(kind, name) for kind, methods in CALLS.items() for name in methods]
 

@@ -160,6 +160,7 @@ def test_statistics_count_what_the_guest_does(tiny: Maker) -> None:
         # Where KVM emulates level 0, a string of instructions may be one exit of hardware.
         assert after["io_exits"].value in (before, before + 5)
         assert after["exits"].value > 0
+        assert stats.values().keys() == after.keys()
         assert "vcpu" in stats.id
         assert "vcpu" not in of_vm.id
         assert of_vm.read()["max_mmu_page_hash_collisions"].descriptor.kind == Kind.PEAK
