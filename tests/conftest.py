@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from guests.build import compile_pc_guest, pc_sources
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.machine import Machine
 
@@ -152,6 +153,21 @@ def describe(machine: Machine) -> str:
         shown = " ".join(f"{name}={value:#x}" for name, value in vcpu.registers().items())
         lines.append(f"vCPU {vcpu.index}: doorbells {vcpu.doorbells}, {shown}")
     return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def pc_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a compiler of ``guests/x86_64/pc``: ``hello.elf``, ``hello.flat``."""
+    folder = tmp_path_factory.mktemp("pc")
+
+    def compile_once(name: str) -> Path:
+        image = folder / name
+        if not image.exists():
+            (source,) = (s for s in pc_sources() if s.stem == image.stem)
+            compile_pc_guest(source, image)
+        return image
+
+    return compile_once
 
 
 def footprint() -> dict[str, int]:

@@ -7,11 +7,6 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Offsets from the base of a 16550. */
-#define UART_THR 0
-#define UART_LSR 5
-#define UART_LSR_IDLE 0x60	/* THRE | TEMT: ready for the next byte */
-
 static void on_kick(int signal_number)
 {
 	(void)signal_number;
@@ -87,6 +82,22 @@ static void ring_doorbell(struct kh_vcpu *vcpu, const uint8_t *data, uint8_t siz
 	__atomic_fetch_add(&vcpu->doorbells, 1, __ATOMIC_RELEASE);
 }
 
+/* A wide access goes to the registers that follow, byte by byte, as on an ISA bus. */
+static void access_serial(const struct kvm_run *run, const struct kh_port *port, uint8_t *data,
+			  uint64_t n_bytes)
+{
+	uint32_t first = run->io.port - port->port;
+
+	for (uint64_t i = 0; i < n_bytes; i++) {
+		uint32_t offset = first + i % run->io.size;
+
+		if (run->io.direction == KVM_EXIT_IO_OUT)
+			kh_serial_out(port->serial, offset, data[i]);
+		else
+			data[i] = kh_serial_in(port->serial, offset);
+	}
+}
+
 /* Handle a port exit here if the bus says so; 0 if Python has to see it. */
 static int handle_port(struct kh_vcpu *vcpu, const struct kh_bus *bus)
 {
@@ -97,19 +108,18 @@ static int handle_port(struct kh_vcpu *vcpu, const struct kh_bus *bus)
 
 	if (!port)
 		return 0;
+	if (port->kind == KH_PORT_SERIAL) {
+		access_serial(run, port, data, n_bytes);
+		return 1;
+	}
 	if (run->io.direction == KVM_EXIT_IO_IN) {
-		int is_lsr = port->kind == KH_PORT_SERIAL && run->io.port - port->port == UART_LSR;
-
-		memset(data, is_lsr ? UART_LSR_IDLE : port->kind == KH_PORT_SERIAL ? 0 : 0xff,
-		       n_bytes);
+		memset(data, 0xff, n_bytes);
 		return 1;
 	}
 	if (port->kind == KH_PORT_DOORBELL) {
 		ring_doorbell(vcpu, data, run->io.size);
 		return !__atomic_load_n(&vcpu->stop_at_doorbell, __ATOMIC_RELAXED);
 	}
-	if (port->kind == KH_PORT_SERIAL && run->io.port - port->port == UART_THR)
-		kh_serial_write(port->serial, data, n_bytes);
 	return 1;
 }
 

@@ -91,19 +91,26 @@ class KvmEngine:
 
     def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
         """Create a vCPU in 64-bit mode at privilege level 3."""
+        core, vcpu = self._create_core(index)
+        core.set_cpuid(self._supported_cpuid())
+        _enter_long_mode(core, state)
+        return vcpu
+
+    def _create_core(self, index: int) -> tuple[KvmVcpu, Vcpu]:
         if self._bus is None:
             raise RuntimeError("attach() comes before create_vcpu()")
-        if self._cpuid is None:
-            self._cpuid = self._system.supported_cpuid()
         core = self.vm.create_vcpu(index)
         self.cores.append(core)
         if self.rings is not None:
             self.rings.add_vcpu(core.fd)
             # SAFETY: the rings are freed in close(), after the vCPUs.
             core.core.rings = self.rings.core
-        core.set_cpuid(self._cpuid)
-        _enter_long_mode(core, state)
-        return _EngineVcpu(core, self._bus)
+        return core, _EngineVcpu(core, self._bus)
+
+    def _supported_cpuid(self) -> Struct:
+        if self._cpuid is None:
+            self._cpuid = self._system.supported_cpuid()
+        return self._cpuid
 
     def flush_tlbs(self) -> None:
         """Nothing: KVM flushes when the guest mapping changes."""

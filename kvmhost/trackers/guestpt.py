@@ -21,6 +21,7 @@ from kvmhost.bitmap import Words, YoungBitmap, clear_words, n_words, place_words
 from kvmhost.engine.base import RearmKind
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import pieces
+from kvmhost.memory.layout import TinyLayout
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.tablemem import TableMemory
 from kvmhost.mmu.tdp import LiveTable
@@ -51,6 +52,14 @@ class GuestptTracker:
     def __init__(self, machine: Machine, rearm_kind: RearmKind | None = None) -> None:
         from kvmhost.trackers.calibrate import calibrated_rearm
 
+        layout = machine.layout
+        if not isinstance(layout, TinyLayout):
+            raise CapabilityError(
+                "tracker guestpt",
+                "a guest that keeps the VMM's page tables",
+                "a guest that makes its own",
+                "use pagemap or idle",
+            )
         self._machine, self._memory = machine, machine.memory
         self.rearm_kind = rearm_kind or calibrated_rearm(machine.engine)
         self.table_format = "npt"
@@ -59,7 +68,7 @@ class GuestptTracker:
         slots = MemSlots(
             MemSlot(i, r.gfn, r.n_pages, r.guest_address) for i, r in enumerate(regions)
         )
-        self.table = LiveTable(tables, machine.layout.tables_gpa, slots=slots)
+        self.table = LiveTable(tables, layout.tables_gpa, slots=slots)
         # Cleared and not re-armed yet, by region: such a page may still be cached.
         self._stale = {r.gfn: np.zeros(n_words(r.n_pages), dtype=np.uint64) for r in regions}
 
