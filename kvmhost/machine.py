@@ -27,7 +27,7 @@ from kvmhost.closing import Closing
 from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, FREE_PORT, Bus
 from kvmhost.devices.freelist import FreeList
 from kvmhost.devices.serial import Serial
-from kvmhost.engine.base import Vcpu
+from kvmhost.engine.base import Engine, Vcpu
 from kvmhost.errors import (
     CapabilityError,
     GuestTimeout,
@@ -50,6 +50,7 @@ from kvmhost.memory.layout import (
     MAX_TINY_VCPUS,
     PAGE_BYTES,
     PAGE_SHIFT,
+    Layout,
     TinyLayout,
 )
 from kvmhost.runner import Runner, Step
@@ -61,6 +62,14 @@ if typing.TYPE_CHECKING:
     from kvmhost.trackers.harvesting import Harvest, Harvester
 
 __all__ = ["Machine"]
+
+
+class NamedImage(typing.Protocol):
+    """Any image: where it came from."""
+
+    @property
+    def path(self) -> str:
+        """The file, for messages."""
 
 
 class Machine(Closing):
@@ -93,11 +102,9 @@ class Machine(Closing):
         dirty_ring_entries: int = 0,
     ) -> None:
         self.name = name
-        self.image = image if isinstance(image, Image) else read_image(Path(image))
-        self.layout = TinyLayout(mem_bytes)
-        self.params = resolve_params(self.image, params or {})
-        if not 1 <= n_vcpus <= MAX_TINY_VCPUS:
-            raise LayoutError(f"{n_vcpus} vCPUs: a tiny guest takes 1 to {MAX_TINY_VCPUS}")
+        self.n_vcpus = n_vcpus
+        self.params: dict[str, int] = {}
+        self._plan(image, mem_bytes, params or {})
         self._store_options = store
         self._statuses: dict[int, int] = {}
         self._error: BaseException | None = None
@@ -110,36 +117,55 @@ class Machine(Closing):
         self._started_ns = 0
         self._closed = False
         self.vcpus: list[Vcpu] = []
-        self.engine = engines.choose(engine)
+        self.engine = self._choose_engine(engine)
         try:
             self.memory = GuestMemory(
                 [Region(gpa, n_bytes, name or "guest") for gpa, n_bytes in self.layout.regions]
             )
             if dirty_ring_entries:
                 self._enable_dirty_ring(dirty_ring_entries)
-            self._assemble(n_vcpus, console_fd)
+            if n_vcpus > self.engine.max_vcpus():
+                raise LayoutError(
+                    f"{n_vcpus} vCPUs: the {self.engine.name} engine has {self.engine.max_vcpus()}"
+                )
+            self.serial = Serial(console_fd)
+            self.bus = Bus()
+            self.bus.add_serial(self.serial)
+            self._assemble()
         except BaseException:
             self.close()
             raise
         self._runner = Runner(self.vcpus, self._on_exit, self._on_error)
 
-    def _assemble(self, n_vcpus: int, console_fd: int) -> None:
-        if n_vcpus > self.engine.max_vcpus():
-            raise LayoutError(
-                f"{n_vcpus} vCPUs: the {self.engine.name} engine has {self.engine.max_vcpus()}"
-            )
-        self.serial = Serial(console_fd)
-        self.bus = Bus()
-        self.bus.add_serial(self.serial)
+    #: Memory layout; a kind of machine has its own.
+    layout: Layout
+    #: The image, for reports.
+    image: NamedImage
+
+    def _plan(self, image: Path | str | Image, mem_bytes: int, params: Mapping[str, int]) -> None:
+        """Check image, sizes and parameters before anything is made."""
+        self._tiny = image if isinstance(image, Image) else read_image(Path(image))
+        self._tiny_layout = TinyLayout(mem_bytes)
+        self.image, self.layout = self._tiny, self._tiny_layout
+        self.params = resolve_params(self._tiny, params)
+        if not 1 <= self.n_vcpus <= MAX_TINY_VCPUS:
+            raise LayoutError(f"{self.n_vcpus} vCPUs: a tiny guest takes 1 to {MAX_TINY_VCPUS}")
+
+    def _choose_engine(self, name: str) -> Engine:
+        return engines.choose(name)
+
+    def _assemble(self) -> None:
+        """Fill memory, put devices on the bus and create the vCPUs."""
+        image, layout = self._tiny, self._tiny_layout
         self.bus.add_doorbell()
         self.bus.add_port(FREE_PORT, 4, FreeList(self))
-        self.image.load(self.memory, self.layout.tables_gpa)
-        write_params(self.memory, self.layout, self.image, n_vcpus, self.params)
+        image.load(self.memory, layout.tables_gpa)
+        write_params(self.memory, layout, image, self.n_vcpus, self.params)
         write_tss(self.memory)
-        lay_out_tables(self.memory, self.layout)
+        lay_out_tables(self.memory, layout)
         self.engine.attach(self.memory, self.bus)
-        for index in range(n_vcpus):
-            state = entry_state(self.layout, self.image.entry, index)
+        for index in range(self.n_vcpus):
+            state = entry_state(layout, image.entry, index)
             self.vcpus.append(self.engine.create_vcpu(index, state))
 
     def _enable_dirty_ring(self, n_entries: int) -> None:
@@ -374,13 +400,22 @@ class Machine(Closing):
         if isinstance(leaving, IoOut):
             return self._port_write(vcpu, leaving)
         if isinstance(leaving, IoIn):
-            found = self.bus.port_handler(leaving.port)
-            value = found[0].read(found[1], leaving.size) if found else (1 << 8 * leaving.size) - 1
-            vcpu.complete_read(value.to_bytes(leaving.size, "little") * leaving.count)
-            return Step.GO_ON
+            return self._port_read(vcpu, leaving)
         if isinstance(leaving, MmioRead | MmioWrite):
             return self._mmio(vcpu, leaving)
-        raise _unexpected(vcpu, leaving)
+        raise self._unexpected(vcpu, leaving)
+
+    def _port_read(self, vcpu: Vcpu, leaving: IoIn) -> Step:
+        found = self.bus.port_handler(leaving.port)
+        size, data = leaving.size, b""
+        if found is None:
+            data = b"\xff" * (size * leaving.count)
+        else:
+            mask = (1 << 8 * size) - 1
+            for _ in range(leaving.count):
+                data += (found[0].read(found[1], size) & mask).to_bytes(size, "little")
+        vcpu.complete_read(data)
+        return Step.GO_ON
 
     def _port_write(self, vcpu: Vcpu, leaving: IoOut) -> Step:
         if leaving.port == EXIT_PORT:
@@ -391,13 +426,16 @@ class Machine(Closing):
             return Step.END_ALL
         if leaving.port == DOORBELL_PORT:
             return Step.HOLD
+        self._write_device(leaving)
+        return Step.GO_ON
+
+    def _write_device(self, leaving: IoOut) -> None:
         found = self.bus.port_handler(leaving.port)
+        # A port where nothing is: writes go nowhere, as on a real machine.
         if found:
             for i in range(leaving.count):
                 one = leaving.data[i * leaving.size : (i + 1) * leaving.size]
                 found[0].write(found[1], leaving.size, int.from_bytes(one, "little"))
-        # A port where nothing is: writes go nowhere, as on a real machine.
-        return Step.GO_ON
 
     def _mmio(self, vcpu: Vcpu, leaving: MmioRead | MmioWrite) -> Step:
         found = self.bus.mmio_handler(leaving.gpa)
@@ -415,6 +453,9 @@ class Machine(Closing):
         else:
             device.write(offset, len(leaving.data), int.from_bytes(leaving.data, "little"))
         return Step.GO_ON
+
+    def _unexpected(self, vcpu: Vcpu, leaving: Exit) -> UnexpectedExit:
+        return _unexpected(vcpu, leaving)
 
     def _on_error(self, vcpu: Vcpu, error: BaseException) -> None:
         self._error = self._error or error

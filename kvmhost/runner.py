@@ -111,6 +111,20 @@ class Runner:
         """Whether every vCPU has ended."""
         return len(self._ended) == len(self._vcpus)
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time of all vCPU threads together.
+
+        It stands still only while every one of them waits in the kernel.
+        """
+        total = 0.0
+        for thread in self._threads:
+            if thread.ident is not None and thread.is_alive():
+                try:
+                    total += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+                except OSError:
+                    continue  # ended in between
+        return total
+
     def request_stop(self) -> None:
         """Ask every vCPU to end; does not wait."""
         with self._changed:

@@ -3,7 +3,9 @@
 ::
 
     ReclaimError
-    └─ KernelFileError (also OSError): interface, value written
+    ├─ KernelFileError (also OSError): interface, value written
+    ├─ RecordError (also ImageError): a record or an imported file is damaged; file, field, offset
+    └─ ConfigError (also ValueError): file, line, key
 
 Each survives pickling. What a host lacks is a
 :class:`kvmhost.errors.CapabilityError`, as everywhere in the project.
@@ -14,7 +16,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["KernelFileError", "ReclaimError"]
+from kvmhost.errors import ImageError
+
+__all__ = ["ConfigError", "KernelFileError", "ReclaimError", "RecordError"]
 
 
 class ReclaimError(Exception):
@@ -39,3 +43,30 @@ class KernelFileError(ReclaimError, OSError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.interface, self.errno, self.value))
+
+
+class RecordError(ReclaimError, ImageError):
+    """A record, or a file to import, is damaged or is none; nothing of it was used.
+
+    :param file: path of the file; for a record the one inside it
+    :param field: the part that is wrong
+    :param problem: what is wrong with it
+    :param offset: byte offset in the file, where one is known
+    """
+
+
+class ConfigError(ReclaimError, ValueError):
+    """A configuration cannot be used.
+
+    :param file: its path; ``flags`` for what came on a command line
+    :param line: from 1 on; 0 where no single line is to blame
+    :param key: as ``daemon.interval``; empty for the whole file
+    """
+
+    def __init__(self, file: str, line: int, key: str, problem: str) -> None:
+        super().__init__(file, line, key, problem)
+        self.file, self.line, self.key, self.problem = file, line, key, problem
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{where}: {self.key}: {self.problem}" if self.key else f"{where}: {self.problem}"

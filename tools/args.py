@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import re
+import typing
 from pathlib import Path
 
 from kvmhost.errors import ImageError, LayoutError
 from kvmhost.storeoptions import CODECS, MAX_PREFETCH_PAGES, StoreOptions
+
+if typing.TYPE_CHECKING:
+    from kvmhost.boot.pcboot import Module
 
 __all__ = [
     "add_machine_arguments",
     "add_store_arguments",
     "count",
     "find_image",
+    "parse_fw_cfg",
+    "parse_modules",
     "parse_params",
     "seconds",
     "share",
@@ -91,6 +97,44 @@ def parse_params(given: list[str]) -> dict[str, int]:
         if not equals or not name:
             raise LayoutError(f"--param {word!r}: need name=number, for example pages=4096")
     return params
+
+
+def parse_modules(text: str) -> list[Module]:
+    """Parse ``FILE[ ARGS][,FILE[ ARGS]...]``; a comma in a name is written twice.
+
+    :raises ImageError: if a file cannot be read
+    """
+    from kvmhost.boot.elf import read_file
+    from kvmhost.boot.pcboot import Module
+
+    modules = []
+    for word in text.replace(",,", "\0").split(","):
+        path, _, arguments = word.replace("\0", ",").partition(" ")
+        modules.append(Module(path, arguments, read_file(Path(path))))
+    return modules
+
+
+def parse_fw_cfg(given: list[str]) -> dict[str, bytes]:
+    """Parse words ``name=NAME,file=PATH`` and ``name=NAME,string=TEXT``.
+
+    :raises LayoutError: for another word, a bad name, or one that came before
+    :raises ImageError: if a file cannot be read
+    """
+    from kvmhost.boot.elf import read_file
+    from kvmhost.devices.fwcfg import check_name
+
+    files: dict[str, bytes] = {}
+    for word in given:
+        head, _, tail = word.partition(",")
+        name = head.removeprefix("name=")
+        kind, equals, value = tail.partition("=")
+        if not equals or kind not in ("file", "string"):
+            raise LayoutError(f"--fw-cfg {word!r}: need name=NAME,file=PATH or ,string=TEXT")
+        check_name(name)
+        if name in files:
+            raise LayoutError(f"--fw-cfg {word!r}: the name is there already")
+        files[name] = read_file(Path(value)) if kind == "file" else value.encode()
+    return files
 
 
 def find_image(name: str) -> Path:

@@ -8,6 +8,7 @@ is not listed here is refused, and so is a number out of range.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -44,6 +45,7 @@ __all__ = [
     "VcpuState",
     "VictimsReport",
     "VmState",
+    "convert",
     "decode",
     "decode_query",
     "encode",
@@ -94,13 +96,15 @@ class HarvestQuery(RangeQuery, frozen=True):
     """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page.
 
     ``rearm=sample`` clears and re-arms only a ``fraction`` of the pages, other ones at
-    each harvest of the range; without ``fraction`` a default that was measured.
+    each harvest of the range; without ``fraction`` a default that was measured. With
+    ``format`` the harvest is fed into a model table, and its walker answers.
     """
 
     tracker: str = "auto"
     clear: bool = True
     rearm: Literal["none", "young", "all", "sample"] = "young"
     fraction: Fraction | None = None
+    format: Literal["", "tdp", "npt", "ept", "stage2", "radix"] = ""
 
 
 class EvictQuery(_Strict, frozen=True):
@@ -415,6 +419,18 @@ def decode_query(query: dict[str, str], kind: type[T]) -> T:
     plain = {name: _plain_number(value) for name, value in query.items()}
     try:
         return msgspec.convert(plain, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _schema_error(error) from None
+
+
+def convert(plain: Any, kind: type[T], dec_hook: Callable[[type, Any], Any] | None = None) -> T:
+    """Read a message from plain objects, as a file's parser returns them.
+
+    :param dec_hook: reads types of its own, raising ValueError
+    :raises SchemaError: if they are not of that kind; names the field
+    """
+    try:
+        return msgspec.convert(plain, kind, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
         raise _schema_error(error) from None
 

@@ -122,6 +122,21 @@ class MemoryCgroup(Closing):
             raise
         return group
 
+    @classmethod
+    def at(cls, path: str, files: KernelFiles | None = None) -> MemoryCgroup:
+        """Return the cgroup at a path, to be read; do not close what others made.
+
+        :raises CapabilityError: if it has no memory controller
+        """
+        files = files or KernelFiles()
+        for version, names in _NAMES.items():
+            if files.exists(posixpath.join(path, names.usage)):
+                return cls(path, version, files)
+        wanted = " or ".join(names.usage for names in _NAMES.values())
+        raise CapabilityError(
+            "memory cgroup", f"{wanted} in {path}", "neither", "name a cgroup with that controller"
+        )
+
     def set_limit(self, limit_bytes: int) -> None:
         """Limit memory, and leave no swap to make up for it."""
         if self.version == 1:
@@ -150,6 +165,15 @@ class MemoryCgroup(Closing):
     def usage_bytes(self) -> int:
         """Return what is charged now; shared memory counts for who touched it first."""
         return int(self._read(self._names.usage))
+
+    def needed_bytes(self) -> int:
+        """Return the usage without file pages that the kernel drops before it kills."""
+        key = "inactive_file" if self.version == 2 else "total_inactive_file"
+        for line in self._read("memory.stat").splitlines():
+            name, _, value = line.partition(" ")
+            if name == key:
+                return max(0, self.usage_bytes() - int(value))
+        return self.usage_bytes()
 
     def peak_bytes(self) -> int | None:
         """Return the highest usage so far; None where the kernel does not keep it."""

@@ -1,0 +1,240 @@
+"""The daemon's configuration: a TOML file, with flags of the command line on top.
+
+.. code-block:: toml
+
+    [daemon]
+    vms = ["web*", "db"]
+
+    [defaults]          # what holds for every VM
+    budget = "96M"
+
+    [vm.db]             # and for those whose name fits; the first table that does
+    budget = "1G"
+    weight = 2
+
+What is not known, of the wrong type or without its unit is refused, with file, line and
+key; :mod:`reclaim.options` lists what there is.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from kvmhost.control.schema import SchemaError, convert
+from kvmhost.errors import LayoutError
+from reclaim.errors import ConfigError
+from reclaim.options import Config, VmOptions
+from reclaim.pressure.budget import Budget
+from reclaim.units import read_amount, write_amount
+
+__all__ = ["Flags", "Option", "budget_of", "load", "options", "read_flag", "to_toml"]
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+#: Values of flags: by section, then key.
+Flags = Mapping[str, Mapping[str, Any]]
+
+_SECTIONS: dict[str, type[msgspec.Struct]] = {
+    field.name: type(field.default)
+    for field in msgspec.structs.fields(Config)
+    if field.name != "vm"
+}
+
+
+class Option(NamedTuple):
+    """One option: ``[section] key``."""
+
+    section: str
+    key: str
+    kind: Any
+    default: Any
+    about: str
+
+
+def options() -> Iterator[Option]:
+    """Yield every option of every section."""
+    for section, struct in _SECTIONS.items():
+        hints = typing.get_type_hints(struct, include_extras=True)
+        for field in msgspec.structs.fields(struct):
+            kind = hints[field.name]
+            default = field.default
+            if default is msgspec.NODEFAULT:
+                default = field.default_factory()
+            yield Option(section, field.name, kind, default, kind.__metadata__[0].description)
+
+
+def read_flag(option: Option, text: str) -> Any:
+    """Read an option's value from a command line, where a time may lack its unit.
+
+    :raises ValueError: if it is written wrong
+    """
+    try:
+        return msgspec.convert(
+            text,
+            option.kind,
+            strict=False,
+            dec_hook=lambda kind, given: read_amount(kind, given, True),
+        )
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+
+
+def load(path: str | Path | None, flags: Flags | None = None) -> Config:
+    """Read a file (None: none), put flags on top, and check it as a whole.
+
+    :raises ConfigError: naming file, line and key
+    """
+    text, raw = _read(path) if path is not None else ("", {})
+    where = _Where(str(path) if path is not None else "flags", text)
+    known = set(_SECTIONS) | {"vm"}
+    for name, table in raw.items():
+        if name not in known:
+            raise where.error((name,), f"no such section; there are {', '.join(sorted(known))}")
+        if not isinstance(table, dict):
+            raise where.error((name,), "is a section; write [" + name + "]")
+    sections = {
+        name: _section(raw.get(name, {}), kind, (name,), where, (flags or {}).get(name, {}))
+        for name, kind in _SECTIONS.items()
+    }
+    defaults = typing.cast(VmOptions, sections["defaults"])
+    vm = {
+        pattern: _section(table, VmOptions, ("vm", pattern), where, {}, defaults)
+        for pattern, table in raw.get("vm", {}).items()
+    }
+    config = Config(**sections, vm=vm)  # type: ignore[arg-type]
+    _check(config, where)
+    return config
+
+
+def budget_of(options: VmOptions) -> Budget | None:
+    """Return a VM's budget with its marks; None: it has none of its own.
+
+    :raises LayoutError: if the marks do not fit
+    """
+    size = int(options.budget)
+    return Budget.of(size, options.high.of(size), options.low.of(size)) if size else None
+
+
+def to_toml(config: Config) -> str:
+    """Write a configuration that :func:`load` reads as the same one."""
+    import tomli_w
+
+    raw = msgspec.to_builtins(config, enc_hook=write_amount)
+    raw["vm"] = {
+        pattern: {key: value for key, value in table.items() if value != raw["defaults"][key]}
+        for pattern, table in raw["vm"].items()
+    }
+    if not raw["vm"]:
+        del raw["vm"]
+    return tomli_w.dumps(raw)
+
+
+class _Where:
+    """Finds the line of a key, to be named in an error."""
+
+    def __init__(self, file: str, text: str) -> None:
+        self._file, self._lines = file, text.splitlines()
+
+    def error(self, keys: tuple[str, ...], problem: str) -> ConfigError:
+        """Return the error that names a key and its line."""
+        return ConfigError(self._file, self._line_of(keys), ".".join(keys), problem)
+
+    def _line_of(self, keys: tuple[str, ...]) -> int:
+        """Return the line on which a key's value begins; 0 if the file does not have it.
+
+        The shortest beginning of the file that has the key ends with its value, and the
+        longest one before it that can be read at all ends before that.
+        """
+        before = 0
+        for n in range(1, len(self._lines) + 1):
+            try:
+                raw = tomllib.loads("\n".join(self._lines[:n]))
+            except tomllib.TOMLDecodeError:
+                continue
+            if _has(raw, keys):
+                return before + 1
+            before = n
+        return 0
+
+
+def _has(raw: Any, keys: tuple[str, ...]) -> bool:
+    for key in keys:
+        if not isinstance(raw, dict) or key not in raw:
+            return False
+        raw = raw[key]
+    return True
+
+
+def _read(path: str | Path) -> tuple[str, dict[str, Any]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return text, tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(str(path), 0, "", error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), 0, "", f"no UTF-8 at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        raise ConfigError(str(path), int(line[1]) if line else 0, "", str(error)) from None
+
+
+def _section(
+    raw: Any,
+    kind: type[T],
+    keys: tuple[str, ...],
+    where: _Where,
+    flags: Mapping[str, Any],
+    base: T | None = None,
+) -> T:
+    if not isinstance(raw, dict):
+        raise where.error(keys, "is a section")
+    try:
+        given = convert(raw, kind, read_amount)
+    except SchemaError as error:
+        inside = error.field.partition("[")[0]
+        raise where.error((*keys, inside) if inside else keys, error.problem) from None
+    values = {key: getattr(given, key) for key in raw} | dict(flags)
+    return msgspec.structs.replace(base if base is not None else kind(), **values)
+
+
+def _check(config: Config, where: _Where) -> None:
+    """Refuse what each option allows and all of them together do not."""
+    tables = {("defaults",): config.defaults} | {("vm", p): o for p, o in config.vm.items()}
+    for keys, vm in tables.items():
+        try:
+            budget_of(vm)
+        except LayoutError as error:
+            raise where.error(keys, str(error)) from None
+    pressure = config.pressure
+    goals: float | str = pressure.total_budget or pressure.psi_target or pressure.promotion_target
+    goals = goals or pressure.psi_trigger or pressure.cgroup
+    if not goals and not any(vm.budget for vm in tables.values()):
+        raise where.error(
+            (),
+            "nothing to do: give a budget, or one of total_budget, psi_target, psi_trigger, "
+            "promotion_target and cgroup",
+        )
+    for mark in ("high", "low"):
+        for keys, vm in tables.items():
+            if getattr(vm, mark).share is None and not vm.budget:
+                raise where.error((*keys, mark), "a size makes sense with a budget only")
+    shares = ("psi_target", "proactive_step", "trigger_step", "cgroup_high", "promotion_target")
+    for share in shares:
+        if getattr(pressure, share) > 1:
+            raise where.error(("pressure", share), "more than 100%")
+    if config.daemon.interval <= 0:
+        raise where.error(("daemon", "interval"), "need more than 0s")
+    if pressure.psi_trigger:
+        from reclaim.pressure.psi import parse_trigger
+
+        try:
+            parse_trigger(pressure.psi_trigger)
+        except ValueError as error:
+            raise where.error(("pressure", "psi_trigger"), str(error)) from None

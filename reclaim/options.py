@@ -1,0 +1,180 @@
+"""Every option of the daemon: its name, type, default and one line about it.
+
+Each is a key of the configuration file, in the section of its class, and a flag of the
+command line: ``interval`` is ``--interval``. :mod:`reclaim.config` reads both.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from reclaim.units import Bytes, Mark, Seconds, Share
+
+__all__ = ["Account", "Config", "DaemonOptions", "Limits", "PressureOptions", "VmOptions"]
+
+
+def _about(text: str, **bounds: Any) -> msgspec.Meta:
+    return msgspec.Meta(description=text, **bounds)
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all sections."""
+
+
+class DaemonOptions(_Section, frozen=True):
+    """Section ``[daemon]``: the process itself."""
+
+    vms: Annotated[
+        list[str], _about("names of VMs, paths of their sockets, or patterns such as 'web*'")
+    ] = []
+    name: Annotated[
+        str, _about("name of the daemon's own socket; empty: pid-N", pattern=r"^[A-Za-z0-9_.-]*$")
+    ] = ""
+    interval: Annotated[Seconds, _about("time from one pass over a VM to the next")] = Seconds(1)
+    lease: Annotated[
+        Seconds,
+        _about("a VM takes the daemon for hung after so long (at least 3 intervals) of silence"),
+    ] = Seconds(10)
+    wait: Annotated[bool, _about("wait for named VMs that are not running yet")] = False
+    take_over: Annotated[bool, _about("take VMs away from another daemon")] = False
+    dry_run: Annotated[
+        bool, _about("harvest, decide and tell, but set no limit and evict nothing")
+    ] = False
+    passes: Annotated[
+        int, _about("end after so many passes over each VM; 0: never", ge=0, lt=1 << 52)
+    ] = 0
+    json: Annotated[bool, _about("write the log as one JSON object a line")] = False
+    metrics_port: Annotated[
+        int, _about("also give metrics on this TCP port of 127.0.0.1; 0: no", ge=0, lt=65536)
+    ] = 0
+
+
+class PressureOptions(_Section, frozen=True):
+    """Section ``[pressure]``: what all VMs together have to heed."""
+
+    total_budget: Annotated[
+        Bytes, _about("resident memory of all VMs, shared out by weight and coldness; 0: no")
+    ] = Bytes(0)
+    psi: Annotated[
+        str,
+        _about(
+            "where stall time is read: system, vm (waits for evicted pages), or the path of a "
+            "memory.pressure file",
+            min_length=1,
+        ),
+    ] = "system"
+    psi_target: Annotated[
+        Share, _about("evict ahead of need until tasks stall for this share of time; 0%: no")
+    ] = Share(0)
+    proactive_step: Annotated[
+        Share,
+        _about("share of resident memory that goes ahead of need in a minute, at most"),
+    ] = Share(0.06)
+    psi_trigger: Annotated[
+        str,
+        _about(
+            "evict at once when the kernel reports 'some STALL in WINDOW', for example "
+            "'some 150ms in 2s'; empty: no"
+        ),
+    ] = ""
+    trigger_step: Annotated[Share, _about("share of resident memory that goes then")] = Share(0.05)
+    cgroup: Annotated[
+        str, _about("path of a memory cgroup, version 1 or 2, to keep below its limit; empty: no")
+    ] = ""
+    cgroup_high: Annotated[Share, _about("evict above this share of the cgroup's limit")] = Share(
+        0.9
+    )
+    promotion_target: Annotated[
+        Share,
+        _about("evict ahead of need until so much of the working set comes back a minute; 0%: no"),
+    ] = Share(0)
+    backoff: Annotated[
+        Share,
+        _about("hold back where more than this share of what was evicted comes back; 0%: never"),
+    ] = Share(0.2)
+
+
+class Limits(_Section, frozen=True):
+    """Section ``[limits]``: what the daemon may use, over all VMs."""
+
+    pages_per_s: Annotated[
+        int, _about("pages evicted in a second; 0: any number", ge=0, lt=1 << 40)
+    ] = 0
+    bytes_per_s: Annotated[Bytes, _about("the same in bytes; 0: any number")] = Bytes(0)
+    cpu: Annotated[Share, _about("processor time, 100% is one core; 0%: any")] = Share(0)
+
+
+class Account(_Section, frozen=True):
+    """Section ``[account]``: what is kept about decisions and pages."""
+
+    decisions: Annotated[int, _about("decisions kept in memory", ge=1, le=1 << 20)] = 4096
+    decisions_file: Annotated[
+        str, _about("also append each, as a JSON line, to this file; empty: no")
+    ] = ""
+    page_history: Annotated[
+        bool, _about("keep 14 bytes a guest page of history, for kvmhost page")
+    ] = True
+
+
+class VmOptions(_Section, frozen=True):
+    """Section ``[defaults]``, and tables ``[vm.PATTERN]``: how one VM is looked after."""
+
+    budget: Annotated[
+        Bytes, _about("resident memory, which the VM never exceeds; 0: only what [pressure] says")
+    ] = Bytes(0)
+    high: Annotated[Mark, _about("evict in the background above this, size or share of budget")] = (
+        Mark(share=Share(0.95))
+    )
+    low: Annotated[Mark, _about("and down to this")] = Mark(share=Share(0.85))
+    weight: Annotated[float, _about("claim on shared memory, against other VMs", gt=0, le=1000)] = (
+        1.0
+    )
+    tracker: Annotated[
+        str, _about("where young bits come from: auto (the VM's choice), or one of doctor's list")
+    ] = "auto"
+    sample: Annotated[
+        Share,
+        _about(
+            "clear and re-arm only this share of the pages at each harvest, for example 1/8: the "
+            "guest loses that much less, and a page takes 8 passes to look old; 0%: all"
+        ),
+    ] = Share(0)
+    policy: Annotated[str, _about("which pages go: lru_gen, or another policy's name")] = "lru_gen"
+    generations: Annotated[
+        int,
+        _about("generations to keep apart; the two youngest are never evicted", ge=4, le=64),
+    ] = 4
+    seed: Annotated[
+        int, _about("shuffle pages of one generation, by this seed; -1: by gfn", ge=-1, lt=1 << 62)
+    ] = -1
+    max_victims: Annotated[
+        int, _about("length of the list of pages to go next", ge=0, le=1 << 24)
+    ] = 16384
+
+
+class Config(_Section, frozen=True):
+    """All sections."""
+
+    daemon: DaemonOptions = DaemonOptions()
+    pressure: PressureOptions = PressureOptions()
+    limits: Limits = Limits()
+    account: Account = Account()
+    defaults: VmOptions = VmOptions()
+    #: By pattern, in the order of the file; each holds all options of such a VM.
+    vm: dict[str, VmOptions] = {}
+
+    def of_vm(self, name: str) -> VmOptions:
+        """Return the options of a VM: of the first pattern that fits, else the defaults."""
+        import fnmatch
+
+        for pattern, options in self.vm.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return options
+        return self.defaults
+
+    @property
+    def log(self) -> Literal["json", "lines"]:
+        """How the log is written."""
+        return "json" if self.daemon.json else "lines"

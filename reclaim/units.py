@@ -1,0 +1,145 @@
+"""Amounts with units, as they are written in a configuration and on a command line.
+
+=========== ============================= ===========================================
+type        written                       value
+=========== ============================= ===========================================
+`Bytes`     ``96M``, ``1GiB``, ``4096``   bytes; K, M, G, T are powers of 1024
+`Seconds`   ``50ms``, ``1s``, ``2min``    seconds; a bare number only on a command line
+`Share`     ``0.2%``, ``90%``, ``1/8``    1 is 100 %
+`Mark`      ``90%``, ``80M``              a share of something, or bytes
+=========== ============================= ===========================================
+
+Each is written back by ``str()`` so that reading that gives the same value again.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any
+
+__all__ = ["Bytes", "Mark", "Seconds", "Share", "read_amount", "write_amount"]
+
+_BINARY = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_TIME = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(us|ms|s|min|h)?")
+_SECONDS = {"us": "0.000001", "ms": "0.001", "s": "1", "min": "60", "h": "3600"}
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%|(\d+)/(\d+)")
+
+
+class Bytes(int):
+    """A size in bytes."""
+
+    @classmethod
+    def parse(cls, given: object) -> Bytes:
+        """Read ``96M`` or a number of bytes.
+
+        :raises ValueError: for anything else
+        """
+        if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
+            return cls(given)
+        match = _SIZE.fullmatch(given.strip()) if isinstance(given, str) else None
+        if match is None:
+            raise ValueError(f"{given!r} is no size; write 65536, 256M or 1G")
+        return cls(int(match[1]) << _BINARY[match[2].upper()])
+
+    def __str__(self) -> str:
+        for letter, bits in reversed(_BINARY.items()):
+            if self and self % (1 << bits) == 0:
+                return f"{self >> bits}{letter}"
+        return f"{int(self)}"
+
+
+class Seconds(float):
+    """A span of time in seconds."""
+
+    @classmethod
+    def parse(cls, given: object, bare: bool = False) -> Seconds:
+        """Read ``50ms``.
+
+        :param bare: take a number without a unit as seconds
+        :raises ValueError: for anything else
+        """
+        match = _TIME.fullmatch(given.strip()) if isinstance(given, str) else None
+        if match is None or not (match[2] or bare):
+            raise ValueError(f"{given!r} is no time; write 50ms, 1s or 2min")
+        return cls(Decimal(match[1]) * Decimal(_SECONDS[match[2] or "s"]))
+
+    def __str__(self) -> str:
+        return f"{Decimal(repr(float(self))).normalize():f}s"
+
+
+class Share(float):
+    """A part of something: 1 is all of it."""
+
+    @classmethod
+    def parse(cls, given: object) -> Share:
+        """Read ``0.2%`` or ``1/8``.
+
+        :raises ValueError: for anything else
+        """
+        match = _SHARE.fullmatch(given.strip()) if isinstance(given, str) else None
+        if match is None or (match[3] and not int(match[3])):
+            raise ValueError(f"{given!r} is no share; write for example 90% or 1/8")
+        if match[3]:
+            return cls(int(match[2]) / int(match[3]))
+        # In decimals: what is written back has to read as the same number.
+        return cls(Decimal(match[1]) / 100)
+
+    def __str__(self) -> str:
+        return f"{(Decimal(repr(float(self))) * 100).normalize():f}%"
+
+
+class Mark:
+    """A share of something, or bytes: exactly one of the two is not None."""
+
+    def __init__(self, *, size: Bytes | None = None, share: Share | None = None) -> None:
+        self.size, self.share = size, share
+
+    @classmethod
+    def parse(cls, given: object) -> Mark:
+        """Read ``90%`` or ``80M``.
+
+        :raises ValueError: for anything else, and for shares of 0 or more than 100 %
+        """
+        if not (isinstance(given, str) and given.strip().endswith("%")):
+            return cls(size=Bytes.parse(given))
+        share = Share.parse(given)
+        if not 0 < share <= 1:
+            raise ValueError(f"{given!r}: need a share above 0 and up to 100%")
+        return cls(share=share)
+
+    def of(self, total_bytes: int) -> int:
+        """Return it in bytes."""
+        return int(total_bytes * self.share) if self.share is not None else int(self.size or 0)
+
+    def __str__(self) -> str:
+        return str(self.size if self.share is None else self.share)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mark) and (self.size, self.share) == (other.size, other.share)
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.share))
+
+
+_KINDS = (Bytes, Seconds, Share, Mark)
+
+
+def read_amount(kind: type, given: Any, bare: bool = False) -> Any:
+    """Read an amount of a kind: the hook of a msgspec decoder.
+
+    :raises ValueError: if it is written wrong
+    """
+    if kind is Seconds:
+        return Seconds.parse(given, bare)
+    if kind in _KINDS:
+        return kind.parse(given)
+    raise NotImplementedError(kind)
+
+
+def write_amount(amount: Any) -> str:
+    """Return the text of an amount: the hook of a msgspec encoder."""
+    if isinstance(amount, _KINDS):
+        return str(amount)
+    raise NotImplementedError(type(amount))
