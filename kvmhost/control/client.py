@@ -218,6 +218,16 @@ class Client(Closing):
         """Return who looks after the VM; None: nobody."""
         return self._get("lease", schema.LeaseState).lease
 
+    def snapshot(self, path: str) -> int:
+        """Have the VM write itself into a file; it goes on running.
+
+        :param path: absolute, as the VM sees it
+        :return: bytes of memory in the file
+        """
+        body = schema.encode(schema.SnapshotRequest(path))
+        answer = self._call("POST", "snapshot", content=body, headers=_JSON)
+        return self._read(answer, schema.SnapshotReport).memory_bytes
+
     def close(self) -> None:
         """Hang up. Idempotent."""
         self._http.close()
