@@ -21,6 +21,7 @@ from kvmhost.memory.layout import TinyLayout
 from tools.args import (
     add_machine_arguments,
     add_store_arguments,
+    count,
     find_image,
     parse_fw_cfg,
     parse_modules,
@@ -92,6 +93,7 @@ def _make(args: argparse.Namespace, image: Path, console: Console) -> Machine:
         "console_fd": console.fd,
         "name": args.name or "",
         "store": store_options(args),
+        "dirty_ring_entries": args.dirty_ring,
     }
     if args.restore:
         from kvmhost.machines.snapshot import restore_machine
@@ -175,6 +177,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tracker", metavar="NAME", help="start a tracker at once: auto, or one that doctor lists"
+    )
+    parser.add_argument(
+        "--dirty-ring",
+        type=count,
+        default=0,
+        metavar="ENTRIES",
+        help="give each vCPU a dirty ring, a power of two from 256 to 65536, which the tracker "
+        "dirty then reads instead of the dirty log (engine kvm)",
     )
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="stop the guest after this time"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from kvmhost.machine import Machine
 from kvmhost.trackers import Tracker, sample_mask
 
-__all__ = ["Plan", "Steps", "harvest_once", "measure_steps", "paired_rates"]
+__all__ = ["Kept", "Plan", "Steps", "harvest_once", "measure_steps", "paired_rates"]
 
 _SETTLE_S = 10.0
 
@@ -40,6 +40,19 @@ class Plan:
         if self.period > 1:
             return f"1/{self.period}"
         return "all" if self.whole else "young"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Throughput with harvests, as part of that without.
+
+    :param wall: by time
+    :param cpu: by processor time of the vCPUs, which does not mind what else runs on the
+        machine; what the guest waits for (another thread's answer) is not in it
+    """
+
+    wall: float
+    cpu: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,34 +91,42 @@ def paired_rates(
     rounds: int,
     free_s: float,
     seconds_of: Callable[[Plan], float],
-) -> dict[Plan, list[float]]:
+) -> dict[Plan, list[Kept]]:
     """Return the throughput kept under each plan, once a round.
 
     :param free_s: length of the segments without harvests, before and after each other one
     :param seconds_of: length of a plan's segment
     :return: part of the mean of the two free segments around it
     """
-    kept: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    kept: dict[Plan, list[Kept]] = {plan: [] for plan in plans}
     none = Plan(0)
     for _ in range(rounds):
-        before = _epochs_per_s(machine, tracker, free_s, none)
+        before = _epoch_rates(machine, tracker, free_s, none)
         for plan in plans:
-            found = _epochs_per_s(machine, tracker, seconds_of(plan), plan)
-            after = _epochs_per_s(machine, tracker, free_s, none)
-            kept[plan].append(2 * found / (before + after))
+            found = _epoch_rates(machine, tracker, seconds_of(plan), plan)
+            after = _epoch_rates(machine, tracker, free_s, none)
+            parts = [
+                2 * with_it / (a + b) for with_it, a, b in zip(found, before, after, strict=True)
+            ]
+            kept[plan].append(Kept(*parts))
             before = after
     return kept
 
 
-def _epochs_per_s(machine: Machine, tracker: Tracker, seconds: float, plan: Plan) -> float:
-    """Let the guest run on and harvest it; the first harvest comes at the start."""
+def _epoch_rates(
+    machine: Machine, tracker: Tracker, seconds: float, plan: Plan
+) -> tuple[float, float]:
+    """Let the guest run on and harvest it; the first harvest comes at the start.
+
+    :return: epochs by second, and by second of the vCPUs' processor time
+    """
     pause = threading.Event()
     gfn_end = machine.memory.gfn_end
     # What the segment before cleared is paid for before this one begins.
     first, deadline = machine.doorbells, time.monotonic() + _SETTLE_S
     while machine.doorbells < first + 2 and time.monotonic() < deadline:
         pause.wait(0.001)
-    first, start = machine.doorbells, time.perf_counter()
+    first, start, cpu_start = machine.doorbells, time.perf_counter(), _vcpu_seconds()
     turn = 0
     while (left := start + seconds - time.perf_counter()) > 0:
         if plan.rate:
@@ -113,7 +134,20 @@ def _epochs_per_s(machine: Machine, tracker: Tracker, seconds: float, plan: Plan
             turn += 1
         next_one = start + turn / plan.rate if plan.rate else start + seconds
         pause.wait(max(0.0, min(left, next_one - time.perf_counter())))
-    return (machine.doorbells - first) / (time.perf_counter() - start)
+    epochs = machine.doorbells - first
+    # A guest that waited all the time has used next to none of its own.
+    cpu_s = max(_vcpu_seconds() - cpu_start, 1e-3)
+    return epochs / (time.perf_counter() - start), epochs / cpu_s
+
+
+def _vcpu_seconds() -> float:
+    """Processor time that the threads of vCPUs have used; one machine at a time is measured."""
+    clocks = [
+        time.pthread_getcpuclockid(thread.ident)
+        for thread in threading.enumerate()
+        if thread.name.startswith("vcpu") and thread.ident is not None
+    ]
+    return sum(map(time.clock_gettime, clocks))
 
 
 def measure_steps(

@@ -88,6 +88,7 @@ class Client(Closing):
         rearm: str = "young",
         fraction: float | None = None,
         mask: Words | None = None,
+        table_format: str = "",
     ) -> YoungBitmap:
         """Return which pages were young.
 
@@ -98,6 +99,8 @@ class Client(Closing):
             and a page that is no longer touched reads as young for ``1 / fraction`` harvests
         :param fraction: with ``sample``, from 1/65536 to 1; None: a default
         :param mask: shape ``(ceil(n_pages / 64),)``: clear only where the bit is 1
+        :param table_format: feed the harvest into a model table of this format (``tdp``,
+            ``ept``, ``stage2``, ``radix``) and return what its walker finds
         """
         return self.harvest_timed(
             gfn_start,
@@ -107,6 +110,7 @@ class Client(Closing):
             rearm=rearm,
             fraction=fraction,
             mask=mask,
+            table_format=table_format,
         )[0]
 
     def harvest_timed(
@@ -119,12 +123,15 @@ class Client(Closing):
         rearm: str = "young",
         fraction: float | None = None,
         mask: Words | None = None,
+        table_format: str = "",
     ) -> tuple[YoungBitmap, HarvestCost]:
         """Do the same as :meth:`harvest`, and say what it took inside the VM."""
         query = _range_query(gfn_start, n_pages)
         query |= {"tracker": tracker, "clear": str(int(clear)), "rearm": rearm}
         if fraction is not None:
             query["fraction"] = repr(float(fraction))
+        if table_format:
+            query["format"] = table_format
         body = b"" if mask is None else mask.astype("<u8", copy=False).tobytes()
         answer = self._call("POST", "harvest", params=query, content=body, headers=_BINARY)
         cost = HarvestCost(

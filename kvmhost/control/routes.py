@@ -58,6 +58,7 @@ from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
     from kvmhost.pager import EvictResult
+    from kvmhost.trackers.feed import Feed
 
 __all__ = ["Routes", "problem_of"]
 
@@ -96,6 +97,7 @@ class Routes:
         self._pauses = Pauses(machine, name, self._work)
         self._lease = Lease(name)
         self._limit_bytes = 0
+        self._feeds: dict[str, Feed] = {}
         self._totals = schema.HarvestTotals(0, 0, 0, 0, 0)
         self._table: dict[str, dict[str, Answering]] = {
             "/v1/state": {"GET": self._get_state},
@@ -127,6 +129,8 @@ class Routes:
     def close(self) -> None:
         """Wait for the worker threads to end. Without the event loop."""
         self._executor.shutdown(wait=True)
+        for feed in self._feeds.values():
+            feed.close()
 
     def let_go(self) -> None:
         """Stop the clocks of pauses and lease; in the event loop."""
@@ -282,6 +286,9 @@ class Routes:
                     mask=mask,
                 )
             )
+            young = found.young
+            if asked.format:
+                young = await self._work(lambda: self._feed(asked.format).through(found.young))
         old = self._totals
         self._totals = schema.HarvestTotals(
             old.harvests + 1,
@@ -290,7 +297,15 @@ class Routes:
             old.harvest_ns + found.harvest_ns,
             old.rearm_ns + found.rearm_ns,
         )
-        return _bitmap(found.young, schema.HarvestCost(found.harvest_ns, found.rearm_ns))
+        return _bitmap(young, schema.HarvestCost(found.harvest_ns, found.rearm_ns))
+
+    def _feed(self, table_format: str) -> Feed:
+        """Return the model table of a format, made on first use."""
+        if table_format not in self._feeds:
+            from kvmhost.trackers.feed import Feed
+
+            self._feeds[table_format] = Feed(table_format, self._machine.memory.regions)
+        return self._feeds[table_format]
 
     # -- pager ----------------------------------------------------------------
 

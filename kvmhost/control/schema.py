@@ -96,13 +96,15 @@ class HarvestQuery(RangeQuery, frozen=True):
     """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page.
 
     ``rearm=sample`` clears and re-arms only a ``fraction`` of the pages, other ones at
-    each harvest of the range; without ``fraction`` a default that was measured.
+    each harvest of the range; without ``fraction`` a default that was measured. With
+    ``format`` the harvest is fed into a model table, and its walker answers.
     """
 
     tracker: str = "auto"
     clear: bool = True
     rearm: Literal["none", "young", "all", "sample"] = "young"
     fraction: Fraction | None = None
+    format: Literal["", "tdp", "npt", "ept", "stage2", "radix"] = ""
 
 
 class EvictQuery(_Strict, frozen=True):

@@ -16,6 +16,7 @@ import dataclasses
 import os
 import select
 import time
+import typing
 from pathlib import Path
 
 from kvmhost.bitmap import Words, YoungBitmap
@@ -24,9 +25,14 @@ from kvmhost.control.schema import HarvestCost, MemoryMap, RegionInfo
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError, VmGoneError
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.trackers.foreign import Way, check_part, open_way
-from kvmhost.trackers.procmaps import choose_mapping, shared_mappings, shared_ranges
+from kvmhost.trackers.procmaps import Mapping, choose_mapping, shared_mappings, shared_ranges
+
+if typing.TYPE_CHECKING:
+    from kvmhost.trackers.feed import Feed
 
 __all__ = ["Attached", "AttachedState"]
+
+_ENDING_MS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,22 @@ class AttachedState:
 
     image: str
     tracker: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """The mapping as a memory slot."""
+
+    mapping: Mapping
+    gfn: int = 0
+
+    @property
+    def n_pages(self) -> int:
+        return self.mapping.n_pages
+
+    @property
+    def guest_address(self) -> int:
+        return self.mapping.start
 
 
 class Attached(Closing):
@@ -59,6 +81,7 @@ class Attached(Closing):
         self.vm = f"pid {pid}"
         self.pidfd = self.pagemap_fd = -1
         self._way: Way | None = None
+        self._feeds: dict[str, Feed] = {}
         try:
             # First the descriptor that stays this process's, whatever becomes of the pid.
             self.pidfd = _open_pid(pid)
@@ -90,12 +113,15 @@ class Attached(Closing):
         tracker: str = "auto",
         clear: bool = True,
         mask: Words | None = None,
+        table_format: str = "",
     ) -> YoungBitmap:
         """Return which pages were touched in the window. The first call begins one.
 
         :param n_pages: None: to the end of the mapping
         :param tracker: ``auto`` is the way in use, or the best; another one begins anew
         :param mask: clear only where the bit is 1
+        :param table_format: feed the harvest into a model table of this format, and return
+            what its walker finds
         :raises LayoutError: for a range, a mask or a name that does not fit
         :raises CapabilityError: if the way does not work here
         """
@@ -103,12 +129,12 @@ class Attached(Closing):
         check_part(self.mapping, gfn_start, count, mask)
         self._check_there()
         try:
-            return self._use(tracker).look(gfn_start, count, clear, mask)
+            found = self._use(tracker).look(gfn_start, count, clear, mask)
         except (IoctlError, CapabilityError, OSError):
             self._check_there()
             raise
-        finally:
-            self._check_there()
+        self._check_there()
+        return self._feed(table_format).through(found) if table_format else found
 
     def harvest_timed(
         self,
@@ -118,11 +144,20 @@ class Attached(Closing):
         tracker: str = "auto",
         clear: bool = True,
         rearm: str = "young",
+        fraction: float | None = None,
         mask: Words | None = None,
+        table_format: str = "",
     ) -> tuple[YoungBitmap, HarvestCost]:
-        """Do the same, and say how long it took. Clearing and re-arming are one act here."""
+        """Do the same, and say how long it took. Clearing and re-arming are one act here.
+
+        :raises LayoutError: for ``rearm="sample"``: give a mask instead
+        """
+        if rearm == "sample" or fraction is not None:
+            raise LayoutError("a process is not sampled by --rearm; harvest with a mask")
         start = time.perf_counter_ns()
-        bitmap = self.harvest(gfn_start, n_pages, tracker=tracker, clear=clear, mask=mask)
+        bitmap = self.harvest(
+            gfn_start, n_pages, tracker=tracker, clear=clear, mask=mask, table_format=table_format
+        )
         return bitmap, HarvestCost(time.perf_counter_ns() - start, 0)
 
     def close(self) -> None:
@@ -131,16 +166,26 @@ class Attached(Closing):
             if fd >= 0:
                 os.close(fd)
         self.pidfd = self.pagemap_fd = -1
+        for feed in self._feeds.values():
+            feed.close()
+        self._feeds.clear()
+
+    def _feed(self, table_format: str) -> Feed:
+        if table_format not in self._feeds:
+            from kvmhost.trackers.feed import Feed
+
+            self._feeds[table_format] = Feed(table_format, [_Slot(self.mapping)])
+        return self._feeds[table_format]
 
     def _use(self, name: str) -> Way:
         if self._way is None or name not in ("auto", self._way.name):
             self._way = open_way(name, self)
         return self._way
 
-    def _ended(self) -> bool:
+    def _ended(self, wait_ms: int = 0) -> bool:
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(poll.poll(wait_ms))
 
     def _check_there(self) -> None:
         """Raise if the process has ended, or runs another program, or has let the mapping go."""
@@ -148,7 +193,10 @@ class Attached(Closing):
             raise VmGoneError(self.vm, "the process has ended")
         # Of the address space that was there when it was opened: nothing after an exec.
         if not os.pread(self.pagemap_fd, 8, self.mapping.start // PAGE_BYTES * 8):
-            raise VmGoneError(self.vm, "the process runs another program now, or is ending")
+            # A process gives its memory back a little before it has ended.
+            ended = self._ended(_ENDING_MS)
+            what = "has ended" if ended else "runs another program now"
+            raise VmGoneError(self.vm, f"the process {what}")
         try:
             now = shared_ranges(self.proc / str(self.pid) / "maps")
         except (FileNotFoundError, ProcessLookupError):

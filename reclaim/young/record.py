@@ -230,11 +230,14 @@ class YoungRecord(Closing):
         end: int | None = None,
         gfn_first: int | None = None,
         gfn_end: int | None = None,
+        name: str = "young",
     ) -> Iterator[Block]:
         """Yield what is not all zeros of a range of windows and gfns, a chunk at a time.
 
         Each is (gfn of the first page, window of bit 63, one word a page); bits outside
         the range of windows are 0. Chunks of the same pages come together, in time order.
+
+        :param name: ``young`` or ``coarse``
         """
         first, end = self._range(first, end)
         low_page, high_page = self._pages(gfn_first, gfn_end)
@@ -242,7 +245,7 @@ class YoungRecord(Closing):
         for chunk in range(low_page // size, -(-high_page // size)):
             low, high = max(low_page, chunk * size), min(high_page, (chunk + 1) * size)
             for block in range(first // BLOCK_WINDOWS, -(-end // BLOCK_WINDOWS)):
-                history = self._files.history("young", chunk, block)
+                history = self._files.history(name, chunk, block)
                 if history is None:
                     continue
                 base = block * BLOCK_WINDOWS
@@ -252,13 +255,14 @@ class YoungRecord(Closing):
                     part = part & window_mask(since - base, until - base)
                 yield self.gfn_start + low, base, part
 
-    def history(self, gfn: int) -> npt.NDArray[np.bool_]:
+    def history(self, gfn: int, name: str = "young") -> npt.NDArray[np.bool_]:
         """Return shape ``(windows,)``: in which windows a page was young.
 
+        :param name: ``young``, or ``coarse``: where the bit came from a larger leaf
         :raises LayoutError: if the record does not have that gfn
         """
         found = np.zeros(-(-len(self) // BLOCK_WINDOWS) * BLOCK_WINDOWS, dtype=bool)
-        for _, base, words in self.blocks(gfn_first=gfn, gfn_end=gfn + 1):
+        for _, base, words in self.blocks(gfn_first=gfn, gfn_end=gfn + 1, name=name):
             bits = np.unpackbits(words.astype(">u8").view(np.uint8)).view(bool)
             found[base : base + BLOCK_WINDOWS] = bits
         return found[: len(self)]

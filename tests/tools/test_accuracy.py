@@ -51,7 +51,7 @@ def test_every_tracker_that_works_is_exact(engine: str, name: str) -> None:
 @pytest.mark.requires_kvm
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_every_workload_is_known_exactly(workload: str) -> None:
-    row = doorbells.measure(KINDS["guestpt"], workload, "kvm", 14, 1)
+    row = doorbells.measure(KINDS["guestpt"], WORKLOADS[workload], "kvm", 14, 1)
     assert (row["precision"], row["recall"]) == (1.0, 1.0)
     if workload in CHANGING:
         assert (row["old_after_max"], row["new_after_max"]) == (1, 1)

@@ -50,7 +50,7 @@ class Settings:
             self,
             workloads=workloads,
             epochs=min(self.epochs, 10),
-            rates=tuple(rate for rate in self.rates if rate >= 10),
+            rates=self.rates[-1:],
             rounds=1,
             seconds=min(self.seconds, 0.3),
             mem_bytes=min(self.mem_bytes, 32 << 20),
@@ -93,7 +93,8 @@ def _measure(
         for workload in settings.workloads:
             if period == 1 or workload in CHANGING:
                 say(f"{name}: {workload} at doorbells, one page in {period} re-armed")
-                row = doorbells.measure(kind, workload, engine, settings.epochs, period)
+                row = {"tracker": name, "workload": workload}
+                row |= doorbells.measure(kind, WORKLOADS[workload], engine, settings.epochs, period)
                 report["doorbells"].append(row)
     for workload in FREE_WORKLOADS:
         say(f"{name}: {workload}, running")

@@ -11,7 +11,7 @@ from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.trackers import Tracker
 from tools.accuracy.kinds import START_GFN, Kind
-from tools.throughput import Plan, measure_steps, paired_rates
+from tools.throughput import Kept, Plan, measure_steps, paired_rates
 
 __all__ = ["HOT_SHARE", "measure"]
 
@@ -41,14 +41,14 @@ def measure(
         mem_bytes=mem_bytes,
         engine=engine,
         params=params,
-        dirty_ring_entries=kind.ring_entries,
+        dirty_ring_entries=kind.large_ring_entries,
     ) as machine:
         machine.step_by_doorbell()
         machine.run_epoch()
         tracker = kind.use(machine)
         steps = measure_steps(machine, tracker, START_GFN, hot, _STEPS)
         machine.step_by_doorbell(False)
-        kept: dict[Plan, list[float]] = {}
+        kept: dict[Plan, list[Kept]] = {}
         plans = _plans(tracker, rates, period)
         for some, times in ((plans, rounds), (_rare(rates), 1)):
             if some:
@@ -81,7 +81,8 @@ def _length(seconds: float) -> Callable[[Plan], float]:
     return lambda plan: max(seconds, 1 / plan.rate)
 
 
-def _row(kind: Kind, plan: Plan, values: list[float]) -> dict[str, Any]:
+def _row(kind: Kind, plan: Plan, kept: list[Kept]) -> dict[str, Any]:
+    values = [one.wall for one in kept]
     return {
         "tracker": kind.name,
         "harvests_per_s": plan.rate,
@@ -89,5 +90,6 @@ def _row(kind: Kind, plan: Plan, values: list[float]) -> dict[str, Any]:
         "throughput": statistics.median(values),
         "throughput_min": min(values),
         "throughput_max": max(values),
+        "throughput_by_cpu": statistics.median(one.cpu for one in kept),
         "segments": len(values),
     }

@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 
 from kvmhost.trackers import sample_mask
-from tools.accuracy.kinds import PAGES, START_GFN, WORKLOADS, Bits, Kind
+from tools.accuracy.kinds import PAGES, START_GFN, Bits, Kind, Workload
 
 __all__ = ["harvests_until", "measure"]
 
 
 def measure(
-    kind: Kind, workload_name: str, engine: str, n_epochs: int, period: int
+    kind: Kind, workload: Workload, engine: str, n_epochs: int, period: int
 ) -> dict[str, Any]:
     """Harvest at the end of each epoch and compare with what it touched.
 
     :param period: each harvest clears one page in so many
     """
-    workload = WORKLOADS[workload_name]
     truth = np.zeros((n_epochs, PAGES), dtype=bool)
     found = np.zeros_like(truth)
     harvest_ns, rearm_ns = [], []
@@ -43,8 +42,9 @@ def measure(
             coarse = coarse or (young.coarse is not None and bool(young.coarse.any()))
             found[epoch] = young.as_bool()
             truth[epoch] = workload.touched(machine.params, epoch, kind.only_writes)
-    row = {"tracker": kind.name, "workload": workload_name, "period": period, "coarse": coarse}
-    return row | {
+    return {
+        "period": period,
+        "coarse": coarse,
         **_shares(truth, found),
         **_staleness(truth, found),
         "harvest_ns_per_page": statistics.median(harvest_ns),

@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -14,10 +15,16 @@ from typing import IO
 from kvmhost.control.schema import MemoryMap
 from kvmhost.errors import LayoutError
 
+if typing.TYPE_CHECKING:
+    from kvmhost.control.client import Client
+    from kvmhost.trackers.attach import Attached
+
 __all__ = [
+    "add_source_arguments",
     "add_vm_arguments",
     "check_out",
     "gfn_range",
+    "open_source",
     "percent",
     "progress_bar",
     "range_of",
@@ -25,9 +32,51 @@ __all__ = [
 ]
 
 
-def add_vm_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add VM, --tracker and --range."""
-    parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what can be looked at instead of a VM of ours: VM or --pid, and --mapping."""
+    parser.add_argument("vm", metavar="VM", nargs="?", help="name of a VM, or path of its socket")
+    parser.add_argument(
+        "--pid",
+        type=int,
+        metavar="PID",
+        help="instead of VM: a process that is not ours, such as QEMU with a memfd for memory; "
+        "trackers are then auto, idle, pageout, written, soft-dirty, present "
+        "(docs/trackers.md says what each changes there), and gfns count from its start",
+    )
+    parser.add_argument(
+        "--mapping",
+        default="",
+        metavar="WORD",
+        help="with --pid: which shared mapping, by an address in hex or a part of its path "
+        "(default: the largest one of memory)",
+    )
+
+
+def open_source(args: argparse.Namespace) -> Client | Attached:
+    """Return what the arguments of :func:`add_source_arguments` name.
+
+    :raises LayoutError: if they name both or nothing, or a process that does not fit
+    :raises CapabilityError: if the process may not be looked at
+    """
+    if (args.vm is None) == (args.pid is None):
+        raise LayoutError("give the name of a VM, or --pid PID; one of both")
+    if args.pid is None:
+        if args.mapping:
+            raise LayoutError("--mapping goes with --pid")
+        from kvmhost.control.client import Client
+
+        return Client(args.vm)
+    from kvmhost.trackers.attach import Attached
+
+    return Attached(args.pid, args.mapping)
+
+
+def add_vm_arguments(parser: argparse.ArgumentParser, *, or_pid: bool = False) -> None:
+    """Add VM (or --pid), --tracker and --range."""
+    if or_pid:
+        add_source_arguments(parser)
+    else:
+        parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
     parser.add_argument(
         "--tracker",
         default="auto",
