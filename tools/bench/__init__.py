@@ -15,6 +15,7 @@ BENCHES = {
     "harvest": "trackers on a 1 GiB guest: scan, re-arm, and what the guest pays",
     "start": "kvmhost run hello: wall time of the whole process",
     "mmu": "tables in all formats: speed, locking, batching",
+    "reclaim": "policies against Belady: refaults, throughput, cost, the rows of 2023",
 }
 
 
