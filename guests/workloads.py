@@ -38,17 +38,25 @@ def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         return x ^ (x >> _U64(31))
 
 
-def touch_gfns(params: Mapping[str, int], epoch: int) -> Gfns:
-    """Return the gfns that ``touch`` touches in an epoch, ascending, each once."""
+def touch_gfns(
+    params: Mapping[str, int], epoch: int, n_vcpus: int = 1, vcpu: int | None = None
+) -> Gfns:
+    """Return the gfns that ``touch`` touches in an epoch, ascending, each once.
+
+    :param vcpu: only this one's share; None: over all vCPUs
+    """
     start, pages = params["start_gfn"], params["pages"]
+    share = slice(None) if vcpu is None else slice(vcpu, None, n_vcpus)
     if params["pattern"] == 2:
         base = _mix_one(params["seed"] + epoch)
-        steps = _indexes(params["count"])
+        steps = _indexes(params["count"])[share]
         with np.errstate(over="ignore"):
             picked = mix(steps + base) % _U64(pages)
         return np.unique(picked.astype(np.int64)) + start
-    stride = params["stride"] or 1
-    return np.arange(start, start + pages, stride, dtype=np.int64)
+    gfns = np.arange(start, start + pages, params["stride"] or 1, dtype=np.int64)
+    if params["pattern"] == 1:
+        gfns = gfns[::-1]
+    return np.sort(gfns[share])
 
 
 def hotcold_owned_pages(params: Mapping[str, int], n_vcpus: int) -> int:
@@ -56,16 +64,20 @@ def hotcold_owned_pages(params: Mapping[str, int], n_vcpus: int) -> int:
     return params["pages"] // n_vcpus * n_vcpus
 
 
-def hotcold_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1) -> Gfns:
+def hotcold_gfns(
+    params: Mapping[str, int], epoch: int, n_vcpus: int = 1, vcpu: int | None = None
+) -> Gfns:
     """Return the gfns of the range that ``hotcold`` touches in an epoch.
 
-    Ascending, each once, over all vCPUs. The guest's list of last writes, which
-    follows the range, is not part of it.
+    Ascending, each once. The guest's list of last writes, which follows the range, is
+    not part of it.
+
+    :param vcpu: only this one's share; None: over all vCPUs
     """
     run = params["pages"] // n_vcpus
     parts = []
-    for vcpu in range(n_vcpus):
-        base = run * vcpu
+    for one in range(n_vcpus) if vcpu is None else (vcpu,):
+        base = run * one
         if epoch == 0:
             parts.append(np.arange(base, base + run, dtype=np.int64))
         else:
@@ -73,9 +85,11 @@ def hotcold_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1) -> Gfn
     return np.unique(np.concatenate(parts)) + params["start_gfn"]
 
 
-def hotcold_written_gfns(params: Mapping[str, int], epoch: int, n_vcpus: int = 1) -> Gfns:
+def hotcold_written_gfns(
+    params: Mapping[str, int], epoch: int, n_vcpus: int = 1, vcpu: int | None = None
+) -> Gfns:
     """Return those of :func:`hotcold_gfns` that the epoch writes."""
-    gfns = hotcold_gfns(params, epoch, n_vcpus)
+    gfns = hotcold_gfns(params, epoch, n_vcpus, vcpu)
     if epoch == 0:
         return gfns
     dice = mix(gfns.astype(np.uint64) ^ _U64(epoch << 32)) % _U64(1000)

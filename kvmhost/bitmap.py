@@ -14,7 +14,16 @@ import numpy.typing as npt
 
 from kvmhost.errors import LayoutError
 
-__all__ = ["Provenance", "Words", "YoungBitmap", "n_words", "pack", "sub_words", "unpack"]
+__all__ = [
+    "Provenance",
+    "Words",
+    "YoungBitmap",
+    "n_words",
+    "pack",
+    "place_words",
+    "sub_words",
+    "unpack",
+]
 
 Words = npt.NDArray[np.uint64]
 
@@ -134,4 +143,21 @@ def sub_words(words: Words, n_pages: int, first: int, count: int) -> Words:
     """Return the bits ``[first, first + count)`` of a bitmap as words of their own."""
     if first == 0 and count == n_pages:
         return words
-    return pack(unpack(words, n_pages)[first : first + count])
+    low, shift = first // 64, np.uint64(first % 64)
+    size = n_words(count)
+    cut = words[low : low + size] >> shift
+    if shift:
+        following = words[low + 1 : low + 1 + size]
+        cut[: following.size] |= following << np.uint64(64 - int(shift))
+    if count % 64:
+        cut[-1] &= np.uint64((1 << count % 64) - 1)
+    return cut
+
+
+def place_words(into: Words, first: int, words: Words) -> None:
+    """Set the bits of ``words`` in ``into``, from bit ``first`` on; both end in zeros."""
+    low, shift = first // 64, np.uint64(first % 64)
+    into[low : low + words.size] |= words << shift
+    if shift:
+        above = into[low + 1 : low + 1 + words.size]
+        above |= words[: above.size] >> np.uint64(64 - int(shift))

@@ -114,7 +114,6 @@ def _trackers() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from kvmhost.pager.codec import lz4_codec
     from kvmhost.pager.userfault import Userfault
 
     try:
@@ -132,10 +131,25 @@ def _memory() -> Iterator[Finding]:
         problem or "scans",
         "" if not problem else "none needed: pagemap is read instead; Linux 6.7 has it",
     )
-    codec = lz4_codec()
-    works = codec.name != "none"
-    remedy = "" if works else "install lz4 from a wheel; pages are kept uncompressed"
-    yield Finding("memory", "compression", works, codec.name, remedy)
+    yield from _store()
+
+
+def _store() -> Iterator[Finding]:
+    from kvmhost.pager.codec import find_codec, has_checksum
+
+    for name, remedy in (
+        ("lz4", "install lz4 from a wheel; pages go to zstd, or are kept uncompressed"),
+        ("zstd", "none needed: lz4 is the default; install zstandard from a wheel"),
+    ):
+        try:
+            find_codec(name)
+        except CapabilityError as error:
+            yield Finding("memory", f"compression {name}", False, error.found, remedy)
+        else:
+            yield Finding("memory", f"compression {name}", True, "works")
+    works = has_checksum()
+    remedy = "" if works else "install xxhash from a wheel; without it no store is in a file"
+    yield Finding("memory", "page checksums", works, "xxh3" if works else "none", remedy)
 
 
 def _try_pagemap_scan() -> str:

@@ -8,6 +8,7 @@
     ├─ LayoutError (also ValueError): overlap, alignment, out of range
     ├─ ImageError (also ValueError): file, offset, field
     ├─ PagerError: eviction or fault-in failed; no data was lost
+    │  └─ LostPageError: the store cannot give pages back; the guest has stopped
     ├─ ControlError: a VM answered a request with an error status
    ├─ NameInUseError (also ValueError): a VM of that name runs already
    ├─ VmGoneError (also ConnectionError): no VM answers there, or it went away
@@ -32,6 +33,7 @@ __all__ = [
     "IoctlError",
     "KvmHostError",
     "LayoutError",
+    "LostPageError",
     "NameInUseError",
     "PagerError",
     "UnexpectedExit",
@@ -99,6 +101,23 @@ class ImageError(KvmHostError, ValueError):
 
 class PagerError(KvmHostError):
     """The pager could not do what was asked; the guest's data is where it was."""
+
+
+class LostPageError(PagerError):
+    """Contents of guest pages are gone, as memory is after a machine check.
+
+    :param gfns: which pages, ascending
+    :param reason: what was wrong with the first of them
+    """
+
+    def __init__(self, gfns: list[int], reason: str) -> None:
+        super().__init__(gfns, reason)
+        self.gfns, self.reason = gfns, reason
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{gfn:#x}" for gfn in self.gfns[:8])
+        more = f" and {len(self.gfns) - 8} more" if len(self.gfns) > 8 else ""
+        return f"machine check: the store cannot give back gfn {shown}{more}: {self.reason}"
 
 
 class ControlError(KvmHostError):

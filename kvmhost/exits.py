@@ -5,17 +5,27 @@ from __future__ import annotations
 import dataclasses
 
 __all__ = [
+    "BusLock",
+    "Debug",
     "Exit",
     "FailEntry",
     "Hlt",
+    "Hypercall",
     "InternalError",
     "IoIn",
     "IoOut",
+    "IoapicEoi",
+    "IrqWindow",
     "Kicked",
     "MemoryFault",
     "MmioRead",
     "MmioWrite",
+    "MsrRead",
+    "MsrWrite",
+    "SetTpr",
     "Shutdown",
+    "SystemEvent",
+    "TprAccess",
     "UnknownExit",
 ]
 
@@ -119,6 +129,88 @@ class InternalError(Exit):
             return b""
         raw = b"".join(word.to_bytes(8, "little") for word in self.data[1:4])
         return raw[1 : 1 + min(raw[0], 15)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Debug(Exit):
+    """A single step or a breakpoint.
+
+    ``exception`` is 1 for a step or a hardware breakpoint, 3 for ``int3``; ``dr6`` says
+    which (bit 14: a step; bits 0 to 3: a breakpoint). ``pc`` is the next instruction,
+    and the ``int3`` itself.
+    """
+
+    exception: int
+    pc: int
+    dr6: int
+    dr7: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypercall(Exit):
+    """The guest asks for something by hypercall, and waits for what it returns."""
+
+    number: int
+    args: tuple[int, ...]
+    long_mode: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MsrRead(Exit):
+    """The guest reads an MSR that KVM refuses, and waits for the value or #GP.
+
+    ``reason`` is one of ``KVM_MSR_EXIT_REASON_…``: 1 invalid, 2 unknown, 4 filtered.
+    """
+
+    index: int
+    reason: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MsrWrite(Exit):
+    """The guest writes an MSR that KVM refuses; ``reason`` as in :class:`MsrRead`."""
+
+    index: int
+    value: int
+    reason: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SystemEvent(Exit):
+    """The guest asks to shut down (1), reset (2), or says that it crashed (3)."""
+
+    kind: int
+    data: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class IoapicEoi(Exit):
+    """The guest ended a level-triggered interrupt of an IOAPIC outside the kernel."""
+
+    vector: int
+
+
+@dataclasses.dataclass(frozen=True)
+class IrqWindow(Exit):
+    """The guest takes interrupts now, as was asked by ``request_interrupt_window``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SetTpr(Exit):
+    """The guest lowered its task priority (local APIC outside the kernel)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TprAccess(Exit):
+    """The guest used its task priority register, and that is to be reported."""
+
+    rip: int
+    is_write: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BusLock(Exit):
+    """The guest locked the bus across cache lines, and that is to be reported."""
 
 
 @dataclasses.dataclass(frozen=True)

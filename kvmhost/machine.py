@@ -24,10 +24,18 @@ from kvmhost.boot.image import Image, read_image
 from kvmhost.boot.longmode import entry_state, lay_out_tables, write_tss
 from kvmhost.boot.params import GuestResult, read_result, resolve_params, write_params
 from kvmhost.closing import Closing
-from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, Bus
+from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, FREE_PORT, Bus
+from kvmhost.devices.freelist import FreeList
 from kvmhost.devices.serial import Serial
-from kvmhost.engine.base import Vcpu
-from kvmhost.errors import CapabilityError, GuestTimeout, KvmHostError, LayoutError, UnexpectedExit
+from kvmhost.engine.base import Engine, Vcpu
+from kvmhost.errors import (
+    CapabilityError,
+    GuestTimeout,
+    KvmHostError,
+    LayoutError,
+    PagerError,
+    UnexpectedExit,
+)
 from kvmhost.exits import (
     Exit,
     InternalError,
@@ -42,16 +50,26 @@ from kvmhost.memory.layout import (
     MAX_TINY_VCPUS,
     PAGE_BYTES,
     PAGE_SHIFT,
+    Layout,
     TinyLayout,
 )
 from kvmhost.runner import Runner, Step
 
 if typing.TYPE_CHECKING:
     from kvmhost.pager import Pager, Userfault
+    from kvmhost.storeoptions import StoreOptions
     from kvmhost.trackers import Tracker
-    from kvmhost.trackers.harvesting import Harvest
+    from kvmhost.trackers.harvesting import Harvest, Harvester
 
 __all__ = ["Machine"]
+
+
+class NamedImage(typing.Protocol):
+    """Any image: where it came from."""
+
+    @property
+    def path(self) -> str:
+        """The file, for messages."""
 
 
 class Machine(Closing):
@@ -62,7 +80,7 @@ class Machine(Closing):
     :param engine: ``auto``, ``kvm`` or ``emulated``
     :param params: values for the image's parameters
     :param console_fd: descriptor that gets the guest's serial output; -1: none
-    :param store_limit_bytes: limit of the pager's store; 0: none
+    :param store: what the pager's store is to be
     :param dirty_ring_entries: give each vCPU a dirty ring of so many entries, which the
         tracker ``dirty`` then uses instead of the dirty log; 0: none
     :raises ImageError: if the image cannot be used
@@ -80,16 +98,14 @@ class Machine(Closing):
         params: Mapping[str, int] | None = None,
         console_fd: int = -1,
         name: str = "",
-        store_limit_bytes: int = 0,
+        store: StoreOptions | None = None,
         dirty_ring_entries: int = 0,
     ) -> None:
         self.name = name
-        self.image = image if isinstance(image, Image) else read_image(Path(image))
-        self.layout = TinyLayout(mem_bytes)
-        self.params = resolve_params(self.image, params or {})
-        if not 1 <= n_vcpus <= MAX_TINY_VCPUS:
-            raise LayoutError(f"{n_vcpus} vCPUs: a tiny guest takes 1 to {MAX_TINY_VCPUS}")
-        self._store_limit_bytes = store_limit_bytes
+        self.n_vcpus = n_vcpus
+        self.params: dict[str, int] = {}
+        self._plan(image, mem_bytes, params or {})
+        self._store_options = store
         self._statuses: dict[int, int] = {}
         self._error: BaseException | None = None
         self._userfault: Userfault | None = None
@@ -97,38 +113,59 @@ class Machine(Closing):
         self._tracker: Tracker | None = None
         self._lock = threading.RLock()
         self._harvesting = threading.Lock()
+        self._harvester: Harvester | None = None
         self._started_ns = 0
         self._closed = False
         self.vcpus: list[Vcpu] = []
-        self.engine = engines.choose(engine)
+        self.engine = self._choose_engine(engine)
         try:
             self.memory = GuestMemory(
                 [Region(gpa, n_bytes, name or "guest") for gpa, n_bytes in self.layout.regions]
             )
             if dirty_ring_entries:
                 self._enable_dirty_ring(dirty_ring_entries)
-            self._assemble(n_vcpus, console_fd)
+            if n_vcpus > self.engine.max_vcpus():
+                raise LayoutError(
+                    f"{n_vcpus} vCPUs: the {self.engine.name} engine has {self.engine.max_vcpus()}"
+                )
+            self.serial = Serial(console_fd)
+            self.bus = Bus()
+            self.bus.add_serial(self.serial)
+            self._assemble()
         except BaseException:
             self.close()
             raise
         self._runner = Runner(self.vcpus, self._on_exit, self._on_error)
 
-    def _assemble(self, n_vcpus: int, console_fd: int) -> None:
-        if n_vcpus > self.engine.max_vcpus():
-            raise LayoutError(
-                f"{n_vcpus} vCPUs: the {self.engine.name} engine has {self.engine.max_vcpus()}"
-            )
-        self.serial = Serial(console_fd)
-        self.bus = Bus()
-        self.bus.add_serial(self.serial)
+    #: Memory layout; a kind of machine has its own.
+    layout: Layout
+    #: The image, for reports.
+    image: NamedImage
+
+    def _plan(self, image: Path | str | Image, mem_bytes: int, params: Mapping[str, int]) -> None:
+        """Check image, sizes and parameters before anything is made."""
+        self._tiny = image if isinstance(image, Image) else read_image(Path(image))
+        self._tiny_layout = TinyLayout(mem_bytes)
+        self.image, self.layout = self._tiny, self._tiny_layout
+        self.params = resolve_params(self._tiny, params)
+        if not 1 <= self.n_vcpus <= MAX_TINY_VCPUS:
+            raise LayoutError(f"{self.n_vcpus} vCPUs: a tiny guest takes 1 to {MAX_TINY_VCPUS}")
+
+    def _choose_engine(self, name: str) -> Engine:
+        return engines.choose(name)
+
+    def _assemble(self) -> None:
+        """Fill memory, put devices on the bus and create the vCPUs."""
+        image, layout = self._tiny, self._tiny_layout
         self.bus.add_doorbell()
-        self.image.load(self.memory, self.layout.tables_gpa)
-        write_params(self.memory, self.layout, self.image, n_vcpus, self.params)
+        self.bus.add_port(FREE_PORT, 4, FreeList(self))
+        image.load(self.memory, layout.tables_gpa)
+        write_params(self.memory, layout, image, self.n_vcpus, self.params)
         write_tss(self.memory)
-        lay_out_tables(self.memory, self.layout)
+        lay_out_tables(self.memory, layout)
         self.engine.attach(self.memory, self.bus)
-        for index in range(n_vcpus):
-            state = entry_state(self.layout, self.image.entry, index)
+        for index in range(self.n_vcpus):
+            state = entry_state(layout, image.entry, index)
             self.vcpus.append(self.engine.create_vcpu(index, state))
 
     def _enable_dirty_ring(self, n_entries: int) -> None:
@@ -219,14 +256,15 @@ class Machine(Closing):
     def fail(self, error: BaseException) -> None:
         """End the machine with an error; :meth:`wait` raises it. Any thread."""
         self._error = self._error or error
-        self._runner.request_stop()
+        self._runner.give_up()
 
     def stop(self) -> None:
         """End every vCPU, wherever it is.
 
         :raises KvmHostError: if a vCPU's thread does not come back
         """
-        if self._runner.stop(timeout=5.0):
+        # After a fault that nobody serves there is no use in waiting long.
+        if self._runner.stop(timeout=0.5 if isinstance(self._error, PagerError) else 5.0):
             return
         # A thread that waits in the kernel for a page that will not come: closing the
         # userfaultfd lets it go, and the stop request keeps it out of guest mode.
@@ -290,13 +328,25 @@ class Machine(Closing):
                 pager = Pager(
                     self.memory,
                     self.userfault,
-                    store_limit_bytes=self._store_limit_bytes,
+                    self._store_options,
                     on_failure=self.fail,
                 )
                 for gpa, n_bytes in self.layout.pinned_ranges:
                     pager.pin(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
                 self._pager = pager
             return self._pager
+
+    def drop(self, gfn: int, n_pages: int) -> int:
+        """Forget pages that the guest declared free; return how many will read as zeros.
+
+        Pinned pages stay as they are.
+
+        :raises LayoutError: if the range is not in one region; then nothing was dropped
+        """
+        with self._lock:
+            if self._pager is None:
+                return self.memory.punch(gfn, n_pages, self.layout.pinned_ranges)
+        return self._pager.drop(gfn, n_pages).dropped
 
     @property
     def has_pager(self) -> bool:
@@ -334,14 +384,15 @@ class Machine(Closing):
     def harvest(self, gfn_start: int, n_pages: int, **how: Any) -> Harvest:
         """Return the young pages of a range; one call works at a time.
 
-        :param how: as :func:`~kvmhost.trackers.harvesting.harvest_machine` has it
+        :param how: as :meth:`~kvmhost.trackers.harvesting.Harvester.harvest` has it
         :raises CapabilityError: if the tracker does not work here
         :raises LayoutError: if range, mask or names are wrong
         """
-        from kvmhost.trackers.harvesting import harvest_machine
+        from kvmhost.trackers.harvesting import Harvester
 
         with self._harvesting:
-            return harvest_machine(self, gfn_start, n_pages, **how)
+            self._harvester = self._harvester or Harvester(self)
+            return self._harvester.harvest(gfn_start, n_pages, **how)
 
     # -- exits ----------------------------------------------------------------
 
@@ -349,13 +400,22 @@ class Machine(Closing):
         if isinstance(leaving, IoOut):
             return self._port_write(vcpu, leaving)
         if isinstance(leaving, IoIn):
-            found = self.bus.port_handler(leaving.port)
-            value = found[0].read(found[1], leaving.size) if found else (1 << 8 * leaving.size) - 1
-            vcpu.complete_read(value.to_bytes(leaving.size, "little") * leaving.count)
-            return Step.GO_ON
+            return self._port_read(vcpu, leaving)
         if isinstance(leaving, MmioRead | MmioWrite):
             return self._mmio(vcpu, leaving)
-        raise _unexpected(vcpu, leaving)
+        raise self._unexpected(vcpu, leaving)
+
+    def _port_read(self, vcpu: Vcpu, leaving: IoIn) -> Step:
+        found = self.bus.port_handler(leaving.port)
+        size, data = leaving.size, b""
+        if found is None:
+            data = b"\xff" * (size * leaving.count)
+        else:
+            mask = (1 << 8 * size) - 1
+            for _ in range(leaving.count):
+                data += (found[0].read(found[1], size) & mask).to_bytes(size, "little")
+        vcpu.complete_read(data)
+        return Step.GO_ON
 
     def _port_write(self, vcpu: Vcpu, leaving: IoOut) -> Step:
         if leaving.port == EXIT_PORT:
@@ -366,13 +426,16 @@ class Machine(Closing):
             return Step.END_ALL
         if leaving.port == DOORBELL_PORT:
             return Step.HOLD
+        self._write_device(leaving)
+        return Step.GO_ON
+
+    def _write_device(self, leaving: IoOut) -> None:
         found = self.bus.port_handler(leaving.port)
+        # A port where nothing is: writes go nowhere, as on a real machine.
         if found:
             for i in range(leaving.count):
                 one = leaving.data[i * leaving.size : (i + 1) * leaving.size]
                 found[0].write(found[1], leaving.size, int.from_bytes(one, "little"))
-        # A port where nothing is: writes go nowhere, as on a real machine.
-        return Step.GO_ON
 
     def _mmio(self, vcpu: Vcpu, leaving: MmioRead | MmioWrite) -> Step:
         found = self.bus.mmio_handler(leaving.gpa)
@@ -390,6 +453,9 @@ class Machine(Closing):
         else:
             device.write(offset, len(leaving.data), int.from_bytes(leaving.data, "little"))
         return Step.GO_ON
+
+    def _unexpected(self, vcpu: Vcpu, leaving: Exit) -> UnexpectedExit:
+        return _unexpected(vcpu, leaving)
 
     def _on_error(self, vcpu: Vcpu, error: BaseException) -> None:
         self._error = self._error or error

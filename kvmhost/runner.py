@@ -47,6 +47,7 @@ class Runner:
         self._changed = threading.Condition()
         self._paused = 0
         self._stopping = False
+        self._given_up = False
         self._held: set[int] = set()
         self._parked: set[int] = set()
         self._ended: set[int] = set()
@@ -95,18 +96,34 @@ class Runner:
         """Wait until every vCPU stopped at a doorbell or ended; False on timeout."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: len(self._held | self._ended) == len(self._vcpus), timeout
+                lambda: self._given_up or len(self._held | self._ended) == len(self._vcpus), timeout
             )
 
     def wait_ended(self, timeout: float | None = None) -> bool:
-        """Wait until every vCPU has ended; False on timeout."""
+        """Wait until every vCPU has ended or :meth:`give_up`; False on timeout."""
         with self._changed:
-            return self._changed.wait_for(lambda: len(self._ended) == len(self._vcpus), timeout)
+            return self._changed.wait_for(
+                lambda: self._given_up or len(self._ended) == len(self._vcpus), timeout
+            )
 
     @property
     def ended(self) -> bool:
         """Whether every vCPU has ended."""
         return len(self._ended) == len(self._vcpus)
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of all vCPU threads together.
+
+        It stands still only while every one of them waits in the kernel.
+        """
+        total = 0.0
+        for thread in self._threads:
+            if thread.ident is not None and thread.is_alive():
+                try:
+                    total += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+                except OSError:
+                    continue  # ended in between
+        return total
 
     def request_stop(self) -> None:
         """Ask every vCPU to end; does not wait."""
@@ -114,6 +131,12 @@ class Runner:
             self._stopping = True
             self._changed.notify_all()
         self._kick_all()
+
+    def give_up(self) -> None:
+        """Ask every vCPU to end, and let nobody wait for it: one may be stuck in a fault."""
+        with self._changed:
+            self._given_up = True
+        self.request_stop()
 
     def stop(self, timeout: float = 10.0) -> bool:
         """End every vCPU and join the threads; False if one does not come back."""

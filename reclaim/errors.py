@@ -4,6 +4,7 @@
 
     ReclaimError
     ├─ KernelFileError (also OSError): interface, value written
+    ├─ RecordError (also ImageError): a record or an imported file is damaged; file, field, offset
     └─ ConfigError (also ValueError): file, line, key
 
 Each survives pickling. What a host lacks is a
@@ -15,7 +16,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["ConfigError", "KernelFileError", "ReclaimError"]
+from kvmhost.errors import ImageError
+
+__all__ = ["ConfigError", "KernelFileError", "ReclaimError", "RecordError"]
 
 
 class ReclaimError(Exception):
@@ -40,6 +43,16 @@ class KernelFileError(ReclaimError, OSError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.interface, self.errno, self.value))
+
+
+class RecordError(ReclaimError, ImageError):
+    """A record, or a file to import, is damaged or is none; nothing of it was used.
+
+    :param file: path of the file; for a record the one inside it
+    :param field: the part that is wrong
+    :param problem: what is wrong with it
+    :param offset: byte offset in the file, where one is known
+    """
 
 
 class ConfigError(ReclaimError, ValueError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from guests.build import compile_pc_guest, pc_sources
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.machine import Machine
 
@@ -81,12 +83,22 @@ def _no_cap(name: str) -> str | None:
     return None if has else f"this KVM lacks KVM_CAP_{name}; use a newer kernel"
 
 
+@functools.cache
+def _no_qemu() -> str | None:
+    try:
+        subprocess.run(["qemu-system-x86_64", "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"qemu-system-x86_64: {error}; run .ci/packages as root"
+    return None
+
+
 _PROBES: dict[str, Callable[..., str | None]] = {
     "requires_kvm": _no_kvm,
     "requires_uffd": _no_uffd,
     "requires_root": _no_root,
     "requires_cgroup": lambda *_: _no_cgroup(),
     "requires_cap": _no_cap,
+    "requires_qemu": _no_qemu,
 }
 
 
@@ -141,6 +153,21 @@ def describe(machine: Machine) -> str:
         shown = " ".join(f"{name}={value:#x}" for name, value in vcpu.registers().items())
         lines.append(f"vCPU {vcpu.index}: doorbells {vcpu.doorbells}, {shown}")
     return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def pc_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a compiler of ``guests/x86_64/pc``: ``hello.elf``, ``hello.flat``."""
+    folder = tmp_path_factory.mktemp("pc")
+
+    def compile_once(name: str) -> Path:
+        image = folder / name
+        if not image.exists():
+            (source,) = (s for s in pc_sources() if s.stem == image.stem)
+            compile_pc_guest(source, image)
+        return image
+
+    return compile_once
 
 
 def footprint() -> dict[str, int]:

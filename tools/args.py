@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import re
+import typing
 from pathlib import Path
 
 from kvmhost.errors import ImageError, LayoutError
+from kvmhost.storeoptions import CODECS, MAX_PREFETCH_PAGES, StoreOptions
+
+if typing.TYPE_CHECKING:
+    from kvmhost.boot.pcboot import Module
 
 __all__ = [
     "add_machine_arguments",
+    "add_store_arguments",
     "count",
     "find_image",
+    "parse_fw_cfg",
+    "parse_modules",
     "parse_params",
     "seconds",
     "share",
     "size_bytes",
+    "store_options",
 ]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -90,6 +99,44 @@ def parse_params(given: list[str]) -> dict[str, int]:
     return params
 
 
+def parse_modules(text: str) -> list[Module]:
+    """Parse ``FILE[ ARGS][,FILE[ ARGS]...]``; a comma in a name is written twice.
+
+    :raises ImageError: if a file cannot be read
+    """
+    from kvmhost.boot.elf import read_file
+    from kvmhost.boot.pcboot import Module
+
+    modules = []
+    for word in text.replace(",,", "\0").split(","):
+        path, _, arguments = word.replace("\0", ",").partition(" ")
+        modules.append(Module(path, arguments, read_file(Path(path))))
+    return modules
+
+
+def parse_fw_cfg(given: list[str]) -> dict[str, bytes]:
+    """Parse words ``name=NAME,file=PATH`` and ``name=NAME,string=TEXT``.
+
+    :raises LayoutError: for another word, a bad name, or one that came before
+    :raises ImageError: if a file cannot be read
+    """
+    from kvmhost.boot.elf import read_file
+    from kvmhost.devices.fwcfg import check_name
+
+    files: dict[str, bytes] = {}
+    for word in given:
+        head, _, tail = word.partition(",")
+        name = head.removeprefix("name=")
+        kind, equals, value = tail.partition("=")
+        if not equals or kind not in ("file", "string"):
+            raise LayoutError(f"--fw-cfg {word!r}: need name=NAME,file=PATH or ,string=TEXT")
+        check_name(name)
+        if name in files:
+            raise LayoutError(f"--fw-cfg {word!r}: the name is there already")
+        files[name] = read_file(Path(value)) if kind == "file" else value.encode()
+    return files
+
+
 def find_image(name: str) -> Path:
     """Return the image that a name means: a file if it looks like one, else a built-in guest.
 
@@ -129,4 +176,60 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="parameter of the guest, may be repeated; kvmhost guests lists them",
+    )
+
+
+def add_store_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says where evicted pages go."""
+    parser.add_argument(
+        "--store",
+        type=_store_path,
+        default=None,
+        metavar="memory|FILE",
+        help="keep evicted pages in memory, or in a file that is made and removed "
+        "(default: memory)",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=CODECS,
+        default="auto",
+        help="compression of evicted pages (default: auto, which is lz4 where it can be had)",
+    )
+    parser.add_argument(
+        "--store-limit",
+        type=size_bytes,
+        default=0,
+        metavar="SIZE",
+        help="what evicted pages may take, compressed; a full store refuses (default: no limit)",
+    )
+    parser.add_argument(
+        "--refuse-incompressible",
+        action="store_true",
+        help="keep pages that do not compress resident (default: they are stored as they are)",
+    )
+    parser.add_argument(
+        "--prefetch",
+        type=int,
+        default=0,
+        metavar="PAGES",
+        help="with a page that is touched, bring back up to so many after it that were "
+        f"evicted together with it, at most {MAX_PREFETCH_PAGES} (default: 0)",
+    )
+
+
+def _store_path(text: str) -> Path | None:
+    return None if text == "memory" else Path(text)
+
+
+def store_options(args: argparse.Namespace) -> StoreOptions:
+    """Return what the arguments of :func:`add_store_arguments` ask for.
+
+    :raises LayoutError: for numbers out of range
+    """
+    return StoreOptions(
+        codec=args.codec,
+        path=args.store,
+        limit_bytes=args.store_limit,
+        refuse_incompressible=args.refuse_incompressible,
+        prefetch_pages=args.prefetch,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,6 +26,8 @@ def dispatch(
     if argv[0] not in names:
         print(f"{prog}: no {argv[0]!r}: there are {', '.join(names)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"{package}.{argv[0]}")
+    # A name that is a word of Python's has its module under the name and an underscore.
+    name = argv[0] + "_" * keyword.iskeyword(argv[0])
+    module = importlib.import_module(f"{package}.{name}")
     run: Callable[[Sequence[str]], int] = module.main
     return run(argv[1:])

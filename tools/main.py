@@ -47,6 +47,7 @@ COMMANDS = {
     "reclaimd": ("reclaimd", "keep VMs under a memory budget by evicting cold pages"),
     "page": ("page", "all that is known of one page, and why it was taken or not"),
     "lru_gen": ("lru_gen", "show generations, age and evict, as the kernel's file does"),
+    "drain": ("drain", "bring every evicted page of a VM back, and lift its limit"),
     "demo": ("demo", "the whole path: boot, harvest, reclaim under a limit, look"),
     "accuracy": ("accuracy", "how right and how dear each tracker is, against computed gfns"),
     "bench": ("bench", "measure walks, exits, harvests and starts, as ratios in one run"),

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import typing
 from collections.abc import Sequence
 from types import FrameType
 
+from kvmhost.boot.loaders import LOADERS
+from kvmhost.devices.console import Console, open_console
 from kvmhost.machine import Machine
-from tools.args import add_machine_arguments, find_image, parse_params, size_bytes
+from kvmhost.machines import make_machine
+from kvmhost.memory.layout import TinyLayout
+from tools.args import (
+    add_machine_arguments,
+    add_store_arguments,
+    count,
+    find_image,
+    parse_fw_cfg,
+    parse_modules,
+    parse_params,
+    size_bytes,
+    store_options,
+)
 
 if typing.TYPE_CHECKING:
     from pathlib import Path
 
     from kvmhost.control.paths import NameLock
     from kvmhost.control.server import ControlServer
+    from kvmhost.machines.pc import PcOptions
 
 __all__ = ["main"]
 
@@ -26,7 +42,7 @@ _STOPPERS = {signal.SIGINT, signal.SIGTERM}
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_join_append(argv))
     signal.signal(signal.SIGTERM, _interrupt)
     # Held back until everything that has to be taken down is known to be there. The
     # threads started meanwhile inherit the mask: only the main thread sees signals.
@@ -35,6 +51,15 @@ def main(argv: Sequence[str]) -> int:
         return _run(args)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _join_append(argv: Sequence[str]) -> list[str]:
+    """Make one word of ``--append TEXT``: the text may begin with a dash."""
+    words, rest = [], iter(argv)
+    for word in rest:
+        text = next(rest, None) if word == "--append" else None
+        words.append(word if text is None else f"{word}={text}")
+    return words
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -53,36 +78,71 @@ def _run(args: argparse.Namespace) -> int:
 
 def _boot(args: argparse.Namespace, image: Path, lock: NameLock | None) -> int:
     # With --json standard output belongs to the report; the guest goes to standard error.
-    console_fd = (sys.stderr if args.json else sys.stdout).fileno()
-    machine = Machine(
+    out = sys.stderr if args.json else sys.stdout
+    with open_console(args.serial, out) as console:
+        if console.name:
+            print(f"serial port: {console.name}", file=sys.stderr)
+        with _make(args, image, console) as machine:
+            return _run_machine(args, machine, console, lock)
+
+
+def _make(args: argparse.Namespace, image: Path, console: Console) -> Machine:
+    return make_machine(
         image,
-        mem_bytes=args.mem,
+        loader=args.loader,
+        mem_bytes=args.mem or 0,
+        options=_pc_options(args),
         n_vcpus=args.vcpus,
         engine=args.engine,
         params=parse_params(args.param),
-        console_fd=console_fd,
+        console_fd=console.fd,
         name=args.name or "",
-        store_limit_bytes=args.store_limit,
+        store=store_options(args),
+        dirty_ring_entries=args.dirty_ring,
     )
+
+
+def _run_machine(
+    args: argparse.Namespace, machine: Machine, console: Console, lock: NameLock | None
+) -> int:
     server: ControlServer | None = None
-    with machine:
-        try:
-            if lock is not None:
-                server = _serve(machine, lock)
-            if args.tracker:
-                machine.use_tracker(args.tracker)
-            if args.resident_max:
-                machine.pager.set_limit(args.resident_max // 4096)
-            machine.start(paused=args.paused)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPERS)
-            status = machine.wait(args.timeout)
-            if args.json:
-                print(json.dumps(_report(machine, status)))
-            return status
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPERS)
-            if server is not None:
-                server.close()
+    try:
+        if lock is not None:
+            server = _serve(machine, lock)
+        if args.store is not None or args.codec != "auto":
+            # Now: a file or a codec that cannot be had is an error of the command.
+            assert machine.pager
+        if args.tracker:
+            machine.use_tracker(args.tracker)
+        if args.resident_max:
+            machine.pager.set_limit(args.resident_max // 4096)
+        # The tiny guests never read; their input stays with whoever started them.
+        if not isinstance(machine.layout, TinyLayout):
+            console.feed(machine.serial, _interrupt_main)
+        machine.start(paused=args.paused)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPERS)
+        status = machine.wait(args.timeout)
+        if args.json:
+            print(json.dumps(_report(machine, status)))
+        return status
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPERS)
+        machine.serial.flush()
+        if server is not None:
+            server.close()
+
+
+def _pc_options(args: argparse.Namespace) -> PcOptions | None:
+    if not (args.append or args.initrd or args.fw_cfg):
+        return None
+    from kvmhost.machines.pc import PcOptions
+
+    modules = tuple(parse_modules(args.initrd)) if args.initrd else ()
+    return PcOptions(args.append, modules, parse_fw_cfg(args.fw_cfg))
+
+
+def _interrupt_main() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,14 +152,24 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The exit code is the guest's own status; 124: timed out, 125: triple fault or "
         "another end that the guest did not choose, 2: bad image or parameters.",
     )
-    parser.add_argument("image", help="a built-in guest (see kvmhost guests) or an ELF file")
+    parser.add_argument("image", help="a built-in guest (see kvmhost guests) or a file")
     add_machine_arguments(parser)
+    parser.set_defaults(mem=None)
+    _add_pc_arguments(parser)
     parser.add_argument(
         "--name",
         help="open a control socket under this name, for reclaimd, young and other clients",
     )
     parser.add_argument(
         "--tracker", metavar="NAME", help="start a tracker at once: auto, or one that doctor lists"
+    )
+    parser.add_argument(
+        "--dirty-ring",
+        type=count,
+        default=0,
+        metavar="ENTRIES",
+        help="give each vCPU a dirty ring, a power of two from 256 to 65536, which the tracker "
+        "dirty then reads instead of the dirty log (engine kvm)",
     )
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="stop the guest after this time"
@@ -114,15 +184,40 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="hold guest memory under this size by evicting, with or without a daemon",
     )
-    parser.add_argument(
-        "--store-limit",
-        type=size_bytes,
-        default=0,
-        metavar="SIZE",
-        help="what evicted pages may take, compressed; a full store refuses (default: no limit)",
-    )
+    add_store_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print a report when the guest ends")
     return parser
+
+
+def _add_pc_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--loader",
+        default="auto",
+        choices=LOADERS,
+        help="how the image is loaded (default: by its contents)",
+    )
+    parser.add_argument(
+        "--append", default="", metavar="TEXT", help="arguments on the image's command line"
+    )
+    parser.add_argument(
+        "--initrd",
+        default="",
+        metavar="FILE[ ARGS][,...]",
+        help="modules for the image; a comma in a name is written twice",
+    )
+    parser.add_argument(
+        "--fw-cfg",
+        action="append",
+        default=[],
+        metavar="name=NAME,file=PATH",
+        help="a file in fw_cfg, or name=NAME,string=TEXT; may be repeated",
+    )
+    parser.add_argument(
+        "--serial",
+        default="stdio",
+        metavar="WHERE",
+        help="the serial port's other end: stdio, file:PATH, pty or null (default: stdio)",
+    )
 
 
 def _serve(machine: Machine, lock: NameLock) -> ControlServer:

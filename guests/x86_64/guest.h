@@ -6,8 +6,9 @@
  * address. At entry rdi = index of the vCPU, rsi = parameter page, rsp = stack.
  *
  * Ports: 0x3f8 serial, transmit; 0x5a0 doorbell, 32 bits, the epoch that just
- * ended; 0x5a4 exit, 32 bits, the status of this vCPU. The run is over when
- * every vCPU has exited; its status is the first non-zero one.
+ * ended; 0x5a4 exit, 32 bits, the status of this vCPU; 0x5a8 free, 32 bits, the
+ * gfn of a list of ranges that are free. The run is over when every vCPU has
+ * exited; its status is the first non-zero one.
  */
 #ifndef GUEST_H
 #define GUEST_H
@@ -21,6 +22,7 @@ typedef unsigned long u64;
 #define PORT_SERIAL 0x3f8
 #define PORT_DOORBELL 0x5a0
 #define PORT_EXIT 0x5a4
+#define PORT_FREE 0x5a8
 
 /* The parameter page; see kvmhost/boot/params.py. */
 struct result {
@@ -70,6 +72,28 @@ static inline void out_string(const char *text, u64 n_bytes)
 static inline void doorbell(u64 epoch)
 {
 	out32(PORT_DOORBELL, (u32)epoch);
+}
+
+/*
+ * A page of ranges that the guest has no more use for: the host may take their
+ * memory, and they read as zeros from the declaration on. The host fills in how
+ * many pages went and how many did not: those outside memory, and pinned ones.
+ */
+#define FREE_RANGES 254
+
+struct free_list {
+	u64 n_ranges, dropped_pages, kept_pages, reserved;
+	struct {
+		u64 gfn, n_pages;
+	} ranges[FREE_RANGES];
+} __attribute__((aligned(PAGE_BYTES)));
+
+_Static_assert(sizeof(struct free_list) == PAGE_BYTES, "one page");
+
+/* Declare the ranges of a list free: one exit for all of them. */
+static inline void declare_free(struct free_list *list)
+{
+	out32(PORT_FREE, (u32)((u64)list / PAGE_BYTES));
 }
 
 /* A bijective mix of 64 bits: the finalizer of SplitMix64 (Steele et al., 2014). */

@@ -1,5 +1,7 @@
 #include "fd.h"
 
+#include <fcntl.h>
+
 int kh_ioctl_int(int fd, unsigned long request, unsigned long argument)
 {
 	int result = ioctl(fd, request, argument);

@@ -1,5 +1,7 @@
 #include "hostmem.h"
 
+#include <fcntl.h>
+
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -102,4 +104,10 @@ int kh_resident(uint64_t address, uint64_t n_pages, uint64_t *words)
 	}
 	free(held);
 	return 0;
+}
+
+int kh_punch(int fd, uint64_t offset, uint64_t n_bytes)
+{
+	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, n_bytes) ? -errno
+											 : 0;
 }

@@ -19,6 +19,9 @@ int kh_unmap(uint64_t address, uint64_t n_bytes);
  */
 int64_t kh_zap(uint64_t address, uint64_t n_pages, const uint64_t *words, uint64_t gap_pages);
 
+/* Punch a range out of a memfd: it reads as zeros, and takes no memory. */
+int kh_punch(int fd, uint64_t offset, uint64_t n_bytes);
+
 /* Set the bit of every page that the memfd behind a mapping holds, by mincore. */
 int kh_resident(uint64_t address, uint64_t n_pages, uint64_t *words);
 

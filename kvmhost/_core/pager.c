@@ -9,7 +9,23 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-struct kh_pager *kh_pager_new(int uffd, kh_compress_fn compress, kh_decompress_fn decompress)
+/* What there is a page: 10 bytes and 3 bits, and nothing of it is touched before it is used. */
+static int make_tables(struct kh_pager *pager, const struct kh_codec *codec, int store_fd)
+{
+	uint64_t n_words = pager->max_pages / 64 + 1;
+	int result = kh_store_init(&pager->store, pager->max_pages, codec, store_fd);
+
+	pager->state = calloc(pager->max_pages + 1, 1);
+	pager->resident = calloc(n_words, sizeof(uint64_t));
+	pager->pinned = calloc(n_words, sizeof(uint64_t));
+	pager->history = calloc(n_words, sizeof(struct kh_history));
+	if (!pager->state || !pager->resident || !pager->pinned || !pager->history)
+		return -ENOMEM;
+	return result;
+}
+
+struct kh_pager *kh_pager_new(int uffd, uint64_t n_pages, const struct kh_codec *codec,
+			      int store_fd)
 {
 	struct kh_pager *pager = calloc(1, sizeof(*pager));
 
@@ -26,14 +42,16 @@ struct kh_pager *kh_pager_new(int uffd, kh_compress_fn compress, kh_decompress_f
 		free(pager);
 		return NULL;
 	}
-	kh_store_init(&pager->store);
-	pager->store.compress = compress;
-	pager->store.decompress = decompress;
+	pager->max_pages = n_pages;
 	pthread_mutex_init(&pager->evict_lock, NULL);
 	pthread_mutex_init(&pager->serving_lock, NULL);
 	pthread_cond_init(&pager->serving_changed, NULL);
 	for (int i = 0; i < KH_STRIPES; i++)
 		pthread_mutex_init(&pager->stripes[i], NULL);
+	if (make_tables(pager, codec, store_fd)) {
+		kh_pager_free(pager);
+		return NULL;
+	}
 	return pager;
 }
 
@@ -41,23 +59,11 @@ int64_t kh_pager_add_region(struct kh_pager *pager, int memfd, uint64_t guest, u
 			    uint64_t n_pages)
 {
 	uint64_t total = pager->n_pages + n_pages, first = pager->n_pages;
-	int result;
 
 	if (pager->armed)
 		return -EBUSY;
-	if (pager->n_regions == KH_MAX_REGIONS)
+	if (pager->n_regions == KH_MAX_REGIONS || total > pager->max_pages)
 		return -ENOSPC;
-	result = kh_store_grow(&pager->store, total);
-	if (result)
-		return result;
-	free(pager->state);
-	free(pager->pinned);
-	free(pager->history);
-	pager->state = calloc(total, 1);
-	pager->pinned = calloc(total, 1);
-	pager->history = calloc(total, 1);
-	if (!pager->state || !pager->pinned || !pager->history)
-		return -ENOMEM;
 	pager->regions[pager->n_regions++] = (struct kh_pager_region){ memfd, guest, alias, first, n_pages };
 	pager->n_pages = total;
 	return first;
@@ -76,7 +82,8 @@ static int take_stock(struct kh_pager *pager, const struct kh_pager_region *regi
 	for (uint64_t i = 0; !result && i < region->n_pages; i++) {
 		int resident = words[i / 64] >> (i % 64) & 1;
 
-		pager->state[region->first + i] = resident ? KH_PAGE_RESIDENT : KH_PAGE_FRESH;
+		kh_pager_set_state(pager, region->first + i,
+				   resident ? KH_PAGE_RESIDENT : KH_PAGE_FRESH);
 		pager->counters.resident_pages += resident;
 	}
 	free(words);
@@ -89,6 +96,8 @@ int kh_pager_arm(struct kh_pager *pager)
 
 	if (pager->armed)
 		return 0;
+	/* Who drops pages meanwhile would have them counted wrongly. */
+	pthread_mutex_lock(&pager->evict_lock);
 	/* Faults that come from here on wait until serve() sees that all is armed. */
 	for (uint32_t i = 0; !result && i < pager->n_regions; i++) {
 		const struct kh_pager_region *region = &pager->regions[i];
@@ -106,6 +115,7 @@ int kh_pager_arm(struct kh_pager *pager)
 	pager->armed = !result;
 	pthread_cond_broadcast(&pager->serving_changed);
 	pthread_mutex_unlock(&pager->serving_lock);
+	pthread_mutex_unlock(&pager->evict_lock);
 	return result;
 }
 
@@ -114,8 +124,9 @@ void kh_pager_free(struct kh_pager *pager)
 	if (!pager)
 		return;
 	close(pager->stop_event);
-	kh_store_destroy(&pager->store, pager->n_pages);
+	kh_store_destroy(&pager->store);
 	free(pager->state);
+	free(pager->resident);
 	free(pager->pinned);
 	free(pager->history);
 	free(pager->victims);
@@ -135,9 +146,22 @@ void kh_pager_set_store(struct kh_pager *pager, uint64_t limit_bytes, int refuse
 	pager->store.refuse_raw = refuse_raw;
 }
 
+void kh_pager_set_prefetch(struct kh_pager *pager, uint32_t n_pages)
+{
+	__atomic_store_n(&pager->prefetch_pages, n_pages, __ATOMIC_RELAXED);
+}
+
+int kh_pager_lost_errno(struct kh_pager *pager)
+{
+	return __atomic_load_n(&pager->lost_errno, __ATOMIC_RELAXED);
+}
+
 void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages)
 {
+	/* After this nobody evicts for the limit that was. */
+	pthread_mutex_lock(&pager->evict_lock);
 	__atomic_store_n(&pager->limit_pages, resident_pages, __ATOMIC_RELAXED);
+	pthread_mutex_unlock(&pager->evict_lock);
 }
 
 int64_t kh_pager_shrink(struct kh_pager *pager)
@@ -176,20 +200,6 @@ int kh_pager_set_victims(struct kh_pager *pager, const uint32_t *index, uint64_t
 	return 0;
 }
 
-int kh_pager_note_young(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
-			const uint64_t *words)
-{
-	if (index > pager->n_pages || n_pages > pager->n_pages - index)
-		return -ERANGE;
-	/* Races with a fault-in lose a bit of history at most. */
-	for (uint64_t i = 0; i < n_pages; i++) {
-		uint8_t young = words[i / 64] >> (i % 64) & 1 ? KH_HISTORY_NOW : 0;
-
-		pager->history[index + i] = pager->history[index + i] >> 1 | young;
-	}
-	return 0;
-}
-
 int kh_pager_pin(struct kh_pager *pager, uint64_t index, uint64_t n_pages, int pinned)
 {
 	int result = 0;
@@ -200,34 +210,48 @@ int kh_pager_pin(struct kh_pager *pager, uint64_t index, uint64_t n_pages, int p
 		kh_pager_lock_page(pager, i);
 		if (pinned)
 			result |= pager->state[i] == KH_PAGE_EVICTED;
-		pager->pinned[i] = pinned;
+		if (pinned)
+			kh_bit_set(pager->pinned, i);
+		else
+			kh_bit_clear(pager->pinned, i);
 		kh_pager_unlock_page(pager, i);
 	}
 	/* Pinned, but out: kh_pager_restore brings such pages in. */
 	return result;
 }
 
-int64_t kh_pager_restore(struct kh_pager *pager, uint64_t index, uint64_t n_pages)
+static int restore_page(struct kh_pager *pager, uint64_t index)
 {
-	int64_t done = 0;
+	const struct kh_pager_region *region = kh_pager_region_of(pager, index);
+	uint64_t address = region->alias + (index - region->first) * KH_PAGE_BYTES;
+	int result = -ENOENT;
 
+	kh_pager_lock_page(pager, index);
+	if (pager->state[index] == KH_PAGE_EVICTED)
+		result = kh_pager_bring_back(pager, index, address);
+	if (!result)
+		COUNT(pager, restored_pages);
+	kh_pager_unlock_page(pager, index);
+	return result;
+}
+
+int kh_pager_restore(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
+		     struct kh_restore_result *result)
+{
+	*result = (struct kh_restore_result){ 0 };
 	if (index > pager->n_pages || n_pages > pager->n_pages - index)
 		return -ERANGE;
 	for (uint64_t i = index; i < index + n_pages; i++) {
-		const struct kh_pager_region *region = kh_pager_region_of(pager, i);
-		uint64_t address = region->alias + (i - region->first) * KH_PAGE_BYTES;
-		int result = 0;
-
-		kh_pager_lock_page(pager, i);
-		if (pager->state[i] == KH_PAGE_EVICTED) {
-			result = kh_pager_bring_back(pager, i, address);
-			done += !result;
-		}
-		kh_pager_unlock_page(pager, i);
-		if (result)
-			return result;
+		if (pager->state[i] != KH_PAGE_EVICTED)
+			continue;
+		if (!restore_page(pager, i))
+			result->restored++;
+		else if (pager->state[i] == KH_PAGE_LOST)
+			result->lost++;
+		else if (pager->state[i] == KH_PAGE_EVICTED)
+			result->left++;
 	}
-	return done;
+	return 0;
 }
 
 int kh_pager_state(struct kh_pager *pager, uint64_t index, uint64_t n_pages, uint8_t *states)
@@ -251,19 +275,17 @@ void kh_pager_counters(struct kh_pager *pager, struct kh_pager_counters *counter
 	counters->same_filled_pages = __atomic_load_n(&pager->store.same_filled_pages,
 						      __ATOMIC_RELAXED);
 	counters->raw_pages = __atomic_load_n(&pager->store.raw_pages, __ATOMIC_RELAXED);
+	counters->disk_full = __atomic_load_n(&pager->store.disk_full, __ATOMIC_RELAXED);
 }
 
 uint64_t kh_pager_stored_bytes(struct kh_pager *pager, uint64_t index)
 {
-	uint64_t n_bytes = 0;
+	uint64_t n_bytes;
 
 	if (index >= pager->n_pages)
 		return 0;
 	kh_pager_lock_page(pager, index);
-	if (pager->store.n_bytes[index] == KH_SAME_FILLED)
-		n_bytes = sizeof(uint64_t);
-	else
-		n_bytes = pager->store.n_bytes[index];
+	n_bytes = kh_store_bytes(&pager->store, index);
 	kh_pager_unlock_page(pager, index);
 	return n_bytes;
 }

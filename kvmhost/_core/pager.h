@@ -10,7 +10,7 @@
 #ifndef KVMHOST_PAGER_H
 #define KVMHOST_PAGER_H
 
-#include "compat.h"
+#include "codec.h"
 
 #define KH_PAGE_RESIDENT 0	/* in the memfd; before arming, or never touched */
 #define KH_PAGE_EVICTED 1	/* only in the store */
@@ -28,11 +28,6 @@
 
 #define KH_LATENCY_BUCKETS 40	/* bucket b: [2^b, 2^(b+1)) ns */
 
-typedef int (*kh_compress_fn)(const char *source, char *target, int source_bytes,
-			      int target_bytes, int acceleration);
-typedef int (*kh_decompress_fn)(const char *source, char *target, int source_bytes,
-				int target_bytes);
-
 struct kh_pager_counters {
 	uint64_t resident_pages;	/* pages in the memfds, exact once armed */
 	uint64_t evicted_pages;		/* pages in the store now */
@@ -42,22 +37,46 @@ struct kh_pager_counters {
 	uint64_t store_held_bytes;	/* taken from the system for them */
 	uint64_t evictions;
 	uint64_t direct_evictions;	/* of these, made by the fault handler at the limit */
-	uint64_t fault_ins;
+	uint64_t fault_ins;		/* pages brought back because someone touched them */
+	uint64_t restored_pages;	/* pages brought back because someone asked */
+	uint64_t prefetched_pages;	/* pages brought back beside one that was touched */
+	uint64_t dropped_pages;		/* pages that the guest declared free, wherever they were */
+	uint64_t dropped_evicted_pages;	/* of these, dropped out of the store */
+	uint64_t paged_out_pages;	/* handed to the host's swap */
 	uint64_t zero_fills;		/* first touches of a page while armed */
 	uint64_t wp_faults;		/* writes that met an eviction */
 	uint64_t wakes;			/* faults that found their page back */
 	uint64_t over_limit;		/* faults served above the limit, nothing to evict */
 	uint64_t errors;
 	uint64_t lost_pages;
+	uint64_t disk_full;		/* evictions that the store's file had no room for */
 	uint64_t outcomes[KH_EVICT_OUTCOMES];
 	uint64_t latency_sum_ns;	/* handling time of all fault-ins together */
 	uint64_t latency[KH_LATENCY_BUCKETS];	/* fault-ins by handling time; their number is the sum */
 };
 
+/* What became of the pages of a range that were to come back. */
+struct kh_restore_result {
+	uint64_t restored;	/* came back */
+	uint64_t lost;		/* the store could not give them */
+	uint64_t left;		/* still in the store: the host had no memory for them */
+};
+
+/* What became of the pages of a range that the guest declared free. */
+struct kh_drop_result {
+	uint64_t dropped;	/* read as zeros from here on */
+	uint64_t pinned;	/* stayed as they were */
+	uint64_t failed;
+};
+
 struct kh_pager;
 
-/* uffd: an open userfaultfd after UFFDIO_API. NULL if memory is short. */
-struct kh_pager *kh_pager_new(int uffd, kh_compress_fn compress, kh_decompress_fn decompress);
+/*
+ * uffd: an open userfaultfd after UFFDIO_API. n_pages: of all regions that will be
+ * added. store_fd: the store's file, or -1 for memory. NULL if memory is short.
+ */
+struct kh_pager *kh_pager_new(int uffd, uint64_t n_pages, const struct kh_codec *codec,
+			      int store_fd);
 /* Add a region before arming; returns the index of its first page or -errno. */
 int64_t kh_pager_add_region(struct kh_pager *pager, int memfd, uint64_t guest, uint64_t alias,
 			    uint64_t n_pages);
@@ -76,6 +95,10 @@ void kh_pager_free(struct kh_pager *pager);
 
 /* Store limit in bytes (0: none); what to do with pages that do not compress. */
 void kh_pager_set_store(struct kh_pager *pager, uint64_t limit_bytes, int refuse_raw);
+/* Bring back up to so many of the pages after a touched one that went together with it. */
+void kh_pager_set_prefetch(struct kh_pager *pager, uint32_t n_pages);
+/* Errno of the last page that was lost: EBADMSG for a checksum, EIO for a read. */
+int kh_pager_lost_errno(struct kh_pager *pager);
 /* Resident limit in pages (0: none), held by the fault handler itself. */
 void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages);
 /* Evict, as the fault handler would, until the limit holds; returns how many went. */
@@ -89,8 +112,18 @@ int kh_pager_pin(struct kh_pager *pager, uint64_t index, uint64_t n_pages, int p
 /* Evict pages; outcome[i] tells what became of index[i]. Returns how many went. */
 int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n,
 		       uint8_t *outcome);
-/* Bring pages back without a touch of the guest. Returns how many came. */
-int64_t kh_pager_restore(struct kh_pager *pager, uint64_t index, uint64_t n_pages);
+/* Bring pages back without a touch of the guest; a page that fails stops no other. */
+int kh_pager_restore(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
+		     struct kh_restore_result *result);
+/* Forget the contents of pages: their next touch finds zeros. Armed or not. */
+int kh_pager_drop(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
+		  struct kh_drop_result *result);
+/*
+ * Hand pages to the host's swap by MADV_PAGEOUT; outcome[i] is KH_EVICT_DONE if
+ * the page has left memory, _REFUSED if the kernel kept it.
+ */
+int64_t kh_pager_pageout(struct kh_pager *pager, const uint32_t *index, uint64_t n,
+			 uint8_t *outcome);
 int kh_pager_state(struct kh_pager *pager, uint64_t index, uint64_t n_pages, uint8_t *states);
 void kh_pager_counters(struct kh_pager *pager, struct kh_pager_counters *counters);
 /* Bytes that page i takes in the store (8 for a same-filled one, 0 for none). */

@@ -1,10 +1,9 @@
-/* How pages go: the steps of an eviction, and who is chosen at the limit. */
+/* How pages go: the steps of an eviction, dropping, and the host's own swap. */
 #include "pager_internal.h"
 
 #include "hostmem.h"
 #include "uffd.h"
 
-#include <fcntl.h>
 #include <unistd.h>
 
 static int protect_run(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
@@ -21,8 +20,7 @@ static int punch(const struct kh_pager_region *region, uint64_t first, uint64_t 
 {
 	off_t offset = (first - region->first) * KH_PAGE_BYTES;
 
-	return fallocate(region->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset,
-			 n_pages * KH_PAGE_BYTES) ? -errno : 0;
+	return kh_punch(region->memfd, offset, n_pages * KH_PAGE_BYTES);
 }
 
 static int store_page(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t index)
@@ -32,7 +30,7 @@ static int store_page(struct kh_pager *pager, const struct kh_pager_region *regi
 
 	if (pread(region->memfd, page, sizeof(page), offset) != sizeof(page))
 		return KH_EVICT_ERROR;
-	return kh_store_put(&pager->store, index, page);
+	return kh_store_put(&pager->store, index, page, pager->batch);
 }
 
 /* Punch the pages of a run that are in the store; cancel where that fails. */
@@ -55,8 +53,8 @@ static void commit_run(struct kh_pager *pager, const struct kh_pager_region *reg
 				outcome[k] = KH_EVICT_ERROR;
 				continue;
 			}
-			__atomic_store_n(&pager->state[first + k], KH_PAGE_EVICTED, __ATOMIC_RELEASE);
-			pager->history[first + k] = 0;
+			kh_pager_set_state(pager, first + k, KH_PAGE_EVICTED);
+			kh_pager_forget_history(pager, first + k);
 			COUNT(pager, evictions);
 			COUNT(pager, evicted_pages);
 			UNCOUNT(pager, resident_pages);
@@ -72,7 +70,7 @@ static void sort_out(struct kh_pager *pager, const struct kh_pager_region *regio
 				 &resident);
 
 	for (uint64_t i = 0; i < n_pages; i++) {
-		if (pager->pinned[first + i])
+		if (kh_bit(pager->pinned, first + i))
 			outcome[i] = KH_EVICT_PINNED;
 		else if (pager->state[first + i] != KH_PAGE_RESIDENT)
 			outcome[i] = KH_EVICT_ABSENT;
@@ -135,6 +133,7 @@ static int64_t evict_locked(struct kh_pager *pager, const uint32_t *index, uint6
 {
 	int64_t done = 0;
 
+	pager->batch++;
 	for (uint64_t i = 0, length; i < n; i += length) {
 		length = run_length(pager, index + i, n - i);
 		evict_run(pager, index[i], length, outcome + i);
@@ -144,6 +143,14 @@ static int64_t evict_locked(struct kh_pager *pager, const uint32_t *index, uint6
 	return done;
 }
 
+static int check_indexes(const struct kh_pager *pager, const uint32_t *index, uint64_t n)
+{
+	for (uint64_t i = 0; i < n; i++)
+		if (index[i] >= pager->n_pages)
+			return -ERANGE;
+	return 0;
+}
+
 int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n,
 		       uint8_t *outcome)
 {
@@ -151,9 +158,8 @@ int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n
 
 	if (!pager->armed)
 		return -EINVAL;
-	for (uint64_t i = 0; i < n; i++)
-		if (index[i] >= pager->n_pages)
-			return -ERANGE;
+	if (check_indexes(pager, index, n))
+		return -ERANGE;
 	/* In pieces, so that the fault handler's own evictions get their turn. */
 	for (uint64_t i = 0; i < n; i += KH_RUN_PAGES) {
 		uint64_t piece = n - i < KH_RUN_PAGES ? n - i : KH_RUN_PAGES;
@@ -165,38 +171,6 @@ int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n
 	return done;
 }
 
-/*
- * How many windows of its history a page may have been young in, to be taken by
- * the clock hand in its first, second, ... lap. A page that a scan touched once
- * goes before one that was young in every window.
- */
-static const int lap_limits[] = { 0, 1, 3, 8 };
-
-/* Next pages for the fault handler to evict: the daemon's wishes, then a clock. */
-static uint64_t choose_victims(struct kh_pager *pager, uint32_t *index, uint64_t n)
-{
-	uint64_t found = 0;
-
-	while (found < n && pager->next_victim < pager->n_victims) {
-		uint32_t page = pager->victims[pager->next_victim++];
-
-		/* Young since the daemon named it: leave it to the clock. */
-		if (pager->state[page] == KH_PAGE_RESIDENT && !pager->pinned[page] &&
-		    !(pager->history[page] & KH_HISTORY_NOW))
-			index[found++] = page;
-	}
-	for (uint64_t lap = 0; !found && lap < sizeof(lap_limits) / sizeof(*lap_limits); lap++) {
-		for (uint64_t step = 0; found < n && step < pager->n_pages; step++) {
-			uint64_t page = pager->hand++ % pager->n_pages;
-
-			if (pager->state[page] == KH_PAGE_RESIDENT && !pager->pinned[page] &&
-			    __builtin_popcount(pager->history[page]) <= lap_limits[lap])
-				index[found++] = page;
-		}
-	}
-	return found;
-}
-
 int64_t kh_pager_direct_evict(struct kh_pager *pager)
 {
 	uint32_t index[KH_RUN_PAGES];
@@ -204,8 +178,127 @@ int64_t kh_pager_direct_evict(struct kh_pager *pager)
 	int64_t done = 0;
 
 	pthread_mutex_lock(&pager->evict_lock);
-	done = evict_locked(pager, index, choose_victims(pager, index, KH_RUN_PAGES), outcome);
+	/* The limit may have been lifted meanwhile: then what is there stays. */
+	if (__atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED))
+		done = evict_locked(pager, index, kh_pager_choose(pager, index, KH_RUN_PAGES),
+				    outcome);
 	pthread_mutex_unlock(&pager->evict_lock);
 	__atomic_fetch_add(&pager->counters.direct_evictions, done, __ATOMIC_RELAXED);
+	return done;
+}
+
+/* ---- pages that the guest has no more use for ------------------------- */
+
+static void forget_page(struct kh_pager *pager, uint64_t index)
+{
+	uint8_t state = pager->state[index];
+
+	COUNT(pager, dropped_pages);
+	kh_pager_forget_history(pager, index);
+	if (!pager->armed)
+		return;
+	kh_store_drop(&pager->store, index);
+	if (state == KH_PAGE_EVICTED || state == KH_PAGE_LOST) {
+		COUNT(pager, dropped_evicted_pages);
+		UNCOUNT(pager, evicted_pages);
+	} else if (state == KH_PAGE_RESIDENT) {
+		UNCOUNT(pager, resident_pages);
+	}
+	kh_pager_set_state(pager, index, KH_PAGE_FRESH);
+}
+
+/* Neighbours, as in evict_run: a fault on one of them waits until all are gone. */
+static void drop_run(struct kh_pager *pager, uint64_t first, uint64_t n_pages,
+		     struct kh_drop_result *result)
+{
+	const struct kh_pager_region *region = kh_pager_region_of(pager, first);
+
+	for (uint64_t i = first; i < first + n_pages; i++)
+		kh_pager_lock_page(pager, i);
+	for (uint64_t i = first, run; i < first + n_pages; i += run) {
+		int pinned = kh_bit(pager->pinned, i), failed;
+
+		for (run = 1; i + run < first + n_pages; run++)
+			if (kh_bit(pager->pinned, i + run) != pinned)
+				break;
+		failed = pinned ? 0 : punch(region, i, run);
+		for (uint64_t j = i; !pinned && !failed && j < i + run; j++)
+			forget_page(pager, j);
+		*(pinned ? &result->pinned : failed ? &result->failed : &result->dropped) += run;
+	}
+	for (uint64_t i = first; i < first + n_pages; i++)
+		kh_pager_unlock_page(pager, i);
+}
+
+int kh_pager_drop(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
+		  struct kh_drop_result *result)
+{
+	*result = (struct kh_drop_result){ 0 };
+	if (index > pager->n_pages || n_pages > pager->n_pages - index)
+		return -ERANGE;
+	for (uint64_t i = index, run; i < index + n_pages; i += run) {
+		const struct kh_pager_region *region = kh_pager_region_of(pager, i);
+
+		run = index + n_pages - i < KH_RUN_PAGES ? index + n_pages - i : KH_RUN_PAGES;
+		if (i + run > region->first + region->n_pages)
+			run = region->first + region->n_pages - i;
+		pthread_mutex_lock(&pager->evict_lock);
+		drop_run(pager, i, run, result);
+		pthread_mutex_unlock(&pager->evict_lock);
+	}
+	return 0;
+}
+
+/* ---- the host's swap --------------------------------------------------- */
+
+/*
+ * The kernel passes over pages that more than one mapping holds: the alias lets
+ * go of them first. What has left the page cache is in the swap.
+ */
+static void pageout_run(struct kh_pager *pager, uint64_t first, uint64_t n_pages, uint8_t *outcome)
+{
+	const struct kh_pager_region *region = kh_pager_region_of(pager, first);
+	uint64_t offset = (first - region->first) * KH_PAGE_BYTES, n_bytes = n_pages * KH_PAGE_BYTES;
+	uint64_t before = 0, after = 0;
+	int failed = kh_resident(region->alias + offset, n_pages, &before) ||
+		     madvise((void *)(region->alias + offset), n_bytes, MADV_DONTNEED) ||
+		     madvise((void *)(region->guest + offset), n_bytes, MADV_PAGEOUT) ||
+		     kh_resident(region->alias + offset, n_pages, &after);
+
+	for (uint64_t i = 0; i < n_pages; i++) {
+		if (failed)
+			outcome[i] = KH_EVICT_ERROR;
+		else if (!(before >> i & 1))
+			outcome[i] = KH_EVICT_ABSENT;
+		else
+			outcome[i] = after >> i & 1 ? KH_EVICT_REFUSED : KH_EVICT_DONE;
+		if (outcome[i] == KH_EVICT_DONE)
+			COUNT(pager, paged_out_pages);
+	}
+}
+
+int64_t kh_pager_pageout(struct kh_pager *pager, const uint32_t *index, uint64_t n,
+			 uint8_t *outcome)
+{
+	int64_t done = 0;
+
+	if (check_indexes(pager, index, n))
+		return -ERANGE;
+	for (uint64_t i = 0, length; i < n; i += length) {
+		length = run_length(pager, index + i, n - i);
+		pthread_mutex_lock(&pager->evict_lock);
+		if (kh_bit(pager->pinned, index[i])) {
+			outcome[i] = KH_EVICT_PINNED;
+			length = 1;
+		} else {
+			for (uint64_t j = 1; j < length; j++)
+				if (kh_bit(pager->pinned, index[i + j]))
+					length = j;
+			pageout_run(pager, index[i], length, outcome + i);
+		}
+		pthread_mutex_unlock(&pager->evict_lock);
+		for (uint64_t j = 0; j < length; j++)
+			done += outcome[i + j] == KH_EVICT_DONE;
+	}
 	return done;
 }

@@ -41,13 +41,16 @@ static void count_latency(struct kh_pager *pager, uint64_t ns)
 	COUNT(pager, latency[bucket < KH_LATENCY_BUCKETS ? bucket : KH_LATENCY_BUCKETS - 1]);
 }
 
-static void hold_limit(struct kh_pager *pager)
+static int has_room(struct kh_pager *pager)
 {
 	uint64_t limit = __atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED);
 
-	if (!limit || __atomic_load_n(&pager->counters.resident_pages, __ATOMIC_RELAXED) < limit)
-		return;
-	if (!kh_pager_direct_evict(pager))
+	return !limit || __atomic_load_n(&pager->counters.resident_pages, __ATOMIC_RELAXED) < limit;
+}
+
+static void hold_limit(struct kh_pager *pager)
+{
+	if (!has_room(pager) && !kh_pager_direct_evict(pager))
 		COUNT(pager, over_limit);
 }
 
@@ -69,7 +72,8 @@ int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address
 	int result = kh_store_get(&pager->store, index, page);
 
 	if (result) {
-		pager->state[index] = KH_PAGE_LOST;
+		kh_pager_set_state(pager, index, KH_PAGE_LOST);
+		__atomic_store_n(&pager->lost_errno, -result, __ATOMIC_RELAXED);
 		COUNT(pager, lost_pages);
 		return result;
 	}
@@ -77,9 +81,7 @@ int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address
 	if (result)
 		return result;
 	kh_store_drop(&pager->store, index);
-	pager->history[index] |= KH_HISTORY_NOW;
-	__atomic_store_n(&pager->state[index], KH_PAGE_RESIDENT, __ATOMIC_RELEASE);
-	COUNT(pager, fault_ins);
+	kh_pager_set_state(pager, index, KH_PAGE_RESIDENT);
 	COUNT(pager, resident_pages);
 	UNCOUNT(pager, evicted_pages);
 	/* Last: who waited finds state and counters as they are now. */
@@ -91,7 +93,7 @@ static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
 	int result = fill(pager, address, NULL);
 
 	if (!result || result == -EEXIST)
-		__atomic_store_n(&pager->state[index], KH_PAGE_RESIDENT, __ATOMIC_RELEASE);
+		kh_pager_set_state(pager, index, KH_PAGE_RESIDENT);
 	if (result == -EEXIST) {
 		/* There already, put in through the other mapping: map it and go on. */
 		COUNT(pager, wakes);
@@ -99,28 +101,73 @@ static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
 	}
 	if (result)
 		return result;
+	kh_pager_mark_young(pager, index);
 	COUNT(pager, zero_fills);
 	COUNT(pager, resident_pages);
 	return kh_uffd_wake(pager->uffd, address);
 }
 
+/*
+ * Bring back what went together with a page that is needed again, as far as there is
+ * room. Through the alias: in the guest mapping such a page would look touched.
+ */
+static void prefetch(struct kh_pager *pager, uint64_t index, int batch)
+{
+	const struct kh_pager_region *region = kh_pager_region_of(pager, index);
+	uint64_t n_pages = __atomic_load_n(&pager->prefetch_pages, __ATOMIC_RELAXED);
+	uint64_t end = region->first + region->n_pages;
+	int more = 1;
+
+	for (uint64_t i = index + 1; more && i < end && i <= index + n_pages && has_room(pager); i++) {
+		uint64_t address = region->alias + (i - region->first) * KH_PAGE_BYTES;
+		int other;
+
+		kh_pager_lock_page(pager, i);
+		other = kh_store_batch(&pager->store, i);
+		more = pager->state[i] == KH_PAGE_EVICTED &&
+		       (other == batch || other < 0 || batch < 0) &&
+		       !kh_pager_bring_back(pager, i, address);
+		if (more)
+			COUNT(pager, prefetched_pages);
+		kh_pager_unlock_page(pager, i);
+	}
+	/* Not young: if nobody touches them they are the first to go. */
+	__atomic_store_n(&pager->lap, 0, __ATOMIC_RELAXED);
+}
+
+static int serve_evicted(struct kh_pager *pager, uint64_t index, uint64_t address, uint64_t start_ns)
+{
+	int result;
+
+	kh_pager_mark_young(pager, index);
+	/* Counted before: who waited finds the counters as they are now. */
+	COUNT(pager, fault_ins);
+	result = kh_pager_bring_back(pager, index, address);
+	if (result)
+		UNCOUNT(pager, fault_ins);
+	else
+		count_latency(pager, now_ns() - start_ns);
+	return result;
+}
+
 static int serve_missing(struct kh_pager *pager, uint64_t index, uint64_t address)
 {
 	uint64_t start_ns = now_ns();
-	int evicted, result;
+	int evicted, batch, result;
 
 	hold_limit(pager);
 	kh_pager_lock_page(pager, index);
 	evicted = pager->state[index] == KH_PAGE_EVICTED;
+	batch = evicted ? kh_store_batch(&pager->store, index) : -1;
 	if (evicted)
-		result = kh_pager_bring_back(pager, index, address);
+		result = serve_evicted(pager, index, address, start_ns);
 	else if (pager->state[index] == KH_PAGE_LOST)
 		result = -EBADMSG;
 	else
 		result = first_touch(pager, index, address);
 	kh_pager_unlock_page(pager, index);
-	if (evicted && !result)
-		count_latency(pager, now_ns() - start_ns);
+	if (evicted && !result && __atomic_load_n(&pager->prefetch_pages, __ATOMIC_RELAXED))
+		prefetch(pager, index, batch);
 	return result;
 }
 

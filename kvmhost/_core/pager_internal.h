@@ -1,6 +1,7 @@
 /*
  * The pager's own structures. pager.c has its life and its settings,
- * pager_evict.c how pages go, pager_fault.c how they come back.
+ * pager_evict.c how pages go, pager_fault.c how they come back,
+ * pager_clock.c who goes when nobody was named.
  */
 #ifndef KVMHOST_PAGER_INTERNAL_H
 #define KVMHOST_PAGER_INTERNAL_H
@@ -14,8 +15,7 @@
 #define KH_STRIPES 256
 /* Pages that one eviction step holds locked; a fault on them waits that long. */
 #define KH_RUN_PAGES 16
-/* In a page's history: young in the window that ended last. */
-#define KH_HISTORY_NOW 0x80
+#define KH_HISTORY_WINDOWS 8
 
 struct kh_pager_region {
 	int memfd;
@@ -23,6 +23,14 @@ struct kh_pager_region {
 	uint64_t alias;
 	uint64_t first;		/* index of the first page */
 	uint64_t n_pages;
+};
+
+/*
+ * When 64 pages were young: a word a window, the latest first. One cache line, so
+ * that the clock hand takes 64 pages in a few steps.
+ */
+struct kh_history {
+	uint64_t window[KH_HISTORY_WINDOWS];
 };
 
 /*
@@ -43,10 +51,12 @@ struct kh_pager {
 	pthread_cond_t serving_changed;
 	uint32_t n_regions;
 	struct kh_pager_region regions[KH_MAX_REGIONS];
-	uint64_t n_pages;
+	uint64_t n_pages;	/* of the regions there are */
+	uint64_t max_pages;
 	uint8_t *state;		/* KH_PAGE_* */
-	uint8_t *pinned;
-	uint8_t *history;	/* young in the last eight windows, the latest in bit 7 */
+	uint64_t *resident;	/* bitmap: state is KH_PAGE_RESIDENT */
+	uint64_t *pinned;	/* bitmap */
+	struct kh_history *history;
 	pthread_mutex_t evict_lock;
 	pthread_mutex_t stripes[KH_STRIPES];
 	struct kh_store store;
@@ -54,6 +64,10 @@ struct kh_pager {
 	uint64_t n_victims;
 	uint64_t next_victim;
 	uint64_t hand;
+	uint32_t lap;		/* what the hand takes; colder pages were not to be found */
+	uint32_t batch;		/* of the pages that are evicted now */
+	uint32_t prefetch_pages;
+	int lost_errno;
 	uint64_t limit_pages;
 	struct kh_pager_counters counters;
 };
@@ -79,8 +93,47 @@ static inline void kh_pager_unlock_page(struct kh_pager *pager, uint64_t index)
 	pthread_mutex_unlock(&pager->stripes[index % KH_STRIPES]);
 }
 
+static inline void kh_bit_set(uint64_t *words, uint64_t bit)
+{
+	__atomic_fetch_or(&words[bit / 64], 1ull << (bit % 64), __ATOMIC_RELAXED);
+}
+
+static inline void kh_bit_clear(uint64_t *words, uint64_t bit)
+{
+	__atomic_fetch_and(&words[bit / 64], ~(1ull << (bit % 64)), __ATOMIC_RELAXED);
+}
+
+static inline int kh_bit(const uint64_t *words, uint64_t bit)
+{
+	return __atomic_load_n(&words[bit / 64], __ATOMIC_RELAXED) >> (bit % 64) & 1;
+}
+
+static inline void kh_pager_set_state(struct kh_pager *pager, uint64_t index, uint8_t state)
+{
+	__atomic_store_n(&pager->state[index], state, __ATOMIC_RELEASE);
+	if (state == KH_PAGE_RESIDENT)
+		kh_bit_set(pager->resident, index);
+	else
+		kh_bit_clear(pager->resident, index);
+}
+
+static inline void kh_pager_mark_young(struct kh_pager *pager, uint64_t index)
+{
+	__atomic_fetch_or(&pager->history[index / 64].window[0], 1ull << (index % 64),
+			  __ATOMIC_RELAXED);
+}
+
+static inline int kh_pager_is_young(const struct kh_pager *pager, uint64_t index)
+{
+	return kh_bit(&pager->history[index / 64].window[0], index % 64);
+}
+
 /* Evict a few pages to stay under the limit; returns how many went. */
 int64_t kh_pager_direct_evict(struct kh_pager *pager);
+/* Next pages for the fault handler to evict; the caller holds evict_lock. */
+uint64_t kh_pager_choose(struct kh_pager *pager, uint32_t *index, uint64_t n);
+/* A page is evicted: its past counts no more. */
+void kh_pager_forget_history(struct kh_pager *pager, uint64_t index);
 /* Copy an evicted page in at an address of either mapping. The caller holds its stripe. */
 int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address);
 

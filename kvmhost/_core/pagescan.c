@@ -71,6 +71,10 @@ static void grow(struct kh_scanner *scanner)
 
 static void set_run(uint64_t *words, uint64_t start, uint64_t end)
 {
+	if (end - start == 1) {
+		words[start / 64] |= 1ull << start % 64;
+		return;
+	}
 	while (start < end) {
 		uint64_t bit = start % 64, n = 64 - bit < end - start ? 64 - bit : end - start;
 
@@ -139,13 +143,15 @@ static int scan_all(struct kh_scanner *scanner, int fd, struct pm_scan_arg *arg,
 int kh_scanner_scan(struct kh_scanner *scanner, int pagemap_fd, uint64_t address,
 		    uint64_t n_pages, const struct kh_page_bits *bits)
 {
-	uint64_t categories = PAGE_IS_PRESENT | (bits->swapped ? PAGE_IS_SWAPPED : 0);
+	uint64_t any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
 	struct pm_scan_arg arg = {
 		.size = sizeof(arg),
 		.start = address,
 		.end = address + (n_pages << PAGE_SHIFT),
-		.category_anyof_mask = categories,
-		.return_mask = categories | PAGE_IS_HUGE,
+		/* One category is told faster than any of two. */
+		.category_mask = bits->swapped ? 0 : PAGE_IS_PRESENT,
+		.category_anyof_mask = bits->swapped ? any : 0,
+		.return_mask = any | PAGE_IS_HUGE,
 	};
 
 	return scan_all(scanner, pagemap_fd, &arg, bits);

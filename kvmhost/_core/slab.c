@@ -1,180 +1,206 @@
 #include "slab_internal.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
+#include <string.h>
 
-/* A slot finds its chunk by its address: chunks are aligned to their size. */
 #define CHUNK_BYTES 32768ull
-
-struct kh_slab_chunk {
-	struct kh_slab_chunk *next, *previous;	/* in partial[class], if a slot is free */
-	void *free;				/* slots given back, each pointing to the next */
-	uint32_t class;
-	uint32_t used;
-	uint32_t fresh;				/* slots never taken yet, at the end */
-	uint32_t n_slots;
-};
-
-#define HEADER_BYTES 64ull
+#define CHUNK_STEPS (CHUNK_BYTES / KH_SLAB_STEP)
 #define BLOCK_BYTES (4ull << 20)
-#define KH_SLAB_PAGE 4096ull
+#define BLOCK_CHUNKS (BLOCK_BYTES / CHUNK_BYTES)
+/* The first page of a file says what it is; see kvmhost/pager/storefile.py. */
+#define FILE_HEADER_BYTES 4096ull
+#define NO_CHUNK UINT32_MAX
 
-struct kh_slab_block {
-	struct kh_slab_block *next;
-	void *mapping;
-	uintptr_t next_chunk;	/* address of the first chunk never used */
+/* A slot's number is where it starts, in steps over all chunks. */
+struct kh_slab_chunk {
+	uint32_t next, previous;	/* in partial[class]; next also among the empty ones */
+	uint16_t class;
+	uint16_t used;
+	uint16_t n_slots;
+	uint64_t free[CHUNK_STEPS / 64];
 };
 
-_Static_assert(sizeof(struct kh_slab_chunk) <= HEADER_BYTES, "the first slot follows the header");
-
-void kh_slab_init(struct kh_slab *slab)
+int kh_slab_init(struct kh_slab *slab, uint64_t n_pages, int fd)
 {
-	*slab = (struct kh_slab){ 0 };
+	/* At worst every page keeps a chunk of its own in use. */
+	uint64_t max_blocks = (n_pages + KH_SLAB_CLASSES) / BLOCK_CHUNKS + 1;
+
+	*slab = (struct kh_slab){ .fd = fd, .empty = NO_CHUNK, .max_blocks = max_blocks };
+	for (int class = 0; class < KH_SLAB_CLASSES; class++)
+		slab->partial[class] = NO_CHUNK;
 	pthread_mutex_init(&slab->lock, NULL);
+	/* Of fixed size: slots are read while others are taken. */
+	slab->blocks = calloc(max_blocks, sizeof(*slab->blocks));
+	return slab->blocks ? 0 : -ENOMEM;
 }
 
-static uint64_t slot_bytes(uint32_t class)
+static void link_chunk(struct kh_slab *slab, uint32_t number)
 {
-	return (class + 1ull) * KH_SLAB_STEP;
-}
+	struct kh_slab_chunk *chunk = &slab->chunks[number];
 
-static void link_chunk(struct kh_slab *slab, struct kh_slab_chunk *chunk)
-{
-	chunk->previous = NULL;
+	chunk->previous = NO_CHUNK;
 	chunk->next = slab->partial[chunk->class];
-	if (chunk->next)
-		chunk->next->previous = chunk;
-	slab->partial[chunk->class] = chunk;
+	if (chunk->next != NO_CHUNK)
+		slab->chunks[chunk->next].previous = number;
+	slab->partial[chunk->class] = number;
 }
 
-static void unlink_chunk(struct kh_slab *slab, struct kh_slab_chunk *chunk)
+static void unlink_chunk(struct kh_slab *slab, uint32_t number)
 {
-	if (chunk->previous)
-		chunk->previous->next = chunk->next;
+	struct kh_slab_chunk *chunk = &slab->chunks[number];
+
+	if (chunk->previous != NO_CHUNK)
+		slab->chunks[chunk->previous].next = chunk->next;
 	else
 		slab->partial[chunk->class] = chunk->next;
-	if (chunk->next)
-		chunk->next->previous = chunk->previous;
+	if (chunk->next != NO_CHUNK)
+		slab->chunks[chunk->next].previous = chunk->previous;
 }
 
-/* Map address space for more chunks, and put them on the list of empty ones. */
-static int map_block(struct kh_slab *slab)
+/* Memory behind a chunk: address space is mapped a block at a time. */
+static int map_block(struct kh_slab *slab, uint32_t number)
 {
-	struct kh_slab_block *block = malloc(sizeof(*block));
-	uintptr_t first;
+	uint64_t block = number / BLOCK_CHUNKS;
+	void *mapping;
 
-	if (!block)
+	if (slab->fd >= 0 || slab->blocks[block])
+		return 0;
+	mapping = mmap(NULL, BLOCK_BYTES, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (mapping == MAP_FAILED)
 		return -ENOMEM;
-	block->mapping = mmap(NULL, BLOCK_BYTES, PROT_READ | PROT_WRITE,
-			      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (block->mapping == MAP_FAILED) {
-		free(block);
-		return -ENOMEM;
-	}
-	block->next = slab->blocks;
-	slab->blocks = block;
-	/* The first chunk starts at the next multiple; what is before it stays unused. */
-	first = ((uintptr_t)block->mapping + CHUNK_BYTES - 1) & ~(CHUNK_BYTES - 1);
-	block->next_chunk = first;
+	slab->blocks[block] = mapping;
 	return 0;
 }
 
-/* Address of a chunk that nobody uses: a returned one, or the next of a block. */
-static struct kh_slab_chunk *find_chunk(struct kh_slab *slab)
+/* A chunk that nobody uses: a returned one, or one more. */
+static uint32_t find_chunk(struct kh_slab *slab)
 {
-	struct kh_slab_chunk *chunk = slab->empty;
-	struct kh_slab_block *block = slab->blocks;
+	uint32_t number = slab->empty;
 
-	if (chunk) {
-		slab->empty = chunk->next;
-		return chunk;
+	if (number != NO_CHUNK) {
+		slab->empty = slab->chunks[number].next;
+		return number;
 	}
-	if (!block || block->next_chunk + CHUNK_BYTES > (uintptr_t)block->mapping + BLOCK_BYTES) {
-		if (map_block(slab))
-			return NULL;
-		block = slab->blocks;
+	if (slab->n_chunks == slab->max_blocks * BLOCK_CHUNKS || map_block(slab, slab->n_chunks))
+		return NO_CHUNK;
+	if (slab->n_chunks == slab->chunk_room) {
+		uint32_t room = slab->chunk_room + slab->chunk_room / 4 + BLOCK_CHUNKS;
+		void *grown = realloc(slab->chunks, room * sizeof(*slab->chunks));
+
+		if (!grown)
+			return NO_CHUNK;
+		slab->chunks = grown;
+		slab->chunk_room = room;
 	}
-	chunk = (struct kh_slab_chunk *)block->next_chunk;
-	block->next_chunk += CHUNK_BYTES;
-	return chunk;
+	return slab->n_chunks++;
 }
 
-static struct kh_slab_chunk *new_chunk(struct kh_slab *slab, uint32_t class)
+static uint32_t new_chunk(struct kh_slab *slab, uint32_t class)
 {
-	struct kh_slab_chunk *chunk = find_chunk(slab);
-
-	if (!chunk)
-		return NULL;
-	*chunk = (struct kh_slab_chunk){
-		.class = class,
-		.n_slots = (CHUNK_BYTES - HEADER_BYTES) / slot_bytes(class),
-	};
-	chunk->fresh = chunk->n_slots;
-	slab->chunk_bytes += CHUNK_BYTES;
-	link_chunk(slab, chunk);
-	return chunk;
-}
-
-/* Only the first page keeps memory, for the link in the list of empty chunks. */
-static void return_chunk(struct kh_slab *slab, struct kh_slab_chunk *chunk)
-{
-	slab->chunk_bytes -= CHUNK_BYTES;
-	madvise((char *)chunk + KH_SLAB_PAGE, CHUNK_BYTES - KH_SLAB_PAGE, MADV_DONTNEED);
-	chunk->next = slab->empty;
-	slab->empty = chunk;
-}
-
-void *kh_slab_take(struct kh_slab *slab, uint64_t n_bytes)
-{
-	uint32_t class = (n_bytes - 1) / KH_SLAB_STEP;
+	uint32_t number = find_chunk(slab);
 	struct kh_slab_chunk *chunk;
-	void *slot = NULL;
+
+	if (number == NO_CHUNK)
+		return NO_CHUNK;
+	chunk = &slab->chunks[number];
+	*chunk = (struct kh_slab_chunk){ .class = class, .n_slots = CHUNK_STEPS / (class + 1) };
+	for (int i = 0; i < chunk->n_slots; i++)
+		chunk->free[i / 64] |= 1ull << (i % 64);
+	slab->chunk_bytes += CHUNK_BYTES;
+	link_chunk(slab, number);
+	if (slab->fd < 0)
+		/* All of it at once: a fault for each of its pages costs more than to pack one. */
+		(void)madvise(kh_slab_address(slab, number * CHUNK_STEPS), CHUNK_BYTES,
+			      MADV_POPULATE_WRITE);
+	return number;
+}
+
+static void return_chunk(struct kh_slab *slab, uint32_t number)
+{
+	uint64_t first = number * CHUNK_STEPS;
+
+	slab->chunk_bytes -= CHUNK_BYTES;
+	if (slab->fd < 0)
+		madvise(kh_slab_address(slab, first), CHUNK_BYTES, MADV_DONTNEED);
+	else
+		/* A file system without holes keeps the blocks for the next chunk. */
+		(void)!fallocate(slab->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+				 kh_slab_offset(first), CHUNK_BYTES);
+	slab->chunks[number].next = slab->empty;
+	slab->empty = number;
+}
+
+static int take_slot(struct kh_slab_chunk *chunk)
+{
+	int word = 0, bit;
+
+	while (!chunk->free[word])
+		word++;
+	bit = __builtin_ctzll(chunk->free[word]);
+	chunk->free[word] &= ~(1ull << bit);
+	chunk->used++;
+	return word * 64 + bit;
+}
+
+int64_t kh_slab_take(struct kh_slab *slab, uint64_t n_bytes)
+{
+	uint32_t class = (n_bytes - 1) / KH_SLAB_STEP, number;
+	int64_t slot = -ENOMEM;
 
 	pthread_mutex_lock(&slab->lock);
-	chunk = slab->partial[class];
-	if (!chunk)
-		chunk = new_chunk(slab, class);
-	if (chunk) {
-		if (chunk->free) {
-			slot = chunk->free;
-			chunk->free = *(void **)slot;
-		} else {
-			uint64_t at = HEADER_BYTES +
-				      (chunk->n_slots - chunk->fresh) * slot_bytes(class);
+	number = slab->partial[class];
+	if (number == NO_CHUNK)
+		number = new_chunk(slab, class);
+	if (number != NO_CHUNK) {
+		struct kh_slab_chunk *chunk = &slab->chunks[number];
 
-			slot = (char *)chunk + at;
-			chunk->fresh--;
-		}
-		if (++chunk->used == chunk->n_slots)
-			unlink_chunk(slab, chunk);
+		slot = number * CHUNK_STEPS + take_slot(chunk) * (class + 1ull);
+		if (chunk->used == chunk->n_slots)
+			unlink_chunk(slab, number);
 	}
 	pthread_mutex_unlock(&slab->lock);
 	return slot;
 }
 
-void kh_slab_give(struct kh_slab *slab, void *slot)
+void kh_slab_give(struct kh_slab *slab, uint64_t slot)
 {
-	struct kh_slab_chunk *chunk = (void *)((uintptr_t)slot & ~(CHUNK_BYTES - 1));
+	uint32_t number = slot / CHUNK_STEPS;
+	struct kh_slab_chunk *chunk;
+	uint64_t i;
 
 	pthread_mutex_lock(&slab->lock);
+	chunk = &slab->chunks[number];
+	i = slot % CHUNK_STEPS / (chunk->class + 1u);
+	chunk->free[i / 64] |= 1ull << (i % 64);
 	if (chunk->used-- == chunk->n_slots)
-		link_chunk(slab, chunk);
-	*(void **)slot = chunk->free;
-	chunk->free = slot;
+		link_chunk(slab, number);
 	if (!chunk->used) {
-		unlink_chunk(slab, chunk);
-		return_chunk(slab, chunk);
+		unlink_chunk(slab, number);
+		return_chunk(slab, number);
 	}
 	pthread_mutex_unlock(&slab->lock);
 }
 
+char *kh_slab_address(const struct kh_slab *slab, uint64_t slot)
+{
+	uint64_t offset = slot * KH_SLAB_STEP;
+
+	return slab->blocks[offset / BLOCK_BYTES] + offset % BLOCK_BYTES;
+}
+
+uint64_t kh_slab_offset(uint64_t slot)
+{
+	return FILE_HEADER_BYTES + slot * KH_SLAB_STEP;
+}
+
 void kh_slab_destroy(struct kh_slab *slab)
 {
-	while (slab->blocks) {
-		struct kh_slab_block *block = slab->blocks;
-
-		slab->blocks = block->next;
-		munmap(block->mapping, BLOCK_BYTES);
-		free(block);
-	}
+	for (uint64_t i = 0; slab->blocks && i < slab->max_blocks; i++)
+		if (slab->blocks[i])
+			munmap(slab->blocks[i], BLOCK_BYTES);
+	free(slab->blocks);
+	free(slab->chunks);
 	pthread_mutex_destroy(&slab->lock);
 }

@@ -1,10 +1,12 @@
 /*
- * Memory for compressed pages: slots of a few sizes, cut from aligned chunks.
+ * Room for compressed pages: slots of a few sizes, cut from chunks, in memory
+ * or in a file.
  *
  * Pages come and go for as long as a VM lives, in all sizes and no order; a
  * general allocator fragments under that by half. Here a chunk holds slots of
- * one size, a freed slot is used again by the next page of that size, and the
- * memory of a chunk without used slots goes back to the system.
+ * one size, a freed slot is used again by the next page of that size, and a
+ * chunk without used slots goes back to the system. What is known of a chunk
+ * stands beside it, so that nothing is read from a file to find room in it.
  */
 #ifndef KVMHOST_SLAB_INTERNAL_H
 #define KVMHOST_SLAB_INTERNAL_H
@@ -13,23 +15,32 @@
 #include <pthread.h>
 
 #define KH_SLAB_STEP 64
-#define KH_SLAB_CLASSES 64	/* up to 4096 bytes */
+#define KH_SLAB_MAX_BYTES 4160	/* a page and what stands before it */
+#define KH_SLAB_CLASSES (KH_SLAB_MAX_BYTES / KH_SLAB_STEP)
 
 struct kh_slab_chunk;
-struct kh_slab_block;
 
 struct kh_slab {
 	pthread_mutex_t lock;
-	struct kh_slab_chunk *partial[KH_SLAB_CLASSES];	/* chunks with a free slot */
-	struct kh_slab_block *blocks;	/* address space that chunks are cut from */
-	struct kh_slab_chunk *empty;	/* chunks of no size, without memory behind */
-	uint64_t chunk_bytes;		/* memory behind the chunks in use */
+	int fd;				/* the file, or -1: memory */
+	struct kh_slab_chunk *chunks;
+	uint32_t n_chunks;
+	uint32_t chunk_room;
+	uint32_t partial[KH_SLAB_CLASSES];	/* chunks with a free slot */
+	uint32_t empty;			/* chunks of no size, with nothing behind */
+	char **blocks;			/* memory that chunks are cut from */
+	uint64_t max_blocks;
+	uint64_t chunk_bytes;		/* behind the chunks in use */
 };
 
-void kh_slab_init(struct kh_slab *slab);
-/* 1 to 4096 bytes, aligned to 64; NULL if memory is out. */
-void *kh_slab_take(struct kh_slab *slab, uint64_t n_bytes);
-void kh_slab_give(struct kh_slab *slab, void *slot);
+/* Room for n_pages pages, whatever they compress to. */
+int kh_slab_init(struct kh_slab *slab, uint64_t n_pages, int fd);
+/* A slot for 1 to KH_SLAB_MAX_BYTES bytes: its number, or -ENOMEM. */
+int64_t kh_slab_take(struct kh_slab *slab, uint64_t n_bytes);
+void kh_slab_give(struct kh_slab *slab, uint64_t slot);
+/* Where a slot is: its address in memory, its offset in the file. */
+char *kh_slab_address(const struct kh_slab *slab, uint64_t slot);
+uint64_t kh_slab_offset(uint64_t slot);
 void kh_slab_destroy(struct kh_slab *slab);
 
 #endif

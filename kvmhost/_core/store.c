@@ -2,30 +2,64 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* A page that compresses to more than this is kept as it is. */
 #define WORTH_BYTES (KH_PAGE_BYTES - KH_PAGE_BYTES / 8)
 
-void kh_store_init(struct kh_store *store)
+/* An entry: the slot, the content's bytes, the batch. */
+#define SLOT_BITS 40
+#define BYTES_BITS 13
+#define BATCH_SHIFT (SLOT_BITS + BYTES_BITS)
+
+/* A page in its slot. */
+struct record {
+	uint64_t checksum;
+	char content[KH_PAGE_BYTES];
+};
+
+#define RECORD_HEAD offsetof(struct record, content)
+
+_Static_assert(sizeof(struct record) <= KH_SLAB_MAX_BYTES, "a page as it is fits a slot");
+_Static_assert(KH_BATCHES <= 1 << (64 - BATCH_SHIFT), "a batch fits an entry");
+
+static uint64_t make_entry(uint64_t slot, uint64_t n_bytes, uint64_t batch)
 {
-	kh_slab_init(&store->slab);
+	return slot | n_bytes << SLOT_BITS | batch << BATCH_SHIFT;
 }
 
-int kh_store_grow(struct kh_store *store, uint64_t n_pages)
+static uint64_t slot_of(uint64_t entry)
 {
-	uint64_t *content = calloc(n_pages, sizeof(*content));
-	uint16_t *n_bytes = calloc(n_pages, sizeof(*n_bytes));
+	return entry & ((1ull << SLOT_BITS) - 1);
+}
 
-	if (!content || !n_bytes) {
-		free(content);
-		free(n_bytes);
-		return -ENOMEM;
-	}
-	free(store->content);
-	free(store->n_bytes);
-	store->content = content;
-	store->n_bytes = n_bytes;
-	return 0;
+static uint64_t bytes_of(uint64_t entry)
+{
+	return entry >> SLOT_BITS & ((1ull << BYTES_BITS) - 1);
+}
+
+static int is_same(const struct kh_store *store, uint64_t index)
+{
+	return __atomic_load_n(&store->same[index / 64], __ATOMIC_RELAXED) >> (index % 64) & 1;
+}
+
+int kh_store_init(struct kh_store *store, uint64_t n_pages, const struct kh_codec *codec,
+		  int store_fd)
+{
+	int slab = kh_slab_init(&store->slab, n_pages, store_fd);
+	int coder = kh_coder_init(&store->coder, codec);
+
+	store->entry = calloc(n_pages + 1, sizeof(*store->entry));
+	store->same = calloc(n_pages / 64 + 1, sizeof(*store->same));
+	return slab || coder || !store->entry || !store->same ? -ENOMEM : 0;
+}
+
+void kh_store_destroy(struct kh_store *store)
+{
+	free(store->entry);
+	free(store->same);
+	kh_coder_destroy(&store->coder);
+	kh_slab_destroy(&store->slab);
 }
 
 static int is_same_filled(const uint64_t *words)
@@ -59,90 +93,140 @@ static int reserve(struct kh_store *store, uint64_t n_bytes)
 	return 0;
 }
 
-static int put_bytes(struct kh_store *store, uint64_t index, const void *bytes, uint16_t n_bytes)
+/* A file that takes only a part has no room either: the rest would not have fitted. */
+static int write_record(struct kh_store *store, uint64_t slot, const struct record *record,
+			uint64_t n_bytes)
 {
-	void *copy;
+	ssize_t written;
 
-	if (!reserve(store, n_bytes))
-		return KH_EVICT_FULL;
-	copy = kh_slab_take(&store->slab, n_bytes);
-	if (!copy) {
-		__atomic_sub_fetch(&store->used_bytes, n_bytes, __ATOMIC_RELAXED);
-		return KH_EVICT_ERROR;
+	if (store->slab.fd < 0) {
+		memcpy(kh_slab_address(&store->slab, slot), record, n_bytes);
+		return KH_EVICT_DONE;
 	}
-	memcpy(copy, bytes, n_bytes);
-	store->content[index] = (uintptr_t)copy;
-	store->n_bytes[index] = n_bytes;
-	if (n_bytes == KH_PAGE_BYTES)
+	do
+		written = pwrite(store->slab.fd, record, n_bytes, kh_slab_offset(slot));
+	while (written < 0 && errno == EINTR);
+	if (written == (ssize_t)n_bytes)
+		return KH_EVICT_DONE;
+	if (written < 0 && errno != ENOSPC && errno != EDQUOT && errno != EFBIG)
+		return KH_EVICT_ERROR;
+	__atomic_fetch_add(&store->disk_full, 1, __ATOMIC_RELAXED);
+	return KH_EVICT_FULL;
+}
+
+static int put_record(struct kh_store *store, uint64_t index, struct record *record,
+		      uint64_t content_bytes, uint32_t batch)
+{
+	uint64_t n_bytes = RECORD_HEAD + content_bytes;
+	int64_t slot;
+	int outcome = KH_EVICT_ERROR;
+
+	if (!reserve(store, content_bytes))
+		return KH_EVICT_FULL;
+	record->checksum = kh_coder_checksum(&store->coder, record->content, content_bytes, index);
+	slot = kh_slab_take(&store->slab, n_bytes);
+	if (slot >= 0) {
+		outcome = write_record(store, slot, record, n_bytes);
+		if (outcome != KH_EVICT_DONE)
+			kh_slab_give(&store->slab, slot);
+	}
+	if (outcome != KH_EVICT_DONE) {
+		__atomic_sub_fetch(&store->used_bytes, content_bytes, __ATOMIC_RELAXED);
+		return outcome;
+	}
+	store->entry[index] = make_entry(slot, content_bytes, batch % KH_BATCHES);
+	if (content_bytes == KH_PAGE_BYTES)
 		__atomic_fetch_add(&store->raw_pages, 1, __ATOMIC_RELAXED);
 	return KH_EVICT_DONE;
 }
 
-int kh_store_put(struct kh_store *store, uint64_t index, const void *page)
+int kh_store_put(struct kh_store *store, uint64_t index, const void *page, uint32_t batch)
 {
-	char packed[KH_PAGE_BYTES];
+	struct record record;
 	int n_bytes;
 
 	if (take_injected(&store->failing_stores))
 		return KH_EVICT_ERROR;
 	if (is_same_filled(page)) {
-		memcpy(&store->content[index], page, sizeof(uint64_t));
-		store->n_bytes[index] = KH_SAME_FILLED;
+		memcpy(&store->entry[index], page, sizeof(uint64_t));
+		__atomic_fetch_or(&store->same[index / 64], 1ull << (index % 64), __ATOMIC_RELAXED);
 		__atomic_fetch_add(&store->same_filled_pages, 1, __ATOMIC_RELAXED);
 		return KH_EVICT_DONE;
 	}
-	n_bytes = store->compress ? store->compress(page, packed, KH_PAGE_BYTES, WORTH_BYTES, 1) : 0;
+	n_bytes = kh_coder_pack(&store->coder, page, KH_PAGE_BYTES, record.content, WORTH_BYTES);
 	if (n_bytes > 0)
-		return put_bytes(store, index, packed, n_bytes);
+		return put_record(store, index, &record, n_bytes, batch);
 	if (store->refuse_raw)
 		return KH_EVICT_REFUSED;
-	return put_bytes(store, index, page, KH_PAGE_BYTES);
+	memcpy(record.content, page, KH_PAGE_BYTES);
+	return put_record(store, index, &record, KH_PAGE_BYTES, batch);
+}
+
+/* The record of an entry: where it lies in memory, or read into *room. NULL: unreadable. */
+static const struct record *find_record(const struct kh_store *store, uint64_t entry,
+					struct record *room)
+{
+	ssize_t wanted = RECORD_HEAD + bytes_of(entry), got;
+
+	if (store->slab.fd < 0)
+		return (const struct record *)kh_slab_address(&store->slab, slot_of(entry));
+	do
+		got = pread(store->slab.fd, room, wanted, kh_slab_offset(slot_of(entry)));
+	while (got < 0 && errno == EINTR);
+	return got == wanted ? room : NULL;
 }
 
 int kh_store_get(struct kh_store *store, uint64_t index, void *page)
 {
-	uint16_t n_bytes = store->n_bytes[index];
-	const char *bytes = (const char *)(uintptr_t)store->content[index];
+	uint64_t entry = store->entry[index], n_bytes = bytes_of(entry);
+	const struct record *record;
+	struct record room;
 
-	if (!n_bytes)
+	if (!is_same(store, index) && !entry)
 		return -ENOENT;
 	if (take_injected(&store->failing_loads))
 		return -EBADMSG;
-	if (n_bytes == KH_SAME_FILLED) {
+	if (is_same(store, index)) {
 		uint64_t *words = page;
 
 		for (int i = 0; i < KH_PAGE_BYTES / 8; i++)
-			words[i] = store->content[index];
+			words[i] = entry;
 		return 0;
 	}
-	if (n_bytes == KH_PAGE_BYTES) {
-		memcpy(page, bytes, KH_PAGE_BYTES);
-		return 0;
-	}
-	return store->decompress(bytes, page, n_bytes, KH_PAGE_BYTES) == KH_PAGE_BYTES ? 0 : -EBADMSG;
+	record = find_record(store, entry, &room);
+	if (!record)
+		return -EIO;
+	if (record->checksum != kh_coder_checksum(&store->coder, record->content, n_bytes, index))
+		return -EBADMSG;
+	if (n_bytes != KH_PAGE_BYTES)
+		return kh_coder_unpack(&store->coder, record->content, n_bytes, page, KH_PAGE_BYTES);
+	memcpy(page, record->content, KH_PAGE_BYTES);
+	return 0;
 }
 
 void kh_store_drop(struct kh_store *store, uint64_t index)
 {
-	uint16_t n_bytes = store->n_bytes[index];
+	uint64_t entry = store->entry[index];
 
-	if (n_bytes == KH_SAME_FILLED) {
+	if (is_same(store, index)) {
+		__atomic_fetch_and(&store->same[index / 64], ~(1ull << (index % 64)),
+				   __ATOMIC_RELAXED);
 		__atomic_fetch_sub(&store->same_filled_pages, 1, __ATOMIC_RELAXED);
-	} else if (n_bytes) {
-		kh_slab_give(&store->slab, (void *)(uintptr_t)store->content[index]);
-		__atomic_fetch_sub(&store->used_bytes, n_bytes, __ATOMIC_RELAXED);
-		if (n_bytes == KH_PAGE_BYTES)
+	} else if (entry) {
+		kh_slab_give(&store->slab, slot_of(entry));
+		__atomic_fetch_sub(&store->used_bytes, bytes_of(entry), __ATOMIC_RELAXED);
+		if (bytes_of(entry) == KH_PAGE_BYTES)
 			__atomic_fetch_sub(&store->raw_pages, 1, __ATOMIC_RELAXED);
 	}
-	store->content[index] = 0;
-	store->n_bytes[index] = 0;
+	store->entry[index] = 0;
 }
 
-void kh_store_destroy(struct kh_store *store, uint64_t n_pages)
+uint64_t kh_store_bytes(const struct kh_store *store, uint64_t index)
 {
-	for (uint64_t index = 0; store->n_bytes && index < n_pages; index++)
-		kh_store_drop(store, index);
-	free(store->content);
-	free(store->n_bytes);
-	kh_slab_destroy(&store->slab);
+	return is_same(store, index) ? sizeof(uint64_t) : bytes_of(store->entry[index]);
+}
+
+int kh_store_batch(const struct kh_store *store, uint64_t index)
+{
+	return is_same(store, index) ? -1 : (int)(store->entry[index] >> BATCH_SHIFT);
 }

@@ -1,38 +1,50 @@
 /*
- * The compressed store: the contents of evicted pages, by page index. The
- * caller holds the page's lock; the totals lock themselves.
+ * The compressed store: the contents of evicted pages, by page index, in memory
+ * or in a file. The caller holds the page's lock; the totals lock themselves.
+ *
+ * What is kept of a page is led by a checksum that also covers whose page it
+ * is: what comes back is what went, or an error.
  */
 #ifndef KVMHOST_STORE_INTERNAL_H
 #define KVMHOST_STORE_INTERNAL_H
 
+#include "codec_internal.h"
 #include "pager.h"
 #include "slab_internal.h"
 
 struct kh_store {
-	uint64_t *content;	/* fill word, or address of the bytes */
-	uint16_t *n_bytes;	/* 0: nothing; KH_SAME_FILLED; else bytes at content */
+	uint64_t *entry;	/* fill word, or slot, bytes and batch; 0: nothing */
+	uint64_t *same;		/* bitmap: entry is the fill word */
 	uint64_t limit_bytes;
 	uint64_t used_bytes;
 	uint64_t same_filled_pages;
 	uint64_t raw_pages;
 	uint64_t failing_stores;
 	uint64_t failing_loads;
+	uint64_t disk_full;	/* writes that the file did not take for want of room */
 	int refuse_raw;
 	struct kh_slab slab;
-	kh_compress_fn compress;
-	kh_decompress_fn decompress;
+	struct kh_coder coder;
 };
 
-#define KH_SAME_FILLED 0xffff
 #define KH_PAGE_BYTES 4096
+#define KH_BATCHES 2048		/* evictions made together have the same number, modulo this */
 
-void kh_store_init(struct kh_store *store);
-int kh_store_grow(struct kh_store *store, uint64_t n_pages);
+/* store_fd: the file, or -1 for memory. 0 or -ENOMEM; destroy is right after both. */
+int kh_store_init(struct kh_store *store, uint64_t n_pages, const struct kh_codec *codec,
+		  int store_fd);
 /* Keep a page: KH_EVICT_DONE, _FULL, _REFUSED or _ERROR; unless done, nothing changed. */
-int kh_store_put(struct kh_store *store, uint64_t index, const void *page);
-/* Copy a page out; it stays until kh_store_drop. 0, -ENOENT or -EBADMSG. */
+int kh_store_put(struct kh_store *store, uint64_t index, const void *page, uint32_t batch);
+/*
+ * Copy a page out; it stays until kh_store_drop. 0, -ENOENT, -EIO if it cannot
+ * be read, or -EBADMSG if it is not what was written.
+ */
 int kh_store_get(struct kh_store *store, uint64_t index, void *page);
 void kh_store_drop(struct kh_store *store, uint64_t index);
-void kh_store_destroy(struct kh_store *store, uint64_t n_pages);
+/* Bytes of a page's content: 8 if same-filled, 0 if it is not there. */
+uint64_t kh_store_bytes(const struct kh_store *store, uint64_t index);
+/* Batch of a page, or -1 if that is not known: same-filled pages have no room for it. */
+int kh_store_batch(const struct kh_store *store, uint64_t index);
+void kh_store_destroy(struct kh_store *store);
 
 #endif

@@ -7,11 +7,6 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Offsets from the base of a 16550. */
-#define UART_THR 0
-#define UART_LSR 5
-#define UART_LSR_IDLE 0x60	/* THRE | TEMT: ready for the next byte */
-
 static void on_kick(int signal_number)
 {
 	(void)signal_number;
@@ -63,7 +58,7 @@ void kh_vcpu_unmap(struct kh_vcpu *vcpu)
 
 static const struct kh_port *find_port(const struct kh_bus *bus, uint16_t port)
 {
-	for (uint32_t i = 0; i < bus->n_ports; i++)
+	for (uint32_t i = 0; bus && i < bus->n_ports; i++)
 		if ((uint16_t)(port - bus->ports[i].port) < bus->ports[i].n_ports)
 			return &bus->ports[i];
 	return NULL;
@@ -87,6 +82,22 @@ static void ring_doorbell(struct kh_vcpu *vcpu, const uint8_t *data, uint8_t siz
 	__atomic_fetch_add(&vcpu->doorbells, 1, __ATOMIC_RELEASE);
 }
 
+/* A wide access goes to the registers that follow, byte by byte, as on an ISA bus. */
+static void access_serial(const struct kvm_run *run, const struct kh_port *port, uint8_t *data,
+			  uint64_t n_bytes)
+{
+	uint32_t first = run->io.port - port->port;
+
+	for (uint64_t i = 0; i < n_bytes; i++) {
+		uint32_t offset = first + i % run->io.size;
+
+		if (run->io.direction == KVM_EXIT_IO_OUT)
+			kh_serial_out(port->serial, offset, data[i]);
+		else
+			data[i] = kh_serial_in(port->serial, offset);
+	}
+}
+
 /* Handle a port exit here if the bus says so; 0 if Python has to see it. */
 static int handle_port(struct kh_vcpu *vcpu, const struct kh_bus *bus)
 {
@@ -97,19 +108,18 @@ static int handle_port(struct kh_vcpu *vcpu, const struct kh_bus *bus)
 
 	if (!port)
 		return 0;
+	if (port->kind == KH_PORT_SERIAL) {
+		access_serial(run, port, data, n_bytes);
+		return 1;
+	}
 	if (run->io.direction == KVM_EXIT_IO_IN) {
-		int is_lsr = port->kind == KH_PORT_SERIAL && run->io.port - port->port == UART_LSR;
-
-		memset(data, is_lsr ? UART_LSR_IDLE : port->kind == KH_PORT_SERIAL ? 0 : 0xff,
-		       n_bytes);
+		memset(data, 0xff, n_bytes);
 		return 1;
 	}
 	if (port->kind == KH_PORT_DOORBELL) {
 		ring_doorbell(vcpu, data, run->io.size);
 		return !__atomic_load_n(&vcpu->stop_at_doorbell, __ATOMIC_RELAXED);
 	}
-	if (port->kind == KH_PORT_SERIAL && run->io.port - port->port == UART_THR)
-		kh_serial_write(port->serial, data, n_bytes);
 	return 1;
 }
 
@@ -123,6 +133,44 @@ static void decode_io(struct kh_exit *out, struct kvm_run *run)
 	out->count = run->io.count;
 	memcpy(out->data, (uint8_t *)run + run->io.data_offset,
 	       n_bytes < sizeof(out->data) ? n_bytes : sizeof(out->data));
+}
+
+static void decode_words(struct kh_exit *out, const uint64_t *words, uint32_t n)
+{
+	out->n_internal = n < KH_INTERNAL_DATA ? n : KH_INTERNAL_DATA;
+	memcpy(out->internal, words, out->n_internal * sizeof(uint64_t));
+}
+
+/* Exits that somebody asked for: debugging, hypercalls, MSRs. */
+static void decode_asked(struct kh_exit *out, struct kvm_run *run)
+{
+	switch (run->exit_reason) {
+	case KVM_EXIT_DEBUG:
+		out->detail = run->debug.arch.exception;
+		out->address = run->debug.arch.pc;
+		out->internal[0] = run->debug.arch.dr6;
+		out->internal[1] = run->debug.arch.dr7;
+		break;
+	case KVM_EXIT_HYPERCALL:
+		out->detail = run->hypercall.nr;
+		out->is_write = run->hypercall.longmode & 1;
+		decode_words(out, (const uint64_t *)run->hypercall.args, 6);
+		break;
+	case KVM_EXIT_X86_RDMSR:
+	case KVM_EXIT_X86_WRMSR:
+		out->is_write = run->exit_reason == KVM_EXIT_X86_WRMSR;
+		out->detail = run->msr.reason;
+		out->address = run->msr.index;
+		out->internal[0] = run->msr.data;
+		break;
+	case KVM_EXIT_IOAPIC_EOI:
+		out->detail = run->eoi.vector;
+		break;
+	case KVM_EXIT_TPR_ACCESS:
+		out->address = run->tpr_access.rip;
+		out->is_write = !!run->tpr_access.is_write;
+		break;
+	}
 }
 
 static void decode(struct kh_vcpu *vcpu)
@@ -145,15 +193,23 @@ static void decode(struct kh_vcpu *vcpu)
 		break;
 	case KVM_EXIT_INTERNAL_ERROR:
 		out->detail = run->internal.suberror;
-		out->n_internal = run->internal.ndata < KH_INTERNAL_DATA ? run->internal.ndata
-									   : KH_INTERNAL_DATA;
-		memcpy(out->internal, run->internal.data, out->n_internal * sizeof(uint64_t));
+		decode_words(out, (const uint64_t *)run->internal.data, run->internal.ndata);
 		break;
 	case KVM_EXIT_FAIL_ENTRY:
 		out->detail = run->fail_entry.hardware_entry_failure_reason;
 		break;
 	case KVM_EXIT_SYSTEM_EVENT:
 		out->detail = run->system_event.type;
+		decode_words(out, (const uint64_t *)run->system_event.data,
+			     run->system_event.ndata);
+		break;
+	case KVM_EXIT_DEBUG:
+	case KVM_EXIT_HYPERCALL:
+	case KVM_EXIT_X86_RDMSR:
+	case KVM_EXIT_X86_WRMSR:
+	case KVM_EXIT_IOAPIC_EOI:
+	case KVM_EXIT_TPR_ACCESS:
+		decode_asked(out, run);
 		break;
 	case KVM_EXIT_MEMORY_FAULT: {
 		/* flags, gpa, size: newer than the headers this may be built with. */
@@ -242,4 +298,21 @@ void kh_vcpu_complete_read(struct kh_vcpu *vcpu, const uint8_t *data, uint64_t n
 	} else if (run->exit_reason == KVM_EXIT_MMIO) {
 		memcpy(run->mmio.data, data, n_bytes < 8 ? n_bytes : 8);
 	}
+}
+
+void kh_vcpu_complete_msr(struct kh_vcpu *vcpu, uint64_t value, int error)
+{
+	struct kvm_run *run = vcpu->run;
+
+	if (run->exit_reason != KVM_EXIT_X86_RDMSR && run->exit_reason != KVM_EXIT_X86_WRMSR)
+		return;
+	if (run->exit_reason == KVM_EXIT_X86_RDMSR)
+		run->msr.data = value;
+	run->msr.error = !!error;
+}
+
+void kh_vcpu_complete_hypercall(struct kh_vcpu *vcpu, uint64_t result)
+{
+	if (vcpu->run->exit_reason == KVM_EXIT_HYPERCALL)
+		vcpu->run->hypercall.ret = result;
 }

@@ -7,6 +7,7 @@
 
 #include "compat.h"
 #include "dirtyring.h"
+#include "serial.h"
 
 /* How a port on the bus is handled. */
 #define KH_PORT_SERIAL 1
@@ -20,16 +21,6 @@
 /* What kh_vcpu_run returns beside -errno. */
 #define KH_RUN_EXIT 0
 #define KH_RUN_KICKED 1
-
-/* Transmit half of a 16550: bytes gather by the line. Opaque, locks itself. */
-struct kh_serial;
-
-/* What a serial line has done so far. */
-struct kh_serial_counts {
-	uint64_t bytes;		/* transmitted by the guest */
-	uint64_t lost;		/* bytes that the host's descriptor did not take */
-	uint64_t logged;	/* bytes in the log */
-};
 
 struct kh_port {
 	uint16_t port;
@@ -51,8 +42,8 @@ struct kh_exit {
 	uint8_t size;		/* bytes of one access */
 	uint16_t port;
 	uint32_t count;		/* accesses in data */
-	uint64_t address;	/* gpa of an MMIO access or a memory fault */
-	uint64_t detail;	/* suberror, hardware reason, event type, flags */
+	uint64_t address;	/* gpa of an MMIO access or a memory fault; rip; MSR */
+	uint64_t detail;	/* suberror, hardware reason, event type, flags, hypercall */
 	uint32_t n_internal;
 	uint64_t internal[KH_INTERNAL_DATA];
 	uint8_t data[KH_IO_DATA];	/* what was written, little-endian */
@@ -86,15 +77,11 @@ void kh_vcpu_unmap(struct kh_vcpu *vcpu);
 int kh_vcpu_run(struct kh_vcpu *vcpu, struct kh_bus *bus);
 /* Make kh_vcpu_run return, now or at its next call. Any thread. */
 int kh_vcpu_kick(struct kh_vcpu *vcpu);
-/* Give the value that a pending port or MMIO read returns. */
+/* Give the value that a pending port or MMIO read returns; a short one ends in zeros. */
 void kh_vcpu_complete_read(struct kh_vcpu *vcpu, const uint8_t *data, uint64_t n_bytes);
-
-struct kh_serial *kh_serial_new(int fd, uint64_t log_size);
-void kh_serial_write(struct kh_serial *serial, const uint8_t *data, uint64_t n_bytes);
-void kh_serial_flush(struct kh_serial *serial);
-/* Copy up to size bytes of the log (the first bytes sent) out. */
-uint64_t kh_serial_read_log(struct kh_serial *serial, char *buffer, uint64_t size);
-struct kh_serial_counts kh_serial_counts(struct kh_serial *serial);
-void kh_serial_free(struct kh_serial *serial);
+/* Give the value that a pending MSR read returns, or refuse the access (#GP). */
+void kh_vcpu_complete_msr(struct kh_vcpu *vcpu, uint64_t value, int error);
+/* Give what a pending hypercall returns. */
+void kh_vcpu_complete_hypercall(struct kh_vcpu *vcpu, uint64_t result);
 
 #endif

@@ -11,22 +11,26 @@ A file is untrusted: whatever is wrong with it ends in an
 from __future__ import annotations
 
 import dataclasses
-import stat
 import struct
 from pathlib import Path
 
+from kvmhost.boot.elf import (
+    EM_X86_64,
+    ET_EXEC,
+    MAX_IMAGE_BYTES,
+    Elf,
+    is_elf,
+    parse_elf,
+    read_file,
+)
 from kvmhost.errors import ImageError, LayoutError
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import IMAGE_GPA
 
-__all__ = ["MAX_IMAGE_BYTES", "Image", "Param", "Segment", "read_image"]
+__all__ = ["MAX_IMAGE_BYTES", "Image", "Param", "Segment", "parse_image", "read_image"]
 
-MAX_IMAGE_BYTES = 256 << 20
 PARAMS_SECTION = ".kvmhost.params"
 MAX_PARAMS = 64
-
-_EM_X86_64 = 62
-_ET_EXEC = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,94 +93,45 @@ def read_image(path: Path) -> Image:
 
     :raises ImageError: if the file is absent, truncated, no such ELF, or inconsistent
     """
-    data = _read(path)
+    return parse_image(str(path), read_file(path))
+
+
+def parse_image(path: str, data: bytes) -> Image:
+    """Check an image that has been read.
+
+    :raises ImageError: if it is truncated, no such ELF, or inconsistent
+    """
     try:
-        return _parse(str(path), data)
+        return _parse(path, data)
     except ImageError:
         raise
     except (struct.error, ValueError, IndexError, OverflowError) as error:
-        raise ImageError(str(path), "ELF", f"damaged: {error}") from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        kind, size = path.stat().st_mode, path.stat().st_size
-        if not stat.S_ISREG(kind):
-            raise ImageError(str(path), "file", "not a regular file")
-        if size > MAX_IMAGE_BYTES:
-            raise ImageError(str(path), "file", f"larger than {MAX_IMAGE_BYTES} bytes")
-        with path.open("rb") as file:
-            data = file.read(size)
-    except OSError as error:
-        raise ImageError(str(path), "file", error.strerror or str(error)) from error
-    if data[:4] != b"\x7fELF":
-        raise ImageError(str(path), "e_ident", "not an ELF file", 0)
-    if len(data) < 64:
-        raise ImageError(str(path), "Ehdr", f"truncated after {len(data)} bytes", len(data))
-    return data
+        raise ImageError(path, "ELF", f"damaged: {error}") from error
 
 
 def _parse(path: str, data: bytes) -> Image:
     # pyelftools takes as long to import as a whole guest run: not for the header checks.
-    if data[4] != 2 or data[5] != 1:
+    if is_elf(data) and data[4:5] != b"\2":
         raise ImageError(path, "e_ident", "need a 64-bit little-endian ELF", 4)
-    kind, machine = struct.unpack_from("<HH", data, 16)
-    if machine != _EM_X86_64:
-        raise ImageError(path, "e_machine", f"{machine}, need {_EM_X86_64} (x86-64)", 18)
-    if kind != _ET_EXEC:
-        raise ImageError(path, "e_type", f"{kind}, need {_ET_EXEC} (fixed-address executable)", 16)
-    entry, phoff, shoff = struct.unpack_from("<QQQ", data, 24)
-    phentsize, phnum, shentsize, shnum, shstrndx = struct.unpack_from("<HHHHH", data, 54)
-    segments = _segments(path, data, phoff, phentsize, phnum)
-    if not any(s.gpa <= entry < s.gpa + len(s.data) for s in segments):
-        raise ImageError(path, "e_entry", f"{entry:#x} is in no loaded segment", 24)
-    params = _params(path, data, shoff, shentsize, shnum, shstrndx)
-    return Image(path, entry, segments, params)
-
-
-def _slice(path: str, data: bytes, field: str, offset: int, n_bytes: int) -> bytes:
-    if offset + n_bytes > len(data):
-        raise ImageError(
-            path, field, f"needs bytes up to {offset + n_bytes:#x}, file has {len(data):#x}", offset
-        )
-    return data[offset : offset + n_bytes]
-
-
-def _segments(path: str, data: bytes, phoff: int, size: int, count: int) -> tuple[Segment, ...]:
-    if size != 56 or count == 0:
-        raise ImageError(path, "e_phentsize", f"{count} program headers of {size} bytes", 54)
-    segments = []
-    for i in range(count):
-        at = phoff + i * size
-        raw = _slice(path, data, "Phdr", at, size)
-        kind, _flags, offset, _vaddr, paddr, filesz, memsz, _align = struct.unpack("<IIQQQQQQ", raw)
-        if kind != 1 or memsz == 0:  # PT_LOAD
-            continue
-        if memsz < filesz:
-            raise ImageError(path, "p_memsz", f"{memsz:#x} is below p_filesz {filesz:#x}", at)
-        segments.append(Segment(paddr, _slice(path, data, "p_offset", offset, filesz), memsz, at))
+    elf = parse_elf(path, data)
+    if elf.machine != EM_X86_64:
+        raise ImageError(path, "e_machine", f"{elf.machine}, need {EM_X86_64} (x86-64)", 18)
+    if elf.kind != ET_EXEC:
+        problem = f"{elf.kind}, need {ET_EXEC} (fixed-address executable)"
+        raise ImageError(path, "e_type", problem, 16)
+    segments = tuple(
+        Segment(phdr.paddr, elf.contents(phdr), phdr.memsz, phdr.at) for phdr in elf.loads()
+    )
     if not segments:
-        raise ImageError(path, "Phdr", "nothing to load", phoff)
-    return tuple(segments)
+        raise ImageError(path, "Phdr", "nothing to load", elf.phdrs[0].at)
+    if not any(s.gpa <= elf.entry < s.gpa + len(s.data) for s in segments):
+        raise ImageError(path, "e_entry", f"{elf.entry:#x} is in no loaded segment", 24)
+    return Image(path, elf.entry, segments, _params(elf))
 
 
-def _params(
-    path: str, data: bytes, shoff: int, size: int, count: int, names_index: int
-) -> tuple[Param, ...]:
-    if count == 0:
-        return ()
-    if size != 64 or names_index >= count:
-        raise ImageError(path, "e_shentsize", f"{count} section headers of {size} bytes", 58)
-    headers = [
-        struct.unpack("<IIQQQQ", _slice(path, data, "Shdr", shoff + i * size, size)[:40])
-        for i in range(count)
-    ]
-    names = _slice(path, data, ".shstrtab", headers[names_index][4], headers[names_index][5])
-    for name_at, _kind, _flags, _addr, offset, n_bytes in headers:
-        name = names[name_at : names.index(b"\0", name_at)] if name_at < len(names) else b""
-        if name.decode("ascii", "replace") == PARAMS_SECTION:
-            return _parse_params(path, offset, _slice(path, data, PARAMS_SECTION, offset, n_bytes))
-    return ()
+def _params(elf: Elf) -> tuple[Param, ...]:
+    found = elf.section(PARAMS_SECTION)
+    return _parse_params(elf.path, *found) if found else ()
 
 
 def _parse_params(path: str, offset: int, raw: bytes) -> tuple[Param, ...]:

@@ -78,6 +78,7 @@ class Client(Caller):
         rearm: str = "young",
         fraction: float | None = None,
         mask: Words | None = None,
+        table_format: str = "",
     ) -> YoungBitmap:
         """Return which pages were young.
 
@@ -88,6 +89,8 @@ class Client(Caller):
             and a page that is no longer touched reads as young for ``1 / fraction`` harvests
         :param fraction: with ``sample``, from 1/65536 to 1; None: a default
         :param mask: shape ``(ceil(n_pages / 64),)``: clear only where the bit is 1
+        :param table_format: feed the harvest into a model table of this format (``tdp``,
+            ``ept``, ``stage2``, ``radix``) and return what its walker finds
         """
         return self.harvest_timed(
             gfn_start,
@@ -97,6 +100,7 @@ class Client(Caller):
             rearm=rearm,
             fraction=fraction,
             mask=mask,
+            table_format=table_format,
         )[0]
 
     def harvest_timed(
@@ -109,12 +113,15 @@ class Client(Caller):
         rearm: str = "young",
         fraction: float | None = None,
         mask: Words | None = None,
+        table_format: str = "",
     ) -> tuple[YoungBitmap, HarvestCost]:
         """Do the same as :meth:`harvest`, and say what it took inside the VM."""
         query = _range_query(gfn_start, n_pages)
         query |= {"tracker": tracker, "clear": str(int(clear)), "rearm": rearm}
         if fraction is not None:
             query["fraction"] = repr(float(fraction))
+        if table_format:
+            query["format"] = table_format
         body = b"" if mask is None else mask.astype("<u8", copy=False).tobytes()
         answer = self._call("POST", "harvest", params=query, content=body, headers=_BINARY)
         cost = HarvestCost(
@@ -123,15 +130,18 @@ class Client(Caller):
         )
         return _read_bitmap(self.vm, answer), cost
 
-    def evict(self, gfns: Gfns, each: bool = False) -> schema.EvictReport:
+    def evict(
+        self, gfns: Gfns, each: bool = False, *, actuator: str = "store"
+    ) -> schema.EvictReport:
         """Evict pages in the given order; partial success is normal.
 
         :param each: also ask for every page's outcome
+        :param actuator: ``store``, the pager's own, or ``swap``, the host's
         """
         answer = self._call(
             "POST",
             "evict",
-            params={"each": str(int(each))},
+            params={"each": str(int(each)), "actuator": actuator},
             content=_gfn_bytes(gfns),
             headers=_BINARY,
         )
@@ -142,6 +152,10 @@ class Client(Caller):
         body = schema.encode(schema.RestoreRequest(gfn, n_pages))
         answer = self._call("POST", "restore", content=body, headers=_JSON)
         return self._read(answer, schema.RestoreReport).restored
+
+    def drain(self) -> schema.RestoreReport:
+        """Bring everything back, lift the limit and forget the victims; the VM runs on."""
+        return self._read(self._call("POST", "drain"), schema.RestoreReport)
 
     def set_limit(self, resident_max_bytes: int) -> int:
         """Limit the resident bytes, 0 for no limit; return what is in force now."""

@@ -9,6 +9,7 @@
 ``POST /v1/harvest``            bitmap: which pages were young
 ``POST /v1/evict``              evict a list of pages
 ``POST /v1/restore``            bring a range back
+``POST /v1/drain``              bring everything back and evict no more
 ``PUT  /v1/limit``              resident limit, held by the fault handler
 ``PUT  /v1/victims``            what goes first at the limit
 ``POST /v1/pause|resume|stop``  the vCPUs
@@ -51,11 +52,11 @@ from kvmhost.control.pauses import Pauses
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import CapabilityError, IoctlError, KvmHostError, LayoutError, PagerError
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
-from kvmhost.trackers.sample import DEFAULT_FRACTION, Sampler
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
-    from kvmhost.trackers.harvesting import Harvest
+    from kvmhost.pager import EvictResult
+    from kvmhost.trackers.feed import Feed
 
 __all__ = ["Routes", "problem_of"]
 
@@ -94,7 +95,7 @@ class Routes:
         self._pauses = Pauses(machine, name, self._work)
         self._lease = Lease(name)
         self._limit_bytes = 0
-        self._sampler = Sampler()
+        self._feeds: dict[str, Feed] = {}
         self._totals = schema.HarvestTotals(0, 0, 0, 0, 0)
         self._table: dict[str, dict[str, Answering]] = {
             "/v1/state": {"GET": self._get_state},
@@ -104,6 +105,7 @@ class Routes:
             "/v1/harvest": {"POST": self._harvest},
             "/v1/evict": {"POST": self._evict},
             "/v1/restore": {"POST": self._restore},
+            "/v1/drain": {"POST": self._drain},
             "/v1/limit": {"PUT": self._put_limit},
             "/v1/victims": {"PUT": self._put_victims},
             "/v1/pause": {"POST": self._pause},
@@ -124,6 +126,8 @@ class Routes:
     def close(self) -> None:
         """Wait for the worker threads to end. Without the event loop."""
         self._executor.shutdown(wait=True)
+        for feed in self._feeds.values():
+            feed.close()
 
     def let_go(self) -> None:
         """Stop the clocks of pauses and lease; in the event loop."""
@@ -268,7 +272,20 @@ class Routes:
         gfn_start, n_pages = self._range(asked)
         mask = _mask(request.body, n_pages) if request.body else None
         async with self._harvesting:
-            found = await self._work(lambda: self._run_harvest(asked, gfn_start, n_pages, mask))
+            found = await self._work(
+                lambda: self._machine.harvest(
+                    gfn_start,
+                    n_pages,
+                    tracker=asked.tracker,
+                    clear=asked.clear,
+                    rearm=asked.rearm,
+                    fraction=asked.fraction,
+                    mask=mask,
+                )
+            )
+            young = found.young
+            if asked.format:
+                young = await self._work(lambda: self._feed(asked.format).through(found.young))
         old = self._totals
         self._totals = schema.HarvestTotals(
             old.harvests + 1,
@@ -277,22 +294,15 @@ class Routes:
             old.harvest_ns + found.harvest_ns,
             old.rearm_ns + found.rearm_ns,
         )
-        return _bitmap(found.young, schema.HarvestCost(found.harvest_ns, found.rearm_ns))
+        return _bitmap(young, schema.HarvestCost(found.harvest_ns, found.rearm_ns))
 
-    def _run_harvest(
-        self, asked: schema.HarvestQuery, gfn_start: int, n_pages: int, mask: Words | None
-    ) -> Harvest:
-        rearm = asked.rearm
-        if rearm == "sample":
-            # A sample is a mask of its own: what it leaves out is neither cleared nor re-armed.
-            rearm = "young"
-            if asked.clear:
-                fraction = asked.fraction or DEFAULT_FRACTION
-                sample = self._sampler.next_mask(gfn_start, n_pages, fraction)
-                mask = sample if mask is None else mask & sample
-        return self._machine.harvest(
-            gfn_start, n_pages, tracker=asked.tracker, clear=asked.clear, rearm=rearm, mask=mask
-        )
+    def _feed(self, table_format: str) -> Feed:
+        """Return the model table of a format, made on first use."""
+        if table_format not in self._feeds:
+            from kvmhost.trackers.feed import Feed
+
+            self._feeds[table_format] = Feed(table_format, self._machine.memory.regions)
+        return self._feeds[table_format]
 
     # -- pager ----------------------------------------------------------------
 
@@ -300,19 +310,30 @@ class Routes:
         asked = schema.decode_query(request.query, schema.EvictQuery)
         gfns = self._gfns(request, schema.EvictRequest)
         async with self._paging:
-            result = await self._work(lambda: self._machine.pager.evict(gfns))
+            result = await self._work(lambda: self._run_evict(asked, gfns))
         each = result.outcomes.tobytes() if asked.each else None
         return json_reply(schema.EvictReport(int(gfns.size), result.by_name(), each))
+
+    def _run_evict(self, asked: schema.EvictQuery, gfns: npt.NDArray[np.int64]) -> EvictResult:
+        pager = self._machine.pager
+        return pager.page_out(gfns) if asked.actuator == "swap" else pager.evict(gfns)
 
     async def _restore(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)
         asked = schema.decode(request.body, schema.RestoreRequest)
         self._machine.memory.region_at(asked.gfn << PAGE_SHIFT, asked.n_pages << PAGE_SHIFT)
         async with self._paging:
-            restored = await self._work(
-                lambda: self._machine.pager.restore(asked.gfn, asked.n_pages)
-            )
-        return json_reply(schema.RestoreReport(restored))
+            result = await self._work(lambda: self._machine.pager.restore(asked.gfn, asked.n_pages))
+        return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
+
+    async def _drain(self, request: Request) -> Reply:
+        nothing_asked(request)
+        if not self._machine.has_pager:
+            return json_reply(schema.RestoreReport(0))
+        async with self._paging:
+            result = await self._work(lambda: self._machine.pager.drain())
+            self._limit_bytes = 0
+        return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
 
     async def _put_limit(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)

@@ -96,19 +96,25 @@ class HarvestQuery(RangeQuery, frozen=True):
     """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page.
 
     ``rearm=sample`` clears and re-arms only a ``fraction`` of the pages, other ones at
-    each harvest of the range; without ``fraction`` a default that was measured.
+    each harvest of the range; without ``fraction`` a default that was measured. With
+    ``format`` the harvest is fed into a model table, and its walker answers.
     """
 
     tracker: str = "auto"
     clear: bool = True
     rearm: Literal["none", "young", "all", "sample"] = "young"
     fraction: Fraction | None = None
+    format: Literal["", "tdp", "npt", "ept", "stage2", "radix"] = ""
 
 
 class EvictQuery(_Strict, frozen=True):
-    """Query of ``POST /v1/evict``: ``each`` asks for every page's outcome."""
+    """Query of ``POST /v1/evict``: ``each`` asks for every page's outcome.
+
+    ``actuator`` is the pager's own store or the host's swap.
+    """
 
     each: bool = False
+    actuator: Literal["store", "swap"] = "store"
 
 
 class GfnList(_Strict, frozen=True):
@@ -310,9 +316,14 @@ class EvictReport(_Answer, frozen=True):
 
 
 class RestoreReport(_Answer, frozen=True):
-    """Answer of ``POST /v1/restore``: pages that came back."""
+    """Answer of ``POST /v1/restore`` and ``POST /v1/drain``: evicted pages of the range.
+
+    ``lost`` cannot be given back, ``left`` found no memory on the host.
+    """
 
     restored: int
+    lost: int = 0
+    left: int = 0
 
 
 class LimitState(_Answer, frozen=True):

@@ -14,7 +14,15 @@ from kvmhost._ffi import ffi, lib
 from kvmhost.devices.serial import Serial
 from kvmhost.errors import LayoutError
 
-__all__ = ["DEBUG_EXIT_PORT", "DOORBELL_PORT", "EXIT_PORT", "SERIAL_PORT", "Bus", "Handler"]
+__all__ = [
+    "DEBUG_EXIT_PORT",
+    "DOORBELL_PORT",
+    "EXIT_PORT",
+    "FREE_PORT",
+    "SERIAL_PORT",
+    "Bus",
+    "Handler",
+]
 
 SERIAL_PORT = 0x3F8
 #: As QEMU's isa-debug-exit: the status is ``(value << 1) | 1``.
@@ -23,6 +31,9 @@ DEBUG_EXIT_PORT = 0xF4
 DOORBELL_PORT = 0x5A0
 #: 32 bits: the exit status of a tiny guest's vCPU.
 EXIT_PORT = 0x5A4
+
+#: 32 bits: the gfn of a page with a list of ranges that the guest has no more use for.
+FREE_PORT = 0x5A8
 
 _UART_PORTS = 8
 

@@ -1,14 +1,21 @@
-"""The transmit half of a 16550 serial port, in C."""
+"""A 16550 serial port; its registers are in C, here are its host side and its state."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from kvmhost._ffi import ffi, lib
 
 __all__ = ["Serial"]
 
+_REGISTERS = (
+    "divisor", "ier", "fcr", "lcr", "mcr", "scratch", "modem", "overrun", "tx_pending",
+)  # fmt: skip
+
 
 class Serial:
-    """Where a guest's output goes.
+    """Where a guest's output goes, and its input comes from.
 
     :param fd: descriptor that gets the output, line by line; -1 for none
     :param log_bytes: how many bytes from the start are kept for :meth:`text`
@@ -24,6 +31,48 @@ class Serial:
     def write(self, data: bytes) -> None:
         """Transmit bytes, as a guest does."""
         lib.kh_serial_write(self.core, data, len(data))
+
+    def connect(self, vm_fd: int, irq: int) -> None:
+        """Connect the interrupt to an input of an in-kernel irqchip; -1: to nothing."""
+        lib.kh_serial_set_irq(self.core, vm_fd, irq)
+
+    def set_unbuffered(self, on: bool = True) -> None:
+        """Pass each byte on at once instead of line by line: for a console with a person."""
+        lib.kh_serial_set_unbuffered(self.core, int(on))
+
+    def receive(self, data: bytes) -> int:
+        """Give input to the guest; waits while it does not read.
+
+        :return: bytes taken: fewer only after :meth:`stop_input`
+        """
+        return int(lib.kh_serial_receive(self.core, data, len(data)))
+
+    def stop_input(self) -> None:
+        """Take no more input; whoever waits in :meth:`receive` comes back."""
+        lib.kh_serial_stop_input(self.core)
+
+    def read(self, offset: int, size: int = 1) -> int:
+        """Read a register, as a guest does."""
+        return int(lib.kh_serial_in(self.core, offset))
+
+    def write_register(self, offset: int, value: int) -> None:
+        """Write a register, as a guest does."""
+        lib.kh_serial_out(self.core, offset, value)
+
+    def save(self) -> dict[str, Any]:
+        """Return registers and unread input as JSON takes them."""
+        state = ffi.new("struct kh_serial_state *")
+        waiting = ffi.new("uint8_t[]", lib.KH_SERIAL_INPUT)
+        n_bytes = lib.kh_serial_save(self.core, state, waiting)
+        registers: dict[str, Any] = {name: int(getattr(state, name)) for name in _REGISTERS}
+        return registers | {"input": bytes(ffi.buffer(waiting, n_bytes)).hex()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state from :meth:`save`."""
+        registers = {name: int(state[name]) for name in _REGISTERS}
+        waiting = bytes.fromhex(state["input"])
+        raw = ffi.new("struct kh_serial_state *", registers)
+        lib.kh_serial_load(self.core, raw, waiting, len(waiting))
 
     def flush(self) -> None:
         """Send what waits for the end of its line."""

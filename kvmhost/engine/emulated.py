@@ -37,7 +37,6 @@ __all__ = ["EmulatedEngine"]
 
 #: KVM_INTERNAL_ERROR_EMULATION: an instruction that cannot be emulated.
 _EMULATION_FAILED = 1
-_UART_LSR, _UART_LSR_IDLE = 5, 0x60
 
 
 class EmulatedEngine:
@@ -252,8 +251,8 @@ class EmulatedVcpu:
         if entry is None:
             return IoOut(port, size, data, len(data) // size)
         if entry.kind == lib.KH_PORT_SERIAL:
-            if port == entry.port:
-                lib.kh_serial_write(entry.serial, data, len(data))
+            for i, byte in enumerate(data):
+                lib.kh_serial_out(entry.serial, port - entry.port + i % size, byte)
             return None
         self._doorbell_value = int.from_bytes(data[:size], "little")
         self._doorbells += 1
@@ -268,10 +267,13 @@ class EmulatedVcpu:
         if entry is None and count:
             self._reading = insn
             return IoIn(port, insn.size, count)
-        is_serial = entry is not None and entry.kind == lib.KH_PORT_SERIAL
-        idle = is_serial and port - entry.port == _UART_LSR
-        filler = _UART_LSR_IDLE if idle else 0 if is_serial else 0xFF
-        self._finish_in(insn, bytes([filler]) * (insn.size * count))
+        if entry is not None and entry.kind == lib.KH_PORT_SERIAL:
+            first = port - entry.port
+            wanted = (first + i % insn.size for i in range(insn.size * count))
+            data = bytes(lib.kh_serial_in(entry.serial, offset) for offset in wanted)
+        else:
+            data = b"\xff" * (insn.size * count)
+        self._finish_in(insn, data)
         return None
 
     def _finish_in(self, insn: PortInsn, data: bytes) -> None:

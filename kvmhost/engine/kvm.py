@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from kvmhost._ffi import ffi, lib
+from kvmhost._ffi import lib
 from kvmhost.boot.longmode import EntryState
 from kvmhost.devices.bus import Bus
 from kvmhost.engine.base import RearmKind, Vcpu
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.exits import Exit
 from kvmhost.kvm import Cap, DirtyRings, KvmVcpu, System
+from kvmhost.kvm.structs import Struct
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import TSS_BYTES, TSS_GPA
 
@@ -36,7 +37,7 @@ class KvmEngine:
             raise
         self._bus: Bus | None = None
         self._memory: GuestMemory | None = None
-        self._cpuid = b""
+        self._cpuid: Struct | None = None
         #: The VM's dirty rings, if they were switched on.
         self.rings: DirtyRings | None = None
         #: The bare vCPUs, by index.
@@ -90,19 +91,26 @@ class KvmEngine:
 
     def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
         """Create a vCPU in 64-bit mode at privilege level 3."""
+        core, vcpu = self._create_core(index)
+        core.set_cpuid(self._supported_cpuid())
+        _enter_long_mode(core, state)
+        return vcpu
+
+    def _create_core(self, index: int) -> tuple[KvmVcpu, Vcpu]:
         if self._bus is None:
             raise RuntimeError("attach() comes before create_vcpu()")
-        if not self._cpuid:
-            self._cpuid = self._system.supported_cpuid()
         core = self.vm.create_vcpu(index)
         self.cores.append(core)
         if self.rings is not None:
             self.rings.add_vcpu(core.fd)
             # SAFETY: the rings are freed in close(), after the vCPUs.
             core.core.rings = self.rings.core
-        core.set_cpuid(self._cpuid)
-        _enter_long_mode(core, state)
-        return _EngineVcpu(core, self._bus)
+        return core, _EngineVcpu(core, self._bus)
+
+    def _supported_cpuid(self) -> Struct:
+        if self._cpuid is None:
+            self._cpuid = self._system.supported_cpuid()
+        return self._cpuid
 
     def flush_tlbs(self) -> None:
         """Nothing: KVM flushes when the guest mapping changes."""
@@ -143,8 +151,11 @@ class _EngineVcpu:
 
     def registers(self) -> dict[str, int]:
         regs, sregs = self._vcpu.get_regs(), self._vcpu.get_sregs()
-        shown = {name: int(getattr(regs, name)) for name, _ in ffi.typeof(regs[0]).fields}
-        return shown | {"cr2": int(sregs.cr2), "cr3": int(sregs.cr3), "cs": sregs.cs.selector}
+        return regs.to_dict() | {
+            "cr2": int(sregs.cr2),
+            "cr3": int(sregs.cr3),
+            "cs": sregs.cs.selector,
+        }
 
     @property
     def exits(self) -> int:
@@ -166,19 +177,18 @@ def _enter_long_mode(vcpu: KvmVcpu, state: EntryState) -> None:
     sregs = vcpu.get_sregs()
     code = {"limit": 0xFFFFFFFF, "present": 1, "dpl": 3, "s": 1, "g": 1}
     _set(sregs.cs, code | {"selector": 0x23, "type": _CODE_TYPE, "l": 1})
-    for segment in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
-        _set(segment, code | {"selector": 0x1B, "type": _DATA_TYPE, "db": 1})
+    for name in ("ss", "ds", "es", "fs", "gs"):
+        _set(getattr(sregs, name), code | {"selector": 0x1B, "type": _DATA_TYPE, "db": 1})
     _set(sregs.tr, {"base": TSS_GPA, "limit": TSS_BYTES - 1, "present": 1, "type": _TSS_TYPE})
     # No tables: whatever would need one is a triple fault.
     sregs.gdt.limit = sregs.idt.limit = 0
-    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = state.cr0, state.cr3, state.cr4, state.efer
+    sregs.update(cr0=state.cr0, cr3=state.cr3, cr4=state.cr4, efer=state.efer)
     vcpu.set_sregs(sregs)
     regs = vcpu.get_regs()
-    regs.rip, regs.rsp, regs.rflags = state.rip, state.rsp, state.rflags
-    regs.rdi, regs.rsi = state.rdi, state.rsi
+    regs.update(rip=state.rip, rsp=state.rsp, rflags=state.rflags, rdi=state.rdi, rsi=state.rsi)
     vcpu.set_regs(regs)
 
 
-def _set(segment: object, fields: dict[str, int]) -> None:
+def _set(segment: Struct, fields: dict[str, int]) -> None:
     for name in ("base", "limit", "selector", "type", "present", "dpl", "db", "s", "l", "g"):
         setattr(segment, name, fields.get(name, 0))

@@ -7,17 +7,27 @@ from typing import Any
 
 from kvmhost._ffi import ffi, lib
 from kvmhost.exits import (
+    BusLock,
+    Debug,
     Exit,
     FailEntry,
     Hlt,
+    Hypercall,
     InternalError,
+    IoapicEoi,
     IoIn,
     IoOut,
+    IrqWindow,
     Kicked,
     MemoryFault,
     MmioRead,
     MmioWrite,
+    MsrRead,
+    MsrWrite,
+    SetTpr,
     Shutdown,
+    SystemEvent,
+    TprAccess,
     UnknownExit,
 )
 
@@ -47,8 +57,8 @@ def _mmio(raw: Any) -> Exit:
     return MmioRead(raw.address, raw.size)
 
 
-def _internal(raw: Any) -> Exit:
-    return InternalError(raw.detail, tuple(raw.internal[i] for i in range(raw.n_internal)))
+def _words(raw: Any) -> tuple[int, ...]:
+    return tuple(raw.internal[i] for i in range(raw.n_internal))
 
 
 _DECODERS: dict[int, Callable[[Any], Exit]] = {
@@ -58,6 +68,18 @@ _DECODERS: dict[int, Callable[[Any], Exit]] = {
     lib.KVM_EXIT_SHUTDOWN: lambda raw: Shutdown(),
     lib.KVM_EXIT_INTR: lambda raw: Kicked(),
     lib.KVM_EXIT_FAIL_ENTRY: lambda raw: FailEntry(raw.detail),
-    lib.KVM_EXIT_INTERNAL_ERROR: _internal,
+    lib.KVM_EXIT_INTERNAL_ERROR: lambda raw: InternalError(raw.detail, _words(raw)),
     lib.KVM_EXIT_MEMORY_FAULT: lambda raw: MemoryFault(raw.address, raw.internal[0], raw.detail),
+    lib.KVM_EXIT_DEBUG: lambda raw: Debug(
+        raw.detail, raw.address, raw.internal[0], raw.internal[1]
+    ),
+    lib.KVM_EXIT_HYPERCALL: lambda raw: Hypercall(raw.detail, _words(raw), bool(raw.is_write)),
+    lib.KVM_EXIT_X86_RDMSR: lambda raw: MsrRead(raw.address, raw.detail),
+    lib.KVM_EXIT_X86_WRMSR: lambda raw: MsrWrite(raw.address, raw.internal[0], raw.detail),
+    lib.KVM_EXIT_SYSTEM_EVENT: lambda raw: SystemEvent(raw.detail, _words(raw)),
+    lib.KVM_EXIT_IOAPIC_EOI: lambda raw: IoapicEoi(raw.detail),
+    lib.KVM_EXIT_IRQ_WINDOW_OPEN: lambda raw: IrqWindow(),
+    lib.KVM_EXIT_SET_TPR: lambda raw: SetTpr(),
+    lib.KVM_EXIT_TPR_ACCESS: lambda raw: TprAccess(raw.address, bool(raw.is_write)),
+    lib.KVM_EXIT_X86_BUS_LOCK: lambda raw: BusLock(),
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.closing import Closing
 from kvmhost.errors import CapabilityError, IoctlError
-from kvmhost.kvm.caps import Cap
+from kvmhost.kvm.descriptor import Attributes, Capabilities
+from kvmhost.kvm.structs import Struct
+from kvmhost.kvm.vcpu_state import msr_table
 from kvmhost.kvm.vm import Vm
 
 __all__ = ["API_VERSION", "HIDE_KVM_ENV", "System"]
@@ -19,11 +21,9 @@ API_VERSION = 12
 #: Set to a non-empty value to make kvmhost act as if there were no /dev/kvm.
 HIDE_KVM_ENV = "KVMHOST_HIDE_KVM"
 
-_MAX_CPUID_ENTRIES = 1024
 
-
-class System(Closing):
-    """An open /dev/kvm.
+class System(Attributes, Capabilities):
+    """An open /dev/kvm. VMs made from it live on when it is closed.
 
     >>> with System() as kvm:  # doctest: +SKIP
     ...     kvm.check_extension(Cap.NR_VCPUS)
@@ -36,64 +36,105 @@ class System(Closing):
         if os.environ.get(HIDE_KVM_ENV):
             raise _unavailable(f"hidden by {HIDE_KVM_ENV}", f"unset {HIDE_KVM_ENV}")
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
             raise _unavailable(f"{path}: {error.strerror}", _open_remedy(error)) from error
         version = lib.kh_ioctl_int(self.fd, lib.KVM_GET_API_VERSION, 0)
         if version != API_VERSION:
             self.close()
-            raise _unavailable(f"{path}: API version {version}", f"need {API_VERSION}")
+            found = os.strerror(-version) if version < 0 else f"API version {version}"
+            raise _unavailable(f"{path}: {found}", f"need API version {API_VERSION}")
 
-    def check_extension(self, cap: Cap) -> int:
-        """Return what KVM says of a capability; 0 means that it is missing.
-
-        Source: KVM_CHECK_EXTENSION.
-        """
-        return check(
-            lib.kh_ioctl_int(self.fd, lib.KVM_CHECK_EXTENSION, int(cap)),
-            "KVM_CHECK_EXTENSION",
-            cap=cap.name,
-        )
+    def get_api_version(self) -> int:
+        """Return the version of the interface: 12. Source: KVM_GET_API_VERSION."""
+        return self._call("KVM_GET_API_VERSION")
 
     def vcpu_run_bytes(self) -> int:
-        """Return the size of a vCPU's shared run area, in bytes."""
-        return check(
-            lib.kh_ioctl_int(self.fd, lib.KVM_GET_VCPU_MMAP_SIZE, 0), "KVM_GET_VCPU_MMAP_SIZE"
-        )
+        """Return the size of a vCPU's shared run area, in bytes.
 
-    def supported_cpuid(self) -> bytes:
-        """Return ``struct kvm_cpuid2`` with all that KVM can offer, as bytes.
+        Source: KVM_GET_VCPU_MMAP_SIZE.
+        """
+        return self._call("KVM_GET_VCPU_MMAP_SIZE")
+
+    def supported_cpuid(self) -> Struct:
+        """Return ``struct kvm_cpuid2`` with all that KVM can offer to guests.
+
+        >>> for entry in kvm.supported_cpuid().entries: print(entry)  # doctest: +SKIP
+        kvm_cpuid_entry2(function=0, index=0, flags=0, eax=0x10, ebx=0x68747541, …)
 
         Source: KVM_GET_SUPPORTED_CPUID.
         """
-        entries = 128
-        while True:
-            buffer = bytearray(8 + 40 * entries)
-            buffer[0:4] = entries.to_bytes(4, "little")
-            result = lib.kh_ioctl_ptr(self.fd, lib.KVM_GET_SUPPORTED_CPUID, ffi.from_buffer(buffer))
-            if result != -errno.E2BIG or entries >= _MAX_CPUID_ENTRIES:
-                check(result, "KVM_GET_SUPPORTED_CPUID", nent=entries)
-                used = int.from_bytes(buffer[0:4], "little")
-                return bytes(buffer[: 8 + 40 * used])
-            entries *= 2
+        return self._get_table("KVM_GET_SUPPORTED_CPUID", "kvm_cpuid2", 128)
 
-    def create_vm(self) -> Vm:
+    def emulated_cpuid(self) -> Struct:
+        """Return ``struct kvm_cpuid2`` of features that KVM emulates (slowly), e.g. MOVBE.
+
+        Source: KVM_GET_EMULATED_CPUID, with KVM_CAP_EXT_EMUL_CPUID.
+        """
+        return self._get_table("KVM_GET_EMULATED_CPUID", "kvm_cpuid2")
+
+    def supported_hv_cpuid(self) -> Struct:
+        """Return ``struct kvm_cpuid2`` of the Hyper-V leaves that KVM can offer.
+
+        :raises IoctlError: ``ENOTTY`` or ``EINVAL`` without KVM_CAP_SYS_HYPERV_CPUID
+
+        Source: KVM_GET_SUPPORTED_HV_CPUID.
+        """
+        return self._get_table("KVM_GET_SUPPORTED_HV_CPUID", "kvm_cpuid2")
+
+    def msr_index_list(self) -> list[int]:
+        """Return the MSRs that make up the state of a guest, to save and restore.
+
+        >>> [hex(msr) for msr in kvm.msr_index_list()[:3]]  # doctest: +SKIP
+        ['0x174', '0x175', '0x176']
+
+        Source: KVM_GET_MSR_INDEX_LIST.
+        """
+        table = self._get_table("KVM_GET_MSR_INDEX_LIST", "kvm_msr_list", 256)
+        return list(table.indices)
+
+    def msr_feature_index_list(self) -> list[int]:
+        """Return the MSRs that tell features of the host; read them with :meth:`get_msrs`.
+
+        Source: KVM_GET_MSR_FEATURE_INDEX_LIST, with KVM_CAP_GET_MSR_FEATURES.
+        """
+        table = self._get_table("KVM_GET_MSR_FEATURE_INDEX_LIST", "kvm_msr_list")
+        return list(table.indices)
+
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """Return the values of feature MSRs.
+
+        :return: by index; a list that ends early: KVM stops at the first that it refuses
+
+        Source: KVM_GET_MSRS on /dev/kvm, with KVM_CAP_GET_MSR_FEATURES.
+        """
+        table = msr_table(dict.fromkeys(indices, 0))
+        n_read = self._pass("KVM_GET_MSRS", table, nmsrs=table.nmsrs)
+        return {entry.index: entry.data for entry in table.entries[:n_read]}
+
+    def mce_cap_supported(self) -> int:
+        """Return the machine-check capabilities a vCPU may have, as in IA32_MCG_CAP.
+
+        Source: KVM_X86_GET_MCE_CAP_SUPPORTED, with KVM_CAP_MCE.
+        """
+        # SAFETY: the number lives until the call returns.
+        value = ffi.new("uint64_t *")
+        self._pass("KVM_X86_GET_MCE_CAP_SUPPORTED", value)
+        return int(value[0])
+
+    def create_vm(self, kind: int = 0) -> Vm:
         """Create an empty VM. Source: KVM_CREATE_VM.
 
-        :raises IoctlError: for example ``ENOMEM``
+        :param kind: type of VM, a bit number of KVM_CAP_VM_TYPES: 0 is the ordinary one.
+            arm64 codes the bits of a guest physical address here
+        :raises IoctlError: ``EINVAL`` for a type that this KVM does not have, ``ENOMEM``
         """
         # A signal in the wrong moment ends the call with EINTR: try again.
         while True:
-            result = lib.kh_ioctl_int(self.fd, lib.KVM_CREATE_VM, 0)
+            result = lib.kh_ioctl_int(self.fd, lib.KVM_CREATE_VM, kind)
             if result != -errno.EINTR:
                 break
-        return Vm(check(result, "KVM_CREATE_VM", type=0), self.vcpu_run_bytes())
-
-    def close(self) -> None:
-        """Close the descriptor; VMs made from it live on. Idempotent."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        return Vm(check(result, "KVM_CREATE_VM", type=kind), self.vcpu_run_bytes())
 
 
 def probe() -> str | None:

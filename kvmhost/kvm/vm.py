@@ -1,139 +1,184 @@
-"""The VM descriptor: memory slots, dirty logs and vCPUs."""
+"""The VM descriptor: vCPUs, devices, clocks, exits of MSRs; memory and interrupts beside it.
+
+Memory is in :mod:`~kvmhost.kvm.vm_memory`, interrupts in
+:mod:`~kvmhost.kvm.vm_irq`, writes that end in the kernel in
+:mod:`~kvmhost.kvm.vm_events`, Xen in :mod:`~kvmhost.kvm.xen`.
+"""
 
 from __future__ import annotations
 
-import os
 import typing
+from collections.abc import Sequence
 
-from kvmhost._ffi import check, ffi, lib
-from kvmhost.closing import Closing
-from kvmhost.errors import LayoutError
+from kvmhost._ffi import ffi, lib
+from kvmhost.kvm.caps import Cap
+from kvmhost.kvm.descriptor import Attributes, Capabilities, Source
+from kvmhost.kvm.structs import Struct
 from kvmhost.kvm.vcpu import KvmVcpu
+from kvmhost.kvm.vm_events import VmEvents
+from kvmhost.kvm.vm_irq import VmInterrupts
+from kvmhost.kvm.vm_memory import VmMemory
+from kvmhost.kvm.xen import VmXen
 
 if typing.TYPE_CHECKING:
-    from kvmhost.bitmap import Words
-    from kvmhost.kvm.caps import Cap
+    from kvmhost.kvm.device import Device
+    from kvmhost.kvm.filters import MsrRange
+    from kvmhost.kvm.stats import Stats
 
 __all__ = ["Vm"]
 
 
-class Vm(Closing):
-    """A VM, as KVM_CREATE_VM returned it. Owns its descriptor."""
+class Vm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
+    """A VM, as KVM_CREATE_VM returned it. Owns its descriptor.
+
+    KVM frees the VM with its last descriptor: VM, vCPUs, devices, statistics.
+
+    >>> with System() as kvm, kvm.create_vm() as vm:  # doctest: +SKIP
+    ...     vm.create_irqchip()
+    ...     vcpu = vm.create_vcpu(0)
+    """
 
     def __init__(self, fd: int, vcpu_run_bytes: int) -> None:
-        self.fd = fd
+        super().__init__(fd)
         self._run_bytes = vcpu_run_bytes
-
-    def check_extension(self, cap: Cap) -> int:
-        """Return what KVM says of a capability for this VM; 0 means missing."""
-        return check(
-            lib.kh_ioctl_int(self.fd, lib.KVM_CHECK_EXTENSION, int(cap)),
-            "KVM_CHECK_EXTENSION",
-            cap=cap.name,
-        )
-
-    def set_memory_region(
-        self, slot: int, gpa: int, n_bytes: int, host_address: int, flags: int = 0
-    ) -> None:
-        """Create, change or (``n_bytes`` 0) delete a memslot.
-
-        :param flags: ``KVM_MEM_LOG_DIRTY_PAGES`` and ``KVM_MEM_READONLY`` bits
-        :raises IoctlError: ``EEXIST`` for an overlap, ``EINVAL`` for bad alignment
-
-        Source: KVM_SET_USER_MEMORY_REGION.
-        """
-        region = ffi.new(
-            "struct kvm_userspace_memory_region *",
-            {
-                "slot": slot,
-                "flags": flags,
-                "guest_phys_addr": gpa,
-                "memory_size": n_bytes,
-                "userspace_addr": host_address,
-            },
-        )
-        check(
-            lib.kh_ioctl_ptr(self.fd, lib.KVM_SET_USER_MEMORY_REGION, region),
-            "KVM_SET_USER_MEMORY_REGION",
-            slot=slot,
-            flags=flags,
-            guest_phys_addr=gpa,
-            memory_size=n_bytes,
-            userspace_addr=host_address,
-        )
-
-    def enable_cap(self, cap: Cap, *args: int) -> None:
-        """Switch a capability on for this VM, with up to four arguments.
-
-        :raises IoctlError: ``EINVAL`` for a capability or an argument that this KVM does
-            not know, or one that comes too late (after the first vCPU, for some)
-
-        Source: KVM_ENABLE_CAP.
-        """
-        request = ffi.new("struct kvm_enable_cap *", {"cap": int(cap), "args": list(args)})
-        check(
-            lib.kh_ioctl_ptr(self.fd, lib.KVM_ENABLE_CAP, request),
-            "KVM_ENABLE_CAP",
-            cap=cap.name,
-            **{f"arg{i}": value for i, value in enumerate(args)},
-        )
-
-    def get_dirty_log(self, slot: int, words: Words) -> None:
-        """Fetch the dirty bitmap of a memslot, and clear it unless protection is manual.
-
-        Under ``KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`` nothing is cleared.
-
-        :param slot: memslot id, as given to :meth:`set_memory_region`
-        :param words: ``uint64``, shape ``(ceil(n_pages / 64),)`` of the slot, overwritten;
-            bit ``i`` of word ``w`` is page ``64 * w + i`` of the slot. A shorter one
-            would be written past its end
-        :raises IoctlError: ``ENOENT`` if the slot does not log dirty pages,
-            ``ENXIO`` if the VM uses the dirty ring
-
-        Source: KVM_GET_DIRTY_LOG, Linux v6.12, virt/kvm/kvm_main.c.
-        """
-        # SAFETY: the view keeps words alive until the call returns.
-        view = ffi.from_buffer("uint64_t[]", words, require_writable=True)
-        log = ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": view})
-        check(lib.kh_ioctl_ptr(self.fd, lib.KVM_GET_DIRTY_LOG, log), "KVM_GET_DIRTY_LOG", slot=slot)
-
-    def clear_dirty_log(self, slot: int, first_page: int, n_pages: int, words: Words) -> None:
-        """Clear dirty bits of a memslot and write-protect those pages again.
-
-        :param first_page: in the slot, a multiple of 64
-        :param n_pages: a multiple of 64, or all that is left of the slot
-        :param words: shape ``(ceil(n_pages / 64),)``, bit 0 is ``first_page``; only pages
-            whose bit is 1 are cleared
-        :raises IoctlError: ``EINVAL`` for a range that is none, or without
-            ``KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2``; ``ENOENT`` if the slot does not log
-        :raises LayoutError: if ``words`` is too short for the range
-
-        Source: KVM_CLEAR_DIRTY_LOG, Linux v6.12, virt/kvm/kvm_main.c.
-        """
-        if words.size * 64 < n_pages:
-            raise LayoutError(f"clear_dirty_log: {words.size} words for {n_pages} pages")
-        # SAFETY: the view keeps words alive until the call returns; KVM only reads it.
-        view = ffi.from_buffer("uint64_t[]", words)
-        fields = {"slot": slot, "num_pages": n_pages, "first_page": first_page}
-        log = ffi.new("struct kvm_clear_dirty_log *", fields | {"dirty_bitmap": view})
-        check(
-            lib.kh_ioctl_ptr(self.fd, lib.KVM_CLEAR_DIRTY_LOG, log),
-            "KVM_CLEAR_DIRTY_LOG",
-            **fields,
-        )
 
     def create_vcpu(self, index: int) -> KvmVcpu:
         """Create vCPU ``index``. Source: KVM_CREATE_VCPU.
 
+        With local APICs in the kernel, vCPUs other than the first wait for INIT and SIPI.
+
         :raises IoctlError: ``EEXIST`` if it exists, ``EINVAL`` above KVM_CAP_MAX_VCPUS
         """
-        fd = check(
-            lib.kh_ioctl_int(self.fd, lib.KVM_CREATE_VCPU, index), "KVM_CREATE_VCPU", id=index
-        )
-        return KvmVcpu(fd, index, self._run_bytes)
+        return KvmVcpu(self._call("KVM_CREATE_VCPU", index, id=index), index, self._run_bytes)
 
-    def close(self) -> None:
-        """Close the descriptor. Idempotent; KVM frees the VM with its last vCPU."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+    def create_device(self, kind: int, test: bool = False) -> Device | None:
+        """Create a device of the kernel, of a kind such as ``KVM_DEV_TYPE_VFIO``.
+
+        >>> vfio = vm.create_device(lib.KVM_DEV_TYPE_VFIO)  # doctest: +SKIP
+
+        :param test: only ask whether it could be created; returns None
+        :raises IoctlError: ``ENODEV`` if this KVM has no such device, ``EEXIST`` or
+            ``EBUSY`` if the VM has one
+
+        Source: KVM_CREATE_DEVICE. Interrupt controllers of arm64 are such devices.
+        """
+        from kvmhost.kvm.device import Device
+
+        flags = lib.KVM_CREATE_DEVICE_TEST if test else 0
+        request = Struct("kvm_create_device", type=kind, flags=flags)
+        self._pass("KVM_CREATE_DEVICE", request, type=kind, flags=flags)
+        return None if test else Device(request.fd, kind)
+
+    def stats(self) -> Stats:
+        """Open the VM's statistics. Source: KVM_GET_STATS_FD.
+
+        >>> with vm.stats() as stats: stats.read()["remote_tlb_flush"].value  # doctest: +SKIP
+        4
+
+        :raises IoctlError: ``ENOTTY`` without KVM_CAP_BINARY_STATS_FD
+        """
+        from kvmhost.kvm.stats import Stats
+
+        return Stats(self._call("KVM_GET_STATS_FD"))
+
+    def set_tss_addr(self, gpa: int) -> None:
+        """Name three pages below 4 GiB that KVM may use where no slot is (Intel).
+
+        Source: KVM_SET_TSS_ADDR.
+        """
+        self._call("KVM_SET_TSS_ADDR", gpa, gpa=gpa)
+
+    def set_identity_map_addr(self, gpa: int) -> None:
+        """Name a page below 4 GiB for KVM's identity map (Intel); before the first vCPU.
+
+        :raises IoctlError: ``EINVAL`` after the first vCPU
+
+        Source: KVM_SET_IDENTITY_MAP_ADDR.
+        """
+        # SAFETY: the number lives until the call returns.
+        self._pass("KVM_SET_IDENTITY_MAP_ADDR", ffi.new("uint64_t *", gpa), gpa=gpa)
+
+    def get_clock(self) -> Struct:
+        """Return ``struct kvm_clock_data``: kvmclock in ns, wall clock and TSC with it.
+
+        ``flags`` says which fields are valid: ``KVM_CLOCK_REALTIME``,
+        ``KVM_CLOCK_HOST_TSC``, and ``KVM_CLOCK_TSC_STABLE``.
+
+        >>> vm.get_clock().clock  # nanoseconds since the VM was made  # doctest: +SKIP
+        41522710
+
+        Source: KVM_GET_CLOCK.
+        """
+        return self._get("KVM_GET_CLOCK", "kvm_clock_data")
+
+    def set_clock(self, data: Source) -> None:
+        """Set kvmclock; with ``KVM_CLOCK_REALTIME``, moved on by what passed since then.
+
+        :raises IoctlError: ``EINVAL`` for flags other than ``KVM_CLOCK_REALTIME``
+
+        Source: KVM_SET_CLOCK.
+        """
+        self._set("KVM_SET_CLOCK", "kvm_clock_data", data)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Set the TSC frequency of vCPUs that are yet to be made.
+
+        :raises IoctlError: ``EINVAL`` without KVM_CAP_VM_TSC_CONTROL or after the first vCPU
+
+        Source: KVM_SET_TSC_KHZ on a VM.
+        """
+        self._call("KVM_SET_TSC_KHZ", khz, khz=khz)
+
+    def get_tsc_khz(self) -> int:
+        """Return the TSC frequency that new vCPUs get, in kHz.
+
+        :raises IoctlError: ``EINVAL`` or ``ENOTTY`` before Linux 5.18
+
+        Source: KVM_GET_TSC_KHZ on a VM.
+        """
+        return self._call("KVM_GET_TSC_KHZ")
+
+    def exit_on_msrs(self, reasons: int) -> None:
+        """Turn MSR accesses that KVM refuses into exits.
+
+        >>> vm.exit_on_msrs(lib.KVM_MSR_EXIT_REASON_FILTER)  # doctest: +SKIP
+
+        :param reasons: ``KVM_MSR_EXIT_REASON_INVAL``, ``_UNKNOWN``, ``_FILTER``: which ones
+        :raises IoctlError: ``EINVAL`` for other bits
+
+        Source: KVM_ENABLE_CAP with KVM_CAP_X86_USER_SPACE_MSR.
+        """
+        self.enable_cap(Cap.X86_USER_SPACE_MSR, reasons)
+
+    def set_msr_filter(self, ranges: Sequence[MsrRange], allow: bool = True) -> None:
+        """Refuse or allow the guest's access to MSRs by ranges.
+
+        A refused access is #GP, or an exit after :meth:`exit_on_msrs`. No ranges and
+        ``allow`` switch the filter off. x2APIC registers are never filtered.
+
+        >>> vm.set_msr_filter([MsrRange.refuse(0x10)])  # doctest: +SKIP
+
+        :param allow: what happens to MSRs outside all ranges
+        :raises IoctlError: ``EINVAL`` for more than 16 ranges or 0x600 bytes of bitmap, or
+            without ``allow`` and no range
+
+        Source: KVM_X86_SET_MSR_FILTER.
+        """
+        from kvmhost.kvm.filters import build_msr_filter
+
+        request, keep = build_msr_filter(ranges, allow)
+        # SAFETY: keep holds the bitmaps that the filter points to until the call returns.
+        self._pass("KVM_X86_SET_MSR_FILTER", request, ranges=len(keep))
+
+    def set_pmu_event_filter(self, events: Sequence[int], allow: bool, flags: int = 0) -> None:
+        """Say which events the guest may count.
+
+        :param events: event select and unit mask, as in PERF_EVTSEL
+        :param allow: count these alone, or all but these
+        :raises IoctlError: ``EINVAL`` for flags or an action that KVM does not know
+
+        Source: KVM_SET_PMU_EVENT_FILTER.
+        """
+        action = lib.KVM_PMU_EVENT_ALLOW if allow else lib.KVM_PMU_EVENT_DENY
+        table = Struct("kvm_pmu_event_filter", events=list(events), action=action, flags=flags)
+        self._pass("KVM_SET_PMU_EVENT_FILTER", table, action=action, nevents=len(events))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.closing import Closing
@@ -168,6 +168,32 @@ class GuestMemory(Closing):
     def resident_bytes(self) -> int:
         """Return the bytes that the memfds hold now, from fstat(2)."""
         return sum(os.fstat(region.memfd).st_blocks * 512 for region in self.regions)
+
+    def punch(self, gfn: int, n_pages: int, pinned: Iterable[tuple[int, int]] = ()) -> int:
+        """Forget the contents of pages: they read as zeros. Only while no pager is about.
+
+        :param pinned: gpa ranges ``(gpa, n_bytes)`` that stay
+        :return: pages forgotten
+        :raises LayoutError: if the range is not in one region
+        """
+        region = self.region_at(gfn << PAGE_SHIFT, n_pages << PAGE_SHIFT)
+        pieces_left = [(gfn, gfn + n_pages)]
+        for gpa, n_bytes in pinned:
+            low, high = gpa >> PAGE_SHIFT, -(-(gpa + n_bytes) // PAGE_BYTES)
+            pieces_left = [
+                part
+                for start, end in pieces_left
+                for part in ((start, min(end, low)), (max(start, high), end))
+                if part[0] < part[1]
+            ]
+        for start, end in pieces_left:
+            offset = (start - region.gfn) << PAGE_SHIFT
+            check(
+                lib.kh_punch(region.memfd, offset, (end - start) << PAGE_SHIFT),
+                "fallocate",
+                offset=offset,
+            )
+        return sum(end - start for start, end in pieces_left)
 
     def index_of_gfn(self, gfn: int) -> int:
         """Return a page's number over all regions.

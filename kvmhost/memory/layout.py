@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 from kvmhost.errors import LayoutError
 
@@ -34,6 +35,7 @@ __all__ = [
     "STACK_BYTES",
     "TSS_BYTES",
     "TSS_GPA",
+    "Layout",
     "TinyLayout",
 ]
 
@@ -57,6 +59,22 @@ HIGH_GPA = 0x1_0000_0000
 MIN_BYTES = 2 << 20
 
 _ENTRIES = 512
+
+
+class Layout(Protocol):
+    """What every kind of machine says about its memory."""
+
+    @property
+    def mem_bytes(self) -> int:
+        """Size of guest memory."""
+
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """``(gpa, n_bytes)`` of each memory region, ascending."""
+
+    @property
+    def pinned_ranges(self) -> list[tuple[int, int]]:
+        """``(gpa, n_bytes)`` that must never be evicted."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ A full store refuses evictions; it never drops a page.
 
 from __future__ import annotations
 
-import dataclasses
-import enum
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,74 +24,55 @@ import numpy.typing as npt
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import YoungBitmap, sub_words
-from kvmhost.errors import IoctlError, PagerError
+from kvmhost.errors import CapabilityError, IoctlError, LostPageError, PagerError
 from kvmhost.memory.guest import GuestMemory, pieces
-from kvmhost.pager.codec import Codec, lz4_codec
+from kvmhost.memory.layout import PAGE_SHIFT
+from kvmhost.pager.codec import find_codec
+from kvmhost.pager.hostswap import swap_refusal
+from kvmhost.pager.results import (
+    DropResult,
+    EvictOutcome,
+    EvictResult,
+    PageState,
+    RestoreResult,
+)
+from kvmhost.pager.storefile import StoreFile
 from kvmhost.pager.userfault import Userfault
+from kvmhost.storeoptions import StoreOptions
 
-__all__ = ["EvictOutcome", "EvictResult", "PageState", "Pager"]
-
-
-class PageState(enum.IntEnum):
-    """Where a page's contents are."""
-
-    RESIDENT = 0  # in the memfd
-    EVICTED = 1  # in the store only
-    LOST = 2  # the store could not give it back; the VM stops
-    FRESH = 3  # never touched
-
-
-class EvictOutcome(enum.IntEnum):
-    """What became of one page that was to be evicted."""
-
-    DONE = 0
-    PINNED = 1  # holds live tables or the parameter page
-    ABSENT = 2  # evicted already, or never touched
-    FULL = 3  # the store's limit is reached
-    REFUSED = 4  # does not compress
-    ERROR = 5  # a system call or the store failed
-
-
-@dataclasses.dataclass(frozen=True)
-class EvictResult:
-    """Outcome of a batch: ``outcomes[i]`` belongs to the i-th gfn (``uint8``)."""
-
-    gfns: npt.NDArray[np.int64]
-    outcomes: npt.NDArray[np.uint8]
-
-    def count(self, outcome: EvictOutcome) -> int:
-        """Return how many pages ended that way."""
-        return int((self.outcomes == outcome).sum())
-
-    def by_name(self) -> dict[str, int]:
-        """Return every outcome with its number of pages."""
-        return {outcome.name.lower(): self.count(outcome) for outcome in EvictOutcome}
+__all__ = ["Pager"]
 
 
 class Pager:
     """Owns the evicted pages of a VM.
 
-    :param store_limit_bytes: what the contents of evicted pages may take; 0: no limit
-    :param refuse_incompressible: keep pages that do not compress resident
+    :param options: where evicted pages go, and how
     :param on_failure: called in the fault handler's thread if it cannot go on;
         guest threads that wait for a page wait on until the VM stops
+    :raises LayoutError: if the store's file cannot be made
+    :raises CapabilityError: if the codec cannot be had
     """
 
     def __init__(
         self,
         memory: GuestMemory,
         userfault: Userfault,
+        options: StoreOptions | None = None,
         *,
-        store_limit_bytes: int = 0,
-        refuse_incompressible: bool = False,
-        codec: Codec | None = None,
         on_failure: Callable[[PagerError], None] | None = None,
     ) -> None:
         self._memory, self._on_failure = memory, on_failure
         self._userfault = userfault
-        self.codec = codec or lz4_codec()
+        self._core = ffi.NULL
+        self._file: StoreFile | None = None
+        self.options = options or StoreOptions()
+        self.codec = find_codec(self.options.codec)
+        if self.options.path is not None:
+            self._file = self._make_file(self.options.path)
         # SAFETY: owned here, freed in close() after the handler thread has ended.
-        self._core = lib.kh_pager_new(userfault.fd, self.codec.compress, self.codec.decompress)
+        self._core = lib.kh_pager_new(
+            userfault.fd, memory.n_pages, self.codec.core, self._file.fd if self._file else -1
+        )
         if self._core == ffi.NULL:
             raise PagerError("out of memory for the pager")
         for region in memory.regions:
@@ -106,10 +87,24 @@ class Pager:
                 "kh_pager_add_region",
                 gpa=region.gpa,
             )
-        lib.kh_pager_set_store(self._core, store_limit_bytes, int(refuse_incompressible))
+        lib.kh_pager_set_store(
+            self._core, self.options.limit_bytes, int(self.options.refuse_incompressible)
+        )
+        lib.kh_pager_set_prefetch(self._core, self.options.prefetch_pages)
         self._thread: threading.Thread | None = None
         self._arming = threading.Lock()
         self._arm_errno = 0
+
+    def _make_file(self, path: Path) -> StoreFile:
+        if not self.codec.checked:
+            # A file may come to harm outside of us: nothing unchecked is read from one.
+            raise CapabilityError(
+                "store file",
+                "checksums (xxhash)",
+                "none",
+                "install the package xxhash from PyPI as a wheel",
+            )
+        return StoreFile(path)
 
     def arm(self) -> None:
         """Start to catch faults. Idempotent.
@@ -151,31 +146,73 @@ class Pager:
         :raises LayoutError: if a gfn is in no region; then nothing was evicted
         """
         wanted = _as_gfns(gfns)
-        index = self._indexes(wanted)
+        self._indexes(wanted)
         self.arm()
+        return self._batch(lib.kh_pager_evict, "kh_pager_evict", wanted)
+
+    def _batch(
+        self, call: Callable[..., int], name: str, gfns: npt.NDArray[np.int64]
+    ) -> EvictResult:
+        index = self._indexes(gfns)
         outcomes = np.zeros(index.size, dtype=np.uint8)
-        check(
-            lib.kh_pager_evict(
-                self._core,
-                ffi.from_buffer("uint32_t[]", index),
-                index.size,
-                ffi.from_buffer("uint8_t[]", outcomes, require_writable=True),
-            ),
-            "kh_pager_evict",
-            n=index.size,
-        )
-        return EvictResult(wanted, outcomes)
+        buffer = ffi.from_buffer("uint8_t[]", outcomes, require_writable=True)
+        given = ffi.from_buffer("uint32_t[]", index)
+        check(call(self._core, given, index.size, buffer), name, n=index.size)
+        return EvictResult(gfns, outcomes)
 
-    def restore(self, gfn: int, n_pages: int = 1) -> int:
-        """Bring evicted pages of ``[gfn, gfn + n_pages)`` back; return how many came.
+    def page_out(
+        self,
+        gfns: Iterable[int] | npt.NDArray[Any],
+        refusal: Callable[[], str | None] = swap_refusal,
+    ) -> EvictResult:
+        """Hand pages to the host's swap; partial success is normal, and needs no arming.
 
-        :raises PagerError: if the store cannot give one back
+        A page that the kernel keeps is ``REFUSED``. What went comes back by itself, at
+        its next touch.
+
+        :param refusal: says why the host cannot, or None
+        :raises CapabilityError: if the host has no swap; then nothing was done
+        :raises LayoutError: if a gfn is in no region
         """
+        reason = refusal()
+        if reason is not None:
+            raise CapabilityError("host swap", "free swap space", reason, "add swap, or evict")
+        return self._batch(lib.kh_pager_pageout, "kh_pager_pageout", _as_gfns(gfns))
+
+    def restore(self, gfn: int, n_pages: int = 1) -> RestoreResult:
+        """Bring evicted pages of ``[gfn, gfn + n_pages)`` back; one that fails stops no other."""
+        result = ffi.new("struct kh_restore_result *")
+        for region, start, count in pieces(self._memory, gfn, n_pages):
+            part = ffi.new("struct kh_restore_result *")
+            index = self._memory.index_of_gfn(start)
+            check(lib.kh_pager_restore(self._core, index, count, part), "restore", gfn=region.gfn)
+            result.restored += part.restored
+            result.lost += part.lost
+            result.left += part.left
+        return RestoreResult(int(result.restored), int(result.lost), int(result.left))
+
+    def drain(self) -> RestoreResult:
+        """Bring everything back and evict nothing more: the limit and the victims go.
+
+        A guest that runs on finds its pages resident; only an eviction that somebody
+        asks for meanwhile can take one again.
+        """
+        if self._thread is None:
+            return RestoreResult(0, 0, 0)
+        lib.kh_pager_set_limit(self._core, 0)
+        self.set_victims([])
+        return self.restore(0, self._memory.gfn_end)
+
+    def drop(self, gfn: int, n_pages: int = 1) -> DropResult:
+        """Forget the contents of pages that the guest declared free; they read as zeros.
+
+        :raises LayoutError: if the range is not in one region; then nothing was dropped
+        """
+        self._memory.region_at(gfn << PAGE_SHIFT, n_pages << PAGE_SHIFT)
+        result = ffi.new("struct kh_drop_result *")
         index = self._memory.index_of_gfn(gfn)
-        done = lib.kh_pager_restore(self._core, index, n_pages)
-        if done < 0:
-            raise PagerError(f"restore of gfn {gfn:#x} + {n_pages}: errno {-done}")
-        return int(done)
+        check(lib.kh_pager_drop(self._core, index, n_pages, result), "drop", gfn=gfn)
+        return DropResult(int(result.dropped), int(result.pinned), int(result.failed))
 
     def pin(self, gfn: int, n_pages: int = 1) -> None:
         """Never evict these pages; what is out comes back first."""
@@ -283,6 +320,8 @@ class Pager:
             self.stop()
             lib.kh_pager_free(self._core)
             self._core = ffi.NULL
+        if self._file is not None:
+            self._file.close()
 
     def _indexes(self, gfns: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
         index = np.full(gfns.size, -1, dtype=np.int64)
@@ -305,10 +344,27 @@ class Pager:
             lib.kh_pager_serve(self._core)
 
     def _failure(self, number: int) -> PagerError:
-        lost = np.flatnonzero(self.states() == PageState.LOST)
-        if lost.size:
-            return PagerError(f"the store cannot give back {lost.size} lost page(s): {lost[:8]}")
+        lost = self.lost_gfns()
+        if lost:
+            return LostPageError(lost, self._lost_reason())
         return PagerError(f"the fault handler failed: {os.strerror(number)}")
+
+    def lost_gfns(self) -> list[int]:
+        """Return the pages that the store could not give back."""
+        lost = np.flatnonzero(self.states() == PageState.LOST)
+        gfns, first = [], 0
+        for region in self._memory.regions:
+            inside = lost[(lost >= first) & (lost < first + region.n_pages)]
+            gfns += [int(index) - first + region.gfn for index in inside]
+            first += region.n_pages
+        return gfns
+
+    def _lost_reason(self) -> str:
+        number = lib.kh_pager_lost_errno(self._core)
+        where = f" in {self.options.path}" if self.options.path else ""
+        if number == errno.EBADMSG:
+            return f"its checksum does not fit{where}"
+        return f"it cannot be read{where}: {os.strerror(number)}"
 
 
 def _as_gfns(gfns: Iterable[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -13,8 +13,9 @@ idle      the kernel's idle flags, by pfn             reads, writes 4 KiB, or th
                                                                     huge page
 ========= =========================================== ============= ================
 
-``auto`` is ``guestpt``. One tracker at a time works on a machine: re-arming for
-one takes away what another looks at.
+``auto`` is ``guestpt`` for a tiny guest, ``pagemap`` for one that makes its own tables.
+One tracker at a time works on a machine: re-arming for one takes away what another
+looks at.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import typing
 from collections.abc import Callable
 
 from kvmhost.errors import LayoutError
+from kvmhost.memory.layout import TinyLayout
 from kvmhost.trackers.base import Support, Tracker, TrackerInfo
 from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker
@@ -72,7 +74,8 @@ def resolve(name: str, machine: Machine) -> str:
     :raises LayoutError: for an unknown name
     """
     if name == "auto":
-        return GuestptTracker.name
+        tiny = isinstance(machine.layout, TinyLayout)
+        return GuestptTracker.name if tiny else PagemapTracker.name
     if name not in _REGISTRY:
         raise LayoutError(f"unknown tracker {name!r}; there are: auto, {', '.join(NAMES)}")
     return name

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from kvmhost.bitmap import Words, YoungBitmap, n_words, pack, sub_words, unpack
+from kvmhost.bitmap import Words, YoungBitmap, n_words, place_words, sub_words
 from kvmhost.errors import LayoutError
 from kvmhost.memory.guest import GuestMemory, Region, pieces
 
@@ -130,9 +130,5 @@ def add_piece(whole: Words | None, n_pages: int, first: int, count: int, words: 
         if count == n_pages:
             return words
         whole = np.zeros(n_words(n_pages), dtype=np.uint64)
-    if first % 64 == 0:
-        whole[first // 64 : first // 64 + words.size] |= words
-        return whole
-    bits = np.zeros(n_pages, dtype=bool)
-    bits[first : first + count] = unpack(words, count)
-    return whole | pack(bits)
+    place_words(whole, first, words)
+    return whole

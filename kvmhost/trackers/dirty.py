@@ -22,8 +22,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvmhost._ffi import lib
-from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, sub_words, unpack
+from kvmhost._ffi import check, ffi, lib
+from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.kvm.caps import Cap
 from kvmhost.memory.guest import Region
@@ -63,6 +63,7 @@ class DirtyTracker:
         if self._engine.rings is None:
             _protect_by_hand(self._engine)
         self._slots = {region.gfn: i for i, region in enumerate(self._memory.regions)}
+        self._room: Words | None = None
         self._last_ns = 0
         self._started = False
 
@@ -123,26 +124,25 @@ class DirtyTracker:
             words = np.zeros(n_words(count), dtype=np.uint64)
             self._engine.rings.harvest(slot, first, count, clear, wanted, words)
             return words
-        log = np.empty(n_words(region.n_pages), dtype=np.uint64)
-        self._engine.vm.get_dirty_log(slot, log)
-        words = sub_words(log, region.n_pages, first, count)
-        if clear:
-            self._clear(slot, region.n_pages, first, words if wanted is None else words & wanted)
+        words = np.empty(n_words(count), dtype=np.uint64)
+        room = ffi.NULL
+        if count != region.n_pages or wanted is not None:
+            room = ffi.from_buffer("uint64_t[]", self._room_for(region.n_pages))
+        # SAFETY: the arrays live until the call returns.
+        out = ffi.from_buffer("uint64_t[]", words)
+        chosen = ffi.NULL if wanted is None else ffi.from_buffer("uint64_t[]", wanted)
+        result = lib.kh_dirty_harvest(
+            self._engine.vm.fd, slot, region.n_pages, first, count, clear, chosen, out, room
+        )
+        if result < 0:
+            check(result, "KVM_GET_DIRTY_LOG", slot=slot, first=first, pages=count)
         return words
 
-    def _clear(self, slot: int, slot_pages: int, first: int, chosen: Words) -> None:
-        """Clear pages of a slot; ``chosen`` starts at page ``first`` of it."""
-        # KVM takes whole words of the slot: shift where the range begins inside one.
-        shift = first % 64
-        if shift:
-            n_bits = chosen.size * 64
-            shifted = np.zeros(shift + n_bits, dtype=bool)
-            shifted[shift:] = unpack(chosen, n_bits)
-            chosen = pack(shifted)
-        start = first - shift
-        n_pages = min(chosen.size * 64, slot_pages - start)
-        if chosen.any():
-            self._engine.vm.clear_dirty_log(slot, start, n_pages, chosen)
+    def _room_for(self, slot_pages: int) -> Words:
+        """Return words for the log of a whole slot, kept from harvest to harvest."""
+        if self._room is None or self._room.size < n_words(slot_pages):
+            self._room = np.empty(n_words(slot_pages), dtype=np.uint64)
+        return self._room
 
 
 def _kvm_engine(engine: Engine) -> KvmEngine:

@@ -17,10 +17,11 @@ from typing import ClassVar
 import numpy as np
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.bitmap import Words, YoungBitmap, n_words, pack, sub_words, unpack
+from kvmhost.bitmap import Words, YoungBitmap, n_words, place_words, sub_words
 from kvmhost.engine.base import RearmKind
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import pieces
+from kvmhost.memory.layout import TinyLayout
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.tablemem import TableMemory
 from kvmhost.mmu.tdp import LiveTable
@@ -51,6 +52,14 @@ class GuestptTracker:
     def __init__(self, machine: Machine, rearm_kind: RearmKind | None = None) -> None:
         from kvmhost.trackers.calibrate import calibrated_rearm
 
+        layout = machine.layout
+        if not isinstance(layout, TinyLayout):
+            raise CapabilityError(
+                "tracker guestpt",
+                "a guest that keeps the VMM's page tables",
+                "a guest that makes its own",
+                "use pagemap or idle",
+            )
         self._machine, self._memory = machine, machine.memory
         self.rearm_kind = rearm_kind or calibrated_rearm(machine.engine)
         self.table_format = "npt"
@@ -59,9 +68,9 @@ class GuestptTracker:
         slots = MemSlots(
             MemSlot(i, r.gfn, r.n_pages, r.guest_address) for i, r in enumerate(regions)
         )
-        self.table = LiveTable(tables, machine.layout.tables_gpa, slots=slots)
+        self.table = LiveTable(tables, layout.tables_gpa, slots=slots)
         # Cleared and not re-armed yet, by region: such a page may still be cached.
-        self._stale = {r.gfn: np.zeros(n_words(r.n_pages) * 64, dtype=bool) for r in regions}
+        self._stale = {r.gfn: np.zeros(n_words(r.n_pages), dtype=np.uint64) for r in regions}
 
     @classmethod
     def probe(cls, engine: str = "auto") -> Support:
@@ -110,12 +119,12 @@ class GuestptTracker:
             self._machine.engine.flush_tlbs()
         for region, start, count in pieces(self._memory, gfn_start, n_pages):
             first = start - region.gfn
-            stale = self._stale[region.gfn][first : first + count]
+            stale = self._stale[region.gfn]
+            due = sub_words(stale, region.n_pages, first, count).copy()
             if self.rearm_kind is RearmKind.ZAP:
-                words = None if young is None else pack(stale | self._young_in(young, start, count))
-                address = region.guest_address + first * 4096
-                _zap(address, count, words)
-            stale[:] = False
+                words = None if young is None else due | _young_in(young, start, count)
+                _zap(region.guest_address + first * 4096, count, words)
+            _clear(stale, first, due)
 
     def stop(self) -> None:
         """Nothing to let go of but the walker. Idempotent."""
@@ -123,21 +132,26 @@ class GuestptTracker:
 
     def _note_stale(self, gfn_start: int, n_pages: int, words: Words) -> None:
         for region, start, count in pieces(self._memory, gfn_start, n_pages):
-            bits = unpack(sub_words(words, n_pages, start - gfn_start, count), count)
-            first = start - region.gfn
-            self._stale[region.gfn][first : first + count] |= bits
+            part = sub_words(words, n_pages, start - gfn_start, count)
+            place_words(self._stale[region.gfn], start - region.gfn, part)
 
-    @staticmethod
-    def _young_in(young: YoungBitmap, start: int, count: int) -> np.ndarray[typing.Any, typing.Any]:
-        """Bits of [start, start + count) in a bitmap that may cover another range."""
-        bits = np.zeros(count, dtype=bool)
-        low = max(start, young.gfn_start)
-        high = min(start + count, young.gfn_start + young.n_pages)
-        if low < high:
-            bits[low - start : high - start] = young.as_bool()[
-                low - young.gfn_start : high - young.gfn_start
-            ]
-        return bits
+
+def _young_in(young: YoungBitmap, start: int, count: int) -> Words:
+    """Return bits of [start, start + count) in a bitmap that may cover another range."""
+    words = np.zeros(n_words(count), dtype=np.uint64)
+    low = max(start, young.gfn_start)
+    high = min(start + count, young.gfn_start + young.n_pages)
+    if low < high:
+        part = sub_words(young.words, young.n_pages, low - young.gfn_start, high - low)
+        place_words(words, low - start, part)
+    return words
+
+
+def _clear(words: Words, first: int, bits: Words) -> None:
+    """Clear those of ``bits``, from bit ``first`` on."""
+    there = np.zeros_like(words)
+    place_words(there, first, bits)
+    words &= ~there
 
 
 def _zap(address: int, n_pages: int, words: Words | None) -> None:

@@ -13,14 +13,15 @@ import typing
 
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.errors import LayoutError
+from kvmhost.trackers.sample import DEFAULT_FRACTION, Sampler
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine import Machine
 
-__all__ = ["REARM", "Harvest", "harvest_machine"]
+__all__ = ["REARM", "Harvest", "Harvester"]
 
 #: What may be re-armed after a harvest.
-REARM = ("none", "young", "all")
+REARM = ("none", "young", "all", "sample")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,35 +33,49 @@ class Harvest:
     rearm_ns: int
 
 
-def harvest_machine(
-    machine: Machine,
-    gfn_start: int,
-    n_pages: int,
-    *,
-    tracker: str = "auto",
-    clear: bool = True,
-    rearm: str = "young",
-    mask: Words | None = None,
-) -> Harvest:
-    """Do one harvest; not for two threads at a time.
+class Harvester:
+    """Does the harvests of one machine; not for two threads at a time."""
 
-    :param tracker: ``auto`` keeps the one in use: changing begins everything anew
-    :param rearm: ``none``, ``young`` (the pages that this cleared) or ``all`` of the range
-    """
-    if rearm not in REARM:
-        raise LayoutError(f"harvest: rearm {rearm!r}: need one of {', '.join(REARM)}")
-    wanted = machine.tracker_name if tracker == "auto" else tracker
-    source = machine.use_tracker(wanted or "auto")
-    start = time.perf_counter_ns()
-    young = source.harvest(gfn_start, n_pages, clear, mask)
-    middle = time.perf_counter_ns()
-    if clear and machine.has_pager:
-        machine.pager.note_young(young)
-    if rearm == "all":
-        source.rearm(gfn_start, n_pages)
-    elif rearm == "young" and clear:
-        cleared = young
-        if mask is not None:
-            cleared = dataclasses.replace(young, words=young.words & mask)
-        source.rearm(gfn_start, n_pages, cleared)
-    return Harvest(young, middle - start, time.perf_counter_ns() - middle)
+    def __init__(self, machine: Machine) -> None:
+        self._machine, self._sampler = machine, Sampler()
+
+    def harvest(
+        self,
+        gfn_start: int,
+        n_pages: int,
+        *,
+        tracker: str = "auto",
+        clear: bool = True,
+        rearm: str = "young",
+        fraction: float | None = None,
+        mask: Words | None = None,
+    ) -> Harvest:
+        """Do one harvest.
+
+        :param tracker: ``auto`` keeps the one in use: changing begins everything anew
+        :param rearm: ``none``; ``young``, the pages that this cleared; ``all`` of the range;
+            ``sample``, clear and re-arm a ``fraction`` only, other pages at each harvest
+        :param fraction: with ``sample``, from 1/65536 to 1; None: a default that was measured
+        :raises CapabilityError: if the tracker does not work here
+        :raises LayoutError: if an argument is wrong
+        """
+        if rearm not in REARM:
+            raise LayoutError(f"harvest: rearm {rearm!r}: need one of {', '.join(REARM)}")
+        wanted = self._machine.tracker_name if tracker == "auto" else tracker
+        source = self._machine.use_tracker(wanted or "auto")
+        if rearm == "sample" and clear:
+            sample = self._sampler.next_mask(gfn_start, n_pages, fraction or DEFAULT_FRACTION)
+            mask = sample if mask is None else mask & sample
+        start = time.perf_counter_ns()
+        young = source.harvest(gfn_start, n_pages, clear, mask)
+        middle = time.perf_counter_ns()
+        if clear and self._machine.has_pager:
+            self._machine.pager.note_young(young)
+        if rearm == "all":
+            source.rearm(gfn_start, n_pages)
+        elif rearm != "none" and clear:
+            cleared = young
+            if mask is not None:
+                cleared = dataclasses.replace(young, words=young.words & mask)
+            source.rearm(gfn_start, n_pages, cleared)
+        return Harvest(young, middle - start, time.perf_counter_ns() - middle)

@@ -16,6 +16,7 @@ Source: Documentation/admin-guide/mm/idle_page_tracking.rst and mm/page_idle.c, 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import time
@@ -137,6 +138,26 @@ class IdleFiles:
         return words
 
 
+@dataclasses.dataclass(frozen=True)
+class _Mapping:
+    """What the tracker needs of a memory region."""
+
+    guest_address: int
+    n_pages: int
+    gfn: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mappings:
+    regions: list[_Mapping]
+    gfn_end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Host:
+    memory: _Mappings
+
+
 class IdleTracker:
     """Asks the kernel which pages stayed idle.
 
@@ -159,6 +180,13 @@ class IdleTracker:
         self._files = self.open_files() if files is None else files
         self.table_format = "page-idle"
         self._last_ns = 0
+
+    @classmethod
+    def on_mapping(cls, address: int, n_pages: int, files: PageFiles) -> IdleTracker:
+        """Make a tracker for a mapping of the process that the files look at, as gfns from 0."""
+        region = _Mapping(address, n_pages)
+        host = typing.cast("Machine", _Host(_Mappings([region], n_pages)))
+        return cls(host, files)
 
     @staticmethod
     def open_files() -> PageFiles:

@@ -60,6 +60,7 @@ class PagemapTracker:
         self._machine, self._memory = machine, machine.memory
         self.table_format = "host"
         self.coarse = False
+        self._spare: Words | None = None
         self._last_ns = 0
         try:
             self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -108,8 +109,10 @@ class PagemapTracker:
         def piece(region: Region, start: int, count: int, wanted: Words | None) -> Words:
             nonlocal coarse
             address = region.guest_address + (start - region.gfn) * 4096
-            young, huge = np.zeros((2, n_words(count)), dtype=np.uint64)
+            young, huge = np.zeros(n_words(count), dtype=np.uint64), self._clean_words(count)
             found = self._harvest_mapping(address, count, clear, wanted, young, huge)
+            if found & lib.KH_PAGES_HUGE:
+                self._spare = None  # handed out, or not clean
             if self.coarse or found & lib.KH_PAGES_HUGE:
                 coarse = add_piece(coarse, n_pages, start - gfn_start, count,
                                    young if self.coarse else huge)  # fmt: skip
@@ -140,6 +143,12 @@ class PagemapTracker:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _clean_words(self, n_pages: int) -> Words:
+        """Return zeros for the rare huge pages: new memory would cost more than the scan."""
+        if self._spare is None or self._spare.size < n_words(n_pages):
+            self._spare = np.zeros(n_words(n_pages), dtype=np.uint64)
+        return self._spare[: n_words(n_pages)]
 
     def _harvest_mapping(
         self,

@@ -20,7 +20,7 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import n_words, unpack
 from kvmhost.memory.layout import PAGE_BYTES
 
-__all__ = ["PLAIN_PAGEMAP_ENV", "PageStates", "new_scanner", "page_states", "scans"]
+__all__ = ["PLAIN_PAGEMAP_ENV", "Bits", "PageStates", "new_scanner", "page_states", "scans"]
 
 #: Set to a non-empty value to read pagemap as kernels before 6.7 have it.
 PLAIN_PAGEMAP_ENV = "KVMHOST_PLAIN_PAGEMAP"

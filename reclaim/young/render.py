@@ -12,18 +12,18 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
 from reclaim.young.bitmap import YoungBitmap
 
 __all__ = [
     "PICTURE_KINDS",
     "Heatmap",
+    "Source",
     "bin_edges",
     "bin_shares",
     "need_plotting",
@@ -93,8 +93,27 @@ class Heatmap:
         return np.stack(self.columns, axis=1)
 
 
+class _State(Protocol):
+    @property
+    def image(self) -> str: ...
+
+
+class Source(Protocol):
+    """What is harvested: a VM's :class:`~kvmhost.control.client.Client`, or a process."""
+
+    vm: str
+
+    def state(self) -> _State:
+        """Say which image or program it runs."""
+
+    def harvest(
+        self, gfn_start: int = 0, n_pages: int | None = None, *, tracker: str = "auto"
+    ) -> YoungBitmap:
+        """Return the young pages, and begin a new window for them."""
+
+
 def record_live(
-    client: Client,
+    client: Source,
     *,
     interval_s: float = 0.1,
     count: int = 120,

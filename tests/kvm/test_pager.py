@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from guests import image_path
-from kvmhost.errors import LayoutError, PagerError
+from kvmhost.errors import LayoutError, LostPageError
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES, PARAMS_GPA
 from kvmhost.pager import EvictOutcome, PageState
+from kvmhost.storeoptions import StoreOptions
 
 pytestmark = pytest.mark.requires_uffd
 
@@ -255,7 +256,11 @@ def test_full_store_refuses_and_loses_nothing() -> None:
     image = image_path("hotcold")
     params = {"pages": 2000, "hot": 100, "epochs": 5, "same_filled_permille": 0}
     with Machine(
-        image, mem_bytes=32 << 20, engine="kvm", params=params, store_limit_bytes=64 << 10
+        image,
+        mem_bytes=32 << 20,
+        engine="kvm",
+        params=params,
+        store=StoreOptions(limit_bytes=64 << 10),
     ) as machine:
         machine.step_by_doorbell()
         while machine.run_epoch():
@@ -289,10 +294,11 @@ def test_store_that_cannot_give_a_page_back_stops_the_vm() -> None:
         machine.pager.evict(START + np.arange(PAGES))
         machine.pager.inject_failures(loads=1)
         machine.step_by_doorbell(False)
-        with pytest.raises(PagerError, match="lost page"):
+        with pytest.raises(LostPageError, match=r"machine check: .* gfn 0x") as caught:
             machine.wait(30)
         assert machine.pager.counters()["lost_pages"] == 1
-        assert (machine.pager.states() == PageState.LOST).sum() == 1
+        assert machine.pager.lost_gfns() == caught.value.gfns
+        assert machine.pager.state(caught.value.gfns[0]) is PageState.LOST
 
 
 @pytest.mark.requires_kvm

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,3 +234,56 @@ def test_bad_arguments_are_refused() -> None:
             used.harvest(0, 64, mask=np.zeros(2, dtype=np.uint64))
         with pytest.raises(IoctlError, match="busy"):
             used.start()
+
+
+def anonymous_bytes() -> int:
+    found = re.search(r"^Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def burst(pages: int, epochs: int, seconds: float) -> None:
+    """``pages`` first touches an epoch by two vCPUs: none lost, none waits for ever."""
+    mem_bytes = (pages + 4096) * 4096
+    params = {"start_gfn": 1024, "pages": pages, "epochs": 0, "write": 1}
+    with Machine(
+        image_path("touch"), mem_bytes=mem_bytes, engine="kvm", n_vcpus=2, params=params
+    ) as machine:
+        machine.step_by_doorbell()
+        used = machine.use_tracker("uffd")
+        before = anonymous_bytes()
+        for _ in range(epochs):
+            assert machine.run_epoch(timeout=seconds)
+            assert used.harvest(1024, pages).count() == pages
+        counters = used.counters()
+        assert counters["errors"] == 0
+        assert counters["first"] >= pages * epochs
+        # What is kept is bounded: a log of one entry for 8 pages, and a bit a page.
+        assert anonymous_bytes() - before < mem_bytes // 1000 + (1 << 20)
+        order = used.take_order()
+        assert order.gfns.size <= mem_bytes // 4096 // 8
+        assert order.gfns.size + order.dropped == counters["first"]
+        # And free-running, with harvests that clear under the guest's hands: it goes on.
+        machine.step_by_doorbell(False)
+        seen = machine.doorbells
+        while machine.doorbells < seen + 2:
+            used.harvest(1024 + pages // 2, 512)
+            assert used.counters()["errors"] == 0
+        machine.pause()
+
+
+@pytest.mark.requires_kvm
+def test_a_burst_of_100_000_faults() -> None:
+    burst(25_000, 4, 60)
+
+
+@pytest.mark.requires_kvm
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_burst_of_a_million_faults() -> None:
+    """One window of a million pages: 4 GiB of guest memory, about a minute and a half."""
+    free = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    assert free is not None
+    if int(free[1]) < 6 << 20:
+        pytest.skip(f"needs 6 GiB of free memory, {int(free[1]) >> 10} MiB are there")
+    burst(1_000_000, 1, 600)

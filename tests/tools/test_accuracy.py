@@ -10,31 +10,51 @@ import numpy as np
 import pytest
 
 from kvmhost.bitmap import YoungBitmap, pack
-from kvmhost.trackers import NAMES, probe_all
+from kvmhost.errors import CapabilityError
+from kvmhost.machine import Machine
 from kvmhost.trackers.guestpt import GuestptTracker
 from tools import accuracy
+from tools.accuracy import doorbells, running
+from tools.accuracy.kinds import CHANGING, KINDS, PAGES, START_GFN, WORKLOADS, Workload, probe_kinds
 from tools.main import run_command
 
-FEW = ("sequential", "random-writes", "hotcold-2-vcpus")
-QUICK = accuracy.Settings(workloads=FEW, epochs=10, rates=(), seconds=0.3)
+FEW = ("sequential", "zipf-0.99", "phases-2-vcpus")
+QUICK = accuracy.Settings(workloads=FEW, epochs=10, rates=(), seconds=0.2)
+ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
+ONE = ["--tracker", "guestpt", "--workload", "random", "--no-cost", "--seconds", "0.1"]
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
-)
-def test_every_tracker_that_works_is_exact(engine: str) -> None:
-    report = accuracy.run(dataclasses.replace(QUICK, engine=engine))
-    working = {name for name, support in probe_all(engine).items() if support.works}
-    assert {row["tracker"] for row in report["epochs"]} == working
-    assert set(report["missing"]) == set(NAMES) - working
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_tracker_that_works_is_exact(engine: str, name: str) -> None:
+    support = probe_kinds(engine)[name]
+    settings = dataclasses.replace(QUICK, engine=engine, trackers=(name,))
+    if not support.works:
+        with pytest.raises(CapabilityError):
+            accuracy.run(settings)
+        return
+    report = accuracy.run(settings)
+    assert {row["tracker"] for row in report["doorbells"]} == {name}
+    assert report["missing"] == {}
     assert report["exact"]
-    for row in report["epochs"]:
+    for row in report["doorbells"]:
         assert row["recall"] == 1.0
         assert row["new_after_max"] in (None, 1)
         assert (row["old_after_max"] or 1) <= row["period"]
-    for row in report["free"]:
+    assert {row["period"] for row in report["doorbells"]} == {1, 8}
+    for row in report["running"]:
         assert row["certain"] > 0
         assert (row["wrong"], row["missed"]) == (0, 0)
+        assert 0 < row["precision_at_least"] <= row["precision_at_most"] == 1.0
+
+
+@pytest.mark.requires_kvm
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_workload_is_known_exactly(workload: str) -> None:
+    row = doorbells.measure(KINDS["guestpt"], WORKLOADS[workload], "kvm", 14, 1)
+    assert (row["precision"], row["recall"]) == (1.0, 1.0)
+    if workload in CHANGING:
+        assert (row["old_after_max"], row["new_after_max"]) == (1, 1)
 
 
 @pytest.mark.parametrize("kind", ["misses", "invents", "late"])
@@ -54,38 +74,120 @@ def test_a_wrong_tracker_is_found_out(
         return dataclasses.replace(found, words=pack(bits))
 
     monkeypatch.setattr(GuestptTracker, "harvest", wrong)
-    arguments = ["--tracker", "guestpt", "--workload", "random", "--no-cost", "--json"]
-    assert accuracy.main([*arguments, "--seconds", "0.2"]) == 1
+    assert accuracy.main([*ONE, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    row = next(row for row in report["epochs"] if row["period"] == 1)
+    row = next(row for row in report["doorbells"] if row["period"] == 1)
     assert not report["exact"]
     assert (row["precision"] < 1) == (kind != "misses")
     assert (row["recall"] < 1) == (kind != "invents")
     if kind == "late":
         assert row["new_after_max"] == 2
+    assert accuracy.main(ONE) == 1
+    assert "NOT EXACT" in capsys.readouterr().out
+
+
+def test_a_coarse_tracker_may_report_more_but_not_less() -> None:
+    row = {"precision": 0.1, "recall": 1.0, "coarse": True, "period": 1}
+    is_exact = accuracy.command._is_exact
+    assert is_exact(row)
+    assert not is_exact(row | {"coarse": False})
+    assert is_exact(row | {"coarse": False, "period": 8})
+    assert not is_exact(row | {"recall": 0.999})
 
 
 def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "accuracy.png"
-    arguments = ["--tracker", "guestpt", "--workload", "strided", "--epochs", "4"]
-    assert accuracy.main([*arguments, "--seconds", "0.2", "--plot", str(picture)]) == 0
+    arguments = ["--tracker", "guestpt", "--workload", "zipf-0.9", "--epochs", "4", "--quick"]
+    assert accuracy.main([*arguments, "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
-    assert "strided" in out
-    assert "10 harvests a second" in out
+    assert "| guestpt | zipf-0.9 | all      |    1.0000 | 1.0000 |" in out
+    assert "| tracker | re-armed | 10 harvests/s |" in out
+    assert "all exact" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_cost_rows_name_every_way_of_re_arming(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tracker", "guestpt", "--workload", "strided", "--seconds", "0.1", "--json"]
+    more = ["--rate", "10", "--rate", "20", "--rounds", "1", "--mem", "16M", "--fraction", "1/4"]
+    assert accuracy.main(arguments + more) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["period"] == 4
+    rows = {(row["harvests_per_s"], row["rearm"]) for row in report["throughput"]}
+    assert {rate for rate, _ in rows} == {10.0, 20.0}
+    assert {"young", "1/4"} <= {rearm for _, rearm in rows}
+    assert all(row["throughput"] > 0 for row in report["throughput"])
+    assert min(report["cost"][0][name] for name in ("harvest_ns_per_page", "rearm_ns_per_page")) > 0
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--tracker", "none"], ["--workload", "none"], ["--plot", "/nowhere/a.png"]]
+    "arguments",
+    [
+        ["--tracker", "none"],
+        ["--workload", "none"],
+        ["--plot", "/nowhere/a.png"],
+        ["--plot", "a.txt"],
+        ["--plot", "picture"],
+    ],
 )
-def test_bad_arguments(arguments: list[str]) -> None:
+def test_bad_arguments_are_refused_before_any_work(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_machine(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a machine was made")
+
+    monkeypatch.setattr(Machine, "__init__", no_machine)
     assert run_command("accuracy", arguments) == 2
+
+
+@pytest.mark.parametrize("more", [["--fraction", "2"], ["--mem", "1M"], ["--epochs", "1"]])
+def test_bad_numbers(more: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        accuracy.main(more)
+    assert ended.value.code == 2
+
+
+def test_no_tracker_at_all() -> None:
+    assert run_command("accuracy", ["--engine", "emulated", "--tracker", "dirty"]) == 126
 
 
 def test_waits_are_counted_in_harvests() -> None:
     truth = np.array([[1, 0, 0], [0, 1, 0], [0, 1, 1], [0, 1, 0], [1, 1, 0]], dtype=bool)
     found = np.array([[1, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 0]], dtype=bool)
     # Page 0 is old from epoch 1 on and reads so in 3; page 2 from 3 on, and reads so in 4.
-    assert sorted(accuracy._harvests_until(truth, found, False)) == [2, 3]
+    assert sorted(doorbells.harvests_until(truth, found, False)) == [2, 3]
     # Page 1 is new in 1 and shows in 2, page 0 in 4 at once; page 2's change is undone.
-    assert sorted(accuracy._harvests_until(truth, found, True)) == [1, 2]
+    assert sorted(doorbells.harvests_until(truth, found, True)) == [1, 2]
+
+
+def test_bounds_of_a_window() -> None:
+    """Doorbells 3, 5 and 7 around a harvest: 5 lies inside, 4 to 8 may have been seen."""
+    workload = Workload("touch", {})
+    params = {"start_gfn": START_GFN, "pages": PAGES, "stride": 1, "pattern": 2, "write": 0}
+    params |= {"seed": 1, "count": 40}
+    kind = KINDS["guestpt"]
+
+    def touched(epochs: range) -> list[int]:
+        bits = sum(workload.touched(params, e, False).astype(int) for e in epochs)
+        return np.flatnonzero(bits).tolist()
+
+    certain = running._union(workload, params, kind, [3], [5], 0)
+    assert np.flatnonzero(certain).tolist() == touched(range(5, 6))
+    possible = running._union(workload, params, kind, [3], [7], 1)
+    assert np.flatnonzero(possible).tolist() == touched(range(4, 9))
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_shares_of_vcpus_add_up(name: str) -> None:
+    workload = WORKLOADS[name]
+    defaults = {"pattern": 0, "stride": 1, "write": 0, "seed": 1, "count": 64}
+    defaults |= {"cold": 16, "passes": 1, "zipf": 0, "zipf_permille": 900, "phase_every": 0}
+    defaults |= {"phase_step": 768, "write_permille": 500, "scan_epochs": 16}
+    params = defaults | {"start_gfn": START_GFN, "pages": PAGES} | dict(workload.params)
+    for epoch in range(6):
+        for only_writes in (False, True):
+            shares = [
+                workload.touched(params, epoch, only_writes, v) for v in range(workload.n_vcpus)
+            ]
+            assert np.array_equal(
+                np.any(shares, axis=0), workload.touched(params, epoch, only_writes)
+            )

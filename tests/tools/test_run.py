@@ -229,3 +229,30 @@ def test_import_cost_of_a_plain_run() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.requires_kvm
+@pytest.mark.requires_cap("DIRTY_LOG_RING")
+def test_dirty_ring() -> None:
+    """The guest writes more pages than its ring holds; the tracker runs beside it."""
+    words = ("--mem", "32M", "--param", "pages=3000", "--param", "write=1", "--param", "epochs=5")
+    done = kvmhost("touch", *words, "--dirty-ring", "1024", "--tracker", "dirty", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["doorbells"] == 5
+
+
+@pytest.mark.parametrize(
+    ("engine", "entries", "code", "text"),
+    [
+        pytest.param("kvm", "1000", 2, "a power of two", marks=pytest.mark.requires_kvm),
+        pytest.param("kvm", "131072", 2, "a power of two", marks=pytest.mark.requires_kvm),
+        ("emulated", "1024", 126, "--engine kvm"),
+        ("emulated", "0", 2, "1 or more"),
+        ("emulated", "x", 2, "--dirty-ring"),
+    ],
+)
+def test_dirty_rings_that_do_not_work(engine: str, entries: str, code: int, text: str) -> None:
+    done = kvmhost("hello", "--engine", engine, "--dirty-ring", entries)
+    assert done.returncode == code
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr

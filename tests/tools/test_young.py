@@ -193,3 +193,31 @@ def test_heatmap_of_a_vm_that_ends_has_what_there_was(vm, tmp_path):
     assert process.returncode == 0
     assert "windows of v" in stdout
     assert out.exists()
+
+
+@pytest.mark.parametrize("table_format", ["tdp", "ept", "stage2", "radix"])
+def test_snapshot_through_a_model_table(vm, hot, table_format):
+    """The walker of each format finds what the tracker found, and the provenance says so."""
+    words = ("--window", "0.3", "--range", "1024:5120", "--json", "--format", table_format)
+    done = kvmhost("young", "snapshot", "v", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    name = "npt" if table_format == "tdp" else table_format
+    assert (found["tracker"], found["table_format"]) == ("guestpt", f"{name}-model")
+    assert found["young"] == hot.size
+    assert found["ranges"] == [[int(hot[0]), int(hot[-1]) + 1]]
+
+
+def test_snapshot_of_a_vm_by_its_pid(vm, hot):
+    """A kvmhost VM is a process like any other: its guest mapping is a shared memfd."""
+    pid = str(vm.state().pid)
+    done = kvmhost("young", "snapshot", "--pid", pid, "--tracker", "present", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert (found["vm"], found["tracker"]) == (f"pid {pid}", "present")
+    assert found["table_format"] == "host-process"
+    assert found["pages"] == MEM_PAGES
+    words = ("--tracker", "present", "--format", "stage2", "--json")
+    fed = json.loads(kvmhost("young", "snapshot", "--pid", pid, *words).stdout)
+    assert fed["table_format"] == "stage2-model"
+    assert fed["young"] >= found["young"]

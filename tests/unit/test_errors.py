@@ -21,6 +21,7 @@ SAMPLES = {
     "LayoutError": errors.LayoutError("overlap at 0x1000"),
     "NameInUseError": errors.NameInUseError("vm0 runs already"),
     "PagerError": errors.PagerError("store is full"),
+    "LostPageError": errors.LostPageError([0x400, 0x401], "its checksum does not fit"),
     "UnexpectedExit": errors.UnexpectedExit(3, "triple fault", "rip=0x10"),
     "VmGoneError": errors.VmGoneError("vm0", "no socket"),
 }

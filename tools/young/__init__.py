@@ -12,6 +12,17 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "snapshot": "one bitmap of a running VM: counts, densities, ranges",
     "heatmap": "a picture, gfn by time",
+    "record": "bitmaps of running VMs into a file, window by window",
+    "stat": "what is in a record: windows, sources, main figures, phases",
+    "wss": "working-set size over time, at several lengths",
+    "ages": "how cold pages are, and what it would cost to take them",
+    "hot": "ranges of pages that are young most of the time",
+    "diff": "how alike two stretches or two records are",
+    "compare": "trackers and table formats on the same windows: where and why they differ",
+    "page": "the history of one page",
+    "gfn": "an address as gfn, gpa, hva and slot offset",
+    "export": "a record as DAMON's, KVM dirty bitmaps, text, or a list of gfns",
+    "import": "a record out of those",
 }
 
 

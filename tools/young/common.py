@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -14,12 +15,68 @@ from typing import IO
 from kvmhost.control.schema import MemoryMap
 from kvmhost.errors import LayoutError
 
-__all__ = ["add_vm_arguments", "check_out", "percent", "progress_bar", "range_of", "replacing"]
+if typing.TYPE_CHECKING:
+    from kvmhost.control.client import Client
+    from kvmhost.trackers.attach import Attached
+
+__all__ = [
+    "add_source_arguments",
+    "add_vm_arguments",
+    "check_out",
+    "gfn_range",
+    "open_source",
+    "percent",
+    "progress_bar",
+    "range_of",
+    "replacing",
+]
 
 
-def add_vm_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add VM, --tracker and --range."""
-    parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what can be looked at instead of a VM of ours: VM or --pid, and --mapping."""
+    parser.add_argument("vm", metavar="VM", nargs="?", help="name of a VM, or path of its socket")
+    parser.add_argument(
+        "--pid",
+        type=int,
+        metavar="PID",
+        help="instead of VM: a process that is not ours, such as QEMU with a memfd for memory; "
+        "trackers are then auto, idle, pageout, written, soft-dirty, present "
+        "(docs/trackers.md says what each changes there), and gfns count from its start",
+    )
+    parser.add_argument(
+        "--mapping",
+        default="",
+        metavar="WORD",
+        help="with --pid: which shared mapping, by an address in hex or a part of its path "
+        "(default: the largest one of memory)",
+    )
+
+
+def open_source(args: argparse.Namespace) -> Client | Attached:
+    """Return what the arguments of :func:`add_source_arguments` name.
+
+    :raises LayoutError: if they name both or nothing, or a process that does not fit
+    :raises CapabilityError: if the process may not be looked at
+    """
+    if (args.vm is None) == (args.pid is None):
+        raise LayoutError("give the name of a VM, or --pid PID; one of both")
+    if args.pid is None:
+        if args.mapping:
+            raise LayoutError("--mapping goes with --pid")
+        from kvmhost.control.client import Client
+
+        return Client(args.vm)
+    from kvmhost.trackers.attach import Attached
+
+    return Attached(args.pid, args.mapping)
+
+
+def add_vm_arguments(parser: argparse.ArgumentParser, *, or_pid: bool = False) -> None:
+    """Add VM (or --pid), --tracker and --range."""
+    if or_pid:
+        add_source_arguments(parser)
+    else:
+        parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
     parser.add_argument(
         "--tracker",
         default="auto",
@@ -28,7 +85,7 @@ def add_vm_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--range",
-        type=_gfn_range,
+        type=gfn_range,
         metavar="GFN:GFN",
         help="from this gfn up to before that one; 0x for hex (default: all memory)",
     )
@@ -89,7 +146,11 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
-def _gfn_range(text: str) -> tuple[int, int]:
+def gfn_range(text: str) -> tuple[int, int]:
+    """Parse ``GFN:GFN``.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
     try:
         start, end = (int(part, 0) for part in text.split(":"))
     except ValueError:

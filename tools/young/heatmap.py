@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvmhost.control.client import Client
 from tools.args import count, seconds
-from tools.young.common import add_vm_arguments, check_out, progress_bar, range_of
+from tools.young.common import add_vm_arguments, check_out, open_source, progress_bar, range_of
 
 __all__ = ["main"]
 
@@ -20,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
 
     need_plotting()
     check_out(args.out, PICTURE_KINDS)
-    with Client(args.vm) as vm, progress_bar(args.count) as advance:
+    with open_source(args) as vm, progress_bar(args.count) as advance:
         gfn_start, n_pages = range_of(args.range, vm.memory())
         heatmap = record_live(
             vm,
@@ -33,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
             on_window=advance,
         )
     render_heatmap(heatmap, args.out)
-    print(f"{args.out}: {len(heatmap.columns)} windows of {args.vm}")
+    print(f"{args.out}: {len(heatmap.columns)} windows of {vm.vm}")
     return 0
 
 
@@ -43,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Harvest a VM window by window and draw which pages were touched when. "
         "The harvests clear: a reclaim daemon on the same VM sees less meanwhile.",
     )
-    add_vm_arguments(parser)
+    add_vm_arguments(parser, or_pid=True)
     parser.add_argument(
         "-o", "--out", type=Path, required=True, metavar="FILE", help=".png, .svg, .pdf"
     )

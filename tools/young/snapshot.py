@@ -14,11 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import YoungBitmap
-from kvmhost.control.client import Client
 from kvmhost.control.schema import HarvestCost, MemoryMap
 from kvmhost.trackers.sample import DEFAULT_FRACTION
 from tools.args import seconds, share
-from tools.young.common import add_vm_arguments, check_out, percent, range_of, replacing
+from tools.young.common import (
+    add_vm_arguments,
+    check_out,
+    open_source,
+    percent,
+    range_of,
+    replacing,
+)
 
 __all__ = ["main"]
 
@@ -32,12 +38,14 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if args.out is not None:
         check_out(args.out, _BITMAP_KINDS)
-    with Client(args.vm) as vm:
+    with open_source(args) as vm:
         memory = vm.memory()
         gfn_start, n_pages = range_of(args.range, memory)
         window_s = args.window
         tracker = vm.state().tracker
-        if window_s is None and (tracker is None or args.tracker not in ("auto", tracker)):
+        is_new = tracker is None or args.tracker not in ("auto", tracker)
+        # What was ever touched has no window.
+        if window_s is None and is_new and args.tracker != "present":
             window_s = _FIRST_WINDOW_S
         if window_s is not None:
             vm.harvest(gfn_start, n_pages, tracker=args.tracker)
@@ -49,13 +57,14 @@ def main(argv: Sequence[str]) -> int:
             clear=args.clear,
             rearm=args.rearm,
             fraction=args.fraction,
+            table_format=args.format,
         )
     if args.out is not None:
         _write_bitmap(bitmap, args.out)
     if args.json:
-        print(json.dumps(_summary(args.vm, bitmap, cost, memory)))
+        print(json.dumps(_summary(vm.vm, bitmap, cost, memory)))
     else:
-        _print_snapshot(args.vm, bitmap, cost, memory)
+        _print_snapshot(vm.vm, bitmap, cost, memory)
     return 0
 
 
@@ -65,7 +74,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Show which pages are young now. Without --clear nothing changes for "
         "anyone else who harvests the VM.",
     )
-    add_vm_arguments(parser)
+    add_vm_arguments(parser, or_pid=True)
+    parser.add_argument(
+        "--format",
+        choices=("", "tdp", "npt", "ept", "stage2", "radix"),
+        default="",
+        help="feed the harvest into a model table of this format and show what its walker finds "
+        "(default: what the tracker finds)",
+    )
     parser.add_argument(
         "--window",
         type=seconds,

@@ -13,8 +13,8 @@ from kvmhost.control.server import ControlServer
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import TinyLayout
-from kvmhost.pager.pager import EvictOutcome, EvictResult, PageState
-from kvmhost.trackers.harvesting import harvest_machine
+from kvmhost.pager import EvictOutcome, EvictResult, PageState, RestoreResult
+from kvmhost.trackers.harvesting import Harvester
 
 GFN_HIGH = 0x4000
 
@@ -60,7 +60,14 @@ class FakePager:
     def restore(self, gfn, n_pages=1):
         back = {g for g in self.out if gfn <= g < gfn + n_pages}
         self.out -= back
-        return len(back)
+        return RestoreResult(len(back), lost=0, left=0)
+
+    def drain(self):
+        self.limit_pages, self.victims = 0, []
+        return self.restore(0, 1 << 40)
+
+    def page_out(self, gfns):
+        raise CapabilityError("host swap", "free swap space", "none", "add swap, or evict")
 
     def shrink(self):
         return 7
@@ -102,6 +109,7 @@ class FakeMachine:
         self.has_pager = False
         self.pager_problem = None
         self.hold = None
+        self.harvester = None
         self._pager = FakePager(self.memory)
 
     @property
@@ -130,7 +138,8 @@ class FakeMachine:
         return self.tracker and self.tracker.name
 
     def harvest(self, gfn_start, n_pages, **how):
-        return harvest_machine(self, gfn_start, n_pages, **how)
+        self.harvester = self.harvester or Harvester(self)
+        return self.harvester.harvest(gfn_start, n_pages, **how)
 
     def pause(self):
         self.pauses += 1

@@ -167,6 +167,32 @@ def test_evict_restore_and_lookup(vm, machine):
     assert vm.counters().pager == {"evictions": 1}
 
 
+def test_drain_brings_all_back_and_lifts_the_limit(vm, machine):
+    vm.set_limit(1 << 20)
+    vm.evict([7, 9, GFN_HIGH])
+    report = vm.drain()
+    assert (report.restored, report.lost, report.left) == (3, 0, 0)
+    assert vm.page(7).state == "resident"
+    assert vm.state().limit_bytes == 0
+    assert machine.pager.limit_pages == 0
+    assert vm.drain().restored == 0
+
+
+def test_drain_of_a_vm_that_never_evicted_makes_no_pager(vm, machine):
+    machine.pager_problem = CapabilityError("userfaultfd", "one", "none", "get one")
+    report = vm.drain()
+    assert (report.restored, report.lost, report.left) == (0, 0, 0)
+
+
+def test_swap_actuator_that_the_host_lacks(vm):
+    with pytest.raises(ControlError) as caught:
+        vm.evict([7], actuator="swap")
+    assert caught.value.status == 501
+    assert "add swap" in caught.value.problem
+    with pytest.raises(ControlError, match="actuator"):
+        vm.evict([7], actuator="tape")
+
+
 def test_counters_before_any_pager(vm):
     assert vm.counters().pager is None
     assert vm.page(7).state == "resident"

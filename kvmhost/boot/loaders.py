@@ -1,0 +1,86 @@
+"""Which loader an image needs, by its contents.
+
+In this order: a multiboot header within the first 8 KiB; a PVH note; a section of
+parameters or nothing of all that in a 64-bit ELF: a tiny guest; a 32-bit ELF: entered
+as it is. Bare bytes say nothing about themselves and have to be named.
+"""
+
+from __future__ import annotations
+
+import struct
+import typing
+from pathlib import Path
+
+from kvmhost.boot.elf import is_elf, parse_elf, read_file
+from kvmhost.boot.image import Image, Segment, parse_image
+from kvmhost.errors import ImageError, LayoutError
+from kvmhost.memory.layout import IMAGE_GPA
+
+if typing.TYPE_CHECKING:
+    from kvmhost.boot.pcboot import PcImage
+
+__all__ = ["LOADERS", "detect", "load_image"]
+
+LOADERS = ("auto", "tiny", "multiboot", "pvh", "elf", "flat16", "flat32", "flat64")
+
+
+def detect(path: str, data: bytes) -> str:
+    """Return the loader's name.
+
+    :raises ImageError: if no loader takes the file
+    """
+    from kvmhost.boot.multiboot import find_header
+
+    if find_header(data) is not None:
+        return "multiboot"
+    if not is_elf(data):
+        problem = "neither ELF nor a multiboot header; bare code needs --loader flat16, 32 or 64"
+        raise ImageError(path, "e_ident", f"not an ELF file: {problem}", 0)
+    from kvmhost.boot.pvh import find_entry
+
+    elf = parse_elf(path, data)
+    if find_entry(elf) is not None:
+        return "pvh"
+    return "tiny" if elf.is_64 else "elf"
+
+
+def load_image(path: Path, loader: str = "auto") -> Image | PcImage:
+    """Read and check an image.
+
+    :return: an :class:`Image` is for a tiny guest, anything else for a ``pc``
+    :raises ImageError: if the file is damaged or not for that loader
+    :raises LayoutError: for an unknown loader
+    """
+    if loader not in LOADERS:
+        raise LayoutError(f"unknown loader {loader!r}; there are: {', '.join(LOADERS)}")
+    data, name = read_file(path), str(path)
+    try:
+        return _load(name, data, detect(name, data) if loader == "auto" else loader)
+    except ImageError:
+        raise
+    except (struct.error, ValueError, IndexError, OverflowError) as error:
+        raise ImageError(name, "image", f"damaged: {error}") from error
+
+
+def _load(name: str, data: bytes, loader: str) -> Image | PcImage:
+    if loader == "tiny":
+        return parse_image(name, data)
+    if loader == "flat64":
+        if not data:
+            raise ImageError(name, "file", "empty", 0)
+        return Image(name, IMAGE_GPA, (Segment(IMAGE_GPA, data, len(data), 0),), ())
+    if loader == "multiboot":
+        from kvmhost.boot.multiboot import parse_multiboot
+
+        return parse_multiboot(name, data)
+    if loader == "pvh":
+        from kvmhost.boot.pvh import parse_pvh
+
+        return parse_pvh(parse_elf(name, data))
+    from kvmhost.boot.plain import parse_flat, parse_plain_elf
+
+    return (
+        parse_plain_elf(parse_elf(name, data))
+        if loader == "elf"
+        else parse_flat(name, data, loader)
+    )

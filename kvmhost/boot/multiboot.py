@@ -1,0 +1,182 @@
+"""Multiboot 1 images, with and without an ELF header.
+
+The header is looked for in the first 8 KiB, at multiples of 4. With flag bit 16 it
+says itself where the file's bytes go (fields ``header_addr`` to ``entry_addr``); else
+the file is an ELF executable. What the guest is given, and where, follows QEMU's
+loader, so that an image sees the same here: memory map at 0x9000, information at
+0x9500, strings and modules behind the image.
+
+Source: Multiboot Specification 0.6.96, chapter 3; hw/i386/multiboot.c of QEMU 7.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+
+from kvmhost.boot.elf import EM_386, EM_X86_64, is_elf, parse_elf, take
+from kvmhost.boot.pcboot import BootPlan, BootRequest, Chunk, Mode, PcEntry, page_up
+from kvmhost.errors import ImageError
+
+__all__ = ["BOOT_MAGIC", "MultibootImage", "find_header", "parse_multiboot"]
+
+HEADER_MAGIC = 0x1BADB002
+#: What eax holds when the image starts.
+BOOT_MAGIC = 0x2BADB002
+SEARCH_BYTES = 8192
+HEADER_BYTES = 48
+HAS_ADDRESSES = 1 << 16
+
+MAP_GPA = 0x9000
+INFO_GPA = 0x9500
+BOOT_DEVICE = 0x8000FFFF
+LOADER_NAME = b"qemu\0"
+
+# Memory, boot device, command line, modules, memory map, loader name.
+_INFO_FLAGS = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9
+_MODULE_BYTES = 16
+_LIMIT = 1 << 32
+_FIELDS = ("header_addr", "load_addr", "load_end_addr", "bss_end_addr", "entry_addr")
+
+
+@dataclasses.dataclass(frozen=True)
+class MultibootImage:
+    """A checked image: its bytes by gpa, and where it starts."""
+
+    path: str
+    chunks: tuple[Chunk, ...]
+    entry: int
+    loader: str = "multiboot"
+
+    def plan(self, request: BootRequest) -> BootPlan:
+        """Lay out strings, modules and the boot information behind the image."""
+        start = min(chunk.gpa for chunk in self.chunks)
+        end = start + page_up(max(chunk.end for chunk in self.chunks) - start)
+        tail, command_gpa, name_gpa = _tail(request, end)
+        entries = b"".join(
+            struct.pack("<IQQI", 20, entry.gpa, entry.n_bytes, entry.kind)
+            for entry in request.layout.memory_map()
+        )
+        info = bytearray(88)
+        struct.pack_into(
+            "<7I",
+            info,
+            0,
+            _INFO_FLAGS,
+            request.layout.mem_lower_kib,
+            request.layout.mem_upper_kib,
+            BOOT_DEVICE,
+            command_gpa,
+            len(request.modules),
+            end,
+        )
+        struct.pack_into("<II", info, 44, len(entries), MAP_GPA)
+        struct.pack_into("<I", info, 64, name_gpa)
+        chunks = (*self.chunks, *tail, _chunk(MAP_GPA, entries), _chunk(INFO_GPA, bytes(info)))
+        state = PcEntry(Mode.PROTECTED, self.entry, rax=BOOT_MAGIC, rbx=INFO_GPA, rsp=0x7000)
+        return BootPlan(self.path, chunks, state)
+
+
+def find_header(data: bytes) -> int | None:
+    """Return the offset of the multiboot header, or None."""
+    head = data[:SEARCH_BYTES].ljust(SEARCH_BYTES, b"\0")
+    for at in range(0, SEARCH_BYTES - HEADER_BYTES, 4):
+        magic, flags, checksum = struct.unpack_from("<III", head, at)
+        if magic == HEADER_MAGIC and (magic + flags + checksum) % _LIMIT == 0:
+            return at
+    return None
+
+
+def parse_multiboot(path: str, data: bytes) -> MultibootImage:
+    """Check an image and find out what goes where.
+
+    :raises ImageError: if there is no header, or it contradicts itself or the file
+    """
+    at = find_header(data)
+    if at is None:
+        problem = f"no header in the first {SEARCH_BYTES} bytes with a right checksum"
+        raise ImageError(path, "multiboot header", problem, 0)
+    if at + 12 <= len(data) and struct.unpack_from("<I", data, at + 4)[0] & HAS_ADDRESSES:
+        return _by_addresses(path, data, at)
+    if not is_elf(data):
+        problem = "bit 16 is clear, so the file has to be ELF, and it is not"
+        raise ImageError(path, "multiboot flags", problem, at + 4)
+    return _by_elf(path, data)
+
+
+def _by_addresses(path: str, data: bytes, at: int) -> MultibootImage:
+    raw = take(path, data, "multiboot header", at + 12, 20)
+    header, load, load_end, bss_end, entry = struct.unpack("<5I", raw)
+    where = {name: at + 12 + 4 * i for i, name in enumerate(_FIELDS)}
+
+    def wrong(field: str, problem: str) -> ImageError:
+        return ImageError(path, field, problem, where[field])
+
+    if header < load:
+        raise wrong("load_addr", f"{load:#x} is above header_addr {header:#x}")
+    if header - load > at:
+        problem = f"{header:#x} is {header - load:#x} bytes after load_addr, the header at {at:#x}"
+        raise wrong("header_addr", problem)
+    first = at - (header - load)
+    if load_end and load_end < load:
+        raise wrong("load_end_addr", f"{load_end:#x} is below load_addr {load:#x}")
+    n_bytes = load_end - load if load_end else len(data) - first
+    if load + n_bytes >= _LIMIT:
+        raise wrong("load_addr", f"{n_bytes:#x} bytes at {load:#x} end above 4 GiB")
+    if bss_end and bss_end < load + n_bytes:
+        raise wrong("bss_end_addr", f"{bss_end:#x} is below the end {load + n_bytes:#x}")
+    if first + n_bytes > len(data):
+        problem = f"{load_end:#x}: the file ends {first + n_bytes - len(data):#x} bytes before"
+        raise wrong("load_end_addr", problem)
+    mem_bytes = bss_end - load if bss_end else n_bytes
+    chunk = Chunk(load, data[first : first + n_bytes], mem_bytes, "load_addr", where["load_addr"])
+    return MultibootImage(path, (chunk,), entry)
+
+
+def _by_elf(path: str, data: bytes) -> MultibootImage:
+    elf = parse_elf(path, data)
+    if elf.machine != (EM_X86_64 if elf.is_64 else EM_386):
+        raise ImageError(path, "e_machine", f"{elf.machine} is not x86", 18)
+    chunks = tuple(
+        Chunk(phdr.paddr, elf.contents(phdr), phdr.memsz, "p_paddr", phdr.at)
+        for phdr in elf.loads()
+    )
+    if not chunks:
+        raise ImageError(path, "Phdr", "nothing to load", elf.phdrs[0].at)
+    entry = elf.entry_paddr()
+    if not any(chunk.gpa <= entry < chunk.end for chunk in chunks) or entry >= _LIMIT:
+        raise ImageError(path, "e_entry", f"{elf.entry:#x} is in no loaded segment", 24)
+    return MultibootImage(path, chunks, entry)
+
+
+def _tail(request: BootRequest, gpa: int) -> tuple[list[Chunk], int, int]:
+    """Return chunks from ``gpa`` on, and where command line and loader name are.
+
+    In order: module list, strings (each module's, then the command line), loader name;
+    from the next page on the modules, each on a page of its own.
+    """
+    module_strings = [_module_string(m.path, m.arguments) for m in request.modules]
+    command = request.command_line.encode() + b"\0"
+    strings_gpa = gpa + _MODULE_BYTES * len(request.modules)
+    # As much room for strings as the loader that this follows reserves.
+    joined = len(b",".join(module_strings)) + 1 if module_strings else 0
+    name_gpa = strings_gpa + joined + len(command)
+    next_gpa = gpa + page_up(name_gpa + len(LOADER_NAME) - gpa)
+    listed, strings, chunks = b"", b"", []
+    for module, text in zip(request.modules, module_strings, strict=True):
+        end = next_gpa + len(module.data)
+        listed += struct.pack("<4I", next_gpa, end, strings_gpa + len(strings), 0)
+        strings += text + b"\0"
+        chunks.append(Chunk(next_gpa, module.data, len(module.data), f"module {module.path}"))
+        next_gpa = gpa + page_up(end - gpa)
+    head = listed + strings + command
+    chunks = [_chunk(gpa, head), _chunk(name_gpa, LOADER_NAME), *chunks]
+    return chunks, strings_gpa + len(strings), name_gpa
+
+
+def _module_string(path: str, arguments: str) -> bytes:
+    return (f"{path} {arguments}" if arguments else path).encode()
+
+
+def _chunk(gpa: int, data: bytes) -> Chunk:
+    return Chunk(gpa, data, len(data), "boot information")

@@ -1,0 +1,131 @@
+"""What a ``pc`` guest starts with: bytes to put into memory, and the first registers.
+
+Each loader module (multiboot, pvh, plain) turns a file into a :class:`PcImage`; the
+boot protocol's own structures are made in :meth:`PcImage.plan`, when memory size,
+command line and modules are known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvmhost.errors import ImageError
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.memory.pclayout import PcLayout
+
+__all__ = ["BootPlan", "BootRequest", "Chunk", "Mode", "Module", "PcEntry", "PcImage"]
+
+
+class Mode(enum.Enum):
+    """Processor mode at the first instruction; privilege level 0 in each."""
+
+    REAL = "real"
+    PROTECTED = "protected"  # 32 bits, paging off
+    LONG = "long"  # 64 bits, the first 4 GiB mapped one to one
+
+
+@dataclasses.dataclass(frozen=True)
+class PcEntry:
+    """Registers of the boot processor; everything not named is 0 or as after reset."""
+
+    mode: Mode
+    rip: int
+    rax: int = 0
+    rbx: int = 0
+    rdx: int = 0
+    rsi: int = 0
+    rsp: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Bytes for memory; ``mem_bytes`` beyond the data are zero.
+
+    :ivar field: the image's field that says where, and ``offset`` its place in the file
+    """
+
+    gpa: int
+    data: bytes
+    mem_bytes: int
+    field: str = "load address"
+    offset: int | None = None
+
+    @property
+    def end(self) -> int:
+        """First gpa after it."""
+        return self.gpa + self.mem_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A file beside the image, and its argument string."""
+
+    path: str
+    arguments: str
+    data: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class BootRequest:
+    """What the boot protocol passes on."""
+
+    layout: PcLayout
+    command_line: str
+    modules: Sequence[Module] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class BootPlan:
+    """Everything that goes into memory, in this order, and the entry state."""
+
+    path: str
+    chunks: tuple[Chunk, ...]
+    entry: PcEntry
+
+    def load(self, memory: GuestMemory, layout: PcLayout) -> None:
+        """Copy all chunks.
+
+        :raises ImageError: if one is not inside low memory, below the firmware's tables
+        """
+        written: list[tuple[int, int]] = []
+        for chunk in self.chunks:
+            if chunk.gpa < 0 or chunk.end > layout.tables_gpa:
+                raise ImageError(
+                    self.path,
+                    chunk.field,
+                    f"[{chunk.gpa:#x}, {chunk.end:#x}) is not inside [0, "
+                    f"{layout.tables_gpa:#x}); give the guest more memory",
+                    chunk.offset,
+                )
+            data_end = chunk.gpa + len(chunk.data)
+            memory[chunk.gpa : data_end] = chunk.data
+            # Memory starts as zeros: only what came before can be in the way.
+            for start, end in written:
+                start, end = max(start, data_end), min(end, chunk.end)
+                if start < end:
+                    memory[start:end] = bytes(end - start)
+            written.append((chunk.gpa, data_end))
+
+
+class PcImage(Protocol):
+    """An image that was read and checked."""
+
+    @property
+    def path(self) -> str:
+        """The file, for messages."""
+
+    @property
+    def loader(self) -> str:
+        """Which loader took it."""
+
+    def plan(self, request: BootRequest) -> BootPlan:
+        """Return what to load and where to start."""
+
+
+def page_up(n_bytes: int) -> int:
+    """Round up to whole pages."""
+    return -(-n_bytes // PAGE_BYTES) * PAGE_BYTES

@@ -1,0 +1,218 @@
+"""Guest memory as a VM knows it: memslots, dirty logs, guest_memfd, attributes.
+
+A memslot is a range of guest physical addresses backed by a range of the caller's.
+It is created, changed and deleted by one request; what may change depends on what
+stays: flags (``KVM_MEM_LOG_DIRTY_PAGES``) and, with the same size and backing,
+the place. Read-only is for a slot's whole life.
+"""
+
+from __future__ import annotations
+
+import typing
+
+from kvmhost._ffi import ffi, lib
+from kvmhost.errors import LayoutError
+from kvmhost.kvm.descriptor import Descriptor
+from kvmhost.kvm.guestmemfd import GuestMemfd
+from kvmhost.kvm.structs import Struct
+
+if typing.TYPE_CHECKING:
+    from kvmhost.bitmap import Words
+
+__all__ = ["VmMemory"]
+
+
+class VmMemory(Descriptor):
+    """The requests of a VM that have to do with memory."""
+
+    def set_memory_region(
+        self, slot: int, gpa: int, n_bytes: int, host_address: int, flags: int = 0
+    ) -> None:
+        """Create, move, change or (``n_bytes`` 0) delete a memslot.
+
+        >>> vm.set_memory_region(0, 0, 1 << 20, region.guest_address)  # doctest: +SKIP
+
+        :param slot: number below KVM_CAP_NR_MEMSLOTS
+        :param gpa: first guest physical address, page-aligned
+        :param host_address: of the backing memory, which must stay mapped
+        :param flags: ``KVM_MEM_LOG_DIRTY_PAGES`` and ``KVM_MEM_READONLY`` bits
+        :raises IoctlError: ``EEXIST`` for an overlap; ``EINVAL`` for bad alignment, for
+            another size or backing of an existing slot, or a change of read-only
+
+        Source: KVM_SET_USER_MEMORY_REGION.
+        """
+        fields = {"slot": slot, "flags": flags, "guest_phys_addr": gpa, "memory_size": n_bytes}
+        self._make(
+            "KVM_SET_USER_MEMORY_REGION",
+            "kvm_userspace_memory_region",
+            userspace_addr=host_address,
+            **fields,
+        )
+
+    def set_memory_region2(
+        self,
+        slot: int,
+        gpa: int,
+        n_bytes: int,
+        host_address: int,
+        flags: int = 0,
+        *,
+        guest_memfd: int = -1,
+        guest_memfd_offset: int = 0,
+    ) -> None:
+        """Create, change or delete a memslot that may have a guest_memfd.
+
+        :param guest_memfd: descriptor of :meth:`create_guest_memfd`; private pages come
+            from it, and shared ones too where it can be mapped (``host_address`` is then
+            the address of that mapping)
+        :param guest_memfd_offset: byte offset into it, page-aligned
+        :raises IoctlError: ``ENOTTY`` before Linux 6.8; ``EINVAL`` where this VM's type
+            has no private memory; otherwise as :meth:`set_memory_region`
+
+        Source: KVM_SET_USER_MEMORY_REGION2.
+        """
+        fields = {"slot": slot, "guest_phys_addr": gpa, "memory_size": n_bytes}
+        if guest_memfd >= 0:
+            flags |= lib.KVM_MEM_GUEST_MEMFD
+            fields |= {"guest_memfd": guest_memfd, "guest_memfd_offset": guest_memfd_offset}
+        self._make(
+            "KVM_SET_USER_MEMORY_REGION2",
+            "kvm_userspace_memory_region2",
+            userspace_addr=host_address,
+            flags=flags,
+            **fields,
+        )
+
+    def delete_memory_region(self, slot: int) -> None:
+        """Delete a memslot; its gpas are MMIO from then on.
+
+        >>> vm.delete_memory_region(0)  # doctest: +SKIP
+
+        :raises IoctlError: ``EINVAL`` if there is no such slot
+
+        Source: KVM_SET_USER_MEMORY_REGION with a size of 0.
+        """
+        self.set_memory_region(slot, 0, 0, 0)
+
+    def create_guest_memfd(self, n_bytes: int, flags: int = 0) -> GuestMemfd:
+        """Create memory that belongs to this VM and that others may not map.
+
+        :param flags: ``GUEST_MEMFD_FLAG_MMAP`` and ``_INIT_SHARED`` where
+            KVM_CAP_GUEST_MEMFD_FLAGS has them
+        :raises IoctlError: ``ENOTTY`` before Linux 6.8, ``EINVAL`` for flags or a size
+            that is not whole pages
+
+        Source: KVM_CREATE_GUEST_MEMFD.
+        """
+        request = "KVM_CREATE_GUEST_MEMFD"
+        fd = self._make(request, "kvm_create_guest_memfd", size=n_bytes, flags=flags)
+        return GuestMemfd(fd, n_bytes)
+
+    def set_memory_attributes(self, gpa: int, n_bytes: int, attributes: int) -> None:
+        """Say what a range of guest memory is, slots or not.
+
+        :param attributes: ``KVM_MEMORY_ATTRIBUTE_PRIVATE``, or 0 for shared
+        :raises IoctlError: ``ENOTTY`` without KVM_CAP_MEMORY_ATTRIBUTES, ``EINVAL`` for
+            attributes that this VM does not have
+
+        Source: KVM_SET_MEMORY_ATTRIBUTES.
+        """
+        fields = {"address": gpa, "size": n_bytes, "attributes": attributes}
+        self._make("KVM_SET_MEMORY_ATTRIBUTES", "kvm_memory_attributes", **fields)
+
+    def get_dirty_log(self, slot: int, words: Words) -> None:
+        """Fetch the dirty bitmap of a memslot, and clear it unless protection is manual.
+
+        Under ``KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`` nothing is cleared.
+
+        :param slot: memslot id, as given to :meth:`set_memory_region`
+        :param words: ``uint64``, shape ``(ceil(n_pages / 64),)`` of the slot, overwritten;
+            bit ``i`` of word ``w`` is page ``64 * w + i`` of the slot. A shorter one
+            would be written past its end
+        :raises IoctlError: ``ENOENT`` if the slot does not log dirty pages,
+            ``ENXIO`` if the VM uses the dirty ring
+
+        Source: KVM_GET_DIRTY_LOG, Linux v6.12, virt/kvm/kvm_main.c.
+        """
+        # SAFETY: the view keeps words alive until the call returns.
+        view = ffi.from_buffer("uint64_t[]", words, require_writable=True)
+        log = ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": view})
+        self._pass("KVM_GET_DIRTY_LOG", log, slot=slot)
+
+    def clear_dirty_log(self, slot: int, first_page: int, n_pages: int, words: Words) -> None:
+        """Clear dirty bits of a memslot and write-protect those pages again.
+
+        :param first_page: in the slot, a multiple of 64
+        :param n_pages: a multiple of 64, or all that is left of the slot
+        :param words: shape ``(ceil(n_pages / 64),)``, bit 0 is ``first_page``; only pages
+            whose bit is 1 are cleared
+        :raises IoctlError: ``EINVAL`` for a range that is none, or without
+            ``KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2``; ``ENOENT`` if the slot does not log
+        :raises LayoutError: if ``words`` is too short for the range
+
+        Source: KVM_CLEAR_DIRTY_LOG, Linux v6.12, virt/kvm/kvm_main.c.
+        """
+        if len(words) * 64 < n_pages:
+            raise LayoutError(f"clear_dirty_log: {len(words)} words for {n_pages} pages")
+        # SAFETY: the view keeps words alive until the call returns; KVM only reads it.
+        view = ffi.from_buffer("uint64_t[]", words)
+        fields = {"slot": slot, "num_pages": n_pages, "first_page": first_page}
+        log = ffi.new("struct kvm_clear_dirty_log *", fields | {"dirty_bitmap": view})
+        self._pass("KVM_CLEAR_DIRTY_LOG", log, **fields)
+
+    def reset_dirty_rings(self) -> int:
+        """Give the ring entries back that were marked as harvested, of all vCPUs.
+
+        :class:`~kvmhost.kvm.ring.DirtyRings` marks and resets in C.
+
+        :return: how many entries that were
+        :raises IoctlError: ``EINVAL`` without the ring
+
+        Source: KVM_RESET_DIRTY_RINGS.
+        """
+        return self._call("KVM_RESET_DIRTY_RINGS")
+
+    def set_nr_mmu_pages(self, n_pages: int) -> None:
+        """Limit the pages that KVM may use for shadow page tables.
+
+        >>> vm.set_nr_mmu_pages(1024)  # doctest: +SKIP
+
+        :raises IoctlError: ``EINVAL`` below 20
+
+        Source: KVM_SET_NR_MMU_PAGES.
+        """
+        self._call("KVM_SET_NR_MMU_PAGES", n_pages, n_pages=n_pages)
+
+    def get_nr_mmu_pages(self) -> int:
+        """Return the limit on pages for shadow page tables.
+
+        Source: KVM_GET_NR_MMU_PAGES; removed in Linux 6.4, ``ENOTTY`` since then.
+        """
+        return self._call("KVM_GET_NR_MMU_PAGES")
+
+    def register_encrypted_region(self, host_address: int, n_bytes: int) -> None:
+        """Pin host memory that may hold encrypted guest data (SEV).
+
+        :raises IoctlError: ``ENOTTY`` where this VM is not encrypted
+
+        Source: KVM_MEMORY_ENCRYPT_REG_REGION.
+        """
+        fields = {"addr": host_address, "size": n_bytes}
+        self._make("KVM_MEMORY_ENCRYPT_REG_REGION", "kvm_enc_region", **fields)
+
+    def unregister_encrypted_region(self, host_address: int, n_bytes: int) -> None:
+        """Undo :meth:`register_encrypted_region`.
+
+        Source: KVM_MEMORY_ENCRYPT_UNREG_REGION.
+        """
+        fields = {"addr": host_address, "size": n_bytes}
+        self._make("KVM_MEMORY_ENCRYPT_UNREG_REGION", "kvm_enc_region", **fields)
+
+    def memory_encrypt_op(self, command: Struct) -> None:
+        """Make a request for encrypted memory: ``struct kvm_sev_cmd``, changed in place.
+
+        :raises IoctlError: ``ENOTTY`` where this KVM has no encrypted VMs
+
+        Source: KVM_MEMORY_ENCRYPT_OP.
+        """
+        self._pass("KVM_MEMORY_ENCRYPT_OP", command, id=command.id)

@@ -1,0 +1,42 @@
+"""What a VM's store of evicted pages is to be; light, so that booting imports nothing for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from kvmhost.errors import LayoutError
+
+__all__ = ["CODECS", "MAX_PREFETCH_PAGES", "StoreOptions"]
+
+#: ``auto`` is the first of the others that can be had, in an order that was measured:
+#: see docs/pager.md and ``kvmhost bench pager``.
+CODECS = ("auto", "lz4", "zstd", "none")
+MAX_PREFETCH_PAGES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreOptions:
+    """Options of the pager's store.
+
+    :ivar path: file that holds the evicted pages; None: memory
+    :ivar limit_bytes: what the contents may take, compressed; 0: no limit
+    :ivar refuse_incompressible: keep pages that do not compress resident
+    :ivar prefetch_pages: bring back up to so many pages after a touched one that were
+        evicted together with it; 0: none
+    :raises LayoutError: for a codec or a number that there is not
+    """
+
+    codec: str = "auto"
+    path: Path | None = None
+    limit_bytes: int = 0
+    refuse_incompressible: bool = False
+    prefetch_pages: int = 0
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise LayoutError(f"codec {self.codec!r}: there are {', '.join(CODECS)}")
+        if not 0 <= self.prefetch_pages <= MAX_PREFETCH_PAGES:
+            raise LayoutError(f"prefetch of {self.prefetch_pages} pages: 0 to {MAX_PREFETCH_PAGES}")
+        if self.limit_bytes < 0:
+            raise LayoutError(f"store limit of {self.limit_bytes} bytes")

@@ -1,0 +1,144 @@
+"""Feed what a tracker found into a model table of any format, and harvest it there.
+
+A tracker says which pages were touched; here those pages get their accessed bits in a
+table of :mod:`kvmhost.mmu`, as hardware would have set them, and the walker of that
+format harvests them. So one guest can be looked at through every format, and the
+answers must be the same bits.
+
+The table maps what a tracker has reported: 4 KiB leaves a block of 512 pages at a time,
+or one leaf of 2 MiB where a whole block was reported coarse. A huge leaf is split when a
+later report tells its pages apart. It costs what page tables cost: 8 bytes a page of
+the blocks that were ever touched (0.2 %), and is made only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+from kvmhost.bitmap import YoungBitmap, sub_words
+from kvmhost.closing import Closing
+from kvmhost.errors import LayoutError
+from kvmhost.mmu.memslots import MemSlot, MemSlots
+from kvmhost.mmu.radix import RadixTable
+from kvmhost.mmu.stage2 import Stage2Table
+from kvmhost.mmu.table import Mmu
+from kvmhost.mmu.tdp import TdpTable
+
+__all__ = ["FORMATS", "Feed"]
+
+#: Names that :class:`Feed` takes. ``tdp`` is ``npt``.
+FORMATS = ("tdp", "npt", "ept", "stage2", "radix")
+_BLOCK = 512
+_ABSENT, _SMALL, _HUGE = 0, 1, 2
+
+
+class _Region(Protocol):
+    """Where guest memory lies; :class:`~kvmhost.memory.guest.Region` is one."""
+
+    @property
+    def gfn(self) -> int: ...
+    @property
+    def n_pages(self) -> int: ...
+    @property
+    def guest_address(self) -> int: ...
+
+
+class Feed(Closing):
+    """A model table over a VM's memory slots.
+
+    :param table_format: one of :data:`FORMATS`
+    :raises LayoutError: for another format, or slots that do not fit its address space
+    """
+
+    def __init__(self, table_format: str, regions: Iterable[_Region]) -> None:
+        if table_format not in FORMATS:
+            raise LayoutError(f"no table format {table_format!r}: {', '.join(FORMATS)}")
+        self.name = "npt" if table_format == "tdp" else table_format
+        slots = MemSlots(
+            MemSlot(i, r.gfn, r.n_pages, r.guest_address) for i, r in enumerate(regions)
+        )
+        self._n_blocks = -(-max(slot.gfn_end for slot in slots) // _BLOCK)
+        self._blocks = np.zeros(self._n_blocks, dtype=np.uint8)
+        # Room for every level, in full: what is not used costs nothing.
+        self.table = _make(self.name, (self._n_blocks + 64) * 2 * 4096)
+        self.table.set_slots(slots)
+        self._slots = slots
+
+    def feed(self, bitmap: YoungBitmap) -> int:
+        """Set the accessed bits of the young pages; return how many leaves became young."""
+        for gfn in self._young_blocks(bitmap):
+            self._map(gfn, bitmap)
+        marked = 0
+        for slot_start, n_pages in self._parts(bitmap):
+            first = slot_start - bitmap.gfn_start
+            words = sub_words(bitmap.words, bitmap.n_pages, first, n_pages)
+            marked += self.table.mark_young(slot_start, n_pages, words)
+        return marked
+
+    def through(self, bitmap: YoungBitmap) -> YoungBitmap:
+        """Feed a harvest and have the walker harvest it: what the format makes of it.
+
+        Nothing stays young in the table; the window is the tracker's. The provenance names
+        the tracker, its window, and the model's format.
+        """
+        self.feed(bitmap)
+        source = dataclasses.replace(bitmap.provenance, table_format=f"{self.name}-model")
+        found = self.table.harvest(bitmap.gfn_start, bitmap.n_pages, True, provenance=source)
+        if bitmap.coarse is None:
+            return found
+        # Coarse for the tracker is coarse, whatever the size of the leaf.
+        coarse = bitmap.coarse if found.coarse is None else found.coarse | bitmap.coarse
+        return dataclasses.replace(found, coarse=coarse)
+
+    def close(self) -> None:
+        """Free the table. Idempotent."""
+        self.table.close()
+
+    def _parts(self, bitmap: YoungBitmap) -> Iterator[tuple[int, int]]:
+        for piece in self._slots.in_gfn_range(bitmap.gfn_start, bitmap.n_pages):
+            yield piece.gfn_start, piece.n_pages
+
+    def _young_blocks(self, bitmap: YoungBitmap) -> Iterator[int]:
+        """Yield the first gfns of blocks that hold a young page."""
+        blocks = np.unique(bitmap.gfns() // _BLOCK)
+        for block in blocks[blocks < self._n_blocks]:
+            yield int(block) * _BLOCK
+
+    def _map(self, gfn: int, bitmap: YoungBitmap) -> None:
+        """Make the leaves of a block such that they can tell what the bitmap tells."""
+        block = gfn // _BLOCK
+        whole = self._is_one(gfn, bitmap)
+        if self._blocks[block] == _ABSENT and whole:
+            self.table.map(gfn, gfn, 2)
+            self._blocks[block] = _HUGE
+        elif self._blocks[block] == _ABSENT:
+            # One slot may end in a block and another begin there.
+            for piece in self._slots.in_gfn_range(gfn, _BLOCK):
+                self.table.map(piece.gfn_start, piece.gfn_start, 1, n=piece.n_pages)
+            self._blocks[block] = _SMALL
+        elif self._blocks[block] == _HUGE and not whole:
+            self.table.split(gfn, gfn + _BLOCK)
+            self._blocks[block] = _SMALL
+
+    def _is_one(self, gfn: int, bitmap: YoungBitmap) -> bool:
+        """Whether the bitmap has a block whole, young and coarse, and one slot holds it."""
+        first, end = gfn - bitmap.gfn_start, gfn + _BLOCK - bitmap.gfn_start
+        if bitmap.coarse is None or first < 0 or end > bitmap.n_pages:
+            return False
+        pieces = list(self._slots.in_gfn_range(gfn, _BLOCK))
+        if len(pieces) != 1 or pieces[0].n_pages != _BLOCK:
+            return False
+        coarse = sub_words(bitmap.coarse & bitmap.words, bitmap.n_pages, first, _BLOCK)
+        return bool((coarse == np.uint64(2**64 - 1)).all())
+
+
+def _make(name: str, arena_bytes: int) -> Mmu:
+    if name == "stage2":
+        return Stage2Table(arena_bytes=arena_bytes)
+    if name == "radix":
+        return RadixTable(arena_bytes=arena_bytes)
+    return TdpTable(name, arena_bytes=arena_bytes)

@@ -1,0 +1,113 @@
+"""``kvmhost young … --pid`` as a person types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+def kvmhost(*words: str, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.main", "young", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_snapshot_of_a_process(toucher: Callable, tmp_path: Path) -> None:
+    victim = toucher(4096)
+    victim.tell("w 10 20 100")
+    out = tmp_path / "young.npy"
+    words = ("--tracker", "present", "--json", "--out", str(out))
+    done = kvmhost("snapshot", "--pid", str(victim.pid), *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["young"] == 100
+    assert found["coarse"] is False
+    assert found["regions"] == [{"slot": 0, "gfn_start": 0, "gfn_end": 4096, "young": 100}]
+    assert np.flatnonzero(np.load(out)).tolist() == list(range(10, 2010, 20))
+
+
+@pytest.mark.parametrize("word", ["guest-ram", "address"])
+def test_snapshot_of_a_window_and_a_named_mapping(toucher: Callable, word: str) -> None:
+    victim = toucher(4096)
+    victim.tell("w 0 1 4096")
+    mapping = hex(victim.address + 4096) if word == "address" else word
+    words = ("--mapping", mapping, "--window", "0.05", "--json")
+    done = kvmhost("snapshot", "--pid", str(victim.pid), *words)
+    if done.returncode == 126:
+        pytest.skip(done.stderr)
+    found = json.loads(done.stdout)
+    assert found["tracker"] in ("idle", "pageout")
+    assert found["young"] == 0, "nobody touched anything in the window"
+
+
+def test_heatmap_of_a_process(toucher: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    victim = toucher(1024)
+    out = tmp_path / "x.png"
+    words = ("-o", str(out), "--interval", "0.02", "--count", "5", "--tracker", "present")
+    done = kvmhost("heatmap", "--pid", str(victim.pid), *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{out}: 5 windows of pid {victim.pid}\n"
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.requires_qemu
+def test_snapshot_of_qemu(qemu) -> None:
+    qemu.touch(1)
+    words = ("--tracker", "present", "--range", "4096:5888", "--json")
+    done = kvmhost("snapshot", "--pid", str(qemu.pid), *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["young"] == 256
+    assert found["ranges"][0] == [4097, 4098]
+
+
+def refused(code: int, text: str, *words: str) -> None:
+    done = kvmhost(*words)
+    assert done.returncode == code, done.stderr
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_refused(toucher: Callable) -> None:
+    pid = str(toucher(64).pid)
+    refused(2, "no such process", "snapshot", "--pid", str(2**22 + 9))
+    refused(2, "one of both", "snapshot", "vm", "--pid", pid)
+    refused(2, "one of both", "snapshot")
+    refused(2, "--mapping goes with --pid", "snapshot", "vm", "--mapping", "x")
+    refused(2, "guest-ram", "snapshot", "--pid", pid, "--mapping", "nothing")
+    refused(2, "pageout", "snapshot", "--pid", pid, "--tracker", "guestpt")
+    refused(2, "memory has gfns [0, 0x40)", "snapshot", "--pid", pid, "--range", "0:65")
+    refused(2, "sampled", "snapshot", "--pid", pid, "--tracker", "present", "--rearm", "sample")
+    refused(2, "--pid", "snapshot", "--pid", "x")
+    refused(126, "itself can register", "snapshot", "--pid", pid, "--tracker", "written")
+
+
+def test_a_process_that_ends_meanwhile(toucher: Callable) -> None:
+    """Status 1, and a sentence: as for a VM that goes away."""
+    victim = toucher(64)
+    words = ["snapshot", "--pid", str(victim.pid), "--tracker", "present", "--window", "2"]
+    command = [sys.executable, "-m", "tools.main", "young", *words]
+    done = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    opened = f"/proc/{victim.pid}/pagemap"
+    fds = Path(f"/proc/{done.pid}/fd")
+    while done.poll() is None and opened not in _targets(fds):
+        pass
+    victim.end()
+    assert "has ended" in done.communicate(timeout=60)[1]
+    assert done.returncode == 1
+
+
+def _targets(fds: Path) -> set[str]:
+    found = set()
+    for fd in fds.iterdir():
+        try:
+            found.add(str(fd.readlink()))
+        except OSError:
+            continue
+    return found

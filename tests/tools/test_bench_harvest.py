@@ -1,0 +1,86 @@
+"""The harvest benchmarks run in small, and their figures are of the right kind.
+
+Speed itself is not tested: a busy machine would make such a test lie.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from kvmhost.machine import Machine
+from tools.accuracy.kinds import KINDS, START_GFN
+from tools.bench import harvest, sampling
+from tools.main import run_command
+from tools.throughput import Plan, harvest_once, measure_steps, paired_rates
+
+MEM_BYTES = 16 << 20
+
+
+@pytest.mark.requires_kvm
+def test_harvest_in_small(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--mem", "16M", "--seconds", "0.05", "--repeats", "1"]
+    assert harvest.main([*small, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"guestpt", "dirty"} <= {row["tracker"] for row in result["trackers"]} <= set(KINDS)
+    assert result["hot_pages"] == 409
+    for row in result["trackers"]:
+        assert row["bare_refault_s"] == pytest.approx(409 * row["refault_ns_per_page"] / 1e9)
+        assert row["lost_min_s_per_s"] <= row["lost_s_per_s"] <= row["lost_max_s_per_s"]
+    assert harvest.main([*small, "--tracker", "guestpt"]) == 0
+    assert "times the bare re-faults (bound 1.3)" in capsys.readouterr().out
+
+
+@pytest.mark.requires_kvm
+def test_sampling_in_small(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--mem", "16M", "--seconds", "0.05", "--rounds", "1", "--fraction", "1/3", "--json"]
+    assert sampling.main(words) == 0
+    (row,) = json.loads(capsys.readouterr().out)["fractions"]
+    assert row["fraction"] == pytest.approx(1 / 3)
+    # Every page has its turn in three harvests, and no sooner than chance has it.
+    assert (row["recall"], row["old_after_max"], row["new_after_max"]) == (1.0, 3, 1)
+    assert row["old_after_mean"] == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.requires_kvm
+def test_steps_and_paired_rates_of_a_guest() -> None:
+    plans = [Plan(20), Plan(20, whole=True), Plan(20, period=4)]
+    with harvest.hot_machine(KINDS["guestpt"], MEM_BYTES, 400) as machine:
+        machine.run_epoch()
+        tracker = machine.use_tracker("guestpt")
+        steps = measure_steps(machine, tracker, START_GFN, 400, 3)
+        assert min(steps.scan_ns, steps.rearm_ns) > 0
+        machine.step_by_doorbell(False)
+        kept = paired_rates(machine, tracker, plans, 2, 0.05, lambda plan: 0.1)
+    assert list(kept) == plans
+    assert all(len(values) == 2 for values in kept.values())
+    assert all(min(one.wall, one.cpu) > 0 for values in kept.values() for one in values)
+    assert [plan.rearm for plan in plans] == ["young", "all", "1/4"]
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
+)
+def test_a_sampled_harvest_clears_its_share(engine: str) -> None:
+    from guests import image_path
+
+    params = {"start_gfn": START_GFN, "pages": 1000, "epochs": 0}
+    with Machine(image_path("touch"), mem_bytes=MEM_BYTES, engine=engine, params=params) as machine:
+        machine.step_by_doorbell()
+        tracker = machine.use_tracker("guestpt")
+        machine.run_epoch()
+        left = []
+        for turn in range(5):
+            left.append(tracker.harvest(START_GFN, 1000, clear=False).count())
+            harvest_once(tracker, START_GFN, 1000, Plan(1, period=5), turn)
+        assert left[0] == 1000
+        assert all(100 < a - b < 300 for a, b in itertools.pairwise(left))
+        assert tracker.harvest(START_GFN, 1000).count() == 0
+
+
+@pytest.mark.requires_kvm
+@pytest.mark.parametrize("words", [["harvest", "--tracker", "no"], ["sampling", "--tracker", "no"]])
+def test_unknown_trackers_are_usage(words: list[str]) -> None:
+    assert run_command("bench", words) == 2

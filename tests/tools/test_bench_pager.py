@@ -1,0 +1,46 @@
+"""``kvmhost bench pager``: the figures are there, and of what they say they are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tools.bench import pager
+from tools.main import main
+
+pytestmark = pytest.mark.requires_uffd
+
+
+def test_codecs_on_every_content() -> None:
+    rows = {(row["content"], row["codec"]): row for row in pager.run_codecs(64, 1)}
+    assert {content for content, _ in rows} == set(pager.contents(1))
+    assert rows["zero", "lz4"]["same_filled"] == 64
+    assert rows["zero", "lz4"]["ratio"] is None
+    assert rows["random", "lz4"]["raw"] == 64
+    assert rows["random", "lz4"]["ratio"] == 1.0
+    assert rows["text", "zstd"]["ratio"] > rows["text", "lz4"]["ratio"] > 1
+    assert all(row["put_ns"] > 0 and row["get_ns"] > 0 for row in rows.values())
+
+
+def test_faults_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--faults", "--pages", "256", "--repeats", "1", "--prefetch", "4", "--json"]
+    assert main(["bench", "pager", *argv]) == 0
+    ways = json.loads(capsys.readouterr().out)["faults"]["ways"]
+    assert set(ways) == {
+        "minimal C",
+        "pager lz4",
+        "pager zstd",
+        "pager none",
+        "pager lz4, file",
+        "pager lz4, prefetch 4",
+    }
+    assert ways["minimal C"]["p50_of_minimal"] == 1
+    assert all(0 < row["p50_ns"] <= row["p99_ns"] for row in ways.values())
+
+
+@pytest.mark.slow
+def test_overhead_is_within_its_bound() -> None:
+    row = pager.run_overhead(1)
+    # A GiB has 262,144 pages; the tables of the pager alone are ten bytes for each.
+    assert 1 << 20 < row["private_bytes_per_gib"] < 0.005 * (1 << 30)

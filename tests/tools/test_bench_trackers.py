@@ -1,0 +1,33 @@
+"""``kvmhost bench trackers`` measures what it says, on a small guest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvmhost.trackers import probe_all
+from tools.bench import trackers
+
+
+@pytest.mark.requires_uffd
+def test_figures_of_every_tracker_that_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trackers.main(["--mem", "32M", "--repeats", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    works = {name for name, support in probe_all("auto").items() if support.works}
+    assert {row["tracker"] for row in found["memory"]} == works
+    assert {row["tracker"] for row in found["speed"]} == works & {"pagemap", "dirty"}
+    for row in found["speed"]:
+        assert row["ratio"] == pytest.approx(row["harvest_us"] / row["bare_us"])
+        assert row["bare_us"] > 0
+    for row in found["memory"]:
+        assert row["most_bytes"] >= row["held_bytes"] >= 0
+        # At this size fixed costs count; what grows with the guest is in the figures of 1 GiB.
+        assert row["most_bytes"] < 4 << 20
+
+
+def test_bad_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--mem", "x"], ["--repeats", "0"]):
+        with pytest.raises(SystemExit) as caught:
+            trackers.main(words)
+        assert caught.value.code == 2

@@ -1,0 +1,33 @@
+"""Cutting and placing ranges of bits, against booleans."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmhost.bitmap import n_words, pack, place_words, sub_words, unpack
+
+
+@given(st.integers(1, 400), st.data())
+def test_a_cut_is_the_range_of_the_booleans(n_pages: int, data: st.DataObject) -> None:
+    bits = np.random.default_rng(data.draw(st.integers(0, 99))).random(n_pages) < 0.5
+    first = data.draw(st.integers(0, n_pages - 1))
+    count = data.draw(st.integers(1, n_pages - first))
+    cut = sub_words(pack(bits), n_pages, first, count)
+    assert cut.size == n_words(count)
+    assert np.array_equal(cut, pack(bits[first : first + count]))
+
+
+@given(st.integers(1, 400), st.data())
+def test_placing_ors_into_the_range(n_pages: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    before = rng.random(n_pages) < 0.3
+    first = data.draw(st.integers(0, n_pages - 1))
+    part = rng.random(data.draw(st.integers(1, n_pages - first))) < 0.5
+    words = pack(before)
+    place_words(words, first, pack(part))
+    expected = before.copy()
+    expected[first : first + part.size] |= part
+    assert np.array_equal(unpack(words, n_pages), expected)
+    assert np.array_equal(words, pack(expected))

@@ -1,0 +1,95 @@
+"""What harvests cost: the host by page, and the guest in throughput."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from guests import image_path
+from kvmhost.machine import Machine
+from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.trackers import Tracker
+from tools.accuracy.kinds import START_GFN, Kind
+from tools.throughput import Kept, Plan, measure_steps, paired_rates
+
+__all__ = ["HOT_SHARE", "measure"]
+
+HOT_SHARE = 0.1
+#: Harvests that come less often than this are measured in one segment and not in each round.
+_LONG_S = 5.0
+_STEPS = 7
+
+
+def measure(
+    kind: Kind,
+    engine: str,
+    mem_bytes: int,
+    rates: tuple[float, ...],
+    period: int,
+    rounds: int,
+    seconds: float,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure a guest that touches a tenth of its memory over and over.
+
+    :return: cost by page, and one row for each rate and way of re-arming
+    """
+    hot = int(mem_bytes // PAGE_BYTES * HOT_SHARE)
+    params = {"start_gfn": START_GFN, "pages": hot, "epochs": 0, "write": int(kind.only_writes)}
+    with Machine(
+        image_path("touch"),
+        mem_bytes=mem_bytes,
+        engine=engine,
+        params=params,
+        dirty_ring_entries=kind.large_ring_entries,
+    ) as machine:
+        machine.step_by_doorbell()
+        machine.run_epoch()
+        tracker = kind.use(machine)
+        steps = measure_steps(machine, tracker, START_GFN, hot, _STEPS)
+        machine.step_by_doorbell(False)
+        kept: dict[Plan, list[Kept]] = {}
+        plans = _plans(tracker, rates, period)
+        for some, times in ((plans, rounds), (_rare(rates), 1)):
+            if some:
+                kept |= paired_rates(machine, tracker, some, times, seconds / 2, _length(seconds))
+    by_page = {
+        "tracker": kind.name,
+        "harvest_ns_per_page": steps.scan_ns / (mem_bytes // PAGE_BYTES),
+        "rearm_ns_per_page": steps.rearm_ns / hot,
+        "refault_ns_per_page": steps.refault_ns,
+    }
+    return by_page, [_row(kind, plan, values) for plan, values in kept.items()]
+
+
+def _plans(tracker: Tracker, rates: tuple[float, ...], period: int) -> list[Plan]:
+    plans = []
+    for rate in (rate for rate in rates if rate * _LONG_S >= 1):
+        plans.append(Plan(rate))
+        # For others, what is not young is not cleared, and clearing is re-arming.
+        if hasattr(tracker, "rearm_kind"):
+            plans.append(Plan(rate, whole=True))
+        plans.append(Plan(rate, period=period))
+    return plans
+
+
+def _rare(rates: tuple[float, ...]) -> list[Plan]:
+    return [Plan(rate) for rate in rates if rate * _LONG_S < 1]
+
+
+def _length(seconds: float) -> Callable[[Plan], float]:
+    return lambda plan: max(seconds, 1 / plan.rate)
+
+
+def _row(kind: Kind, plan: Plan, kept: list[Kept]) -> dict[str, Any]:
+    values = [one.wall for one in kept]
+    return {
+        "tracker": kind.name,
+        "harvests_per_s": plan.rate,
+        "rearm": plan.rearm,
+        "throughput": statistics.median(values),
+        "throughput_min": min(values),
+        "throughput_max": max(values),
+        "throughput_by_cpu": statistics.median(one.cpu for one in kept),
+        "segments": len(values),
+    }

@@ -1,0 +1,87 @@
+"""Harvests at doorbells, where the guest stands still and the truth is exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+from kvmhost.trackers import sample_mask
+from tools.accuracy.kinds import PAGES, START_GFN, Bits, Kind, Workload
+
+__all__ = ["harvests_until", "measure"]
+
+
+def measure(
+    kind: Kind, workload: Workload, engine: str, n_epochs: int, period: int
+) -> dict[str, Any]:
+    """Harvest at the end of each epoch and compare with what it touched.
+
+    :param period: each harvest clears one page in so many
+    """
+    truth = np.zeros((n_epochs, PAGES), dtype=bool)
+    found = np.zeros_like(truth)
+    harvest_ns, rearm_ns = [], []
+    coarse = False
+    with workload.machine(kind, engine) as machine:
+        machine.step_by_doorbell()
+        tracker = kind.use(machine)
+        for epoch in range(n_epochs):
+            machine.run_epoch()
+            mask = sample_mask(PAGES, period, epoch, START_GFN)
+            start = time.perf_counter_ns()
+            young = tracker.harvest(START_GFN, PAGES, mask=mask)
+            middle = time.perf_counter_ns()
+            cleared = dataclasses.replace(young, words=young.words & mask)
+            tracker.rearm(START_GFN, PAGES, cleared)
+            rearm_ns.append((time.perf_counter_ns() - middle) / PAGES)
+            harvest_ns.append((middle - start) / PAGES)
+            coarse = coarse or (young.coarse is not None and bool(young.coarse.any()))
+            found[epoch] = young.as_bool()
+            truth[epoch] = workload.touched(machine.params, epoch, kind.only_writes)
+    return {
+        "period": period,
+        "coarse": coarse,
+        **_shares(truth, found),
+        **_staleness(truth, found),
+        "harvest_ns_per_page": statistics.median(harvest_ns),
+        "rearm_ns_per_page": statistics.median(rearm_ns),
+    }
+
+
+def _shares(truth: Bits, found: Bits) -> dict[str, float]:
+    right = int((truth & found).sum())
+    return {
+        # What reports nothing is never wrong, and what has nothing to find finds it all.
+        "precision": right / int(found.sum()) if found.any() else 1.0,
+        "recall": right / int(truth.sum()) if truth.any() else 1.0,
+    }
+
+
+def _staleness(truth: Bits, found: Bits) -> dict[str, float | int | None]:
+    row: dict[str, float | int | None] = {}
+    for name, becomes in (("old", False), ("new", True)):
+        waits = harvests_until(truth, found, becomes)
+        row[f"{name}_after_mean"] = statistics.fmean(waits) if waits else None
+        row[f"{name}_after_max"] = max(waits, default=None)
+    return row
+
+
+def harvests_until(truth: Bits, found: Bits, becomes: bool) -> list[int]:
+    """Return, for each change of a page to ``becomes``, how many harvests it takes to show.
+
+    A change that is undone, or the end, before it shows is left out.
+    """
+    waits = []
+    n_epochs = truth.shape[0]
+    for epoch in range(1, n_epochs):
+        waiting = (truth[epoch] == becomes) & (truth[epoch - 1] != becomes)
+        for later in range(epoch, n_epochs):
+            waiting = waiting & (truth[later] == becomes)
+            shown = waiting & (found[later] == becomes)
+            waits += [later - epoch + 1] * int(shown.sum())
+            waiting = waiting & ~shown
+    return waits

@@ -1,0 +1,159 @@
+"""What is measured: trackers in their forms, and workloads with a known truth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from guests import image_path
+from guests.workloads import hotcold_gfns, hotcold_written_gfns, touch_gfns
+from kvmhost.errors import CapabilityError, IoctlError
+from kvmhost.machine import Machine
+from kvmhost.trackers import NAMES, Support, Tracker, describe, probe_all
+
+__all__ = [
+    "CHANGING",
+    "FREE_WORKLOADS",
+    "KINDS",
+    "PAGES",
+    "START_GFN",
+    "WORKLOADS",
+    "Bits",
+    "Kind",
+    "Workload",
+    "probe_kinds",
+]
+
+START_GFN = 1024
+PAGES = 4096
+_MEM_BYTES = 64 << 20
+#: Fewer than a guest of ``PAGES`` may write between harvests: full rings are part of it.
+_SMALL_RING = 2048
+#: As many as KVM gives. A ring that is smaller than what a guest writes again and again
+#: is emptied, and its pages protected, all the time: the guest pays without any harvest.
+_LARGE_RING = 65536
+
+Bits = npt.NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A tracker in one of its forms.
+
+    :param ring_entries: of the dirty rings where exactness is tested; 0: no rings
+    :param large_ring_entries: where cost is measured
+    """
+
+    name: str
+    tracker: str
+    ring_entries: int = 0
+    large_ring_entries: int = 0
+
+    @property
+    def only_writes(self) -> bool:
+        """Whether reads leave no trace."""
+        return "reads" not in describe(self.tracker).sees
+
+    def use(self, machine: Machine) -> Tracker:
+        """Start it on a machine that was made with ``dirty_ring_entries``."""
+        return machine.use_tracker(self.tracker)
+
+
+#: Every tracker, and the dirty rings beside the dirty log.
+KINDS = {name: Kind(name, name) for name in NAMES}
+KINDS["dirty-ring"] = Kind("dirty-ring", "dirty", _SMALL_RING, _LARGE_RING)
+
+
+def probe_kinds(engine: str) -> dict[str, Support]:
+    """Try every kind on an engine; say which works, and why one does not."""
+    found = probe_all(engine)
+    ring = KINDS["dirty-ring"]
+    if found[ring.tracker].works:
+        found[ring.name] = _probe_ring(ring, engine)
+    else:
+        found[ring.name] = found[ring.tracker]
+    return found
+
+
+def _probe_ring(ring: Kind, engine: str) -> Support:
+    image, entries = image_path("touch"), ring.ring_entries
+    try:
+        with Machine(
+            image, mem_bytes=4 << 20, engine=engine, dirty_ring_entries=entries
+        ) as machine:
+            ring.use(machine)
+    except (CapabilityError, IoctlError) as error:
+        return Support(False, str(error))
+    return Support(True, "a dirty ring a vCPU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A guest with its parameters; ``n_vcpus`` of it share the pages."""
+
+    image: str
+    params: Mapping[str, int]
+    n_vcpus: int = 1
+
+    def machine(self, kind: Kind, engine: str) -> Machine:
+        """Make a machine that runs it for ever."""
+        params = {"start_gfn": START_GFN, "pages": PAGES, "epochs": 0} | dict(self.params)
+        return Machine(
+            image_path(self.image),
+            mem_bytes=_MEM_BYTES,
+            engine=engine,
+            n_vcpus=self.n_vcpus,
+            params=params,
+            dirty_ring_entries=kind.ring_entries,
+        )
+
+    def touched(
+        self, params: Mapping[str, int], epoch: int, only_writes: bool, vcpu: int | None = None
+    ) -> Bits:
+        """Return which pages of the range an epoch touches, or writes.
+
+        :param vcpu: only this one's share; None: over all vCPUs
+        """
+        bits = np.zeros(PAGES, dtype=bool)
+        if self.image == "hotcold":
+            of_epoch = hotcold_written_gfns if only_writes else hotcold_gfns
+            bits[of_epoch(params, epoch, self.n_vcpus, vcpu) - START_GFN] = True
+        elif params["write"] or not only_writes:
+            bits[touch_gfns(params, epoch, self.n_vcpus, vcpu) - START_GFN] = True
+        return bits
+
+
+_HOTCOLD = {"hot": 512, "cold": 64, "scan_every": 6, "scan_epochs": 3}
+_PHASES = {"hot": 512, "cold": 16, "scan_every": 0, "phase_every": 4, "phase_step": 700}
+_ZIPF = {"hot": 0, "cold": 0, "scan_every": 0, "zipf": 600}
+
+#: What the guests do, by name.
+WORKLOADS = {
+    "sequential": Workload("touch", {}),
+    "strided": Workload("touch", {"stride": 5}),
+    "random": Workload("touch", {"pattern": 2, "count": 600}),
+    "random-writes": Workload("touch", {"pattern": 2, "count": 600, "write": 1}),
+    "zipf-0.9": Workload("hotcold", _ZIPF | {"zipf_permille": 900}),
+    "zipf-0.99": Workload("hotcold", _ZIPF | {"zipf_permille": 990}),
+    "read-only": Workload("hotcold", _HOTCOLD | {"write_permille": 0}),
+    "write-only": Workload("hotcold", _HOTCOLD | {"write_permille": 1000}),
+    "hotcold-scan": Workload("hotcold", _HOTCOLD),
+    "hotcold-phases": Workload("hotcold", _PHASES),
+    "random-2-vcpus": Workload("touch", {"pattern": 2, "count": 600, "write": 1}, 2),
+    "phases-2-vcpus": Workload("hotcold", _PHASES, 2),
+}
+#: Those in which pages grow cold and hot again: a sample's staleness shows in them.
+CHANGING = ("random-writes", "zipf-0.9", "hotcold-phases", "phases-2-vcpus")
+#: Run free: epochs so short that a window of a few of them leaves most pages alone.
+FREE_WORKLOADS = {
+    "random-writes": Workload("touch", {"pattern": 2, "count": 60, "write": 1}),
+    "zipf-0.9": Workload("hotcold", _ZIPF | {"zipf": 60, "words": 8}),
+    "phases-2-vcpus": Workload(
+        "hotcold",
+        _PHASES | {"hot": 64, "cold": 8, "phase_every": 50, "words": 8},
+        2,
+    ),
+}

@@ -1,0 +1,122 @@
+"""Harvests of a guest that runs on: bounds from what it could and must have touched.
+
+Doorbells are counted without stopping. An epoch whose doorbell was rung before a harvest
+and which began after the last re-arming lies inside the window: its pages are certain.
+One that overlaps the window in any way is possible. A tracker must report all of the
+first and nothing beyond the second, and its true precision lies between the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kvmhost.bitmap import YoungBitmap
+from kvmhost.engine.base import Vcpu
+from kvmhost.machine import Machine
+from tools.accuracy.kinds import FREE_WORKLOADS, PAGES, START_GFN, Bits, Kind, Workload
+
+__all__ = ["measure"]
+
+#: A window has to hold whole epochs, or nothing in it is certain.
+_EPOCHS = 4
+_POLL_S = 0.0005
+_MAX_WINDOWS = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """One harvest, with the epochs rung by each vCPU at the times that bound it."""
+
+    young: YoungBitmap
+    began: list[int]
+    armed: list[int]
+    before: list[int]
+    after: list[int]
+
+
+def measure(kind: Kind, workload_name: str, engine: str, seconds: float) -> dict[str, Any]:
+    """Harvest again and again; check each bitmap against its bounds."""
+    workload = FREE_WORKLOADS[workload_name]
+    sums = dict.fromkeys(("young", "certain", "missed", "wrong", "confirmed"), 0)
+    with workload.machine(kind, engine) as machine:
+        windows = _harvest(machine, kind, seconds)
+        params = machine.params
+    # Afterwards, since it takes longer than the guest takes for as many epochs.
+    for window in windows:
+        # In progress at either end: counted as possible, not as certain.
+        possible = _union(workload, params, kind, window.began, window.after, 1)
+        certain = _union(workload, params, kind, window.armed, window.before, 0)
+        _add(sums, window.young.as_bool(), certain, possible)
+    coarse = any(w.young.coarse is not None and w.young.coarse.any() for w in windows)
+    row = {"tracker": kind.name, "workload": workload_name, "harvests": len(windows)}
+    return row | sums | _bounds(sums) | {"coarse": bool(coarse)}
+
+
+def _harvest(machine: Machine, kind: Kind, seconds: float) -> list[_Window]:
+    pause = threading.Event()
+    windows: list[_Window] = []
+    machine.step_by_doorbell()
+    tracker = kind.use(machine)
+    for _ in range(3):
+        machine.run_epoch()
+    tracker.rearm(START_GFN, PAGES, tracker.harvest(START_GFN, PAGES))
+    began = armed = _epochs(machine.vcpus)
+    machine.step_by_doorbell(False)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and len(windows) < _MAX_WINDOWS:
+        before = _epochs(machine.vcpus)
+        if any(now < then + _EPOCHS for now, then in zip(before, armed, strict=True)):
+            pause.wait(_POLL_S)
+            continue
+        young = tracker.harvest(START_GFN, PAGES)
+        after = _epochs(machine.vcpus)
+        tracker.rearm(START_GFN, PAGES, young)
+        windows.append(_Window(young, began, armed, before, after))
+        began, armed = before, _epochs(machine.vcpus)
+    return windows
+
+
+def _epochs(vcpus: list[Vcpu]) -> list[int]:
+    return [vcpu.doorbell_value for vcpu in vcpus]
+
+
+def _union(
+    workload: Workload,
+    params: Mapping[str, int],
+    kind: Kind,
+    starts: list[int],
+    ends: list[int],
+    in_progress: int,
+) -> Bits:
+    """Return what each vCPU touched in the epochs between two readings of its doorbells.
+
+    :param in_progress: 1: count those that were in progress at either reading, too
+    """
+    bits = np.zeros(PAGES, dtype=bool)
+    for vcpu, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        for epoch in range(start + 2 - in_progress, end + 1 + in_progress):
+            bits |= workload.touched(params, epoch, kind.only_writes, vcpu)
+    return bits
+
+
+def _add(sums: dict[str, int], young: Bits, certain: Bits, possible: Bits) -> None:
+    sums["young"] += int(young.sum())
+    sums["certain"] += int(certain.sum())
+    sums["missed"] += int((certain & ~young).sum())
+    sums["wrong"] += int((young & ~possible).sum())
+    sums["confirmed"] += int((certain & young).sum())
+
+
+def _bounds(sums: dict[str, int]) -> dict[str, float]:
+    young, certain = max(sums["young"], 1), max(sums["certain"], 1)
+    return {
+        "precision_at_least": sums["confirmed"] / young if sums["young"] else 1.0,
+        "precision_at_most": 1 - sums["wrong"] / young,
+        "recall_of_certain": 1 - sums["missed"] / certain,
+    }

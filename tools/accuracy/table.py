@@ -1,0 +1,108 @@
+"""The report as tables: boxed on a terminal, Markdown in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["show"]
+
+_PIPE_WIDTH = 250
+#: Columns that hold words.
+_WORDS = ("workload", "re-armed")
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a report of ``run``."""
+    on_terminal = sys.stdout.isatty()
+    console = Console() if on_terminal else Console(width=_PIPE_WIDTH)
+    for title, heads, rows in _tables(report):
+        if not rows:
+            continue
+        table = Table(box=box.ROUNDED if on_terminal else box.MARKDOWN)
+        for i, head in enumerate(heads):
+            table.add_column(
+                head, justify="left" if i < 1 or head in _WORDS else "right", overflow="fold"
+            )
+        for row in rows:
+            table.add_row(*row)
+        print(f"\n{title}\n", flush=True)
+        if on_terminal:
+            console.print(table)
+        else:
+            # Without the padding to the full width.
+            with console.capture() as capture:
+                console.print(table)
+            print("\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip()))
+    for name, reason in report["missing"].items():
+        print(f"\nnot measured: {name}: {reason}")
+    print("\nall exact" if report["exact"] else "\nNOT EXACT")
+
+
+def _tables(report: dict[str, Any]) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]:
+    at_doorbells = ("tracker", "workload", "re-armed", "precision", "recall", "old after",
+                    "new after", "harvest ns/page", "re-arm ns/page")  # fmt: skip
+    yield (
+        f"At doorbells, {report['pages']} pages; old and new after: harvests, mean/maximum",
+        at_doorbells,
+        [_doorbell_row(row) for row in report["doorbells"]],
+    )
+    yield (
+        "Running; precision at least/at most, recall of what is certain",
+        ("tracker", "workload", "harvests", "certain", "missed", "wrong", "precision", "recall"),
+        [_running_row(row) for row in report["running"]],
+    )
+    yield (
+        f"Cost by page, guest of {report['mem_bytes'] >> 20} MiB, a tenth of it hot",
+        ("tracker", "harvest ns/page", "clear and re-arm ns/young page", "re-fault ns/page"),
+        [_cost_row(row) for row in report["cost"]],
+    )
+    rates = sorted({row["harvests_per_s"] for row in report["throughput"]})
+    yield (
+        "Throughput of the same guest, % of that without harvests (lowest to highest)",
+        ("tracker", "re-armed", *(f"{rate:g} harvests/s" for rate in rates)),
+        _throughput_rows(report["throughput"], rates),
+    )
+
+
+def _doorbell_row(row: dict[str, Any]) -> list[str]:
+    share = "all" if row["period"] == 1 else f"1/{row['period']}"
+    precision = f"{row['precision']:.4f}" + (" coarse" if row["coarse"] else "")
+    figures = [f"{row[f'{step}_ns_per_page']:.1f}" for step in ("harvest", "rearm")]
+    stale = [_pair(row, "old"), _pair(row, "new")]
+    return [row["tracker"], row["workload"], share, precision, f"{row['recall']:.4f}",
+            *stale, *figures]  # fmt: skip
+
+
+def _running_row(row: dict[str, Any]) -> list[str]:
+    precision = f"{row['precision_at_least']:.3f}/{row['precision_at_most']:.4f}"
+    counts = [f"{row[name]:,}" for name in ("harvests", "certain", "missed", "wrong")]
+    return [row["tracker"], row["workload"], *counts, precision, f"{row['recall_of_certain']:.4f}"]
+
+
+def _cost_row(row: dict[str, Any]) -> list[str]:
+    costs = [f"{row['harvest_ns_per_page']:.2f}", f"{row['rearm_ns_per_page']:.0f}"]
+    return [row["tracker"], *costs, f"{row['refault_ns_per_page']:.0f}"]
+
+
+def _throughput_rows(rows: list[dict[str, Any]], rates: list[float]) -> list[list[str]]:
+    shown: dict[tuple[str, str], dict[float, str]] = {}
+    for row in rows:
+        text = f"{100 * row['throughput']:.1f}"
+        if row["segments"] > 1:
+            text += f" ({100 * row['throughput_min']:.0f} to {100 * row['throughput_max']:.0f})"
+        shown.setdefault((row["tracker"], row["rearm"]), {})[row["harvests_per_s"]] = text
+    return [
+        [tracker, rearm, *(cells.get(rate, "-") for rate in rates)]
+        for (tracker, rearm), cells in shown.items()
+    ]
+
+
+def _pair(row: dict[str, Any], kind: str) -> str:
+    mean, most = row[f"{kind}_after_mean"], row[f"{kind}_after_max"]
+    return "-" if mean is None else f"{mean:.2f}/{most}"

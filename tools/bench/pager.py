@@ -1,0 +1,367 @@
+"""``kvmhost bench pager``: fault-in latency and evictions beside a minimal C pager,
+codecs beside each other, and the memory that the pager takes.
+
+The minimal pager is C that copies pages out, punches them, and copies them back in a
+thread of its own; the same thread touches the same pages in the same order, through
+the same kind of mapping, for both. They take turns in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost._ffi import check, ffi, lib
+from kvmhost.errors import CapabilityError
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.pager import EvictOutcome, Pager, Userfault
+from kvmhost.pager.codec import find_codec
+from kvmhost.storeoptions import StoreOptions
+
+__all__ = ["contents", "main", "run_codecs", "run_faults", "run_overhead"]
+
+Pages = npt.NDArray[np.uint64]
+
+
+def contents(n_pages: int) -> dict[str, Pages]:
+    """Return kinds of pages by name, each ``(n_pages, 512)`` words.
+
+    ``text`` is Python's own library, ``program`` the interpreter, ``counters`` small
+    numbers in 64-bit words, ``pointers`` addresses into one heap.
+    """
+    rng = np.random.default_rng(11)
+    shape = (n_pages, 512)
+    library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = b"".join(path.read_bytes() for path in library)
+    program = Path(os.path.realpath(sys.executable)).read_bytes()
+    heap = 0x7F0000000000 + rng.integers(0, 1 << 20, shape) * 16
+    return {
+        "zero": np.zeros(shape, dtype=np.uint64),
+        "counters": rng.integers(0, 1 << 10, shape).astype(np.uint64),
+        "pointers": heap.astype(np.uint64),
+        "text": _tiled(text, shape),
+        "program": _tiled(program, shape),
+        "random": rng.integers(0, 1 << 63, shape).astype(np.uint64),
+    }
+
+
+def _tiled(data: bytes, shape: tuple[int, int]) -> Pages:
+    words = np.frombuffer(data[: len(data) // 8 * 8], dtype="<u8")
+    return np.resize(words, shape).astype(np.uint64)
+
+
+# -- codecs --------------------------------------------------------------------
+
+
+def run_codecs(n_pages: int = 2048, repeats: int = 5) -> list[dict[str, Any]]:
+    """Put pages into a store in memory and get them back, by codec and content.
+
+    ``get_unchecked_ns`` is the same without checksums.
+    """
+    rows = []
+    for kind, pages in contents(n_pages).items():
+        for name in ("lz4", "zstd", "none"):
+            try:
+                checked, bare = find_codec(name), find_codec(name, False)
+            except CapabilityError:
+                continue
+            turns = [
+                (_store(checked.core, pages), _store(bare.core, pages)) for _ in range(repeats)
+            ]
+            with_sum, without = zip(*turns, strict=True)
+            rows.append(
+                {
+                    "content": kind,
+                    "codec": name,
+                    "ratio": n_pages * PAGE_BYTES / max(with_sum[0].stored_bytes, 1)
+                    if with_sum[0].stored_bytes
+                    else None,
+                    "same_filled": int(with_sum[0].same_filled_pages),
+                    "raw": int(with_sum[0].raw_pages),
+                    "put_ns": statistics.median(t.put_ns for t in with_sum) / n_pages,
+                    "get_ns": statistics.median(t.get_ns for t in with_sum) / n_pages,
+                    "get_unchecked_ns": statistics.median(t.get_ns for t in without) / n_pages,
+                }
+            )
+    return rows
+
+
+def _store(core: Any, pages: Pages) -> Any:
+    result = ffi.new("struct kh_bench_store *")
+    given = ffi.from_buffer("char[]", pages)
+    check(lib.kh_bench_store(core, given, len(pages), result), "kh_bench_store")
+    return result
+
+
+# -- faults --------------------------------------------------------------------
+
+
+class _Ours:
+    """The pager on its own memory."""
+
+    def __init__(self, pages: Pages, options: StoreOptions) -> None:
+        self.memory = GuestMemory.of_size(pages.nbytes)
+        self.memory[0 : pages.nbytes] = pages.tobytes()
+        self.address = self.memory.regions[0].guest_address
+        self._userfault = Userfault()
+        self._pager = Pager(self.memory, self._userfault, options)
+        self._gfns = np.arange(len(pages))
+        self._pager.arm()
+
+    def evict(self) -> None:
+        """Evict all."""
+        done = self._pager.evict(self._gfns).count(EvictOutcome.DONE)
+        _expect(done, self._gfns.size, "pages evicted")
+
+    def close(self) -> None:
+        """Free all."""
+        self._pager.close()
+        self._userfault.close()
+        self.memory.close()
+
+
+class _Minimal:
+    """The minimal C pager on its own memory."""
+
+    def __init__(self, pages: Pages) -> None:
+        self.memory = GuestMemory.of_size(pages.nbytes)
+        self.memory[0 : pages.nbytes] = pages.tobytes()
+        region = self.memory.regions[0]
+        self.address = region.guest_address
+        self._userfault = Userfault()
+        # SAFETY: owned here, freed in close() while the mapping is still there.
+        self._core = lib.kh_bench_pager_new(
+            self._userfault.fd, region.memfd, region.guest_address, region.n_pages
+        )
+        if self._core == ffi.NULL:
+            raise MemoryError("no memory for the minimal pager")
+
+    def evict(self) -> None:
+        """Evict all."""
+        check(lib.kh_bench_pager_evict(self._core), "kh_bench_pager_evict")
+
+    def close(self) -> None:
+        """Free all."""
+        lib.kh_bench_pager_free(self._core)
+        self._userfault.close()
+        self.memory.close()
+
+
+def run_faults(
+    n_pages: int = 8192, repeats: int = 7, content: str = "text", prefetch: int = 0
+) -> dict[str, Any]:
+    """Evict all pages and touch them in random order, by turns; latencies in ns.
+
+    :raises CapabilityError: without userfaultfd
+    """
+    pages = contents(n_pages)[content]
+    ways: dict[str, Callable[[], _Ours | _Minimal]] = {"minimal C": lambda: _Minimal(pages)}
+    for codec in ("lz4", "zstd", "none"):
+        ways[f"pager {codec}"] = functools.partial(_Ours, pages, StoreOptions(codec=codec))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "store"
+        ways["pager lz4, file"] = lambda: _Ours(pages, StoreOptions(codec="lz4", path=file))
+        if prefetch:
+            ahead = StoreOptions(codec="lz4", prefetch_pages=prefetch)
+            ways[f"pager lz4, prefetch {prefetch}"] = lambda: _Ours(pages, ahead)
+        return _take_turns(ways, n_pages, repeats)
+
+
+def _take_turns(
+    ways: dict[str, Callable[[], _Ours | _Minimal]], n_pages: int, repeats: int
+) -> dict[str, Any]:
+    rng = np.random.default_rng(4)
+    taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        order = rng.permutation(n_pages).astype(np.uint32)
+        for name, make in ways.items():
+            taken[name].append(_one_turn(make(), order))
+    rows = {}
+    for name, turns in taken.items():
+        p50, p99, evicted, scan = (statistics.median(column) for column in zip(*turns, strict=True))
+        rows[name] = {"p50_ns": p50, "p99_ns": p99, "evictions_s": evicted, "scan_ns": scan}
+    base = rows["minimal C"]
+    for row in rows.values():
+        row["p50_of_minimal"] = row["p50_ns"] / base["p50_ns"]
+        row["evictions_of_minimal"] = row["evictions_s"] / base["evictions_s"]
+    return {"pages": n_pages, "repeats": repeats, "ways": rows}
+
+
+def _one_turn(way: _Ours | _Minimal, order: npt.NDArray[np.uint32]) -> tuple[float, ...]:
+    try:
+        times = np.zeros(order.size, dtype=np.uint64)
+        start = time.perf_counter()
+        way.evict()
+        evicted = order.size / (time.perf_counter() - start)
+        _touch(way.address, order, times)
+        p50, p99 = np.percentile(times, [50, 99])
+        way.evict()
+        _touch(way.address, np.sort(order), times)
+        return float(p50), float(p99), evicted, float(times.sum() / order.size)
+    finally:
+        way.close()
+
+
+def _touch(address: int, order: npt.NDArray[np.uint32], times: npt.NDArray[np.uint64]) -> None:
+    given = ffi.from_buffer("uint32_t[]", order)
+    out = ffi.from_buffer("uint64_t[]", times, require_writable=True)
+    lib.kh_bench_touch(address, given, order.size, out)
+
+
+def _expect(seen: int, wanted: int, what: str) -> None:
+    if seen != wanted:
+        raise RuntimeError(f"{seen} {what}, not {wanted}")
+
+
+# -- overhead ------------------------------------------------------------------
+
+_CHILD = """
+import sys
+from tools.bench.pager import overhead_child
+overhead_child(int(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+def run_overhead(gib: int = 1) -> dict[str, Any]:
+    """Return what a VM process takes for each GiB of guest, without guest and store content.
+
+    Two processes of the same make, with 64 MiB and with so many GiB more of guest
+    memory, all of it touched by the VMM, half of it evicted (same-filled, so that the
+    store holds no content), a harvest noted: the difference of their private memory.
+    """
+    small, large = (_child(0), _child(gib))
+    kinds = {kind: (large[kind] - small[kind]) / gib for kind in small}
+    return {
+        "gib": gib,
+        "process_base_bytes": small["private"],
+        "private_bytes_per_gib": kinds["private"],
+        "page_tables_bytes_per_gib": kinds["page_tables"],
+        "private_percent": kinds["private"] / (1 << 30) * 100,
+        "page_tables_percent": kinds["page_tables"] / (1 << 30) * 100,
+    }
+
+
+def _child(gib: int) -> dict[str, int]:
+    command = [sys.executable, "-c", _CHILD, str((64 << 20) + (gib << 30)), str(gib)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    shown: dict[str, int] = json.loads(done.stdout)
+    return shown
+
+
+def overhead_child(mem_bytes: int, gib: int) -> None:
+    """Measure this process, as :func:`run_overhead` says; prints JSON."""
+    from kvmhost.bitmap import YoungBitmap, n_words
+
+    memory = GuestMemory.of_size(mem_bytes)
+    userfault = Userfault()
+    pager = Pager(memory, userfault, StoreOptions())
+    n_pages = memory.n_pages
+    pager.arm()
+    touched = np.arange(n_pages, dtype=np.uint32)
+    times = np.zeros(n_pages, dtype=np.uint64)
+    _touch(memory.regions[0].guest_address, touched, times)
+    del touched, times
+    for start in range(0, n_pages, 4096):
+        pager.evict(np.arange(start, min(start + 2048, n_pages)))
+    words = np.full(n_words(n_pages), 0xAAAA, dtype=np.uint64)
+    pager.note_young(YoungBitmap(0, n_pages, words))
+    del words
+    status = Path("/proc/self/status").read_text()
+    fields = {
+        line.partition(":")[0]: int(line.split()[1]) << 10
+        for line in status.splitlines()
+        if line.startswith(("RssAnon", "VmPTE"))
+    }
+    shown = {"private": fields["RssAnon"], "page_tables": fields["VmPTE"]}
+    sys.stdout.write(json.dumps(shown))
+    pager.close()
+    userfault.close()
+    memory.close()
+
+
+# -- command -------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the figures as tables, or as JSON."""
+    options = _parser().parse_args(argv)
+    chosen = {name for name in ("codecs", "faults", "overhead") if getattr(options, name)}
+    chosen = chosen or {"codecs", "faults"}
+    result: dict[str, Any] = {"machine": platform.machine()}
+    if "codecs" in chosen:
+        result["codecs"] = run_codecs(min(options.pages, 2048), options.repeats)
+    if "faults" in chosen:
+        result["faults"] = run_faults(
+            options.pages, options.repeats, options.content, options.prefetch
+        )
+    if "overhead" in chosen:
+        result["overhead"] = run_overhead(options.gib)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _show(result)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Without --codecs, --faults or --overhead: codecs and faults."
+    parser = argparse.ArgumentParser(prog="kvmhost bench pager", description=__doc__, epilog=about)
+    parser.add_argument("--codecs", action="store_true", help="codecs on several page contents")
+    parser.add_argument("--faults", action="store_true", help="fault-in latency and evictions")
+    parser.add_argument("--overhead", action="store_true", help="memory a GiB of guest")
+    parser.add_argument("--pages", type=int, default=8192, help="pages evicted and touched")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--content", default="text", choices=sorted(contents(1)))
+    parser.add_argument("--prefetch", type=int, default=0, help="also measure with prefetch")
+    parser.add_argument("--gib", type=int, default=1, help="guest size for --overhead")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def _show(result: dict[str, Any]) -> None:
+    if "codecs" in result:
+        print("content   codec  ratio    raw  put ns  get ns  get ns without checksum")
+        for row in result["codecs"]:
+            ratio = "same" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            print(
+                f"{row['content']:9} {row['codec']:5} {ratio:>6} {row['raw']:6} "
+                f"{row['put_ns']:7.0f} {row['get_ns']:7.0f} {row['get_unchecked_ns']:7.0f}"
+            )
+    if "faults" in result:
+        print("pager                     p50 us  p99 us  of minimal   evictions/s  scan us/page")
+        for name, row in result["faults"]["ways"].items():
+            print(
+                f"{name:24} {row['p50_ns'] / 1e3:7.1f} {row['p99_ns'] / 1e3:7.1f} "
+                f"{row['p50_of_minimal']:11.2f} {row['evictions_s']:13.0f} "
+                f"{row['scan_ns'] / 1e3:13.2f}"
+            )
+    if "overhead" in result:
+        _show_overhead(result["overhead"])
+
+
+def _show_overhead(row: dict[str, Any]) -> None:
+    print(f"process without guest memory:  {row['process_base_bytes'] / 1e6:6.1f} MB")
+    print(
+        f"its own memory, a GiB of guest: {row['private_bytes_per_gib'] / 1e6:5.2f} MB, "
+        f"{row['private_percent']:.3f} %"
+    )
+    print(
+        f"kernel's page tables for it:    {row['page_tables_bytes_per_gib'] / 1e6:5.2f} MB, "
+        f"{row['page_tables_percent']:.3f} %"
+    )

@@ -1,0 +1,131 @@
+"""``kvmhost bench sampling``: clear and re-arm only a fraction of the pages a harvest.
+
+A guest of 1 GiB touches a tenth of it over and over, harvested once a second. For each
+fraction: the guest's time lost, against none, in turn; and on a small guest, whose hot
+set moves, how many harvests an untouched page takes to read as old. The default of
+``rearm=sample`` is the largest fraction of those here whose loss is surely below 3 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from kvmhost.errors import CapabilityError, LayoutError
+from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.trackers.sample import DEFAULT_FRACTION, period_of
+from tools.accuracy import doorbells
+from tools.accuracy.kinds import KINDS, Kind, Workload, probe_kinds
+from tools.args import count, seconds, share, size_bytes
+from tools.bench.harvest import hot_machine
+from tools.progress import Progress
+from tools.throughput import Kept, Plan, paired_rates
+
+__all__ = ["main", "run"]
+
+_FRACTIONS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+#: Phases a staleness run sees; each is twice as long as a page may wait for its turn.
+_PHASES = 4
+
+
+def run(
+    tracker: str = "guestpt",
+    fractions: Sequence[float] = _FRACTIONS,
+    *,
+    mem_bytes: int = 1 << 30,
+    hot_share: float = 0.1,
+    seconds: float = 1.0,
+    rounds: int = 9,
+) -> dict[str, Any]:
+    """Measure; ``fractions`` holds one row each.
+
+    :raises LayoutError: for an unknown tracker or a bad fraction
+    :raises CapabilityError: if the tracker does not work here
+    """
+    if tracker not in KINDS:
+        raise LayoutError(f"no tracker {tracker!r}; there are: {', '.join(KINDS)}")
+    support = probe_kinds("kvm")[tracker]
+    if not support.works:
+        raise CapabilityError(f"tracker {tracker}", "the kvm engine", support.reason, "")
+    kind, progress = KINDS[tracker], Progress()
+    hot = int(mem_bytes // PAGE_BYTES * hot_share)
+    plans = [Plan(1.0, period=period_of(fraction)) for fraction in fractions]
+    progress.say("throughput")
+    with hot_machine(kind, mem_bytes, hot) as machine:
+        machine.run_epoch()
+        used = kind.use(machine)
+        machine.step_by_doorbell(False)
+        kept = paired_rates(machine, used, plans, rounds, seconds / 2, lambda plan: seconds)
+    rows = []
+    for plan, values in kept.items():
+        progress.say(f"staleness of 1/{plan.period}")
+        rows.append(_row(plan.period, values) | _staleness(kind, plan.period))
+    head = {"tracker": tracker, "mem_bytes": mem_bytes, "hot_pages": hot}
+    return head | {"default": DEFAULT_FRACTION, "fractions": rows}
+
+
+def _row(period: int, kept: list[Kept]) -> dict[str, Any]:
+    return {
+        "fraction": 1 / period,
+        "lost": 1 - statistics.median(one.wall for one in kept),
+        "lost_min": 1 - max(one.wall for one in kept),
+        "lost_max": 1 - min(one.wall for one in kept),
+        "lost_by_cpu": 1 - statistics.median(one.cpu for one in kept),
+    }
+
+
+def _staleness(kind: Kind, period: int) -> dict[str, Any]:
+    params = {"hot": 512, "cold": 0, "scan_every": 0, "write_permille": 1000}
+    params |= {"phase_every": 2 * period, "phase_step": 512}
+    found = doorbells.measure(
+        kind, Workload("hotcold", params), "kvm", _PHASES * 2 * period, period
+    )
+    names = ("recall", "old_after_mean", "old_after_max", "new_after_max")
+    return {name: found[name] for name in names}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the figures as a table, or as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="kvmhost bench sampling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tracker", default="guestpt", help="default: guestpt")
+    parser.add_argument(
+        "--fraction", type=share, action="append", default=[], help="for example 1/8; repeatable"
+    )
+    parser.add_argument("--mem", type=size_bytes, default=1 << 30, metavar="SIZE")
+    parser.add_argument("--seconds", type=seconds, default=1.0, help="length of each segment")
+    parser.add_argument("--rounds", type=count, default=9, help="segments of each fraction")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(argv)
+    result = run(
+        options.tracker,
+        options.fraction or _FRACTIONS,
+        mem_bytes=options.mem,
+        seconds=options.seconds,
+        rounds=options.rounds,
+    )
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    hot = f"{result['hot_pages']:,} hot pages, one harvest a second, {result['tracker']}"
+    print(f"guest of {result['mem_bytes'] >> 20} MiB, {hot}\n")
+    print(
+        "| re-armed | guest's time lost, % | by its processor time, % | recall "
+        "| reads as old after | as young after |"
+    )
+    print("|---|---|---|---|---|---|")
+    for row in result["fractions"]:
+        print(
+            f"| 1/{1 / row['fraction']:.0f} | {100 * row['lost']:.1f} "
+            f"({100 * row['lost_min']:.1f} to {100 * row['lost_max']:.1f}) | "
+            f"{100 * row['lost_by_cpu']:.1f} | {row['recall']:.1f} | "
+            f"{row['old_after_mean']:.1f} harvests, {row['old_after_max']} at most | "
+            f"{row['new_after_max']} |"
+        )
+    return 0

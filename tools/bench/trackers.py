@@ -1,0 +1,243 @@
+"""``kvmhost bench trackers``: harvests against the bare kernel calls, and memory.
+
+A harvest of ``pagemap`` beside one PAGEMAP_SCAN of the same range, a harvest of ``dirty``
+beside KVM_GET_DIRTY_LOG (and KVM_CLEAR_DIRTY_LOG), in turn in one run. The bare calls
+get buffers that are ready and large enough, and nothing is made of what they fill in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import re
+import statistics
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from guests import image_path
+from kvmhost._ffi import check, ffi, lib
+from kvmhost.bitmap import n_words
+from kvmhost.errors import KvmHostError
+from kvmhost.machine import Machine
+from kvmhost.memory.guest import Region
+from kvmhost.memory.layout import PAGE_BYTES, TinyLayout
+from kvmhost.trackers import NAMES, Tracker, probe_all
+from kvmhost.trackers.pagescan import scans
+from tools.args import count, size_bytes
+
+__all__ = ["main", "run"]
+
+_START_GFN = 1024
+_MEMORY_SHARE = 0.1
+
+#: Case: parameters of the guest. A pagemap harvest that clears also zaps, which is not a scan.
+_PAGEMAP: dict[str, dict[str, int]] = {
+    "all pages": {"stride": 1},
+    "every 4th page": {"stride": 4},
+    "every 64th page": {"stride": 64},
+    "none": {},
+}
+#: Case: parameters of the guest, and whether the harvest clears.
+_DIRTY = {
+    "look": ({"stride": 10, "write": 1}, False),
+    "clear, every 10th page": ({"stride": 10, "write": 1}, True),
+    "clear, a run of a tenth": ({"part": 10, "write": 1}, True),
+    "clear, all pages": ({"stride": 1, "write": 1}, True),
+}
+
+
+def run(mem_bytes: int = 1 << 30, repeats: int = 15) -> dict[str, Any]:
+    """Measure what works here; ``engine`` is kvm where it does, else emulated.
+
+    :return: ``speed``: rows with ``bare_us``, ``harvest_us`` and ``ratio``; ``memory``: rows
+        with what a tracker holds and takes at most, in bytes and as a share of the guest's
+    """
+    support = probe_all("auto")
+    speed = []
+    for case, params in _PAGEMAP.items():
+        with _machine(mem_bytes, params) as machine:
+            speed.append({"tracker": "pagemap", "case": case, **_pagemap(machine, params, repeats)})
+    if support["dirty"].works:
+        for case, (params, clear) in _DIRTY.items():
+            with _machine(mem_bytes, params) as machine:
+                row = _dirty(machine, clear, repeats)
+            speed.append({"tracker": "dirty", "case": case, **row})
+    memory = [_memory(name, mem_bytes) for name in NAMES if support[name].works]
+    return {"mem_bytes": mem_bytes, "repeats": repeats, "speed": speed, "memory": memory}
+
+
+def _machine(mem_bytes: int, params: dict[str, int]) -> Machine:
+    given = dict(params)
+    # The tables that map the guest's memory lie at its end.
+    pages = TinyLayout(mem_bytes).tables_gpa // PAGE_BYTES - _START_GFN
+    given["pages"] = pages // given.pop("part", 1)
+    given |= {"start_gfn": _START_GFN, "epochs": 0}
+    machine = Machine(image_path("touch"), mem_bytes=mem_bytes, params=given)
+    machine.step_by_doorbell()
+    return machine
+
+
+def _in_turn(
+    prepare: Callable[[], object], variants: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:
+    """Time variants in turn, which of them is first changing; median µs of each, and the ratio."""
+    times: dict[str, list[int]] = {name: [] for name in variants}
+    names = list(variants)
+    for turn in range(repeats):
+        for name in names if turn % 2 else reversed(names):
+            prepare()
+            start = lib.kh_bench_now_ns()
+            variants[name]()
+            times[name].append(lib.kh_bench_now_ns() - start)
+    found = {f"{name}_us": statistics.median(values) / 1000 for name, values in times.items()}
+    return found | {"ratio": found["harvest_us"] / found["bare_us"]}
+
+
+def _pagemap(machine: Machine, params: dict[str, int], repeats: int) -> dict[str, float]:
+    tracker = machine.use_tracker("pagemap")
+    if params:
+        machine.run_epoch()
+    region = machine.memory.regions[0]
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if not scans(fd):
+            raise KvmHostError("bench trackers: this kernel has no PAGEMAP_SCAN to compare with")
+        bare = _bare_scan(fd, region)
+        harvest = tracker.harvest
+        variants: dict[str, Callable[[], object]] = {
+            "bare": bare,
+            "harvest": lambda: harvest(region.gfn, region.n_pages, clear=False),
+        }
+        return _in_turn(lambda: None, variants, max(repeats, 31))
+    finally:
+        os.close(fd)
+
+
+def _bare_scan(fd: int, region: Region) -> Callable[[], object]:
+    regions = ffi.new("struct page_region[]", region.n_pages // 2 + 1)
+    request = ffi.new("struct pm_scan_arg *")
+    request.size = ffi.sizeof("struct pm_scan_arg")
+    request.start, request.end = region.guest_address, region.guest_address + region.n_bytes
+    request.vec, request.vec_len = int(ffi.cast("uintptr_t", regions)), len(regions)
+    request.category_mask = request.return_mask = lib.PAGE_IS_PRESENT
+
+    def scan(keep: Any = regions) -> None:
+        # SAFETY: the argument keeps the buffer that the request points to.
+        check(lib.kh_ioctl_ptr(fd, lib.PAGEMAP_SCAN, request), "PAGEMAP_SCAN")
+
+    return scan
+
+
+def _dirty(machine: Machine, clear: bool, repeats: int) -> dict[str, float]:
+    tracker = machine.use_tracker("dirty")
+    # One slot after the other, as the tracker does it.
+    bare = [_bare_log(machine, slot, region, clear) for slot, region in _slots(machine)]
+    machine.run_epoch()
+    gfn_end = machine.memory.gfn_end
+    variants: dict[str, Callable[[], object]] = {
+        "bare": lambda: [one() for one in bare],
+        "harvest": lambda: tracker.harvest(0, gfn_end, clear),
+    }
+    # Where pages are cleared, the guest writes them once more before each.
+    prepare: Callable[[], object] = machine.run_epoch if clear else lambda: None
+    return _in_turn(prepare, variants, repeats if clear else max(repeats, 101))
+
+
+def _slots(machine: Machine) -> list[tuple[int, Region]]:
+    return list(enumerate(machine.memory.regions))
+
+
+def _bare_log(machine: Machine, slot: int, region: Region, clear: bool) -> Callable[[], object]:
+    from kvmhost.engine.kvm import KvmEngine
+
+    assert isinstance(machine.engine, KvmEngine)
+    fd = machine.engine.vm.fd
+    words = np.zeros(n_words(region.n_pages), dtype=np.uint64)
+    view = ffi.from_buffer("uint64_t[]", words)
+    get = ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": view})
+    fields = {"slot": slot, "num_pages": region.n_pages, "dirty_bitmap": view}
+    put = ffi.new("struct kvm_clear_dirty_log *", fields)
+
+    def once(keep: Any = words) -> None:
+        # SAFETY: the argument keeps the bitmap that both requests point to.
+        check(lib.kh_ioctl_ptr(fd, lib.KVM_GET_DIRTY_LOG, get), "KVM_GET_DIRTY_LOG")
+        if clear:
+            check(lib.kh_ioctl_ptr(fd, lib.KVM_CLEAR_DIRTY_LOG, put), "KVM_CLEAR_DIRTY_LOG")
+
+    return once
+
+
+# -- memory -------------------------------------------------------------------
+
+
+def _memory(name: str, mem_bytes: int) -> dict[str, Any]:
+    """Say what a tracker holds after three harvests, and what it takes at most meanwhile."""
+    with _machine(16 << 20, {"stride": 1, "write": 1}) as machine:
+        _use(machine, machine.use_tracker(name))  # imports, caches, calibration
+    with _machine(mem_bytes, {"stride": 8, "write": 1}) as machine:
+        machine.run_epoch()
+        gc.collect()
+        # What earlier work freed goes back first, or new buffers would be laid into it.
+        ctypes.CDLL(None).malloc_trim(0)
+        tracemalloc.start()
+        before = _anonymous_bytes()
+        tracker = machine.use_tracker(name)
+        _use(machine, tracker)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        gc.collect()
+        held = max(0, _anonymous_bytes() - before)
+    most = max(held, peak)
+    return {
+        "tracker": name,
+        "held_bytes": held,
+        "most_bytes": most,
+        "most_percent": 100 * most / mem_bytes,
+    }
+
+
+def _use(machine: Machine, tracker: Tracker) -> None:
+    gfn_end = machine.memory.gfn_end
+    for _ in range(3):
+        machine.run_epoch()
+        tracker.rearm(0, gfn_end, tracker.harvest(0, gfn_end))
+
+
+def _anonymous_bytes() -> int:
+    """Bytes of this process that no file backs: guest memory is not among them."""
+    found = re.search(r"^Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the figures as tables, or as JSON."""
+    parser = argparse.ArgumentParser(prog="kvmhost bench trackers", description=__doc__)
+    parser.add_argument("--mem", type=size_bytes, default=1 << 30, help="guest memory (default 1G)")
+    parser.add_argument("--repeats", type=count, default=15, help="of each variant (default 15)")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(argv)
+    result = run(options.mem, options.repeats)
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(f"guest of {result['mem_bytes'] >> 20} MiB, {result['repeats']} rounds, medians")
+    for row in result["speed"]:
+        print(
+            f"{row['tracker']:8} {row['case']:24} bare {row['bare_us']:9.1f} us, "
+            f"harvest {row['harvest_us']:9.1f} us, {row['ratio']:.2f} times"
+        )
+    for row in result["memory"]:
+        print(
+            f"{row['tracker']:8} holds {row['held_bytes'] / 1024:.0f} KiB, takes at most "
+            f"{row['most_bytes'] / 1024:.0f} KiB: {row['most_percent']:.3f} % of guest memory "
+            f"(bound {_MEMORY_SHARE} %)"
+        )
+    return 0

@@ -1,0 +1,53 @@
+"""``kvmhost drain VM``: bring every evicted page back and evict no more.
+
+For before a daemon ends, or before a VM is to do without its store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from kvmhost.control import schema
+from kvmhost.control.client import Client
+from tools.args import seconds
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command: 0 if all pages came back, 1 if one did not."""
+    args = _parser().parse_args(argv)
+    with Client(args.vm, timeout_s=args.timeout) as client:
+        report = client.drain()
+    if args.json:
+        sys.stdout.write(schema.encode(report).decode() + "\n")
+    else:
+        print(f"{report.restored} pages came back")
+    if report.lost:
+        print(f"kvmhost drain: {report.lost} pages are lost: {_LOST}", file=sys.stderr)
+    if report.left:
+        print(f"kvmhost drain: {report.left} pages are still out: {_LEFT}", file=sys.stderr)
+    return 1 if report.lost or report.left else 0
+
+
+_LOST = "the store could not give them back; a touch of one stops the VM"
+_LEFT = "the host had no memory for them; try again"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvmhost drain",
+        description="Bring every evicted page of a running VM back, and lift its resident limit.",
+    )
+    parser.add_argument("vm", help="the VM's name, or the path of its control socket")
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="give up after this time; the VM goes on draining (default: 600)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    return parser

@@ -1,0 +1,184 @@
+"""What harvests cost a guest: its throughput with and without them, in turn, and single steps.
+
+Absolute times drift on a shared machine, so a segment with harvests stands between two
+without, and only the ratio counts. The measured guest touches the same pages over and
+over and rings the doorbell after each round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from kvmhost.machine import Machine
+from kvmhost.trackers import Tracker, sample_mask
+
+__all__ = ["Kept", "Plan", "Steps", "harvest_once", "measure_steps", "paired_rates"]
+
+_SETTLE_S = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a guest is harvested.
+
+    :param rate: harvests a second; 0: none
+    :param period: each harvest clears and re-arms one page in so many
+    :param whole: re-arm the whole memory, and not only what was young
+    """
+
+    rate: float
+    period: int = 1
+    whole: bool = False
+
+    @property
+    def rearm(self) -> str:
+        """``young``, ``all`` or ``1/N``."""
+        if self.period > 1:
+            return f"1/{self.period}"
+        return "all" if self.whole else "young"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Throughput with harvests, as part of that without.
+
+    :param wall: by time
+    :param cpu: by processor time of the vCPUs, which does not mind what else runs on the
+        machine; what the guest waits for (another thread's answer) is not in it
+    """
+
+    wall: float
+    cpu: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What single steps take, medians, the guest standing still.
+
+    :param scan_ns: a look at all of memory that clears nothing
+    :param rearm_ns: a harvest that clears and re-arms the hot pages
+    :param refault_ns: what a re-armed page costs the guest, by page
+    """
+
+    scan_ns: float
+    rearm_ns: float
+    refault_ns: float
+
+
+def harvest_once(tracker: Tracker, gfn_start: int, n_pages: int, plan: Plan, turn: int = 0) -> None:
+    """Harvest and re-arm a range as a plan says."""
+    if plan.whole:
+        tracker.harvest(gfn_start, n_pages)
+        tracker.rearm(gfn_start, n_pages)
+        return
+    if plan.period == 1:
+        tracker.rearm(gfn_start, n_pages, tracker.harvest(gfn_start, n_pages))
+        return
+    mask = sample_mask(n_pages, plan.period, turn, gfn_start)
+    young = tracker.harvest(gfn_start, n_pages, mask=mask)
+    cleared = dataclasses.replace(young, words=young.words & mask)
+    tracker.rearm(gfn_start, n_pages, cleared)
+
+
+def paired_rates(
+    machine: Machine,
+    tracker: Tracker,
+    plans: Sequence[Plan],
+    rounds: int,
+    free_s: float,
+    seconds_of: Callable[[Plan], float],
+) -> dict[Plan, list[Kept]]:
+    """Return the throughput kept under each plan, once a round.
+
+    :param free_s: length of the segments without harvests, before and after each other one
+    :param seconds_of: length of a plan's segment
+    :return: part of the mean of the two free segments around it
+    """
+    kept: dict[Plan, list[Kept]] = {plan: [] for plan in plans}
+    none = Plan(0)
+    for _ in range(rounds):
+        before = _epoch_rates(machine, tracker, free_s, none)
+        for plan in plans:
+            found = _epoch_rates(machine, tracker, seconds_of(plan), plan)
+            after = _epoch_rates(machine, tracker, free_s, none)
+            parts = [
+                2 * with_it / (a + b) for with_it, a, b in zip(found, before, after, strict=True)
+            ]
+            kept[plan].append(Kept(*parts))
+            before = after
+    return kept
+
+
+def _epoch_rates(
+    machine: Machine, tracker: Tracker, seconds: float, plan: Plan
+) -> tuple[float, float]:
+    """Let the guest run on and harvest it; the first harvest comes at the start.
+
+    :return: epochs by second, and by second of the vCPUs' processor time
+    """
+    pause = threading.Event()
+    gfn_end = machine.memory.gfn_end
+    # What the segment before cleared is paid for before this one begins.
+    first, deadline = machine.doorbells, time.monotonic() + _SETTLE_S
+    while machine.doorbells < first + 2 and time.monotonic() < deadline:
+        pause.wait(0.001)
+    first, start, cpu_start = machine.doorbells, time.perf_counter(), _vcpu_seconds()
+    turn = 0
+    while (left := start + seconds - time.perf_counter()) > 0:
+        if plan.rate:
+            harvest_once(tracker, 0, gfn_end, plan, turn)
+            turn += 1
+        next_one = start + turn / plan.rate if plan.rate else start + seconds
+        pause.wait(max(0.0, min(left, next_one - time.perf_counter())))
+    epochs = machine.doorbells - first
+    # A guest that waited all the time has used next to none of its own.
+    cpu_s = max(_vcpu_seconds() - cpu_start, 1e-3)
+    return epochs / (time.perf_counter() - start), epochs / cpu_s
+
+
+def _vcpu_seconds() -> float:
+    """Processor time that the threads of vCPUs have used; one machine at a time is measured."""
+    clocks = [
+        time.pthread_getcpuclockid(thread.ident)
+        for thread in threading.enumerate()
+        if thread.name.startswith("vcpu") and thread.ident is not None
+    ]
+    return sum(map(time.clock_gettime, clocks))
+
+
+def measure_steps(
+    machine: Machine, tracker: Tracker, gfn_start: int, hot: int, repeats: int
+) -> Steps:
+    """Time a scan, a re-arm and a warm and a re-faulting epoch of a guest that is stepped.
+
+    :param gfn_start: the guest touches ``hot`` pages from here on in every epoch
+    :raises RuntimeError: if the tracker misses one of them
+    """
+    gfn_end = machine.memory.gfn_end
+    times: dict[str, list[float]] = {"scan": [], "rearm": [], "warm": [], "cold": []}
+    for _ in range(repeats):
+        machine.run_epoch()
+        times["warm"].append(_timed_epoch(machine))
+        start = time.perf_counter_ns()
+        young = tracker.harvest(0, gfn_end, clear=False)
+        scanned = time.perf_counter_ns()
+        # Clearing and re-arming are one act for pagemap and two for guestpt.
+        tracker.rearm(0, gfn_end, tracker.harvest(gfn_start, hot))
+        done = time.perf_counter_ns()
+        times["scan"].append(scanned - start)
+        times["rearm"].append(done - scanned)
+        times["cold"].append(_timed_epoch(machine))
+        if young.count() < hot:
+            raise RuntimeError(f"{young.count()} pages young, {hot} were touched")
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return Steps(median["scan"], median["rearm"], (median["cold"] - median["warm"]) / hot)
+
+
+def _timed_epoch(machine: Machine) -> int:
+    start = time.perf_counter_ns()
+    machine.run_epoch()
+    return time.perf_counter_ns() - start

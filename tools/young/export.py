@@ -1,0 +1,91 @@
+"""``kvmhost young export``: a record in the formats of other programs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvmhost.errors import LayoutError
+from tools.young.common import replacing
+from tools.young.output import open_record, window_range, windows_of
+
+if TYPE_CHECKING:
+    from reclaim.young.record import YoungRecord
+
+__all__ = ["FORMATS", "main"]
+
+FORMATS = {
+    "damon": "DAMON's record as damo writes it: damo report access --input OUT",
+    "damon-json": "the same as plain JSON",
+    "dirty": "a directory of KVM dirty bitmaps with an index",
+    "ranges": "plain text: ranges of gfns by window",
+    "gfns": "the working set as a list, what was young most often first: for prefetch",
+    "gfns-bin": "the same as little-endian 64-bit numbers",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = _parser().parse_args(argv)
+    if args.out.exists():
+        raise LayoutError(f"{args.out}: there already; remove it, or take another name")
+    if not args.out.parent.is_dir():
+        raise LayoutError(f"{args.out}: there is no directory {args.out.parent}")
+    if not 0 <= args.share <= 100:
+        raise LayoutError(f"--share {args.share:g}: need 0 to 100")
+    with open_record(args.file) as record:
+        first, end = windows_of(record, args.windows)
+        try:
+            what = _write(args, record, first, end)
+        except OSError as error:
+            raise LayoutError(f"{args.out}: cannot be written: {error.strerror}") from error
+    print(f"{args.out}: {what}")
+    return 0
+
+
+def _write(args: argparse.Namespace, record: YoungRecord, first: int, end: int) -> str:
+    from reclaim.young.exchange import damon, dirty, text
+
+    windows = f"{end - first} windows"
+    if args.format == "dirty":
+        dirty.export(record, args.out, first, end)
+        return windows
+    with replacing(args.out) as file:
+        if args.format in ("damon", "damon-json"):
+            damon.export(record, file, first, end, compress=args.format == "damon")
+        elif args.format == "ranges":
+            text.export_ranges(record, file, first, end)
+        else:
+            gfns = text.working_set_gfns(record, first, end, args.share / 100)
+            text.export_gfns(gfns, file, binary=args.format == "gfns-bin")
+            return f"{gfns.size} gfns"
+    return windows
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, FORMATS))
+    parser = argparse.ArgumentParser(
+        prog="kvmhost young export",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write a record, or some of its windows, in a format of other programs:\n\n"
+        + "\n".join(f"  {name:<{width}}  {about}" for name, about in FORMATS.items()),
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a record of young record")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="see above")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="to write")
+    parser.add_argument(
+        "--windows",
+        type=window_range,
+        metavar="A:B",
+        help="from window A up to before B; --windows=-60: is the last 60 (default: all)",
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.0,
+        metavar="PERCENT",
+        help="gfns: only what was young in so many of the windows (default: any)",
+    )
+    return parser

@@ -1,0 +1,71 @@
+"""``kvmhost young gfn``: a guest address in all its forms."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvmhost.control.client import Client
+from tools.young.output import Table, open_record, show
+
+__all__ = ["main"]
+
+_KINDS = ("gpa", "gfn", "hva", "offset")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = _parser().parse_args(argv)
+    from reclaim.young.explain import find_place
+    from reclaim.young.recordmeta import Memslot
+
+    source = Path(args.source)
+    if source.is_dir() or ("/" in args.source and not source.is_socket()):
+        with open_record(source) as record:
+            memslots, page_bytes = record.memslots(), record.metadata.page_bytes
+    else:
+        with Client(args.source) as vm:
+            memory = vm.memory()
+        memslots = [Memslot(r.slot, r.gfn, r.n_pages, r.hva) for r in memory.regions]
+        page_bytes = memory.page_bytes
+    place = find_place(args.address, args.kind, memslots, page_bytes, args.slot)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(place)))
+        return 0
+    facts = {
+        "gfn": f"{place.gfn:#x}",
+        "gpa": f"{place.gpa:#x}",
+        "slot": place.slot,
+        "slot_offset_bytes": f"{place.slot_offset_bytes:#x}",
+        "hva": None if place.hva is None else f"{place.hva:#x}",
+    }
+    args.csv = False
+    show(Table([], [], facts), args)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvmhost young gfn",
+        description="Convert between guest physical address, gfn, the VM process's virtual "
+        "address and the offset in a memslot, by the memslots of a VM or of a record's end.",
+    )
+    parser.add_argument(
+        "address", type=lambda text: int(text, 0), metavar="ADDR", help="0x for hex"
+    )
+    parser.add_argument("source", metavar="FILE|VM", help="a record, or a VM's name or socket")
+    parser.add_argument(
+        "--kind", choices=_KINDS, default="gpa", help="what ADDR is (default: gpa, in bytes)"
+    )
+    parser.add_argument(
+        "--slot",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of which memslot an offset is (default: 0)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser

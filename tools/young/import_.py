@@ -1,0 +1,86 @@
+"""``kvmhost young import``: a record out of what other programs wrote."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvmhost.errors import LayoutError
+from tools.args import seconds
+
+if TYPE_CHECKING:
+    from reclaim.young.exchange.common import Imported
+
+__all__ = ["main"]
+
+FORMATS = {
+    "damon": "DAMON's record: JSON, or that in a zlib stream",
+    "dirty": "KVM dirty bitmaps: a directory with an index, or files, a window each",
+    "ranges": "plain text: ranges of gfns by window, or a list of gfns",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = _parser().parse_args(argv)
+    if args.out.exists():
+        raise LayoutError(f"{args.out}: there already; remove it, or take another name")
+    if not args.out.parent.is_dir():
+        raise LayoutError(f"{args.out}: there is no directory {args.out.parent}")
+    if len(args.files) > 1 and args.format != "dirty":
+        raise LayoutError(f"{args.format}: one file makes a record, {len(args.files)} were given")
+    from reclaim.young.exchange.common import write_record
+
+    origin = f"{args.format} {args.files[0].name}"
+    try:
+        windows = write_record(_read(args), args.out, origin)
+    except OSError as error:
+        if isinstance(error, LayoutError):
+            raise
+        raise LayoutError(f"{args.out}: cannot be written: {error.strerror}") from error
+    print(f"{args.out}: {windows} windows")
+    return 0
+
+
+def _read(args: argparse.Namespace) -> Imported:
+    from reclaim.young.exchange import damon, dirty, text
+
+    if args.format == "damon":
+        return damon.read(args.files[0])
+    if args.format == "ranges":
+        return text.read(args.files[0])
+    if args.files[0].is_dir():
+        return dirty.read(args.files[0])
+    return dirty.read_files(args.files, args.gfn_start, args.pages, args.interval)
+
+
+def _number(text: str) -> int:
+    value = int(text, 0)
+    if not 0 <= value < 1 << 52:
+        raise argparse.ArgumentTypeError(f"{text}: need 0 or more, below 2**52")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, FORMATS))
+    parser = argparse.ArgumentParser(
+        prog="kvmhost young import",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Make a record out of what other programs wrote:\n\n"
+        + "\n".join(f"  {name:<{width}}  {about}" for name, about in FORMATS.items()),
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="to read")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="see above")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the record")
+    parser.add_argument(
+        "--gfn-start", type=_number, default=0, metavar="GFN", help="dirty files: of bit 0"
+    )
+    parser.add_argument(
+        "--pages", type=_number, metavar="N", help="dirty files: how many (default: all bits)"
+    )
+    parser.add_argument(
+        "--interval", type=seconds, default=1.0, metavar="SECONDS", help="dirty files: a window"
+    )
+    return parser

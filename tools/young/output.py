@@ -1,0 +1,212 @@
+"""Tables of the commands that read records: for people, as JSON or as CSV."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvmhost.errors import LayoutError
+from tools.young.common import gfn_range
+
+if TYPE_CHECKING:
+    from reclaim.young.record import YoungRecord
+
+__all__ = [
+    "Table",
+    "add_output_arguments",
+    "add_record_arguments",
+    "mib",
+    "number",
+    "open_record",
+    "share",
+    "show",
+    "spans",
+    "window_range",
+    "windows_of",
+]
+
+
+@dataclasses.dataclass
+class Table:
+    """Rows of plain values. People see columns right-aligned, floats with few digits.
+
+    :param facts: shown above the rows; in JSON beside them
+    :param shown_rows: people see so many, evenly picked; programs all
+    :param closer_first: pick more of the first rows than of the last
+    :param notes: lines for people, below the rows
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shown_rows: int | None = None
+    closer_first: bool = False
+    notes: Sequence[str] = ()
+    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add FILE, --windows and --range."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="a record of young record")
+    parser.add_argument(
+        "--windows",
+        type=window_range,
+        metavar="A:B",
+        help="from window A up to before B; --windows=-60: is the last 60 (default: all)",
+    )
+    parser.add_argument(
+        "--range",
+        type=gfn_range,
+        metavar="GFN:GFN",
+        help="from this gfn up to before that one; 0x for hex (default: all)",
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --json and --csv."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print JSON")
+    group.add_argument("--csv", action="store_true", help="print CSV, with a head line")
+
+
+def open_record(path: Path) -> YoungRecord:
+    """Open a record, and say on standard error what is missing at its end."""
+    from reclaim.young.record import YoungRecord
+
+    record = YoungRecord.open(path)
+    if record.loss:
+        print(f"warning: {record.loss}", file=sys.stderr)
+    return record
+
+
+def window_range(text: str) -> tuple[int | None, int | None]:
+    """Parse ``A:B``, either of which may be missing.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no range of windows; write 0:60, or =-60: for the last 60"
+        )
+    first, end = match.groups()
+    return (None if first is None else int(first), None if end is None else int(end))
+
+
+def windows_of(record: YoungRecord, given: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """Return ``[first, end)`` of a record.
+
+    :raises LayoutError: if it has no such windows, or none are left
+    """
+    first, end = given or (None, None)
+    n = len(record)
+    low = 0 if first is None else first + n * (first < 0)
+    high = n if end is None else end + n * (end < 0)
+    if not 0 <= low <= high <= n or (low == high and n):
+        raise LayoutError(f"--windows {first}:{end}: {record.path} has windows 0 to {n - 1}")
+    return low, high
+
+
+def spans(text: str) -> list[tuple[float, str]]:
+    """Parse ``1,60s,10m``: numbers of windows, or times with s, m or h.
+
+    :return: (number, unit); the unit of windows is empty
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    found = []
+    for word in text.split(","):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", word.strip())
+        if match is None or float(match[1]) <= 0:
+            raise argparse.ArgumentTypeError(f"{word!r}: write windows (60) or a time (60s, 5m)")
+        found.append((float(match[1]), match[2]))
+    return found
+
+
+def show(table: Table, args: argparse.Namespace) -> None:
+    """Print a table the way that was asked for."""
+    if args.json:
+        rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+        print(json.dumps({**table.facts, "rows": rows}))
+    elif args.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(table.columns)
+        writer.writerows(table.rows)
+    else:
+        _show_text(table)
+
+
+def _show_text(table: Table) -> None:
+    for name, value in table.facts.items():
+        if not isinstance(value, list | dict):
+            print(f"{name.replace('_', ' '):24} {_cell(value, '')}")
+    if table.rows:
+        _show_rows(table)
+    for note in table.notes:
+        print(note)
+
+
+def _show_rows(table: Table) -> None:
+    picked = _picked(table.rows, table.shown_rows, table.closer_first)
+    cells = [[str(name) for name in table.columns]]
+    for row in picked:
+        cells.append(
+            [
+                _cell(value, table.formats.get(name, ""))
+                for name, value in zip(table.columns, row, strict=True)
+            ]
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(table.columns))]
+    for line in cells:
+        print("  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)).rstrip())
+    if len(picked) < len(table.rows):
+        print(f"{len(picked)} of {len(table.rows)} rows; --csv and --json have all")
+
+
+def _picked(
+    rows: Sequence[Sequence[Any]], most: int | None, closer_first: bool
+) -> Sequence[Sequence[Any]]:
+    if most is None or len(rows) <= most:
+        return rows
+    last = len(rows) - 1
+    shares = (i / (most - 1) for i in range(most))
+    if closer_first:
+        places = {round(len(rows) ** part) - 1 for part in shares}
+    else:
+        places = {round(last * part) for part in shares}
+    return [rows[place] for place in sorted(places)]
+
+
+def _cell(value: Any, form: str) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if form == "hex":
+        return f"{value:#x}"
+    if form == "%":
+        return f"{100 * value:.2f} %"
+    if isinstance(value, float):
+        return f"{value:.{3 if abs(value) < 10 else 1}f}"
+    return f"{value:,}" if isinstance(value, int) and form != "plain" else str(value)
+
+
+def mib(pages: float, page_bytes: int) -> float:
+    """Return pages in MiB."""
+    return float(pages) * page_bytes / 2**20
+
+
+def number(value: Any) -> int:
+    """Return a numpy number as Python's, for JSON."""
+    return int(value)
+
+
+def share(part: float, whole: float) -> float:
+    """Return a share, 0 of nothing."""
+    return float(part) / float(whole) if whole else 0.0

@@ -1,0 +1,154 @@
+"""``kvmhost young record``: young bitmaps of running VMs into files, for as long as wanted."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from kvmhost.control.client import Client
+from kvmhost.errors import ControlError, LayoutError, VmGoneError
+from tools.args import count, seconds
+from tools.young.common import gfn_range
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; 1 if a VM could not be recorded to the end that was meant."""
+    args = _parser().parse_args(argv)
+    from reclaim.young.chunks import need_zstd
+    from reclaim.young.live import Plan
+
+    need_zstd()
+    places = _places(args)
+    plan = Plan(args.interval, args.count, args.tracker, args.range, args.append)
+    stop = threading.Event()
+    with (
+        _stopping(stop),
+        _counter(args.count, len(places)) as advance,
+        concurrent.futures.ThreadPoolExecutor(len(places)) as pool,
+    ):
+        jobs = [pool.submit(_record, vm, path, plan, stop, advance) for vm, path in places.items()]
+    return max(job.result() for job in jobs)
+
+
+def _record(
+    vm: str, path: Path, plan: object, stop: threading.Event, advance: Callable[[], None]
+) -> int:
+    from reclaim.young.live import Plan, record_vm
+
+    assert isinstance(plan, Plan)
+    try:
+        with Client(vm) as client:
+            ended = record_vm(client, path, plan, stop, advance)
+    except (VmGoneError, ControlError) as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"{path}: {error.strerror or error}; what was whole is kept, "
+            "and --append goes on with it",
+            file=sys.stderr,
+        )
+        return 1
+    late = f", {ended.late} of them late" if ended.late else ""
+    total = f" ({ended.total_windows} in all)" if ended.total_windows != ended.windows else ""
+    print(f"{path}: {ended.windows} windows of {vm}{total}{late}; {ended.reason}")
+    return 0
+
+
+def _places(args: argparse.Namespace) -> dict[str, Path]:
+    """Return a path for each VM: the file itself for one, a directory of records for more."""
+    vms: list[str] = args.vms
+    if not args.out.parent.is_dir():
+        raise LayoutError(f"{args.out}: there is no directory {args.out.parent}")
+    if len(vms) == 1:
+        places = {vms[0]: args.out}
+    else:
+        places = {vm: args.out / Path(vm).stem for vm in vms}
+        if len(set(places.values())) < len(set(vms)) or len(set(vms)) < len(vms):
+            raise LayoutError(f"two of {', '.join(vms)} have the same name")
+    there = [str(path) for path in places.values() if path.exists()]
+    if there and not args.append:
+        raise LayoutError(f"{', '.join(there)}: there already; take another, or --append to it")
+    if len(vms) > 1:
+        try:
+            args.out.mkdir(exist_ok=True)
+        except OSError as error:
+            raise LayoutError(f"{args.out}: no directory can be made: {error.strerror}") from None
+    return places
+
+
+@contextlib.contextmanager
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the recording, with everything written."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _counter(total: int | None, n_vms: int) -> Iterator[Callable[[], None]]:
+    """Count windows on a terminal; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("recording, Ctrl-C ends"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("windows", total=None if total is None else total * n_vms)
+        yield lambda: progress.advance(task)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvmhost young record",
+        description="Harvest VMs window by window and write which pages were young. Ctrl-C, "
+        "SIGTERM or the VM's end ends the recording; --append goes on with it. The record "
+        "can be read meanwhile: by young wss, hot, ..., and by anything that reads Zarr. "
+        "The harvests clear: a reclaim daemon on the same VM sees less meanwhile.",
+    )
+    parser.add_argument("vms", metavar="VM", nargs="+", help="name of a VM, or path of its socket")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the record (a directory of chunk files); of several VMs one each in it",
+    )
+    parser.add_argument(
+        "--interval", type=seconds, default=1.0, metavar="SECONDS", help="a window (default: 1)"
+    )
+    parser.add_argument("--count", type=count, metavar="N", help="windows (default: until Ctrl-C)")
+    parser.add_argument(
+        "--tracker",
+        default="auto",
+        metavar="NAME",
+        help="auto (the one in use, or the best), or one that doctor lists",
+    )
+    parser.add_argument(
+        "--range",
+        type=gfn_range,
+        metavar="GFN:GFN",
+        help="from this gfn up to before that one; 0x for hex (default: all memory)",
+    )
+    parser.add_argument("--append", action="store_true", help="go on with a record that is there")
+    return parser
