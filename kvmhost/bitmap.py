@@ -18,6 +18,7 @@ __all__ = [
     "Provenance",
     "Words",
     "YoungBitmap",
+    "clear_words",
     "n_words",
     "pack",
     "place_words",
@@ -161,3 +162,11 @@ def place_words(into: Words, first: int, words: Words) -> None:
     if shift:
         above = into[low + 1 : low + 1 + words.size]
         above |= words[: above.size] >> np.uint64(64 - int(shift))
+
+
+def clear_words(into: Words, first: int, words: Words) -> None:
+    """Clear the bits of ``words`` in ``into``, from bit ``first`` on."""
+    there = np.zeros(words.size + 1, dtype=np.uint64)
+    place_words(there, first % 64, words)
+    part = into[first // 64 : first // 64 + there.size]
+    part &= ~there[: part.size]

@@ -22,6 +22,26 @@ __all__ = ["Finding", "probe_host"]
 #: Parameters of the KVM modules that say how guest memory is translated.
 _PAGING = ("kvm_intel/parameters/ept", "kvm_amd/parameters/npt", "kvm/parameters/tdp_mmu")
 
+#: As in the patches of July 2026; no released header has it.
+_UFFD_FEATURE_RWP = 1 << 17
+#: Capabilities that kvmhost itself has a use for, or does without if it must.
+_USED_CAPS = (
+    "IRQCHIP",
+    "NR_VCPUS",
+    "MAX_VCPUS",
+    "NR_MEMSLOTS",
+    "SYNC_MMU",
+    "INTERNAL_ERROR_DATA",
+    "READONLY_MEM",
+    "IMMEDIATE_EXIT",
+    "MANUAL_DIRTY_LOG_PROTECT2",
+    "DIRTY_LOG_RING",
+    "DIRTY_LOG_RING_ACQ_REL",
+    "BINARY_STATS_FD",
+    "MEMORY_FAULT_INFO",
+    "GUEST_MEMFD",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -64,13 +84,43 @@ def _kvm() -> Iterator[Finding]:
     yield _engine("kvm", _try_kvm)
     try:
         with System() as system:
-            for cap in Cap:
-                value = system.check_extension(cap)
-                found = str(value) if value else "missing"
-                yield Finding("kvm", f"KVM_CAP_{cap.name}", None, found)
+            values = {cap.name: system.check_extension(cap) for cap in Cap}
+            for name in _USED_CAPS:
+                found = str(values[name]) if values[name] else "missing"
+                yield Finding("kvm", f"KVM_CAP_{name}", None, found)
+            yield Finding("kvm", "capabilities", None, ", ".join(_present(values)))
+            yield Finding("kvm", "not offered", None, ", ".join(_missing(values)) or "nothing")
+            yield Finding("kvm", "statistics", None, _try_statistics())
     except KvmHostError:
         return  # the engine's line says why
     yield Finding("kvm", "paging", None, _paging())
+
+
+def _present(values: dict[str, int]) -> list[str]:
+    """Return names, with what KVM says of them where that is more than yes."""
+    shown = {name: value for name, value in values.items() if value}
+    return [name if value == 1 else f"{name}={value:#x}" for name, value in shown.items()]
+
+
+def _missing(values: dict[str, int]) -> list[str]:
+    return [name for name, value in values.items() if not value]
+
+
+def _try_statistics() -> str:
+    from kvmhost.kvm import System
+
+    try:
+        with (
+            System() as system,
+            system.create_vm() as vm,
+            vm.create_vcpu(0) as vcpu,
+            vm.stats() as of_vm,
+            vcpu.stats() as of_vcpu,
+        ):
+            counts = len(of_vm.read()), len(of_vcpu.read())
+    except KvmHostError as error:
+        return f"none: {error}"
+    return f"{counts[0]} of a VM, {counts[1]} of a vCPU"
 
 
 def _try_kvm() -> str:
@@ -122,6 +172,7 @@ def _memory() -> Iterator[Finding]:
         yield Finding("memory", "userfaultfd", False, error.found, error.remedy)
     else:
         yield Finding("memory", "userfaultfd", True, f"features {userfault.features:#x}")
+        yield Finding("memory", "userfaultfd RWP", None, _read_write_protect(userfault.features))
         userfault.close()
     problem = _try_pagemap_scan()
     yield Finding(
@@ -150,6 +201,12 @@ def _store() -> Iterator[Finding]:
     works = has_checksum()
     remedy = "" if works else "install xxhash from a wheel; without it no store is in a file"
     yield Finding("memory", "page checksums", works, "xxh3" if works else "none", remedy)
+
+
+def _read_write_protect(features: int) -> str:
+    """Tell of the mode that traps reads and writes; docs/trackers.md says why none uses it."""
+    offered = features & _UFFD_FEATURE_RWP
+    return f"{'offered' if offered else 'not offered'}; no tracker uses it yet"
 
 
 def _try_pagemap_scan() -> str:

@@ -37,10 +37,12 @@ from kvmhost.errors import (
     UnexpectedExit,
 )
 from kvmhost.exits import (
+    Debug,
     Exit,
     InternalError,
     IoIn,
     IoOut,
+    Kicked,
     MmioRead,
     MmioWrite,
     Shutdown,
@@ -247,6 +249,64 @@ class Machine(Closing):
         if not self._statuses:
             return None
         return next((s for _, s in sorted(self._statuses.items()) if s), 0)
+
+    @property
+    def statuses(self) -> dict[int, int]:
+        """What vCPUs have reported so far, by index."""
+        return dict(self._statuses)
+
+    @property
+    def ended_vcpus(self) -> set[int]:
+        """Indexes of the vCPUs that have ended."""
+        return self._runner.ended_vcpus
+
+    def settle(self) -> None:
+        """Finish what a paused vCPU has begun: the access that its last exit was about.
+
+        Only then KVM's registers are whole. The machine must be paused.
+        """
+        for vcpu in self.vcpus:
+            if vcpu.index not in self.ended_vcpus:
+                vcpu.kick()
+                while not isinstance(leaving := vcpu.run(), Kicked):
+                    if self._on_exit(vcpu, leaving) in (Step.END, Step.END_ALL):
+                        raise KvmHostError(f"vCPU {vcpu.index} ended while it was paused")
+
+    def single_step(self, index: int = 0) -> Exit:
+        """Run one instruction of a vCPU; the machine must be paused, on the kvm engine.
+
+        :return: :class:`~kvmhost.exits.Debug`, or the exit that the instruction caused
+            and that ends the guest
+        :raises CapabilityError: on another engine
+        """
+        from kvmhost.engine.kvm import KvmEngine
+
+        if not isinstance(self.engine, KvmEngine):
+            raise CapabilityError(
+                "single step", "the kvm engine", f"engine {self.engine.name}", "use --engine kvm"
+            )
+        core, vcpu = self.engine.cores[index], self.vcpus[index]
+        core.single_step()
+        try:
+            while True:
+                leaving = vcpu.run()
+                if isinstance(leaving, Debug):
+                    return leaving
+                if not isinstance(leaving, Kicked) and self._on_exit(vcpu, leaving) in (
+                    Step.END,
+                    Step.END_ALL,
+                ):
+                    self._runner.request_stop()
+                    return leaving
+        finally:
+            core.single_step(False)
+
+    def adopt(self, ended: set[int], statuses: Mapping[int, int], doorbells: list[int]) -> None:
+        """Take over from a snapshot what is not in KVM; before :meth:`start`."""
+        self._runner.mark_ended(ended)
+        self._statuses = dict(statuses)
+        for vcpu, count in zip(self.vcpus, doorbells, strict=True):
+            vcpu.set_doorbells(count)
 
     @property
     def error(self) -> BaseException | None:

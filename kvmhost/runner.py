@@ -58,8 +58,9 @@ class Runner:
 
     def start(self) -> None:
         """Start the threads."""
-        for thread in self._threads:
-            thread.start()
+        for vcpu, thread in zip(self._vcpus, self._threads, strict=True):
+            if vcpu.index not in self._ended:
+                thread.start()
 
     def pause(self) -> None:
         """Park every vCPU and return when all are parked. Pauses nest."""
@@ -124,6 +125,17 @@ class Runner:
                 except OSError:
                     continue  # ended in between
         return total
+
+    @property
+    def ended_vcpus(self) -> set[int]:
+        """Indexes of the vCPUs that have ended."""
+        with self._changed:
+            return set(self._ended)
+
+    def mark_ended(self, indexes: set[int]) -> None:
+        """Say before the start that vCPUs have ended already: their threads do not start."""
+        with self._changed:
+            self._ended |= indexes & {vcpu.index for vcpu in self._vcpus}
 
     def request_stop(self) -> None:
         """Ask every vCPU to end; does not wait."""

@@ -43,6 +43,7 @@ COMMANDS = {
     "doctor": ("doctor", "what works on this host and what does not, with the remedy"),
     "guests": ("guests_cmd", "list the built-in guests and their parameters"),
     "run": ("run", "boot a guest and pass its exit status through"),
+    "snapshot": ("snapshot", "write a running VM into a file, for run --restore"),
     "young": ("young", "look at young bitmaps of a running VM"),
     "reclaimd": ("reclaimd", "keep VMs under a memory budget by evicting cold pages"),
     "page": ("page", "all that is known of one page, and why it was taken or not"),

@@ -9,10 +9,12 @@ import signal
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from kvmhost.boot.loaders import LOADERS
 from kvmhost.devices.console import Console, open_console
+from kvmhost.errors import LayoutError
 from kvmhost.machine import Machine
 from kvmhost.machines import make_machine
 from kvmhost.memory.layout import TinyLayout
@@ -29,8 +31,6 @@ from tools.args import (
 )
 
 if typing.TYPE_CHECKING:
-    from pathlib import Path
-
     from kvmhost.control.paths import NameLock
     from kvmhost.control.server import ControlServer
     from kvmhost.machines.pc import PcOptions
@@ -63,7 +63,9 @@ def _join_append(argv: Sequence[str]) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    image = find_image(args.image)
+    if (args.image is None) == (args.restore is None):
+        raise LayoutError("run: need an image or --restore FILE, and not both")
+    image = args.restore or find_image(args.image)
     if not args.name:
         return _boot(args, image, None)
     # The name first: where it is taken, no VM is made only to be thrown away.
@@ -87,6 +89,16 @@ def _boot(args: argparse.Namespace, image: Path, lock: NameLock | None) -> int:
 
 
 def _make(args: argparse.Namespace, image: Path, console: Console) -> Machine:
+    common: dict[str, typing.Any] = {
+        "console_fd": console.fd,
+        "name": args.name or "",
+        "store": store_options(args),
+        "dirty_ring_entries": args.dirty_ring,
+    }
+    if args.restore:
+        from kvmhost.machines.snapshot import restore_machine
+
+        return restore_machine(args.restore, **common)
     return make_machine(
         image,
         loader=args.loader,
@@ -95,10 +107,7 @@ def _make(args: argparse.Namespace, image: Path, console: Console) -> Machine:
         n_vcpus=args.vcpus,
         engine=args.engine,
         params=parse_params(args.param),
-        console_fd=console.fd,
-        name=args.name or "",
-        store=store_options(args),
-        dirty_ring_entries=args.dirty_ring,
+        **common,
     )
 
 
@@ -152,7 +161,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The exit code is the guest's own status; 124: timed out, 125: triple fault or "
         "another end that the guest did not choose, 2: bad image or parameters.",
     )
-    parser.add_argument("image", help="a built-in guest (see kvmhost guests) or a file")
+    parser.add_argument("image", nargs="?", help="a built-in guest (see kvmhost guests) or a file")
+    parser.add_argument(
+        "--restore",
+        type=Path,
+        metavar="FILE",
+        help="go on from a snapshot; image, sizes and arguments are in the file",
+    )
     add_machine_arguments(parser)
     parser.set_defaults(mem=None)
     _add_pc_arguments(parser)

@@ -66,6 +66,7 @@ struct kh_pager {
 	uint64_t hand;
 	uint32_t lap;		/* what the hand takes; colder pages were not to be found */
 	uint32_t batch;		/* of the pages that are evicted now */
+	uint64_t last_run;	/* first page of it, plus 1; its page tables are still there */
 	uint32_t prefetch_pages;
 	int lost_errno;
 	uint64_t limit_pages;

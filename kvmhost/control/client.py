@@ -208,6 +208,16 @@ class Client(Caller):
         """Return who looks after the VM; None: nobody."""
         return self._get("lease", schema.LeaseState).lease
 
+    def snapshot(self, path: str) -> int:
+        """Have the VM write itself into a file; it goes on running.
+
+        :param path: absolute, as the VM sees it
+        :return: bytes of memory in the file
+        """
+        body = schema.encode(schema.SnapshotRequest(path))
+        answer = self._call("POST", "snapshot", content=body, headers=_JSON)
+        return self._read(answer, schema.SnapshotReport).memory_bytes
+
 
 def _range_query(gfn_start: int, n_pages: int | None) -> dict[str, str]:
     query = {"gfn_start": str(gfn_start)}

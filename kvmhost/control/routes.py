@@ -13,6 +13,7 @@
 ``PUT  /v1/limit``              resident limit, held by the fault handler
 ``PUT  /v1/victims``            what goes first at the limit
 ``POST /v1/pause|resume|stop``  the vCPUs
+``POST /v1/snapshot``           the whole VM into a file
 ``GET|PUT|DELETE /v1/lease``    which daemon looks after this VM
 =============================== ====================================================
 
@@ -30,6 +31,7 @@ import functools
 import os
 import typing
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +113,7 @@ class Routes:
             "/v1/pause": {"POST": self._pause},
             "/v1/resume": {"POST": self._resume},
             "/v1/stop": {"POST": self._stop},
+            "/v1/snapshot": {"POST": self._snapshot},
             "/v1/lease": {
                 "GET": self._get_lease,
                 "PUT": self._put_lease,
@@ -367,6 +370,21 @@ class Routes:
         _no_body(request)
         await self._pauses.resume(asked.pause)
         return json_reply(self._run_state())
+
+    async def _snapshot(self, request: Request) -> Reply:
+        schema.decode_query(request.query, schema.NoQuery)
+        asked = schema.decode(request.body, schema.SnapshotRequest)
+        path = Path(asked.path)
+        if not path.is_absolute():
+            raise Problem(400, "need an absolute path: the VM has its own directory", "path")
+
+        def save() -> int:
+            from kvmhost.machines.snapshot import save_machine
+
+            return save_machine(self._machine, path)
+
+        async with self._paging:
+            return json_reply(schema.SnapshotReport(await self._work(save)))
 
     async def _stop(self, request: Request) -> Reply:
         nothing_asked(request)

@@ -144,6 +144,12 @@ class LimitRequest(_Strict, frozen=True):
     shrink: bool = False
 
 
+class SnapshotRequest(_Strict, frozen=True):
+    """Body of ``POST /v1/snapshot``: where the VM writes the file, an absolute path."""
+
+    path: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+
+
 class PauseQuery(_Strict, frozen=True):
     """Query of ``POST /v1/pause``: seconds until it ends by itself; 0: never."""
 
@@ -348,6 +354,12 @@ class RunState(_Answer, frozen=True):
     running: bool
     paused: bool
     pause: int | None = None
+
+
+class SnapshotReport(_Answer, frozen=True):
+    """Answer of ``POST /v1/snapshot``: bytes of memory in the file."""
+
+    memory_bytes: int
 
 
 class MachineCounters(_Answer, frozen=True):

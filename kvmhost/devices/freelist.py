@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 import typing
 
-from kvmhost.errors import LayoutError
+from kvmhost.errors import LayoutError, LostPageError
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
@@ -42,11 +42,15 @@ class FreeList:
         return (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Work off the list at gfn ``value``; a list outside memory is passed over."""
+        """Work off the list at gfn ``value``; a list outside memory is passed over.
+
+        :raises LostPageError: if the list itself cannot be given back by the store
+        """
         try:
             page = self._machine.memory.view(value << PAGE_SHIFT, PAGE_BYTES)
         except LayoutError:
             return
+        self._check(value)
         with page:
             n_ranges, _, _, reserved = _HEAD.unpack_from(page)
             dropped = kept = 0
@@ -60,6 +64,15 @@ class FreeList:
         self.lists += 1
         self.dropped_pages += dropped
         self.kept_pages += kept
+
+    def _check(self, gfn: int) -> None:
+        """Bring the list's page back: a touch of one that is lost would end the process."""
+        if not self._machine.has_pager:
+            return
+        pager = self._machine.pager
+        pager.restore(gfn)
+        if pager.state(gfn).name == "LOST":
+            raise LostPageError([gfn], pager.lost_reason())
 
     def _drop(self, gfn: int, n_pages: int) -> int:
         try:

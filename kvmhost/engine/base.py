@@ -42,6 +42,9 @@ class Vcpu(Protocol):
     def stop_at_doorbell(self, stop: bool) -> None:
         """Return at each doorbell instead of only counting it."""
 
+    def set_doorbells(self, count: int) -> None:
+        """Set how many doorbells were rung so far: it goes on from a snapshot."""
+
     def registers(self) -> dict[str, int]:
         """Return general registers, rip, rflags, cr2 and cr3; the vCPU must not run."""
 

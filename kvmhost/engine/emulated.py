@@ -132,6 +132,10 @@ class EmulatedVcpu:
         """Return at each doorbell instead of only counting it."""
         self._stop_at_doorbell = stop
 
+    def set_doorbells(self, count: int) -> None:
+        """Set how many doorbells were rung so far."""
+        self._doorbells = count
+
     def registers(self) -> dict[str, int]:
         """Return the general registers, rip, rflags, cr2, cr3 and cs."""
         return self._cpu.registers()

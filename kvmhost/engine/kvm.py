@@ -112,6 +112,10 @@ class KvmEngine:
             self._cpuid = self._system.supported_cpuid()
         return self._cpuid
 
+    def msr_indices(self) -> list[int]:
+        """Return which MSRs this KVM saves."""
+        return self._system.msr_index_list()
+
     def flush_tlbs(self) -> None:
         """Nothing: KVM flushes when the guest mapping changes."""
 
@@ -148,6 +152,9 @@ class _EngineVcpu:
 
     def stop_at_doorbell(self, stop: bool) -> None:
         self._vcpu.core.stop_at_doorbell = int(stop)
+
+    def set_doorbells(self, count: int) -> None:
+        self._vcpu.core.doorbells = count
 
     def registers(self) -> dict[str, int]:
         regs, sregs = self._vcpu.get_regs(), self._vcpu.get_sregs()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 
+from kvmhost._ffi import check, lib
 from kvmhost.kvm.descriptor import Descriptor
 
 __all__ = ["GuestMemfd"]
@@ -28,6 +29,7 @@ class GuestMemfd(Descriptor):
         :raises OSError: ``ENODEV`` where it may not be mapped; a touch of a private
             page is SIGBUS
         """
+        os.fstat(self.fd)  # mmap takes -1 for anonymous memory, and would not fail
         return mmap.mmap(self.fd, self.n_bytes)
 
     def punch(self, offset: int, n_bytes: int) -> None:
@@ -38,10 +40,4 @@ class GuestMemfd(Descriptor):
 
         Source: fallocate(2) with FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE.
         """
-        from kvmhost._ffi import check, lib
-
         check(lib.kh_punch(self.fd, offset, n_bytes), "fallocate", offset=offset, length=n_bytes)
-
-    def used_bytes(self) -> int:
-        """Return how much memory it holds."""
-        return os.fstat(self.fd).st_blocks * 512

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import errno
 import os
 import typing
 
 from kvmhost._ffi import ffi
-from kvmhost.errors import KvmHostError
+from kvmhost.errors import IoctlError, KvmHostError
 from kvmhost.kvm.descriptor import Descriptor
 from kvmhost.kvm.structs import Struct
 
@@ -157,6 +158,10 @@ class Stats(Descriptor):
             for name, told in self.descriptors.items()
         }
 
+    def values(self) -> dict[str, int | float | bool | tuple[int, ...]]:
+        """Return all values in whole units, by name: for JSON and tables."""
+        return {name: stat.value for name, stat in self.read().items()}
+
     def numpy(self) -> npt.NDArray[np.uint64]:
         """Return all numbers as the kernel lays them out; ``offset // 8`` is an index."""
         import numpy as np
@@ -173,7 +178,11 @@ class Stats(Descriptor):
         return found
 
     def _pread(self, n_bytes: int, offset: int) -> bytes:
-        data = os.pread(self.fd, n_bytes, offset)
+        try:
+            data = os.pread(self.fd, n_bytes, offset)
+        except OSError as error:
+            shown = {"length": n_bytes, "offset": offset}
+            raise IoctlError("pread", error.errno or errno.EIO, shown) from error
         if len(data) != n_bytes:
             raise KvmHostError(
                 f"statistics: {len(data)} bytes at offset {offset}, the header says {n_bytes}"

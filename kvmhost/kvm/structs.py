@@ -244,7 +244,7 @@ class Struct:
         return Array(value, length, self._owner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not any(name == known for known, _ in ffi.typeof(self._pointer[0]).fields):
+        if not hasattr(self._pointer, name):
             raise self._no_field(name)
         try:
             self._assign(name, value)
@@ -258,8 +258,13 @@ class Struct:
             setattr(self._pointer, name, value._pointer[0])
         elif isinstance(value, list | tuple | Array) and isinstance(getattr(self, name), Array):
             getattr(self, name).assign(value)
+        elif isinstance(value, int) and self._kind_of(name).kind == "pointer":
+            setattr(self._pointer, name, ffi.cast(self._kind_of(name), value))
         else:
             setattr(self._pointer, name, value)
+
+    def _kind_of(self, name: str) -> Any:
+        return dict(ffi.typeof(self._pointer[0]).fields)[name].type
 
     def _no_field(self, name: str) -> AttributeError:
         return AttributeError(f"struct {self.ctype} has no field {name!r}: {self._names()}")

@@ -112,8 +112,8 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
 
         Taken when the guest next allows one: ask ``run_page.ready_for_interrupt_injection``.
 
-        :raises IoctlError: ``EEXIST`` if one is queued, ``EINVAL`` above 255, ``ENXIO``
-            where the kernel has the PICs
+        :raises IoctlError: ``EINVAL`` above 255, ``ENXIO`` where the kernel has the PICs,
+            ``EEXIST`` if one is queued and the local APICs are in the kernel
 
         Source: KVM_INTERRUPT.
         """

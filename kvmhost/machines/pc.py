@@ -110,6 +110,11 @@ class PcMachine(Machine):
         return typing.cast(KvmPcEngine, self.engine)
 
     @property
+    def options(self) -> PcOptions:
+        """What it was given beside its image."""
+        return self._options
+
+    @property
     def ending(self) -> str:
         """How the guest ended itself: ``debug exit``, ``reset``, ``power off``, or nothing."""
         return self._ending

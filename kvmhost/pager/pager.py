@@ -346,7 +346,7 @@ class Pager:
     def _failure(self, number: int) -> PagerError:
         lost = self.lost_gfns()
         if lost:
-            return LostPageError(lost, self._lost_reason())
+            return LostPageError(lost, self.lost_reason())
         return PagerError(f"the fault handler failed: {os.strerror(number)}")
 
     def lost_gfns(self) -> list[int]:
@@ -359,7 +359,8 @@ class Pager:
             first += region.n_pages
         return gfns
 
-    def _lost_reason(self) -> str:
+    def lost_reason(self) -> str:
+        """Return what was wrong with the page that was lost last."""
         number = lib.kh_pager_lost_errno(self._core)
         where = f" in {self.options.path}" if self.options.path else ""
         if number == errno.EBADMSG:

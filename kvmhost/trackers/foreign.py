@@ -29,14 +29,24 @@ import errno
 import os
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, sub_words, unpack
+from kvmhost.bitmap import (
+    Provenance,
+    Words,
+    YoungBitmap,
+    clear_words,
+    n_words,
+    pack,
+    place_words,
+    sub_words,
+    unpack,
+)
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.trackers.base import check_mask, check_range
 from kvmhost.trackers.pagescan import Bits, new_scanner, page_states, scans
@@ -49,6 +59,8 @@ __all__ = ["WAYS", "Target", "Way", "check_part", "open_way"]
 
 _FAULT_AROUND = Path("/sys/kernel/debug/fault_around_bytes")
 _FAULT_AROUND_DEFAULT = 64 << 10
+#: Pages that are looked at at once, a multiple of 64.
+_CHUNK_PAGES = 1 << 13
 
 
 class Target(Protocol):
@@ -94,8 +106,18 @@ class Present:
 
     def look(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
         """Return the pages that are there."""
-        present, coarse = self._there(first, n_pages)
-        return _bitmap(self.name, first, present, coarse, 0)
+        present, coarse = self._look_all(first, n_pages)
+        return _bitmap(self.name, first, n_pages, present, coarse, 0)
+
+    def _look_all(self, first: int, n_pages: int) -> tuple[Words, Words]:
+        """Look at a range bit by bit, a chunk at a time: booleans of all of it are large."""
+        present, coarse = np.zeros((2, n_words(n_pages)), dtype=np.uint64)
+        for start, count in _chunks(n_pages):
+            for words, bits in zip(
+                (present, coarse), self._there(first + start, count), strict=True
+            ):
+                place_words(words, start, pack(bits))
+        return present, coarse
 
     def _there(self, first: int, n_pages: int) -> tuple[Bits, Bits]:
         """Return which pages are present, and which of them may be a neighbour's doing.
@@ -127,7 +149,7 @@ class Pageout(Present):
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         # Those that the kernel passed over: young for ever, and no observation.
-        self._stuck = np.zeros(target.mapping.n_pages, dtype=bool)
+        self._stuck: Words = np.zeros(n_words(target.mapping.n_pages), dtype=np.uint64)
         self._last_ns = 0
 
     def begin(self) -> None:
@@ -135,16 +157,8 @@ class Pageout(Present):
 
         :raises CapabilityError: if the host has swap, or the kernel does not allow it
         """
-        swaps = (self._target.proc / "swaps").read_text().splitlines()[1:]
-        if swaps:
-            raise CapabilityError(
-                "pageout",
-                "a host without swap",
-                f"{len(swaps)} in /proc/swaps",
-                "pages would be written there; use --tracker present, or idle",
-            )
         try:
-            self._take_out(0, self._target.mapping.n_pages, None)
+            self._take_all_out(0, self._target.mapping.n_pages, None)
         except IoctlError as error:
             raise CapabilityError(
                 "pageout",
@@ -157,21 +171,40 @@ class Pageout(Present):
 
     def look(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
         """Return the pages that came back; take them out with ``clear``."""
-        present, coarse = self._there(first, n_pages)
-        coarse |= self._stuck[first : first + n_pages] & present
+        # All first: what is taken out is missing as a neighbour.
+        present, coarse = self._look_all(first, n_pages)
+        coarse |= sub_words(self._stuck, self._target.mapping.n_pages, first, n_pages) & present
         if clear:
-            chosen = pack(present)
-            self._take_out(first, n_pages, chosen if mask is None else chosen & mask)
+            self._take_all_out(first, n_pages, present if mask is None else present & mask)
         since, self._last_ns = self._last_ns, time.monotonic_ns()
-        return _bitmap(self.name, first, present, coarse, since)
+        return _bitmap(self.name, first, n_pages, present, coarse, since)
 
-    def _take_out(self, first: int, n_pages: int, words: Words | None) -> None:
+    def _take_all_out(self, first: int, n_pages: int, words: Words | None) -> None:
+        """Take pages out (None: all of a range).
+
+        :raises CapabilityError: if the host has swap by now
+        """
+        swaps = (self._target.proc / "swaps").read_text().splitlines()[1:]
+        if swaps:
+            raise CapabilityError(
+                "pageout",
+                "a host without swap",
+                f"{len(swaps)} in /proc/swaps",
+                "pages would be written there; use --tracker present, or idle",
+            )
+        for start, count in _chunks(n_pages):
+            chosen = np.ones(count, dtype=bool)
+            if words is not None:
+                chosen = unpack(sub_words(words, n_pages, start, count), count)
+            self._take_out(first + start, chosen)
+
+    def _take_out(self, first: int, chosen: Bits) -> None:
         """Take pages out, and note those that are still there."""
-        chosen = np.ones(n_pages, dtype=bool) if words is None else unpack(words, n_pages)
-        here = self._stuck[first : first + n_pages]
+        total = self._target.mapping.n_pages
+        known = unpack(sub_words(self._stuck, total, first, chosen.size), chosen.size)
         self._ask(first, chosen)
         left = self._left(first, chosen)
-        if (left & ~here).any():
+        if (left & ~known).any():
             # New pages wait in a list of the CPU that made them; the kernel empties that
             # of the CPU it is asked on.
             before = os.sched_getaffinity(0)
@@ -184,7 +217,8 @@ class Pageout(Present):
                         break
             finally:
                 os.sched_setaffinity(0, before)
-        here[chosen] = left[chosen]
+        clear_words(self._stuck, first, pack(chosen))
+        place_words(self._stuck, first, pack(left))
 
     def _left(self, first: int, chosen: Bits) -> Bits:
         target = self._target
@@ -269,7 +303,7 @@ class Written:
         )
         check(result, "PAGEMAP_SCAN", pid=target.pid, start=address, pages=n_pages)
         since, self._last_ns = self._last_ns, time.monotonic_ns()
-        return _bitmap(self.name, first, unpack(words, n_pages), None, since)
+        return _bitmap(self.name, first, n_pages, words, None, since)
 
 
 class SoftDirty:
@@ -305,12 +339,9 @@ class SoftDirty:
         found = sub_words(self._kept, total, first, n_pages).copy()
         if clear:
             self._clear_all()
-            asked = found if mask is None else found & mask
-            bits = unpack(self._kept, total)
-            bits[first : first + n_pages] &= ~unpack(asked, n_pages)
-            self._kept = pack(bits)
+            clear_words(self._kept, first, found if mask is None else found & mask)
         since, self._last_ns = self._last_ns, time.monotonic_ns()
-        return _bitmap(self.name, first, unpack(found, n_pages), None, since)
+        return _bitmap(self.name, first, n_pages, found, None, since)
 
     def _clear_all(self) -> None:
         (self._target.proc / str(self._target.pid) / "clear_refs").write_text("4\n")
@@ -395,10 +426,17 @@ def check_part(mapping: Mapping, first: int, n_pages: int, mask: Words | None) -
         )
 
 
-def _bitmap(way: str, first: int, young: Bits, coarse: Bits | None, since_ns: int) -> YoungBitmap:
+def _chunks(n_pages: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, n_pages, _CHUNK_PAGES):
+        yield start, min(_CHUNK_PAGES, n_pages - start)
+
+
+def _bitmap(
+    way: str, first: int, n_pages: int, young: Words, coarse: Words | None, since_ns: int
+) -> YoungBitmap:
     source = Provenance(way, "host-process", since_ns, time.monotonic_ns())
-    marked = pack(coarse) if coarse is not None and coarse.any() else None
-    return YoungBitmap(first, young.size, pack(young), marked, source)
+    marked = coarse if coarse is not None and coarse.any() else None
+    return YoungBitmap(first, n_pages, young, marked, source)
 
 
 def _fault_around_bytes() -> int:

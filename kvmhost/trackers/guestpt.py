@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.bitmap import Words, YoungBitmap, n_words, place_words, sub_words
+from kvmhost.bitmap import Words, YoungBitmap, clear_words, n_words, place_words, sub_words
 from kvmhost.engine.base import RearmKind
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import pieces
@@ -124,7 +124,7 @@ class GuestptTracker:
             if self.rearm_kind is RearmKind.ZAP:
                 words = None if young is None else due | _young_in(young, start, count)
                 _zap(region.guest_address + first * 4096, count, words)
-            _clear(stale, first, due)
+            clear_words(stale, first, due)
 
     def stop(self) -> None:
         """Nothing to let go of but the walker. Idempotent."""
@@ -145,13 +145,6 @@ def _young_in(young: YoungBitmap, start: int, count: int) -> Words:
         part = sub_words(young.words, young.n_pages, low - young.gfn_start, high - low)
         place_words(words, low - start, part)
     return words
-
-
-def _clear(words: Words, first: int, bits: Words) -> None:
-    """Clear those of ``bits``, from bit ``first`` on."""
-    there = np.zeros_like(words)
-    place_words(there, first, bits)
-    words &= ~there
 
 
 def _zap(address: int, n_pages: int, words: Words | None) -> None:

@@ -9,7 +9,8 @@ The answer is about the page, not about the guest: an access by the VMM through 
 alias counts as well, as does one by any process that maps the memory. Only the
 first page of a huge one has a bit, so all its pages are reported coarse. A page
 whose pfn changes while it is looked up is looked up again; one that will not stand
-still is reported young and coarse.
+still is reported young and coarse. Pages that are on no LRU list cannot be made idle
+and read as young: those just made, for a moment, and those of hugetlb for ever.
 
 Source: Documentation/admin-guide/mm/idle_page_tracking.rst and mm/page_idle.c, Linux v6.12.
 """
@@ -283,7 +284,9 @@ class IdleTracker:
             starts = np.where(is_head.reshape(members.shape), members, np.uint64(0))
             before = np.maximum.accumulate(starts, axis=1)
             row = np.searchsorted(blocks, known[tails] >> _BLOCK_SHIFT)
-            heads[tails] = before[row, known[tails] & offsets[-1]]
+            found = before[row, known[tails] & offsets[-1]]
+            # A gigantic page's head lies further away; hugetlb has no idle flag anyway.
+            heads[tails] = np.where(found != 0, found, known[tails])
         place = np.searchsorted(known, pfns)
         return heads[place], huge[place] & (pfns != 0)
 

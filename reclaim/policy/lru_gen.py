@@ -1,31 +1,88 @@
 """Multi-generational LRU over harvested bitmaps, after the kernel's ``lru_gen``.
 
-Each page carries a sequence number. ``max_seq`` is the youngest generation and
-``min_seq`` the oldest. An aging pass opens a new youngest generation and moves the
-pages that were young into it; nothing else moves, so a page's generation says when
-it was last seen. Where more than ``n_generations`` would be open, the two oldest
-become one. Eviction takes from the oldest generation, and never from the two
-youngest: a page has to stay untouched for two whole windows.
+Every page is in a generation, from ``max_seq``, the youngest, to ``min_seq``. An aging
+pass opens a new youngest generation; where more than ``n_generations`` would be open,
+the two oldest become one. Eviction takes from the oldest on, and never from the two
+youngest.
 
-Departs from the kernel: one list entry a page is one number in an array, so that
-aging costs a few passes over an array and no list is moved; there are no types, no
-tiers and no refault controller yet; the walk is the tracker's, over the whole guest.
+What an aging pass does with a page that it finds young depends on how often it was
+found so. Sixteen windows are remembered a page. A page that is seen for the first time
+in them goes to the third-youngest generation only: it is not the next to go, but it has
+to be seen again to be protected. Where the pages seen twice would fill more than their
+share of memory with protected pages, it takes more windows than two. So a scan, or a
+working set larger than the memory, cannot fill the protected generations.
+
+Pages have tiers by the number of windows that saw them, and a controller protects
+tiers whose pages come back more than those of the first (:mod:`.lru_gen_tiers`), but
+not those of their pages that are overdue: missing for twice their mean interval.
+Within what is not protected the oldest generation goes first, within it the least
+seen, and among equals a lot decides; then what is protected goes, the least seen first.
+
+With a caller that can probe (``probes``), a sweep looks only into tables that were
+dense in young entries (:mod:`.lru_gen_filter`). Pages of other tables are tested when
+their eviction comes up: what is young then is kept, its neighbours in the same 64 are
+tested with it, and a table in which that finds many is swept again.
+
+Source: mm/vmscan.c, mm/workingset.c, Documentation/admin-guide/mm/multigen_lru.rst,
+Linux v6.12; that a first access only marks a page is newer (v6.14).
+
+Departs from the kernel: one list entry a page is a number in an array, so that aging
+is a few passes over an array and no list is moved. A generation is a harvest; the
+kernel ages when it runs short of old pages. There is one type of pages. A protected
+page stays where it is and is passed over, instead of being moved up. How many pages
+the protected generations may hold adapts to how many have to go. The filter is exact.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import collections
+import enum
 
-from kvmhost.bitmap import Words, unpack
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.bitmap import Words, n_words, pack, unpack
 from kvmhost.errors import LayoutError
 from reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
+from reclaim.policy.lru_gen_filter import TABLE_PAGES, TableFilter, suitable_to_scan
+from reclaim.policy.lru_gen_tiers import IS_OVERDUE, N_TIERS, TIER_OF, Tiers
 
-__all__ = ["MIN_GENERATIONS", "PROTECTED", "LruGen"]
+__all__ = ["MAX_GENERATIONS", "MIN_GENERATIONS", "PROTECTED", "Caps", "LruGen"]
 
 #: Of which two are protected; as MAX_NR_GENS, Linux v6.12, include/linux/mmzone.h.
 MIN_GENERATIONS = 4
+MAX_GENERATIONS = 128
 #: The youngest generations, which are never evicted; MIN_NR_GENS.
 PROTECTED = 2
+
+_WINDOWS = 16
+#: The window of the last pass in a history.
+_NOW = 1 << 15
+#: A page that is back after more generations was no mistake (lru_gen_test_recent()).
+_RECENT = 32
+#: Seen in fewer windows than this, pages are not told apart: a scan sees every page once.
+_TELLING = 2
+#: Bits of the shadow of a page that went; the tier that it had is below them.
+_GONE = np.uint8(0x80)
+_TIER_BITS = np.uint8(0x0F)
+#: Share of the pages that the protected generations may hold: at most, and at least.
+_MOST_PROTECTED, _LEAST_PROTECTED = 0.5, 1 / 64
+
+_NONE: Gfns = np.empty(0, dtype=np.int64)
+
+
+class Caps(enum.IntFlag):
+    """What can be switched off, as in /sys/kernel/mm/lru_gen/enabled.
+
+    ``SPTE_WALK`` is the proposal of 2023: tests go to the secondary MMU in batches
+    without its lock, instead of page by page under it.
+    """
+
+    CORE = 0x1
+    MM_WALK = 0x2
+    NONLEAF_YOUNG = 0x4
+    SPTE_WALK = 0x8
+    ALL = 0xF
 
 
 class LruGen:
@@ -34,81 +91,372 @@ class LruGen:
     A new one knows nothing: all pages are in one generation, which becomes old
     enough for eviction after two aging passes.
 
-    :param n_generations: 4 or more
-    :param seed: take the pages within a generation in an order of its own; None: by gfn
-    :raises LayoutError: for fewer generations, or no pages
+    :param n_generations: 4 to 128
+    :param seed: of the lot among equals; None: by gfn
+    :param min_ttl_ms: never evict what was seen within so many milliseconds
+    :param caps: what is switched on, see :class:`Caps`; may be changed at any time
+    :param probes: the caller will hand a probe to :meth:`victims`
+    :raises LayoutError: for values outside these, or no pages
     """
 
     name = "lru_gen"
 
-    def __init__(self, n_pages: int, n_generations: int = 4, seed: int | None = None) -> None:
-        if n_generations < MIN_GENERATIONS:
-            raise LayoutError(f"{n_generations} generations: need {MIN_GENERATIONS} or more")
+    def __init__(
+        self,
+        n_pages: int,
+        n_generations: int = 4,
+        seed: int | None = 1,
+        *,
+        min_ttl_ms: int = 0,
+        caps: int = Caps.ALL,
+        probes: bool = False,
+    ) -> None:
+        if not MIN_GENERATIONS <= n_generations <= MAX_GENERATIONS:
+            raise LayoutError(
+                f"{n_generations} generations: need {MIN_GENERATIONS} to {MAX_GENERATIONS}"
+            )
         if n_pages <= 0:
             raise LayoutError(f"{n_pages} pages: need one or more")
-        self.n_generations = n_generations
+        self.n_generations, self.min_ttl_ms, self.probes = n_generations, min_ttl_ms, probes
         self.min_seq = self.max_seq = 0
-        self.seq = np.zeros(n_pages, dtype=np.uint32)
-        self._chance = None if seed is None else np.random.default_rng(seed)
+        #: Generations behind the youngest; of a page that went: since when.
+        self.behind = np.zeros(n_pages, dtype=np.uint8)
+        #: A bit a window, the last one on top.
+        self.history = np.zeros(n_pages, dtype=np.uint16)
+        self.shadow = np.zeros(n_pages, dtype=np.uint8)
+        self.tiers = Tiers()
+        self.filter = TableFilter(n_pages)
+        #: Time at which each open generation was opened.
+        self.births_ns: dict[int, int] = {0: 0}
+        self._pass_times_ns: collections.deque[int] = collections.deque(maxlen=253)
+        self._caps = Caps(0)
+        self.caps = Caps(caps)
+        self._share = _MOST_PROTECTED
+        self._enough = 2
+        #: Came in since the last pass; came in before it, with accessed bits not cleared yet.
+        self._arrived: Gfns = _NONE
+        self._known_young: Gfns = _NONE
+        self._spared: npt.NDArray[np.uint8] | None = None
+        self._swept: npt.NDArray[np.bool_] = np.ones(self.filter.n_tables, dtype=bool)
+        blocks = np.arange(-(-n_pages // 64), dtype=np.uint32)
+        mixed = (blocks + np.uint32(seed or 0)) * np.uint32(2654435761)
+        self._lot = mixed >> np.uint32(17) if seed is not None else np.zeros_like(blocks)
+        self._counts = dict.fromkeys(
+            ("promoted", "refaulted", "evicted", "probed_young", "looked_around", "short"), 0
+        )
 
     @property
     def n_pages(self) -> int:
         """Pages it knows of."""
-        return self.seq.size
+        return self.behind.size
+
+    @property
+    def caps(self) -> Caps:
+        """What is switched on."""
+        return self._caps
+
+    @caps.setter
+    def caps(self, caps: int) -> None:
+        if not 0 <= caps <= Caps.ALL:
+            raise LayoutError(f"capabilities {caps:#x}: need a mask of bits in {int(Caps.ALL):#x}")
+        self._caps = Caps(caps)
+
+    @property
+    def seq(self) -> npt.NDArray[np.int64]:
+        """Each page's sequence number: shape ``(n_pages,)``."""
+        oldest = self.max_seq - self.min_seq
+        return self.max_seq - np.minimum(self.behind, oldest).astype(np.int64)
+
+    # -- aging -----------------------------------------------------------------
 
     def plan(self, tables_young: Words | None = None) -> Plan:
-        """Ask for everything."""
-        return Everything
+        """Ask for the tables that the filter lets through, or for everything.
+
+        With :attr:`Caps.NONLEAF_YOUNG` off, ``tables_young`` is not looked at; without
+        :attr:`Caps.MM_WALK` nothing is swept, and eviction's probe has to find out.
+        """
+        batched = bool(self._caps & Caps.SPTE_WALK)
+        self._swept = np.ones(self.filter.n_tables, dtype=bool)
+        if not self.probes:
+            return Everything if batched else Plan(None, batched=False)
+        if not self._caps & Caps.MM_WALK:
+            self._swept[:] = False
+        else:
+            self._swept &= self.filter.tables(self.max_seq + 1)
+            if tables_young is not None and self._caps & Caps.NONLEAF_YOUNG:
+                self._swept &= unpack(tables_young, self.filter.n_tables)
+        if self._swept.all():
+            return Plan(None, batched=batched)
+        return Plan(self.filter.pages(self._swept), batched=batched)
+
+    def full_plan(self) -> Plan:
+        """Ask for everything once, in place of :meth:`plan` (``full_scan``)."""
+        self._swept = np.ones(self.filter.n_tables, dtype=bool)
+        return Plan(None, batched=bool(self._caps & Caps.SPTE_WALK))
 
     def age(self, young: Words, now_ns: int) -> None:
-        """Open a new youngest generation and move the young pages there.
+        """Open a new youngest generation and move young pages towards it.
 
         :raises LayoutError: if the bitmap has another size
         """
         check_words(young, self.n_pages)
+        if not self._caps & Caps.CORE:
+            return
+        self._open_generation(now_ns)
+        self.history >>= 1
+        seen = unpack(young, self.n_pages)
+        # Somebody touched what came in, whether it was swept or not.
+        seen[self._arrived] = True
+        self._known_young, self._arrived = self._arrived, _NONE
+        pages = np.flatnonzero(seen)
+        self.history[pages] |= _NOW
+        self._enough = self._threshold(_refs(self.history[pages]))
+        self._promote(pages)
+        self.filter.learn(self.max_seq, self._swept, young)
+
+    def _open_generation(self, now_ns: int) -> None:
         self.max_seq += 1
-        self.seq[unpack(young, self.n_pages)] = self.max_seq
+        self.births_ns[self.max_seq] = now_ns
+        if self.min_ttl_ms:
+            self._pass_times_ns.append(now_ns)
+        np.add(self.behind, 1, out=self.behind, where=self.behind < 255)
         oldest = self.max_seq - self.n_generations + 1
         if oldest > self.min_seq:
+            del self.births_ns[self.min_seq]
             self.min_seq = oldest
-            np.maximum(self.seq, oldest, out=self.seq)
+        self.tiers.carry_over(self.n_pages)
 
-    def evicted(self, gfns: Gfns, now_ns: int) -> None:
-        """Nothing to note: a page that comes back is young then."""
+    def _promote(self, pages: Gfns) -> None:
+        """Move pages seen often enough to the youngest generation, others to the third."""
+        enough = _refs(self.history[pages]) >= self._enough
+        third = min(PROTECTED, self.max_seq - self.min_seq)
+        self.behind[pages] = np.where(enough, 0, np.minimum(self.behind[pages], third))
+        self._counts["promoted"] += int(enough.sum())
+
+    def _threshold(self, refs: npt.NDArray[np.uint8]) -> int:
+        """Return in how many windows a page was seen that deserves protection: 2 or more."""
+        resident = self.n_pages - int(np.count_nonzero(self.shadow & _GONE))
+        room = int(resident * self._share)
+        by_refs = np.bincount(refs, minlength=_WINDOWS + 1)
+        at_least = by_refs[::-1].cumsum()[::-1]
+        fitting = np.flatnonzero(at_least[2:] <= room)
+        return int(fitting[0]) + 2 if fitting.size else _WINDOWS + 1
 
     def refaulted(self, gfns: Gfns, now_ns: int) -> None:
-        """Move pages to the youngest generation."""
-        self.seq[gfns] = self.max_seq
+        """Take pages in, and count those that had gone not long ago."""
+        shadow = self.shadow[gfns]
+        back = (shadow & _GONE) != 0
+        recent = back & (self.behind[gfns] < _RECENT)
+        self.tiers.note_refaulted(shadow[recent] & _TIER_BITS)
+        self._counts["refaulted"] += int(back.sum())
+        self.shadow[gfns] = 0
+        self._arrived = gfns
+        self.behind[gfns] = 255
+
+    # -- eviction --------------------------------------------------------------
 
     def victims(self, n: int, candidates: Mask, now_ns: int, probe: Probe | None = None) -> Gfns:
-        """Return up to ``n`` candidates, those of the oldest generation first.
+        """Return up to ``n`` candidates; see the module for the order.
 
         :raises LayoutError: if the mask has another size
         """
         check_mask(candidates, self.n_pages)
-        chosen: list[Gfns] = []
-        for generation in range(self.min_seq, self.max_seq - PROTECTED + 1):
-            if n <= 0:
-                break
-            pages = np.flatnonzero(candidates & (self.seq == generation))
-            if self._chance is not None:
-                self._chance.shuffle(pages)
-            chosen.append(pages[:n])
-            n -= chosen[-1].size
-        return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+        if n <= 0 or not self._caps & Caps.CORE:
+            return _NONE
+        chosen = self._choose(n, candidates, now_ns)
+        if probe is not None:
+            tested: Mask = np.zeros(self.n_pages, dtype=bool)
+            while self._find_young(chosen, tested, probe):
+                chosen = self._choose(n, candidates, now_ns)
+        self._adapt(n, chosen.size, int(candidates.sum()))
+        return chosen
+
+    def _choose(self, n: int, candidates: Mask, now_ns: int) -> Gfns:
+        pages = np.flatnonzero(candidates & self._old_enough(now_ns))
+        history = self.history[pages]
+        tiers = TIER_OF[history]
+        protected = (tiers > self.tiers.last_evictable()) & ~IS_OVERDUE[history]
+        behind = np.minimum(self.behind[pages], self.max_seq - self.min_seq)
+        key = self._keys(pages, behind, protected)
+        order = _lowest(key, n)
+        chosen = pages[order]
+        if order.size:
+            passed = protected & (key >= 1 << 31) & (behind >= behind[order].min())
+            passed[order] = False
+            self._spared = tiers[passed]
+        return chosen
+
+    def _keys(
+        self, pages: Gfns, behind: npt.NDArray[np.uint8], protected: Mask
+    ) -> npt.NDArray[np.uint32]:
+        """Return numbers by which pages are to go, the lowest first.
+
+        Among equals the lot decides, by blocks of 64: neighbours go together, and the same
+        blocks stay, so that a scan finds a part of memory there and not none of it.
+        """
+        youth = np.uint32(255) - behind
+        refs = _refs(self.history[pages]).astype(np.uint32)
+        key = np.where(
+            protected,
+            np.uint32(1 << 31) | refs << np.uint32(23) | youth << np.uint32(15),
+            youth << np.uint32(23) | np.maximum(refs, _TELLING) << np.uint32(15),
+        )
+        return key | self._lot[pages // 64]
+
+    def _old_enough(self, now_ns: int) -> Mask:
+        """Return the pages outside the protected generations, and unseen for ``min_ttl_ms``."""
+        if self.max_seq - self.min_seq < PROTECTED:
+            return np.zeros(self.n_pages, dtype=bool)
+        since_ns = now_ns - self.min_ttl_ms * 1_000_000
+        recent = sum(time_ns > since_ns for time_ns in self._pass_times_ns)
+        if recent > _WINDOWS:
+            # Beyond what is remembered a window: a page is two behind when it is seen.
+            return self.behind >= min(recent + PROTECTED, 255)
+        old: Mask = self.behind >= PROTECTED
+        return old & (self.history < 1 << (_WINDOWS - recent)) if recent else old
+
+    def _find_young(self, chosen: Gfns, tested: Mask, probe: Probe) -> bool:
+        """Test victims just before they go, promote the young; say whether there were any.
+
+        No page is tested twice. One that was young has a window more, and may still be
+        the best to go: a page seen twice is not spared at the cost of one seen always.
+        """
+        fresh = chosen[~tested[chosen]]
+        tested[fresh] = True
+        if self._caps & Caps.SPTE_WALK:
+            young = self._test_batch(fresh, tested, probe)
+        else:
+            hits = np.array([probe.clear_flush_young(int(g)) for g in fresh], dtype=bool)
+            young = fresh[hits & (self.history[fresh] < _NOW)]
+        self._counts["probed_young"] += young.size
+        self.history[young] |= _NOW
+        self._promote(young)
+        return bool(young.size)
+
+    def _test_batch(self, fresh: Gfns, tested: Mask, probe: Probe) -> Gfns:
+        asked = np.zeros(self.n_pages, dtype=bool)
+        asked[fresh] = True
+        # What came in since the last pass is young for that, and known: only clear it.
+        asked[self._known_young] = True
+        self._known_young = _NONE
+        found = unpack(probe.clear_young(pack(asked)), self.n_pages)
+        young = np.flatnonzero(found & (self.history < _NOW))
+        return self._look_around(young, asked, tested, probe) if young.size else young
+
+    def _look_around(self, young: Gfns, asked: Mask, tested: Mask, probe: Probe) -> Gfns:
+        """Test the other pages of the 64 that each young victim is in."""
+        around = np.zeros(n_words(self.n_pages), dtype=np.uint64)
+        around[np.unique(young // 64)] = np.uint64(2**64 - 1)
+        if self.n_pages % 64:
+            around[-1] &= np.uint64((1 << self.n_pages % 64) - 1)
+        found = probe.clear_young(around & ~pack(asked))
+        more = np.flatnonzero(unpack(found, self.n_pages))
+        tested[more] = True
+        self._counts["looked_around"] += more.size
+        both = np.concatenate((young, more))
+        batches, counts = np.unique(both // 64, return_counts=True)
+        dense = batches[np.asarray(suitable_to_scan(64, counts), dtype=bool)]
+        self.filter.admit(self.max_seq, np.unique(dense * 64 // TABLE_PAGES))
+        return both
+
+    def _adapt(self, wanted: int, found: int, n_candidates: int) -> None:
+        """Let the protected generations have less where they are in the way, slowly more else.
+
+        Who asks for more than half of what there is asks for a list, not for room.
+        """
+        if found < wanted <= n_candidates / 2:
+            self._counts["short"] += wanted - found
+            self._share = max(self._share / 2, _LEAST_PROTECTED)
+        else:
+            self._share = min(self._share * 1.05, _MOST_PROTECTED)
+
+    def evicted(self, gfns: Gfns, now_ns: int) -> None:
+        """Leave a shadow: the page's tier, and from now on its time away."""
+        tiers = TIER_OF[self.history[gfns]]
+        self.shadow[gfns] = _GONE | tiers
+        self.behind[gfns] = 0
+        self.tiers.note_evicted(tiers)
+        self._counts["evicted"] += int(gfns.size)
+        if self._spared is not None:
+            self.tiers.note_protected(self._spared)
+            self._spared = None
+
+    def up_to(self, seq: int, candidates: Mask) -> Gfns:
+        """Return the candidates in the generations up to one, the oldest first.
+
+        :raises LayoutError: if the mask has another size, or ``seq`` is protected
+        """
+        check_mask(candidates, self.n_pages)
+        if seq + PROTECTED > self.max_seq:
+            raise LayoutError(
+                f"generation {seq}: the youngest that may go is {self.max_seq - PROTECTED}"
+            )
+        pages = np.flatnonzero(candidates & (self.behind >= self.max_seq - seq))
+        return pages[np.argsort(255 - self.behind[pages], kind="stable")]
+
+    # -- what it knows ---------------------------------------------------------
 
     def sizes(self, pages: Mask) -> list[tuple[int, int]]:
         """Return (sequence number, how many of the pages are there), the oldest first."""
         check_mask(pages, self.n_pages)
-        counts = np.bincount(
-            self.seq[pages] - np.uint32(self.min_seq), minlength=self.max_seq - self.min_seq + 1
-        )
-        return [(self.min_seq + i, int(count)) for i, count in enumerate(counts)]
+        oldest = self.max_seq - self.min_seq
+        counts = np.bincount(np.minimum(self.behind[pages], oldest), minlength=oldest + 1)
+        return [(self.max_seq - i, int(counts[i])) for i in range(oldest, -1, -1)]
 
     def counters(self) -> dict[str, float]:
-        """Return the sequence numbers."""
-        return {"min_seq": self.min_seq, "max_seq": self.max_seq}
+        """Return sequence numbers, counts, and how the controllers stand."""
+        shown: dict[str, float] = {"min_seq": self.min_seq, "max_seq": self.max_seq}
+        shown.update(self._counts)
+        shown["protected_share"] = self._share
+        shown["last_evictable_tier"] = self.tiers.last_evictable()
+        shown["tables_swept"] = int(self._swept.sum())
+        for tier in range(N_TIERS):
+            shown[f"tier{tier}_refaulted"] = int(
+                self.tiers.avg_refaulted[tier] + self.tiers.refaulted[tier]
+            )
+            shown[f"tier{tier}_total"] = int(
+                self.tiers.avg_total[tier] + self.tiers.evicted[tier] + self.tiers.protected[tier]
+            )
+        return shown
 
     def explain(self, gfn: int) -> dict[str, int | float | str]:
-        """Return a page's generation."""
-        return {"seq": int(self.seq[gfn])}
+        """Return a page's generation, windows and tier.
+
+        :raises LayoutError: for a gfn outside
+        """
+        if not 0 <= gfn < self.n_pages:
+            raise LayoutError(f"gfn {gfn:#x} outside [0, {self.n_pages:#x})")
+        history, behind = int(self.history[gfn]), int(self.behind[gfn])
+        known: dict[str, int | float | str] = {
+            "windows": f"{history:016b}",
+            "tier": int(TIER_OF[history]),
+        }
+        if self.shadow[gfn] & _GONE:
+            known["generations_since_eviction"] = behind
+            known["tier_at_eviction"] = int(self.shadow[gfn] & _TIER_BITS)
+        else:
+            known["seq"] = self.max_seq - min(behind, self.max_seq - self.min_seq)
+            known["protected"] = "yes" if behind < PROTECTED else "no"
+        return known
+
+
+def _refs(history: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+    """Return the number of windows in each history."""
+    refs: npt.NDArray[np.uint8] = _REFS[history]
+    return refs
+
+
+_REFS = (
+    np.unpackbits(np.arange(1 << _WINDOWS, dtype="<u2").view(np.uint8))
+    .reshape(-1, _WINDOWS)
+    .sum(axis=1, dtype=np.uint8)
+)
+
+
+def _lowest(key: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.int64]:
+    """Return the indexes of the ``n`` lowest keys, ascending; equals in their order."""
+    if 4 * n < key.size:
+        limit = np.partition(key, n - 1)[n - 1]
+        near = np.flatnonzero(key <= limit)
+        return near[np.argsort(key[near], kind="stable")[:n]]
+    return np.argsort(key, kind="stable")[:n]

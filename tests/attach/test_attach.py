@@ -101,6 +101,34 @@ def test_pages_that_cannot_be_taken_out_are_coarse(toucher: Callable) -> None:
         assert np.flatnonzero(young.coarse_as_bool()).tolist() == locked
 
 
+def test_chunks_are_no_borders(toucher: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at 64 pages at a time: the same bits, and neighbours across the borders."""
+    monkeypatch.setattr(foreign, "_CHUNK_PAGES", 64)
+    victim = toucher(PAGES)
+    with Attached(victim.pid) as attached:
+        pageout_or_skip(attached)
+        victim.tell("w 63 1 2")
+        victim.tell("w 1000 64 20")
+        young = attached.harvest(7, PAGES - 9)
+        assert young.gfns().tolist() == [63, 64, *range(1000, 2280, 64)]
+        assert (np.flatnonzero(young.coarse_as_bool()) + 7).tolist() == [63, 64]
+        assert attached.harvest().count() == 0
+
+
+def test_swap_that_comes_up_is_noticed(toucher: Callable, tmp_path: Path) -> None:
+    victim = toucher(64)
+    with Attached(victim.pid) as attached:
+        pageout_or_skip(attached)
+        victim.tell("w 0 1 5")
+        (tmp_path / str(victim.pid)).symlink_to(f"/proc/{victim.pid}")
+        (tmp_path / "swaps").write_text("Filename Type Size\n/dev/zram0 partition 1024\n")
+        attached.proc = tmp_path
+        with pytest.raises(CapabilityError, match="a host without swap"):
+            attached.harvest()
+        attached.proc = Path("/proc")
+        assert attached.harvest().count() == 5
+
+
 def test_present_changes_nothing_and_clears_nothing(toucher: Callable) -> None:
     victim = toucher(PAGES)
     victim.tell("w 7 50 60")

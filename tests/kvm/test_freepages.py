@@ -10,6 +10,7 @@ import pytest
 from guests import image_path
 from kvmhost.devices.bus import FREE_PORT
 from kvmhost.devices.freelist import MAX_RANGES
+from kvmhost.errors import LostPageError
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager import EvictOutcome, PageState
@@ -133,3 +134,16 @@ def test_a_list_that_lies_harms_only_itself(armed: bool) -> None:
         device.write(0, 4, 0xFFFFFFFF)
         assert device.lists == 3
         assert MAX_RANGES == 254
+
+
+@pytest.mark.requires_uffd
+def test_a_list_that_is_lost_is_a_machine_check() -> None:
+    with Machine(image_path("hello"), mem_bytes=16 << 20, engine="emulated") as machine:
+        device, _ = machine.bus.port_handler(FREE_PORT) or (None, 0)
+        machine.memory[0x400000:0x400018] = struct.pack("<3Q", 1, 2, 3)
+        machine.pager.evict([0x400])
+        machine.pager.inject_failures(loads=1)
+        with pytest.raises(LostPageError, match="gfn 0x400"):
+            device.write(0, 4, 0x400)
+        with pytest.raises(LostPageError, match="gfn 0x400"):
+            device.write(0, 4, 0x400)

@@ -9,7 +9,7 @@ the real guest mapping, and it counts as accessed once the host has mapped it ag
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ class FakeFiles:
         self.mapped = np.zeros(n, dtype=bool)
         self.idle = np.zeros(n, dtype=bool)
         self.huge = np.zeros(n, dtype=bool)
+        self.off_lru = np.zeros(n, dtype=bool)
         self.on_read_idle: Callable[[], None] = lambda: None
         self.pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
         self.reads = 0
@@ -75,7 +76,7 @@ class FakeFiles:
             for bit in range(64)
             if int(word) >> bit & 1
         }
-        for page in np.flatnonzero(self.mapped & self._has_flag()):
+        for page in np.flatnonzero(self.mapped & self._has_flag() & ~self.off_lru):
             if int(self.pfn[page]) in asked:
                 for member in self._members(page):
                     self.idle[member] = True
@@ -100,6 +101,10 @@ class FakeFiles:
         self.pfn[page] = self.next_pfn
         self.next_pfn += 1
 
+    def share(self, page: int, other: int) -> None:
+        """Have one page of memory behind two pages of the guest, as merging does."""
+        self.pfn[other] = self.pfn[page]
+
     def make_huge(self, first: int) -> None:
         """Lay 512 pages into one huge one."""
         self.next_pfn += -self.next_pfn % 512
@@ -107,9 +112,9 @@ class FakeFiles:
         self.next_pfn += 512
         self.huge[first : first + 512] = True
 
-    def _members(self, page: int) -> range:
+    def _members(self, page: int) -> Iterable[int]:
         if not self.huge[page]:
-            return range(page, page + 1)
+            return np.flatnonzero(self.pfn == self.pfn[page]).tolist()
         first = page - int(self.pfn[page] % np.uint64(512))
         return range(first, first + 512)
 
@@ -127,7 +132,9 @@ class FakeFiles:
         present = unpack(words, self.region.n_pages)
         self.mapped |= present
         self.idle &= ~present
-        for page in np.flatnonzero(present & self.huge):
+        alike = np.unique(self.pfn, return_counts=True)
+        shared = np.isin(self.pfn, alike[0][alike[1] > 1])
+        for page in np.flatnonzero(present & (self.huge | shared)):
             self.idle[list(self._members(page))] = False
 
     def _zap(self, page: int) -> None:
@@ -243,6 +250,68 @@ def test_a_page_that_never_stands_still_is_young_and_coarse(make_tracker: Callab
     young = tracker.harvest(START, PAGES)
     assert young.gfns().tolist() == [START + 9]
     assert np.flatnonzero(young.coarse_as_bool()).tolist() == [9]
+
+
+def test_a_shared_page_is_young_wherever_it_is_mapped(make_tracker: Callable) -> None:
+    """One flag, two guest pages: a touch of either shows at both, and one mark is enough."""
+    machine, files, tracker = make_tracker(stride=10)
+    files.share(START + 20, START + 33)
+    files.share(START + 41, START + 42)
+    machine.run_epoch()
+    files.mapped[[START + 33, START + 41, START + 42]] = True
+    tracker.start()
+    assert tracker.harvest(START, PAGES).count() == 0
+    machine.run_epoch()
+    expected = sorted([*touch_gfns(machine.params, 1).tolist(), START + 33])
+    assert tracker.harvest(START, PAGES, clear=False).gfns().tolist() == expected
+    asked = np.zeros(PAGES, dtype=bool)
+    asked[33] = True
+    tracker.harvest(START, PAGES, mask=pack(asked))
+    left = [gfn for gfn in expected if gfn not in (START + 20, START + 33)]
+    assert tracker.harvest(START, PAGES).gfns().tolist() == left
+
+
+def test_pages_that_cannot_be_made_idle_read_as_young(make_tracker: Callable) -> None:
+    machine, files, tracker = make_tracker(stride=100)
+    machine.run_epoch()
+    files.off_lru[[START, START + 500]] = True
+    tracker.start()
+    assert tracker.harvest(START, PAGES).gfns().tolist() == [START, START + 500]
+    files.off_lru[START] = False
+    tracker.harvest(START, PAGES)
+    assert tracker.harvest(START, PAGES).gfns().tolist() == [START + 500]
+
+
+def test_tails_without_a_head_nearby_do_not_mark_another_page(make_tracker: Callable) -> None:
+    """A gigantic page: its head lies beyond 2 MiB, and its flag is nobody else's."""
+    machine, files, tracker = make_tracker(pages=600)
+    files.make_huge(START)
+    files.pfn[START : START + 512] += 512  # no member is at a multiple of 512 any more
+    files.pfn[START : START + 512] += 1
+    machine.run_epoch()
+    marked: list[int] = []
+    write = files.write_idle
+
+    def note(indexes: Pfns, words: Words) -> None:
+        marked.extend(int(i) * 64 + b for i, w in zip(indexes, words, strict=True)
+                      for b in range(64) if int(w) >> b & 1)  # fmt: skip
+        write(indexes, words)
+
+    files.write_idle = note  # type: ignore[method-assign]
+    tracker.harvest(START, PAGES)
+    assert 0 not in marked
+    assert set(marked) <= set(files.pfn.tolist())
+
+
+def test_a_mapping_by_its_address(make_tracker: Callable) -> None:
+    """The same for a mapping of whatever process the files look at."""
+    machine, files, _ = make_tracker(stride=7)
+    tracker = IdleTracker.on_mapping(files.region.guest_address, files.region.n_pages, files)
+    machine.run_epoch()
+    tracker.start()
+    machine.run_epoch()
+    young = tracker.harvest(START, PAGES)
+    assert young.gfns().tolist() == touch_gfns(machine.params, 1).tolist()
 
 
 def test_huge_pages_are_coarse(make_tracker: Callable) -> None:

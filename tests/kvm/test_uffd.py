@@ -15,6 +15,7 @@ from guests.workloads import touch_gfns
 from kvmhost.bitmap import pack
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.machine import Machine
+from kvmhost.memory.layout import HIGH_GPA, LOW_END_GPA
 from kvmhost.pager.userfault import Userfault
 from kvmhost.trackers.uffd import UffdTracker
 
@@ -244,8 +245,10 @@ def anonymous_bytes() -> int:
 
 def burst(pages: int, epochs: int, seconds: float) -> None:
     """``pages`` first touches an epoch by two vCPUs: none lost, none waits for ever."""
-    mem_bytes = (pages + 4096) * 4096
-    params = {"start_gfn": 1024, "pages": pages, "epochs": 0, "write": 1}
+    start_gfn, mem_bytes = 1024, (pages + 4096) * 4096
+    if mem_bytes > LOW_END_GPA:  # above the tables, which end the low memory
+        start_gfn, mem_bytes = HIGH_GPA >> 12, LOW_END_GPA + pages * 4096
+    params = {"start_gfn": start_gfn, "pages": pages, "epochs": 0, "write": 1}
     with Machine(
         image_path("touch"), mem_bytes=mem_bytes, engine="kvm", n_vcpus=2, params=params
     ) as machine:
@@ -254,7 +257,7 @@ def burst(pages: int, epochs: int, seconds: float) -> None:
         before = anonymous_bytes()
         for _ in range(epochs):
             assert machine.run_epoch(timeout=seconds)
-            assert used.harvest(1024, pages).count() == pages
+            assert used.harvest(start_gfn, pages).count() == pages
         counters = used.counters()
         assert counters["errors"] == 0
         assert counters["first"] >= pages * epochs
@@ -267,7 +270,7 @@ def burst(pages: int, epochs: int, seconds: float) -> None:
         machine.step_by_doorbell(False)
         seen = machine.doorbells
         while machine.doorbells < seen + 2:
-            used.harvest(1024 + pages // 2, 512)
+            used.harvest(start_gfn + pages // 2, 512)
             assert used.counters()["errors"] == 0
         machine.pause()
 

@@ -29,6 +29,18 @@ def test_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f["remedy"] for f in found.values() if f["works"] is False)
 
 
+@pytest.mark.requires_kvm
+@pytest.mark.requires_cap("BINARY_STATS_FD")
+def test_kvm_is_told_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main(["--json"])
+    found = findings(capsys)
+    assert found["kvm KVM_CAP_BINARY_STATS_FD"]["found"] == "1"
+    offered = str(found["kvm capabilities"]["found"]).split(", ")
+    assert {"HLT", "USER_MEMORY", "BINARY_STATS_FD"} <= set(offered)
+    assert not set(offered) & set(str(found["kvm not offered"]["found"]).split(", "))
+    assert str(found["kvm statistics"]["found"]).endswith("of a vCPU")
+
+
 def test_hidden_kvm_is_told_with_its_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmhost.bitmap import n_words, pack, place_words, sub_words, unpack
+from kvmhost.bitmap import clear_words, n_words, pack, place_words, sub_words, unpack
 
 
 @given(st.integers(1, 400), st.data())
@@ -30,4 +30,17 @@ def test_placing_ors_into_the_range(n_pages: int, data: st.DataObject) -> None:
     expected = before.copy()
     expected[first : first + part.size] |= part
     assert np.array_equal(unpack(words, n_pages), expected)
+    assert np.array_equal(words, pack(expected))
+
+
+@given(st.integers(1, 400), st.data())
+def test_clearing_takes_those_of_the_range(n_pages: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    before = rng.random(n_pages) < 0.7
+    first = data.draw(st.integers(0, n_pages - 1))
+    part = rng.random(data.draw(st.integers(1, n_pages - first))) < 0.5
+    words = pack(before)
+    clear_words(words, first, pack(part))
+    expected = before.copy()
+    expected[first : first + part.size] &= ~part
     assert np.array_equal(words, pack(expected))

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "trackers and table formats on the same windows: where and why they differ",
     "page": "the history of one page",
     "gfn": "an address as gfn, gpa, hva and slot offset",
+    "whatif": "records replayed through policies: predicted refaults and savings",
     "export": "a record as DAMON's, KVM dirty bitmaps, text, or a list of gfns",
     "import": "a record out of those",
 }

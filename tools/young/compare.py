@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     from reclaim.young.compare import compare_views, total
 
     with contextlib.ExitStack() as stack:
-        paths, tables = list(args.files), []
+        paths = list(args.files)
+        tables: list[tuple[int, int]] = []
         if args.guest:
             place = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             paths, tables = record_guest(args, place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.bitmap import pack, unpack
@@ -148,6 +148,7 @@ def test_bad_input():
         replay([(1, words(0, 1, 2))], Absent(), 1)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sets(st.integers(0, N_PAGES - 1)), min_size=1, max_size=20),
     st.integers(1, N_PAGES),

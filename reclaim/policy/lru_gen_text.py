@@ -1,0 +1,165 @@
+"""The text interface of lru_gen, in the syntax of /sys/kernel/debug/lru_gen.
+
+Read, it shows each VM (where the kernel has a memory cgroup) with its generations, the
+oldest first: sequence number, age in milliseconds, anonymous pages, file pages. All pages
+of a guest count as anonymous, and there is one node, 0::
+
+    memcg     1 vm1
+     node     0
+              4      12043        8190          0
+              5       2007         310          0
+
+Written, it takes commands, separated by commas, semicolons or line ends; ``vm`` is the
+number or the name that is shown:
+
+``+ vm node seq [can_swap [full_scan]]``
+    open a generation after ``seq``, which has to be the youngest; an older one is passed
+    over silently. ``full_scan`` sweeps what the filter would skip.
+``- vm node seq [swappiness [nr]]``
+    evict the generations up to ``seq``, at most ``nr`` pages. Swappiness 0 spares
+    anonymous pages, which are all there are.
+
+Every command of a text is parsed before the first one runs.
+
+Source: Documentation/admin-guide/mm/multigen_lru.rst and lru_gen_seq_write(), mm/vmscan.c,
+Linux v6.12. Departs from it: the name is taken as well as the number; aging does not
+refuse when all generations are open, since the two oldest become one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Protocol
+
+from kvmhost.errors import LayoutError
+from reclaim.policy.base import Gfns, Mask
+from reclaim.policy.lru_gen import PROTECTED, LruGen
+
+__all__ = ["MAX_SWAPPINESS", "Age", "Command", "Evict", "Work", "parse", "run", "show"]
+
+MAX_SWAPPINESS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Age:
+    """``+``: open a generation after ``seq``."""
+
+    vm: str
+    seq: int
+    can_swap: bool = True
+    full_scan: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Evict:
+    """``-``: evict the generations up to ``seq``; ``nr_pages`` None: all of them."""
+
+    vm: str
+    seq: int
+    swappiness: int = MAX_SWAPPINESS
+    nr_pages: int | None = None
+
+
+Command = Age | Evict
+
+
+class Work(Protocol):
+    """What commands make their caller do to the VM."""
+
+    def age(self, full_scan: bool) -> None:
+        """Harvest and have the policy age by it."""
+
+    def candidates(self) -> Mask:
+        """Return the pages that may be evicted."""
+
+    def evict(self, gfns: Gfns) -> int:
+        """Evict pages, tell the policy, and return how many went."""
+
+
+def show(number: int, name: str, policy: LruGen, pages: Mask, now_ns: int) -> str:
+    """Return the generations of one VM as text.
+
+    :param pages: those that count, in general the resident ones
+    """
+    lines = [f"memcg {number:5} {name}", f" node {0:5}"]
+    for seq, n_pages in policy.sizes(pages):
+        age_ms = max(now_ns - policy.births_ns.get(seq, 0), 0) // 1_000_000
+        lines.append(f" {seq:10} {age_ms:10} {n_pages:11} {0:10}")
+    return "".join(line + "\n" for line in lines)
+
+
+def parse(text: str) -> list[Command]:
+    """Parse commands.
+
+    :raises LayoutError: naming the command, the field and what it should be
+    """
+    commands = []
+    for number, part in enumerate(re.split(r"[,;\n]", text), 1):
+        if part.strip():
+            commands.append(_parse_one(number, part))
+    return commands
+
+
+def _parse_one(number: int, text: str) -> Command:
+    where = f"lru_gen command {number} ({text.strip()!r})"
+    # As for sscanf, no space is needed after the sign.
+    sign, words = text.strip()[0], text.strip()[1:].split()
+    if sign not in "+-":
+        raise LayoutError(f"{where}: begins with {sign!r}, need + to age or - to evict")
+    optional = ("can_swap", "full_scan") if sign == "+" else ("swappiness", "nr")
+    fields = ("vm", "node", "seq", *optional)
+    if not 3 <= len(words) <= len(fields):
+        raise LayoutError(
+            f"{where}: {len(words)} fields, need {sign} vm node seq [{optional[0]} [{optional[1]}]]"
+        )
+    values = {
+        field: _number(where, field, word)
+        for field, word in zip(fields[1:], words[1:], strict=False)
+    }
+    if values["node"]:
+        raise LayoutError(f"{where}: node {values['node']}, there is only node 0")
+    if sign == "+":
+        return Age(
+            words[0],
+            values["seq"],
+            bool(_at_most(where, "can_swap", values.get("can_swap", 1), 1)),
+            bool(_at_most(where, "full_scan", values.get("full_scan", 1), 1)),
+        )
+    swappiness = values.get("swappiness", MAX_SWAPPINESS)
+    _at_most(where, "swappiness", swappiness, MAX_SWAPPINESS)
+    return Evict(words[0], values["seq"], swappiness, values.get("nr"))
+
+
+def _number(where: str, field: str, word: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", word):
+        raise LayoutError(f"{where}: {field} {word!r} is no number of 0 or more")
+    return int(word)
+
+
+def _at_most(where: str, field: str, value: int, most: int) -> int:
+    if value > most:
+        raise LayoutError(f"{where}: {field} {value}, need 0 to {most}")
+    return value
+
+
+def run(command: Command, policy: LruGen, work: Work) -> int:
+    """Run one command on a VM's policy; return how many pages went.
+
+    :raises LayoutError: if the generation does not exist yet, or is protected
+    """
+    if isinstance(command, Age):
+        if command.seq > policy.max_seq:
+            raise LayoutError(f"+ {command.vm}: seq {command.seq}, youngest is {policy.max_seq}")
+        if command.seq == policy.max_seq:
+            work.age(command.full_scan)
+        return 0
+    if command.seq + PROTECTED > policy.max_seq:
+        raise LayoutError(
+            f"- {command.vm}: seq {command.seq} is protected, "
+            f"youngest that may go is {policy.max_seq - PROTECTED}"
+        )
+    if not command.swappiness:
+        return 0
+    gfns = policy.up_to(command.seq, work.candidates())
+    return work.evict(gfns if command.nr_pages is None else gfns[: command.nr_pages])

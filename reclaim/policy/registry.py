@@ -1,0 +1,146 @@
+"""Policies by name: the built-in ones, and those that other packages offer.
+
+A package offers a policy under the entry point group ``kvmhost.policies``: the name is
+the policy's, the object a class or function that takes the number of pages and options
+by keyword, and returns a :class:`~reclaim.policy.base.Policy`. docs/policies.md has an
+example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+from kvmhost.errors import LayoutError
+from reclaim.policy.base import Policy
+
+__all__ = ["BUILT_IN", "GROUP", "Offer", "create", "offers", "options_of"]
+
+GROUP = "kvmhost.policies"
+#: Name: module and class.
+BUILT_IN = {
+    "lru_gen": "reclaim.policy.lru_gen:LruGen",
+    "classic": "reclaim.policy.classic:Classic",
+    "age": "reclaim.policy.age:Age",
+    "random": "reclaim.policy.random:Random",
+}
+_MEMBERS = (
+    "plan",
+    "refaulted",
+    "age",
+    "victims",
+    "evicted",
+    "sizes",
+    "counters",
+    "explain",
+)
+
+Factory = Callable[..., Policy]
+
+
+@dataclasses.dataclass(frozen=True)
+class Offer:
+    """A policy that can be asked for, or why it cannot.
+
+    :param source: where it comes from: built in, or package and version
+    :param reason: why it does not work; "" if it does
+    """
+
+    name: str
+    source: str
+    target: str
+    reason: str = ""
+
+    @property
+    def works(self) -> bool:
+        """Whether it can be made."""
+        return not self.reason
+
+
+def offers() -> dict[str, Offer]:
+    """Return every policy by name, the built-in ones first.
+
+    A plug-in that takes the name of another one does not get it; one that cannot be
+    loaded is listed with its error.
+    """
+    found = {name: Offer(name, "built in", target) for name, target in BUILT_IN.items()}
+    for point in sorted(metadata.entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
+        source = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown package"
+        if point.name in found:
+            taken = found[point.name].source
+            shown = f"{point.name}@{source.split()[0]}"
+            found[shown] = Offer(shown, source, point.value, f"the name is taken ({taken})")
+        else:
+            found[point.name] = _checked(Offer(point.name, source, point.value))
+    return found
+
+
+def create(name: str, n_pages: int, options: Mapping[str, Any] | None = None) -> Policy:
+    """Make a policy.
+
+    :param options: by name, as its class takes them; see :func:`options_of`
+    :raises LayoutError: for an unknown name, an option that it does not take, values that
+        it refuses, or a plug-in that does not work
+    """
+    offer = _working(name)
+    factory = _load(offer.target)
+    known = _parameters(factory)
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        takes = ", ".join(known) or "no options"
+        raise LayoutError(f"policy {name}: no option {unknown[0]!r} (it takes: {takes})")
+    policy = factory(n_pages, **dict(options or {}))
+    missing = [member for member in _MEMBERS if not callable(getattr(policy, member, None))]
+    if missing:
+        raise LayoutError(f"policy {name} ({offer.source}): has no method {missing[0]}")
+    return policy
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Return a policy's options with their defaults.
+
+    :raises LayoutError: as :func:`create`
+    """
+    return _parameters(_load(_working(name).target))
+
+
+def _working(name: str) -> Offer:
+    all_offers = offers()
+    if name not in all_offers:
+        known = ", ".join(offer.name for offer in all_offers.values() if offer.works)
+        raise LayoutError(f"policy {name!r}: not known (there are: {known})")
+    offer = all_offers[name]
+    if not offer.works:
+        raise LayoutError(f"policy {name!r} ({offer.source}): {offer.reason}")
+    return offer
+
+
+def _checked(offer: Offer) -> Offer:
+    try:
+        factory: object = _load(offer.target)
+    # Whatever a plug-in's import raises, others have to go on.
+    except Exception as error:  # noqa: BLE001
+        return dataclasses.replace(offer, reason=f"{type(error).__name__}: {error}")
+    if not callable(factory):
+        return dataclasses.replace(offer, reason=f"{offer.target} cannot be called")
+    return offer
+
+
+def _load(target: str) -> Factory:
+    module, _, attribute = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    factory: Factory = found
+    return factory
+
+
+def _parameters(factory: Factory) -> dict[str, Any]:
+    """Names and defaults of what a factory takes besides the number of pages."""
+    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return {p.name: p.default for p in named}

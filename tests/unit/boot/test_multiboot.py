@@ -1,0 +1,207 @@
+"""Multiboot images: headers as the specification has them, and damaged ones."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from kvmhost.boot.image import Image
+from kvmhost.boot.loaders import LOADERS, detect, load_image
+from kvmhost.boot.multiboot import find_header, parse_multiboot
+from kvmhost.boot.pcboot import BootRequest, Mode, Module, PcImage
+from kvmhost.errors import ImageError, LayoutError
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.pclayout import PcLayout
+
+Guest = Callable[[str], Path]
+
+MAGIC, ADDRESSES = 0x1BADB002, 1 << 16
+LAYOUT = PcLayout(16 << 20)
+SAME = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150
+)
+
+
+def header(flags: int = ADDRESSES, *addresses: int) -> bytes:
+    words = [MAGIC, flags, -(MAGIC + flags) & 0xFFFFFFFF, *addresses]
+    return struct.pack(f"<{len(words)}I", *words)
+
+
+def flat(at: int = 0, code: bytes = b"\xf4" * 64, **changes: int) -> bytes:
+    base = 0x10_0000
+    fields = {
+        "header_addr": base + at,
+        "load_addr": base,
+        "load_end_addr": 0,
+        "bss_end_addr": 0,
+        "entry_addr": base + at + 32,
+    } | changes
+    return bytes(at) + header(ADDRESSES, *fields.values()) + code
+
+
+def loaded(image: PcImage, *modules: Module, command_line: str = "x") -> GuestMemory:
+    memory = GuestMemory.of_size(LAYOUT.mem_bytes)
+    image.plan(BootRequest(LAYOUT, command_line, modules)).load(memory, LAYOUT)
+    return memory
+
+
+def attempt(path: Path, data: bytes, loader: str = "auto") -> object:
+    """Load as far as memory; return the image or the error."""
+    path.write_bytes(data)
+    try:
+        image = load_image(path, loader)
+        if not isinstance(image, Image):
+            loaded(image).close()
+        return image
+    except ImageError as error:
+        return error
+
+
+@pytest.mark.parametrize("at", [0, 4, 4096, 8192 - 52])
+def test_the_header_is_found_at_multiples_of_4(at: int) -> None:
+    data = flat(at)
+    assert find_header(data) == at
+    image = parse_multiboot("x", data)
+    assert image.chunks[0].gpa == 0x10_0000
+    assert image.chunks[0].data == data
+    assert image.entry == 0x10_0000 + at + 32
+
+
+@pytest.mark.parametrize("at", [1, 2, 8192 - 48, 8192])
+def test_no_header_elsewhere(at: int) -> None:
+    assert find_header(flat(at)) is None
+
+
+def test_a_wrong_checksum_is_no_header_and_the_search_goes_on() -> None:
+    wrong = struct.pack("<III", MAGIC, 0, 5)
+    assert find_header(wrong) is None
+    assert find_header(wrong + flat()) == len(wrong)
+
+
+def test_address_fields_choose_the_bytes_and_the_zeros() -> None:
+    code = bytes(range(1, 101))
+    data = flat(16, code, load_addr=0x10_0010, load_end_addr=0x10_0010 + 40, bss_end_addr=0x10_1000)
+    (chunk,) = parse_multiboot("x", data).chunks
+    assert (chunk.gpa, chunk.data) == (0x10_0010, data[16:56])
+    assert chunk.end == 0x10_1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "offset"),
+    [
+        ({"load_addr": 0x10_0004}, "load_addr", 16),
+        ({"header_addr": 0x10_0004}, "header_addr", 12),
+        ({"load_end_addr": 0xF_FFFF}, "load_end_addr", 20),
+        ({"load_end_addr": 0x10_1000}, "load_end_addr", 20),
+        ({"bss_end_addr": 0x10_0010}, "bss_end_addr", 24),
+        ({"bss_end_addr": 0x200_0000}, "load_addr", 16),
+        ({"load_addr": 0xFFFF_FFF0, "header_addr": 0xFFFF_FFF0}, "load_addr", 16),
+    ],
+)
+def test_contradictions_name_field_and_offset(
+    changes: dict[str, int], field: str, offset: int, tmp_path: Path
+) -> None:
+    error = attempt(tmp_path / "bad.flat", flat(0, **changes))
+    assert isinstance(error, ImageError)
+    assert (error.field, error.offset) == (field, offset)
+
+
+def test_without_addresses_the_file_has_to_be_elf(tmp_path: Path) -> None:
+    error = attempt(tmp_path / "bad.flat", header(3) + bytes(100))
+    assert isinstance(error, ImageError)
+    assert (error.field, error.offset) == ("multiboot flags", 4)
+
+
+def test_a_cut_header_is_refused(tmp_path: Path) -> None:
+    error = attempt(tmp_path / "bad.flat", flat(0, b"")[:-4])
+    assert isinstance(error, ImageError)
+    assert error.field == "multiboot header"
+
+
+def test_modules_and_strings_lie_behind_the_image() -> None:
+    modules = (Module("one", "a b", b"M" * 5000), Module("two", "", b""))
+    with loaded(parse_multiboot("img", flat()), *modules, command_line="img --x") as memory:
+        info = struct.unpack("<7I", memory[0x9500:0x951C])
+        assert info[0] == 0x24F
+        assert text(memory, info[4]) == b"img --x"
+        assert info[5:7] == (2, 0x10_1000)
+        one = struct.unpack("<4I", memory[info[6] : info[6] + 16])
+        assert (one[0] % 4096, one[1] - one[0]) == (0, 5000)
+        assert bytes(memory[one[0] : one[1]]) == b"M" * 5000
+        assert text(memory, one[2]) == b"one a b"
+        two = struct.unpack("<4I", memory[info[6] + 16 : info[6] + 32])
+        assert two[0] == two[1] >= one[1]
+        (n_map, map_at) = struct.unpack("<II", memory[0x952C:0x9534])
+        assert (n_map % 24, map_at) == (0, 0x9000)
+        assert text(memory, struct.unpack("<I", memory[0x9540:0x9544])[0]) == b"qemu"
+
+
+def text(memory: GuestMemory, gpa: int) -> bytes:
+    return bytes(memory[gpa : gpa + 64]).split(b"\0")[0]
+
+
+def test_an_image_over_an_older_chunk_leaves_zeros_in_its_bss() -> None:
+    data = flat(0, b"\xff" * 100, load_end_addr=0x10_0000 + 32, bss_end_addr=0x10_0000 + 132)
+    with loaded(parse_multiboot("x", data)) as memory:
+        assert bytes(memory[0x10_0020:0x10_0084]) == bytes(100)
+
+
+@pytest.mark.parametrize("name", ["hello.elf", "hello.flat", "long.elf"])
+def test_detection(name: str, pc_guest: Guest) -> None:
+    image = pc_guest(name)
+    assert detect(str(image), image.read_bytes()) == "multiboot"
+    parsed = load_image(image)
+    assert not isinstance(parsed, Image)
+    assert parsed.plan(BootRequest(LAYOUT, "x")).entry.mode is Mode.PROTECTED
+
+
+def test_an_unknown_loader_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    with pytest.raises(LayoutError, match="unknown loader"):
+        load_image(tmp_path / "x", "magic")
+
+
+@SAME
+@given(
+    data=st.binary(max_size=200),
+    loader=st.sampled_from(LOADERS),
+    front=st.sampled_from([b"", b"\x7fELF\1\1", b"\x7fELF\2\1", header(0), header(ADDRESSES)]),
+)
+@example(data=b"", loader="flat32", front=b"")
+def test_any_file_loads_or_is_refused(
+    data: bytes, loader: str, front: bytes, tmp_path: Path
+) -> None:
+    attempt(tmp_path / "any", front + data, loader)
+
+
+@SAME
+@given(
+    name=st.sampled_from(["hello.elf", "hello.flat"]),
+    edits=st.lists(
+        st.tuples(st.one_of(st.integers(0, 200), st.integers(0, 4800)), st.integers(0, 255)),
+        min_size=1,
+        max_size=5,
+    ),
+    loader=st.sampled_from(["auto", "multiboot", "elf", "pvh"]),
+)
+def test_changed_images_load_or_are_refused(
+    name: str, edits: list[tuple[int, int]], loader: str, pc_guest: Guest, tmp_path: Path
+) -> None:
+    data = bytearray(pc_guest(name).read_bytes())
+    for at, value in edits:
+        data[at % len(data)] = value
+    attempt(tmp_path / "any", bytes(data), loader)
+
+
+@SAME
+@given(fields=st.tuples(*[st.integers(0, (1 << 32) - 1)] * 5), at=st.integers(0, 2100))
+def test_any_addresses_load_or_are_refused(
+    fields: tuple[int, ...], at: int, tmp_path: Path
+) -> None:
+    data = bytes(4 * at) + header(ADDRESSES, *fields) + b"\xf4" * 50
+    attempt(tmp_path / "any", data)

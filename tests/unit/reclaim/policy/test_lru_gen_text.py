@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvmhost.errors import LayoutError
+from reclaim.policy.lru_gen import LruGen
+from reclaim.policy.lru_gen_text import Age, Evict, parse, run, show
+
+MS = 1_000_000
+
+
+def test_show_has_the_kernels_columns(pages):
+    policy = LruGen(8)
+    for now in (1000, 2500, 3000):
+        policy.age(pages.words(8, [1]), now * MS)
+    text = show(7, "vm1", policy, pages.mask(8, range(6)), 4000 * MS)
+    assert text == (
+        "memcg     7 vm1\n"
+        " node     0\n"
+        "          0       4000           5          0\n"
+        "          1       3000           0          0\n"
+        "          2       1500           0          0\n"
+        "          3       1000           1          0\n"
+    )
+
+
+def test_parse():
+    text = "+ vm1 0 5; - 3 0 4 60 1000,+2 0 9 0 1\n\n- vm1 0 1\n"
+    assert parse(text) == [
+        Age("vm1", 5),
+        Evict("3", 4, 60, 1000),
+        Age("2", 9, False, True),
+        Evict("vm1", 1),
+    ]
+    assert parse(" \n;") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("* vm 0 1", r"lru_gen command 1 \('\* vm 0 1'\): begins with '\*', need \+ to age or -"),
+        (
+            "+ vm 0 1; + vm 0",
+            r"command 2 .*2 fields, need \+ vm node seq \[can_swap \[full_scan\]\]",
+        ),
+        ("- vm 0 1 2 3 4", r"6 fields, need - vm node seq \[swappiness \[nr\]\]"),
+        ("+ vm 1 1", "node 1, there is only node 0"),
+        ("+ vm 0 -1", "seq '-1' is no number of 0 or more"),
+        ("+ vm 0 x", "seq 'x' is no number"),
+        ("+ vm 0 1 2", "can_swap 2, need 0 to 1"),
+        ("+ vm 0 1 1 7", "full_scan 7, need 0 to 1"),
+        ("- vm 0 1 201", "swappiness 201, need 0 to 200"),
+        ("- vm 0 1 200 many", "nr 'many' is no number"),
+        ("- vm 0 " + "9" * 30, "is no number of 0 or more"),
+    ],
+)
+def test_errors_name_command_and_field(text, problem):
+    with pytest.raises(LayoutError, match=problem):
+        parse(text)
+
+
+class Work:
+    def __init__(self, policy, pages):
+        self.policy, self.pages, self.scans = policy, pages, []
+        self.here = pages.everything(policy.n_pages)
+
+    def age(self, full_scan):
+        self.scans.append(full_scan)
+        self.policy.age(self.pages.words(self.policy.n_pages, [0]), 0)
+
+    def candidates(self):
+        return self.here
+
+    def evict(self, gfns):
+        self.here = self.here.copy()
+        self.here[gfns] = False
+        self.policy.evicted(gfns, 0)
+        return gfns.size
+
+
+def run_all(text, policy, work):
+    return [run(command, policy, work) for command in parse(text)]
+
+
+def test_commands_age_and_evict(pages):
+    policy = LruGen(8)
+    work = Work(policy, pages)
+    assert run_all("+ vm 0 0; + vm 0 1 1 0; + vm 0 2, + vm 0 0", policy, work) == [0, 0, 0, 0]
+    # An older generation is passed over.
+    assert (policy.max_seq, work.scans) == (3, [True, False, True])
+    assert run_all("- vm 0 0 0; - vm 0 0 200 3; - vm 0 1", policy, work) == [0, 3, 4]
+    assert np.flatnonzero(work.here).tolist() == [0]
+
+
+def test_commands_on_generations_that_are_not_there_or_protected(pages):
+    policy = LruGen(8)
+    work = Work(policy, pages)
+    with pytest.raises(LayoutError, match=r"\+ vm: seq 1, youngest is 0"):
+        run_all("+ vm 0 1", policy, work)
+    run_all("+ vm 0 0; + vm 0 1; + vm 0 2", policy, work)
+    with pytest.raises(LayoutError, match="seq 2 is protected, youngest that may go is 1"):
+        run_all("- vm 0 2", policy, work)
+    assert work.here.all()

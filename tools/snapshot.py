@@ -1,0 +1,34 @@
+"""``kvmhost snapshot``: have a running VM write itself into a file.
+
+``kvmhost run --restore FILE`` goes on from there. The VM itself goes on too, unless
+``--stop`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvmhost.control.client import Client
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="kvmhost snapshot", description=__doc__)
+    parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="file to write, whole or not at all"
+    )
+    parser.add_argument("--stop", action="store_true", help="end the VM when the file is written")
+    args = parser.parse_args(argv)
+    with Client(args.vm) as client:
+        if args.stop:
+            client.pause()
+        n_bytes = client.snapshot(str(args.file.absolute()))
+        if args.stop:
+            client.stop()
+    print(f"{args.file}: {n_bytes / (1 << 20):.1f} MiB of memory")
+    return 0
