@@ -15,8 +15,8 @@ from kvmhost.control.client import Client
 from kvmhost.control.schema import HarvestCost
 from kvmhost.errors import LayoutError
 from reclaim.options import VmOptions
+from reclaim.policy import registry
 from reclaim.policy.base import Gfns, Mask, Policy
-from reclaim.policy.lru_gen import LruGen
 from reclaim.vmview import Arrivals
 
 __all__ = ["Judge", "make_policy"]
@@ -27,10 +27,13 @@ def make_policy(n_pages: int, options: VmOptions) -> Policy:
 
     :raises LayoutError: for an unknown one, or options that it does not take
     """
-    if options.policy != "lru_gen" or options.policy_options:
-        raise LayoutError(f"policy {options.policy!r}: there is lru_gen, without further options")
-    seed = None if options.seed < 0 else options.seed
-    return LruGen(n_pages, options.generations, seed)
+    given = dict(options.policy_options)
+    takes = registry.options_of(options.policy)
+    if "n_generations" in takes:
+        given.setdefault("n_generations", options.generations)
+    if "seed" in takes and options.seed >= 0:
+        given.setdefault("seed", options.seed)
+    return registry.create(options.policy, n_pages, given)
 
 
 class Judge:

@@ -210,11 +210,8 @@ class Session:
             add(Kind.REFAULT, text, pages=int(back.size), gfns=back)
 
     def _working(self) -> int:
-        """Return the pages of the two youngest generations; all, where little is known."""
-        if self.passes < _LEARNING_PASSES:
-            return self.view.n_resident
-        sizes = self.judge.policy.sizes(self.view.candidates)
-        return sum(n for _, n in sizes[-2:]) + self.view.n_pinned
+        """Return the pages of the working set; all, where little is known."""
+        return self.view.n_resident if self.passes < _LEARNING_PASSES else self.view.n_working
 
     def _claim(self) -> None:
         """Tell the host what this VM has and needs."""

@@ -55,6 +55,8 @@ class VmView:
         self._gone: Mask = np.zeros(self.n_pages, dtype=bool)
         self._ours: Mask = np.zeros(self.n_pages, dtype=bool)
         self._away: Mask | None = None
+        #: Young in the last window, and in the one before.
+        self._young = self._young_before = self._gone
 
     @property
     def n_resident(self) -> int:
@@ -66,8 +68,15 @@ class VmView:
         """Pages that may be evicted."""
         return self.resident & self.movable
 
+    @property
+    def n_working(self) -> int:
+        """Resident pages that were young in one of the last two windows, and pinned ones."""
+        lately = (self._young | self._young_before) & self.resident & self.movable
+        return int(np.count_nonzero(lately)) + self.n_pinned
+
     def look(self, resident: Mask, young: Mask) -> Arrivals:
         """Take what is resident and what was young; return what changed."""
+        self._young, self._young_before = young, self._young
         now = resident.copy()
         if self._away is not None:
             self._away &= ~young
