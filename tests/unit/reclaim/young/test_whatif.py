@@ -55,7 +55,7 @@ def test_more_memory_saves_less(make):
 
 def test_what_cannot_be(make):
     path = make(LISTS).path
-    with pytest.raises(LayoutError, match="no policy 'best'"):
+    with pytest.raises(LayoutError, match="policy 'best': not known"):
         whatif.cases_of([path], ["best"], [pages(5)], {})
     with pytest.raises(LayoutError, match="colour"):
         whatif.cases_of([path], ["lru_gen"], [pages(5)], {"colour": ["red"]})
