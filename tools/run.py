@@ -256,8 +256,17 @@ def _report(machine: Machine, status: int) -> dict[str, typing.Any]:
         "exits": machine.exits,
         "seconds": round(machine.uptime_s, 6),
         "resident_bytes": machine.memory.resident_bytes(),
+        "peak_rss_bytes": _peak_rss_bytes(),
         "pager": machine.pager.counters() if machine.has_pager else None,
     }
+
+
+def _peak_rss_bytes() -> int:
+    """Return the most that this process ever had resident, guest memory included."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _interrupt(number: int, frame: FrameType | None) -> typing.NoReturn:

@@ -15,7 +15,7 @@ import dataclasses
 import struct
 
 from kvmhost.boot.elf import EM_386, EM_X86_64, is_elf, parse_elf, take
-from kvmhost.boot.pcboot import BootPlan, BootRequest, Chunk, Mode, PcEntry, page_up
+from kvmhost.boot.pcboot import BootPlan, BootRequest, Chunk, Mode, PcEntry, check_fit, page_up
 from kvmhost.errors import ImageError
 
 __all__ = ["BOOT_MAGIC", "MultibootImage", "find_header", "parse_multiboot"]
@@ -50,9 +50,11 @@ class MultibootImage:
 
     def plan(self, request: BootRequest) -> BootPlan:
         """Lay out strings, modules and the boot information behind the image."""
+        for chunk in self.chunks:
+            check_fit(self.path, chunk, request.layout)
         start = min(chunk.gpa for chunk in self.chunks)
         end = start + page_up(max(chunk.end for chunk in self.chunks) - start)
-        tail, command_gpa, name_gpa = _tail(request, end)
+        tail, command_gpa, name_gpa = _tail(self.path, request, end)
         entries = b"".join(
             struct.pack("<IQQI", 20, entry.gpa, entry.n_bytes, entry.kind)
             for entry in request.layout.memory_map()
@@ -149,7 +151,7 @@ def _by_elf(path: str, data: bytes) -> MultibootImage:
     return MultibootImage(path, chunks, entry)
 
 
-def _tail(request: BootRequest, gpa: int) -> tuple[list[Chunk], int, int]:
+def _tail(path: str, request: BootRequest, gpa: int) -> tuple[list[Chunk], int, int]:
     """Return chunks from ``gpa`` on, and where command line and loader name are.
 
     In order: module list, strings (each module's, then the command line), loader name;
@@ -164,10 +166,12 @@ def _tail(request: BootRequest, gpa: int) -> tuple[list[Chunk], int, int]:
     next_gpa = gpa + page_up(name_gpa + len(LOADER_NAME) - gpa)
     listed, strings, chunks = b"", b"", []
     for module, text in zip(request.modules, module_strings, strict=True):
-        end = next_gpa + len(module.data)
+        chunk = Chunk(next_gpa, module.data, len(module.data), f"module {module.path}")
+        check_fit(path, chunk, request.layout)
+        chunks.append(chunk)
+        end = chunk.end
         listed += struct.pack("<4I", next_gpa, end, strings_gpa + len(strings), 0)
         strings += text + b"\0"
-        chunks.append(Chunk(next_gpa, module.data, len(module.data), f"module {module.path}"))
         next_gpa = gpa + page_up(end - gpa)
     head = listed + strings + command
     chunks = [_chunk(gpa, head), _chunk(name_gpa, LOADER_NAME), *chunks]

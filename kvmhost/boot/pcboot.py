@@ -17,7 +17,7 @@ from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.memory.pclayout import PcLayout
 
-__all__ = ["BootPlan", "BootRequest", "Chunk", "Mode", "Module", "PcEntry", "PcImage"]
+__all__ = ["BootPlan", "BootRequest", "Chunk", "Mode", "Module", "PcEntry", "PcImage", "check_fit"]
 
 
 class Mode(enum.Enum):
@@ -93,14 +93,7 @@ class BootPlan:
         """
         written: list[tuple[int, int]] = []
         for chunk in self.chunks:
-            if chunk.gpa < 0 or chunk.end > layout.tables_gpa:
-                raise ImageError(
-                    self.path,
-                    chunk.field,
-                    f"[{chunk.gpa:#x}, {chunk.end:#x}) is not inside [0, "
-                    f"{layout.tables_gpa:#x}); give the guest more memory",
-                    chunk.offset,
-                )
+            check_fit(self.path, chunk, layout)
             data_end = chunk.gpa + len(chunk.data)
             memory[chunk.gpa : data_end] = chunk.data
             # Memory starts as zeros: only what came before can be in the way.
@@ -124,6 +117,21 @@ class PcImage(Protocol):
 
     def plan(self, request: BootRequest) -> BootPlan:
         """Return what to load and where to start."""
+
+
+def check_fit(path: str, chunk: Chunk, layout: PcLayout) -> None:
+    """Check that a chunk lies in low memory, below the firmware's tables.
+
+    :raises ImageError: if not
+    """
+    if chunk.gpa < 0 or chunk.end > layout.tables_gpa:
+        raise ImageError(
+            path,
+            chunk.field,
+            f"[{chunk.gpa:#x}, {chunk.end:#x}) is not inside [0, "
+            f"{layout.tables_gpa:#x}); give the guest more memory",
+            chunk.offset,
+        )
 
 
 def page_up(n_bytes: int) -> int:

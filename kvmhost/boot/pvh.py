@@ -9,7 +9,7 @@ import dataclasses
 import struct
 
 from kvmhost.boot.elf import Elf
-from kvmhost.boot.pcboot import BootPlan, BootRequest, Chunk, Mode, PcEntry, page_up
+from kvmhost.boot.pcboot import BootPlan, BootRequest, Chunk, Mode, PcEntry, check_fit, page_up
 from kvmhost.errors import ImageError
 from kvmhost.memory.pclayout import FIRMWARE_GPA
 
@@ -32,6 +32,8 @@ class PvhImage:
 
     def plan(self, request: BootRequest) -> BootPlan:
         """Lay out the start information; ebx points to it."""
+        for chunk in self.chunks:
+            check_fit(self.path, chunk, request.layout)
         gpa = page_up(max(chunk.end for chunk in self.chunks))
         command = request.command_line.encode() + b"\0"
         listed, chunks = b"", [Chunk(gpa, command, len(command), "command line")]

@@ -1,41 +1,144 @@
-"""``kvmhost bench start``: wall time of whole ``kvmhost run hello`` processes.
+"""``kvmhost bench start``: how long a guest takes from nothing, and what it costs.
 
-Beside it, in turn, the same interpreter starting to do nothing, which is the
-part that nothing here can save.
+Wall time of whole processes, in turn and beside the same interpreter starting to do
+nothing, which is the part that nothing here can save: ``run hello`` (a tiny guest), a
+multiboot image that prints a line and exits (or ``--image``), and the same file under
+another VMM where there is one (``--qemu``). In one process: from the call that creates
+a machine to the first exit of its first instruction. And the memory of a VM process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from kvmhost.errors import CapabilityError
 
 __all__ = ["main", "run"]
 
+QEMU = "qemu-system-x86_64"
+HELLO_MEM_BYTES = 128 << 20
+#: mov $0xf4, %dx ; out %al, %dx: the second instruction is the exit.
+_EXIT_CODE = b"\x66\xba\xf4\x00\xee\xf4"
 
-def run(repeats: int = 10, engine: str = "auto") -> dict[str, Any]:
-    """Measure; medians in seconds."""
+
+def run(
+    repeats: int = 10, engine: str = "auto", image: Path | None = None, qemu: bool = False
+) -> dict[str, Any]:
+    """Measure; medians in seconds, sizes in bytes.
+
+    :raises CapabilityError: if the other VMM is asked for and not there
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = image or _hello_image(Path(folder))
+        times = _processes(_commands(engine, file, qemu), repeats)
+        result: dict[str, Any] = {"repeats": repeats, "engine": engine, "image": str(file)}
+        result |= {f"{name}_s": statistics.median(taken) for name, taken in times.items()}
+        result |= {f"{name}_max_s": max(taken) for name, taken in times.items()}
+        result["image_beyond_python_s"] = result["image_s"] - result["python_s"]
+        if qemu:
+            ratios = (a / b for a, b in zip(times["image"], times["qemu"], strict=True))
+            result["image_to_qemu"] = statistics.median(ratios)
+        result |= _first_instruction(max(repeats * 5, 20), Path(folder)) | _memory(engine)
+    return result
+
+
+def _commands(engine: str, image: Path, qemu: bool) -> dict[str, list[str]]:
+    kvmhost = [sys.executable, "-m", "tools.main", "run"]
     commands = {
         "python": [sys.executable, "-c", "pass"],
-        "hello": [sys.executable, "-m", "tools.main", "run", "hello", "--engine", engine],
+        "hello": [*kvmhost, "hello", "--engine", engine],
+        "image": [*kvmhost, str(image)],
     }
+    if qemu:
+        if shutil.which(QEMU) is None:
+            raise CapabilityError("qemu", QEMU, "no such program", "run .ci/packages as root")
+        commands["qemu"] = [
+            QEMU, "-accel", "kvm", "-nodefaults", "-no-reboot", "-vnc", "none", "-device",
+            "isa-debug-exit,iobase=0xf4,iosize=0x4", "-serial", "stdio", "-kernel", str(image),
+        ]  # fmt: skip
+    return commands
+
+
+def _hello_image(folder: Path) -> Path:
+    from guests.build import compile_pc_guest, pc_sources
+
+    (source,) = (path for path in pc_sources() if path.stem == "hello")
+    return compile_pc_guest(source, folder / "hello.flat")
+
+
+def _processes(commands: dict[str, list[str]], repeats: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
             start = time.perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            # An image's status is its own; a start that failed shows in its output.
+            subprocess.run(
+                command,
+                check=name in ("python", "hello"),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _first_instruction(times: int, folder: Path) -> dict[str, float]:
+    """From creating a machine to the exit of its first instructions; nothing without KVM."""
+    from kvmhost.boot.plain import parse_flat
+    from kvmhost.engine.base import Vcpu
+    from kvmhost.exits import IoOut
+    from kvmhost.kvm.system import probe
+    from kvmhost.machines.pc import PcMachine
+    from kvmhost.runner import Step
+
+    if probe() is not None:
+        return {}
+
+    class Timed(PcMachine):
+        """Notes when the first exit arrives."""
+
+        first_s = 0.0
+
+        def _port_write(self, vcpu: Vcpu, leaving: IoOut) -> Step:
+            self.first_s = self.first_s or time.perf_counter()
+            return super()._port_write(vcpu, leaving)
+
+    image, taken = parse_flat(str(folder / "exit"), _EXIT_CODE, "flat32"), []
+    for _ in range(times):
+        start = time.perf_counter()
+        with Timed(image) as machine:
+            machine.start()
+            machine.wait(60)
+            taken.append(machine.first_s - start)
+    taken.sort()
     return {
-        "repeats": repeats,
-        "engine": engine,
-        "python_s": statistics.median(times["python"]),
-        "hello_s": statistics.median(times["hello"]),
-        "hello_max_s": max(times["hello"]),
+        "first_exit_median_s": statistics.median(taken),
+        "first_exit_p99_s": taken[min(len(taken) - 1, int(len(taken) * 0.99))],
+    }
+
+
+def _memory(engine: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "tools.main", "run", "hello", "--json", "--engine", engine]
+    done = subprocess.run(
+        [*command, "--mem", str(HELLO_MEM_BYTES)], check=True, capture_output=True, text=True
+    )
+    report = json.loads(done.stdout)
+    guest = report["resident_bytes"]
+    return {
+        "hello_peak_rss_bytes": report["peak_rss_bytes"],
+        "hello_guest_bytes": guest,
+        "hello_beyond_guest_bytes": report["peak_rss_bytes"] - guest,
     }
 
 
@@ -44,15 +147,39 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="kvmhost bench start", description=__doc__)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
+    parser.add_argument("--image", type=Path, help="a multiboot image (default: one that prints)")
+    parser.add_argument("--qemu", action="store_true", help="run the image there too")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
-    result = run(options.repeats, options.engine)
-    if options.json:
-        print(json.dumps(result, indent=2))
-        return 0
-    print(
-        f"kvmhost run hello: {result['hello_s']:.3f} s median of {result['repeats']}, "
-        f"{result['hello_max_s']:.3f} s at most"
-    )
-    print(f"python -c pass:    {result['python_s']:.3f} s")
+    result = run(options.repeats, options.engine, options.image, options.qemu)
+    print(json.dumps(result, indent=2) if options.json else _text(result))
     return 0
+
+
+def _text(result: dict[str, Any]) -> str:
+    mib = 1 << 20
+    rows = [
+        ("python -c pass", "python"),
+        ("kvmhost run hello", "hello"),
+        ("kvmhost run IMAGE", "image"),
+        ("the image under qemu", "qemu"),
+    ]
+    lines = [
+        f"{label + ':':<24}{result[f'{key}_s']:.3f} s median of {result['repeats']}, "
+        f"{result[f'{key}_max_s']:.3f} s at most"
+        for label, key in rows
+        if f"{key}_s" in result
+    ]
+    lines.append(f"image beyond python:    {result['image_beyond_python_s']:.3f} s")
+    if "image_to_qemu" in result:
+        lines.append(f"image, ours to qemu:    {result['image_to_qemu']:.3f}")
+    if "first_exit_median_s" in result:
+        lines.append(
+            f"create to first exit:   {result['first_exit_median_s'] * 1e3:.1f} ms median, "
+            f"{result['first_exit_p99_s'] * 1e3:.1f} ms p99"
+        )
+    lines.append(
+        f"memory of run hello:    {result['hello_peak_rss_bytes'] / mib:.1f} MiB at most, "
+        f"{result['hello_beyond_guest_bytes'] / mib:.1f} MiB beyond the guest's own"
+    )
+    return "\n".join(lines)

@@ -111,6 +111,22 @@ def test_contradictions_name_field_and_offset(
     assert (error.field, error.offset) == (field, offset)
 
 
+def test_an_elf_segment_far_away_is_refused(pc_guest: Guest, tmp_path: Path) -> None:
+    data = bytearray(pc_guest("hello.elf").read_bytes())
+    (phoff,) = struct.unpack_from("<I", data, 28)
+    struct.pack_into("<II", data, phoff + 8, 0xF000_0000, 0xF000_0000)  # p_vaddr, p_paddr
+    struct.pack_into("<I", data, 24, 0xF000_0010)  # e_entry
+    error = attempt(tmp_path / "bad.elf", bytes(data))
+    assert isinstance(error, ImageError)
+    assert (error.field, error.offset) == ("p_paddr", phoff)
+
+
+def test_modules_that_do_not_fit_are_named() -> None:
+    image = parse_multiboot("img", flat())
+    with pytest.raises(ImageError, match="module big"):
+        image.plan(BootRequest(LAYOUT, "x", (Module("big", "", bytes(16 << 20)),)))
+
+
 def test_without_addresses_the_file_has_to_be_elf(tmp_path: Path) -> None:
     error = attempt(tmp_path / "bad.flat", header(3) + bytes(100))
     assert isinstance(error, ImageError)
