@@ -43,8 +43,8 @@ def tables(report: Mapping[str, Sequence[Row]]) -> str:
         shown.append(_trace_table(report["trace"]))
     if "guests" in report:
         shown.append(
-            "guests: throughput of that without limit; pages refaulted (Belady's from the "
-            "recorded windows); processor time a pass"
+            "guests: throughput of that without limit; faults an epoch; pages that came back, of "
+            "those Belady's optimum needs in the recorded windows; processor time a pass"
         )
         shown.append(_guests_table(report["guests"]))
     if "cost" in report:
@@ -100,15 +100,26 @@ def _trace_table(rows: Sequence[Row]) -> str:
 
 def _guests_table(rows: Sequence[Row]) -> str:
     return _table(
-        ("workload", "budget", "policy", "throughput", "refaulted", "Belady", "wrong", "ms a pass"),
+        (
+            "workload",
+            "budget",
+            "policy",
+            "throughput",
+            "faults/epoch",
+            "came back",
+            "Belady",
+            "wrong",
+            "ms/pass",
+        ),
         (
             (
                 row["workload"],
                 f"{row['budget']:.0%}",
                 row["policy"],
                 f"{row['throughput_of_no_limit']:.3f}",
+                f"{row['faults_in_per_epoch']:.1f}",
                 f"{row['refaulted_pages']:,}",
-                f"{row['belady_refaults']:,}",
+                "-" if row["belady_refaults"] is None else f"{row['belady_refaults']:,}",
                 f"{row['wrong_evictions']:,}",
                 f"{row['busy_ms_per_pass']:.1f}",
             )
