@@ -66,6 +66,7 @@ def probe_host() -> Iterator[Finding]:
     yield from _kvm()
     yield _engine("emulated", _try_emulated)
     yield from _trackers()
+    yield from _ways()
     yield from _memory()
 
 
@@ -161,6 +162,15 @@ def _trackers() -> Iterator[Finding]:
         works = bool(support.works)
         remedy = "" if works else "none needed: the other trackers do without it"
         yield Finding("tracker", name, works, support.reason or "works", remedy)
+
+
+def _ways() -> Iterator[Finding]:
+    """Yield the ways to look at processes that are not ours."""
+    from kvmhost.trackers.ways import probe_ways
+
+    for name, support in probe_ways().items():
+        remedy = "" if support.works else "none needed: young --pid takes another way"
+        yield Finding("--pid", name, support.works, support.reason, remedy)
 
 
 def _memory() -> Iterator[Finding]:

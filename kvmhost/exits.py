@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import typing
 
 __all__ = [
     "BusLock",
@@ -30,12 +30,50 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
+@typing.dataclass_transform(frozen_default=True)
 class Exit:
-    """Base of all exits."""
+    """Base of all exits: values with the fields that a subclass annotates.
+
+    They are what frozen dataclasses would be, without the code that those compile for
+    every class at import: there are many, and a guest that only prints starts sooner.
+    """
+
+    __match_args__: typing.ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        names = tuple(cls.__annotations__)
+        type.__setattr__(cls, "__match_args__", names)  # a type checker holds it for final
+
+    def __init__(self, *values: typing.Any, **named: typing.Any) -> None:
+        names = self.__match_args__
+        if len(values) == len(names) and not named:
+            self.__dict__.update(zip(names, values, strict=True))
+            return
+        given = dict(zip(names, values, strict=False)) | named
+        missing = [name for name in names if name not in given and not hasattr(type(self), name)]
+        if missing or len(given) != len(values) + len(named) or not given.keys() <= set(names):
+            raise TypeError(f"{type(self).__name__} takes {names}, not {values} {named}")
+        self.__dict__.update(
+            {name: given.get(name, getattr(type(self), name, None)) for name in names}
+        )
+
+    def __setattr__(self, name: str, value: object) -> typing.NoReturn:
+        raise AttributeError(f"{type(self).__name__} does not change: {name}")
+
+    def __delattr__(self, name: str) -> typing.NoReturn:
+        raise AttributeError(f"{type(self).__name__} does not change: {name}")
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self.__dict__.values()))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.__dict__.items())
+        return f"{type(self).__name__}({shown})"
 
 
-@dataclasses.dataclass(frozen=True)
 class IoOut(Exit):
     """The guest wrote to a port: ``count`` accesses of ``size`` bytes each.
 
@@ -53,7 +91,6 @@ class IoOut(Exit):
         return int.from_bytes(self.data[: self.size], "little")
 
 
-@dataclasses.dataclass(frozen=True)
 class IoIn(Exit):
     """The guest reads ``count`` times ``size`` bytes from a port and waits for them."""
 
@@ -62,7 +99,6 @@ class IoIn(Exit):
     count: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
 class MmioRead(Exit):
     """The guest reads ``size`` bytes at a gpa outside all memslots."""
 
@@ -70,7 +106,6 @@ class MmioRead(Exit):
     size: int
 
 
-@dataclasses.dataclass(frozen=True)
 class MmioWrite(Exit):
     """The guest wrote ``data`` at a gpa outside all memslots."""
 
@@ -78,24 +113,20 @@ class MmioWrite(Exit):
     data: bytes
 
 
-@dataclasses.dataclass(frozen=True)
 class Hlt(Exit):
     """The guest halted."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Shutdown(Exit):
     """Triple fault: an exception that could not be delivered."""
 
     detail: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
 class Kicked(Exit):
     """No exit of the guest: someone asked for the vCPU's attention."""
 
 
-@dataclasses.dataclass(frozen=True)
 class MemoryFault(Exit):
     """KVM could not resolve a fault on guest memory."""
 
@@ -104,14 +135,12 @@ class MemoryFault(Exit):
     flags: int
 
 
-@dataclasses.dataclass(frozen=True)
 class FailEntry(Exit):
     """The processor refused the guest's state."""
 
     hardware_reason: int
 
 
-@dataclasses.dataclass(frozen=True)
 class InternalError(Exit):
     """KVM gave up, for example on an instruction that it cannot emulate.
 
@@ -131,7 +160,6 @@ class InternalError(Exit):
         return raw[1 : 1 + min(raw[0], 15)]
 
 
-@dataclasses.dataclass(frozen=True)
 class Debug(Exit):
     """A single step or a breakpoint.
 
@@ -146,7 +174,6 @@ class Debug(Exit):
     dr7: int
 
 
-@dataclasses.dataclass(frozen=True)
 class Hypercall(Exit):
     """The guest asks for something by hypercall, and waits for what it returns."""
 
@@ -155,7 +182,6 @@ class Hypercall(Exit):
     long_mode: bool
 
 
-@dataclasses.dataclass(frozen=True)
 class MsrRead(Exit):
     """The guest reads an MSR that KVM refuses, and waits for the value or #GP.
 
@@ -166,7 +192,6 @@ class MsrRead(Exit):
     reason: int
 
 
-@dataclasses.dataclass(frozen=True)
 class MsrWrite(Exit):
     """The guest writes an MSR that KVM refuses; ``reason`` as in :class:`MsrRead`."""
 
@@ -175,7 +200,6 @@ class MsrWrite(Exit):
     reason: int
 
 
-@dataclasses.dataclass(frozen=True)
 class SystemEvent(Exit):
     """The guest asks to shut down (1), reset (2), or says that it crashed (3)."""
 
@@ -183,24 +207,20 @@ class SystemEvent(Exit):
     data: tuple[int, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
 class IoapicEoi(Exit):
     """The guest ended a level-triggered interrupt of an IOAPIC outside the kernel."""
 
     vector: int
 
 
-@dataclasses.dataclass(frozen=True)
 class IrqWindow(Exit):
     """The guest takes interrupts now, as was asked by ``request_interrupt_window``."""
 
 
-@dataclasses.dataclass(frozen=True)
 class SetTpr(Exit):
     """The guest lowered its task priority (local APIC outside the kernel)."""
 
 
-@dataclasses.dataclass(frozen=True)
 class TprAccess(Exit):
     """The guest used its task priority register, and that is to be reported."""
 
@@ -208,12 +228,10 @@ class TprAccess(Exit):
     is_write: bool
 
 
-@dataclasses.dataclass(frozen=True)
 class BusLock(Exit):
     """The guest locked the bus across cache lines, and that is to be reported."""
 
 
-@dataclasses.dataclass(frozen=True)
 class UnknownExit(Exit):
     """A reason that this version does not know."""
 

@@ -75,13 +75,18 @@ def read_flag(option: Option, text: str) -> Any:
 
     :raises ValueError: if it is written wrong
     """
+    given: Any = text
     try:
+        if typing.get_origin(typing.get_args(option.kind)[0]) is dict:
+            given = tomllib.loads(f"it = {{ {text} }}")["it"]
         return msgspec.convert(
-            text,
+            given,
             option.kind,
             strict=False,
             dec_hook=lambda kind, given: read_amount(kind, given, True),
         )
+    except tomllib.TOMLDecodeError:
+        raise ValueError(f"{text!r}: write for example 'tiers = 2, order = \"gfn\"'") from None
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
 
@@ -104,9 +109,12 @@ def load(path: str | Path | None, flags: Flags | None = None) -> Config:
         for name, kind in _SECTIONS.items()
     }
     defaults = typing.cast(VmOptions, sections["defaults"])
+    tables, given = raw.get("vm", {}), (flags or {}).get("vm", {})
     vm = {
-        pattern: _section(table, VmOptions, ("vm", pattern), where, {}, defaults)
-        for pattern, table in raw.get("vm", {}).items()
+        name: _section(
+            tables.get(name, {}), VmOptions, ("vm", name), where, given.get(name, {}), defaults
+        )
+        for name in (*tables, *(name for name in given if name not in tables))
     }
     config = Config(**sections, vm=vm)  # type: ignore[arg-type]
     _check(config, where)
@@ -153,6 +161,8 @@ class _Where:
         longest one before it that can be read at all ends before that.
         """
         before = 0
+        if not keys:
+            return 0
         for n in range(1, len(self._lines) + 1):
             try:
                 raw = tomllib.loads("\n".join(self._lines[:n]))

@@ -142,6 +142,9 @@ class VmOptions(_Section, frozen=True):
         ),
     ] = Share(0)
     policy: Annotated[str, _about("which pages go: lru_gen, or another policy's name")] = "lru_gen"
+    policy_options: Annotated[
+        dict[str, bool | int | float | str], _about("further options of that policy, by name")
+    ] = {}
     generations: Annotated[
         int,
         _about("generations to keep apart; the two youngest are never evicted", ge=4, le=64),

@@ -31,6 +31,7 @@ from kvmhost.errors import (
     NameInUseError,
     VmGoneError,
 )
+from reclaim.errors import ConfigError, KernelFileError, ReclaimError
 
 __all__ = ["COMMANDS", "main", "reclaimd", "run_command"]
 
@@ -46,6 +47,8 @@ COMMANDS = {
     "young": ("young", "look at young bitmaps of a running VM"),
     "reclaimd": ("reclaimd", "keep VMs under a memory budget by evicting cold pages"),
     "drain": ("drain", "bring every evicted page of a VM back, and lift its limit"),
+    "page": ("page", "all that is known of one page, and why it was taken or not"),
+    "lru_gen": ("lru_gen", "show generations, age and evict, as the kernel's file does"),
     "demo": ("demo", "the whole path: boot, harvest, reclaim under a limit, look"),
     "accuracy": ("accuracy", "how right and how dear each tracker is, against computed gfns"),
     "bench": ("bench", "measure walks, exits, harvests and starts, as ratios in one run"),
@@ -86,14 +89,16 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         # The reader has gone. Keep the interpreter from failing once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except KvmHostError as error:
+    except (KvmHostError, ReclaimError) as error:
         print(f"kvmhost {name}: {error}", file=sys.stderr)
         return exit_code(error)
 
 
-def exit_code(error: KvmHostError) -> int:
+def exit_code(error: KvmHostError | ReclaimError) -> int:
     """Return the documented exit code of an error."""
-    if isinstance(error, ImageError | LayoutError | NameInUseError):
+    if isinstance(error, KernelFileError):
+        return EXIT_MISSING
+    if isinstance(error, ConfigError | ImageError | LayoutError | NameInUseError):
         return EXIT_USAGE
     if isinstance(error, CapabilityError):
         return EXIT_MISSING

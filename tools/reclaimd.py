@@ -3,44 +3,90 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import logging
+import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+import typing
+from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any
 
-from reclaim.daemon import Daemon, Dropped, PassReport, Settings
-from reclaim.pressure.budget import DEFAULT_HIGH, DEFAULT_LOW, Budget
-from tools.args import count, seconds, share, size_bytes
+from kvmhost.control.paths import NameLock
+from reclaim.common import Common
+from reclaim.config import Option, load, options, read_flag, to_toml
+from reclaim.daemon import Daemon
+from reclaim.errors import ConfigError
+from reclaim.events import Dropped, Event, Notice, PassReport
+from reclaim.metrics import Metrics
+from reclaim.options import Config, VmOptions
+from reclaim.paths import lock_daemon, socket_of, sweep
+from reclaim.sdnotify import Notifier
+from reclaim.server import DaemonServer
 
 __all__ = ["main"]
 
-_EXIT_FAILED, _EXIT_INTERRUPTED = 1, 130
+_EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
+
+#: What has no flag of its own name: the VMs are the arguments without one.
+_POSITIONAL = ("daemon", "vms")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
-    settings = Settings(
-        budget=Budget.of(args.budget, _mark(args.high, args.budget), _mark(args.low, args.budget)),
-        interval_s=args.interval,
-        tracker=args.tracker,
-        sample=args.sample,
-        n_generations=args.generations,
-        seed=args.seed,
+    parser = _parser()
+    args = parser.parse_args(argv)
+    flags = _flags(args)
+    config = load(args.config, flags)
+    if args.print_config:
+        print(to_toml(config), end="")
+        return 0
+    if not config.daemon.vms:
+        parser.error("name a VM, or a pattern such as '*' for those that run and will run")
+    sweep()
+    name = config.daemon.name or f"pid-{os.getpid()}"
+    lock = lock_daemon(name)
+    try:
+        return _serve(config, args.config, flags, lock)
+    finally:
+        lock.release()
+
+
+def _serve(config: Config, path: str | None, flags: dict[str, Any], lock: NameLock) -> int:
+    printer = _Printer(config.log == "json")
+    common = Common.of(config, socket=str(socket_of(lock.name)))
+    daemon = Daemon(
+        common,
+        printer.tell,
+        reread=None if path is None else lambda: load(path, flags),
+        notifier=Notifier(),
     )
-    report = _print_json if args.json else _print_line
-    daemon = Daemon(args.vm, settings, report, passes=args.passes, wait=args.wait)
+    metrics = Metrics(daemon)
+    with contextlib.closing(common), contextlib.ExitStack() as stack:
+        server = stack.enter_context(DaemonServer(daemon, metrics, lock))
+        if config.daemon.metrics_port:
+            stack.enter_context(_tcp(metrics, config.daemon.metrics_port))
+        if sys.stderr.isatty():
+            print(f"daemon socket: {server.path}", file=sys.stderr)
+        return _run(daemon)
+
+
+def _run(daemon: Daemon) -> int:
     received: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            daemon.reload()
+            return
         received.append(number)
         daemon.stop()
 
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         good = daemon.run()
     finally:
@@ -51,99 +97,156 @@ def main(argv: Sequence[str]) -> int:
     return 0 if good or received else _EXIT_FAILED
 
 
+@contextlib.contextmanager
+def _tcp(metrics: Metrics, port: int) -> Iterator[None]:
+    """Give the metrics on a port of the loopback interface too."""
+    from prometheus_client import start_http_server
+
+    try:
+        server, thread = start_http_server(port, addr="127.0.0.1", registry=metrics.registry)
+    except OSError as error:
+        raise ConfigError(
+            "flags", 0, "daemon.metrics_port", f"port {port}: {error.strerror}"
+        ) from error
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Printer:
+    """Writes the log: events to standard output, trouble to standard error."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json, self._silent = as_json, False
+        self._lock = threading.Lock()
+        handler = _JsonHandler(self) if as_json else logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("reclaimd: %(message)s"))
+        for name in ("reclaim", "kvmhost"):
+            logging.getLogger(name).handlers = [handler]
+
+    def tell(self, event: Event) -> None:
+        """Write one event."""
+        bad = isinstance(event, Dropped | Notice) and event.failed
+        if self._as_json:
+            self.write(json.dumps({"event": _KINDS[type(event)]} | dataclasses.asdict(event)))
+        else:
+            self.write(event.line(), sys.stderr if bad or isinstance(event, Notice) else sys.stdout)
+
+    def write(self, line: str, stream: typing.TextIO | None = None) -> None:
+        """Write one line. A log that nobody reads any more stops nothing."""
+        with self._lock:
+            if self._silent:
+                return
+            try:
+                print(line, file=stream or sys.stdout, flush=True)
+            except (OSError, ValueError):
+                self._silent = True
+                # Keep the interpreter from failing once more at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_KINDS: dict[type, str] = {PassReport: "pass", Dropped: "dropped", Notice: "notice"}
+
+
+class _JsonHandler(logging.Handler):
+    """Writes log records as events."""
+
+    def __init__(self, printer: _Printer) -> None:
+        super().__init__()
+        self._printer = printer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._printer.write(
+            json.dumps(
+                {"event": "log", "level": record.levelname.lower(), "text": record.getMessage()}
+            )
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvmhost reclaimd",
-        description="Harvest accessed bits of running VMs, age their pages in generations, and "
-        "evict the oldest while a VM is above its budget. Guest data stays in the VMs: the "
-        "daemon may be killed and started again at any time, and a VM keeps the limit that "
-        "it was given.",
+        description="Harvest accessed bits of running VMs, age their pages, and evict the "
+        "coldest while a VM is above its budget, or ahead of need. Guest data stays in the "
+        "VMs: the daemon may be killed and started again at any time, and a VM keeps the "
+        "limit that it was given.",
         epilog="Ends by SIGTERM (exit code 0), SIGINT (130), after --passes, or when all VMs "
-        "are gone (0; 1 if one could not be looked after).",
-    )
-    parser.add_argument("vm", nargs="+", metavar="VM", help="name of a VM, or path of its socket")
-    parser.add_argument(
-        "--budget",
-        type=size_bytes,
-        required=True,
-        metavar="SIZE",
-        help="resident memory of each VM, which its fault handler never lets it exceed",
+        "are gone (0; 1 if one could not be looked after). SIGHUP reads --config again.",
     )
     parser.add_argument(
-        "--high",
-        type=_size_or_share,
-        metavar="SIZE|N%",
-        help=f"evict in the background above this (default: {DEFAULT_HIGH:.0%}% of the budget)",
+        "vm", nargs="*", metavar="VM", help="name of a VM, path of its socket, or a pattern: '*'"
+    )
+    parser.add_argument("--config", metavar="FILE", help="options in TOML; flags go on top")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the options in force as TOML, and end"
     )
     parser.add_argument(
-        "--low",
-        type=_size_or_share,
-        metavar="SIZE|N%",
-        help=f"and down to this (default: {DEFAULT_LOW:.0%}% of the budget)",
+        "--set",
+        action="append",
+        default=[],
+        metavar="vm.PATTERN.KEY=VALUE",
+        help="an option of [defaults] for VMs of a name only; may be repeated",
     )
-    parser.add_argument(
-        "--interval",
-        type=seconds,
-        default=1.0,
-        metavar="SECONDS",
-        help="time from one pass to the next (default: 1)",
-    )
-    parser.add_argument(
-        "--tracker",
-        default="auto",
-        metavar="NAME",
-        help="where young bits come from: auto (the VM's choice), or one that doctor lists",
-    )
-    parser.add_argument(
-        "--sample",
-        type=share,
-        metavar="SHARE",
-        help="clear and re-arm only this share of the pages at each harvest, for example 1/8: "
-        "the guest loses that much less, and a page takes 8 passes to look old (default: all)",
-    )
-    parser.add_argument(
-        "--generations",
-        type=int,
-        default=4,
-        metavar="N",
-        help="generations to keep apart; the two youngest are never evicted (default: 4)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="shuffle pages of one generation, by this seed (default: in order of gfn)",
-    )
-    parser.add_argument(
-        "--passes", type=count, metavar="N", help="end after so many passes over each VM"
-    )
-    parser.add_argument("--wait", action="store_true", help="wait for VMs that are not running yet")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    groups: dict[str, Any] = {}
+    for option in options():
+        if (option.section, option.key) == _POSITIONAL:
+            continue
+        if option.section not in groups:
+            groups[option.section] = parser.add_argument_group(f"[{option.section}]")
+        _add_flag(groups[option.section], option)
     return parser
 
 
-def _size_or_share(text: str) -> int | float:
-    """Parse a size, or ``90%`` as 0.9."""
-    if text.endswith("%"):
+def _add_flag(group: Any, option: Option) -> None:
+    flag, dest = "--" + option.key.replace("_", "-"), f"{option.section}.{option.key}"
+    about = option.about.replace("%", "%%")
+    if isinstance(option.default, bool):
+        group.add_argument(
+            flag, dest=dest, action=argparse.BooleanOptionalAction, default=None, help=about
+        )
+        return
+    default = str(option.default).replace("%", "%%")
+    shown = f" (default: {default})" if option.default not in ("", {}) else ""
+    group.add_argument(
+        flag, dest=dest, type=_reader(option), metavar=option.key.upper(), help=about + shown
+    )
+
+
+def _reader(option: Option) -> Any:
+    def read(text: str) -> Any:
         try:
-            share = float(text[:-1]) / 100
-        except ValueError:
-            share = 0.0
-        if not 0 < share <= 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is no share; write for example 90%")
-        return share
-    return size_bytes(text)
+            return read_flag(option, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
 
 
-def _mark(given: int | float | None, budget_bytes: int) -> int | None:
-    return int(given * budget_bytes) if isinstance(given, float) else given
-
-
-def _print_line(event: PassReport | Dropped) -> None:
-    stream = sys.stderr if isinstance(event, Dropped) and event.failed else sys.stdout
-    print(event.line(), file=stream, flush=True)
-
-
-def _print_json(event: PassReport | Dropped) -> None:
-    kind = "dropped" if isinstance(event, Dropped) else "pass"
-    print(json.dumps({"event": kind} | dataclasses.asdict(event)), flush=True)
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that were given as flags, by section and key."""
+    flags: dict[str, Any] = {}
+    for option in options():
+        value = getattr(args, f"{option.section}.{option.key}", None)
+        if value is not None:
+            flags.setdefault(option.section, {})[option.key] = value
+    if args.vm:
+        flags.setdefault("daemon", {})["vms"] = args.vm
+    known = {option.key: option for option in options() if option.section == "defaults"}
+    for given in args.set:
+        where, equals, text = given.partition("=")
+        table, _, rest = where.partition(".")
+        pattern, _, key = rest.rpartition(".")
+        if not equals or table != "vm" or not pattern or key not in known:
+            keys = ", ".join(VmOptions.__struct_fields__)
+            raise ConfigError(
+                "flags", 0, "--set", f"{given!r}: write vm.PATTERN.KEY=VALUE, of {keys}"
+            )
+        try:
+            value = read_flag(known[key], text)
+        except ValueError as error:
+            raise ConfigError("flags", 0, where, str(error)) from None
+        flags.setdefault("vm", {}).setdefault(pattern, {})[key] = value
+    return flags

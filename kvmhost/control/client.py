@@ -7,27 +7,22 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import httpcore
 import httpx
 import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
-from kvmhost.closing import Closing
 from kvmhost.control import schema
+from kvmhost.control.caller import Caller
 from kvmhost.control.paths import to_socket_path
 from kvmhost.control.schema import HEADER_PREFIX, HarvestCost
-from kvmhost.control.transport import UnixTransport
-from kvmhost.errors import ControlError, VmGoneError
+from kvmhost.errors import ControlError
 
 __all__ = ["Client"]
-
-T = TypeVar("T")
 
 _BINARY = {"Content-Type": "application/octet-stream"}
 _JSON = {"Content-Type": "application/json"}
@@ -35,7 +30,7 @@ _JSON = {"Content-Type": "application/json"}
 Gfns = Iterable[int] | npt.NDArray[Any]
 
 
-class Client(Closing):
+class Client(Caller):
     """Talks to one VM. Methods are safe to call from several threads.
 
     Every method raises:
@@ -49,13 +44,8 @@ class Client(Closing):
     """
 
     def __init__(self, vm: str | Path, *, timeout_s: float = 60.0) -> None:
+        super().__init__(str(vm), to_socket_path(vm), timeout_s)
         self.vm = str(vm)
-        self.path = to_socket_path(vm)
-        self._http = httpx.Client(
-            transport=UnixTransport(self.path),
-            base_url="http://vm/v1/",
-            timeout=httpx.Timeout(timeout_s, connect=5.0),
-        )
 
     def state(self) -> schema.VmState:
         """Return the VM's state."""
@@ -227,42 +217,6 @@ class Client(Closing):
         body = schema.encode(schema.SnapshotRequest(path))
         answer = self._call("POST", "snapshot", content=body, headers=_JSON)
         return self._read(answer, schema.SnapshotReport).memory_bytes
-
-    def close(self) -> None:
-        """Hang up. Idempotent."""
-        self._http.close()
-
-    def _get(self, path: str, kind: type[T]) -> T:
-        return self._read(self._call("GET", path), kind)
-
-    def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        with self._gone():
-            answer = self._http.request(method, path, **arguments)
-        if answer.is_success:
-            return answer
-        try:
-            problem = schema.decode(answer.content, schema.ErrorReply).error
-        except schema.SchemaError:
-            raise ControlError(answer.status_code, answer.text[:200]) from None
-        field = f"{problem.field}: " if problem.field else ""
-        raise ControlError(problem.status, field + problem.message)
-
-    @contextlib.contextmanager
-    def _gone(self) -> Iterator[None]:
-        try:
-            yield
-        except httpcore.ConnectError as error:
-            raise VmGoneError(self.vm, f"nothing answers at {self.path} ({error})") from error
-        except httpcore.TimeoutException as error:
-            raise VmGoneError(self.vm, f"no answer in time at {self.path}") from error
-        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise VmGoneError(self.vm, f"hung up ({error})") from error
-
-    def _read(self, answer: httpx.Response, kind: type[T]) -> T:
-        try:
-            return schema.decode(answer.content, kind)
-        except schema.SchemaError as error:
-            raise ControlError(answer.status_code, f"VM {self.vm!r}: odd answer: {error}") from None
 
 
 def _range_query(gfn_start: int, n_pages: int | None) -> dict[str, str]:

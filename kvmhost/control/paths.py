@@ -104,19 +104,24 @@ def to_socket_path(name_or_path: str | Path) -> Path:
 
 
 def running_names() -> list[str]:
-    """Return the names of the VMs that hold their lock now, sorted."""
-    return sorted(path.stem for path in runtime_dir().glob("*.lock") if _is_held(path))
+    """Return the names of the VMs that hold their lock now, sorted.
+
+    Other services have their files there too, under names that no VM can have.
+    """
+    locks = [path for path in runtime_dir().glob("*.lock") if _NAME.fullmatch(path.stem)]
+    return sorted(path.stem for path in locks if _is_held(path))
 
 
 class NameLock:
     """Holds a VM's name until :meth:`release` or the end of the process.
 
+    :param path: the lock file, for what is no VM
     :raises NameInUseError: if another process holds it
     :raises LayoutError: for a bad name
     """
 
-    def __init__(self, name: str) -> None:
-        self.name, self.path = name, lock_path(name)
+    def __init__(self, name: str, path: Path | None = None) -> None:
+        self.name, self.path = name, path or lock_path(name)
         self._fd = -1
         # A holder removes its lock file at the end; a lock on a removed file is none.
         while self._fd < 0 or not _is_same_file(self._fd, self.path):

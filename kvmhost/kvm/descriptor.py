@@ -125,6 +125,9 @@ class Attributes(Descriptor):
     def has_attr(self, group: int, attr: int) -> bool:
         """Return whether there is such an attribute.
 
+        >>> vcpu.has_attr(lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET)  # doctest: +SKIP
+        True
+
         :raises IoctlError: for another answer than yes, or ``ENXIO``, ``EINVAL``,
             ``EPERM`` and ``ENOTTY``, which are a no
 
@@ -156,6 +159,8 @@ class Attributes(Descriptor):
 
     def set_attr(self, group: int, attr: int, value: int | bytes, n_bytes: int = 8) -> None:
         """Set an attribute from a number (of ``n_bytes``) or from bytes.
+
+        >>> vcpu.set_attr(lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET, 0)  # doctest: +SKIP
 
         :raises IoctlError: ``ENXIO`` if there is none, ``EINVAL`` for a bad value
 

@@ -46,11 +46,20 @@ class System(Attributes, Capabilities):
             raise _unavailable(f"{path}: {found}", f"need API version {API_VERSION}")
 
     def get_api_version(self) -> int:
-        """Return the version of the interface: 12. Source: KVM_GET_API_VERSION."""
+        """Return the version of the interface: 12.
+
+        >>> kvm.get_api_version()  # doctest: +SKIP
+        12
+
+        Source: KVM_GET_API_VERSION.
+        """
         return self._call("KVM_GET_API_VERSION")
 
     def vcpu_run_bytes(self) -> int:
         """Return the size of a vCPU's shared run area, in bytes.
+
+        >>> kvm.vcpu_run_bytes()  # doctest: +SKIP
+        12288
 
         Source: KVM_GET_VCPU_MMAP_SIZE.
         """
@@ -68,6 +77,9 @@ class System(Attributes, Capabilities):
 
     def emulated_cpuid(self) -> Struct:
         """Return ``struct kvm_cpuid2`` of features that KVM emulates (slowly), e.g. MOVBE.
+
+        >>> [hex(entry.function) for entry in kvm.emulated_cpuid().entries]  # doctest: +SKIP
+        ['0x0', '0x1', '0x7']
 
         Source: KVM_GET_EMULATED_CPUID, with KVM_CAP_EXT_EMUL_CPUID.
         """
@@ -96,6 +108,9 @@ class System(Attributes, Capabilities):
     def msr_feature_index_list(self) -> list[int]:
         """Return the MSRs that tell features of the host; read them with :meth:`get_msrs`.
 
+        >>> [hex(msr) for msr in kvm.msr_feature_index_list()]  # doctest: +SKIP
+        ['0x8b', '0x10a', '0x345', '0xce']
+
         Source: KVM_GET_MSR_FEATURE_INDEX_LIST, with KVM_CAP_GET_MSR_FEATURES.
         """
         table = self._get_table("KVM_GET_MSR_FEATURE_INDEX_LIST", "kvm_msr_list")
@@ -103,6 +118,9 @@ class System(Attributes, Capabilities):
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """Return the values of feature MSRs.
+
+        >>> kvm.get_msrs([0x8B])  # microcode revision  # doctest: +SKIP
+        {139: 16777317}
 
         :return: by index; a list that ends early: KVM stops at the first that it refuses
 
@@ -114,6 +132,9 @@ class System(Attributes, Capabilities):
 
     def mce_cap_supported(self) -> int:
         """Return the machine-check capabilities a vCPU may have, as in IA32_MCG_CAP.
+
+        >>> hex(kvm.mce_cap_supported())  # doctest: +SKIP
+        '0x1000100'
 
         Source: KVM_X86_GET_MCE_CAP_SUPPORTED, with KVM_CAP_MCE.
         """

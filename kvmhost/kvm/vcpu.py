@@ -110,6 +110,8 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
     def interrupt(self, vector: int) -> None:
         """Queue an external interrupt; without local APICs in the kernel.
 
+        >>> vcpu.interrupt(0x20)  # doctest: +SKIP
+
         Taken when the guest next allows one: ask ``run_page.ready_for_interrupt_injection``.
 
         :raises IoctlError: ``EINVAL`` above 255, ``ENXIO`` where the kernel has the PICs,
@@ -190,6 +192,8 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
     def kvmclock_ctrl(self) -> None:
         """Tell a guest that uses kvmclock that it was paused, so that its watchdog is quiet.
 
+        >>> vcpu.kvmclock_ctrl()  # doctest: +SKIP
+
         :raises IoctlError: ``EINVAL`` if the guest has not switched kvmclock on
 
         Source: KVM_KVMCLOCK_CTRL.
@@ -199,12 +203,17 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
     def tpr_access_reporting(self, on: bool) -> None:
         """End the run as the guest uses the task priority register of its local APIC.
 
+        >>> vcpu.tpr_access_reporting(True); vcpu.run()  # doctest: +SKIP
+        TprAccess(rip=4108, is_write=True)
+
         Source: KVM_TPR_ACCESS_REPORTING, with KVM_CAP_VAPIC.
         """
         self._make("KVM_TPR_ACCESS_REPORTING", "kvm_tpr_access_ctl", enabled=int(on))
 
     def set_vapic_addr(self, gpa: int) -> None:
         """Name guest memory for a copy of the task priority register; 0 for none.
+
+        >>> vcpu.set_vapic_addr(0x7000)  # doctest: +SKIP
 
         :raises IoctlError: ``EINVAL`` without local APICs in the kernel
 
@@ -227,6 +236,8 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
     def set_mce(self, bank: int, status: int, addr: int = 0, misc: int = 0, mcg: int = 0) -> None:
         """Report a machine check: into a bank, and as #MC if it is uncorrected.
 
+        >>> vcpu.set_mce(1, 1 << 63 | 0x123, addr=0x4000)  # doctest: +SKIP
+
         :param status: as in IA32_MCi_STATUS; bit 63 is valid, 61 uncorrected
         :param mcg: as in IA32_MCG_STATUS
         :raises IoctlError: ``EINVAL`` for a bank that the vCPU does not have
@@ -238,6 +249,9 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
 
     def pre_fault_memory(self, gpa: int, n_bytes: int) -> int:
         """Map guest memory for the guest before it touches it.
+
+        >>> vcpu.pre_fault_memory(0, 2 << 20)  # doctest: +SKIP
+        0
 
         :return: bytes that are left, if a signal came in between
         :raises IoctlError: ``ENOTTY`` or ``EOPNOTSUPP`` where KVM_CAP_PRE_FAULT_MEMORY is

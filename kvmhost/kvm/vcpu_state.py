@@ -46,12 +46,17 @@ class _Registers(Descriptor):
     def get_sregs(self) -> Struct:
         """Return ``struct kvm_sregs``: segments, tables, control registers, one interrupt.
 
+        >>> vcpu.get_sregs().cs  # doctest: +SKIP
+        kvm_segment(base=0xffff0000, limit=0xffff, selector=0xf000, type=0xb, …)
+
         Source: KVM_GET_SREGS.
         """
         return self._get("KVM_GET_SREGS", "kvm_sregs")
 
     def set_sregs(self, sregs: Source) -> None:
         """Set segments, tables and control registers.
+
+        >>> sregs = vcpu.get_sregs(); sregs.cs.base = 0; vcpu.set_sregs(sregs)  # doctest: +SKIP
 
         :raises IoctlError: ``EINVAL`` for a state that no processor can be in
 
@@ -62,6 +67,9 @@ class _Registers(Descriptor):
 
     def get_sregs2(self) -> Struct:
         """Return ``struct kvm_sregs2``: as :meth:`get_sregs`, with the PDPTRs of PAE paging.
+
+        >>> vcpu.get_sregs2().pdptrs  # doctest: +SKIP
+        [0, 0, 0, 0]
 
         Source: KVM_GET_SREGS2, with KVM_CAP_SREGS2.
         """
@@ -80,12 +88,18 @@ class _Registers(Descriptor):
     def get_debugregs(self) -> Struct:
         """Return ``struct kvm_debugregs``: DR0 to DR3 (``db``), DR6, DR7.
 
+        >>> vcpu.get_debugregs()  # doctest: +SKIP
+        kvm_debugregs(db=[0, 0, 0, 0], dr6=0xffff0ff0, dr7=0x400, flags=0)
+
         Source: KVM_GET_DEBUGREGS.
         """
         return self._get("KVM_GET_DEBUGREGS", "kvm_debugregs")
 
     def set_debugregs(self, debugregs: Source) -> None:
         """Set the debug registers.
+
+        >>> vcpu.set_debugregs({"db": [0x1000, 0, 0, 0], "dr6": 0xFFFF0FF0, "dr7": 0x400})
+        ... # doctest: +SKIP
 
         :raises IoctlError: ``EINVAL`` for flags, or upper halves of DR6 and DR7
 
@@ -110,12 +124,17 @@ class _Floating(Descriptor):
     def set_fpu(self, fpu: Source) -> None:
         """Set x87 and SSE registers.
 
+        >>> fpu = vcpu.get_fpu(); fpu.mxcsr = 0x1F80; vcpu.set_fpu(fpu)  # doctest: +SKIP
+
         Source: KVM_SET_FPU.
         """
         self._set("KVM_SET_FPU", "kvm_fpu", fpu)
 
     def get_xsave(self) -> Struct:
         """Return ``struct kvm_xsave``: 4096 bytes in XSAVE's standard form.
+
+        >>> bytes(vcpu.get_xsave())[160:176]  # xmm0  # doctest: +SKIP
+        b'\\x00…
 
         :raises IoctlError: ``EINVAL`` where the state is longer: use :meth:`get_xsave2`
 
@@ -140,6 +159,8 @@ class _Floating(Descriptor):
     def set_xsave(self, area: Source) -> None:
         """Set all that XSAVE covers, from :meth:`get_xsave` or :meth:`get_xsave2`.
 
+        >>> other.set_xsave(vcpu.get_xsave())  # doctest: +SKIP
+
         :raises IoctlError: ``EINVAL`` for parts that the guest's CPUID lacks
 
         Source: KVM_SET_XSAVE.
@@ -149,12 +170,17 @@ class _Floating(Descriptor):
     def get_xcrs(self) -> Struct:
         """Return ``struct kvm_xcrs``: extended control registers, of which there is XCR0.
 
+        >>> vcpu.get_xcrs().xcrs[0]  # doctest: +SKIP
+        kvm_xcr(xcr=0, value=1)
+
         Source: KVM_GET_XCRS.
         """
         return self._get("KVM_GET_XCRS", "kvm_xcrs")
 
     def set_xcrs(self, xcrs: Source) -> None:
         """Set the extended control registers.
+
+        >>> xcrs = vcpu.get_xcrs(); xcrs.xcrs[0].value = 7; vcpu.set_xcrs(xcrs)  # doctest: +SKIP
 
         :raises IoctlError: ``EINVAL`` for parts that the guest's CPUID lacks
 
@@ -181,6 +207,9 @@ class _Identity(Descriptor):
     def get_cpuid(self) -> Struct:
         """Return ``struct kvm_cpuid2``: what CPUID tells, as KVM has it now.
 
+        >>> len(vcpu.get_cpuid().entries)  # doctest: +SKIP
+        75
+
         Not always what was set: KVM keeps bits that mirror state (OSXSAVE) up to date.
 
         Source: KVM_GET_CPUID2.
@@ -189,6 +218,8 @@ class _Identity(Descriptor):
 
     def set_cpuid1(self, cpuid: Source) -> None:
         """Set what CPUID tells, from ``struct kvm_cpuid``: leaves without sub-leaves.
+
+        >>> vcpu.set_cpuid1({"entries": [{"function": 0, "eax": 1}]})  # doctest: +SKIP
 
         Source: KVM_SET_CPUID, the form before Linux 2.6.26.
         """
@@ -236,6 +267,8 @@ class _Identity(Descriptor):
     def set_tsc_khz(self, khz: int) -> None:
         """Set the frequency of the guest's TSC, in kHz.
 
+        >>> vcpu.set_tsc_khz(vcpu.get_tsc_khz())  # doctest: +SKIP
+
         :raises IoctlError: ``EINVAL`` without KVM_CAP_TSC_CONTROL and far from the host's
 
         Source: KVM_SET_TSC_KHZ.
@@ -266,6 +299,9 @@ class _Identity(Descriptor):
     def get_one_reg(self, register: int) -> int:
         """Return one register of 64 bits by its id.
 
+        >>> vcpu.get_one_reg(0x2030_0002_0000_0174)  # MSR 0x174  # doctest: +SKIP
+        0
+
         :raises IoctlError: ``ENOENT``, ``EINVAL`` or ``ENOTTY`` if there is none
 
         Source: KVM_GET_ONE_REG.
@@ -276,6 +312,8 @@ class _Identity(Descriptor):
 
     def set_one_reg(self, register: int, value: int) -> None:
         """Set one register of 64 bits by its id.
+
+        >>> vcpu.set_one_reg(0x2030_0002_0000_0174, 0x10)  # doctest: +SKIP
 
         Source: KVM_SET_ONE_REG.
         """
@@ -289,12 +327,17 @@ class _Events(Descriptor):
     def get_vcpu_events(self) -> Struct:
         """Return ``struct kvm_vcpu_events``: exceptions, interrupts, NMIs under way.
 
+        >>> vcpu.get_vcpu_events().nmi  # doctest: +SKIP
+        (injected=0, pending=0, masked=0)
+
         Source: KVM_GET_VCPU_EVENTS.
         """
         return self._get("KVM_GET_VCPU_EVENTS", "kvm_vcpu_events")
 
     def set_vcpu_events(self, events: Source) -> None:
         """Set what is under way; ``flags`` says which of the optional fields count.
+
+        >>> other.set_vcpu_events(vcpu.get_vcpu_events())  # doctest: +SKIP
 
         :raises IoctlError: ``EINVAL`` for flags that KVM does not know
 
@@ -314,6 +357,8 @@ class _Events(Descriptor):
 
     def set_mp_state(self, state: int) -> None:
         """Set ``KVM_MP_STATE_…``.
+
+        >>> second.set_mp_state(lib.KVM_MP_STATE_RUNNABLE)  # doctest: +SKIP
 
         :raises IoctlError: ``EINVAL`` for a state that x86 does not have, or, without
             local APICs in the kernel, any but RUNNABLE
@@ -337,6 +382,8 @@ class _Events(Descriptor):
     def set_lapic(self, state: Source) -> None:
         """Set the local APIC's registers.
 
+        >>> other.set_lapic(vcpu.get_lapic())  # doctest: +SKIP
+
         :raises IoctlError: ``EINVAL`` without local APICs in the kernel, or for a bad id
 
         Source: KVM_SET_LAPIC.
@@ -345,6 +392,8 @@ class _Events(Descriptor):
 
     def get_nested_state(self, n_bytes: int) -> bytes:
         """Return ``struct kvm_nested_state`` and what follows it.
+
+        >>> vcpu.get_nested_state(vm.check_extension(Cap.NESTED_STATE))  # doctest: +SKIP
 
         :param n_bytes: room, as KVM_CAP_NESTED_STATE says
         :raises IoctlError: ``EINVAL`` without KVM_CAP_NESTED_STATE, ``E2BIG``
@@ -377,6 +426,9 @@ class VcpuState(_Registers, _Floating, _Identity, _Events, Attributes):
 
     def get_tsc_offset(self) -> int:
         """Return what is added to the host's TSC for the guest, modulo 2**64.
+
+        >>> vcpu.get_tsc_offset()  # doctest: +SKIP
+        18446743936478052326
 
         :raises IoctlError: ``ENXIO`` or ``ENOTTY`` before Linux 5.16
 

@@ -91,6 +91,8 @@ class Vm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
     def set_identity_map_addr(self, gpa: int) -> None:
         """Name a page below 4 GiB for KVM's identity map (Intel); before the first vCPU.
 
+        >>> vm.set_identity_map_addr(0xFFFB_C000)  # doctest: +SKIP
+
         :raises IoctlError: ``EINVAL`` after the first vCPU
 
         Source: KVM_SET_IDENTITY_MAP_ADDR.
@@ -114,6 +116,8 @@ class Vm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
     def set_clock(self, data: Source) -> None:
         """Set kvmclock; with ``KVM_CLOCK_REALTIME``, moved on by what passed since then.
 
+        >>> vm.set_clock({"clock": 10**9})  # one second  # doctest: +SKIP
+
         :raises IoctlError: ``EINVAL`` for flags other than ``KVM_CLOCK_REALTIME``
 
         Source: KVM_SET_CLOCK.
@@ -131,6 +135,9 @@ class Vm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
 
     def get_tsc_khz(self) -> int:
         """Return the TSC frequency that new vCPUs get, in kHz.
+
+        >>> vm.get_tsc_khz()  # doctest: +SKIP
+        2596144
 
         :raises IoctlError: ``EINVAL`` or ``ENOTTY`` before Linux 5.18
 
@@ -172,6 +179,8 @@ class Vm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
 
     def set_pmu_event_filter(self, events: Sequence[int], allow: bool, flags: int = 0) -> None:
         """Say which events the guest may count.
+
+        >>> vm.set_pmu_event_filter([0xC0], allow=True)  # instructions retired  # doctest: +SKIP
 
         :param events: event select and unit mask, as in PERF_EVTSEL
         :param allow: count these alone, or all but these

@@ -50,6 +50,8 @@ class VmEvents(Descriptor):
     ) -> None:
         """Undo :meth:`ioeventfd` of the same arguments.
 
+        >>> vm.remove_ioeventfd(bell, 0x600, 4, port=True)  # doctest: +SKIP
+
         :raises IoctlError: ``ENOENT`` if there is none
 
         Source: KVM_IOEVENTFD with KVM_IOEVENTFD_FLAG_DEASSIGN.
@@ -72,6 +74,8 @@ class VmEvents(Descriptor):
 
     def remove_coalesced(self, address: int, n_bytes: int, *, port: bool = False) -> None:
         """Undo :meth:`coalesce`; also of every zone inside the range.
+
+        >>> vm.remove_coalesced(0xD000_0000, 4096)  # doctest: +SKIP
 
         Source: KVM_UNREGISTER_COALESCED_MMIO.
         """

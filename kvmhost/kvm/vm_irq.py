@@ -37,6 +37,8 @@ class VmInterrupts(Enabling):
     def split_irqchip(self, n_routes: int = 24) -> None:
         """Put only the local APICs into the kernel; PICs and IOAPIC are the caller's.
 
+        >>> vm.split_irqchip()  # doctest: +SKIP
+
         An interrupt that the guest ends becomes an exit
         (:class:`~kvmhost.exits.IoapicEoi`) where a level-triggered route asks for it.
 
@@ -63,6 +65,9 @@ class VmInterrupts(Enabling):
     def set_irqchip(self, state: Source) -> None:
         """Set one controller from ``struct kvm_irqchip``; its ``chip_id`` says which.
 
+        >>> state = vm.get_irqchip(0); state.chip.pic.imr = 0; vm.set_irqchip(state)
+        ... # doctest: +SKIP
+
         :raises IoctlError: as :meth:`get_irqchip`
 
         Source: KVM_SET_IRQCHIP.
@@ -84,6 +89,9 @@ class VmInterrupts(Enabling):
 
     def irq_line_status(self, gsi: int, level: int) -> int:
         """Raise or lower a line, and return what became of it.
+
+        >>> vm.irq_line_status(4, 1)  # doctest: +SKIP
+        1
 
         :return: above 0: delivered to so many vCPUs; 0: merged with one that was
             pending; below 0: ignored (masked, or no route)
@@ -149,6 +157,8 @@ class VmInterrupts(Enabling):
     def remove_irqfd(self, eventfd: int, gsi: int) -> None:
         """Undo :meth:`irqfd`; returns when no injection of it is in flight.
 
+        >>> vm.remove_irqfd(bell, 4)  # doctest: +SKIP
+
         Source: KVM_IRQFD with KVM_IRQFD_FLAG_DEASSIGN.
         """
         flags = lib.KVM_IRQFD_FLAG_DEASSIGN
@@ -156,6 +166,8 @@ class VmInterrupts(Enabling):
 
     def create_pit2(self, speaker: bool = False) -> None:
         """Put an i8254 timer into the kernel: ports 0x40 to 0x43, interrupt on GSI 0.
+
+        >>> vm.create_irqchip(); vm.create_pit2()  # doctest: +SKIP
 
         :param speaker: answer port 0x61 as well
         :raises IoctlError: ``EEXIST`` if there is one, ``ENOENT`` without PICs in the kernel
@@ -189,6 +201,9 @@ class VmInterrupts(Enabling):
     def set_pit2(self, state: Source) -> None:
         """Set the timer chip from ``struct kvm_pit_state2``; counting starts anew.
 
+        >>> state = vm.get_pit2(); state.channels[0].count = 1193; vm.set_pit2(state)
+        ... # doctest: +SKIP
+
         :raises IoctlError: ``ENXIO`` without a timer chip
 
         Source: KVM_SET_PIT2.
@@ -212,6 +227,8 @@ class VmInterrupts(Enabling):
     def reinject_control(self, reinject: bool) -> None:
         """Say whether timer ticks that the guest missed are made up for.
 
+        >>> vm.reinject_control(False)  # doctest: +SKIP
+
         :raises IoctlError: ``ENXIO`` without a timer chip
 
         Source: KVM_REINJECT_CONTROL.
@@ -221,6 +238,8 @@ class VmInterrupts(Enabling):
     def set_boot_cpu_id(self, vcpu_id: int) -> None:
         """Name the vCPU that starts running; the others wait for INIT and SIPI. First is 0.
 
+        >>> vm.set_boot_cpu_id(1)  # doctest: +SKIP
+
         :raises IoctlError: ``EBUSY`` after the first vCPU
 
         Source: KVM_SET_BOOT_CPU_ID.
@@ -229,6 +248,8 @@ class VmInterrupts(Enabling):
 
     def hyperv_eventfd(self, conn_id: int, eventfd: int, remove: bool = False) -> None:
         """Let a Hyper-V guest's HvSignalEvent write an eventfd.
+
+        >>> vm.hyperv_eventfd(1, bell)  # doctest: +SKIP
 
         :raises IoctlError: ``ENOTTY`` without KVM_CAP_HYPERV_EVENTFD
 

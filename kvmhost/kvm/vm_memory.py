@@ -62,6 +62,9 @@ class VmMemory(Descriptor):
     ) -> None:
         """Create, change or delete a memslot that may have a guest_memfd.
 
+        >>> vm.set_memory_region2(1, 1 << 30, 1 << 20, address, guest_memfd=memory.fd)
+        ... # doctest: +SKIP
+
         :param guest_memfd: descriptor of :meth:`create_guest_memfd`; private pages come
             from it, and shared ones too where it can be mapped (``host_address`` is then
             the address of that mapping)
@@ -97,6 +100,8 @@ class VmMemory(Descriptor):
     def create_guest_memfd(self, n_bytes: int, flags: int = 0) -> GuestMemfd:
         """Create memory that belongs to this VM and that others may not map.
 
+        >>> memory = vm.create_guest_memfd(1 << 20)  # doctest: +SKIP
+
         :param flags: ``GUEST_MEMFD_FLAG_MMAP`` and ``_INIT_SHARED`` where
             KVM_CAP_GUEST_MEMFD_FLAGS has them
         :raises IoctlError: ``ENOTTY`` before Linux 6.8, ``EINVAL`` for flags or a size
@@ -111,6 +116,8 @@ class VmMemory(Descriptor):
     def set_memory_attributes(self, gpa: int, n_bytes: int, attributes: int) -> None:
         """Say what a range of guest memory is, slots or not.
 
+        >>> vm.set_memory_attributes(0, 4096, lib.KVM_MEMORY_ATTRIBUTE_PRIVATE)  # doctest: +SKIP
+
         :param attributes: ``KVM_MEMORY_ATTRIBUTE_PRIVATE``, or 0 for shared
         :raises IoctlError: ``ENOTTY`` without KVM_CAP_MEMORY_ATTRIBUTES, ``EINVAL`` for
             attributes that this VM does not have
@@ -122,6 +129,9 @@ class VmMemory(Descriptor):
 
     def get_dirty_log(self, slot: int, words: Words) -> None:
         """Fetch the dirty bitmap of a memslot, and clear it unless protection is manual.
+
+        >>> words = np.zeros(slot_pages // 64, np.uint64)  # doctest: +SKIP
+        >>> vm.get_dirty_log(0, words)  # doctest: +SKIP
 
         Under ``KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`` nothing is cleared.
 
@@ -141,6 +151,8 @@ class VmMemory(Descriptor):
 
     def clear_dirty_log(self, slot: int, first_page: int, n_pages: int, words: Words) -> None:
         """Clear dirty bits of a memslot and write-protect those pages again.
+
+        >>> vm.clear_dirty_log(0, 64, 64, np.array([1], np.uint64))  # doctest: +SKIP
 
         :param first_page: in the slot, a multiple of 64
         :param n_pages: a multiple of 64, or all that is left of the slot
@@ -162,6 +174,9 @@ class VmMemory(Descriptor):
 
     def reset_dirty_rings(self) -> int:
         """Give the ring entries back that were marked as harvested, of all vCPUs.
+
+        >>> vm.reset_dirty_rings()  # doctest: +SKIP
+        2
 
         :class:`~kvmhost.kvm.ring.DirtyRings` marks and resets in C.
 

@@ -21,12 +21,18 @@ class VmXen(Descriptor):
     def xen_get_attr(self, kind: int) -> Struct:
         """Return ``struct kvm_xen_hvm_attr`` of a ``KVM_XEN_ATTR_TYPE_…``.
 
+        >>> vm.xen_get_attr(lib.KVM_XEN_ATTR_TYPE_LONG_MODE).u.long_mode  # doctest: +SKIP
+        1
+
         Source: KVM_XEN_HVM_GET_ATTR.
         """
         return self._get("KVM_XEN_HVM_GET_ATTR", "kvm_xen_hvm_attr", type=kind)
 
     def xen_set_attr(self, attr: Source) -> None:
         """Set an attribute from ``struct kvm_xen_hvm_attr``.
+
+        >>> vm.xen_set_attr({"type": lib.KVM_XEN_ATTR_TYPE_LONG_MODE, "u": {"long_mode": 1}})
+        ... # doctest: +SKIP
 
         Source: KVM_XEN_HVM_SET_ATTR.
         """

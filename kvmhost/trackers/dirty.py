@@ -167,7 +167,7 @@ def _probe_ring() -> str:
         return f"no dirty ring: {error}"
     finally:
         engine.close()
-    return "a dirty ring a vCPU with Machine(dirty_ring_entries=...)"
+    return "a dirty ring a vCPU with run --dirty-ring ENTRIES"
 
 
 def _protect_by_hand(engine: KvmEngine) -> None:

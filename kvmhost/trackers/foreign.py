@@ -49,13 +49,13 @@ from kvmhost.bitmap import (
 )
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.trackers.base import check_mask, check_range
-from kvmhost.trackers.pagescan import Bits, new_scanner, page_states, scans
+from kvmhost.trackers.pagescan import Bits, has_soft_dirty, new_scanner, page_states, scans
 from kvmhost.trackers.procmaps import Mapping, shared_ranges
 
 if typing.TYPE_CHECKING:
     from kvmhost.trackers.idle import IdleTracker
 
-__all__ = ["WAYS", "Target", "Way", "check_part", "open_way"]
+__all__ = ["WAYS", "SoftDirty", "Target", "Way", "Written", "check_part", "open_way"]
 
 _FAULT_AROUND = Path("/sys/kernel/debug/fault_around_bytes")
 _FAULT_AROUND_DEFAULT = 64 << 10
@@ -321,7 +321,7 @@ class SoftDirty:
 
         :raises CapabilityError: without CONFIG_MEM_SOFT_DIRTY
         """
-        if not _has_soft_dirty():
+        if not has_soft_dirty():
             raise CapabilityError(
                 "soft-dirty", "soft-dirty bits", "none on a page just written",
                 "use a kernel with CONFIG_MEM_SOFT_DIRTY, or --tracker pageout",
@@ -444,22 +444,3 @@ def _fault_around_bytes() -> int:
         return int(_FAULT_AROUND.read_text())
     except (OSError, ValueError):
         return _FAULT_AROUND_DEFAULT
-
-
-def _has_soft_dirty() -> bool:
-    """Write to a page of this process: is it soft-dirty then?"""
-    import mmap
-
-    words = np.zeros(1, dtype=np.uint64)
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with mmap.mmap(-1, mmap.PAGESIZE) as page:
-            page[0] = 1
-            # SAFETY: the view is released before the mapping closes.
-            with ffi.from_buffer(page) as view:
-                address = int(ffi.cast("uintptr_t", view))
-                out = ffi.from_buffer("uint64_t[]", words)
-                check(lib.kh_pagemap_soft_dirty(fd, address, 1, out), "pread(pagemap)")
-    finally:
-        os.close(fd)
-    return bool(words[0])

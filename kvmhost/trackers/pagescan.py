@@ -20,7 +20,15 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import n_words, unpack
 from kvmhost.memory.layout import PAGE_BYTES
 
-__all__ = ["PLAIN_PAGEMAP_ENV", "Bits", "PageStates", "new_scanner", "page_states", "scans"]
+__all__ = [
+    "PLAIN_PAGEMAP_ENV",
+    "Bits",
+    "PageStates",
+    "has_soft_dirty",
+    "new_scanner",
+    "page_states",
+    "scans",
+]
 
 #: Set to a non-empty value to read pagemap as kernels before 6.7 have it.
 PLAIN_PAGEMAP_ENV = "KVMHOST_PLAIN_PAGEMAP"
@@ -90,3 +98,25 @@ def page_states(pagemap_fd: int, address: int, n_pages: int, scanner: Any = None
         result = lib.kh_scanner_scan(scanner, pagemap_fd, address, n_pages, bits)
     check(result, "pagemap", start=address, length=n_pages * PAGE_BYTES)
     return PageStates(*(unpack(row, n_pages) for row in words))
+
+
+def has_soft_dirty() -> bool:
+    """Write to a page of this process: is it soft-dirty then?
+
+    Needs ``CONFIG_MEM_SOFT_DIRTY``.
+    """
+    import mmap
+
+    words = np.zeros(1, dtype=np.uint64)
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:
+            page[0] = 1
+            # SAFETY: the view is released before the mapping closes.
+            with ffi.from_buffer(page) as view:
+                address = int(ffi.cast("uintptr_t", view))
+                out = ffi.from_buffer("uint64_t[]", words)
+                check(lib.kh_pagemap_soft_dirty(fd, address, 1, out), "pread(pagemap)")
+    finally:
+        os.close(fd)
+    return bool(words[0])

@@ -120,19 +120,27 @@ def read_file(path: Path, most_bytes: int) -> bytes | None:
     :raises RecordError: if it is larger than it can be, is no file, or cannot be read
     """
     try:
+        # Not blocking: a pipe in a file's place must not hold the reader.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            raw = _read(fd, most_bytes + 1)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise RecordError(str(path), "file", error.strerror or str(error)) from error
-    with os.fdopen(fd, "rb") as file:
-        try:
-            raw = file.read(most_bytes + 1)
-        except OSError as error:
-            raise RecordError(str(path), "file", error.strerror or str(error)) from error
     if len(raw) > most_bytes:
         raise RecordError(str(path), "size", f"above {most_bytes} bytes, the most it can have")
     return raw
+
+
+def _read(fd: int, most_bytes: int) -> bytes:
+    parts, left = [], most_bytes
+    while left and (part := os.read(fd, min(left, 1 << 24))):
+        parts.append(part)
+        left -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def write_file(path: Path, raw: bytes) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "HISTOGRAM_CHUNK",
     "LEVELS",
     "LEVEL_CHUNK_BINS",
+    "MAX_CHUNKS",
     "MAX_PAGES",
     "METADATA_FILE",
     "N_BUCKETS",
@@ -47,6 +48,8 @@ METADATA_FILE = ".zmetadata"
 FORMAT_VERSION = 1
 MAX_PAGES = 1 << 30
 MAX_WINDOWS = 1 << 26
+#: Along the gfn axis. Memory that grows keeps the chunks that it began with.
+MAX_CHUNKS = 1 << 16
 MIN_CHUNK_PAGES, MAX_CHUNK_PAGES = 1 << 12, 1 << 18
 #: One number a window. Times are ``CLOCK_MONOTONIC``, but for ``wall_ns``.
 COLUMNS = {
@@ -249,6 +252,9 @@ def decode_meta(raw: bytes, path: Path) -> RecordMeta:
 def _check(meta: RecordMeta, path: Path) -> None:
     if meta.chunk_pages & (meta.chunk_pages - 1):
         raise RecordError(str(path), "chunk_pages", f"{meta.chunk_pages} is no power of two")
+    if meta.n_chunks > MAX_CHUNKS:
+        problem = f"{meta.n_pages} pages in chunks of {meta.chunk_pages}: more than {MAX_CHUNKS}"
+        raise RecordError(str(path), "n_pages", problem)
     for name, parts in (("sessions", meta.sessions), ("layouts", meta.layouts)):
         firsts = [part.first_window for part in parts]
         if not firsts or firsts[0] != 0 or firsts != sorted(firsts):

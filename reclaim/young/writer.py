@@ -51,6 +51,8 @@ __all__ = ["Cost", "RecordInUseError", "RecordWriter"]
 
 #: The arrays, which other programs read, are at most so far behind the tail.
 _COMMIT_S = 60.0
+#: Arrays have their own metadata as of the last multiple of so many windows, or the end.
+_EVERYWHERE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,8 @@ class RecordWriter(Closing):
                 f"{self.path}: {bitmap!r} begins elsewhere than gfn {self._meta.gfn_start:#x}"
             )
         source = bitmap.provenance
-        if self._n_windows >= recordmeta.MAX_WINDOWS or bitmap.n_pages > recordmeta.MAX_PAGES:
+        most = min(recordmeta.MAX_PAGES, recordmeta.MAX_CHUNKS * self._meta.chunk_pages)
+        if self._n_windows >= recordmeta.MAX_WINDOWS or bitmap.n_pages > most:
             raise LayoutError(f"{self.path}: {bitmap!r}: a record cannot take that much")
         try:
             self._prepare(source.tracker, source.table_format, bitmap.n_pages)
@@ -223,7 +226,9 @@ class RecordWriter(Closing):
             self._write_bits("young")
             self._write_bits("coarse")
             self._write_numbers()
-            self._write_meta(n_windows=self._n_windows)
+            self._meta = msgspec.structs.replace(self._meta, n_windows=self._n_windows)
+            # Replacing a file costs a file system a flush, and there are dozens of these.
+            _write_metadata(self.path, self._meta, everywhere=self._n_windows % _EVERYWHERE == 0)
         self._committed_s = time.monotonic()
         if len(self._tail) == BLOCK_WINDOWS:
             self._base = self._n_windows
@@ -237,6 +242,7 @@ class RecordWriter(Closing):
         try:
             if not self._broken:
                 self.commit()
+                _write_metadata(self.path, self._meta)
         finally:
             if self._journal is not None:
                 self._journal.close()
@@ -307,7 +313,7 @@ class RecordWriter(Closing):
 
     def _change(self, **fields: object) -> None:
         self._meta = msgspec.structs.replace(self._meta, **fields)
-        self._write_meta()
+        _write_metadata(self.path, self._meta)
 
     def _take(self, entry: Entry, histograms: npt.NDArray[np.int64]) -> None:
         for name, value in zip(COLUMNS, entry.columns, strict=True):
@@ -360,10 +366,6 @@ class RecordWriter(Closing):
         write_file(self.path / name / key, encode_array(rows, dtype))
         if end % len(rows) == 0:
             rows[:] = 0
-
-    def _write_meta(self, **fields: object) -> None:
-        self._meta = msgspec.structs.replace(self._meta, **fields)
-        _write_metadata(self.path, self._meta)
 
     def _new_journal(self, entries: Sequence[tuple[Entry, int]] = ()) -> None:
         if self._journal is not None:
@@ -453,10 +455,13 @@ def _make_skeleton(path: Path, meta: RecordMeta) -> int:
     return lock_fd
 
 
-def _write_metadata(path: Path, meta: RecordMeta) -> None:
-    """Write all of Zarr's metadata; the file that counts comes last."""
+def _write_metadata(path: Path, meta: RecordMeta, everywhere: bool = True) -> None:
+    """Write Zarr's metadata; the file that counts comes last.
+
+    :param everywhere: also each array's own, for readers that do not take it from there
+    """
     metadata, text = recordmeta.encode_meta(meta)
-    for name, value in metadata.items():
+    for name, value in metadata.items() if everywhere else ():
         write_file(path / name, msgspec.json.encode(value))
     write_file(path / recordmeta.METADATA_FILE, text)
 

@@ -18,6 +18,7 @@ from kvmhost.trackers.attach import Attached
 from kvmhost.trackers.foreign import SoftDirty
 from kvmhost.trackers.idle import IDLE_BITMAP
 from kvmhost.trackers.procmaps import Mapping, choose_mapping, shared_mappings
+from kvmhost.trackers.ways import probe_ways
 
 PAGES = 4096
 
@@ -211,10 +212,10 @@ def test_soft_dirty_bits_of_a_process(tmp_path: Path, monkeypatch: pytest.Monkey
     """This kernel may have none: the bits come from a file with the kernel's layout."""
     process = FakeProcess(tmp_path, 300)
     way = SoftDirty(process)
-    monkeypatch.setattr(foreign, "_has_soft_dirty", lambda: False)
+    monkeypatch.setattr(foreign, "has_soft_dirty", lambda: False)
     with pytest.raises(CapabilityError, match="CONFIG_MEM_SOFT_DIRTY"):
         way.begin()
-    monkeypatch.setattr(foreign, "_has_soft_dirty", lambda: True)
+    monkeypatch.setattr(foreign, "has_soft_dirty", lambda: True)
     cleared = process.proc / "7" / "clear_refs"
     way.begin()
     assert cleared.read_text() == "4\n"
@@ -367,3 +368,18 @@ def test_mappings_are_parsed_and_put_together(tmp_path: Path) -> None:
         choose_mapping(found, "nothing")
     with pytest.raises(LayoutError, match="no such process"):
         shared_mappings(6, tmp_path)
+
+
+def test_probes_say_what_attaching_then_does(toucher: Callable) -> None:
+    victim = toucher(64)
+    victim.tell("p 0")
+    found = probe_ways()
+    assert set(found) == set(foreign.WAYS)
+    for name, support in found.items():
+        assert support.reason
+        with Attached(victim.pid) as attached:
+            if support.works:
+                assert attached.harvest(tracker=name).provenance.tracker == name
+            else:
+                with pytest.raises(CapabilityError):
+                    attached.harvest(tracker=name)

@@ -52,9 +52,11 @@ def measure(
     }
 
 
-def _shares(truth: Bits, found: Bits) -> dict[str, float]:
+def _shares(truth: Bits, found: Bits) -> dict[str, float | int]:
     right = int((truth & found).sum())
     return {
+        "touches": int(truth.sum()),
+        "reports": int(found.sum()),
         # What reports nothing is never wrong, and what has nothing to find finds it all.
         "precision": right / int(found.sum()) if found.any() else 1.0,
         "recall": right / int(truth.sum()) if truth.any() else 1.0,

@@ -99,8 +99,14 @@ class Workload:
     n_vcpus: int = 1
 
     def machine(self, kind: Kind, engine: str) -> Machine:
-        """Make a machine that runs it for ever."""
-        params = {"start_gfn": START_GFN, "pages": PAGES, "epochs": 0} | dict(self.params)
+        """Make a machine that runs it for ever.
+
+        ``touch`` writes for a tracker that would see nothing else, unless told what to do.
+        """
+        params = {"start_gfn": START_GFN, "pages": PAGES, "epochs": 0}
+        if self.image == "touch":
+            params["write"] = int(kind.only_writes)
+        params |= self.params
         return Machine(
             image_path(self.image),
             mem_bytes=_MEM_BYTES,

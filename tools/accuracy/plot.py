@@ -61,7 +61,9 @@ def _draw_exactness(axes: Any, report: Report) -> None:
         right = row["precision"] == row["recall"] == 1.0
         axes.add_patch(_cell(x, y, _RIGHT if right else _WRONG))
         text = f"{_short(row['precision'])}\n{_short(row['recall'])}"
-        axes.text(x, y, text, ha="center", va="center", fontsize=9)
+        if not row["touches"] and not row["reports"]:
+            text = "nothing\nwritten"
+        axes.text(x, y, text, ha="center", va="center", fontsize=9 if "1" in text else 7)
     axes.set_xlim(-0.5, len(workloads) - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xticks(range(len(workloads)), workloads, rotation=35, ha="right")
@@ -110,6 +112,7 @@ def _draw_throughput(axes: Any, report: Report) -> None:
     for name in _names(report):
         for rearm in ("young", "all", f"1/{report['period']}"):
             rows = [r for r in report["throughput"] if (r["tracker"], r["rearm"]) == (name, rearm)]
+            rows.sort(key=lambda row: rates.index(row["harvests_per_s"]))
             if not rows:
                 continue
             places = [rates.index(r["harvests_per_s"]) for r in rows]

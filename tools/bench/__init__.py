@@ -18,6 +18,8 @@ BENCHES = {
     "trackers": "pagemap and dirty against the bare kernel calls; memory of each tracker",
     "pager": "codecs, fault-in and eviction beside a minimal C pager, memory taken",
     "mmu": "tables in all formats: speed, locking, batching",
+    "young": "records of young bitmaps: append, open, working set, heatmap",
+    "reclaim": "policies against Belady: refaults, throughput, cost, the rows of 2023",
 }
 
 

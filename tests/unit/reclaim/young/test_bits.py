@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.bitmap import pack, unpack
@@ -24,6 +24,7 @@ def bits(seed, windows, pages, density=0.3):
     return np.random.default_rng(seed).random((windows, pages)) < density
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32), st.integers(0, 64), st.integers(1, 5))
 def test_turning_rows_into_histories_and_back(seed, windows, words):
     matrix = bits(seed, windows, 64 * words)

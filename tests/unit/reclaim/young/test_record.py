@@ -429,8 +429,8 @@ def test_what_other_programs_see_is_a_minute_behind_at_most(tmp_path, monkeypatc
     for _ in range(3):
         now[0] += 40
         writer.append(YoungBitmap.from_gfns(0, 100, [1]))
-    shape = json.loads((tmp_path / "r" / "young" / ".zarray").read_text())["shape"]
-    assert shape == [100, 2]
+    metadata = json.loads((tmp_path / "r" / ".zmetadata").read_text())["metadata"]
+    assert metadata["young/.zarray"]["shape"] == [100, 2]
     writer.close()
 
 

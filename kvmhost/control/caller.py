@@ -1,0 +1,73 @@
+"""What clients of a control socket share: asking, and errors that name who was asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpcore
+import httpx
+
+from kvmhost.closing import Closing
+from kvmhost.control import schema
+from kvmhost.control.transport import UnixTransport
+from kvmhost.errors import ControlError, VmGoneError
+
+__all__ = ["Caller"]
+
+T = TypeVar("T")
+
+
+class Caller(Closing):
+    """Asks on one socket. Methods are safe to call from several threads.
+
+    :param name: who is asked, for errors
+    :param timeout_s: for an answer
+    """
+
+    def __init__(self, name: str, path: Path, timeout_s: float = 60.0) -> None:
+        self.path = path
+        self._name = name
+        self._http = httpx.Client(
+            transport=UnixTransport(path),
+            base_url="http://vm/v1/",
+            timeout=httpx.Timeout(timeout_s, connect=5.0),
+        )
+
+    def close(self) -> None:
+        """Hang up. Idempotent."""
+        self._http.close()
+
+    def _get(self, path: str, kind: type[T]) -> T:
+        return self._read(self._call("GET", path), kind)
+
+    def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        with self._gone():
+            answer = self._http.request(method, path, **arguments)
+        if answer.is_success:
+            return answer
+        try:
+            problem = schema.decode(answer.content, schema.ErrorReply).error
+        except schema.SchemaError:
+            raise ControlError(answer.status_code, answer.text[:200]) from None
+        field = f"{problem.field}: " if problem.field else ""
+        raise ControlError(problem.status, field + problem.message)
+
+    @contextlib.contextmanager
+    def _gone(self) -> Iterator[None]:
+        try:
+            yield
+        except httpcore.ConnectError as error:
+            raise VmGoneError(self._name, f"nothing answers at {self.path} ({error})") from error
+        except httpcore.TimeoutException as error:
+            raise VmGoneError(self._name, f"no answer in time at {self.path}") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+            raise VmGoneError(self._name, f"hung up ({error})") from error
+
+    def _read(self, answer: httpx.Response, kind: type[T]) -> T:
+        try:
+            return schema.decode(answer.content, kind)
+        except schema.SchemaError as error:
+            raise ControlError(answer.status_code, f"{self._name!r}: odd answer: {error}") from None

@@ -1,0 +1,86 @@
+"""A client of a daemon's socket.
+
+>>> with DaemonClient.of_vm("a") as daemon:  # doctest: +SKIP
+...     print(daemon.page("a", 0x400).verdict)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from kvmhost.control import schema
+from kvmhost.control.caller import Caller
+from kvmhost.control.client import Client
+from kvmhost.errors import VmGoneError
+from reclaim import answers
+from reclaim.decisions import Decision
+from reclaim.paths import socket_of
+
+__all__ = ["DaemonClient"]
+
+
+class DaemonClient(Caller):
+    """Talks to one daemon.
+
+    Every method raises what :class:`~kvmhost.control.client.Client` raises.
+
+    :param daemon: its name, or the path of its socket
+    :raises LayoutError: for a bad name
+    """
+
+    def __init__(self, daemon: str | Path, *, timeout_s: float = 60.0) -> None:
+        given = str(daemon)
+        path = Path(daemon) if isinstance(daemon, Path) or "/" in given else socket_of(given)
+        super().__init__(f"reclaimd {given}", path, timeout_s)
+
+    @classmethod
+    def of_vm(cls, vm: str) -> Self:
+        """Find the daemon that looks after a VM: the VM knows.
+
+        :raises VmGoneError: if there is no such VM, or nobody looks after it
+        """
+        with Client(vm) as client:
+            lease = client.lease()
+        if lease is None or not lease.socket:
+            raise VmGoneError(vm, "no daemon looks after it")
+        return cls(Path(lease.socket))
+
+    def status(self) -> answers.DaemonStatus:
+        """Return how the daemon and its VMs are."""
+        return self._get("status", answers.DaemonStatus)
+
+    def metrics(self) -> str:
+        """Return the metrics as Prometheus text."""
+        return self._call("GET", "http://vm/metrics").text
+
+    def config(self) -> str:
+        """Return the options in force, as TOML."""
+        return self._call("GET", "config").text
+
+    def decisions(
+        self, n: int = 100, *, vm: str | None = None, gfn: int | None = None, after: int = 0
+    ) -> list[Decision]:
+        """Return the last decisions, the oldest first."""
+        given = {"n": n, "vm": vm, "gfn": gfn, "after": after}
+        query = {name: value for name, value in given.items() if value is not None}
+        answer = self._call("GET", "decisions", params=query)
+        return self._read(answer, answers.DecisionList).decisions
+
+    def page(self, vm: str, gfn: int) -> answers.PageAnswer:
+        """Return what the daemon knows of one page."""
+        answer = self._call("GET", "page", params={"vm": vm, "gfn": gfn})
+        return self._read(answer, answers.PageAnswer)
+
+    def show_lru_gen(self, vm: str | None = None) -> str:
+        """Return the generations of one VM, or of all."""
+        query = {} if vm is None else {"vm": vm}
+        answer = self._call("GET", "lru_gen", params=query)
+        return self._read(answer, answers.CommandAnswer).text
+
+    def run_lru_gen(self, command: str) -> int:
+        """Run commands of lru_gen's text interface; return how many pages went."""
+        body = schema.encode(answers.CommandRequest(command))
+        headers = {"Content-Type": "application/json"}
+        answer = self._call("POST", "lru_gen", content=body, headers=headers)
+        return self._read(answer, answers.CommandAnswer).pages

@@ -1,0 +1,88 @@
+"""The text interface of lru_gen on the VMs of a daemon: show generations, age, evict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from kvmhost.errors import LayoutError
+from reclaim.decisions import Kind, Why
+from reclaim.policy import lru_gen_text
+from reclaim.policy.base import Gfns, Mask
+from reclaim.policy.lru_gen import LruGen
+from reclaim.session import Session
+
+__all__ = ["run_text", "show_text"]
+
+
+class _Hand:
+    """What a command makes a session do. The caller holds the session's lock."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def age(self, full_scan: bool) -> None:
+        """Harvest and age; whether all is swept is the policy's plan."""
+        self._session.age_once()
+
+    def candidates(self) -> Mask:
+        """Return what may be evicted."""
+        return self._session.view.candidates
+
+    def evict(self, gfns: Gfns) -> int:
+        """Evict, as a pass does it."""
+        session = self._session
+        outcomes = session.hands.evict(gfns, Why.COMMAND, Why.COMMAND.text, passes=session.passes)
+        return outcomes.get("done", 0)
+
+
+def show_text(sessions: Sequence[Session], vm: str | None) -> str:
+    """Return the generations of one VM, or of all that have some.
+
+    :raises LayoutError: if that VM is not looked after, or its policy is another one
+    """
+    text = ""
+    for number, session in enumerate(sessions, 1):
+        policy = session.judge.policy
+        if vm not in (None, session.vm) or (vm is None and not isinstance(policy, LruGen)):
+            continue
+        with session.lock:
+            text += lru_gen_text.show(
+                number, session.vm, _lru_gen(session), session.view.candidates, time.monotonic_ns()
+            )
+    if vm is not None and not text:
+        raise LayoutError(f"VM {vm!r} is not looked after by this daemon")
+    return text
+
+
+def run_text(sessions: Sequence[Session], text: str) -> int:
+    """Run commands, after all of them have been parsed; return how many pages went.
+
+    :raises LayoutError: naming the command and what is wrong with it
+    """
+    pages = 0
+    for command in lru_gen_text.parse(text):
+        session = _named(sessions, command.vm)
+        with session.lock:
+            policy = _lru_gen(session)
+            went = lru_gen_text.run(command, policy, _Hand(session))
+        session.common.decisions.add(
+            Kind.COMMAND, f"{command}", vm=session.vm, passes=session.passes, pages=went
+        )
+        pages += went
+    return pages
+
+
+def _named(sessions: Sequence[Session], name: str) -> Session:
+    """Find a VM by its name, or by the number that :func:`show_text` gives it."""
+    for number, session in enumerate(sessions, 1):
+        if name in (session.vm, str(number)):
+            return session
+    raise LayoutError(f"VM {name!r} is not looked after by this daemon")
+
+
+def _lru_gen(session: Session) -> LruGen:
+    policy = session.judge.policy
+    if not isinstance(policy, LruGen):
+        raise LayoutError(f"VM {session.vm!r} has the policy {policy.name}, not lru_gen")
+    return policy

@@ -1,0 +1,55 @@
+"""Where a daemon's own socket is: beside those of the VMs, under a name that no VM can have.
+
+A daemon is ``pid-N`` unless it is given a name. As with VMs, a lock that lives as long
+as the process tells a socket in use from a leftover.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kvmhost.control.paths import NameLock, check_name, runtime_dir
+from kvmhost.errors import LayoutError, NameInUseError
+
+__all__ = ["daemon_names", "lock_daemon", "socket_of", "sweep"]
+
+_PREFIX = "_reclaimd."
+#: sizeof(sun_path) without the final NUL; unix(7).
+_MAX_PATH_BYTES = 107
+
+
+def socket_of(name: str) -> Path:
+    """Return the socket of the daemon of that name.
+
+    :raises LayoutError: for a bad name, or a path too long for a unix socket
+    """
+    path = runtime_dir() / f"{_PREFIX}{check_name(name)}.sock"
+    if len(os.fsencode(path)) > _MAX_PATH_BYTES:
+        raise LayoutError(f"socket path {path} is longer than {_MAX_PATH_BYTES} bytes")
+    return path
+
+
+def lock_daemon(name: str) -> NameLock:
+    """Take a daemon's name.
+
+    :raises NameInUseError: if a daemon of that name runs already
+    """
+    return NameLock(name, socket_of(name).with_suffix(".lock"))
+
+
+def daemon_names() -> list[str]:
+    """Return the names of the daemons whose sockets are there, sorted; some may be dead."""
+    found = runtime_dir().glob(f"{_PREFIX}*.sock")
+    return sorted(path.stem.removeprefix(_PREFIX) for path in found)
+
+
+def sweep() -> None:
+    """Remove what daemons left behind that were killed."""
+    for lock in runtime_dir().glob(f"{_PREFIX}*.lock"):
+        try:
+            held = NameLock(lock.stem, lock)
+        except NameInUseError:
+            continue
+        lock.with_suffix(".sock").unlink(missing_ok=True)
+        held.release()

@@ -1,0 +1,202 @@
+"""The daemon's own socket: status, decisions, pages, metrics, commands.
+
+=========================== ===========================================================
+``GET  /metrics``           Prometheus text
+``GET  /v1/status``         the daemon and its VMs
+``GET  /v1/config``         the options in force, as TOML
+``GET  /v1/decisions``      the last decisions: ``n``, ``vm``, ``gfn``, ``after``
+``GET  /v1/page``           one page of one VM: ``vm``, ``gfn``
+``GET  /v1/lru_gen``        generations, as the kernel's file shows them: ``vm``
+``POST /v1/lru_gen``        commands, as the kernel's file takes them
+=========================== ===========================================================
+
+It is served as a VM's socket is, with the same bounds on connections and requests. What
+has to wait for a pass to end runs in a worker thread and gives up after a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvmhost.control import schema
+from kvmhost.control.answers import (
+    Problem,
+    Reply,
+    Request,
+    Route,
+    by_method,
+    json_reply,
+    nothing_asked,
+)
+from kvmhost.control.paths import NameLock
+from kvmhost.control.routes import problem_of
+from kvmhost.control.server import SocketServer
+from reclaim import answers
+from reclaim.config import to_toml
+from reclaim.daemon import Daemon
+from reclaim.metrics import Metrics
+from reclaim.paths import socket_of
+from reclaim.session import Session
+
+__all__ = ["DaemonServer"]
+
+_TEXT = "text/plain"
+_MAX_BODY_BYTES = 128 << 10
+#: How long a request may wait for the pass in work.
+_WAIT_S = 20.0
+_PAGE_BYTES = 4096
+
+
+class DaemonServer(SocketServer):
+    """Answers for one daemon. Close it after the daemon has ended.
+
+    :param lock: the daemon's name, held; released by :meth:`close`
+    """
+
+    def __init__(self, daemon: Daemon, metrics: Metrics, lock: NameLock, **settings: Any) -> None:
+        super().__init__(
+            socket_of(lock.name), lock, lambda: _Routes(daemon, metrics, lock.name), **settings
+        )
+
+
+class _Routes:
+    """Finds and answers requests; a handler of :mod:`kvmhost.control.answers`."""
+
+    def __init__(self, daemon: Daemon, metrics: Metrics, name: str) -> None:
+        self._daemon, self._metrics, self._name = daemon, metrics, name
+        self._started_s = time.monotonic()
+        self._executor = concurrent.futures.ThreadPoolExecutor(2, "daemon-worker")
+        self._table: dict[str, dict[str, Route]] = {
+            "/metrics": {"GET": self._get_metrics},
+            "/v1/status": {"GET": self._get_status},
+            "/v1/config": {"GET": self._get_config},
+            "/v1/decisions": {"GET": self._get_decisions},
+            "/v1/page": {"GET": self._get_page},
+            "/v1/lru_gen": {"GET": self._get_lru_gen, "POST": self._post_lru_gen},
+        }
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest body: a list of commands."""
+        return _MAX_BODY_BYTES
+
+    def find(self, method: str, path: str) -> Route:
+        """Return who answers a request.
+
+        :raises Problem: 404 for an unknown path, 405 for the wrong method
+        """
+        return by_method(self._table.get(path), method, path)
+
+    def problem_of(self, error: Exception) -> Problem:
+        """Return the answer that an exception stands for."""
+        return problem_of(error)
+
+    def let_go(self) -> None:
+        """There is no clock to stop."""
+
+    def close(self) -> None:
+        """Wait for the worker threads to end."""
+        self._executor.shutdown(wait=True)
+
+    async def _get_metrics(self, request: Request) -> Reply:
+        nothing_asked(request)
+        return Reply(await self._work(self._metrics.text), _TEXT)
+
+    async def _get_status(self, request: Request) -> Reply:
+        nothing_asked(request)
+        host = self._daemon.common.host
+        return json_reply(
+            answers.DaemonStatus(
+                name=self._name,
+                pid=os.getpid(),
+                dry_run=self._daemon.common.config.daemon.dry_run,
+                uptime_s=time.monotonic() - self._started_s,
+                vms=[_vm_status(session) for session in self._daemon.sessions()],
+                host=answers.HostStatus(
+                    host.stall,
+                    host.trigger_fired,
+                    host.cgroup_bytes,
+                    host.cgroup_limit_bytes,
+                    host.problem,
+                ),
+            )
+        )
+
+    async def _get_config(self, request: Request) -> Reply:
+        nothing_asked(request)
+        return Reply(to_toml(self._daemon.common.config).encode(), _TEXT)
+
+    async def _get_decisions(self, request: Request) -> Reply:
+        asked = schema.decode_query(request.query, answers.DecisionQuery)
+        found = await self._work(
+            lambda: self._daemon.common.decisions.last(
+                asked.n, vm=asked.vm, gfn=asked.gfn, after=asked.after
+            )
+        )
+        return json_reply(answers.DecisionList(found))
+
+    async def _get_page(self, request: Request) -> Reply:
+        from reclaim.explain import explain
+
+        asked = schema.decode_query(request.query, answers.PageQuery)
+        session = self._session(asked.vm)
+        return json_reply(
+            await self._work(lambda: _locked(session, lambda: explain(session, asked.gfn)))
+        )
+
+    async def _get_lru_gen(self, request: Request) -> Reply:
+        from reclaim.commands import show_text
+
+        asked = schema.decode_query(request.query, answers.VmQuery)
+        text = await self._work(lambda: show_text(self._daemon.sessions(), asked.vm))
+        return json_reply(answers.CommandAnswer(text))
+
+    async def _post_lru_gen(self, request: Request) -> Reply:
+        from reclaim.commands import run_text
+
+        schema.decode_query(request.query, schema.NoQuery)
+        asked = schema.decode(request.body, answers.CommandRequest)
+        pages = await self._work(lambda: run_text(self._daemon.sessions(), asked.command))
+        return json_reply(answers.CommandAnswer("", pages))
+
+    def _session(self, vm: str) -> Session:
+        for session in self._daemon.sessions():
+            if session.vm == vm:
+                return session
+        raise Problem(404, f"VM {vm[:80]!r} is not looked after by this daemon", "vm")
+
+    async def _work(self, call: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+
+def _locked(session: Session, call: Callable[[], Any]) -> Any:
+    """Call between two passes.
+
+    :raises Problem: 503 if the pass in work does not end
+    """
+    if not session.lock.acquire(timeout=_WAIT_S):
+        raise Problem(503, f"the pass over {session.vm!r} takes longer than {_WAIT_S:g} s")
+    try:
+        return call()
+    finally:
+        session.lock.release()
+
+
+def _vm_status(session: Session) -> answers.VmStatus:
+    last, budget = session.last, session.budget
+    return answers.VmStatus(
+        vm=session.vm,
+        policy=session.judge.policy.name,
+        passes=session.passes,
+        resident_bytes=session.view.n_resident * _PAGE_BYTES,
+        budget_bytes=budget.max_bytes if budget else 0,
+        evicted_pages=sum(dict(session.totals.evicted).values()),
+        refaulted_pages=session.totals.refaulted,
+        holding=session.steering.backoff.holding,
+        why=last.why if last else "",
+    )

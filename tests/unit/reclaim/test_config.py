@@ -1,0 +1,174 @@
+"""Options: units, files with their lines, flags, and writing them back."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reclaim.config import load, options, read_flag, to_toml
+from reclaim.errors import ConfigError
+from reclaim.units import Bytes, Mark, Seconds, Share
+
+GOOD = """\
+# how this host is run
+[daemon]
+vms = ["web*", "db"]
+interval = "500ms"
+
+[pressure]
+psi_target = "0.1%"
+
+[defaults]
+budget = "96M"
+high = "90%"
+low = "40M"
+
+[vm.db]
+budget = "1GiB"
+weight = 2
+high = "1000M"
+policy_options = { tiers = 2 }
+
+[vm."web*"]
+sample = "1/8"
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "reclaimd.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_file_is_read(file):
+    config = load(file(GOOD))
+    assert config.daemon.vms == ["web*", "db"]
+    assert config.daemon.interval == 0.5
+    assert config.pressure.psi_target == 0.001
+    assert config.defaults.budget == 96 << 20
+    assert (config.of_vm("db").budget, config.of_vm("db").weight) == (1 << 30, 2.0)
+    # What a table does not say is as in [defaults].
+    assert config.of_vm("db").low == Mark(size=Bytes(40 << 20))
+    assert config.of_vm("web7").sample == 0.125
+    assert config.of_vm("web7").budget == 96 << 20
+    assert config.of_vm("other") == config.defaults
+
+
+def test_flags_go_on_top(file):
+    flags = {"daemon": {"interval": Seconds(2)}, "defaults": {"low": Mark(share=Share(0.5))}}
+    config = load(file(GOOD), flags | {"vm": {"db": {"weight": 3.0}, "x": {"seed": 1}}})
+    assert config.daemon.interval == 2
+    assert config.of_vm("web1").low == Mark(share=Share(0.5))
+    assert (config.of_vm("db").weight, config.of_vm("x").seed) == (3.0, 1)
+    assert config.of_vm("db").budget == 1 << 30
+
+
+@pytest.mark.parametrize("text", [GOOD, '[defaults]\nbudget = "1M"\n'])
+def test_what_is_written_reads_as_the_same(file, text):
+    config = load(file(text))
+    assert load(file(to_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "text", "problem"),
+    [
+        (4, "daemon.interval", GOOD.replace('"500ms"', "5"), "is no time"),
+        (4, "daemon.interval", GOOD.replace('"500ms"', '"5"'), "is no time"),
+        (4, "daemon.interval", GOOD.replace('"500ms"', '"5M"'), "is no time"),
+        (4, "daemon.interval", GOOD.replace('"500ms"', '"0s"'), "more than 0s"),
+        (4, "daemon.intervall", GOOD.replace("interval", "intervall"), "unknown field"),
+        (7, "pressure.psi_target", GOOD.replace('"0.1%"', '"0.1"'), "is no share"),
+        (7, "pressure.psi_target", GOOD.replace('"0.1%"', '"101%"'), "more than 100%"),
+        (10, "defaults.budget", GOOD.replace('"96M"', '"96s"'), "is no size"),
+        (11, "defaults.high", GOOD.replace('"90%"', '"0%"'), "above 0"),
+        (9, "defaults", GOOD.replace('"40M"', '"95M"'), "need 0 < low <= high"),
+        (16, "vm.db.weight", GOOD.replace("weight = 2", "weight = 0"), "> 0"),
+        (16, "vm.db.weigth", GOOD.replace("weight", "weigth"), "unknown field"),
+        (21, "vm.web*.sample", GOOD.replace('"1/8"', '"1/0"'), "is no share"),
+        (3, "daemon.vms", GOOD.replace('"db"]', "7]"), "Expected `str`"),
+        (3, "daemon.vms", GOOD.replace('["web*", "db"]', '[\n"a",\n7]'), "Expected `str`"),
+        (6, "presure", GOOD.replace("[pressure]", "[presure]"), "no such section"),
+        (4, "", GOOD.replace('"500ms"', "500ms"), "at line 4"),
+        (1, "daemon", "daemon = 3\n", "is a section"),
+        (2, "pressure.psi_trigger", '[pressure]\npsi_trigger = "some 1s in 100ms"', "window"),
+        (2, "pressure.psi_trigger", '[pressure]\npsi_trigger = "150ms"', "is no trigger"),
+        (0, "", "[daemon]\n", "nothing to do"),
+    ],
+)
+def test_what_is_wrong_is_named_with_file_line_and_key(file, line, key, text, problem):
+    path = file(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    error = caught.value
+    assert (error.file, error.line, error.key) == (str(path), line, key)
+    assert problem in error.problem
+    assert str(error).startswith(f"{path}:{line}: " if line else f"{path}: ")
+
+
+def test_no_file_and_no_text(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "x.toml").write_bytes(b"a = '\xff'")
+    with pytest.raises(ConfigError, match="no UTF-8 at byte 5"):
+        load(tmp_path / "x.toml")
+
+
+def test_every_option_is_a_flag_and_is_described():
+    run = subprocess.run(
+        [sys.executable, "-m", "tools.main", "reclaimd", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    for option in options():
+        assert option.about
+        if (option.section, option.key) != ("daemon", "vms"):
+            assert re.search(rf"--{option.key.replace('_', '-')}\b", run.stdout), option
+
+
+def test_keys_are_unique_so_that_flags_are():
+    keys = [option.key for option in options()]
+    assert len(keys) == len(set(keys))
+
+
+def test_flags_take_a_number_of_seconds_and_files_do_not():
+    interval = next(o for o in options() if o.key == "interval")
+    assert read_flag(interval, "0.05") == 0.05
+    with pytest.raises(ValueError, match="is no time"):
+        read_flag(interval, "5M")
+    extra = next(o for o in options() if o.key == "policy_options")
+    assert read_flag(extra, 'tiers = 2, order = "gfn"') == {"tiers": 2, "order": "gfn"}
+    with pytest.raises(ValueError, match="write for example"):
+        read_flag(extra, "tiers")
+
+
+@given(st.integers(0, 1 << 60))
+def test_sizes_read_back(n):
+    assert Bytes.parse(str(Bytes(n))) == n
+
+
+@given(st.decimals(0, 10**6, places=6, allow_nan=False))
+def test_times_and_shares_read_back(value):
+    for text, kind in ((f"{value}s", Seconds), (f"{value}ms", Seconds), (f"{value}%", Share)):
+        amount = kind.parse(text)
+        assert kind.parse(str(amount)) == amount
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_read_or_refused(text):
+    for kind in (Bytes, Seconds, Share, Mark):
+        try:
+            amount = kind.parse(text)
+        except ValueError:
+            continue
+        assert kind.parse(str(amount)) == amount

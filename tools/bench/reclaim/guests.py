@@ -1,0 +1,169 @@
+"""The real part: guests on KVM under a limit, one pass a second, and what that costs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from guests import image_path
+from kvmhost.machine import Machine
+from kvmhost.memory.layout import PAGE_BYTES
+from reclaim.policy.belady import belady
+from reclaim.policy.registry import create
+from tools.bench.reclaim.inprocess import Reclaimer, check
+from tools.bench.reclaim.workloads import WORKLOADS, guest_params
+
+__all__ = ["POLICIES", "booted", "cost", "run"]
+
+POLICIES = ("lru_gen", "classic", "age", "random")
+_INTERVAL_S = 1.0
+_SETTLE_S = 2.0
+#: A guest's memory beyond its range: image, tables, what it remembers of each page.
+_EXTRA_BYTES = 16 << 20
+
+
+def run(
+    workloads: Sequence[str],
+    pages: int,
+    seconds: float,
+    budgets: Sequence[float],
+    tell: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Run workloads as guests; one row a workload, budget and policy.
+
+    :raises CapabilityError: without /dev/kvm
+    """
+    rows = []
+    for name in [*workloads, "fits"]:
+        for policy in POLICIES:
+            for budget in budgets if name != "fits" else (0.75,):
+                tell(f"guests {name}, {policy}, budget {budget:.0%}")
+                rows.append(_measure(name, policy, pages, seconds, budget))
+    return rows
+
+
+def _params(name: str, pages: int) -> list[dict[str, int]]:
+    """What the guests of a workload are given: epochs of milliseconds, and no end.
+
+    ``fits`` is the guest of the target: its hot set, half of its memory, fits the budget.
+    """
+    if name == "fits":
+        fits = {"hot": pages // 2, "cold": 1}
+        return [guest_params(lambda p: fits, pages) | {"epochs": 0}]
+    guests = WORKLOADS[name].guests
+    share = pages // len(guests)
+    found = []
+    for guest in guests:
+        params = guest_params(guest, share) | {"epochs": 0}
+        # A second has many epochs: fewer draws in each, for about the same a window.
+        for key in ("cold", "zipf"):
+            params[key] = -(-params[key] // 64)
+        found.append(params)
+    return found
+
+
+def _measure(name: str, policy: str, pages: int, seconds: float, budget: float) -> dict[str, Any]:
+    with contextlib.ExitStack() as stack:
+        machines = [stack.enter_context(booted(params)) for params in _params(name, pages)]
+        touched = [int(Reclaimer(m, None, 0).resident().sum()) for m in machines]
+        free = [Reclaimer(m, None, 0) for m in machines]
+        for machine in machines:
+            machine.step_by_doorbell(False)
+        _segment(machines, free, min(seconds, _SETTLE_S))
+        baseline = _segment(machines, free, seconds)
+        limited = [
+            Reclaimer(m, create(policy, m.memory.gfn_end), int(n * budget))
+            for m, n in zip(machines, touched, strict=True)
+        ]
+        _segment(machines, limited, _SETTLE_S)
+        start = [m.pager.counters()["fault_ins"] for m in machines]
+        rate = _segment(machines, limited, seconds)
+        faults = sum(
+            m.pager.counters()["fault_ins"] - s for m, s in zip(machines, start, strict=True)
+        )
+        best = sum(belady(r.windows(), r.n_pages, r.budget_pages).refaults for r in limited)
+        passes = [one for r in limited for one in r.passes]
+        return {
+            "workload": name,
+            "policy": policy,
+            "budget": budget,
+            "touched_pages": sum(touched),
+            "throughput_of_no_limit": rate / baseline,
+            "epochs_per_s": rate,
+            "faults_in_per_s": faults / seconds,
+            "refaulted_pages": sum(r.refaulted_pages for r in limited),
+            "belady_refaults": best,
+            "wrong_evictions": sum(r.wrong_evictions for r in limited),
+            "busy_ms_per_pass": sum(one.busy_ns for one in passes) / len(passes) / 1e6,
+        }
+
+
+@contextlib.contextmanager
+def booted(params: Mapping[str, int], image: str = "hotcold") -> Iterator[Machine]:
+    """Give a guest that stands after its first epoch, which wrote all its pages."""
+    range_bytes = (params["start_gfn"] + params["pages"]) * PAGE_BYTES
+    mem_bytes = -(-(range_bytes + _EXTRA_BYTES) // (2 << 20)) * (2 << 20)
+    with Machine(image_path(image), mem_bytes=mem_bytes, engine="kvm", params=params) as machine:
+        machine.step_by_doorbell()
+        machine.run_epoch()
+        yield machine
+        check(machine)
+
+
+def _segment(machines: Sequence[Machine], reclaimers: Sequence[Reclaimer], seconds: float) -> float:
+    """Let the guests run with one pass a second each; return epochs a second, of all."""
+    stop = threading.Event()
+    threads = [
+        threading.Thread(target=r.run_until, args=(stop, _INTERVAL_S), name="reclaim")
+        for r in reclaimers
+    ]
+    first, start = sum(m.doorbells for m in machines), time.perf_counter()
+    for thread in threads:
+        thread.start()
+    stop.wait(seconds)
+    rate = (sum(m.doorbells for m in machines) - first) / (time.perf_counter() - start)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    for machine in machines:
+        check(machine)
+    return rate
+
+
+def cost(mem_bytes: int, seconds: float, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Return what a pass a second costs for a large guest in steady state."""
+    pages = (mem_bytes - _EXTRA_BYTES) // PAGE_BYTES - 4096
+    params = guest_params(lambda p: {"hot": p // 4, "cold": 16}, pages)
+    params |= {"epochs": 0, "words": 8}
+    rows = []
+    for policy in ("lru_gen", "age"):
+        tell(f"cost of {policy} for {mem_bytes >> 20} MiB")
+        with booted(params) as machine:
+            touched = int(Reclaimer(machine, None, 0).resident().sum())
+            machine.step_by_doorbell(False)
+            reclaimer = Reclaimer(machine, create(policy, machine.memory.gfn_end), touched * 3 // 4)
+            _segment([machine], [reclaimer], 4 * _SETTLE_S)
+            settled = len(reclaimer.passes)
+            _segment([machine], [reclaimer], seconds)
+            passes = reclaimer.passes[settled:]
+            gib = machine.memory.gfn_end * PAGE_BYTES / 2**30
+            busy_ns = sum(one.busy_ns for one in passes) / len(passes)
+            rows.append(
+                {
+                    "policy": policy,
+                    "guest_gib": gib,
+                    "busy_percent_per_gib": busy_ns / 1e7 / gib,
+                    "policy_percent_per_gib": sum(one.policy_ns for one in passes)
+                    / len(passes)
+                    / 1e7
+                    / gib,
+                    "harvest_percent_per_gib": sum(one.harvest_ns for one in passes)
+                    / len(passes)
+                    / 1e7
+                    / gib,
+                }
+            )
+    return rows

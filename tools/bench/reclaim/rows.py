@@ -1,0 +1,100 @@
+"""The three rows of 2023: the second pass over memory, aged in three ways.
+
+A guest writes all its memory, gets a limit of half of it, and goes over it once more while
+reclaim runs. ``lru_gen`` with the capability ``spte walk`` off tests what it looks at page
+by page, each with a flush of its own; with it, in batches and with one flush. ``classic``
+has two lists and tests page by page.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kvmhost.bitmap import Words, n_words, pack, unpack
+from reclaim.policy.base import Policy
+from reclaim.policy.classic import Classic
+from reclaim.policy.lru_gen import Caps, LruGen
+from tools.bench.reclaim.guests import booted
+from tools.bench.reclaim.inprocess import Reclaimer
+
+__all__ = ["run"]
+
+_REPEATS = 3
+#: As often as reclaim can, it runs; as kswapd under pressure.
+_INTERVAL_S = 0.02
+
+
+class _PageByPage(Reclaimer):
+    """Harvests a batch one page at a time."""
+
+    def clear_young(self, pages: Words) -> Words:
+        asked = np.flatnonzero(unpack(pages, self.n_pages))
+        bits = np.zeros(self.n_pages, dtype=bool)
+        for gfn in asked:
+            bits[gfn] = self.clear_flush_young(int(gfn))
+        return pack(bits)
+
+    def _harvest(self, mask: Words | None) -> Words:
+        if mask is not None and not mask.any():
+            return np.zeros(n_words(self.n_pages), dtype=np.uint64)
+        resident = pack(self.resident())
+        return self.clear_young(resident if mask is None else resident & mask)
+
+
+def run(pages: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Return one row a way of aging, with the ratio to the batched one.
+
+    :raises CapabilityError: without /dev/kvm
+    """
+    before = Caps.ALL & ~Caps.SPTE_WALK
+    ways: dict[str, tuple[Callable[[int], Policy], type[Reclaimer]]] = {
+        "batched, no lock": (lambda n: LruGen(n, probes=True), Reclaimer),
+        "page by page, locked": (lambda n: LruGen(n, probes=True, caps=before), _PageByPage),
+        "classic": (Classic, Reclaimer),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    faults: dict[str, list[int]] = {name: [] for name in ways}
+    for _ in range(_REPEATS):
+        for name, (make, kind) in ways.items():
+            tell(f"second pass, {name}")
+            took, came = _second_pass(pages, make, kind)
+            times[name].append(took)
+            faults[name].append(came)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return [
+        {
+            "way": name,
+            "second_pass_s": medians[name],
+            "of_batched": medians[name] / medians["batched, no lock"],
+            "faulted_in": statistics.median(faults[name]),
+        }
+        for name in ways
+    ]
+
+
+def _second_pass(
+    pages: int, make: Callable[[int], Policy], kind: type[Reclaimer]
+) -> tuple[float, int]:
+    params = {"start_gfn": 1024, "pages": pages, "write": 1, "epochs": 0}
+    with booted(params, "touch") as machine:
+        touched = int(Reclaimer(machine, None, 0).resident().sum())
+        reclaimer = kind(machine, make(machine.memory.gfn_end), touched // 2)
+        stop = threading.Event()
+        thread = threading.Thread(target=reclaimer.run_until, args=(stop, _INTERVAL_S))
+        thread.start()
+        try:
+            before = machine.pager.counters()["fault_ins"]
+            start = time.perf_counter()
+            machine.run_epoch()
+            took = time.perf_counter() - start
+            came = machine.pager.counters()["fault_ins"] - before
+        finally:
+            stop.set()
+            thread.join()
+        return took, came

@@ -1,0 +1,160 @@
+"""The figures as tables and as a picture."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvmhost.errors import LayoutError
+
+__all__ = ["need_file", "plot", "progress", "tables"]
+
+Row = Mapping[str, Any]
+
+
+def progress(text: str) -> None:
+    """Say on a terminal what is being measured."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def need_file(path: Path) -> None:
+    """Refuse a picture that could not be written, before anything is measured.
+
+    :raises LayoutError: if no file can be written there
+    :raises CapabilityError: without matplotlib
+    """
+    from reclaim.young.render import need_plotting
+
+    need_plotting()
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise LayoutError(f"{path}: no file can be written there")
+
+
+def tables(report: Mapping[str, Sequence[Row]]) -> str:
+    """Return every part as a table."""
+    progress("")
+    shown = []
+    if "trace" in report:
+        shown.append("trace: refaults, as multiples of Belady's; wrong evictions in brackets")
+        shown.append(_trace_table(report["trace"]))
+    if "guests" in report:
+        shown.append(
+            "guests: throughput of that without limit; pages refaulted (Belady's from the "
+            "recorded windows); processor time a pass"
+        )
+        shown.append(_guests_table(report["guests"]))
+    if "cost" in report:
+        shown.append("cost of one pass a second, percent of a core a GiB of guest")
+        shown.append(
+            _table(
+                ("policy", "GiB", "all", "policy", "harvest"),
+                (
+                    (
+                        row["policy"],
+                        f"{row['guest_gib']:.2f}",
+                        f"{row['busy_percent_per_gib']:.2f}",
+                        f"{row['policy_percent_per_gib']:.2f}",
+                        f"{row['harvest_percent_per_gib']:.2f}",
+                    )
+                    for row in report["cost"]
+                ),
+            )
+        )
+    if "rows" in report:
+        shown.append("second pass over memory under a limit of half of it")
+        shown.append(
+            _table(
+                ("aging", "seconds", "of batched", "faulted in"),
+                (
+                    (
+                        row["way"],
+                        f"{row['second_pass_s']:.3f}",
+                        f"{row['of_batched']:.2f}",
+                        f"{row['faulted_in']:,.0f}",
+                    )
+                    for row in report["rows"]
+                ),
+            )
+        )
+    return "\n".join(shown)
+
+
+def _trace_table(rows: Sequence[Row]) -> str:
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    by_case: dict[tuple[str, float], dict[str, Row]] = {}
+    for row in rows:
+        by_case.setdefault((row["workload"], row["budget"]), {})[row["policy"]] = row
+    lines = []
+    for (workload, budget), found in by_case.items():
+        cells = [f"{found['belady']['refaults']:,}"]
+        cells += [
+            f"{found[p]['of_belady']:.2f} ({found[p]['wrong_evictions']:,})" for p in policies[1:]
+        ]
+        lines.append((workload, f"{budget:.0%}", *cells))
+    return _table(("workload", "budget", *policies), lines)
+
+
+def _guests_table(rows: Sequence[Row]) -> str:
+    return _table(
+        ("workload", "budget", "policy", "throughput", "refaulted", "Belady", "wrong", "ms a pass"),
+        (
+            (
+                row["workload"],
+                f"{row['budget']:.0%}",
+                row["policy"],
+                f"{row['throughput_of_no_limit']:.3f}",
+                f"{row['refaulted_pages']:,}",
+                f"{row['belady_refaults']:,}",
+                f"{row['wrong_evictions']:,}",
+                f"{row['busy_ms_per_pass']:.1f}",
+            )
+            for row in rows
+        ),
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    every = [tuple(head), *map(tuple, rows)]
+    widths = [max(len(row[i]) for row in every) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in every]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def plot(report: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw refaults as multiples of Belady's, and throughput where guests ran."""
+    from matplotlib.figure import Figure
+
+    parts = [part for part in ("trace", "guests") if part in report]
+    figure = Figure(figsize=(11, 4.2 * len(parts)), layout="constrained")
+    axes = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
+    for axis, part in zip(axes, parts, strict=True):
+        rows = [row for row in report[part] if row["policy"] != "belady"]
+        value = "of_belady" if part == "trace" else "throughput_of_no_limit"
+        _bars(axis, rows, value)
+        if part == "trace":
+            axis.axhline(1, color="black", linewidth=1)
+            axis.set(ylabel="refaults of Belady's", title="trace: refaults, lower is better")
+        else:
+            axis.set(ylabel="of no limit", title="guests: throughput, higher is better")
+    axes[0].legend(fontsize="small", ncols=6)
+    figure.savefig(path, dpi=110)
+
+
+def _bars(axis: Any, rows: Sequence[Row], value: str) -> None:
+    cases = list(dict.fromkeys((row["workload"], row["budget"]) for row in rows))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    width = 0.84 / len(policies)
+    for number, policy in enumerate(policies):
+        places, heights = [], []
+        for row in rows:
+            if row["policy"] == policy:
+                place = cases.index((row["workload"], row["budget"]))
+                places.append(place + (number - len(policies) / 2 + 0.5) * width)
+                heights.append(row[value])
+        axis.bar(places, heights, width, label=policy)
+    labels = [f"{workload}\n{budget:.0%}" for workload, budget in cases]
+    axis.set_xticks(range(len(cases)), labels, fontsize=6)

@@ -1,0 +1,191 @@
+"""``kvmhost bench young``: what records cost to write, to open and to ask.
+
+Two guests are made up, with a hot set of a tenth of their pages, of which each window
+touches half, and some cold touches: one of 1 GiB, appended window by window, and one
+of 64 GiB over an hour at one window a second, on which the questions are timed. Every
+time is the median of some rounds; the record of the large guest is made first, which
+takes minutes. ``--gib`` and ``--windows`` make it smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvmhost.bitmap import Provenance, Words, YoungBitmap
+from tools.args import count
+from tools.progress import Progress, show_table
+
+__all__ = ["main", "make_record", "run"]
+
+_PAGES_A_GIB = 1 << 18
+_HOT_SHARE, _COLD_TOUCHES = 0.1, 64
+_SECOND = 10**9
+#: What is asked for: row, bound.
+_BOUNDS = {
+    "append_ms": 2.0,
+    "hour_mib": 20.0,
+    "open_s": 0.3,
+    "wss_s": 2.0,
+    "heatmap_s": 5.0,
+    "heatmap_rss_mib": 1024.0,
+}
+
+
+def make_windows(n_pages: int, n_variants: int = 16, seed: int = 1) -> list[Words]:
+    """Return bitmaps of a guest with a contiguous hot set, half of it touched at a time."""
+    rng = np.random.default_rng(seed)
+    hot_words = max(int(n_pages * _HOT_SHARE) // 64, 1)
+    first = n_pages // 64 // 3
+    found = []
+    for _ in range(n_variants):
+        words = np.zeros(n_pages // 64, dtype=np.uint64)
+        words[first : first + hot_words] = rng.integers(0, 1 << 64, hot_words, dtype=np.uint64)
+        cold = rng.integers(0, n_pages, _COLD_TOUCHES)
+        np.bitwise_or.at(words, cold // 64, np.uint64(1) << (cold % 64).astype(np.uint64))
+        found.append(words)
+    return found
+
+
+def make_record(path: Path, n_pages: int, n_windows: int) -> list[float]:
+    """Write a record; return the seconds that each append took."""
+    from reclaim.young.writer import RecordWriter
+
+    windows, times = make_windows(n_pages, 61), []
+    with RecordWriter.create(path, n_pages, name="bench") as writer:
+        for number in range(n_windows):
+            source = Provenance("bench", "npt", number * _SECOND, (number + 1) * _SECOND)
+            bitmap = YoungBitmap(0, n_pages, windows[number % len(windows)], None, source)
+            start = time.perf_counter()
+            writer.append(bitmap)
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def run(gib: int, n_windows: int, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure; sizes are in the result."""
+    with tempfile.TemporaryDirectory() as place:
+        small, large = Path(place) / "small", Path(place) / "large"
+        say("1 GiB, an hour of windows")
+        times = make_record(small, _PAGES_A_GIB, 3600)
+        found: dict[str, Any] = {
+            "append_ms": statistics.median(times) * 1e3,
+            "append_mean_ms": statistics.fmean(times) * 1e3,
+            "append_p99_ms": float(np.percentile(times, 99)) * 1e3,
+            "hour_mib": _size(small) / 2**20,
+        }
+        say(f"{gib} GiB, {n_windows} windows: being made")
+        times = make_record(large, gib * _PAGES_A_GIB, n_windows)
+        found |= {
+            "large_gib": gib,
+            "large_windows": n_windows,
+            "large_append_ms": statistics.median(times) * 1e3,
+            "large_stored_mib": _size(large) / 2**20,
+            "large_bits_gib": gib * _PAGES_A_GIB * n_windows / 8 / 2**30,
+        }
+        for name in ("open", "wss", "bitmap", "hot"):
+            say(f"{name} of the large record")
+            runs = 1 if name == "hot" else rounds
+            results = [_question(name, large) for _ in range(runs)]
+            found[f"{name}_s"] = statistics.median(seconds for seconds, _ in results)
+            found[f"{name}_rss_mib"] = max(rss for _, rss in results)
+        say("heatmap of the large record")
+        seconds, rss = _question("heatmap", large)
+        found |= {"heatmap_s": seconds, "heatmap_rss_mib": rss}
+    return found
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _question(name: str, path: Path) -> tuple[float, float]:
+    """Ask in a process of its own; return seconds, without the imports, and peak MiB."""
+    words = [sys.executable, "-m", "tools.bench.young", "--ask", name, str(path)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    seconds, rss = json.loads(done.stdout)
+    return float(seconds), float(rss)
+
+
+def _ask(name: str, path: Path) -> None:
+    from reclaim.young.analysis import histograms, working_set
+    from reclaim.young.patterns import hot_ranges
+    from reclaim.young.record import YoungRecord
+
+    if name == "heatmap":
+        import matplotlib.figure  # noqa: F401  # imported before the clock starts
+    start = time.perf_counter()
+    with YoungRecord.open(path) as record:
+        if name == "wss":
+            found = histograms(record)
+            for windows in (1, 10, 60, 600):
+                working_set(found, windows)
+        elif name == "bitmap":
+            record.bitmap(len(record) // 2)
+        elif name == "hot":
+            hot_ranges(record, min_share=0.3, max_gap_pages=64)
+        elif name == "heatmap":
+            _draw(record, path.parent / "large.png")
+    seconds = time.perf_counter() - start
+    # Not ru_maxrss: that begins with what the parent had as it forked.
+    status = Path("/proc/self/status").read_text()
+    peak_kib = next(int(li.split()[1]) for li in status.splitlines() if li.startswith("VmHWM"))
+    print(json.dumps([seconds, peak_kib / 1024]))
+
+
+def _draw(record: Any, out: Path) -> None:
+    """Draw what the record's sums have, by the coarsest level with 512 bins or more."""
+    from reclaim.young.recordmeta import LEVELS, n_bins
+    from reclaim.young.render import Heatmap, render_heatmap
+
+    level = max((v for v in LEVELS if n_bins(record.n_pages, v) >= 512), default=LEVELS[0])
+    shares = record.sums(level).astype(np.float32) / (1 << level)
+    # No wider than the picture: neighbouring windows are drawn as their mean.
+    firsts = np.arange(0, len(shares), max(len(shares) // 1200, 1))
+    sizes = np.diff(firsts, append=len(shares))[:, None]
+    heatmap = Heatmap(record.gfn_start, record.n_pages, shares.shape[1], "bench")
+    heatmap.columns = list(np.add.reduceat(shares, firsts, axis=0) / sizes)
+    ends = record.column("end_ns")[np.append(firsts[1:], len(shares)) - 1]
+    starts = np.concatenate([ends[:1] - _SECOND, ends[:-1]])
+    heatmap.windows_ns = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    render_heatmap(heatmap, out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the figures as a table, or as JSON."""
+    parser = argparse.ArgumentParser(prog="kvmhost bench young", description=__doc__)
+    parser.add_argument("--gib", type=count, default=64, help="size of the large guest")
+    parser.add_argument("--windows", type=count, default=3600, help="windows of its record")
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--ask", nargs=2, metavar=("QUESTION", "FILE"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.ask:
+        _ask(args.ask[0], Path(args.ask[1]))
+        return 0
+    found = run(args.gib, args.windows, args.rounds, Progress().say)
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    show_table(
+        "records",
+        [
+            (name, f"{value:,.3f}" + (f" (at most {_BOUNDS[name]:g})" if name in _BOUNDS else ""))
+            for name, value in found.items()
+        ],
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,71 @@
+"""``kvmhost lru_gen``: the text interface of the kernel's lru_gen, on VMs of a daemon."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+from kvmhost.errors import LayoutError
+from reclaim.client import DaemonClient
+from reclaim.paths import daemon_names
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = _parser().parse_args(argv)
+    if args.what == "show":
+        with _daemon(args.daemon, args.vm) as daemon:
+            print(daemon.show_lru_gen(args.vm), end="")
+        return 0
+    text = sys.stdin.read() if args.command == "-" else args.command
+    with _daemon(args.daemon, _vm_of(text)) as daemon:
+        print(f"{daemon.run_lru_gen(text)} pages evicted")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvmhost lru_gen",
+        description="Show generations, age and evict, in the syntax of the kernel's "
+        "/sys/kernel/debug/lru_gen. VM is its name, or the number that show prints.",
+    )
+    what = parser.add_subparsers(dest="what", required=True, metavar="show|run")
+    show = what.add_parser("show", help="generations with their ages in ms and pages")
+    show.add_argument("vm", nargs="?", metavar="VM", help="this VM only")
+    run = what.add_parser(
+        "run",
+        help="run commands",
+        description="Run '+ VM 0 SEQ [can_swap [full_scan]]' to age and "
+        "'- VM 0 SEQ [swappiness [nr_pages]]' to evict; several are separated by commas or "
+        "line ends, and '-' reads them from standard input.",
+        prefix_chars="\0",
+    )
+    run.add_argument("command", metavar="COMMAND")
+    for one in (parser,):
+        one.add_argument("--daemon", metavar="NAME", help="which daemon (default: the VM's own)")
+    return parser
+
+
+def _vm_of(text: str) -> str | None:
+    """Return the VM that the first command names; a number names one to a daemon only."""
+    match = re.match(r"\s*[+-]\s*(\S+)", text)
+    return match[1] if match and not match[1].isdigit() else None
+
+
+def _daemon(name: str | None, vm: str | None) -> DaemonClient:
+    """Find the daemon to ask.
+
+    :raises LayoutError: if it is not clear which one is meant
+    """
+    if name:
+        return DaemonClient(name)
+    if vm is not None:
+        return DaemonClient.of_vm(vm)
+    there = daemon_names()
+    if len(there) != 1:
+        raise LayoutError(f"{len(there)} daemons run ({', '.join(there)}): name one with --daemon")
+    return DaemonClient(there[0])

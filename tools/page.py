@@ -1,0 +1,117 @@
+"""``kvmhost page``: all that is known of one guest page, and why it was taken or not."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from kvmhost.control.client import Client
+from kvmhost.control.schema import Page
+from kvmhost.errors import ControlError, VmGoneError
+from reclaim.answers import PageAnswer
+from reclaim.client import DaemonClient
+from reclaim.decisions import Decision
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = _parser().parse_args(argv)
+    with Client(args.vm) as client:
+        name, page = client.state().name, client.page(args.gfn)
+    known, problem = _ask_daemon(args, name)
+    if args.json:
+        whole = {"vm": name, "page": page, "daemon": known, "problem": problem}
+        print(msgspec.json.encode(whole).decode())
+        return 0
+    for label, text in _lines(page, known):
+        print(f"{label:<12} {text}")
+    if problem:
+        print(f"kvmhost page: {problem}", file=sys.stderr)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvmhost page",
+        description="Explain one page: where it is, when it was young, what was done to it and "
+        "why, and what would become of it now. State comes from the VM, history and reasons "
+        "from the daemon that looks after it; without one, the state alone is shown.",
+    )
+    parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
+    parser.add_argument("gfn", metavar="GFN", type=_gfn, help="guest frame number, 0x for hex")
+    parser.add_argument(
+        "--daemon", metavar="NAME", help="which daemon to ask (default: the one that the VM names)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _gfn(text: str) -> int:
+    try:
+        value = int(text, 0)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no gfn; write 1025 or 0x401")
+    return value
+
+
+def _ask_daemon(args: argparse.Namespace, name: str) -> tuple[PageAnswer | None, str]:
+    """Return what the daemon knows, or why it does not."""
+    try:
+        daemon = DaemonClient(args.daemon) if args.daemon else DaemonClient.of_vm(args.vm)
+        with daemon:
+            for vm in dict.fromkeys((args.vm, name)):
+                try:
+                    return daemon.page(vm, args.gfn), ""
+                except ControlError as error:
+                    problem = str(error)
+        return None, problem
+    except VmGoneError as error:
+        return None, f"no history: {error}"
+
+
+def _lines(page: Page, known: PageAnswer | None) -> list[tuple[str, str]]:
+    where = "in memory" if page.resident else "not in memory"
+    lines = [
+        ("gfn", f"{page.gfn:#x}, gpa {page.gpa:#x}"),
+        ("slot", f"{page.slot}, offset {page.slot_offset_bytes:#x}"),
+        ("hva", f"{page.hva:#x}"),
+        ("state", f"{page.state}, {where}{', pinned' if page.pinned else ''}"),
+    ]
+    if page.stored_bytes:
+        lines.append(("store", f"{page.stored_bytes} bytes"))
+    if known is None:
+        return lines
+    lines.append((known.policy_name, ", ".join(f"{k} {v}" for k, v in known.policy.items())))
+    if known.story is not None:
+        story = known.story
+        bits = "".join("1" if young else "." for young in story.windows)
+        lines += [
+            ("windows", f"{bits or 'none yet'} (newest first, 1 is young, pass {story.passes})"),
+            ("generations", _joined(story.joined, story.passes)),
+            ("evictions", f"{story.evictions}, came back {story.refaults}"),
+            ("last action", f"{story.action} in pass {story.action_pass}, {story.why_text}"),
+        ]
+    lines.append(("now", known.verdict))
+    lines += [("decision", _decision(decision)) for decision in known.decisions]
+    return lines
+
+
+def _joined(joined: list[int], passes: int) -> str:
+    if not joined:
+        return "joined none in these windows"
+    shown = ", ".join(str(number) for number in joined[:8])
+    return f"joined the youngest one at pass {shown}{', ...' if len(joined) > 8 else ''}"
+
+
+def _decision(decision: Decision) -> str:
+    at = time.strftime("%H:%M:%S", time.localtime(decision.time_s))
+    why = f" ({decision.why})" if decision.why else ""
+    return f"{at} pass {decision.passes}: {decision.kind}{why}: {decision.text}"
