@@ -164,10 +164,13 @@ class Session:
             notes=notes,
         )
 
-    def age_once(self) -> None:
-        """Harvest and age outside of the passes. The caller holds :attr:`lock`."""
+    def age_once(self, full: bool) -> None:
+        """Harvest and age outside of the passes. The caller holds :attr:`lock`.
+
+        :param full: sweep also what the policy would skip
+        """
         self.passes += 1
-        self._learn()
+        self._learn(full)
 
     # -- learning -------------------------------------------------------------
 
@@ -182,9 +185,9 @@ class Session:
             self.stall = min(1.0, waited_ns / 1e9 / elapsed_s / self._n_vcpus)
         return elapsed_s
 
-    def _learn(self) -> tuple[int, float, Arrivals]:
+    def _learn(self, full: bool = False) -> tuple[int, float, Arrivals]:
         """Harvest, see what came and went, age; return young pages, cost, and changes."""
-        young, cost = self.judge.harvest(self.options.tracker, self.options.sample)
+        young, cost = self.judge.harvest(self.options.tracker, self.options.sample, full)
         n_young = young.count()
         self.totals.note_harvest(self.view.n_pages, n_young, cost)
         resident = self.client.resident(0, self.view.n_pages)
