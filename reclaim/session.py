@@ -66,6 +66,8 @@ class Session:
         self.client, self.common, self.vm = client, common, client.vm
         self.lock = threading.Lock()
         self.dry_run = common.config.daemon.dry_run
+        #: What the VM was told to wait for a word.
+        self.lease_s = common.lease_s
         self.options = common.options_of(self.vm)
         self.view = VmView(client.memory())
         n_pages = self.view.n_pages
@@ -99,14 +101,20 @@ class Session:
         :raises ControlError: with status 423 if another one is
         """
         common = self.common
+        self.lease_s = common.lease_s
         self.client.take_lease(
             LeaseRequest(
                 holder=common.holder,
-                ttl_s=common.lease_s,
+                ttl_s=self.lease_s,
                 socket=common.socket,
                 take_over=common.config.daemon.take_over,
             )
         )
+
+    def stay(self) -> None:
+        """Renew the lease between two passes that are far apart."""
+        if not self.dry_run:
+            self.client.lease()
 
     def run_pass(self, stop: threading.Event | None = None) -> PassReport:
         """Make one pass.
@@ -118,6 +126,8 @@ class Session:
         state = self.client.state()
         if not state.running:
             raise Ended
+        if not self.dry_run and self.common.lease_s != self.lease_s:
+            self.take_lease()
         if state.paused:
             self.totals.skipped += 1
             self._last_s = time.monotonic()
