@@ -9,18 +9,26 @@ __all__ = ["disassemble", "hint"]
 
 #: Mnemonic prefix: what helps. What KVM's emulator lacks was found by running it.
 _HINTS = (
-    (("iret",), "end the handler with popf and a far return, or enter at level 3"),
-    (("int3", "int"), "software interrupts are not emulated in protected mode"),
-    (("popcnt", "movbe", "shlx", "shrx", "sarx"), "compile without -march extensions"),
-    (("fwait", "wait"), "leave the x87 wait out (fninit, fnstsw)"),
+    (("iretq",), "return from an interrupt to level 0 only"),
+    (("iret",), "in 32-bit code end the handler with popf and a far return; iretq works"),
+    (("int3", "int "), "call the handler instead of a software interrupt"),
+    (("popcnt", "movbe", "crc32", "shlx", "shrx", "sarx", "andn", "xsave", "xrstor", "xgetbv"),
+     "compile without -march extensions"),
     (("v",), "compile without AVX (-mgeneral-regs-only)"),
+    (("f", "wait"), "compile without x87 code (-mgeneral-regs-only); fninit and fnstcw work"),
+    (("p", "mov", "cvt", "add", "mul", "sub", "div"),
+     "compile without SSE (-mgeneral-regs-only); plain loads and stores of xmm work"),
+    (("rdtscp",), "use rdtsc"),
+    (("rdrand", "rdseed"), "in 32-bit code there is none"),
+    (("sysenter",), "use a call gate or an interrupt"),
+    (("lar", "lsl", "verr", "verw"), "read the descriptor from the table"),
     (("clac", "stac"), "leave SMAP off"),
-    (("xgetbv", "xrstor", "xsave"), "use fxsave, or leave OSXSAVE off"),
     (("cmpxchg16b", "lock cmpxchg16b"), "use cmpxchg8b or a lock"),
     (("clwb",), "use clflush"),
     (("invpcid",), "reload CR3"),
+    (("monitor", "mwait"), "use hlt"),
     (("rdpru",), "read the MSR"),
-)
+)  # fmt: skip
 _GENERAL = (
     "this KVM emulates privilege level 0 one instruction at a time and its emulator lacks "
     "this one; on hardware paging, or at level 3, it runs"

@@ -62,6 +62,8 @@ class Console(Closing):
         if self._input_fd < 0:
             return
         if self.interactive and self._input_fd == 0:
+            if _in_background():
+                return  # In the background: the terminal is not ours to change or read.
             self._saved = termios.tcgetattr(0)
             tty.setraw(0, termios.TCSANOW)
             # Output processing stays: messages of this process need their line ends.
@@ -162,6 +164,13 @@ def open_console(
             raise LayoutError(f"--serial {word}: {error.strerror}") from error
         return Console(fd, -1, (fd,))
     raise LayoutError(f"--serial {word!r}: need stdio, file:PATH, pty or null")
+
+
+def _in_background() -> bool:
+    try:
+        return os.tcgetpgrp(0) != os.getpgrp()
+    except OSError:
+        return False  # Not the controlling terminal: nobody stops us.
 
 
 def _is_open(fd: int) -> bool:

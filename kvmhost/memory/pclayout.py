@@ -8,7 +8,7 @@
     0x000f_0000  RSDP, GDT of the entry state (reserved)
     0x0010_0000  memory for the guest; an image is usually here
     end - 128 K  ACPI tables, then page tables for 64-bit entry (reserved)
-    0xc000_0000  end of low memory at the latest; what does not fit goes on at 4 GiB
+    0xc000_0000  end of low memory where there are 3.5 GiB or more; it goes on at 4 GiB
     0xfec0_0000  I/O APIC, 0xfee0_0000 local APICs, in the kernel
     0xfeff_c000  identity map and task state segment of KVM (reserved)
     0xff00_0000  memory of the test device
@@ -39,6 +39,7 @@ HYPERTRANSPORT_GPA, HYPERTRANSPORT_BYTES = 0xFD_0000_0000, 0x3_0000_0000
 TABLES_BYTES = 0x2_0000
 PAGE_TABLES_OFFSET = 0x1_0000
 MIN_PC_BYTES = 2 << 20
+ONE_PIECE_BYTES = 0xE000_0000
 MAX_PC_BYTES = 1 << 40
 
 
@@ -78,8 +79,8 @@ class PcLayout:
 
     @property
     def low_end(self) -> int:
-        """End of memory below 4 GiB."""
-        return min(self.mem_bytes, LOW_END_GPA)
+        """End of memory below 4 GiB: up to 3.5 GiB are in one piece, more is cut at 3."""
+        return self.mem_bytes if self.mem_bytes < ONE_PIECE_BYTES else LOW_END_GPA
 
     @property
     def regions(self) -> list[tuple[int, int]]:

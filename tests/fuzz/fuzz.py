@@ -53,10 +53,11 @@ def loaders(data: bytes) -> None:
 def serial(data: bytes) -> None:
     """Pairs of bytes: register and direction, value."""
     port = Serial()
+    room = 4096  # More would wait for a reader, and there is none.
     for at in range(0, len(data) - 1, 2):
         where, value = data[at], data[at + 1]
-        if where & 0x40:
-            port.receive(bytes([value] * (where & 15)))
+        if where & 0x40 and room >= 16:
+            room -= port.receive(bytes([value] * (where & 15)))
         elif where & 0x80:
             port.write_register(where & 7, value)
         else:

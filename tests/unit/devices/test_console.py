@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
+import subprocess
+import sys
+import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,6 +54,35 @@ def test_null_takes_nothing() -> None:
         assert console.fd == -1
 
 
+@pytest.mark.requires_kvm
+def test_a_terminal_is_raw_until_the_escape_key(pc_guest: Callable[[str], Path]) -> None:
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    command = [sys.executable, "-m", "tools.main", "run", str(pc_guest("echo.elf"))]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        try:
+            assert read_until(ours, b"ready") == b"ready"
+            os.write(ours, b"abc\n")  # raw: no echo, no line editing
+            assert read_until(ours, b"got abc").strip() == b"got abc"
+            os.write(ours, b"\x01x")
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
+
+
+def read_until(fd: int, wanted: bytes) -> bytes:
+    got = b""
+    deadline = time.monotonic() + 20
+    while wanted not in got:
+        assert time.monotonic() < deadline, got
+        if select.select([fd], [], [], 1)[0]:
+            got += os.read(fd, 100)
+    return got.strip()
+
+
 def test_pty_both_ways() -> None:
     with open_console("pty") as console:
         serial = Serial(console.fd)
@@ -55,7 +90,7 @@ def test_pty_both_ways() -> None:
         peer = os.open(console.name, os.O_RDWR | os.O_NOCTTY)
         try:
             serial.write(b"out\n")
-            assert os.read(peer, 100) == b"out\n"
+            assert read_until(peer, b"out\n") == b"out"
             os.write(peer, b"in")
             deadline = time.monotonic() + 10
             got = b""
