@@ -7,7 +7,7 @@ page is tested and cleared on its own, under the MMU lock and with a flush
 deactivated from its tail, in batches of 32, while the inactive one is low. A page that
 comes back is active at once if fewer pages went since than are active.
 
-Where a caller harvests all the same, or has no probe, the harvested bits answer.
+Where the caller has no probe, everything is harvested, and the harvested bits answer.
 
 After ``shrink_active_list`` and ``shrink_inactive_list`` (mm/vmscan.c) and
 ``workingset_refault`` (mm/workingset.c), Linux v6.12, as they treat anonymous pages
@@ -23,7 +23,7 @@ import numpy as np
 
 from kvmhost.bitmap import Words, n_words
 from kvmhost.errors import LayoutError
-from reclaim.policy.base import Gfns, Mask, Plan, Probe, check_mask, check_words
+from reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
 
 __all__ = ["SWAP_CLUSTER_MAX", "Classic"]
 
@@ -34,14 +34,17 @@ _OFF, _INACTIVE, _ACTIVE, _GONE = 0, 1, 2, 3
 class Classic:
     """Two lists over the pages ``[0, n_pages)``.
 
+    :param probes: the caller will hand a probe to :meth:`victims`; else everything is
+        harvested ahead, and the harvested bits answer the tests
     :raises LayoutError: if there are no pages
     """
 
     name = "classic"
 
-    def __init__(self, n_pages: int) -> None:
+    def __init__(self, n_pages: int, *, probes: bool = False) -> None:
         if n_pages <= 0:
             raise LayoutError(f"{n_pages} pages: need one or more")
+        self.probes = probes
         self.state = np.zeros(n_pages, dtype=np.uint8)
         #: Place in its list, the tail lowest; of a page that went: the non-resident age then.
         self.order = np.zeros(n_pages, dtype=np.uint32)
@@ -60,7 +63,9 @@ class Classic:
         return self.state.size
 
     def plan(self, tables_young: Words | None = None) -> Plan:
-        """Ask for nothing: pages are tested when their turn comes."""
+        """Ask for nothing: pages are tested when their turn comes, if there is a probe."""
+        if not self.probes:
+            return Everything
         return Plan(np.zeros_like(self._young), batched=False)
 
     def refaulted(self, gfns: Gfns, now_ns: int) -> None:

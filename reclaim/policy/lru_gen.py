@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,7 @@ _NOW = 1 << 15
 _RECENT = 32
 #: Seen in fewer windows than this, pages are not told apart: a scan sees every page once.
 _TELLING = 2
+_PROTECTED_KEY = np.uint32(1 << 31)
 #: Bits of the shadow of a page that went; the tier that it had is below them.
 _GONE = np.uint8(0x80)
 _TIER_BITS = np.uint8(0x0F)
@@ -272,36 +274,33 @@ class LruGen:
         return chosen
 
     def _choose(self, n: int, candidates: Mask, now_ns: int) -> Gfns:
-        pages = np.flatnonzero(candidates & self._old_enough(now_ns))
-        history = self.history[pages]
-        tiers = TIER_OF[history]
-        protected = (tiers > self.tiers.last_evictable()) & ~IS_OVERDUE[history]
+        # Half as wide as flatnonzero has them: this is where the policy needs most memory.
+        pages = np.flatnonzero(candidates & self._old_enough(now_ns)).astype(np.uint32)
         behind = np.minimum(self.behind[pages], self.max_seq - self.min_seq)
-        key = self._keys(pages, behind, protected)
+        key = self._keys(pages, behind)
         order = _lowest(key, n)
-        chosen = pages[order]
+        chosen = pages[order].astype(np.int64)
         if order.size:
-            passed = protected & (key >= 1 << 31) & (behind >= behind[order].min())
+            passed = (key >= _PROTECTED_KEY) & (behind >= behind[order].min())
             passed[order] = False
-            self._spared = tiers[passed]
+            self._spared = TIER_OF[self.history[pages[passed]]]
         return chosen
 
     def _keys(
-        self, pages: Gfns, behind: npt.NDArray[np.uint8], protected: Mask
+        self, pages: npt.NDArray[np.uint32], behind: npt.NDArray[np.uint8]
     ) -> npt.NDArray[np.uint32]:
         """Return numbers by which pages are to go, the lowest first.
 
         Among equals the lot decides, by blocks of 64: neighbours go together, and the same
         blocks stay, so that a scan finds a part of memory there and not none of it.
         """
-        youth = np.uint32(255) - behind
-        refs = _refs(self.history[pages]).astype(np.uint32)
-        key = np.where(
-            protected,
-            np.uint32(1 << 31) | refs << np.uint32(23) | youth << np.uint32(15),
-            youth << np.uint32(23) | np.maximum(refs, _TELLING) << np.uint32(15),
-        )
-        return key | self._lot[pages // 64]
+        known, shift = _key_parts(self.tiers.last_evictable())
+        history = self.history[pages]
+        key = np.subtract(np.uint32(255), behind, dtype=np.uint32)
+        np.left_shift(key, shift[history], out=key)
+        key |= known[history]
+        key |= self._lot[pages >> np.uint32(6)]
+        return key
 
     def _old_enough(self, now_ns: int) -> Mask:
         """Return the pages outside the protected generations, and unseen for ``min_ttl_ms``."""
@@ -451,6 +450,23 @@ _REFS = (
     .reshape(-1, _WINDOWS)
     .sum(axis=1, dtype=np.uint8)
 )
+
+
+@functools.lru_cache(maxsize=N_TIERS)
+def _key_parts(last_evictable: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
+    """Return, by history, a page's part of its key, and where its generation belongs in it.
+
+    From the top: what is protected, windows seen, generation; what is not, generation,
+    windows seen. The 15 bits below are the lot's.
+    """
+    refs = _REFS.astype(np.uint32)
+    protected = (last_evictable < TIER_OF) & ~IS_OVERDUE
+    known = np.where(
+        protected,
+        _PROTECTED_KEY | refs << np.uint32(23),
+        np.maximum(refs, _TELLING) << np.uint32(15),
+    )
+    return known, np.where(protected, 15, 23).astype(np.uint8)
 
 
 def _lowest(key: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.int64]:

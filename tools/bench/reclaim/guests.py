@@ -12,6 +12,7 @@ from typing import Any
 from guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
+from reclaim.policy.base import Policy
 from reclaim.policy.belady import belady
 from reclaim.policy.registry import create
 from tools.bench.reclaim.inprocess import Reclaimer, check
@@ -76,7 +77,7 @@ def _measure(name: str, policy: str, pages: int, seconds: float, budget: float) 
         bound = [_free(stack, params) for params in _params(name, pages)]
         touched = [int(machine.resident().sum()) for machine in bound]
         limited = [
-            Reclaimer(r.machine, create(policy, r.n_pages), int(n * budget))
+            Reclaimer(r.machine, _make(policy, r.n_pages), int(n * budget))
             for r, n in zip(bound, touched, strict=True)
         ]
         _segment(limited, _SETTLE_S, interval_s)
@@ -105,6 +106,11 @@ def _measure(name: str, policy: str, pages: int, seconds: float, budget: float) 
             "wrong_evictions": sum(r.wrong_evictions for r in limited),
             "busy_ms_per_pass": sum(one.busy_ns for one in passes) / len(passes) / 1e6,
         }
+
+
+def _make(name: str, n_pages: int) -> Policy:
+    # The two lists as they were: pages tested alone, when they come up.
+    return create(name, n_pages, {"probes": True} if name == "classic" else None)
 
 
 def _free(stack: contextlib.ExitStack, params: Mapping[str, int]) -> Reclaimer:

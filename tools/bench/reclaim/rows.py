@@ -57,7 +57,7 @@ def run(pages: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     ways: dict[str, tuple[Callable[[int], Policy], type[Reclaimer]]] = {
         "batched, no lock": (lambda n: LruGen(n, probes=True), Reclaimer),
         "page by page, locked": (lambda n: LruGen(n, probes=True, caps=before), _PageByPage),
-        "classic": (Classic, Reclaimer),
+        "classic": (lambda n: Classic(n, probes=True), Reclaimer),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     faults: dict[str, list[int]] = {name: [] for name in ways}

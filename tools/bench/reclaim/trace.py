@@ -12,6 +12,7 @@ from guests.workloads import hotcold_gfns
 from kvmhost.bitmap import Words, pack, unpack
 from reclaim.policy.base import Everything, Gfns, Mask, Plan, Policy, Probe
 from reclaim.policy.belady import belady
+from reclaim.policy.classic import Classic
 from reclaim.policy.lru_gen import LruGen
 from reclaim.policy.registry import create
 from reclaim.policy.replay import ReplayResult, replay
@@ -26,7 +27,7 @@ Trace = list[tuple[int, Words]]
 _POLICIES: Mapping[str, Callable[[int, Trace], Policy]] = {
     "lru_gen": lambda n, trace: create("lru_gen", n),
     "lru_gen+filter": lambda n, trace: LruGen(n, probes=True),
-    "classic": lambda n, trace: create("classic", n),
+    "classic": lambda n, trace: Classic(n, probes=True),
     "age": lambda n, trace: create("age", n),
     "random": lambda n, trace: create("random", n),
     "ranking": lambda n, trace: Ranking(n, trace),

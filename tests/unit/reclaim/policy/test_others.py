@@ -115,7 +115,7 @@ class TwoLists:
     st.lists(st.tuples(st.sets(st.integers(0, 199), max_size=120), st.integers(0, 60)), max_size=10)
 )
 def test_classic_against_two_lists(bits_of_a_run):
-    policy, model, resident = Classic(200), TwoLists(), set()
+    policy, model, resident = Classic(200, probes=True), TwoLists(), set()
     for touched, n in bits_of_a_run:
         probe = SetProbe(set(touched))
         came = sorted(touched - resident)
@@ -132,6 +132,16 @@ def test_classic_against_two_lists(bits_of_a_run):
         assert policy.sizes(mask)[1][1] == len(model.active)
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.sets(st.integers(0, 63)), min_size=1, max_size=20), st.integers(1, 64))
+def test_classic_decides_the_same_from_harvests_and_from_tests(windows, budget):
+    trace = [(i, words(64, touched)) for i, touched in enumerate(windows)]
+    ahead = replay(trace, Classic(64), budget)
+    tested = replay(trace, Classic(64, probes=True), budget)
+    assert ahead.refaults_by_window.tolist() == tested.refaults_by_window.tolist()
+    assert tested.planned_pages == 0
+
+
 class SetProbe:
     def __init__(self, young):
         self.young = young
@@ -146,7 +156,8 @@ class SetProbe:
 
 
 def test_classic_plans_nothing_and_takes_harvested_bits_all_the_same():
-    policy = Classic(128)
+    assert Classic(128).plan().pages is None
+    policy = Classic(128, probes=True)
     plan = policy.plan()
     assert not plan.pages.any()
     assert not plan.batched

@@ -34,7 +34,9 @@ def test_options():
     assert isinstance(policy, LruGen)
     assert (policy.n_generations, policy.min_ttl_ms) == (6, 1000)
     assert registry.options_of("random") == {"seed": 1}
-    with pytest.raises(LayoutError, match=r"policy classic: no option 'speed' \(it takes: no opt"):
+    with pytest.raises(
+        LayoutError, match=r"policy classic: no option 'speed' \(it takes: probes\)"
+    ):
         registry.create("classic", 8, {"speed": 1})
     with pytest.raises(LayoutError, match=r"no option 'x' .*takes: target_percent, percentile"):
         registry.create("age", 8, {"x": 1})

@@ -1,0 +1,89 @@
+"""kvmhost bench reclaim: its parts on small guests, and what its figures must obey."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from guests.workloads import hotcold_gfns
+from kvmhost.bitmap import unpack
+from kvmhost.errors import LayoutError
+from reclaim.policy.lru_gen import LruGen
+from tools.bench.reclaim import guests, rows, show, trace
+from tools.bench.reclaim.inprocess import Reclaimer
+from tools.bench.reclaim.workloads import WORKLOADS, guest_params
+
+
+def quiet(text):
+    pass
+
+
+def test_traces_are_what_the_guest_touches():
+    params = guest_params(WORKLOADS["scan"].guests[0], 512)
+    found = trace.windows_of(params, 5)
+    assert [now for now, _ in found] == [i * 10**9 for i in range(5)]
+    for epoch, (_, words) in enumerate(found):
+        assert (
+            np.flatnonzero(unpack(words, 512)).tolist()
+            == (hotcold_gfns(params, epoch) - params["start_gfn"]).tolist()
+        )
+
+
+def test_trace_rows_add_up_and_can_be_shown(tmp_path):
+    report = {"trace": trace.run(["phase", "two"], 512, 20, (0.5,), quiet)}
+    by_case = {(r["workload"], r["policy"]): r for r in report["trace"]}
+    for (workload, _), row in by_case.items():
+        assert row["refaults"] >= by_case[workload, "belady"]["refaults"]
+        assert row["refaults"] <= row["evictions"]
+        assert row["wrong_evictions"] <= row["refaults"]
+    text = show.tables(report)
+    assert "two       50%" in text
+    target = tmp_path / "out.png"
+    show.plot(report, target)
+    assert target.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(LayoutError, match="no file can be written there"):
+        show.need_file(tmp_path)
+
+
+@pytest.mark.requires_kvm
+@pytest.mark.requires_uffd
+def test_a_reclaimer_holds_a_guest_to_its_budget_and_the_guest_finds_its_data():
+    """The guest checks every page it touches, and stops at the first lost byte."""
+    params = guest_params(lambda p: {"hot": p // 4, "cold": 64}, 2048) | {"epochs": 0}
+    with guests.booted(params) as machine:
+        whole = Reclaimer(machine, None, 0)
+        touched = int(whole.resident().sum())
+        budget = touched // 2
+        policy = LruGen(whole.n_pages, probes=True)
+        reclaimer = Reclaimer(machine, policy, budget)
+        assert int(reclaimer.resident().sum()) <= budget
+        hot = range(1024 + 512, 1024 + 1024)
+        for epoch in range(1, 25):
+            machine.run_epoch()
+            done = reclaimer.run_pass()
+            young = set(np.flatnonzero(unpack(done.young, whole.n_pages)).tolist())
+            if epoch > 2:
+                # Dense, so swept every time; and touched in every epoch.
+                assert young >= set(hot)
+            assert int(reclaimer.resident().sum()) <= budget
+        assert reclaimer.resident()[list(hot)].all()
+        assert reclaimer.refaulted_pages > 0
+
+
+@pytest.mark.requires_kvm
+@pytest.mark.requires_uffd
+def test_rows_and_guests_run_on_a_small_scale(monkeypatch):
+    monkeypatch.setattr(rows, "_REPEATS", 1)
+    found = rows.run(512, quiet)
+    assert [row["way"] for row in found] == [
+        "batched, no lock",
+        "page by page, locked",
+        "classic",
+    ]
+    assert all(row["faulted_in"] > 0 for row in found)
+    monkeypatch.setattr(guests, "_SETTLE_S", 0.5)
+    one = guests._measure("hotcold", "lru_gen", 1024, 1.0, 0.5)
+    assert one["throughput_of_no_limit"] > 0
+    assert one["faults_in_per_epoch"] > 0
+    assert one["refaulted_pages"] >= one["wrong_evictions"]
+    assert "lru_gen" in show.tables({"guests": [one], "rows": found})
