@@ -91,6 +91,14 @@ def test_processors_start_and_interrupt_each_other(n_vcpus: int, pc_guest: Guest
 
 
 @needs_kvm
+def test_x2apic_mode(pc_guest: Guest) -> None:
+    status, text, _ = boot(pc_guest("x2apic.elf"), 3)
+    assert status == 3 << 1 | 1
+    assert lines(text)["mode"] == 0xC00
+    assert text.endswith("answered 0x2\n")
+
+
+@needs_kvm
 def test_timers(pc_guest: Guest) -> None:
     status, text, _ = boot(pc_guest("timer.elf"))
     assert status == 1
@@ -234,6 +242,7 @@ def theirs(image: Path, n_vcpus: int, words: list[str]) -> tuple[int, str]:
         ),
         pytest.param("smp.elf", 4, [], marks=pytest.mark.slow),
         pytest.param("smp.flat", 2, [], marks=pytest.mark.slow),
+        pytest.param("x2apic.flat", 2, [], marks=pytest.mark.slow),
         pytest.param("timer.flat", 1, [], marks=pytest.mark.slow),
         pytest.param("acpi.elf", 2, [], marks=pytest.mark.slow),
         pytest.param("irq.elf", 1, ["--append", "testdev"], marks=pytest.mark.slow),
