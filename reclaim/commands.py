@@ -22,8 +22,8 @@ class _Hand:
         self._session = session
 
     def age(self, full_scan: bool) -> None:
-        """Harvest and age; whether all is swept is the policy's plan."""
-        self._session.age_once()
+        """Harvest and age."""
+        self._session.age_once(full_scan)
 
     def candidates(self) -> Mask:
         """Return what may be evicted."""

@@ -48,7 +48,7 @@ class Common:
     @property
     def holder(self) -> str:
         """How this daemon calls itself to a VM."""
-        return f"reclaimd {self.config.daemon.name}".strip() or f"reclaimd pid-{os.getpid()}"
+        return f"reclaimd {self.config.daemon.name or f'pid-{os.getpid()}'}"
 
     @property
     def lease_s(self) -> float:

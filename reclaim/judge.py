@@ -7,6 +7,7 @@ that looks at accessed bits between two harvests.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from kvmhost.errors import LayoutError
 from reclaim.options import VmOptions
 from reclaim.policy import registry
 from reclaim.policy.base import Gfns, Mask, Policy
+from reclaim.policy.lru_gen import LruGen
 from reclaim.vmview import Arrivals
 
 __all__ = ["Judge", "make_policy"]
@@ -27,12 +29,12 @@ def make_policy(n_pages: int, options: VmOptions) -> Policy:
 
     :raises LayoutError: for an unknown one, or options that it does not take
     """
-    given = dict(options.policy_options)
+    given: dict[str, Any] = dict(options.policy_options)
     takes = registry.options_of(options.policy)
     if "n_generations" in takes:
         given.setdefault("n_generations", options.generations)
-    if "seed" in takes and options.seed >= 0:
-        given.setdefault("seed", options.seed)
+    if "seed" in takes:
+        given.setdefault("seed", None if options.seed < 0 else options.seed)
     return registry.create(options.policy, n_pages, given)
 
 
@@ -44,13 +46,18 @@ class Judge:
         self._tracker = "auto"
         self.probed_pages = 0
 
-    def harvest(self, tracker: str, sample: float) -> tuple[YoungBitmap, HarvestCost]:
+    def harvest(
+        self, tracker: str, sample: float, full: bool = False
+    ) -> tuple[YoungBitmap, HarvestCost]:
         """Test and clear what the policy plans; re-arm what was cleared.
 
         :param sample: clear only this share of the pages, in turn; 0: all
+        :param full: sweep also what the policy would skip, if it does skip
         """
         self._tracker = tracker
         plan = self.policy.plan()
+        if full and isinstance(self.policy, LruGen):
+            plan = self.policy.full_plan()
         young, cost = self._client.harvest_timed(
             0,
             self.n_pages,
@@ -80,9 +87,10 @@ class Judge:
     def victims(self, n: int, candidates: Mask, probe: bool = True) -> Gfns:
         """Return up to ``n`` pages to go, the best first.
 
-        :param probe: lend the policy a look at accessed bits
+        :param probe: lend a policy that probes a look at accessed bits; each costs a
+            request, so policies do not probe unless their options say so
         """
-        lent = self if probe else None
+        lent = self if probe and getattr(self.policy, "probes", False) else None
         return self.policy.victims(n, candidates, time.monotonic_ns(), lent)
 
     def evicted(self, gfns: Gfns) -> None:

@@ -127,10 +127,21 @@ class Member:
                 return None
             interval_s = self.common.config.daemon.interval
             took_s = time.monotonic() - start_s
-            self._wake.wait(max(interval_s - took_s, interval_s * _MIN_IDLE_SHARE, rest_s))
-            if not self._stop.is_set():
-                self._wake.clear()
+            self._rest(session, max(interval_s - took_s, interval_s * _MIN_IDLE_SHARE, rest_s))
         return None
+
+    def _rest(self, session: Session, seconds: float) -> None:
+        """Wait for the time, a wake or the stop; in a long rest tell the VM that all is well."""
+        end_s = time.monotonic() + seconds
+        while (left_s := end_s - time.monotonic()) > 0:
+            if self._wake.wait(min(left_s, session.lease_s / 3)):
+                break
+            if end_s > time.monotonic():
+                # What is wrong with the VM, the next pass will meet too.
+                with contextlib.suppress(KvmHostError):
+                    session.stay()
+        if not self._stop.is_set():
+            self._wake.clear()
 
     def _one_pass(self, session: Session) -> float:
         """Make a pass and tell it; return for how long the limit on the CPU wants a rest."""

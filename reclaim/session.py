@@ -66,6 +66,8 @@ class Session:
         self.client, self.common, self.vm = client, common, client.vm
         self.lock = threading.Lock()
         self.dry_run = common.config.daemon.dry_run
+        #: What the VM was told to wait for a word.
+        self.lease_s = common.lease_s
         self.options = common.options_of(self.vm)
         self.view = VmView(client.memory())
         n_pages = self.view.n_pages
@@ -99,14 +101,20 @@ class Session:
         :raises ControlError: with status 423 if another one is
         """
         common = self.common
+        self.lease_s = common.lease_s
         self.client.take_lease(
             LeaseRequest(
                 holder=common.holder,
-                ttl_s=common.lease_s,
+                ttl_s=self.lease_s,
                 socket=common.socket,
                 take_over=common.config.daemon.take_over,
             )
         )
+
+    def stay(self) -> None:
+        """Renew the lease between two passes that are far apart."""
+        if not self.dry_run:
+            self.client.lease()
 
     def run_pass(self, stop: threading.Event | None = None) -> PassReport:
         """Make one pass.
@@ -118,6 +126,8 @@ class Session:
         state = self.client.state()
         if not state.running:
             raise Ended
+        if not self.dry_run and self.common.lease_s != self.lease_s:
+            self.take_lease()
         if state.paused:
             self.totals.skipped += 1
             self._last_s = time.monotonic()
@@ -164,10 +174,13 @@ class Session:
             notes=notes,
         )
 
-    def age_once(self) -> None:
-        """Harvest and age outside of the passes. The caller holds :attr:`lock`."""
+    def age_once(self, full: bool) -> None:
+        """Harvest and age outside of the passes. The caller holds :attr:`lock`.
+
+        :param full: sweep also what the policy would skip
+        """
         self.passes += 1
-        self._learn()
+        self._learn(full)
 
     # -- learning -------------------------------------------------------------
 
@@ -182,9 +195,9 @@ class Session:
             self.stall = min(1.0, waited_ns / 1e9 / elapsed_s / self._n_vcpus)
         return elapsed_s
 
-    def _learn(self) -> tuple[int, float, Arrivals]:
+    def _learn(self, full: bool = False) -> tuple[int, float, Arrivals]:
         """Harvest, see what came and went, age; return young pages, cost, and changes."""
-        young, cost = self.judge.harvest(self.options.tracker, self.options.sample)
+        young, cost = self.judge.harvest(self.options.tracker, self.options.sample, full)
         n_young = young.count()
         self.totals.note_harvest(self.view.n_pages, n_young, cost)
         resident = self.client.resident(0, self.view.n_pages)

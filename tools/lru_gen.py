@@ -42,10 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Run '+ VM 0 SEQ [can_swap [full_scan]]' to age and "
         "'- VM 0 SEQ [swappiness [nr_pages]]' to evict; several are separated by commas or "
         "line ends, and '-' reads them from standard input.",
-        prefix_chars="\0",
     )
     run.add_argument("command", metavar="COMMAND")
-    for one in (parser,):
+    for one in (show, run):
         one.add_argument("--daemon", metavar="NAME", help="which daemon (default: the VM's own)")
     return parser
 

@@ -49,13 +49,6 @@ int kh_vcpu_map(struct kh_vcpu *vcpu, int fd, uint64_t run_bytes)
 	return 0;
 }
 
-void kh_vcpu_unmap(struct kh_vcpu *vcpu)
-{
-	if (vcpu->run)
-		munmap(vcpu->run, vcpu->run_bytes);
-	vcpu->run = NULL;
-}
-
 static const struct kh_port *find_port(const struct kh_bus *bus, uint16_t port)
 {
 	for (uint32_t i = 0; bus && i < bus->n_ports; i++)
@@ -291,6 +284,8 @@ void kh_vcpu_complete_read(struct kh_vcpu *vcpu, const uint8_t *data, uint64_t n
 {
 	struct kvm_run *run = vcpu->run;
 
+	if (!run)
+		return;
 	if (run->exit_reason == KVM_EXIT_IO) {
 		uint64_t size = (uint64_t)run->io.size * run->io.count;
 
@@ -304,6 +299,8 @@ void kh_vcpu_complete_msr(struct kh_vcpu *vcpu, uint64_t value, int error)
 {
 	struct kvm_run *run = vcpu->run;
 
+	if (!run)
+		return;
 	if (run->exit_reason != KVM_EXIT_X86_RDMSR && run->exit_reason != KVM_EXIT_X86_WRMSR)
 		return;
 	if (run->exit_reason == KVM_EXIT_X86_RDMSR)
@@ -313,6 +310,6 @@ void kh_vcpu_complete_msr(struct kh_vcpu *vcpu, uint64_t value, int error)
 
 void kh_vcpu_complete_hypercall(struct kh_vcpu *vcpu, uint64_t result)
 {
-	if (vcpu->run->exit_reason == KVM_EXIT_HYPERCALL)
+	if (vcpu->run && vcpu->run->exit_reason == KVM_EXIT_HYPERCALL)
 		vcpu->run->hypercall.ret = result;
 }

@@ -71,8 +71,8 @@ int kh_kick_signal(void);
 /* Block all signals but the kick in the calling thread. */
 int kh_thread_mask_signals(void);
 
+/* Map struct kvm_run; whoever asks for it unmaps run_bytes of it. */
 int kh_vcpu_map(struct kh_vcpu *vcpu, int fd, uint64_t run_bytes);
-void kh_vcpu_unmap(struct kh_vcpu *vcpu);
 /* Run until an exit that the bus does not handle, a kick, or -errno. */
 int kh_vcpu_run(struct kh_vcpu *vcpu, struct kh_bus *bus);
 /* Make kh_vcpu_run return, now or at its next call. Any thread. */

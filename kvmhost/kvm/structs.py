@@ -168,7 +168,7 @@ class Struct:
 
     def raw(self) -> memoryview:
         """Return the bytes in place: writable, no copy."""
-        return memoryview(ffi.buffer(self._pointer, self._n_bytes()))
+        return _memory(self._owner, self._pointer, self._n_bytes())
 
     def numpy(self) -> npt.NDArray[np.void]:
         """Return a numpy view on the structure (shape ``()``), for fields by name.
@@ -360,7 +360,7 @@ class Array:
     def raw(self) -> memoryview:
         """Return the bytes in place: writable, no copy."""
         item = ffi.sizeof(ffi.typeof(self._array).item)
-        return memoryview(ffi.buffer(self._array, self._length * item))
+        return _memory(self._owner, self._array, self._length * item)
 
     def numpy(self) -> npt.NDArray[Any]:
         """Return a numpy view, shape ``(len(self), …)``."""
@@ -427,6 +427,12 @@ def _allocate(ctype: str, fields: Mapping[str, Any]) -> Any:
     if counter:
         setattr(pointer, counter, len(given))
     return pointer
+
+
+def _memory(owner: Any, part: Any, n_bytes: int) -> memoryview:
+    # SAFETY: a pointer to a part does not keep the whole alive, a buffer of the whole does.
+    offset = int(ffi.cast("uintptr_t", part)) - int(ffi.cast("uintptr_t", owner))
+    return memoryview(ffi.buffer(owner, offset + n_bytes))[offset:]
 
 
 def _fields(cname: str) -> dict[str, Any]:

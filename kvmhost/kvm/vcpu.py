@@ -5,6 +5,7 @@ The state of a vCPU is in :mod:`~kvmhost.kvm.vcpu_state`.
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -40,6 +41,9 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
         try:
             check(lib.kh_kick_setup(), "sigaction", signal=lib.kh_kick_signal())
             check(lib.kh_vcpu_map(self.core, fd, run_bytes), "mmap", fd=fd, length=run_bytes)
+            # SAFETY: unmapped with the last reference: here, or of a view on the run page.
+            unmap = functools.partial(_unmap, n_bytes=run_bytes)
+            self._page: Any = ffi.gc(self.core.run, unmap)
         except BaseException:
             super().close()
             raise
@@ -90,9 +94,7 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
         """
         if self.core.run == ffi.NULL:
             raise ValueError("the vCPU is closed")
-        # SAFETY: the mapping lives until close(), which invalidates no view: take a new one
-        # each time, and keep none.
-        return Struct.view("kvm_run", self.core.run, self.core)
+        return Struct.view("kvm_run", self.core.run, self._page)
 
     def sync_registers(self, classes: int) -> None:
         """Have registers in :attr:`run_page` after every exit, without further requests.
@@ -277,6 +279,9 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
 
     def close(self) -> None:
         """Unmap and close. Idempotent. The vCPU must not be running."""
-        if self.fd >= 0:
-            lib.kh_vcpu_unmap(self.core)
+        self.core.fd, self.core.run, self._page = -1, ffi.NULL, None
         super().close()
+
+
+def _unmap(page: Any, n_bytes: int) -> None:
+    lib.kh_unmap(int(ffi.cast("uintptr_t", page)), n_bytes)

@@ -105,7 +105,7 @@ class LruGen:
         self,
         n_pages: int,
         n_generations: int = 4,
-        seed: int | None = 1,
+        seed: int | None = 3,
         *,
         min_ttl_ms: int = 0,
         caps: int = Caps.ALL,

@@ -19,17 +19,14 @@ import numpy as np
 
 from kvmhost.bitmap import Words, n_words
 from kvmhost.errors import CapabilityError, LayoutError
+from reclaim.policy import registry
 from reclaim.policy.base import Policy
-from reclaim.policy.lru_gen import LruGen
 from reclaim.policy.replay import replay
 from reclaim.young.bits import count_bits
 from reclaim.young.clock import elapsed_s
 from reclaim.young.record import YoungRecord
 
 __all__ = ["Case", "Outcome", "cases_of", "make_policy", "run_case", "run_cases", "windows_of"]
-
-
-_POLICIES: dict[str, Callable[..., Policy]] = {"lru_gen": LruGen}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +105,7 @@ def make_policy(name: str, n_pages: int, options: Mapping[str, Any]) -> Policy:
 
     :raises LayoutError: if there is none of that name, or it takes other options
     """
-    try:
-        return _POLICIES[name](n_pages, **dict(options))
-    except KeyError:
-        raise LayoutError(f"no policy {name!r}; there are: {', '.join(_POLICIES)}") from None
-    except TypeError as error:
-        raise LayoutError(f"policy {name}: {error}") from None
+    return registry.create(name, n_pages, options)
 
 
 def windows_of(record: YoungRecord, first: int, end: int | None) -> Iterator[tuple[int, Words]]:

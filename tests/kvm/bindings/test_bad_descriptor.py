@@ -238,6 +238,10 @@ def test_a_closed_descriptor_is_none() -> None:
     for opened in (vcpu, vm, system):
         opened.close()
         opened.close()
+    vcpu.complete_read(b"1")
+    vcpu.complete_msr(1)
+    vcpu.complete_hypercall(1)
+    vcpu.kick()
     for attempt in (vcpu.get_regs, vcpu.run, vm.get_clock, system.get_api_version):
         with pytest.raises(IoctlError) as caught:
             attempt()

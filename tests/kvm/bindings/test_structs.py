@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import struct
 from typing import Any
@@ -80,6 +81,31 @@ def test_views_share_memory() -> None:
     part = sregs.cs
     del sregs, view
     assert part.base == 9  # a part keeps the whole alive
+
+
+def test_views_of_parts_keep_the_whole_alive() -> None:
+    def views() -> list[Any]:
+        sregs = Struct("kvm_sregs", gdt={"base": 0x1122334455667788})
+        sregs.interrupt_bitmap.assign([1, 2, 3, 4])
+        table = Struct("kvm_msrs", entries=[{"index": 5, "data": 6}] * 50)
+        return [
+            sregs.gdt.numpy(),
+            sregs.gdt.raw(),
+            sregs.interrupt_bitmap.numpy(),
+            table.entries[49].raw(),
+            table.entries.numpy(),
+        ]
+
+    kept = views()
+    gc.collect()
+    # Whatever was freed is written over.
+    scribbled = [Struct.from_bytes("kvm_sregs", b"\xee" * 312) for _ in range(100)]
+    scribbled += [Struct.from_bytes("kvm_msrs", b"\xee" * 808) for _ in range(100)]
+    assert int(kept[0]["base"]) == 0x1122334455667788
+    assert bytes(kept[1][:8]) == bytes.fromhex("8877665544332211")
+    assert kept[2].tolist() == [1, 2, 3, 4]
+    assert bytes(kept[3]) == struct.pack("<IIQ", 5, 0, 6)
+    assert kept[4]["data"].tolist() == [6] * 50
 
 
 def test_a_part_is_assigned_as_a_whole_or_by_fields() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reclaim.config import load, options, read_flag, to_toml
@@ -152,11 +152,13 @@ def test_flags_take_a_number_of_seconds_and_files_do_not():
         read_flag(extra, "tiers")
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 60))
 def test_sizes_read_back(n):
     assert Bytes.parse(str(Bytes(n))) == n
 
 
+@settings(deadline=None)
 @given(st.decimals(0, 10**6, places=6, allow_nan=False))
 def test_times_and_shares_read_back(value):
     for text, kind in ((f"{value}s", Seconds), (f"{value}ms", Seconds), (f"{value}%", Share)):
@@ -164,6 +166,7 @@ def test_times_and_shares_read_back(value):
         assert kind.parse(str(amount)) == amount
 
 
+@settings(deadline=None)
 @given(st.text(max_size=12))
 def test_any_text_is_read_or_refused(text):
     for kind in (Bytes, Seconds, Share, Mark):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import threading
 import time
 import types
@@ -25,6 +26,8 @@ from reclaim.errors import ConfigError
 from reclaim.events import Dropped, Notice, PassReport
 from reclaim.options import Config
 from reclaim.policy.lru_gen import LruGen
+from reclaim.pressure.host import Host
+from reclaim.pressure.limits import CpuShare
 from reclaim.session import Session, Standing
 from reclaim.units import Bytes, Mark, Seconds, Share
 
@@ -53,7 +56,7 @@ class FakeVm:
         self.full_after, self.shrunk = N, 0
         self.trouble = {}
         self.paused = self.given_back = False
-        self.lease_asked, self.latency_ns = None, 0
+        self.lease_asked, self.latency_ns, self.renewed = None, 0, 0
 
     def _meet(self, what):
         problem = self.trouble.get(what)
@@ -68,6 +71,9 @@ class FakeVm:
     def take_lease(self, asked):
         self._meet("lease")
         self.lease_asked = asked
+
+    def lease(self):
+        self.renewed += 1
 
     def give_back_lease(self):
         self.given_back = True
@@ -621,3 +627,64 @@ def test_a_signal_in_the_main_thread_ends_it(vms):
         assert daemon.run()
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_long_rest_keeps_the_lease(vms):
+    """A limit of a thousandth of a core makes for long rests after short passes."""
+    vms["a"] = FakeVm("a")
+    daemon = make(["a"], Events(), lease=Seconds(0.05), interval=Seconds(0.01))
+    daemon.common.cpu = CpuShare(0.001)
+    daemon.common.cpu._left_s = -1.0
+    thread = threading.Thread(target=daemon.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 20
+        while vms["a"].renewed < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        daemon.stop()
+        thread.join(20)
+    assert vms["a"].renewed >= 5
+    assert vms["a"].window == 1
+
+
+def test_new_terms_of_the_lease_reach_the_vm(vm):
+    common = Common.of(config(daemon={"lease": Seconds(4)}))
+    mine = Session(vm, common)
+    mine.run_pass()
+    assert vm.lease_asked.ttl_s == 4
+    assert vm.lease_asked.holder == f"reclaimd pid-{os.getpid()}"
+    common.config = config(daemon={"lease": Seconds(5)})
+    mine.run_pass()
+    assert vm.lease_asked.ttl_s == 5
+
+
+def test_the_kernels_trigger_starts_a_pass_at_once(vms):
+    """Urgent data on a socket is what a trigger looks like to poll."""
+    vms["a"] = vm = FakeVm("a")
+    vm.touches = lambda window: range(50)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        receiver, _ = server.accept()
+    with sender, receiver:
+        trigger = types.SimpleNamespace(fd=receiver.fileno(), close=lambda: None)
+        pressure = {"psi_trigger": "some 1s in 2s", "trigger_step": Share(0.2)}
+        whole = config(
+            {"budget": Bytes(N * 4096), "high": Mark(share=Share(1)), "low": Mark(share=Share(1))},
+            pressure=pressure,
+            daemon={"vms": ["a"], "interval": Seconds(0.5)},
+        )
+        host = Host(whole.pressure, trigger=lambda text, path: trigger)
+
+        def then(event):
+            if event.number == 3:
+                sender.send(b"!", socket.MSG_OOB)
+            if event.outcomes.get("done"):
+                daemon.stop()
+
+        events = Events(then)
+        daemon = Daemon(Common.of(whole, host), events)
+        assert daemon.run()
+    # A fifth of what is resident and can go, and that the trigger wanted it.
+    assert events[-1].why == "trigger"
+    assert events[-1].evicted_pages == 200

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.errors import CapabilityError
@@ -182,6 +182,7 @@ claims = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40000), claims)
 def test_a_budget_is_given_out_whole_and_to_working_sets_first(total, given):
     parts = share_budget(total, given)
@@ -195,6 +196,7 @@ def test_a_budget_is_given_out_whole_and_to_working_sets_first(total, given):
     assert not (short and rich), "cold pages are kept while working sets go"
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40000), claims)
 def test_a_demand_is_met_from_cold_pages_first(pages, given):
     parts = share_demand(pages, given)

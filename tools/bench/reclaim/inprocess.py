@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from kvmhost.bitmap import Words, YoungBitmap, n_words
+from kvmhost.bitmap import Words, YoungBitmap, n_words, pack
 from kvmhost.errors import KvmHostError
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
@@ -45,10 +45,17 @@ class Reclaimer:
 
     :param policy: for ``memory.gfn_end`` pages; None harvests and takes nothing
     :param budget_pages: resident pages allowed, the VM's own included
+    :param slack_pages: by which the guest may exceed them until the next pass
     """
 
-    def __init__(self, machine: Machine, policy: Policy | None, budget_pages: int) -> None:
-        self._machine, self._policy = machine, policy
+    def __init__(
+        self,
+        machine: Machine,
+        policy: Policy | None,
+        budget_pages: int,
+        slack_pages: int = 0,
+    ) -> None:
+        self.machine, self._policy = machine, policy
         self._tracker = machine.use_tracker("guestpt")
         self.n_pages = machine.memory.gfn_end
         self.budget_pages = budget_pages
@@ -59,6 +66,7 @@ class Reclaimer:
             first = gpa >> PAGE_SHIFT
             self._movable[first : first + -(-n_bytes // PAGE_BYTES)] = False
         self._resident = self.resident()
+        self._first = pack(self._resident)
         self._went = np.full(self.n_pages, -1, dtype=np.int32)
         self._harvest_ns = 0
         self.passes: list[Pass] = []
@@ -67,13 +75,14 @@ class Reclaimer:
             policy.refaulted(np.flatnonzero(self._resident), time.monotonic_ns())
             machine.pager.set_limit(budget_pages)
             machine.pager.shrink()
+            machine.pager.set_limit(budget_pages + slack_pages)
 
     def resident(self) -> Mask:
         """Return which gfns are resident now."""
-        states = self._machine.pager.states()
+        states = self.machine.pager.states()
         here = np.zeros(self.n_pages, dtype=bool)
         first = 0
-        for region in self._machine.memory.regions:
+        for region in self.machine.memory.regions:
             part = states[first : first + region.n_pages]
             here[region.gfn : region.gfn + region.n_pages] = part == PageState.RESIDENT
             first += region.n_pages
@@ -99,19 +108,19 @@ class Reclaimer:
         now_ns = time.monotonic_ns()
         resident = self._note_changes(policy, now_ns)
         policy.age(young, now_ns)
-        self._machine.pager.note_young(YoungBitmap(0, self.n_pages, young))
+        self.machine.pager.note_young(YoungBitmap(0, self.n_pages, young))
         # A little below the limit, so that faults until the next pass need not evict.
         excess = int(resident.sum()) - int(self.budget_pages * 0.98)
         if excess > 0:
             victims = policy.victims(excess, resident & self._movable, now_ns, self)
-            result = self._machine.pager.evict(victims)
+            result = self.machine.pager.evict(victims)
             went = result.gfns[result.outcomes == EvictOutcome.DONE]
             resident[went] = False
             self._note_evicted(policy, went, now_ns)
         if policy.name != "classic":
             # Naming pages ahead makes the two lists test every page of them.
             ahead = policy.victims(_NAMED_AHEAD, resident & self._movable, now_ns)
-            self._machine.pager.set_victims(ahead)
+            self.machine.pager.set_victims(ahead)
         self._resident = resident
 
     def _note_changes(self, policy: Policy, now_ns: int) -> Mask:
@@ -159,15 +168,15 @@ class Reclaimer:
     # -- in a thread of its own ----------------------------------------------------
 
     def run_until(self, stop: threading.Event, interval_s: float) -> None:
-        """Run a pass an interval until ``stop`` is set, or the guest has ended."""
-        while not stop.is_set() and self._machine.error is None:
+        """Run a pass at the start of each interval until ``stop`` is set."""
+        while not stop.is_set() and self.machine.error is None:
             start = time.monotonic()
             self.run_pass()
             stop.wait(max(interval_s - (time.monotonic() - start), 0.0))
 
     def windows(self) -> list[tuple[int, Words]]:
-        """Return the windows recorded so far, numbered instead of timed."""
-        return [(number, one.young) for number, one in enumerate(self.passes)]
+        """Return what was there at first, and the windows recorded so far, numbered."""
+        return list(enumerate([self._first, *(one.young for one in self.passes)]))
 
 
 def check(machine: Machine) -> None:

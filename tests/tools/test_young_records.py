@@ -1,0 +1,392 @@
+"""The commands on records, as a person types them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from young_model import SECOND, Window, write
+
+from guests.workloads import hotcold_gfns
+from kvmhost.control.client import Client
+from kvmhost.errors import VmGoneError
+from reclaim.young.record import YoungRecord
+from reclaim.young.recordmeta import METADATA_FILE
+from tools.main import main
+
+pytest.importorskip("zstandard")
+
+
+@pytest.fixture
+def file(tmp_path):
+    """80 windows of 4096 pages: a hot set, and one that changes at window 40."""
+    windows = []
+    for t in range(80):
+        cold = range(1000, 1400) if t < 40 else range(3000, 3300)
+        gfns = {*range(256, 512), *cold, 2000 + t}
+        windows.append(Window(4096, frozenset(gfns), None, (t + 1) * SECOND, (t + 2) * SECOND))
+    write(tmp_path / "r.young", 0, windows).close()
+    return tmp_path / "r.young"
+
+
+@pytest.fixture
+def young(capsys):
+    def run(*words, code=0):
+        status = main(["young", *map(str, words)])
+        out = capsys.readouterr()
+        assert status == code, out.err
+        assert "Traceback" not in out.err
+        return out.out if code == 0 else out.err
+
+    return run
+
+
+def rows_of(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_wss(young, file):
+    found = json.loads(young("wss", file, "--over", "1,10s", "--json"))
+    assert [row["wss_1"] for row in found["rows"]] == [657] * 40 + [557] * 40
+    assert found["rows"][45]["wss_10"] == 256 + 400 + 300 + 10
+    assert rows_of(young("wss", file, "--over", "1", "--csv"))[79]["wss_1"] == "557"
+    part = rows_of(young("wss", file, "--csv", "--over", "1", "--range", "256:512"))
+    assert {row["wss_1"] for row in part} == {"256"}
+    text = young("wss", file)
+    assert "20 of 80 rows" in text
+    assert "over     1 windows: mean 2.4 MiB, max 2.6 MiB" in text
+
+
+def test_ages(young, file):
+    found = json.loads(young("ages", file, "--json"))
+    assert found["pages"] == 4096
+    assert found["never_young"] == 4096 - 256 - 400 - 300 - 80
+    by_windows = {row["windows"]: row for row in found["rows"]}
+    assert by_windows[1]["pages"] == 557
+    assert by_windows[41]["pages"] == 401
+    assert by_windows[41]["colder"] == found["never_young"] + 39
+    assert found["cold_after_windows"] == 1
+    assert "never young" in young("ages", file)
+
+
+def test_hot(young, file):
+    rows = rows_of(young("hot", file, "--share", "90", "--csv"))
+    assert [(r["gfn_start"], r["gfn_end"], r["density"]) for r in rows] == [("256", "512", "1.0")]
+    rows = rows_of(young("hot", file, "--share", "50", "--csv"))
+    assert [(r["gfn_start"], r["density"]) for r in rows] == [
+        ("1000", "0.5"), ("3000", "0.5"), ("256", "1.0"),
+    ]  # fmt: skip
+    text = young("hot", file, "--windows=-10:", "--top", "1")
+    assert "0xbb8" in text
+    assert "more; --top N shows more" in text
+
+
+def test_diff(young, file):
+    found = json.loads(young("diff", file, "--windows", "0:40", "--windows", "40:80", "--json"))
+    assert (found["first_pages"], found["second_pages"], found["both_pages"]) == (696, 596, 256)
+    assert found["jaccard"] == round(256 / (696 + 596 - 256), 6)
+    assert {"where": "second only", "gfn_start": 3000, "gfn_end": 3300, "pages": 300} in found[
+        "rows"
+    ]
+    assert "jaccard                  1.000" in young("diff", file, file)
+
+
+def test_stat(young, file):
+    found = json.loads(young("stat", file, "--full", "--json"))
+    assert [(row["window"], row["end"]) for row in found["rows"]] == [(0, 40), (40, 80)]
+    assert (found["windows"], found["pages"], found["young_max"]) == (80, 4096, 657)
+    assert (found["loss"], found["clock_jumps"]) == (None, [])
+    wanted = (39 * 656 / 658 + 256 / 958 + 39 * 556 / 558) / 79
+    assert found["alike_next_window"] == pytest.approx(wanted, abs=1e-4)
+    assert "from window 0: slot 0 [0x0, 0x1000)" in young("stat", file)
+
+
+def test_page_and_gfn(young, file):
+    found = json.loads(young("page", file, "0x7d5", "--json"))
+    assert (found["young_windows"], found["first_young"], found["age_windows"]) == (1, 5, 75)
+    assert [row["state"] for row in found["rows"]] == ["idle", "young", "idle"]
+    place = json.loads(young("gfn", "0x7d5123", file, "--json"))
+    assert (place["gfn"], place["slot_offset_bytes"], place["hva"]) == (0x7D5, 0x7D5123, None)
+    assert "0x7d5" in young("gfn", "0x7d5", file, "--kind", "gfn")
+
+
+def test_export_and_import(young, file, tmp_path):
+    for name in ("damon", "damon-json", "dirty", "ranges"):
+        assert "80 windows" in young("export", file, "--format", name, "-o", tmp_path / name)
+        reader = name.removesuffix("-json")
+        young("import", tmp_path / name, "--format", reader, "-o", tmp_path / f"{name}.young")
+        with YoungRecord.open(file) as a, YoungRecord.open(tmp_path / f"{name}.young") as b:
+            assert all(x == y for x, y in zip(a.bitmaps(), b.bitmaps(), strict=True))
+    young("export", file, "--format", "gfns", "-o", tmp_path / "g", "--windows", "0:40",
+          "--share", "50")  # fmt: skip
+    assert len((tmp_path / "g").read_text().split()) == 656
+    young("export", file, "--format", "gfns-bin", "-o", tmp_path / "b")
+    assert np.fromfile(tmp_path / "b", "<u8").size == 256 + 400 + 300 + 80
+
+
+def test_compare_records_and_formats(young, file):
+    found = json.loads(young("compare", file, file, "--formats", "npt,stage2-2m,radix", "--json"))
+    jaccard = {row["view"]: row["jaccard"] for row in found["rows"]}
+    assert jaccard["r.young (guestpt, npt)"] == jaccard["format npt"] == 1.0
+    assert jaccard["format radix"] == 1.0
+    rough = next(row for row in found["rows"] if row["view"] == "format stage2-2m")
+    assert rough["recall"] == 1.0
+    assert rough["extra"] == f"coarse {rough['young'] - rough['reference']}"
+
+
+def test_whatif(young, file):
+    words = ("whatif", file, "--workers", "0", "--no-check", "--set", "n_generations=4,5")
+    found = json.loads(young(*words, "--budget", "1M,8M,50%", "--json"))
+    assert len(found["rows"]) == 6
+    by_budget = {row["budget_mib"]: row["refaults"] for row in found["rows"]}
+    assert set(by_budget) == {1.0, 8.0, round(518 * 4096 / 2**20, 3)}
+    assert by_budget[1.0] > by_budget[8.0] == 0
+    assert "no error bar was measured" in young(*words, "--budget", "1M")
+
+
+def test_help_names_every_command(young):
+    text = young("--help")
+    for name in ("record", "stat", "wss", "ages", "hot", "diff", "page", "gfn", "compare",
+                 "whatif", "export", "import"):  # fmt: skip
+        assert f"\n  {name} " in text
+        with pytest.raises(SystemExit) as stop:
+            main(["young", name, "--help"])
+        assert stop.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("wss", "{tmp}/none"), "no such file; make one with kvmhost young record"),
+        (("wss", "{file}", "--windows", "0:81"), "has windows 0 to 79"),
+        (("wss", "{file}", "--range", "0:0x1001"), "there are [0x0, 0x1000)"),
+        (("hot", "{file}", "--share", "0"), "--share above 0"),
+        (("diff", "{file}"), "name two stretches"),
+        (("page", "{file}", "4096"), "no gfns [0x1000, 0x1001)"),
+        (("gfn", "0x1000000", "{file}"), "is in no memslot; there are: slot 0 gfns [0x0, 0x1000)"),
+        (("export", "{file}", "--format", "damon", "-o", "{file}"), "there already"),
+        (("export", "{file}", "--format", "damon", "-o", "{tmp}/a/b"), "there is no directory"),
+        (("import", "{tmp}/x", "--format", "damon", "-o", "{tmp}/y"), "No such file"),
+        (("compare", "{file}"), "nothing to be compared with"),
+        (("compare", "{file}", "--formats", "x86"), "there are: npt, npt-2m"),
+        (("whatif", "{file}", "--budget", "0%"), "write 64M, or 50%"),
+        (("whatif", "{file}", "--budget", "1M", "--policy", "best"), "policy 'best': not known"),
+        (("record", "v", "-o", "{file}"), "--append to it"),
+        (("record", "v", "-o", "{tmp}/a/b"), "there is no directory"),
+        (("record", "v", "x/v.sock", "-o", "{tmp}/d"), "have the same name"),
+    ],
+)
+def test_what_a_person_needs_when_it_is_wrong(young, file, tmp_path, words, said):
+    filled = [word.format(tmp=tmp_path, file=file) for word in words]
+    assert said in young(*filled, code=2)
+
+
+def test_damage_is_exit_code_2_and_names_the_file(young, file):
+    raw = bytearray((file / "young" / "0.0").read_bytes())
+    raw[len(raw) // 2] ^= 4
+    (file / "young" / "0.0").write_bytes(raw)
+    for words in (("hot",), ("page", 300), ("wss", "--range", "0:64"), ("stat", "--full")):
+        given = [words[0], file, *words[1:]]
+        assert f"{file}/young/0.0: chunk at offset 0x0" in young(*given, code=2)
+    shutil.rmtree(file / "ages")
+    assert f"{file}/ages/0.0: chunk: is missing" in young("wss", file, code=2)
+    (file / METADATA_FILE).write_text("{}")
+    assert "no metadata of a record" in young("stat", file, code=2)
+
+
+def test_a_cut_tail_is_a_warning(tmp_path, capsys):
+    writer = write(
+        tmp_path / "r", 0, [Window(64, frozenset({i}), None, i, i + 1) for i in range(9)]
+    )
+    shutil.copytree(tmp_path / "r", tmp_path / "cut")
+    writer.close()
+    raw = (tmp_path / "cut" / "tail.log").read_bytes()
+    (tmp_path / "cut" / "tail.log").write_bytes(raw[:-3])
+    assert main(["young", "wss", str(tmp_path / "cut"), "--csv"]) == 0
+    out = capsys.readouterr()
+    assert len(out.out.splitlines()) == 1 + 8
+    assert "window 8 was not written whole" in out.err
+
+
+# -- on running VMs ---------------------------------------------------------------
+
+PARAMS = {"pages": 2048, "hot": 512, "cold": 0, "scan_every": 0, "epochs": 0}
+
+
+def until(condition, what, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def start_vm(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path / "run"))
+    started = []
+
+    def start(name):
+        pairs = [word for k, v in PARAMS.items() for word in ("--param", f"{k}={v}")]
+        words = ["run", "hotcold", "--name", name, "--mem", "16M", *pairs]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tools.main", *words], stderr=subprocess.DEVNULL
+        )
+        client = Client(name)
+        started.append((process, client))
+
+        def answers():
+            try:
+                return client.state().doorbells > 3
+            except VmGoneError:
+                assert process.poll() is None
+                return False
+
+        until(answers, "the first epochs")
+        return client
+
+    yield start
+    for process, client in started:
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def recorder(*words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tools.main", "young", "record", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def windows_in(path):
+    try:
+        with YoungRecord.open(path) as record:
+            return len(record)
+    except ValueError:
+        return 0
+
+
+def touched_in(path):
+    with YoungRecord.open(path) as record:
+        return set(record.between(0, None, "or").gfns().tolist())
+
+
+def test_record_a_vm_and_go_on(start_vm, tmp_path, young):
+    vm = start_vm("v")
+    out = tmp_path / "v.young"
+    text = young("record", "v", "-o", out, "--interval", "0.05", "--count", "5")
+    assert text.startswith(f"{out}: 5 windows of v")
+    hot = set(hotcold_gfns(vm.state().params, 1).tolist())
+    with YoungRecord.open(out) as record:
+        assert record.name == "v"
+        assert record.metadata.sessions[0].facts["image"] == "hotcold.elf"
+        assert record.memslots()[0].hva == vm.memory().regions[0].hva
+        touched = set(record.between(0, None, "or").gfns().tolist())
+        assert not touched & (set(range(1024, 1024 + 2048)) - hot)
+        ends = record.column("end_ns")
+        assert (np.diff(ends) > 0).all()
+        assert (record.column("start_ns")[1:] == ends[:-1]).all()
+        assert record.column("harvest_ns").min() > 0
+    process = recorder("v", "-o", out, "--append", "--interval", "0.05")
+    until(lambda: windows_in(out) > 7 and hot <= touched_in(out), "windows of a whole epoch")
+    busy = young("record", "v", "-o", out, "--append", "--count", "1", code=2)
+    assert "another process is writing this record" in busy
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
+    assert "in all)" in said
+    assert "; stopped" in said
+    with YoungRecord.open(out) as record:
+        assert len(record.metadata.sessions) == 1  # nothing about it has changed
+        assert len(record) > 7
+
+
+def test_record_several_vms_until_one_ends(start_vm, tmp_path):
+    first, _ = start_vm("a"), start_vm("b")
+    out = tmp_path / "both"
+    process = recorder("a", "b", "-o", out, "--interval", "0.05")
+    until(lambda: windows_in(out / "a") > 3 and windows_in(out / "b") > 3, "windows of both")
+    first.stop()
+    until(lambda: not _is_written(out / "a"), "the end of the first")
+    seen = windows_in(out / "b")
+    until(lambda: windows_in(out / "b") > seen + 2, "the other goes on")
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
+    assert f"{out / 'a'}: " in said
+    assert "the VM is gone" in said
+
+
+def _is_written(path):
+    with YoungRecord.open(path) as record:
+        return record.is_being_written()
+
+
+def test_record_killed_goes_on(start_vm, tmp_path, young):
+    start_vm("v")
+    out = tmp_path / "v.young"
+    process = recorder("v", "-o", out, "--interval", "0.02")
+    until(lambda: windows_in(out) > 70, "a sealed block and a tail")
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = windows_in(out)
+    assert f"({before + 3} in all)" in young(
+        "record", "v", "-o", out, "--append", "--interval", "0.02", "--count", "3"
+    )
+
+
+def test_page_and_gfn_of_a_vm(start_vm, young):
+    vm = start_vm("v")
+    vm.harvest()
+    found = json.loads(young("page", "v", "0x400", "--json"))
+    assert (found["gfn"], found["slot"], found["tracker"]) == (0x400, 0, vm.state().tracker)
+    hva = vm.memory().regions[0].hva
+    place = json.loads(young("gfn", hex(hva + 0x400_010), "v", "--kind", "hva", "--json"))
+    assert (place["gfn"], place["gpa"]) == (0x400, 0x400_010)
+
+
+def test_record_without_a_vm(tmp_path, monkeypatch, young):
+    monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path / "run"))
+    assert "nothing answers" in young("record", "nobody", "-o", tmp_path / "x", code=1)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.requires_kvm
+@pytest.mark.requires_uffd
+def test_compare_trackers_on_a_guest(young, tmp_path):
+    words = ["--epochs", "4", "--mem", "16M", "--trackers", "guestpt,uffd"]
+    for name, value in {**PARAMS, "epochs": 0}.items():
+        words += ["--param", f"{name}={value}"]
+    found = json.loads(
+        young("compare", "--guest", "hotcold", *words, "-o", tmp_path / "c", "--json")
+    )
+    (row,) = found["rows"]
+    assert (row["windows"], row["recall"], row["missing"]) == (4, 1.0, "none")
+    # What walks the tables shows in the host's; nothing else differs.
+    assert row["extra"].split()[0] in ("tables", "none")
+    assert "," not in row["extra"]
+    assert windows_in(tmp_path / "c" / "guestpt") == 4
+
+
+@pytest.mark.requires_uffd
+def test_predictions_against_a_real_run():
+    from tools.young.realrun import measure_error
+
+    bar = measure_error("lru_gen", budgets=(0.5,), epochs=12)
+    (run,) = bar.runs
+    assert run.predicted > 0
+    assert run.real > 0
+    assert 0.5 < run.ratio < 2
+    low, high = bar.around(100.0)
+    assert low <= 100 <= high
+    assert "real runs here" in bar.line("lru_gen")

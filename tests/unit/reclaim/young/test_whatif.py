@@ -1,0 +1,103 @@
+"""Replays of records: the same as a replay by hand, here and on workers."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmhost.errors import CapabilityError, LayoutError
+from reclaim.policy.lru_gen import LruGen
+from reclaim.policy.replay import replay
+from reclaim.young import whatif
+from reclaim.young.record import YoungRecord
+
+LISTS = [[*range(40), *range(100 + 3 * t, 140 + 3 * t)] for t in range(30)]
+
+
+def pages(n):
+    return lambda record: n
+
+
+def test_cases_are_all_combinations(make):
+    paths = [make(LISTS, name=f"r{i}").path for i in range(2)]
+    grid = {"n_generations": [4, 6], "seed": [None, 3]}
+    cases = whatif.cases_of(paths, ["lru_gen"], [pages(50), pages(90)], grid, (2, -1))
+    assert len(cases) == len(set(cases)) == 2 * 4 * 2
+    assert {(case.first, case.end) for case in cases} == {(2, 29)}
+    assert cases[0].settings() == "lru_gen n_generations=4 seed=None"
+
+
+def test_an_outcome_is_what_a_replay_says(make):
+    record = make(LISTS)
+    (case,) = whatif.cases_of([record.path], ["lru_gen"], [pages(60)], {})
+    found = whatif.run_case(case)
+    timed = [((t + 1) * 10**9, bitmap.words) for t, bitmap in enumerate(record.bitmaps())]
+    wanted = replay(timed, LruGen(256), 60)
+    assert wanted.refaults > 0
+    assert (found.refaults, found.evictions) == (wanted.refaults, wanted.evictions)
+    assert found.minutes == pytest.approx(0.5)
+    assert found.refaults_per_min == pytest.approx(wanted.refaults / 0.5)
+    seen, saved = set(), []
+    for gfns, resident in zip(LISTS, wanted.resident, strict=True):
+        seen |= set(gfns)
+        saved.append(len(seen) - resident)
+    assert found.saved_pages == pytest.approx(sum(saved) / len(saved))
+
+
+def test_more_memory_saves_less(make):
+    record = make(LISTS)
+    budgets = [pages(n) for n in (50, 100, 200)]
+    cases = whatif.cases_of([record.path], ["lru_gen"], budgets, {})
+    outcomes = whatif.run_cases(cases, workers=0)
+    assert [o.case for o in outcomes] == cases
+    saved = [o.saved_pages for o in outcomes]
+    assert saved == sorted(saved, reverse=True)
+
+
+def test_what_cannot_be(make):
+    path = make(LISTS).path
+    with pytest.raises(LayoutError, match="policy 'best': not known"):
+        whatif.cases_of([path], ["best"], [pages(5)], {})
+    with pytest.raises(LayoutError, match="colour"):
+        whatif.cases_of([path], ["lru_gen"], [pages(5)], {"colour": ["red"]})
+    with pytest.raises(LayoutError, match="generations"):
+        whatif.cases_of([path], ["lru_gen"], [pages(5)], {"n_generations": [1]})
+    with pytest.raises(LayoutError, match="budget of 0 pages"):
+        whatif.cases_of([path], ["lru_gen"], [pages(0)], {})
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dask's own, about ports and its event loops
+def test_on_workers_and_on_a_cluster_by_address(make):
+    distributed = pytest.importorskip("distributed")
+    record = make(LISTS)
+    cases = whatif.cases_of([record.path], ["lru_gen"], [pages(60), pages(120)], {})
+    here = [o.refaults for o in whatif.run_cases(cases, workers=0)]
+    done = []
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50
+    ) as cluster:
+        outcomes = whatif.run_cases(
+            cases, scheduler=cluster.scheduler_address, on_done=lambda: done.append(1)
+        )
+    assert [o.refaults for o in outcomes] == here
+    assert len(done) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_cluster_at_the_address(make):
+    pytest.importorskip("distributed")
+    record = make(LISTS)
+    cases = whatif.cases_of([record.path], ["lru_gen"], [pages(60)], {})
+    with pytest.raises(CapabilityError, match="scheduler"):
+        whatif.run_cases(cases, scheduler="nonsense://x")
+
+
+def test_a_record_that_begins_elsewhere_than_gfn_0(make):
+    moved = make([[g + 4096 for g in row] for row in LISTS], gfn_start=4096, name="moved")
+    plain = make(LISTS, name="plain")
+    outcomes = [
+        whatif.run_case(whatif.cases_of([r.path], ["lru_gen"], [pages(60)], {})[0])
+        for r in (moved, plain)
+    ]
+    assert outcomes[0].refaults == outcomes[1].refaults
+    with YoungRecord.open(moved.path) as record:
+        assert record.gfn_start == 4096
