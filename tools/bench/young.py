@@ -101,9 +101,11 @@ def run(
             results = [_question(name, large) for _ in range(runs)]
             found[f"{name}_s"] = statistics.median(seconds for seconds, _ in results)
             found[f"{name}_rss_mib"] = max(rss for _, rss in results)
-        say("heatmap of the large record")
-        seconds, rss = _question("heatmap", large)
-        found |= {"heatmap_s": seconds, "heatmap_rss_mib": rss}
+        for name in ("heatmap", "html"):
+            say(f"{name} of the large record")
+            seconds, rss = _question(name, large)
+            found |= {f"{name}_s": seconds, f"{name}_rss_mib": rss}
+        found["html_mib"] = (Path(place) / "large.html").stat().st_size / 2**20
     return found
 
 
@@ -121,8 +123,11 @@ def _question(name: str, path: Path) -> tuple[float, float]:
 
 def _ask(name: str, path: Path) -> None:
     from reclaim.young.analysis import histograms, working_set
+    from reclaim.young.heatmapdata import View, heatmap_of
+    from reclaim.young.heatmaphtml import write_html
     from reclaim.young.patterns import hot_ranges
     from reclaim.young.record import YoungRecord
+    from reclaim.young.render import render_heatmap
 
     if name == "heatmap":
         import matplotlib.figure  # noqa: F401  # imported before the clock starts
@@ -137,30 +142,15 @@ def _ask(name: str, path: Path) -> None:
         elif name == "hot":
             hot_ranges(record, min_share=0.3, max_gap_pages=64)
         elif name == "heatmap":
-            _draw(record, path.parent / "large.png")
+            render_heatmap(heatmap_of(View(record)), path.parent / "large.png")
+        elif name == "html":
+            with (path.parent / "large.html").open("wb") as file:
+                write_html(View(record), file)
     seconds = time.perf_counter() - start
     # Not ru_maxrss: that begins with what the parent had as it forked.
     status = Path("/proc/self/status").read_text()
     peak_kib = next(int(li.split()[1]) for li in status.splitlines() if li.startswith("VmHWM"))
     print(json.dumps([seconds, peak_kib / 1024]))
-
-
-def _draw(record: Any, out: Path) -> None:
-    """Draw what the record's sums have, by the coarsest level with 512 bins or more."""
-    from reclaim.young.recordmeta import LEVELS, n_bins
-    from reclaim.young.render import Heatmap, render_heatmap
-
-    level = max((v for v in LEVELS if n_bins(record.n_pages, v) >= 512), default=LEVELS[0])
-    shares = record.sums(level).astype(np.float32) / (1 << level)
-    # No wider than the picture: neighbouring windows are drawn as their mean.
-    firsts = np.arange(0, len(shares), max(len(shares) // 1200, 1))
-    sizes = np.diff(firsts, append=len(shares))[:, None]
-    heatmap = Heatmap(record.gfn_start, record.n_pages, shares.shape[1], "bench")
-    heatmap.columns = list(np.add.reduceat(shares, firsts, axis=0) / sizes)
-    ends = record.column("end_ns")[np.append(firsts[1:], len(shares)) - 1]
-    starts = np.concatenate([ends[:1] - _SECOND, ends[:-1]])
-    heatmap.windows_ns = list(zip(starts.tolist(), ends.tolist(), strict=True))
-    render_heatmap(heatmap, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
