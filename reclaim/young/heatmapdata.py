@@ -277,7 +277,9 @@ def _grouped(counts: Counts, size: int) -> Counts:
 
 
 def _added(counts: Counts, starts: npt.NDArray[np.int64]) -> Counts:
-    return np.asarray(np.add.reduceat(counts, starts, axis=1, dtype=np.uint32), dtype=np.uint32)
+    found: Counts = np.zeros((counts.shape[0], starts.size), dtype=np.uint32)
+    np.add.reduceat(counts, starts, axis=1, dtype=np.uint32, out=found)
+    return found
 
 
 def _counted(rows: npt.NDArray[np.uint64], level: int) -> Counts:
@@ -288,7 +290,8 @@ def _counted(rows: npt.NDArray[np.uint64], level: int) -> Counts:
     bits = np.unpackbits(octets, axis=1, bitorder="little")
     if level == 0:
         return bits
-    return bits.reshape(*octets.shape, 8).sum(axis=2, dtype=np.uint8)
+    counts: Counts = bits.reshape(*octets.shape, 8).sum(axis=2, dtype=np.uint8)
+    return counts
 
 
 def _duration(seconds: float) -> str:

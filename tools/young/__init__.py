@@ -12,6 +12,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "snapshot": "one bitmap of a running VM: counts, densities, ranges",
     "heatmap": "a picture, gfn by time",
+    "watch": "a live view in the terminal",
     "record": "bitmaps of running VMs into a file, window by window",
     "stat": "what is in a record: windows, sources, main figures, phases",
     "wss": "working-set size over time, at several lengths",

@@ -1,0 +1,172 @@
+"""Memory as cells of a terminal: which pages each one shows, and how it is shaded.
+
+Cells run from left to right and from top to bottom, each for the same power of two of
+pages, so that gfns at the left are round. Shades tell without colour; colours are of the
+256 that nearly every terminal has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+from rich.style import Style
+from rich.text import Text
+
+__all__ = ["Grid", "bar", "counts_of", "draw_changes", "draw_density", "size_text", "sparkline"]
+
+#: Columns of cells come in multiples of this.
+_COLUMN_STEP = 16
+_LABEL = 12
+_SPARKS = "▁▂▃▄▅▆▇█"
+#: Up to this share of a cell's pages: shade, colour.
+_SHADES = (
+    (0.02, "░", 24),
+    (0.08, "░", 31),
+    (0.2, "▒", 37),
+    (0.4, "▒", 71),
+    (0.65, "▓", 149),
+    (0.9, "▓", 185),
+    (1.0, "█", 226),
+)
+_CURSOR = Style(reverse=True)
+
+Mask = npt.NDArray[np.bool_]
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Cells for pages from ``start`` on."""
+
+    start: int
+    n_pages: int
+    columns: int
+    rows: int
+    cell_pages: int
+
+    @classmethod
+    def fit(cls, width: int, height: int, n_pages: int, start: int = 0, zoom: int = 0) -> Grid:
+        """Return cells that fill a terminal; each step of zoom halves their pages.
+
+        :param start: moved so that the cells show as much memory as they can
+        """
+        columns = max((width - _LABEL) // _COLUMN_STEP * _COLUMN_STEP, _COLUMN_STEP)
+        rows = max(height, 1)
+        whole = cls.whole_bits(columns * rows, n_pages)
+        pages = 1 << max(whole - zoom, 0)
+        shown = columns * rows * pages
+        row_pages = columns * pages
+        last = max(-(-(n_pages - shown) // row_pages) * row_pages, 0)
+        return cls(min(max(start, 0) // pages * pages, last), n_pages, columns, rows, pages)
+
+    @staticmethod
+    def whole_bits(cells: int, n_pages: int) -> int:
+        """Return the zoom at which a cell is one page."""
+        return max(-(-n_pages // cells) - 1, 0).bit_length()
+
+    @property
+    def end(self) -> int:
+        """One more than the last page that is shown."""
+        return min(self.start + self.columns * self.rows * self.cell_pages, self.n_pages)
+
+    def range_of(self, cell: int) -> tuple[int, int]:
+        """Return the pages of a cell; empty behind the end of memory."""
+        first = min(self.start + cell * self.cell_pages, self.n_pages)
+        return first, min(first + self.cell_pages, self.n_pages)
+
+    def n_cells(self) -> int:
+        """Return how many cells have pages."""
+        return -(-(self.end - self.start) // self.cell_pages)
+
+
+def counts_of(mask: Mask, grid: Grid) -> Numbers:
+    """Return how many pages of each cell are set."""
+    part = mask[grid.start : grid.end]
+    if not part.size:
+        return np.zeros(0, dtype=np.int64)
+    starts = np.arange(0, part.size, grid.cell_pages)
+    return np.add.reduceat(part, starts, dtype=np.int64)
+
+
+def draw_density(young: Mask, mapped: Mask, grid: Grid, cursor: int) -> Text:
+    """Draw the share of young pages in each cell; holes in memory stay blank."""
+    counts, room = counts_of(young, grid), counts_of(mapped, grid)
+    shares = counts / np.maximum(room, 1)
+
+    def cell(at: int) -> tuple[str, int]:
+        if not room[at]:
+            return " ", 0
+        if not counts[at]:
+            return "·", 238
+        share = float(shares[at])
+        return next((shade, colour) for top, shade, colour in _SHADES if share <= top + 1e-9)
+
+    return _draw([cell(at) for at in range(room.size)], grid, cursor)
+
+
+def draw_changes(before: Mask, now: Mask, mapped: Mask, grid: Grid, cursor: int) -> Text:
+    """Draw which cells have pages that were not young then (+), or no longer are (-)."""
+    came, went = counts_of(now & ~before, grid), counts_of(before & ~now, grid)
+    same, room = counts_of(now & before, grid), counts_of(mapped, grid)
+
+    def cell(at: int) -> tuple[str, int]:
+        if not room[at]:
+            return " ", 0
+        if came[at] and went[at]:
+            return "±", 185
+        if came[at] or went[at]:
+            strong = 4 * max(came[at], went[at]) >= room[at]
+            return ("+", 82 if strong else 34) if came[at] else ("-", 203 if strong else 131)
+        return ("=", 244) if same[at] else ("·", 238)
+
+    return _draw([cell(at) for at in range(room.size)], grid, cursor)
+
+
+def sparkline(values: list[int], width: int) -> str:
+    """Return the last values as little bars, from 0 to the largest."""
+    shown = values[-width:]
+    top = max(shown, default=0)
+    if not top:
+        return _SPARKS[0] * len(shown)
+    return "".join(_SPARKS[min(int(value * 8 / top), 7)] for value in shown)
+
+
+def bar(share: float, width: int) -> str:
+    """Return a bar of whole and partial blocks."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    partial = " ▏▎▍▌▋▊▉"[eighths % 8]
+    return ("█" * (eighths // 8) + partial)[:width].ljust(width)
+
+
+def size_text(n_bytes: float) -> str:
+    """Return a size in the unit that suits, such as ``12.3 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"
+
+
+def _draw(cells: list[tuple[str, int]], grid: Grid, cursor: int) -> Text:
+    """Put cells into rows, runs of one colour together."""
+    text = Text(no_wrap=True, end="")
+    for row in range(grid.rows):
+        first = row * grid.columns
+        part = cells[first : first + grid.columns]
+        if not part:
+            break
+        text.append(f"{grid.start + first * grid.cell_pages:#{_LABEL - 2}x}  ", "color(245)")
+        at = 0
+        while at < len(part):
+            end = at
+            while end < len(part) and part[end][1] == part[at][1]:
+                end += 1
+            text.append("".join(shade for shade, _ in part[at:end]), f"color({part[at][1]})")
+            at = end
+        if first <= cursor < first + len(part):
+            place = len(text.plain) - len(part) + cursor - first
+            text.stylize(_CURSOR, place, place + 1)
+        text.append("\n")
+    return text
