@@ -222,6 +222,7 @@ def _check(config: Config, where: _Where) -> None:
             budget_of(vm)
         except LayoutError as error:
             raise where.error(keys, str(error)) from None
+        _check_policy(vm, keys, where)
     pressure = config.pressure
     goals: float | str = pressure.total_budget or pressure.psi_target or pressure.promotion_target
     goals = goals or pressure.psi_trigger or pressure.cgroup
@@ -248,3 +249,17 @@ def _check(config: Config, where: _Where) -> None:
             parse_trigger(pressure.psi_trigger)
         except ValueError as error:
             raise where.error(("pressure", "psi_trigger"), str(error)) from None
+
+
+def _check_policy(vm: VmOptions, keys: tuple[str, ...], where: _Where) -> None:
+    """Refuse a policy that is not there, and options that it does not take."""
+    from reclaim.policy.registry import options_of
+
+    try:
+        takes = options_of(vm.policy)
+    except LayoutError as error:
+        raise where.error((*keys, "policy"), str(error)) from None
+    unknown = sorted(set(vm.policy_options) - set(takes))
+    if unknown:
+        text = f"{vm.policy} has no option {unknown[0]!r}; it takes: {', '.join(takes) or 'none'}"
+        raise where.error((*keys, "policy_options"), text)

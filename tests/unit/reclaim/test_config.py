@@ -32,7 +32,7 @@ low = "40M"
 budget = "1GiB"
 weight = 2
 high = "1000M"
-policy_options = { tiers = 2 }
+policy_options = { min_ttl_ms = 500 }
 
 [vm."web*"]
 sample = "1/8"
@@ -102,6 +102,8 @@ def test_what_is_written_reads_as_the_same(file, text):
         (2, "pressure.psi_trigger", '[pressure]\npsi_trigger = "some 1s in 100ms"', "window"),
         (2, "pressure.psi_trigger", '[pressure]\npsi_trigger = "150ms"', "is no trigger"),
         (0, "", "[daemon]\n", "nothing to do"),
+        (3, "defaults.policy", '[defaults]\nbudget = "1M"\npolicy = "nope"', "there are: lru_gen"),
+        (18, "vm.db.policy_options", GOOD.replace("min_ttl_ms", "min_ttl"), "no option 'min_ttl'"),
     ],
 )
 def test_what_is_wrong_is_named_with_file_line_and_key(file, line, key, text, problem):
@@ -147,7 +149,7 @@ def test_flags_take_a_number_of_seconds_and_files_do_not():
     with pytest.raises(ValueError, match="is no time"):
         read_flag(interval, "5M")
     extra = next(o for o in options() if o.key == "policy_options")
-    assert read_flag(extra, 'tiers = 2, order = "gfn"') == {"tiers": 2, "order": "gfn"}
+    assert read_flag(extra, 'min_ttl_ms = 500, x = "y"') == {"min_ttl_ms": 500, "x": "y"}
     with pytest.raises(ValueError, match="write for example"):
         read_flag(extra, "tiers")
 
