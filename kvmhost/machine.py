@@ -250,6 +250,15 @@ class Machine(Closing):
             return None
         return next((s for _, s in sorted(self._statuses.items()) if s), 0)
 
+    def describe_vcpu(self, index: int) -> str:
+        """Return what a vCPU does and where; it must not run."""
+        what = "ended" if index in self.ended_vcpus else "stands"
+        return f"vCPU {index} {what}: {_where(self.vcpus[index])}"
+
+    def describe_vcpus(self) -> dict[int, str]:
+        """Return :meth:`describe_vcpu` of all, by index; the machine must be paused."""
+        return {vcpu.index: self.describe_vcpu(vcpu.index) for vcpu in self.vcpus}
+
     @property
     def statuses(self) -> dict[int, int]:
         """What vCPUs have reported so far, by index."""

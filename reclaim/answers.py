@@ -71,7 +71,7 @@ class DecisionList(msgspec.Struct, frozen=True):
 
 
 class VmStatus(msgspec.Struct, frozen=True):
-    """One VM. ``budget_bytes`` 0: none; ``idle_s``: since the end of its last pass."""
+    """One VM. ``budget_bytes`` 0: none; ``why``: what the last pass followed."""
 
     vm: str
     policy: str

@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvmhost run",
         description="Boot a guest image and show its serial output.",
+        formatter_class=_formatter,
         epilog="The exit code is the guest's own status; 124: timed out, 125: triple fault or "
         "another end that the guest did not choose, 2: bad image or parameters.",
     )
@@ -202,6 +203,15 @@ def _parser() -> argparse.ArgumentParser:
     add_store_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print a report when the guest ends")
     return parser
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """As argparse makes one, but the width does not cost an import of shutil."""
+    try:
+        columns = os.get_terminal_size(sys.__stdout__.fileno() if sys.__stdout__ else 1).columns
+    except (OSError, ValueError):
+        columns = 80
+    return argparse.HelpFormatter(prog, width=max(columns - 2, 20))
 
 
 def _add_pc_arguments(parser: argparse.ArgumentParser) -> None:

@@ -161,8 +161,10 @@ class Routes:
     async def _get_state(self, request: Request) -> Reply:
         nothing_asked(request)
         machine = self._machine
+        doing = await self._work(machine.describe_vcpus) if machine.paused else {}
         vcpus = [
-            schema.VcpuState(v.index, v.exits, v.doorbells, v.doorbell_value) for v in machine.vcpus
+            schema.VcpuState(v.index, v.exits, v.doorbells, v.doorbell_value, doing.get(v.index))
+            for v in machine.vcpus
         ]
         return json_reply(
             schema.VmState(

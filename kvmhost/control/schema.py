@@ -199,12 +199,16 @@ class ErrorReply(_Answer, frozen=True):
 
 
 class VcpuState(_Answer, frozen=True):
-    """One vCPU. ``epoch`` is the value of its last doorbell."""
+    """One vCPU. ``epoch`` is the value of its last doorbell.
+
+    ``doing`` is what it does and its registers, while the VM is paused; null else.
+    """
 
     index: int
     exits: int
     doorbells: int
     epoch: int
+    doing: str | None = None
 
 
 class LeaseInfo(_Answer, frozen=True):

@@ -73,7 +73,7 @@ class _Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        # aiohttp parses whatever comes and keeps it until it is its turn.
+        # Older releases of aiohttp parse whatever comes and keep it until it is its turn.
         if len(self._messages) > _MAX_WAITING and self.transport is not None:
             self._held_back = True
             self.transport.pause_reading()

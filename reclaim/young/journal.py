@@ -172,7 +172,7 @@ class JournalReader(Closing):
             raise RecordError(str(self._path), "checksum", "is wrong", where.offset)
         try:
             entry = msgspec.msgpack.decode(payload, type=Entry)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise RecordError(str(self._path), "entry", str(error), where.offset) from None
         fits = all(0 <= value < 1 << 63 for value in entry.columns)
         if len(entry.columns) != len(COLUMNS) or not fits:

@@ -230,7 +230,7 @@ def decode_meta(raw: bytes, path: Path) -> RecordMeta:
         attributes = metadata[".zattrs"]
         plain, crc = attributes["kvmhost_young"], attributes["kvmhost_young_crc32"]
         version = plain["version"]
-    except (msgspec.DecodeError, RecursionError, KeyError, TypeError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError, KeyError, TypeError) as error:
         text = f"no metadata of a record: {type(error).__name__}: {error}"
         raise RecordError(str(path), "metadata", text) from None
     if version != FORMAT_VERSION:
@@ -240,7 +240,7 @@ def decode_meta(raw: bytes, path: Path) -> RecordMeta:
         raise RecordError(str(path), "kvmhost_young_crc32", "the metadata was changed or damaged")
     try:
         meta = msgspec.convert(plain, RecordMeta)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         raise RecordError(str(path), "kvmhost_young", str(error)) from None
     _check(meta, path)
     for key, wanted in array_metadata(meta).items():

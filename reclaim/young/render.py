@@ -1,4 +1,4 @@
-"""Pictures of young bitmaps, harvested live: gfn by time.
+"""Pictures of young bitmaps, gfn by time: harvested live here, or out of a record.
 
 A bitmap is reduced to shares of young pages in equal bins of gfns as it comes in,
 so that a long observation of a large guest takes little memory. matplotlib is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from reclaim.young.bitmap import YoungBitmap
 __all__ = [
     "PICTURE_KINDS",
     "Heatmap",
+    "Mark",
     "Source",
     "bin_edges",
     "bin_shares",
@@ -36,6 +38,10 @@ _PAGE_BYTES = 4096
 _GAMMA = 0.45
 #: Suffixes of files that can be drawn.
 PICTURE_KINDS = (".png", ".svg", ".pdf")
+_GAP_COLOUR = "0.88"
+#: Lines in a picture, letters in a line of it; letters above have no glyph everywhere.
+_MOST_MARKS, _MOST_TEXT, _FIRST_ODD = 200, 400, 0x250
+_NO_EDGES = np.zeros(0, dtype=np.int64)
 
 
 def bin_edges(n_pages: int, n_bins: int) -> npt.NDArray[np.int64]:
@@ -58,22 +64,40 @@ def bin_shares(
     return (counts / np.diff(edges)).astype(np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """Something that happened before a window began, for the time axis."""
+
+    time_s: float
+    window: int
+    text: str
+
+
 @dataclasses.dataclass
 class Heatmap:
     """Windows of one VM, reduced to bins, in the order in which they came.
 
     Times are ``CLOCK_MONOTONIC``.
+
+    :param slots: (slot, first gfn, end) of the memslots, to be outlined
+    :param marks: of the time axis, in seconds from the first window's start
+    :param edges: the first page of each bin, and ``n_pages``; None: equal bins
     """
 
     gfn_start: int
     n_pages: int
     n_bins: int = 512
     title: str = "pages touched"
+    caption: str = ""
+    slots: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    marks: list[Mark] = dataclasses.field(default_factory=list)
+    edges: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: _NO_EDGES)
     columns: list[npt.NDArray[np.float32]] = dataclasses.field(default_factory=list)
     windows_ns: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.edges = bin_edges(self.n_pages, self.n_bins)
+        if not self.edges.size:
+            self.edges = bin_edges(self.n_pages, self.n_bins)
 
     def add(self, bitmap: YoungBitmap, start_ns: int, end_ns: int) -> None:
         """Add one window.
@@ -182,17 +206,25 @@ def render_heatmap(heatmap: Heatmap, path: Path) -> None:
     axes = picture.add_subplot()
     axes.set_facecolor("white")
     mesh = _draw_mesh(axes, heatmap, matplotlib.colormaps, colors)
-    axes.set_title(heatmap.title)
-    axes.set_xlabel("time (s)")
+    # Names come from guests and files: nothing in them is markup.
+    axes.set_title(_plain(heatmap.title), parse_math=False, fontsize=13, loc="left", pad=14)
+    if heatmap.caption:
+        caption = textwrap.fill(_plain(heatmap.caption), 150)
+        picture.supxlabel(caption, fontsize=8, color="0.35", parse_math=False)
+    _label_times(axes, heatmap, ticker)
     axes.set_ylabel("guest frame number")
     _label_gfns(axes, heatmap, ticker)
-    mib = axes.secondary_yaxis(
-        1.0, functions=(lambda gfn: gfn * _PAGE_BYTES / 2**20, lambda m: m * 2**20 / _PAGE_BYTES)
+    _outline_slots(axes, heatmap)
+    _draw_marks(axes, heatmap)
+    unit, size = ("GiB", 2**30) if heatmap.n_pages >= 1 << 21 else ("MiB", 2**20)
+    other = axes.secondary_yaxis(
+        1.0, functions=(lambda gfn: gfn * _PAGE_BYTES / size, lambda m: m * size / _PAGE_BYTES)
     )
-    mib.set_ylabel("guest physical address (MiB)")
+    other.set_ylabel(f"guest physical address ({unit})")
     bar = picture.colorbar(mesh, ax=axes, pad=0.02, extend="min")
-    pages = max(1, heatmap.n_pages // (heatmap.edges.size - 1))
-    bar.set_label(f"share of pages young in the window, bins of {pages} pages (white: none)")
+    pages = int(np.diff(heatmap.edges).max())
+    bins = f"bins of {pages:,} pages" if pages > 1 else "page by page"
+    bar.set_label(f"share of pages young in the window, {bins} (white: none)")
     bar.set_ticks([0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0])
     bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     picture.savefig(path, format=kind[1:])
@@ -227,7 +259,7 @@ def _draw_mesh(axes: Any, heatmap: Heatmap, colormaps: Any, colors: Any) -> Any:
         columns.append(column)
         times.append((end - zero) / 1e9)
     shares = np.ma.masked_invalid(np.stack(columns, axis=1))
-    colormap = colormaps["inferno_r"].with_extremes(bad="lightgrey", under="white")
+    colormap = colormaps["viridis_r"].with_extremes(bad=_GAP_COLOUR, under="white")
     norm = colors.PowerNorm(_GAMMA, vmin=0.0005, vmax=1.0)
     return axes.pcolormesh(
         np.array(times),
@@ -240,6 +272,26 @@ def _draw_mesh(axes: Any, heatmap: Heatmap, colormaps: Any, colors: Any) -> Any:
     )
 
 
+def _label_times(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
+    """Count in seconds, minutes or hours, whichever gives small numbers."""
+    length_s = (heatmap.windows_ns[-1][1] - heatmap.windows_ns[0][0]) / 1e9
+    unit, size = next(
+        (unit, size)
+        for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0))
+        if length_s >= 3 * size or unit == "s"
+    )
+    axes.set_xlabel(f"time ({unit})")
+    step = next(
+        base * 10**power
+        for power in range(-9, 12)
+        for base in (1, 2, 5)
+        if length_s / size <= 10 * base * 10**power
+    )
+    axes.xaxis.set_major_locator(ticker.MultipleLocator(step * size))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda s, _: f"{s / size:.6g}"))
+    axes.set_xlim(0, length_s)
+
+
 def _label_gfns(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
     """Put hex labels at round gfns."""
     step = 1
@@ -248,3 +300,40 @@ def _label_gfns(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
     axes.yaxis.set_major_locator(ticker.MultipleLocator(step))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda gfn, _: f"{int(gfn):#x}"))
     axes.set_ylim(heatmap.gfn_start, heatmap.gfn_start + heatmap.n_pages)
+
+
+def _outline_slots(axes: Any, heatmap: Heatmap) -> None:
+    """Draw where memslots begin and end, and name them where there is room."""
+    low, high = heatmap.gfn_start, heatmap.gfn_start + heatmap.n_pages
+    for slot, first, end in heatmap.slots:
+        for gfn in (first, end):
+            if low < gfn < high:
+                axes.axhline(gfn, color="#c2410c", linewidth=0.8, alpha=0.8)
+        if min(end, high) - max(first, low) > heatmap.n_pages / 40:
+            axes.annotate(
+                f"slot {slot}", (0, min(end, high)), xycoords=("axes fraction", "data"),
+                xytext=(4, -3), textcoords="offset points", va="top", fontsize=8,
+                color="#c2410c", bbox={"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none",
+                                       "alpha": 0.75},
+            )  # fmt: skip
+
+
+def _draw_marks(axes: Any, heatmap: Heatmap) -> None:
+    """Draw gaps, clock jumps and changes as lines, named above while they have room."""
+    length_s = (heatmap.windows_ns[-1][1] - heatmap.windows_ns[0][0]) / 1e9
+    free_from = 0.0
+    for mark in heatmap.marks[:_MOST_MARKS]:
+        axes.axvline(mark.time_s, color="0.3", linewidth=0.8, linestyle=(0, (4, 3)))
+        if mark.time_s >= free_from:
+            axes.annotate(
+                _plain(mark.text), (mark.time_s, 1.0), xycoords=("data", "axes fraction"),
+                xytext=(0, 3), textcoords="offset points", fontsize=7, color="0.3",
+                ha="left", parse_math=False,
+            )  # fmt: skip
+            free_from = mark.time_s + length_s * (0.02 + 0.007 * len(mark.text))
+
+
+def _plain(text: str) -> str:
+    """Return text without what has no glyph, no end, or a meaning for the terminal."""
+    shown = "".join(c if c.isprintable() and ord(c) < _FIRST_ODD else "?" for c in text)
+    return shown if len(shown) <= _MOST_TEXT else shown[: _MOST_TEXT - 3] + "..."

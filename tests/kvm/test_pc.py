@@ -91,6 +91,14 @@ def test_processors_start_and_interrupt_each_other(n_vcpus: int, pc_guest: Guest
 
 
 @needs_kvm
+def test_x2apic_mode(pc_guest: Guest) -> None:
+    status, text, _ = boot(pc_guest("x2apic.elf"), 3)
+    assert status == 3 << 1 | 1
+    assert lines(text)["mode"] == 0xC00
+    assert text.endswith("answered 0x2\n")
+
+
+@needs_kvm
 def test_timers(pc_guest: Guest) -> None:
     status, text, _ = boot(pc_guest("timer.elf"))
     assert status == 1
@@ -234,6 +242,7 @@ def theirs(image: Path, n_vcpus: int, words: list[str]) -> tuple[int, str]:
         ),
         pytest.param("smp.elf", 4, [], marks=pytest.mark.slow),
         pytest.param("smp.flat", 2, [], marks=pytest.mark.slow),
+        pytest.param("x2apic.flat", 2, [], marks=pytest.mark.slow),
         pytest.param("timer.flat", 1, [], marks=pytest.mark.slow),
         pytest.param("acpi.elf", 2, [], marks=pytest.mark.slow),
         pytest.param("irq.elf", 1, ["--append", "testdev"], marks=pytest.mark.slow),
@@ -246,3 +255,28 @@ def test_same_output_and_status_as_another_vmm(
     image = pc_guest(name)
     words = [word.format(__file__) for word in words]
     assert ours(image, n_vcpus, words) == theirs(image, n_vcpus, words)
+
+
+@needs_kvm
+def test_the_control_socket_shows_each_processor(
+    pc_guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Callable[..., None]
+) -> None:
+    monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path))
+    from kvmhost.control.client import Client
+    from kvmhost.control.server import ControlServer
+
+    with PcMachine(load_image(pc_guest("echo.elf")), n_vcpus=2, name="shown") as machine:
+        machine.start()
+        server = ControlServer(machine, name="shown")
+        server.start()
+        try:
+            until(lambda: machine.console_text() == "ready\n", "the guest is ready")
+            with Client("shown") as client:
+                assert [vcpu.doing for vcpu in client.state().vcpus] == [None, None]
+                client.pause()
+                shown = [vcpu.doing or "" for vcpu in client.state().vcpus]
+                client.resume()
+        finally:
+            server.close()
+    assert "rip=0x10" in shown[0]
+    assert shown[1].startswith("vCPU 1 waits for INIT")

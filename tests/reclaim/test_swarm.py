@@ -168,12 +168,13 @@ def test_real_vms_among_light_ones(start, fakes, hotcold):
     with DaemonClient("mix") as client:
         mine.wait_for("vmreal2 pass 4:")
         until(lambda: len(looked_after(client)) == 22, "all are looked after")
-        parts = until(
-            lambda: [v.budget_bytes for v in looked_after(client).values() if v.budget_bytes],
-            "parts of the budget",
-        )
-        assert sum(parts) <= 80 << 20
-        until(lambda: all(v.budget_bytes for v in looked_after(client).values()), "a part for each")
+
+        def shared_out():
+            # Each follows at its next pass; until then it has what it had with fewer VMs.
+            parts = [v.budget_bytes for v in looked_after(client).values()]
+            return all(parts) and sum(parts) <= 80 << 20
+
+        until(shared_out, "a part for each, and all parts within the budget")
     for vm in vms:
         assert vm.goes_on(2)
         assert vm.pager()["lost_pages"] == 0
@@ -263,11 +264,11 @@ def test_the_daemons_socket_refuses_nonsense_and_answers_on(start, fakes):
         def visit():
             try:
                 for _ in range(5):
-                    assert client.page("vm1", 700).story.evictions >= 1
+                    assert client.page("vm1", 200).story.evictions >= 1
             except BaseException as error:  # noqa: BLE001 - reported by the test below
                 problems.append(error)
 
-        until(lambda: client.page("vm1", 700).story.evictions >= 1, "an eviction")
+        until(lambda: client.page("vm1", 200).story.evictions >= 1, "an eviction")
         threads = [threading.Thread(target=visit) for _ in range(6)]
         for thread in threads:
             thread.start()

@@ -72,12 +72,14 @@ def make_record(path: Path, n_pages: int, n_windows: int) -> list[float]:
     return times
 
 
-def run(gib: int, n_windows: int, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    gib: int, n_windows: int, hour: int, rounds: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Measure; sizes are in the result."""
     with tempfile.TemporaryDirectory() as place:
         small, large = Path(place) / "small", Path(place) / "large"
         say("1 GiB, an hour of windows")
-        times = make_record(small, _PAGES_A_GIB, 3600)
+        times = make_record(small, _PAGES_A_GIB, hour)
         found: dict[str, Any] = {
             "append_ms": statistics.median(times) * 1e3,
             "append_mean_ms": statistics.fmean(times) * 1e3,
@@ -99,9 +101,11 @@ def run(gib: int, n_windows: int, rounds: int, say: Callable[[str], None]) -> di
             results = [_question(name, large) for _ in range(runs)]
             found[f"{name}_s"] = statistics.median(seconds for seconds, _ in results)
             found[f"{name}_rss_mib"] = max(rss for _, rss in results)
-        say("heatmap of the large record")
-        seconds, rss = _question("heatmap", large)
-        found |= {"heatmap_s": seconds, "heatmap_rss_mib": rss}
+        for name in ("heatmap", "html"):
+            say(f"{name} of the large record")
+            seconds, rss = _question(name, large)
+            found |= {f"{name}_s": seconds, f"{name}_rss_mib": rss}
+        found["html_mib"] = (Path(place) / "large.html").stat().st_size / 2**20
     return found
 
 
@@ -119,8 +123,11 @@ def _question(name: str, path: Path) -> tuple[float, float]:
 
 def _ask(name: str, path: Path) -> None:
     from reclaim.young.analysis import histograms, working_set
+    from reclaim.young.heatmapdata import View, heatmap_of
+    from reclaim.young.heatmaphtml import write_html
     from reclaim.young.patterns import hot_ranges
     from reclaim.young.record import YoungRecord
+    from reclaim.young.render import render_heatmap
 
     if name == "heatmap":
         import matplotlib.figure  # noqa: F401  # imported before the clock starts
@@ -135,7 +142,10 @@ def _ask(name: str, path: Path) -> None:
         elif name == "hot":
             hot_ranges(record, min_share=0.3, max_gap_pages=64)
         elif name == "heatmap":
-            _draw(record, path.parent / "large.png")
+            render_heatmap(heatmap_of(View(record)), path.parent / "large.png")
+        elif name == "html":
+            with (path.parent / "large.html").open("wb") as file:
+                write_html(View(record), file)
     seconds = time.perf_counter() - start
     # Not ru_maxrss: that begins with what the parent had as it forked.
     status = Path("/proc/self/status").read_text()
@@ -143,29 +153,12 @@ def _ask(name: str, path: Path) -> None:
     print(json.dumps([seconds, peak_kib / 1024]))
 
 
-def _draw(record: Any, out: Path) -> None:
-    """Draw what the record's sums have, by the coarsest level with 512 bins or more."""
-    from reclaim.young.recordmeta import LEVELS, n_bins
-    from reclaim.young.render import Heatmap, render_heatmap
-
-    level = max((v for v in LEVELS if n_bins(record.n_pages, v) >= 512), default=LEVELS[0])
-    shares = record.sums(level).astype(np.float32) / (1 << level)
-    # No wider than the picture: neighbouring windows are drawn as their mean.
-    firsts = np.arange(0, len(shares), max(len(shares) // 1200, 1))
-    sizes = np.diff(firsts, append=len(shares))[:, None]
-    heatmap = Heatmap(record.gfn_start, record.n_pages, shares.shape[1], "bench")
-    heatmap.columns = list(np.add.reduceat(shares, firsts, axis=0) / sizes)
-    ends = record.column("end_ns")[np.append(firsts[1:], len(shares)) - 1]
-    starts = np.concatenate([ends[:1] - _SECOND, ends[:-1]])
-    heatmap.windows_ns = list(zip(starts.tolist(), ends.tolist(), strict=True))
-    render_heatmap(heatmap, out)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures as a table, or as JSON."""
     parser = argparse.ArgumentParser(prog="kvmhost bench young", description=__doc__)
     parser.add_argument("--gib", type=count, default=64, help="size of the large guest")
     parser.add_argument("--windows", type=count, default=3600, help="windows of its record")
+    parser.add_argument("--hour", type=count, default=3600, help="windows of the 1 GiB guest")
     parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ask", nargs=2, metavar=("QUESTION", "FILE"), help=argparse.SUPPRESS)
@@ -173,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.ask:
         _ask(args.ask[0], Path(args.ask[1]))
         return 0
-    found = run(args.gib, args.windows, args.rounds, Progress().say)
+    found = run(args.gib, args.windows, args.hour, args.rounds, Progress().say)
     if args.json:
         print(json.dumps(found, indent=2))
         return 0

@@ -112,6 +112,9 @@ class FakeMachine:
         self.harvester = None
         self._pager = FakePager(self.memory)
 
+    def describe_vcpus(self) -> dict[int, str]:
+        return {0: "vCPU 0 stands"}
+
     @property
     def paused(self):
         return self.pauses > 0

@@ -344,3 +344,20 @@ def test_a_client_that_floods_holds_nobody_up(serve):
         for thread in threads:
             thread.join(30)
     assert still_answers(server)
+
+
+def test_who_reads_no_answers_is_not_read_on(serve):
+    server = serve()
+    burst = b"GET /v1/resident HTTP/1.1\r\nHost: vm\r\n\r\n" * 1000
+    with connect(server) as peer:
+        peer.settimeout(2.0)
+        sent = 0
+        with contextlib.suppress(TimeoutError):
+            while sent < 8 << 20:
+                sent += peer.send(burst)
+        # What fits into the buffers of the sockets, and one piece that was being parsed.
+        assert sent < 4 << 20
+        assert still_answers(server)
+        # It is read on as soon as it reads: nothing was lost.
+        peer.settimeout(20)
+        assert peer.recv(65536).startswith(b"HTTP/1.1 200 OK")

@@ -295,3 +295,14 @@ def test_tier_is_the_rounded_logarithm_of_the_windows(history):
 
     refs = bin(history).count("1")
     assert TIER_OF[history] == min(math.ceil(math.log2(refs + 1)), 4)
+
+
+def test_the_nth_lowest_key_is_that_of_a_sort():
+    from reclaim.policy.lru_gen import _nth_lowest
+
+    chance = np.random.default_rng(3)
+    for _ in range(500):
+        top = int(chance.choice([3, 70000, 1 << 32]))
+        keys = chance.integers(0, top, chance.integers(1, 200), dtype=np.uint32)
+        n = int(chance.integers(1, keys.size + 1))
+        assert _nth_lowest(keys, n) == np.sort(keys)[n - 1]

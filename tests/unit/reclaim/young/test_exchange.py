@@ -33,7 +33,7 @@ def roundtrips(record, place):
 
 @given(histories(max_windows=70, max_pages=120))
 @settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_there_and_back(tmp_path, drawn):
     gfn_start, windows = drawn

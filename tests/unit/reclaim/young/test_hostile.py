@@ -114,6 +114,15 @@ def test_files_of_noise(source, tmp_path, data):
     read_or_refuse(path)
 
 
+def test_metadata_that_is_no_text(source, tmp_path):
+    path = fresh(source, tmp_path)
+    raw = bytearray((path / METADATA_FILE).read_bytes())
+    raw[2] ^= 128
+    (path / METADATA_FILE).write_bytes(raw)
+    with pytest.raises(RecordError, match="no metadata of a record"):
+        YoungRecord.open(path)
+
+
 def test_what_is_damaged_in_the_arrays_is_never_shown(source, tmp_path):
     """Every flipped bit of a chunk of bits or numbers is found when it is read."""
     rng = random.Random(5)

@@ -28,7 +28,7 @@ from reclaim.young.recordmeta import LEVELS, METADATA_FILE, UPPER, Memslot, Sess
 from reclaim.young.writer import Cost, RecordWriter
 
 FEW = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -100,7 +100,7 @@ def test_what_is_appended_is_read(place, drawn, data):
 
 
 @FEW
-@given(histories(max_windows=140, max_pages=300), st.data())
+@given(histories(max_windows=100, max_pages=150), st.data())
 def test_putting_windows_together(place, drawn, data):
     gfn_start, windows = drawn
     path = place()
@@ -312,7 +312,7 @@ def test_killed_between_any_two_files_of_a_commit(tmp_path, monkeypatch):
 
     source = tmp_path / "source"
     write(source, 0, windows[:127]).close()
-    for at in range(0, 60, 3):
+    for at in range(0, 40, 4):
         path = copy_of(source)
         begun = RecordWriter.resume(path)
         left[0] = at

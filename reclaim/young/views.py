@@ -1,0 +1,60 @@
+"""Records as xarray datasets and pandas frames, for those who have these libraries.
+
+A dataset reads the arrays, which are at most a minute behind a recording that runs;
+a frame has every window. Both have the record's time axis, which only goes forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvmhost.errors import CapabilityError
+from reclaim.young.clock import elapsed_s
+from reclaim.young.record import YoungRecord
+from reclaim.young.recordmeta import COLUMNS
+
+__all__ = ["to_dataset", "to_frame"]
+
+
+def to_frame(record: YoungRecord) -> Any:
+    """Return a pandas frame with a row a window: its columns, and what it came from.
+
+    The index is the time in seconds at which each window ended.
+
+    :raises CapabilityError: without pandas
+    """
+    pandas = _need("pandas")
+    columns: dict[str, Any] = {name: record.column(name) for name in COLUMNS}
+    sources = [record.session(window) for window in range(len(record))]
+    columns["tracker"] = [source.tracker for source in sources]
+    columns["table_format"] = [source.table_format for source in sources]
+    columns["young_share"] = columns["n_young"] / np.maximum(columns["n_pages"], 1)
+    return pandas.DataFrame(columns, index=pandas.Index(elapsed_s(record), name="seconds"))
+
+
+def to_dataset(record: YoungRecord) -> Any:
+    """Return an xarray dataset of the arrays, read a chunk at a time when asked for.
+
+    ``young`` and ``coarse`` are booleans over ``gfn`` and ``window``; the coordinate
+    ``seconds`` belongs to ``window``. Gfns count from ``attrs["gfn_start"]``, as a
+    coordinate of their own would be larger than the bits.
+
+    :raises CapabilityError: without xarray and zarr
+    """
+    xarray = _need("xarray")
+    _need("zarr")
+    data = xarray.open_zarr(str(record.path), mask_and_scale=False)
+    seconds = elapsed_s(record)[: data.sizes["window"]]
+    data = data.assign_coords(seconds=("window", seconds))
+    return data.assign_attrs(gfn_start=record.gfn_start, page_bytes=record.metadata.page_bytes)
+
+
+def _need(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise CapabilityError(
+            "record", name, str(error), 'install the record extra: pip install "kvmhost[record]"'
+        ) from error

@@ -1,0 +1,22 @@
+"""The benchmark of records runs, and measures what it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tools.main import main
+
+pytest.importorskip("matplotlib")
+
+
+def test_bench_young(capsys):
+    words = ["--gib", "1", "--windows", "70", "--hour", "130", "--rounds", "1", "--json"]
+    assert main(["bench", "young", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["large_bits_gib"] == pytest.approx(70 * 32 / 2**20)
+    # A hot set of a tenth, half of it at random, costs 3.2 KiB a window by its entropy.
+    assert 130 * 3200 / 2**20 < found["hour_mib"] < 130 * 5825 / 2**20
+    for name in ("append_ms", "open_s", "wss_s", "hot_s", "heatmap_s", "heatmap_rss_mib"):
+        assert found[name] > 0
