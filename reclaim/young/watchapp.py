@@ -101,8 +101,8 @@ class _Help(ModalScreen[None]):
 
     CSS = """
     _Help { align: center middle; }
-    #help { width: 74; padding: 0 1; max-width: 100%; height: auto; max-height: 100%; border: round $accent;
-            background: $surface; }
+    #help { width: 74; max-width: 100%; height: auto; max-height: 100%; padding: 0 1;
+            border: round $accent; background: $surface; }
     """
 
     def compose(self) -> ComposeResult:
