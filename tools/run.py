@@ -14,6 +14,7 @@ from types import FrameType
 
 from kvmhost.boot.loaders import LOADERS
 from kvmhost.devices.console import Console, open_console
+from kvmhost.engine.cpumodel import CPU_MODELS
 from kvmhost.errors import LayoutError
 from kvmhost.machine import Machine
 from kvmhost.machines import make_machine
@@ -142,12 +143,12 @@ def _run_machine(
 
 
 def _pc_options(args: argparse.Namespace) -> PcOptions | None:
-    if not (args.append or args.initrd or args.fw_cfg):
+    if not (args.append or args.initrd or args.fw_cfg or args.cpu != CPU_MODELS[0]):
         return None
     from kvmhost.machines.pc import PcOptions
 
     modules = tuple(parse_modules(args.initrd)) if args.initrd else ()
-    return PcOptions(args.append, modules, parse_fw_cfg(args.fw_cfg))
+    return PcOptions(args.append, modules, parse_fw_cfg(args.fw_cfg), args.cpu)
 
 
 def _interrupt_main() -> None:
@@ -236,6 +237,13 @@ def _add_pc_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="name=NAME,file=PATH",
         help="a file in fw_cfg, or name=NAME,string=TEXT; may be repeated",
+    )
+    parser.add_argument(
+        "--cpu",
+        default=CPU_MODELS[0],
+        choices=CPU_MODELS,
+        help="the processor that the image sees: the same on every host, or all that KVM "
+        "supports (default: plain)",
     )
     parser.add_argument(
         "--serial",
