@@ -123,6 +123,7 @@ class _Help(ModalScreen[None]):
 class WatchApp(App[None]):
     """The view of one VM."""
 
+    TITLE = "kvmhost young watch"
     ENABLE_COMMAND_PALETTE = False
     CSS = """
     Screen { background: ansi_default; }
