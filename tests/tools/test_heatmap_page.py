@@ -279,3 +279,23 @@ def test_dark_cividis_and_help(shown):
 
 def test_the_page_asks_nobody_for_anything(shown):
     assert script(shown, "return performance.getEntriesByType('resource').length") == 0
+
+
+def test_the_command_draws_a_record_and_refuses_what_does_not_fit(page, tmp_path, capsys):
+    from kvmhost.errors import LayoutError
+    from tools.young.heatmap import main
+
+    record = str(page.parent / "r")
+    assert main([record, "-o", str(tmp_path / "x.html"), "--windows=-60:"]) == 0
+    assert "60 windows, down to single gfns" in capsys.readouterr().out
+    assert main([record, "-o", str(tmp_path / "y.html"), "--range", "0x500:0x510"]) == 0
+    for words, text in (
+        ([record, "-o", str(tmp_path / "z.html"), "--count", "3"], "for what runs"),
+        ([record, "-o", str(tmp_path / "x.gif")], r"\.html"),
+        ([record, "-o", str(tmp_path / "x.html"), "--range", "0:1"], "no gfns"),
+        ([record, "-o", str(tmp_path / "x.html"), "--windows", "5:900"], "windows 0 to 199"),
+        (["vm1", "-o", str(tmp_path / "x.html")], "needs a record"),
+    ):
+        with pytest.raises(LayoutError, match=text):
+            main(words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.html", "y.html"]
