@@ -40,8 +40,9 @@ from kvmhost.engine.kvmpc import MP_HALTED, MP_RUNNABLE, MP_STATES, KvmPcEngine
 from kvmhost.errors import CapabilityError, GuestTimeout, LayoutError, UnexpectedExit
 from kvmhost.exits import Exit, InternalError, IoIn, IoOut, MmioRead, MmioWrite
 from kvmhost.machine import Machine
-from kvmhost.machines.report import internal_error, registers_line
+from kvmhost.machines.report import internal_error
 from kvmhost.memory.pclayout import PcLayout
+from kvmhost.reports import registers_line
 from kvmhost.runner import Step
 
 __all__ = ["PcMachine", "PcOptions"]
@@ -217,7 +218,7 @@ class PcMachine(Machine):
                 self._ending = "debug exit"
                 self._statuses[vcpu.index] = (leaving.value << 1 | 1) & 0xFF
             else:
-                self._write_device(leaving)
+                self.bus.write_port(leaving)
             return Step.END_ALL if self._ending else Step.GO_ON
 
     def _mmio(self, vcpu: Vcpu, leaving: MmioRead | MmioWrite) -> Step:

@@ -233,7 +233,7 @@ def theirs(image: Path, n_vcpus: int, words: list[str]) -> tuple[int, str]:
     command += ["-serial", "stdio", "-kernel", str(image), "-smp", str(n_vcpus)]
     words = ["-fw_cfg" if word == "--fw-cfg" else word.replace("--", "-") for word in words]
     done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        [*command, *words], capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL
     )
     return done.returncode, done.stdout
 
@@ -243,10 +243,15 @@ def theirs(image: Path, n_vcpus: int, words: list[str]) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("name", "n_vcpus", "words"),
     [
-        ("info.elf", 1, ["--append", "a b", "--initrd", "{0} x y,{0}"]),
+        ("hello.flat", 1, []),
+        pytest.param(
+            "info.elf",
+            1,
+            ["--append", "a b", "--initrd", "{0} x y,{0}"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param("state.elf", 1, [], marks=pytest.mark.slow),
         pytest.param("state.flat", 2, [], marks=pytest.mark.slow),
-        pytest.param("hello.flat", 1, [], marks=pytest.mark.slow),
         pytest.param("info.flat", 1, ["--append", "-x"], marks=pytest.mark.slow),
         pytest.param("long.elf", 1, [], marks=pytest.mark.slow),
         pytest.param(
