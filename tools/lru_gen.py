@@ -65,6 +65,8 @@ def _daemon(name: str | None, vm: str | None) -> DaemonClient:
     if vm is not None:
         return DaemonClient.of_vm(vm)
     there = daemon_names()
-    if len(there) != 1:
+    if not there:
+        raise LayoutError("no daemon runs: start kvmhost reclaimd, or name one with --daemon")
+    if len(there) > 1:
         raise LayoutError(f"{len(there)} daemons run ({', '.join(there)}): name one with --daemon")
     return DaemonClient(there[0])

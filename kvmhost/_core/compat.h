@@ -97,11 +97,6 @@ struct pm_scan_arg {
 #define PM_SCAN_CHECK_WPASYNC (1 << 1)
 #endif
 
-/* Since commit 1a4e58cce84e ("mm: introduce MADV_PAGEOUT") (in v5.4). */
-#ifndef MADV_PAGEOUT
-#define MADV_PAGEOUT 21
-#endif
-
 /* Since commit ecb8ac8b1f14 ("mm/madvise: introduce process_madvise() syscall: an
  * external memory hinting API") (in v5.10). */
 #ifndef SYS_process_madvise

@@ -13,6 +13,8 @@ Where this departs from a processor:
 - An exception is a triple fault at once, as there is no IDT.
 - Code is searched for port instructions before its first run. A guest that
   writes new ones over code that ran before ends with an InternalError.
+- Code that was translated before runs without being read from memory again: after a
+  flush its accessed bit is set as on a processor, but a zapped page of code stays away.
 - ``rdtsc`` and ``cpuid`` tell of the emulator.
 """
 

@@ -121,15 +121,22 @@ class FakeFiles:
     def _has_flag(self) -> np.ndarray:
         return ~self.huge | (self.pfn % np.uint64(512) == 0)
 
-    def _look(self) -> None:
-        """What is really mapped was accessed since it was last zapped."""
+    def present_gfns(self) -> set[int]:
+        """What the host maps now."""
+        return set((np.flatnonzero(self._present()) + self.region.gfn).tolist())
+
+    def _present(self) -> np.ndarray:
         words = np.zeros(n_words(self.region.n_pages), dtype=np.uint64)
         out = ffi.from_buffer("uint64_t[]", words)
         scan = lib.kh_pagemap_scan
         check(
             scan(self.pagemap, self.region.guest_address, self.region.n_pages, out), "PAGEMAP_SCAN"
         )
-        present = unpack(words, self.region.n_pages)
+        return unpack(words, self.region.n_pages)
+
+    def _look(self) -> None:
+        """What is really mapped was accessed since it was last zapped."""
+        present = self._present()
         self.mapped |= present
         self.idle &= ~present
         alike = np.unique(self.pfn, return_counts=True)
@@ -182,12 +189,18 @@ def test_bits_equal_prediction(make_tracker: Callable, engine: str, params: dict
 @pytest.mark.requires_kvm
 def test_hotcold_on_two_vcpus(make_tracker: Callable) -> None:
     params = {"pages": 3001, "hot": 400, "scan_every": 4, "scan_epochs": 2}
-    machine, _, tracker = make_tracker("kvm", "hotcold", 2, **params)
+    machine, files, tracker = make_tracker("kvm", "hotcold", 2, **params)
     tracker.start()
     for epoch in range(5):
         assert machine.run_epoch()
-        young = tracker.harvest(START, 3001)
-        assert young.gfns().tolist() == hotcold_gfns(machine.params, epoch, 2).tolist()
+        found = set(tracker.harvest(START, 3001).gfns().tolist())
+        expected = set(hotcold_gfns(machine.params, epoch, 2).tolist())
+        assert found <= expected
+        # A page that lost its host mapping reads as old; on a busy nested host one does
+        # in some hundred runs. The tracker may miss that, and nothing that is mapped.
+        missing = expected - found
+        assert len(missing) <= 2
+        assert not missing & files.present_gfns()
 
 
 def test_clear_false_and_masks(make_tracker: Callable) -> None:

@@ -19,11 +19,15 @@ from young_model import SECOND, Window, write
 from guests.workloads import hotcold_gfns
 from kvmhost.control.client import Client
 from kvmhost.errors import VmGoneError
+from kvmhost.memory.layout import IMAGE_GPA
 from reclaim.young.record import YoungRecord
 from reclaim.young.recordmeta import METADATA_FILE
 from tools.main import main
 
 pytest.importorskip("zstandard")
+
+#: Where the guest hotcold's pages begin by default.
+START_GFN = 1024
 
 
 @pytest.fixture
@@ -376,6 +380,26 @@ def test_compare_trackers_on_a_guest(young, tmp_path):
     assert row["extra"].split()[0] in ("tables", "none")
     assert "," not in row["extra"]
     assert windows_in(tmp_path / "c" / "guestpt") == 4
+
+
+@pytest.mark.requires_uffd
+def test_emulated_trackers_differ_by_the_guests_code_only(young, tmp_path):
+    """Unicorn runs a translation that it kept without reading the page of code again."""
+    words = ["--engine", "emulated", "--epochs", "4", "--mem", "16M"]
+    words += [word for k, v in PARAMS.items() for word in ("--param", f"{k}={v}")]
+    out = tmp_path / "c"
+    young("compare", "--guest", "hotcold", *words, "--trackers", "guestpt,uffd", "-o", out)
+    with YoungRecord.open(out / "guestpt") as one, YoungRecord.open(out / "uffd") as other:
+        pairs = [
+            (set(a.gfns().tolist()), set(b.gfns().tolist()))
+            for a, b in zip(one.bitmaps(), other.bitmaps(), strict=True)
+        ]
+    assert len(pairs) == 4
+    code = range(IMAGE_GPA >> 12, START_GFN)
+    for in_tables, in_host in pairs:
+        assert in_tables & set(range(START_GFN, START_GFN + PARAMS["pages"]))
+        assert in_tables - in_host <= set(code)
+        assert not (in_host - in_tables) & set(range(START_GFN + PARAMS["pages"]))
 
 
 @pytest.mark.requires_uffd
