@@ -27,6 +27,7 @@ from tools.args import (
     parse_fw_cfg,
     parse_modules,
     parse_params,
+    seconds,
     size_bytes,
     store_options,
 )
@@ -189,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "dirty then reads instead of the dirty log (engine kvm)",
     )
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="stop the guest after this time"
+        "--timeout", type=seconds, metavar="SECONDS", help="stop the guest after this time"
     )
     parser.add_argument(
         "--paused", action="store_true", help="wait for a resume over the control socket"
