@@ -9,7 +9,7 @@ SOURCES = pyproject.toml $(wildcard kvmhost/_core/*.[ch] kvmhost/_core/*.cdef kv
 
 .PHONY: demo test test-slow lint sanitize guests clean
 
-demo: $(VENV)/.plot
+demo: $(VENV)/.demo
 	$(VENV)/bin/kvmhost demo
 
 test: $(VENV)/.test
@@ -27,16 +27,19 @@ lint: $(VENV)/.lint
 sanitize:
 	$(MAKE) -C tests/sanitize run
 
-guests: $(VENV)/.plot
+guests: $(VENV)/.demo
 	$(PY) -m guests.build
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "pip>=23.1"
 
+# What the README shows beyond booting needs these.
+EXTRAS.demo = plot,record,watch
+
 # One stamp a set of extras; each re-installs when a source of the C core changes.
-$(VENV)/.plot $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(SOURCES) | $(VENV)/bin/python
-	KVMHOST_WERROR=1 $(PIP) install -e ".[$*]"
+$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(SOURCES) | $(VENV)/bin/python
+	KVMHOST_WERROR=1 $(PIP) install -e ".[$(or $(EXTRAS.$*),$*)]"
 	touch $@
 
 clean:

@@ -39,13 +39,11 @@ from kvmhost.errors import (
 from kvmhost.exits import (
     Debug,
     Exit,
-    InternalError,
     IoIn,
     IoOut,
     Kicked,
     MmioRead,
     MmioWrite,
-    Shutdown,
 )
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import (
@@ -55,6 +53,7 @@ from kvmhost.memory.layout import (
     Layout,
     TinyLayout,
 )
+from kvmhost.reports import outside_memory, registers_line, unexpected
 from kvmhost.runner import Runner, Step
 
 if typing.TYPE_CHECKING:
@@ -253,7 +252,7 @@ class Machine(Closing):
     def describe_vcpu(self, index: int) -> str:
         """Return what a vCPU does and where; it must not run."""
         what = "ended" if index in self.ended_vcpus else "stands"
-        return f"vCPU {index} {what}: {_where(self.vcpus[index])}"
+        return f"vCPU {index} {what}: {registers_line(self.vcpus[index].registers())}"
 
     def describe_vcpus(self) -> dict[int, str]:
         """Return :meth:`describe_vcpu` of all, by index; the machine must be paused."""
@@ -475,15 +474,7 @@ class Machine(Closing):
         raise self._unexpected(vcpu, leaving)
 
     def _port_read(self, vcpu: Vcpu, leaving: IoIn) -> Step:
-        found = self.bus.port_handler(leaving.port)
-        size, data = leaving.size, b""
-        if found is None:
-            data = b"\xff" * (size * leaving.count)
-        else:
-            mask = (1 << 8 * size) - 1
-            for _ in range(leaving.count):
-                data += (found[0].read(found[1], size) & mask).to_bytes(size, "little")
-        vcpu.complete_read(data)
+        vcpu.complete_read(self.bus.read_port(leaving))
         return Step.GO_ON
 
     def _port_write(self, vcpu: Vcpu, leaving: IoOut) -> Step:
@@ -495,26 +486,13 @@ class Machine(Closing):
             return Step.END_ALL
         if leaving.port == DOORBELL_PORT:
             return Step.HOLD
-        self._write_device(leaving)
+        self.bus.write_port(leaving)
         return Step.GO_ON
-
-    def _write_device(self, leaving: IoOut) -> None:
-        found = self.bus.port_handler(leaving.port)
-        # A port where nothing is: writes go nowhere, as on a real machine.
-        if found:
-            for i in range(leaving.count):
-                one = leaving.data[i * leaving.size : (i + 1) * leaving.size]
-                found[0].write(found[1], leaving.size, int.from_bytes(one, "little"))
 
     def _mmio(self, vcpu: Vcpu, leaving: MmioRead | MmioWrite) -> Step:
         found = self.bus.mmio_handler(leaving.gpa)
         if found is None:
-            kind = "read" if isinstance(leaving, MmioRead) else "write"
-            raise UnexpectedExit(
-                vcpu.index,
-                f"{kind} outside all memory slots, gpa {leaving.gpa:#x}",
-                _where(vcpu),
-            )
+            raise outside_memory(vcpu, leaving)
         device, offset = found
         if isinstance(leaving, MmioRead):
             value = device.read(offset, leaving.size)
@@ -524,7 +502,7 @@ class Machine(Closing):
         return Step.GO_ON
 
     def _unexpected(self, vcpu: Vcpu, leaving: Exit) -> UnexpectedExit:
-        return _unexpected(vcpu, leaving)
+        return unexpected(vcpu, leaving)
 
     def _on_error(self, vcpu: Vcpu, error: BaseException) -> None:
         self._error = self._error or error
@@ -553,20 +531,3 @@ class Machine(Closing):
             self._userfault.close()
         if hasattr(self, "memory"):
             self.memory.close()
-
-
-def _where(vcpu: Vcpu) -> str:
-    registers = vcpu.registers()
-    shown = ("rip", "rsp", "rax", "rcx", "rdx", "rsi", "rdi", "rflags", "cr2", "cr3")
-    return " ".join(f"{name}={registers[name]:#x}" for name in shown if name in registers)
-
-
-def _unexpected(vcpu: Vcpu, leaving: Exit) -> UnexpectedExit:
-    if isinstance(leaving, Shutdown):
-        reason = "triple fault: an exception that the guest has no handler for"
-    elif isinstance(leaving, InternalError):
-        code = leaving.instruction.hex(" ") or "not told"
-        reason = f"KVM internal error {leaving.suberror}, instruction bytes: {code}"
-    else:
-        reason = repr(leaving)
-    return UnexpectedExit(vcpu.index, reason, _where(vcpu))

@@ -1,6 +1,6 @@
 """The reclaim daemon: who is looked after, and the loop that everything hangs on.
 
-One thread a VM makes the passes (:mod:`reclaim.session`). The main thread finds VMs of
+One thread a VM makes the passes (:mod:`reclaim.passes.session`). The main thread finds VMs of
 the names that are asked for, looks at the pressure that all of them share, reads its
 options again on demand, and feeds the watchdog as long as no pass hangs.
 
@@ -23,15 +23,15 @@ import msgspec
 
 from kvmhost.control.paths import running_names
 from kvmhost.errors import KvmHostError
-from reclaim.common import Common, cpu_limit, rate_limit
-from reclaim.decisions import Kind
+from reclaim.account.decisions import Kind
+from reclaim.account.events import Event, Notice
+from reclaim.control.sdnotify import Notifier
 from reclaim.errors import ReclaimError
-from reclaim.events import Event, Notice
-from reclaim.member import Member
-from reclaim.options import Config
+from reclaim.passes.common import Common, cpu_limit, rate_limit
+from reclaim.passes.member import Member
+from reclaim.passes.session import Session
 from reclaim.pressure.host import Host
-from reclaim.sdnotify import Notifier
-from reclaim.session import Session
+from reclaim.settings.options import Config
 
 __all__ = ["Daemon", "is_pattern"]
 

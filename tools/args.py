@@ -167,7 +167,8 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         type=size_bytes,
         default=64 << 20,
         metavar="SIZE",
-        help="guest memory, for example 256M (default: 64M)",
+        help="guest memory, for example 256M; a bare number is bytes "
+        "(default: 64M, 128M for images of a PC)",
     )
     parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="vCPUs (default: 1)")
     parser.add_argument(

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from kvmhost.errors import LayoutError
-from reclaim.client import DaemonClient
-from reclaim.paths import daemon_names
+from reclaim.control.client import DaemonClient
+from reclaim.control.paths import daemon_names
 
 __all__ = ["main"]
 

@@ -12,9 +12,9 @@ import msgspec
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Page
 from kvmhost.errors import ControlError, VmGoneError
-from reclaim.answers import PageAnswer
-from reclaim.client import DaemonClient
-from reclaim.decisions import Decision
+from reclaim.account.decisions import Decision
+from reclaim.control.answers import PageAnswer
+from reclaim.control.client import DaemonClient
 
 __all__ = ["main"]
 

@@ -14,6 +14,7 @@ from types import FrameType
 
 from kvmhost.boot.loaders import LOADERS
 from kvmhost.devices.console import Console, open_console
+from kvmhost.engine.cpumodel import CPU_MODELS
 from kvmhost.errors import LayoutError
 from kvmhost.machine import Machine
 from kvmhost.machines import make_machine
@@ -26,6 +27,7 @@ from tools.args import (
     parse_fw_cfg,
     parse_modules,
     parse_params,
+    seconds,
     size_bytes,
     store_options,
 )
@@ -142,12 +144,12 @@ def _run_machine(
 
 
 def _pc_options(args: argparse.Namespace) -> PcOptions | None:
-    if not (args.append or args.initrd or args.fw_cfg):
+    if not (args.append or args.initrd or args.fw_cfg or args.cpu != CPU_MODELS[0]):
         return None
     from kvmhost.machines.pc import PcOptions
 
     modules = tuple(parse_modules(args.initrd)) if args.initrd else ()
-    return PcOptions(args.append, modules, parse_fw_cfg(args.fw_cfg))
+    return PcOptions(args.append, modules, parse_fw_cfg(args.fw_cfg), args.cpu)
 
 
 def _interrupt_main() -> None:
@@ -188,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "dirty then reads instead of the dirty log (engine kvm)",
     )
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="stop the guest after this time"
+        "--timeout", type=seconds, metavar="SECONDS", help="stop the guest after this time"
     )
     parser.add_argument(
         "--paused", action="store_true", help="wait for a resume over the control socket"
@@ -236,6 +238,13 @@ def _add_pc_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="name=NAME,file=PATH",
         help="a file in fw_cfg, or name=NAME,string=TEXT; may be repeated",
+    )
+    parser.add_argument(
+        "--cpu",
+        default=CPU_MODELS[0],
+        choices=CPU_MODELS,
+        help="the processor that the image sees: the same on every host, or all that KVM "
+        "supports (default: plain)",
     )
     parser.add_argument(
         "--serial",

@@ -21,6 +21,8 @@ if typing.TYPE_CHECKING:
 
 __all__ = ["LOADERS", "detect", "load_image"]
 
+_LINUX_AT = 0x202  # "HdrS" in the setup header of the Linux boot protocol
+
 LOADERS = ("auto", "tiny", "multiboot", "pvh", "elf", "flat16", "flat32", "flat64")
 
 
@@ -34,6 +36,9 @@ def detect(path: str, data: bytes) -> str:
     if find_header(data) is not None:
         return "multiboot"
     if not is_elf(data):
+        if data[_LINUX_AT : _LINUX_AT + 4] == b"HdrS":
+            problem = "a Linux bzImage, which no loader here takes; give vmlinux (PVH) instead"
+            raise ImageError(path, "setup header", problem, _LINUX_AT)
         problem = "neither ELF nor a multiboot header; bare code needs --loader flat16, 32 or 64"
         raise ImageError(path, "e_ident", f"not an ELF file: {problem}", 0)
     from kvmhost.boot.pvh import find_entry

@@ -64,7 +64,7 @@ class PciConfig(Stateless):
 class Keyboard(Stateless):
     """The keyboard controller, ports 0x60 and 0x64: no keys, but A20 and reset."""
 
-    _OUTPUT_FULL, _SYSTEM, _UNLOCKED = 1, 4, 0x10
+    _OUTPUT_FULL, _SYSTEM, _COMMAND, _UNLOCKED = 1, 4, 8, 0x10
 
     def __init__(self, reset: Callable[[], None]) -> None:
         self._reset = reset
@@ -74,7 +74,7 @@ class Keyboard(Stateless):
         """Return the answer of the last command (0x60), or the status (0x64)."""
         if offset == 4:
             waiting = self._OUTPUT_FULL if self._answer >= 0 else 0
-            return self._SYSTEM | self._UNLOCKED | waiting
+            return self._SYSTEM | self._COMMAND | self._UNLOCKED | waiting
         answer, self._answer = max(self._answer, 0), -1
         return answer
 
@@ -117,14 +117,15 @@ class SystemControl(Stateless):
 class PowerManagement:
     """ACPI registers at 0x600: PM1a status and enable, control, timer; and 0xb2 beside.
 
-    Writing sleep enable with type 0 to the control register is power-off.
+    Writing sleep enable with type 0 (S5) or 2 (S4) to the control register is power-off.
     """
 
     def __init__(
         self, power_off: Callable[[], None], now_ns: Callable[[], int] = time.monotonic_ns
     ) -> None:
         self._power_off, self._now_ns = power_off, now_ns
-        self._enable = self._control = 0
+        # ACPI mode from the start, as firmware without an SMI handler leaves it.
+        self._enable, self._control = 0, 1
         self._start_ns = now_ns()
 
     def read(self, offset: int, size: int) -> int:
@@ -141,7 +142,7 @@ class PowerManagement:
             self._enable = value & 0xFFFF
         elif offset == 4:
             self._control = self._control & 1 | value & 0x1C00
-            if value & 0x2000 and value >> 10 & 7 == 0:
+            if value & 0x2000 and value >> 10 & 7 in (0, 2):
                 self._power_off()
 
     def set_acpi(self, on: bool) -> None:
@@ -179,11 +180,17 @@ class SmiCommand(Stateless):
 
 
 class Scratch(Stateless):
-    """A port that takes anything, as 0x80 does (a short delay on hardware)."""
+    """A port that takes anything, as 0x80 does (a short delay on hardware).
+
+    :param byte: what it reads as
+    """
+
+    def __init__(self, byte: int = 0xFF) -> None:
+        self._byte = byte
 
     def read(self, offset: int, size: int) -> int:
-        """Return all ones."""
-        return (1 << 8 * size) - 1
+        """Return that byte, as often as asked for."""
+        return int.from_bytes(bytes([self._byte]) * size, "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Ignore it."""
@@ -223,8 +230,8 @@ class TestIrqs(Stateless):
         self._set_line = set_line
 
     def read(self, offset: int, size: int) -> int:
-        """Return all ones."""
-        return (1 << 8 * size) - 1
+        """Return 0: the lines cannot be read."""
+        return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Raise the line for anything but 0."""

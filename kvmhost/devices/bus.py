@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from kvmhost._ffi import ffi, lib
 from kvmhost.devices.serial import Serial
 from kvmhost.errors import LayoutError
+from kvmhost.exits import IoIn, IoOut
 
 __all__ = [
     "DEBUG_EXIT_PORT",
@@ -96,6 +97,26 @@ class Bus:
     def mmio_handler(self, gpa: int) -> tuple[Handler, int] | None:
         """Return the device at a gpa and the offset in its range."""
         return _find(self._mmio, gpa)
+
+    def read_port(self, leaving: IoIn) -> bytes:
+        """Return what a guest reads; ones where nothing is, as on a real machine."""
+        found, size = self.port_handler(leaving.port), leaving.size
+        if found is None:
+            return b"\xff" * (size * leaving.count)
+        device, offset = found
+        mask = (1 << 8 * size) - 1
+        values = (device.read(offset, size) & mask for _ in range(leaving.count))
+        return b"".join(value.to_bytes(size, "little") for value in values)
+
+    def write_port(self, leaving: IoOut) -> None:
+        """Give a device what a guest writes; where nothing is it goes nowhere."""
+        found, size = self.port_handler(leaving.port), leaving.size
+        if found is None:
+            return
+        device, offset = found
+        for start in range(0, leaving.count * size, size):
+            one = leaving.data[start : start + size]
+            device.write(offset, size, int.from_bytes(one, "little"))
 
     def _claim_port(self, port: int, n_ports: int, handler: Handler | None) -> None:
         if not 0 <= port <= 0x10000 - n_ports:

@@ -1,7 +1,8 @@
 """The real-time clock and its CMOS memory (MC146818), ports 0x70 and 0x71.
 
 Registers 0x00 to 0x0d as in the MC146818 data sheet; the memory sizes where firmware
-of a PC puts them. There are no alarm and no periodic interrupts.
+of a PC puts them. Register 0x0c tells that the second changed since it was last read;
+there are no alarm and no interrupts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ CMOS_PORT = 0x70
 
 _A_UPDATING, _A_DIVIDER = 0x80, 0x26
 _B_24_HOURS, _B_BINARY, _B_SET = 0x02, 0x04, 0x80
+_C_UPDATED = 0x10
 _D_BATTERY = 0x80
 #: The last 244 us before a new second.
 _UPDATE_S = 0.000244
@@ -32,6 +34,7 @@ class Clock:
 
     def __init__(self, layout: PcLayout, n_cpus: int, now: Callable[[], float] = time.time) -> None:
         self._now, self._index = now, 0
+        self._seen_second = 0  # Nobody has read register 0x0c yet.
         self._cells = bytearray(128)
         self._cells[0x0A], self._cells[0x0B] = _A_DIVIDER, _B_24_HOURS
         self._sizes(layout)
@@ -61,7 +64,9 @@ class Clock:
             updating = 1 - self._now() % 1 < _UPDATE_S and not self._cells[0x0B] & _B_SET
             return self._cells[0x0A] & 0x7F | (_A_UPDATING if updating else 0)
         if self._index == 0x0C:
-            return 0
+            second, seen = int(self._now()), self._seen_second
+            self._seen_second = second
+            return _C_UPDATED if second != seen else 0
         return _D_BATTERY if self._index == 0x0D else self._cells[self._index]
 
     def write(self, offset: int, size: int, value: int) -> None:

@@ -13,13 +13,14 @@ from kvmhost.boot.firmware import GDT_BYTES, GDT_GPA
 from kvmhost.boot.pcboot import Mode, PcEntry
 from kvmhost.devices.bus import Bus
 from kvmhost.engine.base import Vcpu
+from kvmhost.engine.cpumodel import MCG_CAP, firmware_msrs, pc_cpuid
 from kvmhost.engine.kvm import KvmEngine
 from kvmhost.kvm import KvmVcpu
 from kvmhost.kvm.vm_irq import irqchip_route
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.pclayout import IDENTITY_MAP_GPA, KVM_TSS_GPA
 
-__all__ = ["MP_HALTED", "MP_RUNNABLE", "MP_STATES", "KvmPcEngine", "pc_cpuid"]
+__all__ = ["MP_HALTED", "MP_RUNNABLE", "MP_STATES", "KvmPcEngine"]
 
 #: ``struct kvm_mp_state`` by number.
 MP_STATES = {
@@ -34,9 +35,6 @@ MP_RUNNABLE, MP_HALTED = 0, 3
 _PIC_MASTER, _PIC_SLAVE, _IO_APIC = 0, 1, 2
 _N_GSIS = 24
 
-_CPUID_ENTRY = struct.Struct("<7I12x")
-_BIT_X2APIC, _BIT_TSC_DEADLINE, _BIT_HYPERVISOR = 1 << 21, 1 << 24, 1 << 31
-_BIT_HTT = 1 << 28
 
 _CR0_PE, _CR0_ET, _CR0_PG = 1, 1 << 4, 1 << 31
 _CR4_PAE = 1 << 5
@@ -50,12 +48,19 @@ _LAPIC_STATE = {0xF0: 0x1FF, 0x350: 0x8700, 0x360: 0x8400}
 class KvmPcEngine(KvmEngine):
     """A VM with an in-kernel irqchip.
 
+    :param cpu: what the guest sees of its processors, see :mod:`kvmhost.engine.cpumodel`
     :raises CapabilityError: if /dev/kvm cannot be used here
     """
+
+    def __init__(self, cpu: str = "plain") -> None:
+        super().__init__()
+        self._cpu_model = cpu
+        self._low_end = 0
 
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
         """Create the memslots and the board; once, before any vCPU."""
         super().attach(memory, bus)
+        self._low_end = memory.regions[0].end
         self.vm.set_tss_addr(KVM_TSS_GPA)
         self.vm.set_identity_map_addr(IDENTITY_MAP_GPA)
         self.vm.create_irqchip()
@@ -68,7 +73,10 @@ class KvmPcEngine(KvmEngine):
         :param cr3: root of the page tables, for a 64-bit entry
         """
         core, vcpu = self._create_core(index)
-        core.set_cpuid(pc_cpuid(bytes(self._supported_cpuid()), index, n_vcpus))
+        cpuid = pc_cpuid(bytes(self._supported_cpuid()), index, n_vcpus, self._cpu_model)
+        core.set_cpuid(cpuid)
+        core.set_msrs(firmware_msrs(cpuid, self._low_end))
+        core.setup_mce(MCG_CAP & (self._system.mce_cap_supported() | 0xFF))
         if index == 0:
             _enter(core, entry, cr3)
         return vcpu
@@ -115,41 +123,6 @@ class KvmPcEngine(KvmEngine):
             if gsi != 2:
                 routes.append(irqchip_route(gsi, _IO_APIC, 2 if gsi == 0 else gsi))
         self.vm.set_gsi_routing(routes)
-
-
-def pc_cpuid(supported: bytes, index: int, n_vcpus: int) -> bytes:
-    """Return ``struct kvm_cpuid2`` for one processor: what KVM supports, and who it is.
-
-    :param supported: the answer of KVM_GET_SUPPORTED_CPUID
-    """
-    bits = max(0, (n_vcpus - 1).bit_length())
-    out, count = b"", 0
-    for at in range(8, len(supported), 40):
-        function, sub, flags, eax, ebx, ecx, edx = _CPUID_ENTRY.unpack_from(supported, at)
-        if function == 1:
-            ebx = (
-                ebx & 0xFFFF
-                | (min(1 << bits, 255) << 16 if n_vcpus > 1 else 0)
-                | (index & 0xFF) << 24
-            )
-            ecx |= _BIT_X2APIC | _BIT_TSC_DEADLINE | _BIT_HYPERVISOR
-            edx = edx | _BIT_HTT if n_vcpus > 1 else edx & ~_BIT_HTT
-        elif function == 4 and eax & 0x1F:
-            eax = eax & 0x3FFF | min((1 << bits) - 1, 63) << 26
-        elif function in (0xB, 0x1F):
-            continue
-        elif function == 0x8000_0001:
-            ecx = ecx | 2 if n_vcpus > 1 else ecx & ~2  # CmpLegacy
-        elif function == 0x8000_0008:
-            ecx = ecx & ~0xF0FF | min(n_vcpus - 1, 255) | bits << 12
-        elif function == 0x8000_001E:
-            eax, ebx, ecx = index, index & 0xFF, 0
-        out += _CPUID_ENTRY.pack(function, sub, flags, eax, ebx, ecx, edx)
-        count += 1
-    for sub, shift, number, kind in ((0, 0, 1, 1), (1, bits, n_vcpus, 2)):
-        out += _CPUID_ENTRY.pack(0xB, sub, 1, shift, number, sub | kind << 8, index)
-        count += 1
-    return struct.pack("<II", count, 0) + out
 
 
 def _enter(vcpu: KvmVcpu, entry: PcEntry, cr3: int) -> None:

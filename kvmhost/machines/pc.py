@@ -40,8 +40,9 @@ from kvmhost.engine.kvmpc import MP_HALTED, MP_RUNNABLE, MP_STATES, KvmPcEngine
 from kvmhost.errors import CapabilityError, GuestTimeout, LayoutError, UnexpectedExit
 from kvmhost.exits import Exit, InternalError, IoIn, IoOut, MmioRead, MmioWrite
 from kvmhost.machine import Machine
-from kvmhost.machines.report import internal_error, registers_line
+from kvmhost.machines.report import internal_error
 from kvmhost.memory.pclayout import PcLayout
+from kvmhost.reports import registers_line
 from kvmhost.runner import Step
 
 __all__ = ["PcMachine", "PcOptions"]
@@ -71,16 +72,23 @@ class PcOptions:
     :ivar append: arguments; the command line is the image's name and these
     :ivar modules: files for the boot protocol's module list
     :ivar fw_cfg: files for fw_cfg, by name
+    :ivar cpu: what it sees of its processors, see :mod:`kvmhost.engine.cpumodel`
     """
 
     append: str = ""
     modules: tuple[Module, ...] = ()
     fw_cfg: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    cpu: str = "plain"
 
     @property
     def given(self) -> str:
         """Names what was given, for messages; empty if nothing was."""
-        words = [("--append", self.append), ("--initrd", self.modules), ("--fw-cfg", self.fw_cfg)]
+        words = [
+            ("--append", bool(self.append)),
+            ("--initrd", bool(self.modules)),
+            ("--fw-cfg", bool(self.fw_cfg)),
+            ("--cpu", self.cpu != "plain"),
+        ]
         return ", ".join(name for name, value in words if value)
 
 
@@ -136,7 +144,7 @@ class PcMachine(Machine):
             raise CapabilityError(
                 "machine pc", "the kvm engine", "--engine emulated", "use a host with /dev/kvm"
             )
-        return KvmPcEngine()
+        return KvmPcEngine(self._options.cpu)
 
     def _assemble(self) -> None:
         layout, entry = self._pc_layout, self._boot.entry
@@ -163,15 +171,15 @@ class PcMachine(Machine):
             for entry in layout.memory_map()
         )
         files = {"etc/e820": e820} | dict(self._options.fw_cfg)
+        echo = board.TestMemory(4)
         ports: list[tuple[str, int, int, Device]] = [
             ("keyboard", 0x60, 1, board.Keyboard(reset)),
             ("clock", CMOS_PORT, 2, Clock(layout, self.n_vcpus)),
             ("delay", 0x80, 1, board.Scratch()),
             ("system control", 0x92, 1, board.SystemControl(reset)),
             ("smi", SMI_PORT, 2, board.SmiCommand(power, ACPI_ENABLE, ACPI_DISABLE)),
-            ("test ports", TEST_IO_PORT, 4, board.TestMemory(4)),
-            ("test flush", TEST_FLUSH_PORT, 4, board.Scratch()),
-            ("test bytes", TEST_BYTE_PORT, 4, board.TestMemory(4)),
+            ("test ports", TEST_IO_PORT, 4, echo),
+            ("test flush", TEST_FLUSH_PORT, 4, board.Scratch(0)),
             ("fw_cfg", FWCFG_PORT, FWCFG_PORTS, FwCfg(items, files, self.memory)),
             ("power", PM_EVENT_PORT, 12, power),
             ("pci", 0xCF8, 8, board.PciConfig(reset)),
@@ -180,6 +188,7 @@ class PcMachine(Machine):
         for name, port, count, device in ports:
             bus.add_port(port, count, device)
             self.devices[name] = device
+        bus.add_port(TEST_BYTE_PORT, 4, echo)  # The same bytes once more.
         # The keyboard controller has two ports with others in between.
         bus.add_port(0x64, 1, _At(self.devices["keyboard"], 4))
         memory = board.TestMemory(TEST_MEMORY_BYTES)
@@ -209,7 +218,7 @@ class PcMachine(Machine):
                 self._ending = "debug exit"
                 self._statuses[vcpu.index] = (leaving.value << 1 | 1) & 0xFF
             else:
-                self._write_device(leaving)
+                self.bus.write_port(leaving)
             return Step.END_ALL if self._ending else Step.GO_ON
 
     def _mmio(self, vcpu: Vcpu, leaving: MmioRead | MmioWrite) -> Step:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from kvmhost.disasm import disassemble, hint
 from kvmhost.errors import IoctlError, LayoutError, UnexpectedExit
 from kvmhost.exits import InternalError
 from kvmhost.kvm import KvmVcpu
 from kvmhost.memory.guest import GuestMemory
+from kvmhost.reports import registers_line
 
-__all__ = ["internal_error", "registers_line"]
+__all__ = ["internal_error"]
 
 _SUBERRORS = {
     1: "an instruction that KVM cannot emulate",
@@ -19,13 +18,7 @@ _SUBERRORS = {
     4: "an exit that KVM does not expect",
 }
 _EMULATION = 1
-_SHOWN = ("rip", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rflags", "cr2", "cr3")
 _CR0_PE, _EFER_LMA = 1, 1 << 10
-
-
-def registers_line(registers: Mapping[str, int]) -> str:
-    """Return the registers that matter most, on one line."""
-    return " ".join(f"{name}={registers[name]:#x}" for name in _SHOWN if name in registers)
 
 
 def internal_error(

@@ -202,6 +202,8 @@ class Attached(Closing):
         except (FileNotFoundError, ProcessLookupError):
             raise VmGoneError(self.vm, "the process has ended") from None
         if not _covers(now, self.mapping.start, self.mapping.end):
+            if self._ended(_ENDING_MS):
+                raise VmGoneError(self.vm, "the process has ended")
             raise VmGoneError(self.vm, f"the mapping {self.mapping} is no longer there")
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from reclaim.decisions import Why
+from reclaim.account.decisions import Why
 from reclaim.pressure.budget import Budget
 
 __all__ = ["ByBudget", "ByPromotion", "ByStall", "Facts", "Want", "largest"]

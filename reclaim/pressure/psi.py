@@ -26,7 +26,7 @@ from collections.abc import Callable
 from kvmhost.closing import Closing
 from reclaim.errors import KernelFileError
 from reclaim.pressure.kernelfiles import KernelFiles
-from reclaim.units import Seconds
+from reclaim.settings.units import Seconds
 
 __all__ = ["SYSTEM_PSI", "Psi", "PsiMeter", "PsiTrigger", "parse_psi", "parse_trigger"]
 

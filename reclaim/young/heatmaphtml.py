@@ -49,6 +49,7 @@ def write_html(view: View, file: IO[bytes], budget_bytes: int = BUDGET_BYTES) ->
     steps = [step for steps in pyramid.levels.values() for step in steps]
     script, style = _part("page.js"), _part("page.css")
     title = f"{view.record.name or '(no name)'}: pages touched"
+    title = "".join(c if c.isprintable() else "?" for c in title)
     values = {
         "TITLE": html.escape(title),
         "STYLE": style,
@@ -57,11 +58,12 @@ def write_html(view: View, file: IO[bytes], budget_bytes: int = BUDGET_BYTES) ->
         "SCRIPT_HASH": _hash(script),
         "META": _json(_meta(view, times, pyramid, budget_bytes)),
         "TIMES": _times(view, times),
-        "TILES": "\x00",
     }
-    # In one pass: nothing that was put in is looked at again.
-    page = re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], _part("page.html"))
-    head, tail = page.split("\x00")
+    # Each half in one pass: nothing that was put in is looked at again.
+    head, tail = (
+        re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], half)
+        for half in _part("page.html").split("@TILES@")
+    )
     file.write(head.encode())
     for step in steps:
         for piece in _tiles(step):

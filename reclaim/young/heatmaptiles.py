@@ -123,7 +123,8 @@ def build_pyramid(view: View, budget_bytes: int) -> Pyramid:
         levels[level] = steps
         left_bytes -= sum(step.n_bytes for step in steps)
     else:
-        levels |= _from_bits(view, tuple(v for v in every if v <= BIT_LEVELS[0]), left_bytes)
+        fine = [level for level in every if level <= BIT_LEVELS[0]]
+        levels |= _from_bits(view, fine, left_bytes, n_least=0 if levels else 1)
     return Pyramid(levels, [level for level in every if level not in levels])
 
 
@@ -209,13 +210,18 @@ def _from_counts(view: View, level: int, steps: list[Step], most_bytes: int | No
     return most_bytes is None or stripe.n_bytes <= most_bytes
 
 
-def _from_bits(view: View, levels: tuple[int, ...], most_bytes: int) -> dict[int, list[Step]]:
-    """Return those of the finest levels that fit, from one pass over the bits."""
+def _from_bits(
+    view: View, levels: list[int], most_bytes: int, n_least: int
+) -> dict[int, list[Step]]:
+    """Return those of the finest levels that fit, from one pass over the bits.
+
+    :param n_least: so many, the coarsest ones, are made whether they fit or not
+    """
     found = {level: _steps(view, level) for level in levels}
     stored_bytes, unpacked_bytes = _bits_on_disk(view)
     # Bits pack here about as well as in the record: no pass over what cannot fit.
     if stored_bytes > _MOST_STORED * most_bytes or unpacked_bytes > _MOST_UNPACKED_BYTES:
-        return {}
+        found = {level: found[level] for level in levels[:n_least]}
     sizes = dict.fromkeys(levels, 0)
     for low in range(0, view.n_pages, _STRIPE_PAGES):
         high = min(low + _STRIPE_PAGES, view.n_pages)
@@ -229,7 +235,7 @@ def _from_bits(view: View, levels: tuple[int, ...], most_bytes: int) -> dict[int
         for level, stripe in stripes.items():
             stripe.flush()
             sizes[level] += stripe.n_bytes
-        while found and sum(sizes[level] for level in found) > most_bytes:
+        while len(found) > n_least and sum(sizes[level] for level in found) > most_bytes:
             del found[min(found)]
         if not found:
             break

@@ -77,7 +77,11 @@ class Pace:
     ) -> None:
         self.asked_s = self.interval_s = interval_s
         self._clock, self._wall = clock, wall
-        self._last = wall(), clock()
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from here on: what came before was the start of the program."""
+        self._last = self._wall(), self._clock()
         self.share = 0.0
 
     def next_s(self) -> float:
@@ -101,8 +105,8 @@ class _Help(ModalScreen[None]):
 
     CSS = """
     _Help { align: center middle; }
-    #help { width: 74; padding: 0 1; max-width: 100%; height: auto; max-height: 100%; border: round $accent;
-            background: $surface; }
+    #help { width: 74; max-width: 100%; height: auto; max-height: 100%; padding: 0 1;
+            border: round $accent; background: $surface; }
     """
 
     def compose(self) -> ComposeResult:
@@ -111,13 +115,15 @@ class _Help(ModalScreen[None]):
             yield Static(Text(_HELP))
 
     def on_key(self) -> None:
-        """Close at any key."""
-        self.dismiss()
+        """Close at any key; keys typed ahead may still come here."""
+        if self.is_current:
+            self.dismiss()
 
 
 class WatchApp(App[None]):
     """The view of one VM."""
 
+    TITLE = "kvmhost young watch"
     ENABLE_COMMAND_PALETTE = False
     CSS = """
     Screen { background: ansi_default; }
@@ -174,6 +180,7 @@ class WatchApp(App[None]):
         self.call_after_refresh(self.draw)
 
     async def _tick_for_ever(self) -> None:
+        self.pace.begin()
         while True:
             wait_s = self.pace.next_s() if not self.paused else _LONGEST_S
             if not self.paused and not await self._tick():
@@ -321,20 +328,19 @@ class WatchApp(App[None]):
         if self.sample is None:
             return text.append("asking the VM ...")
         state, sample = self.sample.state, self.sample
-        image = state.image.rsplit("/", 1)[-1]
         text.append(_plain(state.name), "bold")
-        text.append(f"  {_plain(image)}, {state.engine}  ")
-        text.append(f"{size_text(state.resident_bytes)} of {size_text(state.mem_bytes)} resident")
-        if state.limit_bytes:
-            text.append(f", limit {size_text(state.limit_bytes)}")
-        text.append(f"  {sample.tracker} ({sample.table_format})")
         if self.paused:
             text.append("  PAUSED", "bold color(226)")
         elif state.paused:
             text.append("  VM paused", "bold color(226)")
         elif sample.peeking:
-            text.append("  peeking")
-        return text
+            text.append("  peeking", "color(226)")
+        text.append(f"  {_plain(sample.tracker)} ({_plain(sample.table_format)})")
+        text.append(f"  {size_text(state.resident_bytes)} of {size_text(state.mem_bytes)}")
+        if state.limit_bytes:
+            text.append(f", limit {size_text(state.limit_bytes)}")
+        image = state.image.rsplit("/", 1)[-1]
+        return text.append(f"  {_plain(image)}, {_plain(state.engine)}")
 
     def _cell(self, grid: Grid, young: npt.NDArray[np.bool_]) -> Text:
         low, high = grid.range_of(self.cursor_cell)

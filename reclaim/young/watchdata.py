@@ -21,7 +21,7 @@ from kvmhost import trackers
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Counters, MemoryMap, VmState
 from kvmhost.errors import ControlError, LayoutError, VmGoneError
-from reclaim.client import DaemonClient
+from reclaim.control.client import DaemonClient
 from reclaim.errors import KernelFileError
 from reclaim.pressure.psi import PsiMeter
 

@@ -12,6 +12,7 @@ import pytest
 
 from kvmhost.boot.image import Image
 from kvmhost.boot.loaders import load_image
+from kvmhost.errors import ImageError
 from kvmhost.exits import Debug
 from kvmhost.machine import Machine
 from kvmhost.machines.pc import PcMachine
@@ -162,3 +163,10 @@ def test_ends_of_the_guest_and_exit_codes(pc_guest: Guest) -> None:
         assert "Traceback" not in done.stderr
     done = command(str(pc_guest("echo.elf")), "--timeout", "0.7")
     assert done.returncode == 124
+
+
+def test_a_bzimage_is_named_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "bzImage"
+    path.write_bytes(bytes(0x202) + b"HdrS" + bytes(1024))
+    with pytest.raises(ImageError, match=r"setup header at offset 0x202: a Linux bzImage"):
+        load_image(path)

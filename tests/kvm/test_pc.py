@@ -80,6 +80,18 @@ def test_fw_cfg(pc_guest: Guest) -> None:
 
 
 @needs_kvm
+def test_the_processor_that_an_image_sees(pc_guest: Guest) -> None:
+    status, text, _ = boot(pc_guest("cpu.elf"))
+    assert status == 1
+    assert "leaf 0x1\n  eax 0x60fb1\n" in text
+    assert "msr 0x2ff\n  value 0xc06\n" in text
+    assert "msr 0x400\n  value 0xffffffffffffffff\n" in text
+    status, text, _ = boot(pc_guest("cpu.elf"), cpu="host")
+    assert status == 1
+    assert "leaf 0x1\n  eax 0x60fb1\n" not in text
+
+
+@needs_kvm
 @pytest.mark.parametrize("n_vcpus", [1, 2, 4])
 def test_processors_start_and_interrupt_each_other(n_vcpus: int, pc_guest: Guest) -> None:
     status, text, _ = boot(pc_guest("smp.elf"), n_vcpus)
@@ -252,6 +264,8 @@ def theirs(image: Path, n_vcpus: int, words: list[str]) -> tuple[int, str]:
         pytest.param("acpi.elf", 2, [], marks=pytest.mark.slow),
         pytest.param("irq.elf", 1, ["--append", "testdev"], marks=pytest.mark.slow),
         pytest.param("ports.elf", 1, [], marks=pytest.mark.slow),
+        pytest.param("cpu.elf", 1, [], marks=pytest.mark.slow),
+        pytest.param("cpu.flat", 3, [], marks=pytest.mark.slow),
     ],
 )
 def test_same_output_and_status_as_another_vmm(

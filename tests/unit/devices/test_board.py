@@ -117,6 +117,14 @@ def test_the_clock_says_when_it_updates() -> None:
     assert register(clock, 0x0A) == 0xA6
 
 
+def test_the_clock_says_once_that_the_second_changed() -> None:
+    now = [NOON]
+    clock = Clock(PcLayout(128 * MIB), 1, now=lambda: now[0])
+    assert (register(clock, 0x0C), register(clock, 0x0C)) == (0x10, 0)
+    now[0] += 1
+    assert (register(clock, 0x0C), register(clock, 0x0C)) == (0x10, 0)
+
+
 @pytest.mark.parametrize(
     ("mem_bytes", "above_1m", "above_16m", "high"),
     [(8 * MIB, 7168, 0, 0), (128 * MIB, 0xFFFF, 0x700, 0), (4096 * MIB, 0xFFFF, 0xBF00, 0x4000)],
@@ -174,6 +182,7 @@ def test_keyboard_controller_pulses_reset(port: int, value: int) -> None:
 def test_keyboard_controller_commands() -> None:
     reset = Called()
     keyboard = board.Keyboard(reset)
+    assert keyboard.read(4, 1) == 0x1C
     keyboard.write(4, 1, 0xAA)
     assert keyboard.read(4, 1) & 1
     assert keyboard.read(0, 1) == 0x55
@@ -199,7 +208,12 @@ def test_power_management() -> None:
     assert off.times == 0
     power.write(4, 2, 0x2000)
     assert off.times == 1
+    power.write(4, 2, 0x2000 | 2 << 10)
+    assert off.times == 2
+    assert power.read(4, 2) & 1  # ACPI mode
     smi = board.SmiCommand(power, 0xF1, 0xF0)
+    smi.write(0, 1, 0xF0)
+    assert not power.read(4, 2) & 1
     smi.write(0, 1, 0xF1)
     assert power.read(4, 2) & 1
 

@@ -18,16 +18,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvmhost.bitmap import pack
 from kvmhost.control import schema
-from reclaim import decisions as decisions_module
-from reclaim import metrics
-from reclaim.config import load
+from reclaim.account import decisions as decisions_module
+from reclaim.account import metrics
+from reclaim.account.decisions import Decisions, Kind, Why, to_runs
+from reclaim.account.history import OUTCOMES, WINDOWS, Act, PageHistory
 from reclaim.daemon import Daemon
-from reclaim.decisions import Decisions, Kind, Why, to_runs
 from reclaim.errors import ConfigError
-from reclaim.history import OUTCOMES, WINDOWS, Act, PageHistory
+from reclaim.passes.totals import Totals
 from reclaim.pressure.backoff import Backoff
-from reclaim.totals import Totals
-from reclaim.units import Bytes
+from reclaim.settings.config import load
+from reclaim.settings.units import Bytes
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -168,7 +168,7 @@ def fake_session(vm="a"):
 
 @pytest.fixture
 def daemon(monkeypatch):
-    from reclaim.common import Common
+    from reclaim.passes.common import Common
 
     config = load(None, {"defaults": {"budget": Bytes(1 << 20)}})
     daemon = Daemon(Common.of(config), lambda event: None)
@@ -225,7 +225,7 @@ def test_the_dashboard_names_metrics_that_there_are():
 
 
 def test_the_page_has_every_metric_and_every_option():
-    from reclaim.config import options
+    from reclaim.settings.config import options
 
     page = (DOCS / "reclaimd.md").read_text()
     for family in (*metrics.PER_VM, *metrics.PER_HOST):

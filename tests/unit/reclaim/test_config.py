@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclaim.config import load, options, read_flag, to_toml
 from reclaim.errors import ConfigError
-from reclaim.units import Bytes, Mark, Seconds, Share
+from reclaim.settings.config import load, options, read_flag, to_toml
+from reclaim.settings.units import Bytes, Mark, Seconds, Share
 
 GOOD = """\
 # how this host is run

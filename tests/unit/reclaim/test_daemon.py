@@ -17,19 +17,19 @@ import pytest
 from kvmhost.bitmap import YoungBitmap, unpack
 from kvmhost.control import schema
 from kvmhost.errors import ControlError, VmGoneError
-from reclaim import hands as hands_module
-from reclaim import member as member_module
-from reclaim.common import Common
-from reclaim.config import load
+from reclaim.account.events import Dropped, Notice, PassReport
 from reclaim.daemon import Daemon
 from reclaim.errors import ConfigError
-from reclaim.events import Dropped, Notice, PassReport
-from reclaim.options import Config
+from reclaim.passes import hands as hands_module
+from reclaim.passes import member as member_module
+from reclaim.passes.common import Common
+from reclaim.passes.session import Session, Standing
 from reclaim.policy.lru_gen import LruGen
 from reclaim.pressure.host import Host
 from reclaim.pressure.limits import CpuShare
-from reclaim.session import Session, Standing
-from reclaim.units import Bytes, Mark, Seconds, Share
+from reclaim.settings.config import load
+from reclaim.settings.options import Config
+from reclaim.settings.units import Bytes, Mark, Seconds, Share
 
 N = 1000
 BUDGET = {

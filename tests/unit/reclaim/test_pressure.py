@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.errors import CapabilityError
-from reclaim.decisions import Why
+from reclaim.account.decisions import Why
 from reclaim.errors import KernelFileError
-from reclaim.options import PressureOptions
 from reclaim.pressure.backoff import Backoff
 from reclaim.pressure.budget import Budget
 from reclaim.pressure.controllers import ByBudget, ByPromotion, ByStall, Facts, Want, largest
@@ -22,7 +21,8 @@ from reclaim.pressure.kernelfiles import KernelFiles
 from reclaim.pressure.limits import CpuShare, Rate
 from reclaim.pressure.psi import SYSTEM_PSI, PsiMeter, PsiTrigger, parse_psi, parse_trigger
 from reclaim.pressure.shares import Claim, share_budget, share_demand
-from reclaim.units import Bytes, Share
+from reclaim.settings.options import PressureOptions
+from reclaim.settings.units import Bytes, Share
 
 
 class Clock:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,7 +105,8 @@ def test_a_record_that_damo_wrote(tmp_path):
 
 
 def test_damo_reads_it(make, tmp_path):
-    damo = shutil.which("damo")
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    damo = shutil.which("damo", path=beside)
     if damo is None or shutil.which("file") is None:
         pytest.skip("no damo or no file command; pip install damo")
     record = make([range(16, 20), [16, 17, 18, 19, 22]] * 4, n_pages=8, gfn_start=16)

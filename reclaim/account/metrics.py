@@ -21,7 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from reclaim.daemon import Daemon
-from reclaim.session import Session
+from reclaim.passes.session import Session
 
 __all__ = ["PER_HOST", "PER_VM", "Family", "Metrics", "names"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from kvmhost.control.schema import Counters
-from reclaim.common import Common
+from reclaim.passes.common import Common
 from reclaim.pressure.backoff import Backoff, Turn
 from reclaim.pressure.budget import Budget
 from reclaim.pressure.controllers import ByBudget, ByPromotion, ByStall, Facts, Want, largest

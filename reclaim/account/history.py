@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from kvmhost.bitmap import Words, unpack
-from reclaim.decisions import Why
+from reclaim.account.decisions import Why
 from reclaim.policy.base import Gfns
 
 __all__ = ["WINDOWS", "Act", "PageHistory", "PageStory"]

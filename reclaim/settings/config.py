@@ -13,7 +13,7 @@
     weight = 2
 
 What is not known, of the wrong type or without its unit is refused, with file, line and
-key; :mod:`reclaim.options` lists what there is.
+key; :mod:`reclaim.settings.options` lists what there is.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import msgspec
 from kvmhost.control.schema import SchemaError, convert
 from kvmhost.errors import LayoutError
 from reclaim.errors import ConfigError
-from reclaim.options import Config, VmOptions
 from reclaim.pressure.budget import Budget
-from reclaim.units import read_amount, write_amount
+from reclaim.settings.options import Config, VmOptions
+from reclaim.settings.units import read_amount, write_amount
 
 __all__ = ["Flags", "Option", "budget_of", "load", "options", "read_flag", "to_toml"]
 

@@ -24,19 +24,19 @@ import numpy as np
 
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Counters, LeaseRequest
-from reclaim.common import Common
-from reclaim.decisions import Kind, Why
-from reclaim.events import PassReport
-from reclaim.hands import Hands
-from reclaim.history import PageHistory
-from reclaim.judge import Judge, make_policy
+from reclaim.account.decisions import Kind, Why
+from reclaim.account.events import PassReport
+from reclaim.account.history import PageHistory
+from reclaim.passes.common import Common
+from reclaim.passes.hands import Hands
+from reclaim.passes.judge import Judge, make_policy
+from reclaim.passes.steering import Ruling, Steering, stalled_ns
+from reclaim.passes.totals import Totals
+from reclaim.passes.vmview import Arrivals, VmView
 from reclaim.policy.base import Policy
 from reclaim.pressure.budget import Budget
 from reclaim.pressure.controllers import Facts
 from reclaim.pressure.shares import Claim
-from reclaim.steering import Ruling, Steering, stalled_ns
-from reclaim.totals import Totals
-from reclaim.vmview import Arrivals, VmView
 
 __all__ = ["Ended", "Session", "Standing"]
 

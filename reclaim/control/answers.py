@@ -6,8 +6,8 @@ from typing import Annotated
 
 import msgspec
 
-from reclaim.decisions import Decision
-from reclaim.history import PageStory
+from reclaim.account.decisions import Decision
+from reclaim.account.history import PageStory
 
 __all__ = [
     "CommandAnswer",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from reclaim.decisions import Decisions
-from reclaim.options import Config, Limits, VmOptions
+from reclaim.account.decisions import Decisions
 from reclaim.pressure.host import Host
 from reclaim.pressure.limits import CpuShare, Rate
+from reclaim.settings.options import Config, Limits, VmOptions
 
 __all__ = ["Common", "cpu_limit", "rate_limit"]
 

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.control.client import Client
-from reclaim.common import Common
-from reclaim.decisions import Kind, Why
-from reclaim.history import PageHistory
-from reclaim.judge import Judge
+from reclaim.account.decisions import Kind, Why
+from reclaim.account.history import PageHistory
+from reclaim.passes.common import Common
+from reclaim.passes.judge import Judge
+from reclaim.passes.totals import Totals
+from reclaim.passes.vmview import VmView
 from reclaim.policy.base import Gfns
 from reclaim.pressure.budget import Budget
-from reclaim.totals import Totals
-from reclaim.vmview import VmView
 
 __all__ = ["BATCH_PAGES", "Hands"]
 

@@ -36,12 +36,12 @@ from kvmhost.control.answers import (
 from kvmhost.control.paths import NameLock
 from kvmhost.control.routes import problem_of
 from kvmhost.control.server import SocketServer
-from reclaim import answers
-from reclaim.config import to_toml
+from reclaim.account.metrics import Metrics
+from reclaim.control import answers
+from reclaim.control.paths import socket_of
 from reclaim.daemon import Daemon
-from reclaim.metrics import Metrics
-from reclaim.paths import socket_of
-from reclaim.session import Session
+from reclaim.passes.session import Session
+from reclaim.settings.config import to_toml
 
 __all__ = ["DaemonServer"]
 
@@ -141,7 +141,7 @@ class _Routes:
         return json_reply(answers.DecisionList(found))
 
     async def _get_page(self, request: Request) -> Reply:
-        from reclaim.explain import explain
+        from reclaim.account.explain import explain
 
         asked = schema.decode_query(request.query, answers.PageQuery)
         session = self._session(asked.vm)
@@ -150,14 +150,14 @@ class _Routes:
         )
 
     async def _get_lru_gen(self, request: Request) -> Reply:
-        from reclaim.commands import show_text
+        from reclaim.control.commands import show_text
 
         asked = schema.decode_query(request.query, answers.VmQuery)
         text = await self._work(lambda: show_text(self._daemon.sessions(), asked.vm))
         return json_reply(answers.CommandAnswer(text))
 
     async def _post_lru_gen(self, request: Request) -> Reply:
-        from reclaim.commands import run_text
+        from reclaim.control.commands import run_text
 
         schema.decode_query(request.query, schema.NoQuery)
         asked = schema.decode(request.body, answers.CommandRequest)

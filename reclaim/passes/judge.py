@@ -15,11 +15,11 @@ from kvmhost.bitmap import Words, YoungBitmap, pack
 from kvmhost.control.client import Client
 from kvmhost.control.schema import HarvestCost
 from kvmhost.errors import LayoutError
-from reclaim.options import VmOptions
+from reclaim.passes.vmview import Arrivals
 from reclaim.policy import registry
 from reclaim.policy.base import Gfns, Mask, Policy
 from reclaim.policy.lru_gen import LruGen
-from reclaim.vmview import Arrivals
+from reclaim.settings.options import VmOptions
 
 __all__ = ["Judge", "make_policy"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvmhost.errors import LayoutError
-from reclaim.answers import PageAnswer
-from reclaim.session import Session
+from reclaim.control.answers import PageAnswer
+from reclaim.passes.session import Session
 
 __all__ = ["explain"]
 

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 
 from kvmhost.control.schema import HarvestCost
-from reclaim.decisions import Why
+from reclaim.account.decisions import Why
 
 __all__ = ["Totals"]
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from kvmhost.control.client import Client
 from kvmhost.errors import ControlError, KvmHostError, VmGoneError
-from reclaim.common import Common
-from reclaim.decisions import Kind
-from reclaim.events import Dropped, Event
-from reclaim.session import Ended, Session, Standing
+from reclaim.account.decisions import Kind
+from reclaim.account.events import Dropped, Event
+from reclaim.passes.common import Common
+from reclaim.passes.session import Ended, Session, Standing
 
 __all__ = ["Member"]
 

@@ -1,0 +1,1 @@
+"""The daemon's own socket, and what it tells the system's service manager."""

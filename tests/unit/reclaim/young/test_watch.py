@@ -1,0 +1,392 @@
+"""The live view on a VM that is made up: what it draws, its keys, its pace."""
+
+from __future__ import annotations
+
+import asyncio
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmhost import trackers
+from kvmhost.bitmap import Provenance, YoungBitmap
+from kvmhost.control.schema import (
+    Counters,
+    HarvestCost,
+    HarvestTotals,
+    LeaseInfo,
+    MachineCounters,
+    MemoryMap,
+    RegionInfo,
+    VmState,
+)
+from kvmhost.errors import ControlError, VmGoneError
+from reclaim.young import watchdata
+from reclaim.young.watchdata import Generation, Sampler, parse_generations
+from reclaim.young.watchmap import (
+    Grid,
+    bar,
+    counts_of,
+    draw_changes,
+    draw_density,
+    size_text,
+    sparkline,
+)
+
+PAGES = 4096
+
+
+class FakeVm:
+    """Answers as a VM's client does; ``young`` is what the next harvest finds."""
+
+    vm = "v"
+
+    def __init__(self):
+        self.young = np.zeros(PAGES, dtype=bool)
+        self.regions = [(0, 0, 3072), (1, 3584, 512)]
+        self.lease = None
+        self.gone = False
+        self.pid = 77
+        self.pager = {"evictions": 100, "fault_ins": 50, "evicted_pages": 256}
+        self.harvests = []
+        self.works = {"auto", "guestpt", "pagemap"}
+
+    def _here(self):
+        if self.gone:
+            raise VmGoneError("v", "hung up")
+
+    def state(self):
+        self._here()
+        return VmState(
+            name="v", pid=self.pid, engine="kvm", image="/x/hot\x1b[31m.elf", params={},
+            running=True, paused=False, status=None, error=None, uptime_s=1.0, vcpus=[],
+            exits=0, doorbells=0, mem_bytes=14 << 20, resident_bytes=8 << 20,
+            limit_bytes=10 << 20, tracker="guestpt", lease=self.lease,
+        )  # fmt: skip
+
+    def memory(self):
+        regions = [
+            RegionInfo(slot, gfn * 4096, n * 4096, gfn, n, 0) for slot, gfn, n in self.regions
+        ]
+        return MemoryMap(4096, max(r.gfn + r.n_pages for r in regions), regions, [])
+
+    def counters(self):
+        machine = MachineCounters(0, 0, 1.0, 8 << 20)
+        return Counters(machine, HarvestTotals(0, 0, 0, 0, 0), self.pager)
+
+    def harvest_timed(self, gfn_start, n_pages, *, tracker, clear):
+        self._here()
+        if tracker not in self.works:
+            raise ControlError(501, f"tracker {tracker} does not work here")
+        self.harvests.append((tracker, clear))
+        source = Provenance("guestpt" if tracker == "auto" else tracker, "npt", 1, 2)
+        bitmap = YoungBitmap.from_gfns(
+            0, PAGES, np.flatnonzero(self.young).tolist(), provenance=source
+        )
+        return bitmap, HarvestCost(1_500_000, 2_000_000)
+
+
+@pytest.fixture
+def fake():
+    return FakeVm()
+
+
+# -- what is gathered ----------------------------------------------------------
+
+
+def test_a_tick_counts_ages_working_set_and_rates(fake):
+    seconds = iter(range(0, 1000, 2))
+    sampler = Sampler(fake, clock=lambda: next(seconds))
+    fake.young[:100] = True
+    sampler.sample()
+    fake.young[:] = False
+    fake.young[100:130] = True
+    fake.pager = {"evictions": 110, "fault_ins": 70, "evicted_pages": 300}
+    second = sampler.sample()
+    assert (second.evictions, second.faults, second.evicted_pages) == (5.0, 10.0, 300)
+    assert second.wss_pages == 130
+    assert list(sampler.history) == [100, 130]
+    found = {each.label: each.pages for each in second.generations}
+    assert (found["1"], found["2"]) == (30, 100)
+    assert found["never"] == 3072 + 512 - 130
+    assert sum(found.values()) == 3072 + 512
+    fake.young[:] = False
+    for _ in range(watchdata.RECENT - 1):
+        third = sampler.sample()
+    assert third.wss_pages == 30
+    assert (third.harvest_ms, third.rearm_ms) == (1.5, 2.0)
+
+
+def test_where_a_daemon_looks_after_the_vm_the_view_only_peeks(fake):
+    sampler = Sampler(fake)
+    assert not sampler.sample().peeking
+    fake.lease = LeaseInfo("reclaimd", 1, "", 10.0, 1.0, 0.0)
+    assert sampler.sample().peeking
+    assert [clear for _, clear in fake.harvests] == [True, False]
+    assert not Sampler(fake, clear=True).sample().peeking
+    fake.lease = None
+    assert Sampler(fake, clear=False).sample().peeking
+
+
+def test_a_daemons_generations_are_read_the_youngest_first():
+    text = "memcg     0 v\n node     0\n          3      12000        100          0\n"
+    text += "          4        700         25          5\nodd line\n"
+    assert parse_generations(text) == [Generation("4", 30), Generation("3", 100)]
+    assert parse_generations("") == []
+
+
+def test_a_vm_that_began_anew_begins_the_view_anew(fake):
+    sampler = Sampler(fake)
+    fake.young[:100] = True
+    sampler.sample()
+    fake.pid, fake.regions = 78, [(0, 0, 8192)]
+    found = sampler.sample()
+    assert (found.tick, sampler.n_pages) == (1, 8192)
+    assert found.young.size <= 8192
+
+
+def test_trackers_go_round(fake):
+    sampler = Sampler(fake)
+    names = [sampler.next_tracker() for _ in range(len(trackers.NAMES) + 1)]
+    assert names == [*trackers.NAMES, trackers.NAMES[0]]
+
+
+# -- the map -------------------------------------------------------------------
+
+
+@given(
+    st.integers(20, 250), st.integers(1, 80), st.integers(1, 1 << 30), st.floats(0, 1),
+    st.integers(0, 40),
+)  # fmt: skip
+def test_cells_fill_the_terminal_and_zoom_to_single_pages(width, height, n_pages, at, zoom):
+    whole = Grid.fit(width, height, n_pages)
+    assert whole.start == 0
+    assert whole.end == n_pages
+    grid = Grid.fit(width, height, n_pages, int(at * n_pages), zoom)
+    assert grid.cell_pages == max(whole.cell_pages >> zoom, 1)
+    assert 0 <= grid.start < grid.end <= n_pages
+    assert grid.start % grid.cell_pages == 0
+    assert grid.columns + 12 <= max(width, 28)
+    assert grid.range_of(0)[0] == grid.start
+    last = grid.range_of(grid.n_cells() - 1)
+    assert last[0] < last[1] == grid.end
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**32 - 1), st.integers(0, 6))
+def test_counts_are_those_of_each_cells_pages(n_pages, seed, zoom):
+    mask = np.random.default_rng(seed).random(n_pages) < 0.3
+    grid = Grid.fit(80, 6, n_pages, n_pages // 2, zoom)
+    counts = counts_of(mask, grid)
+    expected = [int(mask[slice(*grid.range_of(cell))].sum()) for cell in range(grid.n_cells())]
+    assert counts.tolist() == expected
+
+
+def rows_of(text):
+    return [line[12:] for line in text.plain.splitlines()]
+
+
+def test_shades_holes_and_labels():
+    mapped = np.ones(1024, dtype=bool)
+    mapped[512:528] = False
+    young = np.zeros(1024, dtype=bool)
+    young[:16], young[16:20], young[32] = True, True, True
+    text = draw_density(young, mapped, Grid.fit(44, 2, 1024), cursor=1)
+    rows = rows_of(text)
+    assert rows == ["█▒░" + "·" * 29, " " + "·" * 31]
+    assert [line[:10].strip() for line in text.plain.splitlines()] == ["0x0", "0x200"]
+    reverse = [span for span in text.spans if getattr(span.style, "reverse", False)]
+    assert text.plain[reverse[0].start : reverse[0].end] == "▒"
+
+
+def test_changes_since_a_mark():
+    before, now = np.zeros((2, 64), dtype=bool)
+    before[[0, 4, 8]] = True
+    now[[0, 5, 9, 8, 12]] = True
+    grid = Grid(0, 64, 16, 1, 4)
+    drawn = rows_of(draw_changes(before, now, np.ones(64, dtype=bool), grid, 15))
+    assert drawn == ["=±++" + "·" * 12]
+    back = rows_of(draw_changes(now, before, np.ones(64, dtype=bool), grid, 15))
+    assert back == ["=±--" + "·" * 12]
+
+
+def test_little_pictures():
+    assert sparkline([0, 4, 8], 10) == "▁▅█"
+    assert sparkline([1, 2, 3, 4], 2) == "▇█"
+    assert sparkline([0, 0], 9) == "▁▁"
+    assert sparkline([], 9) == ""
+    assert [bar(share, 4) for share in (0, 0.5, 1, 2)] == ["    ", "██  ", "████", "████"]
+    assert [size_text(n) for n in (0, 4096, 3 << 19, 5 << 40)] == [
+        "0 B", "4.0 KiB", "1.5 MiB", "5.0 TiB"
+    ]  # fmt: skip
+
+
+# -- the view ------------------------------------------------------------------
+
+
+@pytest.fixture
+def watchapp():
+    pytest.importorskip("textual")
+    from reclaim.young import watchapp
+
+    return watchapp
+
+
+def test_a_tick_that_costs_much_makes_ticks_rarer(watchapp):
+    times = types.SimpleNamespace(wall=0.0, cpu=0.0)
+    pace = watchapp.Pace(1.0, clock=lambda: times.cpu, wall=lambda: times.wall)
+
+    def tick(cost_s):
+        times.wall += pace.interval_s
+        times.cpu += cost_s
+        return pace.next_s()
+
+    assert tick(0.01) == 1.0
+    assert pace.share == pytest.approx(0.01)
+    used, began = times.cpu, times.wall
+    for _ in range(50):
+        tick(0.4)
+    assert pace.interval_s == pytest.approx(10.0)
+    assert (times.cpu - used) / (times.wall - began) < 0.05
+    for _ in range(50):
+        tick(0.001)
+    assert pace.interval_s == 1.0
+
+
+def screen_text(app):
+    """Return what each part shows, as plain text."""
+    return {
+        name: str(app.screen_stack[0].query_one(f"#{name}").render())
+        for name in ("head", "map", "cell", "figures", "keys")
+    }
+
+
+async def until(pilot, condition):
+    for _ in range(500):
+        await pilot.pause()
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("not in time")
+
+
+def drive(watchapp, fake, steps, size=(80, 24)):
+    """Run the view with a pilot: ``steps(app, pilot)`` after its first tick."""
+
+    async def run():
+        app = watchapp.WatchApp(Sampler(fake), 0.01)
+        async with app.run_test(size=size) as pilot:
+            await until(pilot, lambda: app.sample is not None and "0x0" in screen_text(app)["map"])
+            await steps(app, pilot)
+        return app
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("size", [(80, 24), (132, 43), (60, 15)])
+def test_everything_fits_the_terminal(watchapp, fake, size):
+    fake.young[1024:2048] = True
+
+    async def steps(app, pilot):
+        await pilot.press("space")
+        await until(pilot, lambda: "PAUSED" in screen_text(app)["head"])
+        shown = screen_text(app)
+        grid = app.grid()
+        assert grid.start == 0
+        assert grid.end == PAGES
+        cells = "".join(rows_of(types.SimpleNamespace(plain=shown["map"])))
+        counts = counts_of(fake.young, grid)
+        assert [at for at, cell in enumerate(cells) if cell == "█"] == [
+            at for at in range(grid.n_cells()) if counts[at] == grid.cell_pages
+        ]
+        assert "hot?[31m.elf" in shown["head"]
+        assert "limit 10.0 MiB" in shown["head"]
+        assert "4.0 MiB" in shown["figures"]
+        assert "evictions" in shown["figures"]
+        if size[0] >= 80:
+            del shown["head"]  # what matters least is cut off there
+            lines = [line for part in shown.values() for line in part.splitlines()]
+            assert [line for line in lines if len(line) > size[0]] == []
+
+    drive(watchapp, fake, steps, size)
+
+
+def test_zoom_move_mark_and_help(watchapp, fake):
+    fake.young[100:200] = True
+
+    async def steps(app, pilot):
+        await pilot.press("down", "right", "right")
+        page = app.grid().range_of(app.cursor_cell)[0]
+        before = app.grid().cell_pages
+        await pilot.press("plus")
+        assert app.grid().cell_pages == max(before // 4, 1)
+        low, high = app.grid().range_of(app.cursor_cell)
+        assert low <= page < high
+        for _ in range(6):
+            await pilot.press("plus")
+        assert app.grid().cell_pages == 1
+        low = app.grid().range_of(app.cursor_cell)[0]
+        await pilot.press(*["down"] * 20)
+        assert app.grid().range_of(app.cursor_cell)[0] > low
+        assert f"gfn {app.grid().range_of(app.cursor_cell)[0]:#x} " in screen_text(app)["cell"]
+        await pilot.press("0")
+        assert app.grid().end - app.grid().start == PAGES
+        await pilot.press("m")
+        fake.young[:] = False
+        fake.young[150:300] = True
+        await until(pilot, lambda: "+100 -50 alike 25 %" in screen_text(app)["cell"])
+        assert "+" in "".join(rows_of(types.SimpleNamespace(plain=screen_text(app)["map"])))
+        await pilot.press("m")
+        assert "alike" not in screen_text(app)["cell"]
+        await pilot.press("question_mark")
+        assert len(app.screen_stack) == 2
+        await pilot.press("x")
+        assert len(app.screen_stack) == 1
+        await pilot.press("v")
+        assert f"last {watchdata.RECENT}" in screen_text(app)["cell"]
+        await pilot.press("q")
+
+    assert drive(watchapp, fake, steps).return_code == 0
+
+
+def test_paused_nothing_is_harvested(watchapp, fake):
+    async def steps(app, pilot):
+        await pilot.press("p")
+        await until(pilot, lambda: "PAUSED" in screen_text(app)["head"])
+        n = len(fake.harvests)
+        await asyncio.sleep(0.1)
+        assert len(fake.harvests) == n
+        await pilot.press("p")
+        await until(pilot, lambda: len(fake.harvests) > n)
+
+    drive(watchapp, fake, steps)
+
+
+def test_trackers_that_do_not_work_are_said_and_passed(watchapp, fake, monkeypatch):
+    monkeypatch.setattr(watchapp, "_RETRY_S", 0.01)
+
+    async def steps(app, pilot):
+        await pilot.press("t")
+        await until(pilot, lambda: "pagemap (npt)" in screen_text(app)["head"])
+        await pilot.press("t")
+        await until(pilot, lambda: "dirty does not work" in screen_text(app)["head"])
+        for _ in range(len(trackers.NAMES) - 2):
+            await pilot.press("t")
+        await until(pilot, lambda: "guestpt (npt)" in screen_text(app)["head"])
+
+    drive(watchapp, fake, steps)
+
+
+def test_a_vm_that_goes_away_may_come_back(watchapp, fake, monkeypatch):
+    monkeypatch.setattr(watchapp, "_RETRY_S", 0.01)
+
+    async def steps(app, pilot):
+        fake.gone = True
+        await until(pilot, lambda: "waiting for it to come back" in screen_text(app)["head"])
+        assert "0x0" in screen_text(app)["map"]
+        fake.gone, fake.pid = False, 99
+        await until(pilot, lambda: "kvm" in screen_text(app)["head"])
+        assert app.sample.state.pid == 99
+
+    drive(watchapp, fake, steps)
