@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="kvmhost accuracy",
-        description=tools.accuracy.__doc__,
+        description=(tools.accuracy.__doc__ or "").replace("``", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
