@@ -11,12 +11,12 @@ from kvmhost.trackers.sample import Sampler, period_of, sample_mask
 
 
 @pytest.mark.parametrize("period", [1, 2, 8, 30])
-@pytest.mark.parametrize("n_pages", [1, 64, 1000])
+@pytest.mark.parametrize("n_pages", [1, 64, 1000, 65536])
 def test_samples_take_every_page_once(period: int, n_pages: int) -> None:
     masks = [unpack(sample_mask(n_pages, period, turn), n_pages) for turn in range(period)]
     assert (np.sum(masks, axis=0) == 1).all()
     assert np.array_equal(sample_mask(n_pages, period, period), sample_mask(n_pages, period, 0))
-    if n_pages == 1000:
+    if n_pages == 65536:
         assert max(mask.sum() for mask in masks) < 2 * n_pages / period + 20
 
 
@@ -29,6 +29,11 @@ def test_a_stride_meets_every_turn_of_a_sample() -> None:
 def test_a_page_has_the_same_turn_in_every_range() -> None:
     whole = unpack(sample_mask(5000, 8, 3), 5000)
     assert np.array_equal(unpack(sample_mask(1000, 8, 3, gfn_start=777), 1000), whole[777:1777])
+
+
+def test_neighbours_have_their_turn_together() -> None:
+    mask = sample_mask(1 << 16, 8, 3)
+    assert set(mask.tolist()) == {0, (1 << 64) - 1}
 
 
 @pytest.mark.parametrize("period", [0, -1, 65537])
