@@ -14,6 +14,7 @@ if typing.TYPE_CHECKING:
     from kvmhost.boot.pcboot import Module
 
 __all__ = [
+    "about",
     "add_machine_arguments",
     "add_store_arguments",
     "count",
@@ -29,6 +30,11 @@ __all__ = [
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def about(docstring: str | None) -> str:
+    """Return a module's docstring as the text of its command's help: without markup."""
+    return (docstring or "").replace("``", "")
 
 
 def size_bytes(text: str) -> int:

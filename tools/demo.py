@@ -34,7 +34,7 @@ from kvmhost.errors import CapabilityError, GuestError, KvmHostError, LayoutErro
 from kvmhost.machine import Machine
 from kvmhost.trackers import NAMES, describe, probe_all
 from reclaim.pressure.cgroup import MemoryCgroup
-from tools.args import size_bytes
+from tools.args import about, size_bytes
 from tools.progress import Progress, show_table
 
 __all__ = ["main"]
@@ -118,7 +118,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="kvmhost demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="kvmhost demo",
+        description=about(__doc__),
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
     parser.add_argument("--mem", type=size_bytes, default=320 * _MIB, metavar="SIZE")

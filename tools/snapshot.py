@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.control.client import Client
+from tools.args import about
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="kvmhost snapshot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kvmhost snapshot", description=about(__doc__))
     parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
     parser.add_argument(
         "file", metavar="FILE", type=Path, help="file to write, whole or not at all"

@@ -14,7 +14,7 @@ from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.trackers.sample import DEFAULT_FRACTION, period_of
 from tools.accuracy import cost, doorbells, running
 from tools.accuracy.kinds import CHANGING, FREE_WORKLOADS, KINDS, PAGES, WORKLOADS, probe_kinds
-from tools.args import count, seconds, share, size_bytes
+from tools.args import about, count, seconds, share, size_bytes
 from tools.progress import Progress
 
 __all__ = ["Settings", "main", "run"]
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="kvmhost accuracy",
-        description=(tools.accuracy.__doc__ or "").replace("``", ""),
+        description=about(tools.accuracy.__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))

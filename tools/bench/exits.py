@@ -23,6 +23,7 @@ from kvmhost.engine.kvm import KvmEngine
 from kvmhost.exits import IoOut
 from kvmhost.kvm.coalesced import CoalescedRing
 from kvmhost.machine import Machine
+from tools.args import about
 
 __all__ = ["main", "run"]
 
@@ -168,7 +169,7 @@ def _expect(seen: int, count: int) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Print the figures as a table, or as JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench exits", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kvmhost bench exits", description=about(__doc__))
     parser.add_argument("--count", type=int, default=10_000, help="exits a repetition")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", action="store_true")

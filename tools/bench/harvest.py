@@ -21,7 +21,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
 from tools.accuracy.kinds import KINDS, START_GFN, Kind, probe_kinds
-from tools.args import count, seconds, share, size_bytes
+from tools.args import about, count, seconds, share, size_bytes
 from tools.progress import Progress
 from tools.throughput import Plan, measure_steps, paired_rates
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the figures as a table, or as JSON."""
     parser = argparse.ArgumentParser(
         prog="kvmhost bench harvest",
-        description=__doc__,
+        description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--mem", type=size_bytes, default=1 << 30, metavar="SIZE")

@@ -27,6 +27,7 @@ from kvmhost.engine.soft import SoftEngine, SoftRun, Trace
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tlb import TlbGeometry
+from tools.args import about
 from tools.bench.walk import Step, interleaved
 
 __all__ = ["FORMATS", "PARTS", "main", "run"]
@@ -442,7 +443,7 @@ _PRINTERS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named parts (all of them without names) and print tables, or JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench mmu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kvmhost bench mmu", description=about(__doc__))
     parser.add_argument("parts", nargs="*", metavar="PART", help=" ".join(PARTS))
     parser.add_argument("--format", choices=FORMATS, help="ways: one format only")
     parser.add_argument("--json", action="store_true")

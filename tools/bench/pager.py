@@ -321,7 +321,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about = "Without --codecs, --faults or --overhead: codecs and faults."
-    parser = argparse.ArgumentParser(prog="kvmhost bench pager", description=__doc__, epilog=about)
+    parser = argparse.ArgumentParser(
+        prog="kvmhost bench pager", description=about(__doc__), epilog=about
+    )
     parser.add_argument("--codecs", action="store_true", help="codecs on several page contents")
     parser.add_argument("--faults", action="store_true", help="fault-in latency and evictions")
     parser.add_argument("--overhead", action="store_true", help="memory a GiB of guest")

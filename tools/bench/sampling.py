@@ -19,7 +19,7 @@ from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.trackers.sample import DEFAULT_FRACTION, period_of
 from tools.accuracy import doorbells
 from tools.accuracy.kinds import KINDS, Kind, Workload, probe_kinds
-from tools.args import count, seconds, share, size_bytes
+from tools.args import about, count, seconds, share, size_bytes
 from tools.bench.harvest import hot_machine
 from tools.progress import Progress
 from tools.throughput import Kept, Plan, paired_rates
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the figures as a table, or as JSON."""
     parser = argparse.ArgumentParser(
         prog="kvmhost bench sampling",
-        description=__doc__,
+        description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--tracker", default="guestpt", help="default: guestpt")

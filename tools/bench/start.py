@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmhost.errors import CapabilityError
+from tools.args import about
 
 __all__ = ["main", "run"]
 
@@ -144,7 +145,7 @@ def _memory(engine: str) -> dict[str, int]:
 
 def main(argv: Sequence[str]) -> int:
     """Print the figures as text, or as JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench start", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kvmhost bench start", description=about(__doc__))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
     parser.add_argument("--image", type=Path, help="a multiboot image (default: one that prints)")

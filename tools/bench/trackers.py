@@ -30,7 +30,7 @@ from kvmhost.memory.guest import Region
 from kvmhost.memory.layout import PAGE_BYTES, TinyLayout
 from kvmhost.trackers import NAMES, Tracker, probe_all
 from kvmhost.trackers.pagescan import scans
-from tools.args import count, size_bytes
+from tools.args import about, count, size_bytes
 
 __all__ = ["main", "run"]
 
@@ -219,7 +219,7 @@ def _anonymous_bytes() -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Print the figures as tables, or as JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench trackers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kvmhost bench trackers", description=about(__doc__))
     parser.add_argument("--mem", type=size_bytes, default=1 << 30, help="guest memory (default 1G)")
     parser.add_argument("--repeats", type=count, default=15, help="of each variant (default 15)")
     parser.add_argument("--json", action="store_true")

@@ -19,6 +19,7 @@ from kvmhost._ffi import ffi, lib
 from kvmhost.bitmap import Words
 from kvmhost.mmu.tablemem import TableMemory
 from kvmhost.mmu.tdp import LiveTable
+from tools.args import about
 
 __all__ = ["interleaved", "main", "run"]
 
@@ -106,7 +107,7 @@ def _pointers(first_page: int, n: int) -> Words:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures as a table, or as JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench walk", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kvmhost bench walk", description=about(__doc__))
     parser.add_argument("--entries", type=int, default=4 << 20)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap
-from tools.args import count
+from tools.args import about, count
 from tools.progress import Progress, show_table
 
 __all__ = ["main", "make_record", "run"]
@@ -155,7 +155,7 @@ def _ask(name: str, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures as a table, or as JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench young", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kvmhost bench young", description=about(__doc__))
     parser.add_argument("--gib", type=count, default=64, help="size of the large guest")
     parser.add_argument("--windows", type=count, default=3600, help="windows of its record")
     parser.add_argument("--hour", type=count, default=3600, help="windows of the 1 GiB guest")

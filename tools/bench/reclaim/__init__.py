@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.args import seconds
+from tools.args import about, seconds
 from tools.bench.reclaim.workloads import BUDGETS, WORKLOADS
 
 __all__ = ["PARTS", "main", "run"]
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="kvmhost bench reclaim",
-        description=__doc__,
+        description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--part", action="append", choices=PARTS, help="only these; repeatable")
