@@ -320,9 +320,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "Without --codecs, --faults or --overhead: codecs and faults."
+    default = "Without --codecs, --faults or --overhead: codecs and faults."
     parser = argparse.ArgumentParser(
-        prog="kvmhost bench pager", description=about(__doc__), epilog=about
+        prog="kvmhost bench pager", description=about(__doc__), epilog=default
     )
     parser.add_argument("--codecs", action="store_true", help="codecs on several page contents")
     parser.add_argument("--faults", action="store_true", help="fault-in latency and evictions")
