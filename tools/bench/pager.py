@@ -33,6 +33,7 @@ from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager import EvictOutcome, Pager, Userfault
 from kvmhost.pager.codec import find_codec
 from kvmhost.storeoptions import StoreOptions
+from tools.args import about
 
 __all__ = ["contents", "main", "run_codecs", "run_faults", "run_overhead"]
 
