@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.control.client import Client
+from kvmhost.errors import VmGoneError
 from tools.args import about
 
 __all__ = ["main"]
@@ -30,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
             client.pause()
         n_bytes = client.snapshot(str(args.file.absolute()))
         if args.stop:
-            client.stop()
+            # The VM may end before its answer is read.
+            with contextlib.suppress(VmGoneError):
+                client.stop()
     print(f"{args.file}: {n_bytes / (1 << 20):.1f} MiB of memory")
     return 0
