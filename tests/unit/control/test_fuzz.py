@@ -1,6 +1,7 @@
 """Requests of any shape to a real VM: an answer or a refusal, and the guest's data stay whole.
 
-``FUZZ_EXAMPLES=20000 pytest tests/unit/control/test_fuzz.py --timeout 0`` goes on for longer.
+``FUZZ_EXAMPLES=20000 pytest -o faulthandler_timeout=0 --timeout 0`` and this file go on for longer:
+the watchdog reads the stacks of running threads, which can crash the interpreter.
 ``stop`` is left out, as it ends the VM, and so is ``snapshot``, which writes where it is told.
 """
 
