@@ -16,7 +16,7 @@ test: $(VENV)/.test
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test
-	$(PY) -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+	$(PY) -m pytest -m slow --timeout 3600 -o faulthandler_timeout=0 $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
