@@ -28,7 +28,7 @@ sanitize:
 	$(MAKE) -C tests/sanitize run
 
 guests: $(VENV)/.demo
-	$(PY) -m guests.build
+	$(PY) -m kvmhost.guests.build
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """Guest images and where they are.
 
-The sources are in ``guests/x86_64``; :mod:`guests.build` compiles them.
+The sources are in ``guests/x86_64``; :mod:`kvmhost.guests.build` compiles them.
 """
 
 from __future__ import annotations

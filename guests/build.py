@@ -1,6 +1,6 @@
 """Build the guest images from source with the compiler that the C core needs too.
 
-``make guests`` or ``python -m guests.build``; the install does it as well.
+``make guests`` or ``python -m kvmhost.guests.build``; the install does it as well.
 """
 
 from __future__ import annotations

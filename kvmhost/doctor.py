@@ -166,7 +166,7 @@ def _trackers() -> Iterator[Finding]:
 
 def _ways() -> Iterator[Finding]:
     """Yield the ways to look at processes that are not ours."""
-    from kvmhost.trackers.ways import probe_ways
+    from kvmhost.process.methods import probe_ways
 
     for name, support in probe_ways().items():
         remedy = "" if support.works else "none needed: young --pid takes another way"

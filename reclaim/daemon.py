@@ -1,6 +1,6 @@
 """The reclaim daemon: who is looked after, and the loop that everything hangs on.
 
-One thread a VM makes the passes (:mod:`reclaim.passes.session`). The main thread finds VMs of
+One thread a VM makes the passes (:mod:`kvmhost.reclaim.vm.session`). The main thread finds VMs of
 the names that are asked for, looks at the pressure that all of them share, reads its
 options again on demand, and feeds the watchdog as long as no pass hangs.
 
@@ -23,15 +23,15 @@ import msgspec
 
 from kvmhost.control.paths import running_names
 from kvmhost.errors import KvmHostError
-from reclaim.account.decisions import Kind
-from reclaim.account.events import Event, Notice
-from reclaim.control.sdnotify import Notifier
-from reclaim.errors import ReclaimError
-from reclaim.passes.common import Common, cpu_limit, rate_limit
-from reclaim.passes.member import Member
-from reclaim.passes.session import Session
-from reclaim.pressure.host import Host
-from reclaim.settings.options import Config
+from kvmhost.reclaim.account.decisions import Kind
+from kvmhost.reclaim.account.events import Event, Notice
+from kvmhost.reclaim.context import Common, cpu_limit, rate_limit
+from kvmhost.reclaim.control.sdnotify import Notifier
+from kvmhost.reclaim.errors import ReclaimError
+from kvmhost.reclaim.pressure.host import Host
+from kvmhost.reclaim.settings.options import Config
+from kvmhost.reclaim.vm.session import Session
+from kvmhost.reclaim.vm.worker import Member
 
 __all__ = ["Daemon", "is_pattern"]
 

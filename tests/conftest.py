@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from guests.build import compile_pc_guest, pc_sources
 from kvmhost.errors import CapabilityError, IoctlError
-from kvmhost.machine import Machine
+from kvmhost.guests.build import compile_pc_guest, pc_sources
+from kvmhost.machine.base import Machine
 
 DEADLINE_S = 60.0
 

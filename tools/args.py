@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 
 from kvmhost.errors import ImageError, LayoutError
-from kvmhost.storeoptions import CODECS, MAX_PREFETCH_PAGES, StoreOptions
+from kvmhost.pager.options import CODECS, MAX_PREFETCH_PAGES, StoreOptions
 
 if typing.TYPE_CHECKING:
     from kvmhost.boot.pcboot import Module
@@ -148,7 +148,7 @@ def find_image(name: str) -> Path:
 
     :raises ImageError: if there is neither
     """
-    from guests import image_names, image_path
+    from kvmhost.guests import image_names, image_path
 
     if "/" in name or name.endswith(".elf"):
         return Path(name)

@@ -27,15 +27,15 @@ from pathlib import Path
 
 import numpy as np
 
-from guests import image_path
-from guests.workloads import hotcold_gfns
 from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, GuestError, KvmHostError, LayoutError
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.guests.workloads import hotcold_gfns
+from kvmhost.machine.base import Machine
+from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
+from kvmhost.tools.args import about, size_bytes
+from kvmhost.tools.progress import Progress, show_table
 from kvmhost.trackers import NAMES, describe, probe_all
-from reclaim.pressure.cgroup import MemoryCgroup
-from tools.args import about, size_bytes
-from tools.progress import Progress, show_table
 
 __all__ = ["main"]
 
@@ -224,7 +224,7 @@ def _throughput(settings: Settings, seconds: float = 2.0) -> dict[str, float]:
 
 def _picture(settings: Settings, path: Path) -> str | None:
     """Harvest a VM live and draw gfn by time; None without the plot extra."""
-    from reclaim.young.render import need_plotting, record_live, render_heatmap
+    from kvmhost.reclaim.draw.render import need_plotting, record_live, render_heatmap
 
     try:
         need_plotting()
@@ -338,7 +338,7 @@ def _vm(
     **params: int,
 ) -> Iterator[_Vm]:
     """Start a VM process, paused if it goes into a cgroup or is to end by itself."""
-    words = [sys.executable, "-m", "tools.main", "run", "hotcold", "--name", name, "--json"]
+    words = [sys.executable, "-m", "kvmhost", "run", "hotcold", "--name", name, "--json"]
     words += ["--engine", settings.engine, "--mem", str(settings.mem_bytes)]
     if epochs:
         words.append("--paused")
@@ -384,7 +384,7 @@ def _connect(name: str, process: subprocess.Popen[bytes]) -> Iterator[Client]:
 def _daemon(
     name: str, budget_bytes: int, interval_s: float, log: typing.BinaryIO
 ) -> Iterator[subprocess.Popen[bytes]]:
-    words = [sys.executable, "-m", "tools.main", "reclaimd", name]
+    words = [sys.executable, "-m", "kvmhost", "reclaimd", name]
     words += ["--budget", str(budget_bytes), "--interval", str(interval_s)]
     with log, contextlib.ExitStack() as stack:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from kvmhost.doctor import Finding, probe_host
-from reclaim.pressure import probe
+from kvmhost.reclaim.pressure import probe
 
 __all__ = ["main"]
 

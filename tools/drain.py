@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kvmhost.control import schema
 from kvmhost.control.client import Client
-from tools.args import seconds
+from kvmhost.tools.args import seconds
 
 __all__ = ["main"]
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from guests import image_names, image_path
 from kvmhost.boot.image import read_image
+from kvmhost.guests import image_names, image_path
 
 __all__ = ["contract", "main"]
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from kvmhost.errors import LayoutError
-from reclaim.control.client import DaemonClient
-from reclaim.control.paths import daemon_names
+from kvmhost.reclaim.control.client import DaemonClient
+from kvmhost.reclaim.control.paths import daemon_names
 
 __all__ = ["main"]
 

@@ -31,7 +31,7 @@ from kvmhost.errors import (
     NameInUseError,
     VmGoneError,
 )
-from reclaim.errors import ConfigError, KernelFileError, ReclaimError
+from kvmhost.reclaim.errors import ConfigError, KernelFileError, ReclaimError
 
 __all__ = ["COMMANDS", "main", "reclaimd", "run_command"]
 

@@ -12,9 +12,9 @@ import msgspec
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Page
 from kvmhost.errors import ControlError, VmGoneError
-from reclaim.account.decisions import Decision
-from reclaim.control.answers import PageAnswer
-from reclaim.control.client import DaemonClient
+from kvmhost.reclaim.account.decisions import Decision
+from kvmhost.reclaim.control.client import DaemonClient
+from kvmhost.reclaim.control.schema import PageAnswer
 
 __all__ = ["main"]
 

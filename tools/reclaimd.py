@@ -17,16 +17,16 @@ from types import FrameType
 from typing import Any
 
 from kvmhost.control.paths import NameLock
-from reclaim.account.events import Dropped, Event, Notice, PassReport
-from reclaim.account.metrics import Metrics
-from reclaim.control.paths import lock_daemon, socket_of, sweep
-from reclaim.control.sdnotify import Notifier
-from reclaim.control.server import DaemonServer
-from reclaim.daemon import Daemon
-from reclaim.errors import ConfigError
-from reclaim.passes.common import Common
-from reclaim.settings.config import Option, load, options, read_flag, to_toml
-from reclaim.settings.options import Config, VmOptions
+from kvmhost.reclaim.account.events import Dropped, Event, Notice, PassReport
+from kvmhost.reclaim.context import Common
+from kvmhost.reclaim.control.metrics import Metrics
+from kvmhost.reclaim.control.paths import lock_daemon, socket_of, sweep
+from kvmhost.reclaim.control.sdnotify import Notifier
+from kvmhost.reclaim.control.server import DaemonServer
+from kvmhost.reclaim.daemon import Daemon
+from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.settings.config import Option, load, options, read_flag, to_toml
+from kvmhost.reclaim.settings.options import Config, VmOptions
 
 __all__ = ["main"]
 

@@ -16,10 +16,10 @@ from kvmhost.boot.loaders import LOADERS
 from kvmhost.devices.console import Console, open_console
 from kvmhost.engine.cpumodel import CPU_MODELS
 from kvmhost.errors import LayoutError
-from kvmhost.machine import Machine
-from kvmhost.machines import make_machine
+from kvmhost.machine import make_machine
+from kvmhost.machine.base import Machine
 from kvmhost.memory.layout import TinyLayout
-from tools.args import (
+from kvmhost.tools.args import (
     add_machine_arguments,
     add_store_arguments,
     count,
@@ -35,7 +35,7 @@ from tools.args import (
 if typing.TYPE_CHECKING:
     from kvmhost.control.paths import NameLock
     from kvmhost.control.server import ControlServer
-    from kvmhost.machines.pc import PcOptions
+    from kvmhost.machine.pc import PcOptions
 
 __all__ = ["main"]
 
@@ -98,7 +98,7 @@ def _make(args: argparse.Namespace, image: Path, console: Console) -> Machine:
         "dirty_ring_entries": args.dirty_ring,
     }
     if args.restore:
-        from kvmhost.machines.snapshot import restore_machine
+        from kvmhost.machine.snapshot import restore_machine
 
         return restore_machine(args.restore, **common)
     return make_machine(
@@ -146,7 +146,7 @@ def _run_machine(
 def _pc_options(args: argparse.Namespace) -> PcOptions | None:
     if not (args.append or args.initrd or args.fw_cfg or args.cpu != CPU_MODELS[0]):
         return None
-    from kvmhost.machines.pc import PcOptions
+    from kvmhost.machine.pc import PcOptions
 
     modules = tuple(parse_modules(args.initrd)) if args.initrd else ()
     return PcOptions(args.append, modules, parse_fw_cfg(args.fw_cfg), args.cpu)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvmhost.control.client import Client
 from kvmhost.errors import VmGoneError
-from tools.args import about
+from kvmhost.tools.args import about
 
 __all__ = ["main"]
 

@@ -86,5 +86,5 @@ class BuildExt(build_ext):
         root = CORE.parents[1]
         target = root if self.inplace or self.editable_mode else Path(self.build_lib)
         # The build does not promise that the project's root is on sys.path.
-        builder = runpy.run_path(str(root / "guests" / "build.py"))
-        builder["build_guests"](target / "guests" / "x86_64")
+        builder = runpy.run_path(str(root / "kvmhost" / "guests" / "build.py"))
+        builder["build_guests"](target / "kvmhost" / "guests" / "x86_64")

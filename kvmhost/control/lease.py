@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from kvmhost.control import schema
-from kvmhost.control.answers import Peer, Problem
+from kvmhost.control.handler import Peer, Problem
 
 __all__ = ["LOCKED", "Lease"]
 

@@ -13,10 +13,10 @@ import typing
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from kvmhost.control.answers import Problem
+from kvmhost.control.handler import Problem
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
 
 __all__ = ["Pauses"]
 

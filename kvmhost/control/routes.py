@@ -39,7 +39,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words, pack
 from kvmhost.control import schema
-from kvmhost.control.answers import (
+from kvmhost.control.handler import (
     BINARY,
     Problem,
     Reply,
@@ -56,9 +56,9 @@ from kvmhost.errors import CapabilityError, IoctlError, KvmHostError, LayoutErro
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
+    from kvmhost.mmu.feed import Feed
     from kvmhost.pager import EvictResult
-    from kvmhost.trackers.feed import Feed
 
 __all__ = ["Routes", "problem_of"]
 
@@ -304,7 +304,7 @@ class Routes:
     def _feed(self, table_format: str) -> Feed:
         """Return the model table of a format, made on first use."""
         if table_format not in self._feeds:
-            from kvmhost.trackers.feed import Feed
+            from kvmhost.mmu.feed import Feed
 
             self._feeds[table_format] = Feed(table_format, self._machine.memory.regions)
         return self._feeds[table_format]
@@ -381,7 +381,7 @@ class Routes:
             raise Problem(400, "need an absolute path: the VM has its own directory", "path")
 
         def save() -> int:
-            from kvmhost.machines.snapshot import save_machine
+            from kvmhost.machine.snapshot import save_machine
 
             return save_machine(self._machine, path)
 

@@ -27,8 +27,8 @@ from kvmhost.control.paths import NameLock, socket_path
 from kvmhost.errors import KvmHostError
 
 if typing.TYPE_CHECKING:
-    from kvmhost.control.answers import Handler
-    from kvmhost.machine import Machine
+    from kvmhost.control.handler import Handler
+    from kvmhost.machine.base import Machine
 
 __all__ = ["MAX_CONNECTIONS", "MAX_PER_PROCESS", "ControlServer", "SocketServer"]
 

@@ -1,6 +1,6 @@
 """The event loop behind a control socket: accepting, deadlines, errors as JSON.
 
-Every request is answered by a :class:`~kvmhost.control.answers.Handler`. This module
+Every request is answered by a :class:`~kvmhost.control.handler.Handler`. This module
 keeps clients in bounds: a peer of the wrong uid is closed before a byte is read, a
 request that does not come in time is dropped, a body that is too large is refused. No
 process gets all connections, and who sends requests without waiting for answers is
@@ -21,7 +21,7 @@ from typing import Any
 from aiohttp import web
 
 from kvmhost.control import schema
-from kvmhost.control.answers import Handler, Peer, Problem, Reply, Request
+from kvmhost.control.handler import Handler, Peer, Problem, Reply, Request
 from kvmhost.control.schema import HEADER_PREFIX
 
 if typing.TYPE_CHECKING:

@@ -19,7 +19,7 @@ from kvmhost.errors import LayoutError, LostPageError
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
 
 __all__ = ["MAX_RANGES", "FreeList"]
 

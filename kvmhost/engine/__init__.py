@@ -9,7 +9,7 @@ soft      access traces in C, against mmu tables        stress, ablation, scale
 ========= ============================================= =========================
 
 ``soft`` runs no images and is no choice of :func:`choose`; see
-:mod:`kvmhost.engine.soft`.
+:mod:`kvmhost.mmu.soft`.
 
 :func:`choose` picks one by name; ``auto`` takes ``kvm`` where a VM can be made.
 """

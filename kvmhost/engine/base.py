@@ -17,7 +17,7 @@ class RearmKind(enum.Enum):
     """What makes the processor set an accessed bit again after it was cleared.
 
     A translation that is still cached sets nothing. Which of these is needed is
-    found out by trying, see :mod:`kvmhost.trackers.calibrate`.
+    found out by trying, see :mod:`kvmhost.trackers.calibration`.
     """
 
     NONE = "none"  # the bit comes back by itself

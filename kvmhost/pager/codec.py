@@ -17,7 +17,7 @@ from typing import Any
 
 from kvmhost._ffi import ffi, lib
 from kvmhost.errors import CapabilityError
-from kvmhost.storeoptions import CODECS
+from kvmhost.pager.options import CODECS
 
 __all__ = ["Codec", "find_codec", "has_checksum"]
 

@@ -29,6 +29,7 @@ from kvmhost.memory.guest import GuestMemory, pieces
 from kvmhost.memory.layout import PAGE_SHIFT
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.hostswap import swap_refusal
+from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.results import (
     DropResult,
     EvictOutcome,
@@ -38,7 +39,6 @@ from kvmhost.pager.results import (
 )
 from kvmhost.pager.storefile import StoreFile
 from kvmhost.pager.userfault import Userfault
-from kvmhost.storeoptions import StoreOptions
 
 __all__ = ["Pager"]
 

@@ -30,11 +30,11 @@ from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker
 from kvmhost.trackers.idle import IdleTracker
 from kvmhost.trackers.pagemap import PagemapTracker
-from kvmhost.trackers.sample import sample_mask
+from kvmhost.trackers.sampling import sample_mask
 from kvmhost.trackers.uffd import UffdTracker
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
 
 __all__ = [
     "NAMES",

@@ -32,7 +32,7 @@ from kvmhost.trackers.base import Support, TrackerInfo, check_range, harvest_pie
 if typing.TYPE_CHECKING:
     from kvmhost.engine.base import Engine
     from kvmhost.engine.kvm import KvmEngine
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
     from kvmhost.memory.guest import Region
 
 __all__ = ["DirtyTracker"]

@@ -3,7 +3,7 @@
 The VMM laid the tables out in guest memory; the processor, or a KVM that shadows
 them, sets accessed and dirty bits there, and the tdp walker harvests them where
 they lie. Clearing a bit is not enough: a translation that is still cached sets
-nothing. What re-arms is found out by calibration (:mod:`kvmhost.trackers.calibrate`).
+nothing. What re-arms is found out by calibration (:mod:`kvmhost.trackers.calibration`).
 
 Staleness: a touch between the clearing of a bit and its re-arming is not seen.
 """
@@ -28,7 +28,7 @@ from kvmhost.mmu.tdp import LiveTable
 from kvmhost.trackers.base import Support, TrackerInfo, check_range
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
 
 __all__ = ["GuestptTracker"]
 
@@ -50,7 +50,7 @@ class GuestptTracker:
     )
 
     def __init__(self, machine: Machine, rearm_kind: RearmKind | None = None) -> None:
-        from kvmhost.trackers.calibrate import calibrated_rearm
+        from kvmhost.trackers.calibration import calibrated_rearm
 
         layout = machine.layout
         if not isinstance(layout, TinyLayout):
@@ -76,7 +76,7 @@ class GuestptTracker:
     def probe(cls, engine: str = "auto") -> Support:
         """Calibrate on an engine and say how re-arming works there."""
         from kvmhost import engine as engines
-        from kvmhost.trackers.calibrate import calibrated_rearm
+        from kvmhost.trackers.calibration import calibrated_rearm
 
         try:
             chosen = engines.choose(engine)

@@ -13,10 +13,10 @@ import typing
 
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.errors import LayoutError
-from kvmhost.trackers.sample import DEFAULT_FRACTION, Sampler
+from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
 
 __all__ = ["REARM", "Harvest", "Harvester"]
 

@@ -35,7 +35,7 @@ from kvmhost.memory.guest import pieces
 from kvmhost.trackers.base import Support, TrackerInfo, check_mask, check_range
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
 
 __all__ = ["IDLE_BITMAP", "IdleFiles", "IdleTracker", "PageFiles"]
 

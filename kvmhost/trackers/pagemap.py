@@ -36,7 +36,7 @@ from kvmhost.trackers.base import (
 from kvmhost.trackers.pagescan import PageStates, new_scanner, page_states, scans
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
 
 __all__ = ["PagemapTracker"]
 

@@ -29,7 +29,7 @@ from kvmhost.pager.userfault import Userfault
 from kvmhost.trackers.base import Support, TrackerInfo, check_range, harvest_pieces
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
 
 __all__ = ["AccessOrder", "UffdTracker"]
 

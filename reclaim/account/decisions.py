@@ -24,8 +24,8 @@ import msgspec
 import numpy as np
 
 from kvmhost.closing import Closing
-from reclaim.errors import ConfigError
-from reclaim.policy.base import Gfns
+from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.policy.base import Gfns
 
 __all__ = ["Decision", "Decisions", "Kind", "Why", "to_runs"]
 

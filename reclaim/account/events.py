@@ -14,7 +14,7 @@ class PassReport:
     :param resident_bytes: after the pass
     :param generations: resident pages by sequence number, the oldest first
     :param wanted_pages: what had to go; evicted are ``outcomes["done"]``
-    :param why: what made it so, the name of a :class:`~reclaim.account.decisions.Why`
+    :param why: what made it so, the name of a :class:`~kvmhost.reclaim.account.decisions.Why`
     :param forced_pages: went by the VM's own choice, since all that was left was protected
     :param refaulted_pages: came back since the last pass after having been evicted
     :param harvest_ns_per_page: scan and re-arming, inside the VM

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 
 from kvmhost.bitmap import Words, unpack
-from reclaim.account.decisions import Why
-from reclaim.policy.base import Gfns
+from kvmhost.reclaim.account.decisions import Why
+from kvmhost.reclaim.policy.base import Gfns
 
 __all__ = ["WINDOWS", "Act", "PageHistory", "PageStory"]
 

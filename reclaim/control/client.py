@@ -13,9 +13,9 @@ from kvmhost.control import schema
 from kvmhost.control.caller import Caller
 from kvmhost.control.client import Client
 from kvmhost.errors import VmGoneError
-from reclaim.account.decisions import Decision
-from reclaim.control import answers
-from reclaim.control.paths import socket_of
+from kvmhost.reclaim.account.decisions import Decision
+from kvmhost.reclaim.control import schema as answers
+from kvmhost.reclaim.control.paths import socket_of
 
 __all__ = ["DaemonClient"]
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 
 from kvmhost.errors import LayoutError
-from reclaim.account.decisions import Kind, Why
-from reclaim.passes.session import Session
-from reclaim.policy import lru_gen_text
-from reclaim.policy.base import Gfns, Mask
-from reclaim.policy.lru_gen import LruGen
+from kvmhost.reclaim.account.decisions import Kind, Why
+from kvmhost.reclaim.policy import lru_gen_text
+from kvmhost.reclaim.policy.base import Gfns, Mask
+from kvmhost.reclaim.policy.lru_gen import LruGen
+from kvmhost.reclaim.vm.session import Session
 
 __all__ = ["run_text", "show_text"]
 

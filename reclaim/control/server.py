@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmhost.control import schema
-from kvmhost.control.answers import (
+from kvmhost.control.handler import (
     Problem,
     Reply,
     Request,
@@ -36,12 +36,12 @@ from kvmhost.control.answers import (
 from kvmhost.control.paths import NameLock
 from kvmhost.control.routes import problem_of
 from kvmhost.control.server import SocketServer
-from reclaim.account.metrics import Metrics
-from reclaim.control import answers
-from reclaim.control.paths import socket_of
-from reclaim.daemon import Daemon
-from reclaim.passes.session import Session
-from reclaim.settings.config import to_toml
+from kvmhost.reclaim.control import schema as answers
+from kvmhost.reclaim.control.metrics import Metrics
+from kvmhost.reclaim.control.paths import socket_of
+from kvmhost.reclaim.daemon import Daemon
+from kvmhost.reclaim.settings.config import to_toml
+from kvmhost.reclaim.vm.session import Session
 
 __all__ = ["DaemonServer"]
 
@@ -65,7 +65,7 @@ class DaemonServer(SocketServer):
 
 
 class _Routes:
-    """Finds and answers requests; a handler of :mod:`kvmhost.control.answers`."""
+    """Finds and answers requests; a handler of :mod:`kvmhost.control.handler`."""
 
     def __init__(self, daemon: Daemon, metrics: Metrics, name: str) -> None:
         self._daemon, self._metrics, self._name = daemon, metrics, name
@@ -141,7 +141,7 @@ class _Routes:
         return json_reply(answers.DecisionList(found))
 
     async def _get_page(self, request: Request) -> Reply:
-        from reclaim.account.explain import explain
+        from kvmhost.reclaim.control.explain import explain
 
         asked = schema.decode_query(request.query, answers.PageQuery)
         session = self._session(asked.vm)
@@ -150,14 +150,14 @@ class _Routes:
         )
 
     async def _get_lru_gen(self, request: Request) -> Reply:
-        from reclaim.control.commands import show_text
+        from kvmhost.reclaim.control.commands import show_text
 
         asked = schema.decode_query(request.query, answers.VmQuery)
         text = await self._work(lambda: show_text(self._daemon.sessions(), asked.vm))
         return json_reply(answers.CommandAnswer(text))
 
     async def _post_lru_gen(self, request: Request) -> Reply:
-        from reclaim.control.commands import run_text
+        from kvmhost.reclaim.control.commands import run_text
 
         schema.decode_query(request.query, schema.NoQuery)
         asked = schema.decode(request.body, answers.CommandRequest)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, unpack
 from kvmhost.errors import LayoutError
-from reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
+from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
 
 __all__ = ["MAX_AGE", "Age"]
 

@@ -2,7 +2,7 @@
 
 A policy sees pages as gfns from 0 up to a fixed end. It acts on nothing, knows no VM,
 reads no clock and no file: the same calls give the same answers, so that a recorded
-run can be replayed (:mod:`reclaim.policy.replay`). What it says is an opinion that
+run can be replayed (:mod:`kvmhost.reclaim.policy.replay`). What it says is an opinion that
 others may drop.
 
 One pass, in this order:

@@ -1,6 +1,6 @@
 """The fewest refaults possible, from a trace whose future is known.
 
-Belady's rule, in the model of :mod:`reclaim.policy.replay`: after each window, of the
+Belady's rule, in the model of :mod:`kvmhost.reclaim.policy.replay`: after each window, of the
 resident pages beyond the budget those go whose next touch is furthest away. A window
 touches its pages all at once, so that which of equals goes makes no difference.
 Needs the whole trace, and is no policy that could run.
@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import Words, unpack
-from reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe
-from reclaim.policy.replay import ReplayResult, replay
+from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe
+from kvmhost.reclaim.policy.replay import ReplayResult, replay
 
 __all__ = ["Belady", "belady"]
 
@@ -26,7 +26,7 @@ _NEVER = np.iinfo(np.int32).max
 def belady(windows: Sequence[tuple[int, Words]], n_pages: int, budget_pages: int) -> ReplayResult:
     """Replay a trace under the optimum.
 
-    :raises LayoutError: as :func:`~reclaim.policy.replay.replay`
+    :raises LayoutError: as :func:`~kvmhost.reclaim.policy.replay.replay`
     """
     optimum = Belady([words for _, words in windows], n_pages)
     return dataclasses.replace(replay(windows, optimum, budget_pages), policy=optimum.name)

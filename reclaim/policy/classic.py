@@ -23,7 +23,7 @@ import numpy as np
 
 from kvmhost.bitmap import Words, n_words
 from kvmhost.errors import LayoutError
-from reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
+from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
 
 __all__ = ["SWAP_CLUSTER_MAX", "Classic"]
 

@@ -44,9 +44,9 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, n_words, pack, unpack
 from kvmhost.errors import LayoutError
-from reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
-from reclaim.policy.lru_gen_filter import TABLE_PAGES, TableFilter, suitable_to_scan
-from reclaim.policy.lru_gen_tiers import IS_OVERDUE, N_TIERS, TIER_OF, Tiers
+from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
+from kvmhost.reclaim.policy.lru_gen_filter import TABLE_PAGES, TableFilter, suitable_to_scan
+from kvmhost.reclaim.policy.lru_gen_tiers import IS_OVERDUE, N_TIERS, TIER_OF, Tiers
 
 __all__ = ["MAX_GENERATIONS", "MIN_GENERATIONS", "PROTECTED", "Caps", "LruGen"]
 

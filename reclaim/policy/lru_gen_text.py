@@ -33,8 +33,8 @@ import re
 from typing import Protocol
 
 from kvmhost.errors import LayoutError
-from reclaim.policy.base import Gfns, Mask
-from reclaim.policy.lru_gen import PROTECTED, LruGen
+from kvmhost.reclaim.policy.base import Gfns, Mask
+from kvmhost.reclaim.policy.lru_gen import PROTECTED, LruGen
 
 __all__ = ["MAX_SWAPPINESS", "Age", "Command", "Evict", "Work", "parse", "run", "show"]
 

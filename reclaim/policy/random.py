@@ -6,7 +6,7 @@ import numpy as np
 
 from kvmhost.bitmap import Words
 from kvmhost.errors import LayoutError
-from reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask
+from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask
 
 __all__ = ["Random"]
 

@@ -2,7 +2,7 @@
 
 A package offers a policy under the entry point group ``kvmhost.policies``: the name is
 the policy's, the object a class or function that takes the number of pages and options
-by keyword, and returns a :class:`~reclaim.policy.base.Policy`. docs/policies.md has an
+by keyword, and returns a :class:`~kvmhost.reclaim.policy.base.Policy`. docs/policies.md has an
 example.
 """
 
@@ -16,17 +16,17 @@ from importlib import metadata
 from typing import Any
 
 from kvmhost.errors import LayoutError
-from reclaim.policy.base import Policy
+from kvmhost.reclaim.policy.base import Policy
 
 __all__ = ["BUILT_IN", "GROUP", "Offer", "create", "offers", "options_of"]
 
 GROUP = "kvmhost.policies"
 #: Name: module and class.
 BUILT_IN = {
-    "lru_gen": "reclaim.policy.lru_gen:LruGen",
-    "classic": "reclaim.policy.classic:Classic",
-    "age": "reclaim.policy.age:Age",
-    "random": "reclaim.policy.random:Random",
+    "lru_gen": "kvmhost.reclaim.policy.lru_gen:LruGen",
+    "classic": "kvmhost.reclaim.policy.classic:Classic",
+    "age": "kvmhost.reclaim.policy.age:Age",
+    "random": "kvmhost.reclaim.policy.random:Random",
 }
 _MEMBERS = (
     "plan",

@@ -1,7 +1,7 @@
 """What would a policy have done: a recorded run, played again under a budget.
 
 The model of one window, which is also the model of Belady's optimum
-(:mod:`reclaim.policy.belady`):
+(:mod:`kvmhost.reclaim.policy.belady`):
 
 1. every page that was young in the window is touched once: it is resident, or comes
    in, which is a refault if it went before;
@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, n_words, pack, unpack
 from kvmhost.errors import LayoutError
-from reclaim.policy.base import Gfns, Mask, Policy, check_words
+from kvmhost.reclaim.policy.base import Gfns, Mask, Policy, check_words
 
 __all__ = ["TABLE_PAGES", "WRONG_WITHIN", "ReplayResult", "Windows", "replay", "tables_of"]
 

@@ -30,8 +30,8 @@ from collections.abc import Iterator
 
 from kvmhost.closing import Closing
 from kvmhost.errors import CapabilityError
-from reclaim.errors import KernelFileError
-from reclaim.pressure.kernelfiles import KernelFiles
+from kvmhost.reclaim.errors import KernelFileError
+from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
 
 __all__ = ["MemoryCgroup", "Parent", "find_parent"]
 
@@ -93,7 +93,7 @@ def find_parent(files: KernelFiles | None = None) -> Parent:
 class MemoryCgroup(Closing):
     """A child cgroup with a memory limit; removed by :meth:`close`.
 
-    Every method raises :class:`~reclaim.errors.KernelFileError` if the kernel refuses.
+    Every method raises :class:`~kvmhost.reclaim.errors.KernelFileError` if the kernel refuses.
     """
 
     def __init__(self, path: str, version: int, files: KernelFiles) -> None:

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from reclaim.account.decisions import Why
-from reclaim.pressure.budget import Budget
+from kvmhost.reclaim.account.decisions import Why
+from kvmhost.reclaim.pressure.budget import Budget
 
 __all__ = ["ByBudget", "ByPromotion", "ByStall", "Facts", "Want", "largest"]
 

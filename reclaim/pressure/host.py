@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 
 from kvmhost.closing import Closing
-from reclaim.account.decisions import Why
-from reclaim.errors import ReclaimError
-from reclaim.pressure.cgroup import MemoryCgroup
-from reclaim.pressure.controllers import Want
-from reclaim.pressure.kernelfiles import KernelFiles
-from reclaim.pressure.psi import SYSTEM_PSI, PsiMeter, PsiTrigger
-from reclaim.pressure.shares import Claim, share_budget, share_demand
-from reclaim.settings.options import PressureOptions
+from kvmhost.reclaim.account.decisions import Why
+from kvmhost.reclaim.errors import ReclaimError
+from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
+from kvmhost.reclaim.pressure.controllers import Want
+from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
+from kvmhost.reclaim.pressure.psi import SYSTEM_PSI, PsiMeter, PsiTrigger
+from kvmhost.reclaim.pressure.shares import Claim, share_budget, share_demand
+from kvmhost.reclaim.settings.options import PressureOptions
 
 __all__ = ["Host"]
 

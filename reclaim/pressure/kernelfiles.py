@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from reclaim.errors import KernelFileError
+from kvmhost.reclaim.errors import KernelFileError
 
 __all__ = ["KernelFiles"]
 
 
 class KernelFiles:
-    """Files below a root; every failure is a :class:`~reclaim.errors.KernelFileError`.
+    """Files below a root; every failure is a :class:`~kvmhost.reclaim.errors.KernelFileError`.
 
     :param root: where ``/`` is
     """

@@ -24,9 +24,9 @@ import time
 from collections.abc import Callable
 
 from kvmhost.closing import Closing
-from reclaim.errors import KernelFileError
-from reclaim.pressure.kernelfiles import KernelFiles
-from reclaim.settings.units import Seconds
+from kvmhost.reclaim.errors import KernelFileError
+from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
+from kvmhost.units import Seconds
 
 __all__ = ["SYSTEM_PSI", "Psi", "PsiMeter", "PsiTrigger", "parse_psi", "parse_trigger"]
 

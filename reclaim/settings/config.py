@@ -13,7 +13,7 @@
     weight = 2
 
 What is not known, of the wrong type or without its unit is refused, with file, line and
-key; :mod:`reclaim.settings.options` lists what there is.
+key; :mod:`kvmhost.reclaim.settings.options` lists what there is.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import msgspec
 
 from kvmhost.control.schema import SchemaError, convert
 from kvmhost.errors import LayoutError
-from reclaim.errors import ConfigError
-from reclaim.pressure.budget import Budget
-from reclaim.settings.options import Config, VmOptions
-from reclaim.settings.units import read_amount, write_amount
+from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.pressure.budget import Budget
+from kvmhost.reclaim.settings.options import Config, VmOptions
+from kvmhost.units import read_amount, write_amount
 
 __all__ = ["Flags", "Option", "budget_of", "load", "options", "read_flag", "to_toml"]
 
@@ -243,7 +243,7 @@ def _check(config: Config, where: _Where) -> None:
     if config.daemon.interval <= 0:
         raise where.error(("daemon", "interval"), "need more than 0s")
     if pressure.psi_trigger:
-        from reclaim.pressure.psi import parse_trigger
+        from kvmhost.reclaim.pressure.psi import parse_trigger
 
         try:
             parse_trigger(pressure.psi_trigger)
@@ -253,7 +253,7 @@ def _check(config: Config, where: _Where) -> None:
 
 def _check_policy(vm: VmOptions, keys: tuple[str, ...], where: _Where) -> None:
     """Refuse a policy that is not there, and options that it does not take."""
-    from reclaim.policy.registry import options_of
+    from kvmhost.reclaim.policy.registry import options_of
 
     try:
         takes = options_of(vm.policy)

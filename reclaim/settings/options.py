@@ -1,7 +1,7 @@
 """Every option of the daemon: its name, type, default and one line about it.
 
 Each is a key of the configuration file, in the section of its class, and a flag of the
-command line: ``interval`` is ``--interval``. :mod:`reclaim.settings.config` reads both.
+command line: ``interval`` is ``--interval``. :mod:`kvmhost.reclaim.settings.config` reads both.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from reclaim.settings.units import Bytes, Mark, Seconds, Share
+from kvmhost.units import Bytes, Mark, Seconds, Share
 
 __all__ = ["Account", "Config", "DaemonOptions", "Limits", "PressureOptions", "VmOptions"]
 

@@ -18,8 +18,8 @@ from kvmhost import __version__
 from kvmhost.control.client import Client
 from kvmhost.control.schema import MemoryMap
 from kvmhost.errors import LayoutError, VmGoneError
-from reclaim.young.recordmeta import Memslot, Session
-from reclaim.young.writer import Cost, RecordWriter
+from kvmhost.reclaim.record.meta import Memslot, Session
+from kvmhost.reclaim.record.writer import Cost, RecordWriter
 
 __all__ = ["Ended", "Plan", "record_vm"]
 

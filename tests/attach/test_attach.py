@@ -13,12 +13,12 @@ import pytest
 
 from kvmhost.bitmap import n_words, pack
 from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
-from kvmhost.trackers import foreign
-from kvmhost.trackers.attach import Attached
-from kvmhost.trackers.foreign import SoftDirty
+from kvmhost.process import foreign
+from kvmhost.process.attach import Attached
+from kvmhost.process.foreign import SoftDirty
+from kvmhost.process.methods import probe_ways
+from kvmhost.process.procmaps import Mapping, choose_mapping, shared_mappings
 from kvmhost.trackers.idle import IDLE_BITMAP
-from kvmhost.trackers.procmaps import Mapping, choose_mapping, shared_mappings
-from kvmhost.trackers.ways import probe_ways
 
 PAGES = 4096
 
@@ -325,12 +325,12 @@ def test_without_permission(toucher: Callable) -> None:
     code = (
         "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "from kvmhost.errors import CapabilityError\n"
-        "from kvmhost.trackers.attach import Attached\n"
+        "from kvmhost.process.attach import Attached\n"
         "try: Attached(int(sys.argv[1]))\n"
         "except CapabilityError as error: print(error)"
     )
     # Imported before the change of user: the project may lie where only root can read.
-    code = "import numpy, kvmhost.trackers.attach\n" + code
+    code = "import numpy, kvmhost.process.attach\n" + code
     command = [sys.executable, "-c", code, str(victim.pid)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "run as the user of that process" in done.stdout, done.stderr

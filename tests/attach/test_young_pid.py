@@ -13,7 +13,7 @@ import pytest
 
 
 def kvmhost(*words: str, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.main", "young", *words]
+    command = [sys.executable, "-m", "kvmhost", "young", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
@@ -92,7 +92,7 @@ def test_a_process_that_ends_meanwhile(toucher: Callable) -> None:
     """Status 1, and a sentence: as for a VM that goes away."""
     victim = toucher(64)
     words = ["snapshot", "--pid", str(victim.pid), "--tracker", "present", "--window", "2"]
-    command = [sys.executable, "-m", "tools.main", "young", *words]
+    command = [sys.executable, "-m", "kvmhost", "young", *words]
     done = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     opened = f"/proc/{victim.pid}/pagemap"
     fds = Path(f"/proc/{done.pid}/fd")

@@ -102,7 +102,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 def seeds(folder: Path) -> None:
     """Write the multiboot guests as a first corpus for the loaders."""
-    from guests.build import compile_pc_guest, pc_sources
+    from kvmhost.guests.build import compile_pc_guest, pc_sources
 
     for source in pc_sources():
         for suffix in ("elf", "flat"):

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from kvmhost.bitmap import Provenance, YoungBitmap
-from reclaim.young.writer import RecordWriter
+from kvmhost.reclaim.record.writer import RecordWriter
 
 SECOND = 10**9
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guests import image_path
-from guests.build import CFLAGS, SOURCES
 from kvmhost.devices.bus import Handler
 from kvmhost.errors import GuestTimeout, UnexpectedExit
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.guests.build import CFLAGS, SOURCES
+from kvmhost.machine.base import Machine
 from kvmhost.memory.layout import MMIO_GPA, PAGE_BYTES
 
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from guests import image_path
-from guests.workloads import hotcold_gfns, touch_gfns
 from kvmhost.bitmap import pack
-from kvmhost.machine import Machine
-from kvmhost.trackers.feed import Feed
+from kvmhost.guests import image_path
+from kvmhost.guests.workloads import hotcold_gfns, touch_gfns
+from kvmhost.machine.base import Machine
+from kvmhost.mmu.feed import Feed
 
 MEM_BYTES = 48 << 20
 START, PAGES = 1029, 2043

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from guests import image_path
-from guests.workloads import hotcold_gfns, touch_gfns
 from kvmhost.bitmap import YoungBitmap, n_words, pack
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.guests.workloads import hotcold_gfns, touch_gfns
+from kvmhost.machine.base import Machine
 
 MEM_BYTES = 48 << 20
 START, PAGES = 1024, 2048

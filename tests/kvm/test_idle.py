@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guests import image_path
-from guests.workloads import hotcold_gfns, touch_gfns
 from kvmhost import doctor
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Words, n_words, pack, unpack
 from kvmhost.errors import CapabilityError, LayoutError
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.guests.workloads import hotcold_gfns, touch_gfns
+from kvmhost.machine.base import Machine
 from kvmhost.trackers.idle import IDLE_BITMAP, IdleFiles, IdleTracker, Pfns
 
 pytestmark = pytest.mark.requires_uffd

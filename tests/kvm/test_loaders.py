@@ -14,8 +14,8 @@ from kvmhost.boot.image import Image
 from kvmhost.boot.loaders import load_image
 from kvmhost.errors import ImageError
 from kvmhost.exits import Debug
-from kvmhost.machine import Machine
-from kvmhost.machines.pc import PcMachine
+from kvmhost.machine.base import Machine
+from kvmhost.machine.pc import PcMachine
 
 Guest = Callable[[str], Path]
 
@@ -115,7 +115,7 @@ def test_single_steps_follow_the_code(tmp_path: Path) -> None:
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tools.main", "run", *words],
+        [sys.executable, "-m", "kvmhost", "run", *words],
         capture_output=True,
         text=True,
         timeout=60,

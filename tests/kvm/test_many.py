@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from guests import image_path
 from kvmhost.boot.image import read_image
 from kvmhost.boot.loaders import load_image
-from kvmhost.machine import Machine
-from kvmhost.machines.pc import PcMachine
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
+from kvmhost.machine.pc import PcMachine
 
 pytestmark = pytest.mark.requires_kvm
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guests import image_path
-from guests.workloads import touch_gfns
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Words, n_words, pack, unpack
 from kvmhost.errors import CapabilityError, IoctlError
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.guests.workloads import touch_gfns
+from kvmhost.machine.base import Machine
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.pager.userfault import Userfault
 from kvmhost.trackers.pagemap import PagemapTracker

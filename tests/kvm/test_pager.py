@@ -11,12 +11,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from guests import image_path
 from kvmhost.errors import LayoutError, LostPageError
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
 from kvmhost.memory.layout import PAGE_BYTES, PARAMS_GPA
 from kvmhost.pager import EvictOutcome, PageState
-from kvmhost.storeoptions import StoreOptions
+from kvmhost.pager.options import StoreOptions
 
 pytestmark = pytest.mark.requires_uffd
 

@@ -12,7 +12,7 @@ import pytest
 from kvmhost.boot.loaders import load_image
 from kvmhost.boot.pcboot import Module
 from kvmhost.errors import CapabilityError, GuestTimeout, UnexpectedExit
-from kvmhost.machines.pc import PcMachine, PcOptions
+from kvmhost.machine.pc import PcMachine, PcOptions
 
 Guest = Callable[[str], Path]
 
@@ -220,7 +220,15 @@ def test_other_engines_are_refused(pc_guest: Guest) -> None:
 
 
 def ours(image: Path, n_vcpus: int, words: list[str]) -> tuple[int, str]:
-    command = [sys.executable, "-m", "tools.main", "run", str(image), "--vcpus", str(n_vcpus)]
+    command = [
+        sys.executable,
+        "-m",
+        "kvmhost.tools.main",
+        "run",
+        str(image),
+        "--vcpus",
+        str(n_vcpus),
+    ]
     done = subprocess.run(
         [*command, *words], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
     )

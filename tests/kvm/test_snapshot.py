@@ -18,12 +18,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guests import image_path
 from kvmhost.boot.loaders import load_image
 from kvmhost.errors import CapabilityError, ImageError
-from kvmhost.machine import Machine
-from kvmhost.machines.pc import PcMachine, PcOptions
-from kvmhost.machines.snapshot import restore_machine, save_machine
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
+from kvmhost.machine.pc import PcMachine, PcOptions
+from kvmhost.machine.snapshot import restore_machine, save_machine
 from kvmhost.pager.pager import PageState
 
 Guest = Callable[[str], Path]
@@ -202,7 +202,7 @@ def test_the_commands(
     pc_guest: Guest, tmp_path: Path, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path / "run"))
-    kvmhost = [sys.executable, "-m", "tools.main"]
+    kvmhost = [sys.executable, "-m", "kvmhost"]
     serial, path = tmp_path / "serial", tmp_path / "vm.snap"
     words = ["--name", "snap", "--serial", f"file:{serial}", "--append", "99"]
     image = str(pc_guest("rounds.elf"))

@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guests import image_path
 from kvmhost.errors import CapabilityError, LayoutError, LostPageError
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager import EvictOutcome, PageState
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.hostswap import swap_refusal
+from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.storefile import HEADER_BYTES, StoreFile
-from kvmhost.storeoptions import StoreOptions
 
 pytestmark = pytest.mark.requires_uffd
 

@@ -8,9 +8,9 @@ from decimal import ROUND_FLOOR, Decimal, localcontext
 import numpy as np
 import pytest
 
-from guests import image_path
-from guests.workloads import hotcold_gfns, hotcold_written_gfns, zipf_ranks, zipf_sums
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.guests.workloads import hotcold_gfns, hotcold_written_gfns, zipf_ranks, zipf_sums
+from kvmhost.machine.base import Machine
 
 MEM_BYTES = 32 << 20
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]

@@ -35,7 +35,7 @@ class Process:
         self.err_path = directory / f"{number}-{words[0]}.err"
         with self.out_path.open("wb") as out, self.err_path.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tools.main", *words], stdout=out, stderr=err
+                [sys.executable, "-m", "kvmhost", *words], stdout=out, stderr=err
             )
         self.pid = self.process.pid
 

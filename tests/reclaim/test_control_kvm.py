@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guests.workloads import hotcold_gfns
 from kvmhost.bitmap import pack
 from kvmhost.control.client import Client
 from kvmhost.errors import ControlError
+from kvmhost.guests.workloads import hotcold_gfns
 
 pytestmark = [pytest.mark.requires_kvm]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvmhost.errors import VmGoneError
-from reclaim.pressure.cgroup import MemoryCgroup
+from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
 
 pytestmark = [pytest.mark.requires_kvm, pytest.mark.requires_uffd]
 

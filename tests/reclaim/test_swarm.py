@@ -13,7 +13,7 @@ import time
 import pytest
 
 from kvmhost.control.paths import running_names
-from reclaim.control.client import DaemonClient
+from kvmhost.reclaim.control.client import DaemonClient
 
 DEADLINE_S = 60
 

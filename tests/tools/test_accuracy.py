@@ -11,12 +11,20 @@ import pytest
 
 from kvmhost.bitmap import YoungBitmap, pack
 from kvmhost.errors import CapabilityError
-from kvmhost.machine import Machine
+from kvmhost.machine.base import Machine
+from kvmhost.tools import accuracy
+from kvmhost.tools.accuracy import doorbells, running
+from kvmhost.tools.accuracy.kinds import (
+    CHANGING,
+    KINDS,
+    PAGES,
+    START_GFN,
+    WORKLOADS,
+    Workload,
+    probe_kinds,
+)
+from kvmhost.tools.main import run_command
 from kvmhost.trackers.guestpt import GuestptTracker
-from tools import accuracy
-from tools.accuracy import doorbells, running
-from tools.accuracy.kinds import CHANGING, KINDS, PAGES, START_GFN, WORKLOADS, Workload, probe_kinds
-from tools.main import run_command
 
 FEW = ("sequential", "zipf-0.99", "phases-2-vcpus")
 QUICK = accuracy.Settings(workloads=FEW, epochs=10, rates=(), seconds=0.2)

@@ -10,11 +10,11 @@ import json
 
 import pytest
 
-from kvmhost.machine import Machine
-from tools.accuracy.kinds import KINDS, START_GFN
-from tools.bench import harvest, sampling
-from tools.main import run_command
-from tools.throughput import Plan, harvest_once, measure_steps, paired_rates
+from kvmhost.machine.base import Machine
+from kvmhost.tools.accuracy.kinds import KINDS, START_GFN
+from kvmhost.tools.bench import harvest, sampling
+from kvmhost.tools.main import run_command
+from kvmhost.tools.throughput import Plan, harvest_once, measure_steps, paired_rates
 
 MEM_BYTES = 16 << 20
 
@@ -64,7 +64,7 @@ def test_steps_and_paired_rates_of_a_guest() -> None:
     "engine", [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
 )
 def test_a_sampled_harvest_clears_its_share(engine: str) -> None:
-    from guests import image_path
+    from kvmhost.guests import image_path
 
     params = {"start_gfn": START_GFN, "pages": 1000, "epochs": 0}
     with Machine(image_path("touch"), mem_bytes=MEM_BYTES, engine=engine, params=params) as machine:

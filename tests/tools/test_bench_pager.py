@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tools.bench import pager
-from tools.main import main
+from kvmhost.tools.bench import pager
+from kvmhost.tools.main import main
 
 pytestmark = pytest.mark.requires_uffd
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from guests.workloads import hotcold_gfns
 from kvmhost.bitmap import unpack
 from kvmhost.errors import LayoutError
-from reclaim.policy.lru_gen import LruGen
-from tools.bench.reclaim import guests, rows, show, trace
-from tools.bench.reclaim.inprocess import Reclaimer
-from tools.bench.reclaim.workloads import WORKLOADS, guest_params
+from kvmhost.guests.workloads import hotcold_gfns
+from kvmhost.reclaim.policy.lru_gen import LruGen
+from kvmhost.tools.bench.reclaim import guests, rows, show, trace
+from kvmhost.tools.bench.reclaim.inprocess import Reclaimer
+from kvmhost.tools.bench.reclaim.workloads import WORKLOADS, guest_params
 
 
 def quiet(text):

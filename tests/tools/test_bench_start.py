@@ -10,7 +10,16 @@ import pytest
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.main", "bench", "start", "--repeats", "1", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "kvmhost.tools.main",
+        "bench",
+        "start",
+        "--repeats",
+        "1",
+        *words,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 

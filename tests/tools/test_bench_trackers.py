@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from kvmhost.tools.bench import trackers
 from kvmhost.trackers import probe_all
-from tools.bench import trackers
 
 
 @pytest.mark.requires_uffd

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tools.main import main
+from kvmhost.tools.main import main
 
 pytest.importorskip("matplotlib")
 

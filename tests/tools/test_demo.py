@@ -15,7 +15,7 @@ SMALL = ["--mem", "224M", "--hot", "16M", "--epochs", "60", "--json"]
 
 
 def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "tools.main", "demo", *words]
+    return [sys.executable, "-m", "kvmhost", "demo", *words]
 
 
 def left_behind() -> set[str]:

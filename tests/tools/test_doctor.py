@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvmhost.doctor import Finding
-from reclaim.pressure import probe
-from tools import doctor
+from kvmhost.reclaim.pressure import probe
+from kvmhost.tools import doctor
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

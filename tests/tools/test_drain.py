@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guests import image_path
 from kvmhost.control.paths import RUNTIME_DIR_ENV
 from kvmhost.control.server import ControlServer
-from kvmhost.machine import Machine
-from kvmhost.storeoptions import StoreOptions
-from tools.main import main
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
+from kvmhost.pager.options import StoreOptions
+from kvmhost.tools.main import main
 
 pytestmark = pytest.mark.requires_uffd
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from guests import image_names
-from tools import guests_cmd
+from kvmhost.guests import image_names
+from kvmhost.tools import guests_cmd
 
 
 def test_list_names_every_guest_and_parameter(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from kvmhost.bitmap import Provenance, YoungBitmap
-from reclaim.young.heatmapdata import View
-from reclaim.young.heatmaphtml import write_html
-from reclaim.young.record import YoungRecord
-from reclaim.young.recordmeta import Memslot
-from reclaim.young.writer import RecordWriter
+from kvmhost.reclaim.draw.heatmapdata import View
+from kvmhost.reclaim.draw.heatmaphtml import write_html
+from kvmhost.reclaim.record.meta import Memslot
+from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.writer import RecordWriter
 
 SECOND = 10**9
 N_PAGES, N_WINDOWS, GFN = 20_000, 200, 0x400
@@ -283,7 +283,7 @@ def test_the_page_asks_nobody_for_anything(shown):
 
 def test_the_command_draws_a_record_and_refuses_what_does_not_fit(page, tmp_path, capsys):
     from kvmhost.errors import LayoutError
-    from tools.young.heatmap import main
+    from kvmhost.tools.young.heatmap import main
 
     record = str(page.parent / "r")
     assert main([record, "-o", str(tmp_path / "x.html"), "--windows=-60:"]) == 0

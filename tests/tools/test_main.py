@@ -17,13 +17,16 @@ from kvmhost.errors import (
     LayoutError,
     UnexpectedExit,
 )
-from tools.bench import BENCHES
-from tools.main import COMMANDS, exit_code
+from kvmhost.tools.bench import BENCHES
+from kvmhost.tools.main import COMMANDS, exit_code
 
 
 def kvmhost(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tools.main", *words], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "kvmhost", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 

@@ -33,7 +33,7 @@ def until(condition, what, seconds=DEADLINE_S):
 
 def kvmhost(*words, code=0):
     run = subprocess.run(
-        [sys.executable, "-m", "tools.main", *words],
+        [sys.executable, "-m", "kvmhost", *words],
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -69,7 +69,7 @@ def pair(tmp_path_factory):
         for command in commands:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tools.main", *command],
+                    [sys.executable, "-m", "kvmhost", *command],
                     env=environ,
                     stdout=log,
                     stderr=log,

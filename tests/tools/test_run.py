@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from guests import image_path
-from guests.build import compile_guest
+from kvmhost.guests import image_path
+from kvmhost.guests.build import compile_guest
 
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
 
@@ -41,7 +41,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "tools.main", "run", *words]
+    return [sys.executable, "-m", "kvmhost", "run", *words]
 
 
 def kvmhost(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
@@ -223,7 +223,7 @@ def test_closed_output_does_not_hang_or_trace() -> None:
 def test_import_cost_of_a_plain_run() -> None:
     """Booting a guest imports neither numpy nor anything heavier."""
     code = (
-        "import sys; from tools.main import main; main(['run', 'hello']);"
+        "import sys; from kvmhost.tools.main import main; main(['run', 'hello']);"
         "heavy = {'numpy', 'unicorn', 'aiohttp', 'httpx', 'rich', 'matplotlib', 'asyncio'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -34,7 +34,7 @@ def vm(tmp_path, monkeypatch):
     monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path / "run"))
     pairs = [word for key, value in PARAMS.items() for word in ("--param", f"{key}={value}")]
     words = ["run", "hotcold", "--name", "v", "--mem", "24M", *pairs]
-    process = subprocess.Popen([sys.executable, "-m", "tools.main", *words])
+    process = subprocess.Popen([sys.executable, "-m", "kvmhost", *words])
 
     def beyond_first_epoch():
         try:
@@ -104,7 +104,7 @@ def terminal():
 
 def watch(terminal, *words):
     runtime = shlex.quote(os.environ["KVMHOST_RUNTIME_DIR"])
-    command = shlex.join([sys.executable, "-m", "tools.main", "young", "watch", *words])
+    command = shlex.join([sys.executable, "-m", "kvmhost", "young", "watch", *words])
     terminal.type(f"KVMHOST_RUNTIME_DIR={runtime} {command}; echo ended $?")
     terminal.keys("Enter")
 
@@ -158,7 +158,7 @@ def test_a_vm_that_ends_is_said_and_the_view_stays(vm, terminal):
 def test_no_such_vm_and_no_terminal(tmp_path, monkeypatch, terminal):
     monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path))
     done = subprocess.run(
-        [sys.executable, "-m", "tools.main", "young", "watch", "v"],
+        [sys.executable, "-m", "kvmhost", "young", "watch", "v"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2

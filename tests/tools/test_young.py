@@ -13,10 +13,10 @@ import time
 import numpy as np
 import pytest
 
-from guests.workloads import hotcold_gfns
 from kvmhost.bitmap import unpack
 from kvmhost.control.client import Client
 from kvmhost.errors import VmGoneError
+from kvmhost.guests.workloads import hotcold_gfns
 
 pytestmark = [pytest.mark.requires_kvm]
 
@@ -26,7 +26,7 @@ MEM_PAGES = (24 << 20) // 4096
 
 def kvmhost(*words, **options):
     return subprocess.run(
-        [sys.executable, "-m", "tools.main", *words],
+        [sys.executable, "-m", "kvmhost", *words],
         text=True,
         timeout=60,
         **({"capture_output": True} | options),
@@ -46,7 +46,7 @@ def vm(tmp_path, monkeypatch):
     monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path / "run"))
     pairs = [word for key, value in PARAMS.items() for word in ("--param", f"{key}={value}")]
     words = ["run", "hotcold", "--name", "v", "--mem", "24M", *pairs]
-    process = subprocess.Popen([sys.executable, "-m", "tools.main", *words])
+    process = subprocess.Popen([sys.executable, "-m", "kvmhost", *words])
     client = Client("v")
 
     def beyond_first_epoch():
@@ -183,7 +183,7 @@ def test_heatmap_shows_progress_on_a_terminal(vm, tmp_path):
 def test_heatmap_of_a_vm_that_ends_has_what_there_was(vm, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "x.png"
-    words = [sys.executable, "-m", "tools.main", "young", "heatmap", "v", "-o", str(out)]
+    words = [sys.executable, "-m", "kvmhost", "young", "heatmap", "v", "-o", str(out)]
     process = subprocess.Popen(
         [*words, "--interval", "0.05", "--count", "10000"], stdout=subprocess.PIPE, text=True
     )

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from young_model import SECOND, Window, write
 
-from guests.workloads import hotcold_gfns
 from kvmhost.control.client import Client
 from kvmhost.errors import VmGoneError
+from kvmhost.guests.workloads import hotcold_gfns
 from kvmhost.memory.layout import IMAGE_GPA
-from reclaim.young.record import YoungRecord
-from reclaim.young.recordmeta import METADATA_FILE
-from tools.main import main
+from kvmhost.reclaim.record.meta import METADATA_FILE
+from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.tools.main import main
 
 pytest.importorskip("zstandard")
 
@@ -242,7 +242,7 @@ def start_vm(tmp_path, monkeypatch):
         pairs = [word for k, v in PARAMS.items() for word in ("--param", f"{k}={v}")]
         words = ["run", "hotcold", "--name", name, "--mem", "16M", *pairs]
         process = subprocess.Popen(
-            [sys.executable, "-m", "tools.main", *words], stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "kvmhost", *words], stderr=subprocess.DEVNULL
         )
         client = Client(name)
         started.append((process, client))
@@ -266,7 +266,7 @@ def start_vm(tmp_path, monkeypatch):
 
 def recorder(*words):
     return subprocess.Popen(
-        [sys.executable, "-m", "tools.main", "young", "record", *map(str, words)],
+        [sys.executable, "-m", "kvmhost", "young", "record", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
@@ -404,7 +404,7 @@ def test_emulated_trackers_differ_by_the_guests_code_only(young, tmp_path):
 
 @pytest.mark.requires_uffd
 def test_predictions_against_a_real_run():
-    from tools.young.realrun import measure_error
+    from kvmhost.tools.young.realrun import measure_error
 
     bar = measure_error("lru_gen", budgets=(0.5,), epochs=12)
     (run,) = bar.runs

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kvmhost.disasm import disassemble, hint
+from kvmhost.machine.disasm import disassemble, hint
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from kvmhost.bitmap import unpack
 from kvmhost.errors import LayoutError
-from kvmhost.trackers.sample import Sampler, period_of, sample_mask
+from kvmhost.trackers.sampling import Sampler, period_of, sample_mask
 
 
 @pytest.mark.parametrize("period", [1, 2, 8, 30])

@@ -21,7 +21,7 @@ tracker is not exact where it has to be.
 
 from __future__ import annotations
 
-from tools.accuracy.command import Settings, main, run
-from tools.accuracy.kinds import KINDS, WORKLOADS
+from kvmhost.tools.accuracy.command import Settings, main, run
+from kvmhost.tools.accuracy.kinds import KINDS, WORKLOADS
 
 __all__ = ["KINDS", "WORKLOADS", "Settings", "main", "run"]

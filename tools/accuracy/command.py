@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from kvmhost.errors import CapabilityError, LayoutError
-from kvmhost.trackers.sample import DEFAULT_FRACTION, period_of
-from tools.accuracy import cost, doorbells, running
-from tools.accuracy.kinds import CHANGING, FREE_WORKLOADS, KINDS, PAGES, WORKLOADS, probe_kinds
-from tools.args import about, count, seconds, share, size_bytes
-from tools.progress import Progress
+from kvmhost.tools.accuracy import cost, doorbells, running
+from kvmhost.tools.accuracy.kinds import (
+    CHANGING,
+    FREE_WORKLOADS,
+    KINDS,
+    PAGES,
+    WORKLOADS,
+    probe_kinds,
+)
+from kvmhost.tools.args import about, count, seconds, share, size_bytes
+from kvmhost.tools.progress import Progress
+from kvmhost.trackers.sampling import DEFAULT_FRACTION, period_of
 
 __all__ = ["Settings", "main", "run"]
 
@@ -147,20 +154,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report = run(settings.quick() if options.quick else settings, Progress().say)
     if options.plot is not None:
-        from tools.accuracy.plot import draw
+        from kvmhost.tools.accuracy.plot import draw
 
         draw(report, options.plot)
     if options.json:
         print(json.dumps(report, indent=2))
     else:
-        from tools.accuracy.table import show
+        from kvmhost.tools.accuracy.table import show
 
         show(report)
     return 0 if report["exact"] else 1
 
 
 def _check_plot(path: Path) -> None:
-    from reclaim.young.render import need_plotting
+    from kvmhost.reclaim.draw.render import need_plotting
 
     need_plotting()
     if path.suffix.lower() != ".png":
@@ -170,11 +177,11 @@ def _check_plot(path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    import tools.accuracy
+    import kvmhost.tools.accuracy
 
     parser = argparse.ArgumentParser(
         prog="kvmhost accuracy",
-        description=about(tools.accuracy.__doc__),
+        description=about(kvmhost.tools.accuracy.__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))

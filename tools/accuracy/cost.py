@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from guests import image_path
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
 from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.tools.accuracy.kinds import START_GFN, Kind
+from kvmhost.tools.throughput import Kept, Plan, measure_steps, paired_rates
 from kvmhost.trackers import Tracker
-from tools.accuracy.kinds import START_GFN, Kind
-from tools.throughput import Kept, Plan, measure_steps, paired_rates
 
 __all__ = ["HOT_SHARE", "measure"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from kvmhost.tools.accuracy.kinds import PAGES, START_GFN, Bits, Kind, Workload
 from kvmhost.trackers import sample_mask
-from tools.accuracy.kinds import PAGES, START_GFN, Bits, Kind, Workload
 
 __all__ = ["harvests_until", "measure"]
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from guests import image_path
-from guests.workloads import hotcold_gfns, hotcold_written_gfns, touch_gfns
 from kvmhost.errors import CapabilityError, IoctlError
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.guests.workloads import hotcold_gfns, hotcold_written_gfns, touch_gfns
+from kvmhost.machine.base import Machine
 from kvmhost.trackers import NAMES, Support, Tracker, describe, probe_all
 
 __all__ = [

@@ -18,8 +18,8 @@ import numpy as np
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.engine.base import Vcpu
-from kvmhost.machine import Machine
-from tools.accuracy.kinds import FREE_WORKLOADS, PAGES, START_GFN, Bits, Kind, Workload
+from kvmhost.machine.base import Machine
+from kvmhost.tools.accuracy.kinds import FREE_WORKLOADS, PAGES, START_GFN, Bits, Kind, Workload
 
 __all__ = ["measure"]
 

@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from guests import image_path
 from kvmhost._ffi import check, lib
 from kvmhost.devices.bus import DOORBELL_PORT, EXIT_PORT
 from kvmhost.engine.kvm import KvmEngine
 from kvmhost.exits import IoOut
+from kvmhost.guests import image_path
 from kvmhost.kvm.coalesced import CoalescedRing
-from kvmhost.machine import Machine
-from tools.args import about
+from kvmhost.machine.base import Machine
+from kvmhost.tools.args import about
 
 __all__ = ["main", "run"]
 

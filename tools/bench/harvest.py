@@ -16,14 +16,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from guests import image_path
 from kvmhost.errors import LayoutError
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
 from kvmhost.memory.layout import PAGE_BYTES
-from tools.accuracy.kinds import KINDS, START_GFN, Kind, probe_kinds
-from tools.args import about, count, seconds, share, size_bytes
-from tools.progress import Progress
-from tools.throughput import Plan, measure_steps, paired_rates
+from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, Kind, probe_kinds
+from kvmhost.tools.args import about, count, seconds, share, size_bytes
+from kvmhost.tools.progress import Progress
+from kvmhost.tools.throughput import Plan, measure_steps, paired_rates
 
 __all__ = ["LOST_BOUND", "hot_machine", "main", "run"]
 

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from kvmhost._ffi import ffi, lib
-from kvmhost.engine.soft import SoftEngine, SoftRun, Trace
 from kvmhost.mmu.memslots import MemSlot, MemSlots
+from kvmhost.mmu.soft import SoftEngine, SoftRun, Trace
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tlb import TlbGeometry
-from tools.args import about
-from tools.bench.walk import Step, interleaved
+from kvmhost.tools.args import about
+from kvmhost.tools.bench.walk import Step, interleaved
 
 __all__ = ["FORMATS", "PARTS", "main", "run"]
 

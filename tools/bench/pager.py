@@ -32,8 +32,8 @@ from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager import EvictOutcome, Pager, Userfault
 from kvmhost.pager.codec import find_codec
-from kvmhost.storeoptions import StoreOptions
-from tools.args import about
+from kvmhost.pager.options import StoreOptions
+from kvmhost.tools.args import about
 
 __all__ = ["contents", "main", "run_codecs", "run_faults", "run_overhead"]
 
@@ -234,7 +234,7 @@ def _expect(seen: int, wanted: int, what: str) -> None:
 
 _CHILD = """
 import sys
-from tools.bench.pager import overhead_child
+from kvmhost.tools.bench.pager import overhead_child
 overhead_child(int(sys.argv[1]), int(sys.argv[2]))
 """
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.memory.layout import PAGE_BYTES
-from kvmhost.trackers.sample import DEFAULT_FRACTION, period_of
-from tools.accuracy import doorbells
-from tools.accuracy.kinds import KINDS, Kind, Workload, probe_kinds
-from tools.args import about, count, seconds, share, size_bytes
-from tools.bench.harvest import hot_machine
-from tools.progress import Progress
-from tools.throughput import Kept, Plan, paired_rates
+from kvmhost.tools.accuracy import doorbells
+from kvmhost.tools.accuracy.kinds import KINDS, Kind, Workload, probe_kinds
+from kvmhost.tools.args import about, count, seconds, share, size_bytes
+from kvmhost.tools.bench.harvest import hot_machine
+from kvmhost.tools.progress import Progress
+from kvmhost.tools.throughput import Kept, Plan, paired_rates
+from kvmhost.trackers.sampling import DEFAULT_FRACTION, period_of
 
 __all__ = ["main", "run"]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmhost.errors import CapabilityError
-from tools.args import about
+from kvmhost.tools.args import about
 
 __all__ = ["main", "run"]
 
@@ -54,7 +54,7 @@ def run(
 
 
 def _commands(engine: str, image: Path, qemu: bool) -> dict[str, list[str]]:
-    kvmhost = [sys.executable, "-m", "tools.main", "run"]
+    kvmhost = [sys.executable, "-m", "kvmhost", "run"]
     commands = {
         "python": [sys.executable, "-c", "pass"],
         "hello": [*kvmhost, "hello", "--engine", engine],
@@ -71,7 +71,7 @@ def _commands(engine: str, image: Path, qemu: bool) -> dict[str, list[str]]:
 
 
 def _hello_image(folder: Path) -> Path:
-    from guests.build import compile_pc_guest, pc_sources
+    from kvmhost.guests.build import compile_pc_guest, pc_sources
 
     (source,) = (path for path in pc_sources() if path.stem == "hello")
     return compile_pc_guest(source, folder / "hello.flat")
@@ -100,8 +100,8 @@ def _first_instruction(times: int, folder: Path) -> dict[str, float]:
     from kvmhost.engine.base import Vcpu
     from kvmhost.exits import IoOut
     from kvmhost.kvm.system import probe
-    from kvmhost.machines.pc import PcMachine
-    from kvmhost.runner import Step
+    from kvmhost.machine.pc import PcMachine
+    from kvmhost.machine.runner import Step
 
     if probe() is not None:
         return {}
@@ -130,7 +130,16 @@ def _first_instruction(times: int, folder: Path) -> dict[str, float]:
 
 
 def _memory(engine: str) -> dict[str, int]:
-    command = [sys.executable, "-m", "tools.main", "run", "hello", "--json", "--engine", engine]
+    command = [
+        sys.executable,
+        "-m",
+        "kvmhost.tools.main",
+        "run",
+        "hello",
+        "--json",
+        "--engine",
+        engine,
+    ]
     done = subprocess.run(
         [*command, "--mem", str(HELLO_MEM_BYTES)], check=True, capture_output=True, text=True
     )

@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from guests import image_path
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import n_words
 from kvmhost.errors import KvmHostError
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
 from kvmhost.memory.guest import Region
 from kvmhost.memory.layout import PAGE_BYTES, TinyLayout
+from kvmhost.tools.args import about, count, size_bytes
 from kvmhost.trackers import NAMES, Tracker, probe_all
 from kvmhost.trackers.pagescan import scans
-from tools.args import about, count, size_bytes
 
 __all__ = ["main", "run"]
 

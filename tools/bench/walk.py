@@ -19,7 +19,7 @@ from kvmhost._ffi import ffi, lib
 from kvmhost.bitmap import Words
 from kvmhost.mmu.tablemem import TableMemory
 from kvmhost.mmu.tdp import LiveTable
-from tools.args import about
+from kvmhost.tools.args import about
 
 __all__ = ["interleaved", "main", "run"]
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap
-from tools.args import about, count
-from tools.progress import Progress, show_table
+from kvmhost.tools.args import about, count
+from kvmhost.tools.progress import Progress, show_table
 
 __all__ = ["main", "make_record", "run"]
 
@@ -59,7 +59,7 @@ def make_windows(n_pages: int, n_variants: int = 16, seed: int = 1) -> list[Word
 
 def make_record(path: Path, n_pages: int, n_windows: int) -> list[float]:
     """Write a record; return the seconds that each append took."""
-    from reclaim.young.writer import RecordWriter
+    from kvmhost.reclaim.record.writer import RecordWriter
 
     windows, times = make_windows(n_pages, 61), []
     with RecordWriter.create(path, n_pages, name="bench") as writer:
@@ -115,19 +115,19 @@ def _size(path: Path) -> int:
 
 def _question(name: str, path: Path) -> tuple[float, float]:
     """Ask in a process of its own; return seconds, without the imports, and peak MiB."""
-    words = [sys.executable, "-m", "tools.bench.young", "--ask", name, str(path)]
+    words = [sys.executable, "-m", "kvmhost.tools.bench.young", "--ask", name, str(path)]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     seconds, rss = json.loads(done.stdout)
     return float(seconds), float(rss)
 
 
 def _ask(name: str, path: Path) -> None:
-    from reclaim.young.analysis import histograms, working_set
-    from reclaim.young.heatmapdata import View, heatmap_of
-    from reclaim.young.heatmaphtml import write_html
-    from reclaim.young.patterns import hot_ranges
-    from reclaim.young.record import YoungRecord
-    from reclaim.young.render import render_heatmap
+    from kvmhost.reclaim.analyse.analysis import histograms, working_set
+    from kvmhost.reclaim.analyse.patterns import hot_ranges
+    from kvmhost.reclaim.draw.heatmapdata import View, heatmap_of
+    from kvmhost.reclaim.draw.heatmaphtml import write_html
+    from kvmhost.reclaim.draw.render import render_heatmap
+    from kvmhost.reclaim.record.record import YoungRecord
 
     if name == "heatmap":
         import matplotlib.figure  # noqa: F401  # imported before the clock starts

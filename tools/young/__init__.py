@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tools.dispatch import dispatch
+from kvmhost.tools.dispatch import dispatch
 
 __all__ = ["COMMANDS", "main"]
 

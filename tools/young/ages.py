@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from tools.young.output import (
+from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
     add_record_arguments,
@@ -29,8 +29,13 @@ _NOTES = (
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
-    from reclaim.young.analysis import age_table, histograms, predict_saving, promotion_curve
-    from reclaim.young.recordmeta import UPPER
+    from kvmhost.reclaim.analyse.analysis import (
+        age_table,
+        histograms,
+        predict_saving,
+        promotion_curve,
+    )
+    from kvmhost.reclaim.record.meta import UPPER
 
     with open_record(args.file) as record:
         first, end = windows_of(record, args.windows)

@@ -17,7 +17,7 @@ from kvmhost.errors import LayoutError
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.client import Client
-    from kvmhost.trackers.attach import Attached
+    from kvmhost.process.attach import Attached
 
 __all__ = [
     "add_source_arguments",
@@ -66,7 +66,7 @@ def open_source(args: argparse.Namespace) -> Client | Attached:
         from kvmhost.control.client import Client
 
         return Client(args.vm)
-    from kvmhost.trackers.attach import Attached
+    from kvmhost.process.attach import Attached
 
     return Attached(args.pid, args.mapping)
 

@@ -20,12 +20,12 @@ import numpy as np
 
 from kvmhost.bitmap import YoungBitmap, n_words
 from kvmhost.errors import LayoutError
-from tools.args import add_machine_arguments, count, find_image, parse_params
-from tools.young.output import Table, add_output_arguments, open_record, show
+from kvmhost.tools.args import add_machine_arguments, count, find_image, parse_params
+from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show
 
 if TYPE_CHECKING:
-    from reclaim.young.compare import Difference, View
-    from reclaim.young.record import YoungRecord
+    from kvmhost.reclaim.analyse.compare import Difference, View
+    from kvmhost.reclaim.record.record import YoungRecord
 
 __all__ = ["FORMATS", "main", "record_guest", "through_table"]
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
     _check(args)
-    from reclaim.young.compare import compare_views, total
+    from kvmhost.reclaim.analyse.compare import compare_views, total
 
     with contextlib.ExitStack() as stack:
         paths = list(args.files)
@@ -84,8 +84,8 @@ def _label(name: str, record: YoungRecord) -> str:
 
 
 def _view(name: str, record: YoungRecord) -> View:
+    from kvmhost.reclaim.analyse.compare import View
     from kvmhost.trackers import NAMES, describe
-    from reclaim.young.compare import View
 
     tracker = record.metadata.sessions[0].tracker
     only_writes = tracker in NAMES and "reads" not in describe(tracker).sees
@@ -124,10 +124,10 @@ def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], lis
 
     :return: the records, and the gfns of the guest's page tables and parameters
     """
-    from kvmhost.machine import Machine
+    from kvmhost.machine.base import Machine
+    from kvmhost.reclaim.record.meta import Session
+    from kvmhost.reclaim.record.writer import RecordWriter
     from kvmhost.trackers import NAMES, probe_all
-    from reclaim.young.recordmeta import Session
-    from reclaim.young.writer import RecordWriter
 
     names = args.trackers or [n for n, s in probe_all(args.engine).items() if s.works]
     unknown = [name for name in names if name not in NAMES]
@@ -161,7 +161,7 @@ def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], lis
 
 
 def _format_view(name: str, record: YoungRecord) -> View:
-    from reclaim.young.compare import View
+    from kvmhost.reclaim.analyse.compare import View
 
     return View(name, through_table(name, record))
 

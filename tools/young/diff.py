@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.errors import LayoutError
-from tools.young.output import (
+from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
     mib,
@@ -28,8 +28,8 @@ _SHOWN = 20
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
-    from reclaim.young.bits import runs
-    from reclaim.young.patterns import similarity
+    from kvmhost.reclaim.analyse.patterns import similarity
+    from kvmhost.reclaim.young.bits import runs
 
     given = list(args.windows or [])
     if args.other is None and len(given) != 2:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
-from tools.young.common import replacing
-from tools.young.output import open_record, window_range, windows_of
+from kvmhost.tools.young.common import replacing
+from kvmhost.tools.young.output import open_record, window_range, windows_of
 
 if TYPE_CHECKING:
-    from reclaim.young.record import YoungRecord
+    from kvmhost.reclaim.record.record import YoungRecord
 
 __all__ = ["FORMATS", "main"]
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write(args: argparse.Namespace, record: YoungRecord, first: int, end: int) -> str:
-    from reclaim.young.exchange import damon, dirty, text
+    from kvmhost.reclaim.exchange import damon, dirty, text
 
     windows = f"{end - first} windows"
     if args.format == "dirty":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.control.client import Client
-from tools.young.output import Table, open_record, show
+from kvmhost.tools.young.output import Table, open_record, show
 
 __all__ = ["main"]
 
@@ -19,8 +19,8 @@ _KINDS = ("gpa", "gfn", "hva", "offset")
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
-    from reclaim.young.explain import find_place
-    from reclaim.young.recordmeta import Memslot
+    from kvmhost.reclaim.analyse.explain import find_place
+    from kvmhost.reclaim.record.meta import Memslot
 
     source = Path(args.source)
     if source.is_dir() or ("/" in args.source and not source.is_socket()):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
-from tools.args import count, seconds
-from tools.young.common import (
+from kvmhost.tools.args import count, seconds
+from kvmhost.tools.young.common import (
     add_vm_arguments,
     check_out,
     open_source,
@@ -17,10 +17,10 @@ from tools.young.common import (
     range_of,
     replacing,
 )
-from tools.young.output import open_record, window_range, windows_of
+from kvmhost.tools.young.output import open_record, window_range, windows_of
 
 if TYPE_CHECKING:
-    from reclaim.young.heatmapdata import View
+    from kvmhost.reclaim.draw.heatmapdata import View
 
 __all__ = ["main"]
 
@@ -30,7 +30,7 @@ _PAGE = ".html"
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
-    from reclaim.young.render import PICTURE_KINDS, need_plotting
+    from kvmhost.reclaim.draw.render import PICTURE_KINDS, need_plotting
 
     if args.out.suffix.lower() != _PAGE:
         need_plotting()
@@ -45,8 +45,8 @@ def _is_file(source: str | None) -> bool:
 
 
 def _draw_record(args: argparse.Namespace) -> int:
-    from reclaim.young.heatmapdata import View, heatmap_of
-    from reclaim.young.render import render_heatmap
+    from kvmhost.reclaim.draw.heatmapdata import View, heatmap_of
+    from kvmhost.reclaim.draw.render import render_heatmap
 
     if args.pid is not None or args.interval is not None or args.count is not None:
         raise LayoutError("--pid, --interval and --count are for what runs; FILE has its windows")
@@ -60,7 +60,7 @@ def _draw_record(args: argparse.Namespace) -> int:
 
 
 def _write_page(view: View, args: argparse.Namespace) -> int:
-    from reclaim.young.heatmaphtml import write_html
+    from kvmhost.reclaim.draw.heatmaphtml import write_html
 
     with replacing(args.out) as file:
         pyramid = write_html(view, file, args.max_mib << 20)
@@ -77,7 +77,7 @@ def _write_page(view: View, args: argparse.Namespace) -> int:
 
 
 def _draw_live(args: argparse.Namespace) -> int:
-    from reclaim.young.render import record_live, render_heatmap
+    from kvmhost.reclaim.draw.render import record_live, render_heatmap
 
     if args.windows is not None or args.out.suffix.lower() == _PAGE:
         what = "--windows" if args.windows is not None else str(args.out)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from kvmhost.errors import LayoutError
-from tools.young.output import (
+from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
     add_record_arguments,
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if args.gap < 0 or args.top < 1 or not 0 < args.share <= 100:
         raise LayoutError("hot: need --share above 0 and up to 100, --gap from 0, --top from 1")
-    from reclaim.young.patterns import hot_ranges
+    from kvmhost.reclaim.analyse.patterns import hot_ranges
 
     with open_record(args.file) as record:
         first, end = windows_of(record, args.windows)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
-from tools.args import seconds
+from kvmhost.tools.args import seconds
 
 if TYPE_CHECKING:
-    from reclaim.young.exchange.common import Imported
+    from kvmhost.reclaim.exchange.common import Imported
 
 __all__ = ["main"]
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         raise LayoutError(f"{args.out}: there is no directory {args.out.parent}")
     if len(args.files) > 1 and args.format != "dirty":
         raise LayoutError(f"{args.format}: one file makes a record, {len(args.files)} were given")
-    from reclaim.young.exchange.common import write_record
+    from kvmhost.reclaim.exchange.common import write_record
 
     origin = f"{args.format} {args.files[0].name}"
     try:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _read(args: argparse.Namespace) -> Imported:
-    from reclaim.young.exchange import damon, dirty, text
+    from kvmhost.reclaim.exchange import damon, dirty, text
 
     if args.format == "damon":
         return damon.read(args.files[0])

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmhost.errors import LayoutError
-from tools.young.common import gfn_range
+from kvmhost.tools.young.common import gfn_range
 
 if TYPE_CHECKING:
-    from reclaim.young.record import YoungRecord
+    from kvmhost.reclaim.record.record import YoungRecord
 
 __all__ = [
     "Table",
@@ -78,7 +78,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_record(path: Path) -> YoungRecord:
     """Open a record, and say on standard error what is missing at its end."""
-    from reclaim.young.record import YoungRecord
+    from kvmhost.reclaim.record.record import YoungRecord
 
     record = YoungRecord.open(path)
     if record.loss:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvmhost.control.client import Client
 from kvmhost.errors import LayoutError
-from tools.young.output import Table, add_output_arguments, open_record, show
+from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show
 
 if TYPE_CHECKING:
-    from reclaim.young.explain import History
+    from kvmhost.reclaim.analyse.explain import History
 
 __all__ = ["main"]
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if not _is_file(args.source):
         return _show_live(args)
-    from reclaim.young.explain import history_of
+    from kvmhost.reclaim.analyse.explain import history_of
 
     with open_record(Path(args.source)) as record:
         _show_history(history_of(record, args.gfn), args)

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from guests import image_path
 from kvmhost.bitmap import Words, pack
-from kvmhost.machine import Machine
-from reclaim.policy.replay import replay
-from reclaim.young.whatif import make_policy
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
+from kvmhost.reclaim.analyse.whatif import make_policy
+from kvmhost.reclaim.policy.replay import replay
 
 __all__ = ["ErrorBar", "RealRun", "measure_error", "predict", "run_real"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from kvmhost.control.client import Client
 from kvmhost.errors import ControlError, LayoutError, VmGoneError
-from tools.args import count, seconds
-from tools.young.common import gfn_range
+from kvmhost.tools.args import count, seconds
+from kvmhost.tools.young.common import gfn_range
 
 __all__ = ["main"]
 
@@ -22,8 +22,8 @@ __all__ = ["main"]
 def main(argv: Sequence[str]) -> int:
     """Run the command; 1 if a VM could not be recorded to the end that was meant."""
     args = _parser().parse_args(argv)
-    from reclaim.young.chunks import need_zstd
-    from reclaim.young.live import Plan
+    from kvmhost.reclaim.record.chunks import need_zstd
+    from kvmhost.reclaim.young.live import Plan
 
     need_zstd()
     places = _places(args)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 def _record(
     vm: str, path: Path, plan: object, stop: threading.Event, advance: Callable[[], None]
 ) -> int:
-    from reclaim.young.live import Plan, record_vm
+    from kvmhost.reclaim.young.live import Plan, record_vm
 
     assert isinstance(plan, Plan)
     try:

@@ -15,9 +15,8 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.control.schema import HarvestCost, MemoryMap
-from kvmhost.trackers.sample import DEFAULT_FRACTION
-from tools.args import seconds, share
-from tools.young.common import (
+from kvmhost.tools.args import seconds, share
+from kvmhost.tools.young.common import (
     add_vm_arguments,
     check_out,
     open_source,
@@ -25,6 +24,7 @@ from tools.young.common import (
     range_of,
     replacing,
 )
+from kvmhost.trackers.sampling import DEFAULT_FRACTION
 
 __all__ = ["main"]
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tools.young.output import Table, add_output_arguments, mib, open_record, show
+from kvmhost.tools.young.output import Table, add_output_arguments, mib, open_record, show
 
 if TYPE_CHECKING:
-    from reclaim.young.record import YoungRecord
+    from kvmhost.reclaim.record.record import YoungRecord
 
 __all__ = ["main"]
 
@@ -21,8 +21,8 @@ __all__ = ["main"]
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
-    from reclaim.young.analysis import histograms, miss_ratio_curve, predict_saving
-    from reclaim.young.patterns import find_phases, jaccard_of_neighbours
+    from kvmhost.reclaim.analyse.analysis import histograms, miss_ratio_curve, predict_saving
+    from kvmhost.reclaim.analyse.patterns import find_phases, jaccard_of_neighbours
 
     with open_record(args.file) as record:
         facts = _facts(record)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _facts(record: YoungRecord) -> dict[str, Any]:
-    from reclaim.young.clock import elapsed_s, find_jumps, interval_s
+    from kvmhost.reclaim.young.clock import elapsed_s, find_jumps, interval_s
 
     meta, n = record.metadata, len(record)
     stored = sum(f.stat().st_size for f in record.path.rglob("*") if f.is_file())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, LayoutError
-from tools.args import seconds
+from kvmhost.tools.args import seconds
 
 __all__ = ["main"]
 
@@ -21,12 +21,12 @@ def main(argv: Sequence[str]) -> int:
             "young watch needs a terminal; for pipes there are young record and young snapshot"
         )
     try:
-        from reclaim.young.watchapp import WatchApp
+        from kvmhost.reclaim.watch.app import WatchApp
     except ImportError as error:
         raise CapabilityError(
             "watch", "textual", str(error), 'install the watch extra: pip install "kvmhost[watch]"'
         ) from error
-    from reclaim.young.watchdata import Sampler
+    from kvmhost.reclaim.watch.data import Sampler
 
     clear = True if args.clear else False if args.peek else None
     with Client(args.vm) as client:

@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmhost.errors import LayoutError
-from tools.args import size_bytes
-from tools.young.common import progress_bar
-from tools.young.output import Table, add_output_arguments, mib, open_record, show, window_range
+from kvmhost.tools.args import size_bytes
+from kvmhost.tools.young.common import progress_bar
+from kvmhost.tools.young.output import (
+    Table,
+    add_output_arguments,
+    mib,
+    open_record,
+    show,
+    window_range,
+)
 
 if TYPE_CHECKING:
-    from reclaim.young.record import YoungRecord
-    from reclaim.young.whatif import Outcome
-    from tools.young.realrun import ErrorBar
+    from kvmhost.reclaim.analyse.whatif import Outcome
+    from kvmhost.reclaim.record.record import YoungRecord
+    from kvmhost.tools.young.realrun import ErrorBar
 
 __all__ = ["main"]
 
@@ -24,8 +31,8 @@ __all__ = ["main"]
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
-    from reclaim.young.whatif import cases_of, run_cases
-    from tools.young.realrun import measure_error
+    from kvmhost.reclaim.analyse.whatif import cases_of, run_cases
+    from kvmhost.tools.young.realrun import measure_error
 
     budgets = [_budget(word) for word in _words(args.budget)]
     policies = _words(args.policy)

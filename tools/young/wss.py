@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tools.young.output import (
+from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
     add_record_arguments,
@@ -18,7 +18,7 @@ from tools.young.output import (
 )
 
 if TYPE_CHECKING:
-    from reclaim.young.analysis import Histograms
+    from kvmhost.reclaim.analyse.analysis import Histograms
 
 __all__ = ["main"]
 
@@ -29,7 +29,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
-    from reclaim.young.analysis import histograms, working_set
+    from kvmhost.reclaim.analyse.analysis import histograms, working_set
 
     with open_record(args.file) as record:
         first, end = windows_of(record, args.windows)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _windows(found: Histograms, value: float, unit: str) -> int:
     """Return the number of windows of a span, as near as counts are exact."""
-    from reclaim.young.analysis import nearest_window
+    from kvmhost.reclaim.analyse.analysis import nearest_window
 
     windows = value * _SECONDS[unit] / found.interval_s if unit else value
     return nearest_window(max(windows, 1.0))

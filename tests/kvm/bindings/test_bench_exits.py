@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from guests import image_path
 from kvmhost.engine.kvm import KvmEngine
-from kvmhost.machine import Machine
-from tools.bench import exits
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
+from kvmhost.tools.bench import exits
 
 pytestmark = [pytest.mark.requires_kvm, pytest.mark.requires_cap("COALESCED_PIO")]
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from guests import image_path
 from kvmhost._ffi import ffi, lib
 from kvmhost.errors import IoctlError, LayoutError
 from kvmhost.exits import Debug, Hlt, Hypercall, IoOut, Kicked, MsrRead, MsrWrite, SystemEvent
+from kvmhost.guests import image_path
 from kvmhost.kvm import Cap, KvmVcpu, System, Vm
 from kvmhost.kvm.exits import decode
 from kvmhost.kvm.filters import MsrRange
-from kvmhost.machine import Machine
+from kvmhost.machine.base import Machine
 
 pytestmark = pytest.mark.requires_kvm
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guests import image_names, image_path
 from kvmhost.boot.image import MAX_IMAGE_BYTES, Image, read_image
 from kvmhost.errors import ImageError
+from kvmhost.guests import image_names, image_path
 from kvmhost.memory.guest import GuestMemory
 
 HELLO = image_path("hello").read_bytes()

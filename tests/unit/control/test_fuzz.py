@@ -15,10 +15,10 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guests import image_path
-from kvmhost.control.answers import Peer, Reply, Request
+from kvmhost.control.handler import Peer, Reply, Request
 from kvmhost.control.routes import Routes
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 REFUSALS = {400, 404, 405, 409, 423, 501, 507}

@@ -58,7 +58,7 @@ def test_null_takes_nothing() -> None:
 def test_a_terminal_is_raw_until_the_escape_key(pc_guest: Callable[[str], Path]) -> None:
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
-    command = [sys.executable, "-m", "tools.main", "run", str(pc_guest("echo.elf"))]
+    command = [sys.executable, "-m", "kvmhost", "run", str(pc_guest("echo.elf"))]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         try:
             assert read_until(ours, b"ready") == b"ready"

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from tools.bench import mmu as bench_mmu
-from tools.bench import walk as bench_walk
+from kvmhost.tools.bench import mmu as bench_mmu
+from kvmhost.tools.bench import walk as bench_walk
 
 
 def test_walk_in_small():

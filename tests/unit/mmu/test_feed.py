@@ -9,7 +9,7 @@ import pytest
 
 from kvmhost.bitmap import Provenance, YoungBitmap, pack
 from kvmhost.errors import LayoutError
-from kvmhost.trackers.feed import FORMATS, Feed
+from kvmhost.mmu.feed import FORMATS, Feed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ import threading
 import numpy as np
 import pytest
 
-from kvmhost.engine.soft import SoftEngine, Trace
 from kvmhost.errors import KvmHostError
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.notifier import MemoryMap, VmNotifier
+from kvmhost.mmu.soft import SoftEngine, Trace
 from kvmhost.mmu.table import Mmu
 
 HVA = 0x7F00_0000_0000

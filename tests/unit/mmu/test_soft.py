@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kvmhost.bitmap import YoungBitmap
-from kvmhost.engine.soft import SoftEngine, Trace
 from kvmhost.errors import KvmHostError, LayoutError
 from kvmhost.mmu.memslots import MemSlot, MemSlots
+from kvmhost.mmu.soft import SoftEngine, Trace
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tlb import Tlb, TlbGeometry
 

@@ -18,16 +18,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvmhost.bitmap import pack
 from kvmhost.control import schema
-from reclaim.account import decisions as decisions_module
-from reclaim.account import metrics
-from reclaim.account.decisions import Decisions, Kind, Why, to_runs
-from reclaim.account.history import OUTCOMES, WINDOWS, Act, PageHistory
-from reclaim.daemon import Daemon
-from reclaim.errors import ConfigError
-from reclaim.passes.totals import Totals
-from reclaim.pressure.backoff import Backoff
-from reclaim.settings.config import load
-from reclaim.settings.units import Bytes
+from kvmhost.reclaim.account import decisions as decisions_module
+from kvmhost.reclaim.account.decisions import Decisions, Kind, Why, to_runs
+from kvmhost.reclaim.account.history import OUTCOMES, WINDOWS, Act, PageHistory
+from kvmhost.reclaim.control import metrics
+from kvmhost.reclaim.daemon import Daemon
+from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.pressure.backoff import Backoff
+from kvmhost.reclaim.settings.config import load
+from kvmhost.reclaim.vm.totals import Totals
+from kvmhost.units import Bytes
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -168,7 +168,7 @@ def fake_session(vm="a"):
 
 @pytest.fixture
 def daemon(monkeypatch):
-    from reclaim.passes.common import Common
+    from kvmhost.reclaim.context import Common
 
     config = load(None, {"defaults": {"budget": Bytes(1 << 20)}})
     daemon = Daemon(Common.of(config), lambda event: None)
@@ -225,7 +225,7 @@ def test_the_dashboard_names_metrics_that_there_are():
 
 
 def test_the_page_has_every_metric_and_every_option():
-    from reclaim.settings.config import options
+    from kvmhost.reclaim.settings.config import options
 
     page = (DOCS / "reclaimd.md").read_text()
     for family in (*metrics.PER_VM, *metrics.PER_HOST):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kvmhost.errors import LayoutError
-from reclaim.pressure.budget import Budget
+from kvmhost.reclaim.pressure.budget import Budget
 
 
 def test_marks_default_to_shares():

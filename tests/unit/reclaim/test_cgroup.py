@@ -9,9 +9,9 @@ import pickle
 import pytest
 
 from kvmhost.errors import CapabilityError
-from reclaim.errors import KernelFileError, ReclaimError
-from reclaim.pressure.cgroup import MemoryCgroup, Parent, find_parent
-from reclaim.pressure.kernelfiles import KernelFiles
+from kvmhost.reclaim.errors import KernelFileError, ReclaimError
+from kvmhost.reclaim.pressure.cgroup import MemoryCgroup, Parent, find_parent
+from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
 
 V1_MOUNT = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
 V2_MOUNT = "41 31 0:38 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw\n"

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclaim.errors import ConfigError
-from reclaim.settings.config import load, options, read_flag, to_toml
-from reclaim.settings.units import Bytes, Mark, Seconds, Share
+from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.settings.config import load, options, read_flag, to_toml
+from kvmhost.units import Bytes, Mark, Seconds, Share
 
 GOOD = """\
 # how this host is run
@@ -126,7 +126,7 @@ def test_no_file_and_no_text(tmp_path):
 
 def test_every_option_is_a_flag_and_is_described():
     run = subprocess.run(
-        [sys.executable, "-m", "tools.main", "reclaimd", "--help"],
+        [sys.executable, "-m", "kvmhost", "reclaimd", "--help"],
         capture_output=True,
         text=True,
         check=True,

@@ -17,19 +17,19 @@ import pytest
 from kvmhost.bitmap import YoungBitmap, unpack
 from kvmhost.control import schema
 from kvmhost.errors import ControlError, VmGoneError
-from reclaim.account.events import Dropped, Notice, PassReport
-from reclaim.daemon import Daemon
-from reclaim.errors import ConfigError
-from reclaim.passes import hands as hands_module
-from reclaim.passes import member as member_module
-from reclaim.passes.common import Common
-from reclaim.passes.session import Session, Standing
-from reclaim.policy.lru_gen import LruGen
-from reclaim.pressure.host import Host
-from reclaim.pressure.limits import CpuShare
-from reclaim.settings.config import load
-from reclaim.settings.options import Config
-from reclaim.settings.units import Bytes, Mark, Seconds, Share
+from kvmhost.reclaim.account.events import Dropped, Notice, PassReport
+from kvmhost.reclaim.context import Common
+from kvmhost.reclaim.daemon import Daemon
+from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.policy.lru_gen import LruGen
+from kvmhost.reclaim.pressure.host import Host
+from kvmhost.reclaim.pressure.limits import CpuShare
+from kvmhost.reclaim.settings.config import load
+from kvmhost.reclaim.settings.options import Config
+from kvmhost.reclaim.vm import evictor as hands_module
+from kvmhost.reclaim.vm import worker as member_module
+from kvmhost.reclaim.vm.session import Session, Standing
+from kvmhost.units import Bytes, Mark, Seconds, Share
 
 N = 1000
 BUDGET = {
@@ -516,8 +516,8 @@ def test_a_vm_that_is_gone_leaves_nothing_in_the_daemon(vms):
 
 def test_patterns_find_vms_that_come_and_let_go_of_those_that_leave(vms, monkeypatch):
     running = ["web1", "db"]
-    monkeypatch.setattr("reclaim.daemon.running_names", lambda: list(running))
-    monkeypatch.setattr("reclaim.daemon._SHUN_ENDED_S", 0.0)
+    monkeypatch.setattr("kvmhost.reclaim.daemon.running_names", lambda: list(running))
+    monkeypatch.setattr("kvmhost.reclaim.daemon._SHUN_ENDED_S", 0.0)
 
     def then(event):
         if isinstance(event, Dropped):
@@ -589,7 +589,7 @@ def test_a_pass_that_hangs_starves_the_watchdog(vms, monkeypatch):
         ready=lambda text: None,
         stopping=lambda: None,
     )
-    monkeypatch.setattr("reclaim.daemon._STUCK_S", 0.2)
+    monkeypatch.setattr("kvmhost.reclaim.daemon._STUCK_S", 0.2)
     vms["a"] = vm = FakeVm("a")
     hang, inside = threading.Event(), threading.Event()
 

@@ -11,18 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.errors import CapabilityError
-from reclaim.account.decisions import Why
-from reclaim.errors import KernelFileError
-from reclaim.pressure.backoff import Backoff
-from reclaim.pressure.budget import Budget
-from reclaim.pressure.controllers import ByBudget, ByPromotion, ByStall, Facts, Want, largest
-from reclaim.pressure.host import Host
-from reclaim.pressure.kernelfiles import KernelFiles
-from reclaim.pressure.limits import CpuShare, Rate
-from reclaim.pressure.psi import SYSTEM_PSI, PsiMeter, PsiTrigger, parse_psi, parse_trigger
-from reclaim.pressure.shares import Claim, share_budget, share_demand
-from reclaim.settings.options import PressureOptions
-from reclaim.settings.units import Bytes, Share
+from kvmhost.reclaim.account.decisions import Why
+from kvmhost.reclaim.errors import KernelFileError
+from kvmhost.reclaim.pressure.backoff import Backoff
+from kvmhost.reclaim.pressure.budget import Budget
+from kvmhost.reclaim.pressure.controllers import (
+    ByBudget,
+    ByPromotion,
+    ByStall,
+    Facts,
+    Want,
+    largest,
+)
+from kvmhost.reclaim.pressure.host import Host
+from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
+from kvmhost.reclaim.pressure.limits import CpuShare, Rate
+from kvmhost.reclaim.pressure.psi import SYSTEM_PSI, PsiMeter, PsiTrigger, parse_psi, parse_trigger
+from kvmhost.reclaim.pressure.shares import Claim, share_budget, share_demand
+from kvmhost.reclaim.settings.options import PressureOptions
+from kvmhost.units import Bytes, Share
 
 
 class Clock:

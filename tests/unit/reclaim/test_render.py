@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
-from reclaim.young.bitmap import Provenance, YoungBitmap
-from reclaim.young.render import Heatmap, bin_edges, bin_shares, record_live, render_heatmap
+from kvmhost.reclaim.draw.render import Heatmap, bin_edges, bin_shares, record_live, render_heatmap
+from kvmhost.reclaim.young.bitmap import Provenance, YoungBitmap
 
 
 @given(st.integers(1, 500), st.integers(1, 600), st.data())

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.args import about, seconds
-from tools.bench.reclaim.workloads import BUDGETS, WORKLOADS
+from kvmhost.tools.args import about, seconds
+from kvmhost.tools.bench.reclaim.workloads import BUDGETS, WORKLOADS
 
 __all__ = ["PARTS", "main", "run"]
 
@@ -43,7 +43,7 @@ def run(
 
     :raises CapabilityError: for all parts but ``trace``, without /dev/kvm
     """
-    from tools.bench.reclaim import guests, rows, trace
+    from kvmhost.tools.bench.reclaim import guests, rows, trace
 
     report: dict[str, Any] = {}
     if "trace" in parts:
@@ -59,7 +59,7 @@ def run(
 
 def main(argv: Sequence[str]) -> int:
     """Print the figures as tables, or as JSON; draw them if asked."""
-    from tools.bench.reclaim import show
+    from kvmhost.tools.bench.reclaim import show
 
     parser = argparse.ArgumentParser(
         prog="kvmhost bench reclaim",

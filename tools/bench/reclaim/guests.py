@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from guests import image_path
-from kvmhost.machine import Machine
+from kvmhost.guests import image_path
+from kvmhost.machine.base import Machine
 from kvmhost.memory.layout import PAGE_BYTES
-from reclaim.policy.base import Policy
-from reclaim.policy.belady import belady
-from reclaim.policy.registry import create
-from tools.bench.reclaim.inprocess import Reclaimer, check
-from tools.bench.reclaim.workloads import WORKLOADS, guest_params
+from kvmhost.reclaim.policy.base import Policy
+from kvmhost.reclaim.policy.belady import belady
+from kvmhost.reclaim.policy.registry import create
+from kvmhost.tools.bench.reclaim.inprocess import Reclaimer, check
+from kvmhost.tools.bench.reclaim.workloads import WORKLOADS, guest_params
 
 __all__ = ["POLICIES", "booted", "cost", "run"]
 

@@ -1,6 +1,6 @@
 """A daemon's pass over a machine of the same process: tracker, policy, pager.
 
-What :mod:`reclaim.daemon` does over the control socket, without the socket, and with a
+What :mod:`kvmhost.reclaim.daemon` does over the control socket, without the socket, and with a
 probe, so that the policies that test single pages can be measured.
 """
 
@@ -14,11 +14,11 @@ import numpy as np
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words, pack
 from kvmhost.errors import KvmHostError
-from kvmhost.machine import Machine
+from kvmhost.machine.base import Machine
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 from kvmhost.pager import EvictOutcome, PageState
-from reclaim.policy.base import Gfns, Mask, Policy
-from reclaim.policy.replay import WRONG_WITHIN
+from kvmhost.reclaim.policy.base import Gfns, Mask, Policy
+from kvmhost.reclaim.policy.replay import WRONG_WITHIN
 
 __all__ = ["Pass", "Reclaimer", "check"]
 

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from kvmhost.bitmap import Words, n_words, pack, unpack
-from reclaim.policy.base import Policy
-from reclaim.policy.classic import Classic
-from reclaim.policy.lru_gen import Caps, LruGen
-from tools.bench.reclaim.guests import booted
-from tools.bench.reclaim.inprocess import Reclaimer
-from tools.bench.reclaim.workloads import guest_params
+from kvmhost.reclaim.policy.base import Policy
+from kvmhost.reclaim.policy.classic import Classic
+from kvmhost.reclaim.policy.lru_gen import Caps, LruGen
+from kvmhost.tools.bench.reclaim.guests import booted
+from kvmhost.tools.bench.reclaim.inprocess import Reclaimer
+from kvmhost.tools.bench.reclaim.workloads import guest_params
 
 __all__ = ["run"]
 

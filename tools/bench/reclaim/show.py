@@ -27,7 +27,7 @@ def need_file(path: Path) -> None:
     :raises LayoutError: if no file can be written there
     :raises CapabilityError: without matplotlib
     """
-    from reclaim.young.render import need_plotting
+    from kvmhost.reclaim.draw.render import need_plotting
 
     need_plotting()
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from guests.workloads import hotcold_gfns
 from kvmhost.bitmap import Words, pack, unpack
-from reclaim.policy.base import Everything, Gfns, Mask, Plan, Policy, Probe
-from reclaim.policy.belady import belady
-from reclaim.policy.classic import Classic
-from reclaim.policy.lru_gen import LruGen
-from reclaim.policy.registry import create
-from reclaim.policy.replay import ReplayResult, replay
-from tools.bench.reclaim.workloads import WORKLOADS, guest_params
+from kvmhost.guests.workloads import hotcold_gfns
+from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Policy, Probe
+from kvmhost.reclaim.policy.belady import belady
+from kvmhost.reclaim.policy.classic import Classic
+from kvmhost.reclaim.policy.lru_gen import LruGen
+from kvmhost.reclaim.policy.registry import create
+from kvmhost.reclaim.policy.replay import ReplayResult, replay
+from kvmhost.tools.bench.reclaim.workloads import WORKLOADS, guest_params
 
 __all__ = ["Ranking", "run", "windows_of"]
 

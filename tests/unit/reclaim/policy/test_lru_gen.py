@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvmhost.bitmap import pack, unpack
 from kvmhost.errors import LayoutError
-from reclaim.policy.lru_gen import PROTECTED, Caps, LruGen
+from kvmhost.reclaim.policy.lru_gen import PROTECTED, Caps, LruGen
 
 MS = 1_000_000
 
@@ -291,14 +291,14 @@ def test_against_a_plain_model(generations, steps):
 @settings(deadline=None)
 @given(st.integers(0, (1 << 16) - 1))
 def test_tier_is_the_rounded_logarithm_of_the_windows(history):
-    from reclaim.policy.lru_gen_tiers import TIER_OF
+    from kvmhost.reclaim.policy.lru_gen_tiers import TIER_OF
 
     refs = bin(history).count("1")
     assert TIER_OF[history] == min(math.ceil(math.log2(refs + 1)), 4)
 
 
 def test_the_nth_lowest_key_is_that_of_a_sort():
-    from reclaim.policy.lru_gen import _nth_lowest
+    from kvmhost.reclaim.policy.lru_gen import _nth_lowest
 
     chance = np.random.default_rng(3)
     for _ in range(500):

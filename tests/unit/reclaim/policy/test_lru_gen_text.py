@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from kvmhost.errors import LayoutError
-from reclaim.policy.lru_gen import LruGen
-from reclaim.policy.lru_gen_text import Age, Evict, parse, run, show
+from kvmhost.reclaim.policy.lru_gen import LruGen
+from kvmhost.reclaim.policy.lru_gen_text import Age, Evict, parse, run, show
 
 MS = 1_000_000
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from kvmhost.bitmap import pack
 from kvmhost.errors import LayoutError
-from reclaim.policy.age import MAX_AGE, Age
-from reclaim.policy.belady import belady
-from reclaim.policy.classic import SWAP_CLUSTER_MAX, Classic
-from reclaim.policy.random import Random
-from reclaim.policy.replay import replay
+from kvmhost.reclaim.policy.age import MAX_AGE, Age
+from kvmhost.reclaim.policy.belady import belady
+from kvmhost.reclaim.policy.classic import SWAP_CLUSTER_MAX, Classic
+from kvmhost.reclaim.policy.random import Random
+from kvmhost.reclaim.policy.replay import replay
 
 MINUTE = 60_000_000_000
 

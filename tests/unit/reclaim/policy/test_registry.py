@@ -13,9 +13,9 @@ import pytest
 
 from kvmhost.bitmap import pack
 from kvmhost.errors import LayoutError
-from reclaim.policy import registry
-from reclaim.policy.lru_gen import LruGen
-from reclaim.policy.replay import replay
+from kvmhost.reclaim.policy import registry
+from kvmhost.reclaim.policy.lru_gen import LruGen
+from kvmhost.reclaim.policy.replay import replay
 
 DOCS = Path(__file__).resolve().parents[4] / "docs" / "policies.md"
 
@@ -105,7 +105,7 @@ def test_the_command_of_the_documentation_prints_its_rows():
     """One small trace, as a user would run it."""
     command = "bench reclaim --part trace --workload zipf --pages 1024 --windows 30 --json"
     done = subprocess.run(
-        [sys.executable, "-m", "tools.main", *command.split()],
+        [sys.executable, "-m", "kvmhost", *command.split()],
         capture_output=True,
         text=True,
         timeout=120,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from kvmhost.bitmap import pack, unpack
 from kvmhost.errors import LayoutError
-from reclaim.policy.base import Everything, Plan
-from reclaim.policy.replay import TABLE_PAGES, WRONG_WITHIN, replay, tables_of
+from kvmhost.reclaim.policy.base import Everything, Plan
+from kvmhost.reclaim.policy.replay import TABLE_PAGES, WRONG_WITHIN, replay, tables_of
 
 N_PAGES = 24
 

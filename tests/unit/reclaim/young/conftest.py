@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from young_model import SECOND, Window, write
 
-from reclaim.young.record import YoungRecord
+from kvmhost.reclaim.record.record import YoungRecord
 
 pytest.importorskip("zstandard")
 

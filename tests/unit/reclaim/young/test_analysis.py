@@ -12,11 +12,11 @@ from young_model import SECOND, Window, write
 
 from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.errors import LayoutError
-from reclaim.young import analysis, patterns
-from reclaim.young.clock import elapsed_s, find_jumps, interval_s
-from reclaim.young.record import YoungRecord
-from reclaim.young.recordmeta import UPPER, Session
-from reclaim.young.writer import RecordWriter
+from kvmhost.reclaim.analyse import analysis, patterns
+from kvmhost.reclaim.record.meta import UPPER, Session
+from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.writer import RecordWriter
+from kvmhost.reclaim.young.clock import elapsed_s, find_jumps, interval_s
 
 N_PAGES = 200
 

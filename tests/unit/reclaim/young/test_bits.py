@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.bitmap import pack, unpack
-from reclaim.young.bits import (
+from kvmhost.reclaim.analyse.summary import last_window_of
+from kvmhost.reclaim.young.bits import (
     count_bits,
     count_bits_plain,
     plane,
@@ -17,7 +18,6 @@ from reclaim.young.bits import (
     to_rows,
     window_mask,
 )
-from reclaim.young.summary import last_window_of
 
 
 def bits(seed, windows, pages, density=0.3):

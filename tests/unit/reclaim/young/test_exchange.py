@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from young_model import histories, write
 
-from reclaim.young.exchange import damon, dirty, text
-from reclaim.young.exchange.common import write_record
-from reclaim.young.record import YoungRecord
-from reclaim.young.recordmeta import COLUMNS
+from kvmhost.reclaim.exchange import damon, dirty, text
+from kvmhost.reclaim.exchange.common import write_record
+from kvmhost.reclaim.record.meta import COLUMNS
+from kvmhost.reclaim.record.record import YoungRecord
 
 
 def roundtrips(record, place):

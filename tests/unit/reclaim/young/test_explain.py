@@ -6,9 +6,9 @@ import pytest
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import LayoutError
-from reclaim.young.compare import CAUSES, View, compare_views, total
-from reclaim.young.explain import find_place, history_of, place_of_gfn
-from reclaim.young.recordmeta import Memslot
+from kvmhost.reclaim.analyse.compare import CAUSES, View, compare_views, total
+from kvmhost.reclaim.analyse.explain import find_place, history_of, place_of_gfn
+from kvmhost.reclaim.record.meta import Memslot
 
 SLOTS = [Memslot(0, 0, 16, 0x7F0000000000), Memslot(3, 0x100, 8, 0x7F1000000000)]
 

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from young_model import SECOND, Window, histories, write
 
 from kvmhost.errors import LayoutError
-from reclaim.young import heatmaptiles
-from reclaim.young.heatmapdata import View, heatmap_of, timeline_of
-from reclaim.young.heatmaphtml import write_html
-from reclaim.young.heatmaptiles import TILE_BINS, TILE_COLUMNS, build_pyramid, cell_bits
-from reclaim.young.record import YoungRecord
-from reclaim.young.recordmeta import Memslot, Session
-from reclaim.young.render import render_heatmap
-from reclaim.young.writer import RecordWriter
+from kvmhost.reclaim.draw import heatmaptiles
+from kvmhost.reclaim.draw.heatmapdata import View, heatmap_of, timeline_of
+from kvmhost.reclaim.draw.heatmaphtml import write_html
+from kvmhost.reclaim.draw.heatmaptiles import TILE_BINS, TILE_COLUMNS, build_pyramid, cell_bits
+from kvmhost.reclaim.draw.render import render_heatmap
+from kvmhost.reclaim.record.meta import Memslot, Session
+from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.writer import RecordWriter
 
 GOLDEN = Path(__file__).parent / "golden"
 #: Make them anew: GOLDEN_WRITE=1 pytest tests/unit/reclaim/young/test_heatmap.py

@@ -22,15 +22,16 @@ from young_model import Window, write
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import LayoutError
-from reclaim.errors import RecordError
-from reclaim.young import analysis, patterns, recordmeta
-from reclaim.young.chunks import zstd
-from reclaim.young.exchange import damon, dirty, text
-from reclaim.young.exchange.common import write_record
-from reclaim.young.explain import history_of
-from reclaim.young.journal import JOURNAL_FILE
-from reclaim.young.record import YoungRecord
-from reclaim.young.recordmeta import METADATA_FILE
+from kvmhost.reclaim.analyse import analysis, patterns
+from kvmhost.reclaim.analyse.explain import history_of
+from kvmhost.reclaim.errors import RecordError
+from kvmhost.reclaim.exchange import damon, dirty, text
+from kvmhost.reclaim.exchange.common import write_record
+from kvmhost.reclaim.record import meta as recordmeta
+from kvmhost.reclaim.record.chunks import zstd
+from kvmhost.reclaim.record.journal import JOURNAL_FILE
+from kvmhost.reclaim.record.meta import METADATA_FILE
+from kvmhost.reclaim.record.record import YoungRecord
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "40")),
@@ -165,9 +166,9 @@ import resource, sys
 limit = 1 << 30
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 sys.path.insert(0, "tests/helpers")
-from reclaim.errors import RecordError
-from reclaim.young.record import YoungRecord
-from reclaim.young import analysis
+from kvmhost.reclaim.errors import RecordError
+from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.analyse import analysis
 try:
     with YoungRecord.open(sys.argv[1]) as record:
         record.bitmap(0)

@@ -21,11 +21,11 @@ from young_model import SECOND, Window, histories, write
 
 from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.errors import LayoutError, NameInUseError
-from reclaim.errors import RecordError
-from reclaim.young.journal import JOURNAL_FILE
-from reclaim.young.record import YoungRecord
-from reclaim.young.recordmeta import LEVELS, METADATA_FILE, UPPER, Memslot, Session
-from reclaim.young.writer import Cost, RecordWriter
+from kvmhost.reclaim.errors import RecordError
+from kvmhost.reclaim.record.journal import JOURNAL_FILE
+from kvmhost.reclaim.record.meta import LEVELS, METADATA_FILE, UPPER, Memslot, Session
+from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.writer import Cost, RecordWriter
 
 FEW = settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -243,7 +243,7 @@ def test_two_writers_are_one_too_many(tmp_path):
 KILLED = """
 import os, sys
 import numpy as np
-from reclaim.young.writer import RecordWriter
+from kvmhost.reclaim.record.writer import RecordWriter
 from kvmhost.bitmap import YoungBitmap
 writer = RecordWriter.create(sys.argv[1], 5000)
 number = 0
@@ -291,8 +291,8 @@ def copy_of(path):
 
 def test_killed_between_any_two_files_of_a_commit(tmp_path, monkeypatch):
     """Each file that a commit replaces is a place where the writer can have died."""
-    from reclaim.young import chunks
-    from reclaim.young import writer as module
+    from kvmhost.reclaim.record import chunks
+    from kvmhost.reclaim.record import writer as module
 
     windows = [
         Window(5000, frozenset({i, 4999 - i}), frozenset({i}) if i % 9 == 0 else None, i, i + 1)

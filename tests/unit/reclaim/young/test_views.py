@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmhost.errors import CapabilityError
-from reclaim.young import views
+from kvmhost.reclaim.young import views
 
 LISTS = [range(i, 600, i + 1) for i in range(70)]
 

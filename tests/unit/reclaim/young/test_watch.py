@@ -23,9 +23,9 @@ from kvmhost.control.schema import (
     VmState,
 )
 from kvmhost.errors import ControlError, VmGoneError
-from reclaim.young import watchdata
-from reclaim.young.watchdata import Generation, Sampler, parse_generations
-from reclaim.young.watchmap import (
+from kvmhost.reclaim.watch import data as watchdata
+from kvmhost.reclaim.watch.data import Generation, Sampler, parse_generations
+from kvmhost.reclaim.watch.map import (
     Grid,
     bar,
     counts_of,
@@ -228,7 +228,7 @@ def test_little_pictures():
 @pytest.fixture
 def watchapp():
     pytest.importorskip("textual")
-    from reclaim.young import watchapp
+    from kvmhost.reclaim.watch import app as watchapp
 
     return watchapp
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from kvmhost.errors import CapabilityError, LayoutError
-from reclaim.policy.lru_gen import LruGen
-from reclaim.policy.replay import replay
-from reclaim.young import whatif
-from reclaim.young.record import YoungRecord
+from kvmhost.reclaim.analyse import whatif
+from kvmhost.reclaim.policy.lru_gen import LruGen
+from kvmhost.reclaim.policy.replay import replay
+from kvmhost.reclaim.record.record import YoungRecord
 
 LISTS = [[*range(40), *range(100 + 3 * t, 140 + 3 * t)] for t in range(30)]
 

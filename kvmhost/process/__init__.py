@@ -1,0 +1,1 @@
+"""Guest memory of other processes, seen from outside."""

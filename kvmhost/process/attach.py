@@ -1,0 +1,244 @@
+"""Look at the guest memory of a process that is not ours, by its pid.
+
+>>> with Attached(4711) as vm:  # doctest: +SKIP
+...     vm.harvest()  # begins a window
+...     young = vm.harvest()
+
+Works for any VMM (or other program) whose memory is a shared mapping: a memfd, a file
+in tmpfs. Gfns are page numbers in the mapping: equal to the guest's own where the
+mapping is one memory slot from guest physical address 0. How pages are found, what each
+way changes in the process, and what cannot be done from outside: :mod:`.foreign`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import select
+import time
+import typing
+from pathlib import Path
+
+from kvmhost.bitmap import Words, YoungBitmap
+from kvmhost.closing import Closing
+from kvmhost.control.schema import HarvestCost, MemoryMap, RegionInfo
+from kvmhost.errors import CapabilityError, IoctlError, LayoutError, VmGoneError
+from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.process.foreign import Way, check_part, open_way
+from kvmhost.process.procmaps import Mapping, choose_mapping, shared_mappings, shared_ranges
+
+if typing.TYPE_CHECKING:
+    from kvmhost.mmu.feed import Feed
+
+__all__ = ["Attached", "AttachedState"]
+
+_ENDING_MS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class AttachedState:
+    """What is known of the process.
+
+    :param image: the program that it runs
+    :param tracker: the way in use; None before the first harvest
+    """
+
+    image: str
+    tracker: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """The mapping as a memory slot."""
+
+    mapping: Mapping
+    gfn: int = 0
+
+    @property
+    def n_pages(self) -> int:
+        return self.mapping.n_pages
+
+    @property
+    def guest_address(self) -> int:
+        return self.mapping.start
+
+
+class Attached(Closing):
+    """One mapping of another process. Answers harvests as a VM's control socket does.
+
+    Every method raises :class:`~kvmhost.errors.VmGoneError` once the process or its
+    mapping has gone.
+
+    :param mapping: which one: an address in hex or a part of its path; empty: the
+        largest shared mapping of memory
+    :param proc: where proc is mounted
+    :raises LayoutError: if there is no such process, or no mapping that fits
+    :raises CapabilityError: if it may not be looked at
+    """
+
+    def __init__(self, pid: int, mapping: str = "", *, proc: Path = Path("/proc")) -> None:
+        self.pid, self.proc = pid, proc
+        self.vm = f"pid {pid}"
+        self.pidfd = self.pagemap_fd = -1
+        self._way: Way | None = None
+        self._feeds: dict[str, Feed] = {}
+        try:
+            # First the descriptor that stays this process's, whatever becomes of the pid.
+            self.pidfd = _open_pid(pid)
+            self.mapping = choose_mapping(shared_mappings(pid, proc), mapping)
+            self.pagemap_fd = _open_pagemap(proc / str(pid) / "pagemap", pid)
+            self._image = _image(proc / str(pid))
+            if self._ended():
+                raise LayoutError(f"process {pid} has ended")
+        except BaseException:
+            self.close()
+            raise
+
+    def state(self) -> AttachedState:
+        """Return what is known of the process."""
+        return AttachedState(self._image, None if self._way is None else self._way.name)
+
+    def memory(self) -> MemoryMap:
+        """Return the mapping as one memory region from gfn 0 on."""
+        mapping = self.mapping
+        n_bytes = mapping.n_pages * PAGE_BYTES
+        region = RegionInfo(0, 0, n_bytes, 0, mapping.n_pages, mapping.start)
+        return MemoryMap(PAGE_BYTES, mapping.n_pages, [region], [])
+
+    def harvest(
+        self,
+        gfn_start: int = 0,
+        n_pages: int | None = None,
+        *,
+        tracker: str = "auto",
+        clear: bool = True,
+        mask: Words | None = None,
+        table_format: str = "",
+    ) -> YoungBitmap:
+        """Return which pages were touched in the window. The first call begins one.
+
+        :param n_pages: None: to the end of the mapping
+        :param tracker: ``auto`` is the way in use, or the best; another one begins anew
+        :param mask: clear only where the bit is 1
+        :param table_format: feed the harvest into a model table of this format, and return
+            what its walker finds
+        :raises LayoutError: for a range, a mask or a name that does not fit
+        :raises CapabilityError: if the way does not work here
+        """
+        count = self.mapping.n_pages - gfn_start if n_pages is None else n_pages
+        check_part(self.mapping, gfn_start, count, mask)
+        self._check_there()
+        try:
+            found = self._use(tracker).look(gfn_start, count, clear, mask)
+        except (IoctlError, CapabilityError, OSError):
+            self._check_there()
+            raise
+        self._check_there()
+        return self._feed(table_format).through(found) if table_format else found
+
+    def harvest_timed(
+        self,
+        gfn_start: int = 0,
+        n_pages: int | None = None,
+        *,
+        tracker: str = "auto",
+        clear: bool = True,
+        rearm: str = "young",
+        fraction: float | None = None,
+        mask: Words | None = None,
+        table_format: str = "",
+    ) -> tuple[YoungBitmap, HarvestCost]:
+        """Do the same, and say how long it took. Clearing and re-arming are one act here.
+
+        :raises LayoutError: for ``rearm="sample"``: give a mask instead
+        """
+        if rearm == "sample" or fraction is not None:
+            raise LayoutError("a process is not sampled by --rearm; harvest with a mask")
+        start = time.perf_counter_ns()
+        bitmap = self.harvest(
+            gfn_start, n_pages, tracker=tracker, clear=clear, mask=mask, table_format=table_format
+        )
+        return bitmap, HarvestCost(time.perf_counter_ns() - start, 0)
+
+    def close(self) -> None:
+        """Let go of the process. Idempotent."""
+        for fd in (self.pidfd, self.pagemap_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.pagemap_fd = -1
+        for feed in self._feeds.values():
+            feed.close()
+        self._feeds.clear()
+
+    def _feed(self, table_format: str) -> Feed:
+        if table_format not in self._feeds:
+            from kvmhost.mmu.feed import Feed
+
+            self._feeds[table_format] = Feed(table_format, [_Slot(self.mapping)])
+        return self._feeds[table_format]
+
+    def _use(self, name: str) -> Way:
+        if self._way is None or name not in ("auto", self._way.name):
+            self._way = open_way(name, self)
+        return self._way
+
+    def _ended(self, wait_ms: int = 0) -> bool:
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(wait_ms))
+
+    def _check_there(self) -> None:
+        """Raise if the process has ended, or runs another program, or has let the mapping go."""
+        if self._ended():
+            raise VmGoneError(self.vm, "the process has ended")
+        # Of the address space that was there when it was opened: nothing after an exec.
+        if not os.pread(self.pagemap_fd, 8, self.mapping.start // PAGE_BYTES * 8):
+            # A process gives its memory back a little before it has ended.
+            ended = self._ended(_ENDING_MS)
+            what = "has ended" if ended else "runs another program now"
+            raise VmGoneError(self.vm, f"the process {what}")
+        try:
+            now = shared_ranges(self.proc / str(self.pid) / "maps")
+        except (FileNotFoundError, ProcessLookupError):
+            raise VmGoneError(self.vm, "the process has ended") from None
+        if not _covers(now, self.mapping.start, self.mapping.end):
+            if self._ended(_ENDING_MS):
+                raise VmGoneError(self.vm, "the process has ended")
+            raise VmGoneError(self.vm, f"the mapping {self.mapping} is no longer there")
+
+
+def _covers(ranges: list[tuple[int, int]], start: int, end: int) -> bool:
+    for low, high in ranges:
+        if low <= start < high:
+            start = high
+        if start >= end:
+            return True
+    return False
+
+
+def _open_pid(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except (ProcessLookupError, OverflowError):
+        raise LayoutError(f"process {pid}: no such process") from None
+    except OSError as error:
+        raise LayoutError(f"process {pid}: {error.strerror}") from error
+
+
+def _open_pagemap(path: Path, pid: int) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise LayoutError(f"process {pid}: no such process") from None
+    except PermissionError as error:
+        raise CapabilityError(
+            "attach", f"to read {path}", error.strerror or "",
+            "run as the user of that process, or as root",
+        ) from error  # fmt: skip
+
+
+def _image(directory: Path) -> str:
+    try:
+        return str((directory / "exe").readlink())
+    except OSError:
+        return "unknown"

@@ -1,0 +1,1 @@
+"""What records say: working sets, ages, patterns, comparisons, predictions."""

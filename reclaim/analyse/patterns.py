@@ -1,0 +1,209 @@
+"""Where and when: hot ranges, phases, and how alike two sets of pages are."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.bitmap import Words, YoungBitmap, n_words, unpack
+from kvmhost.errors import LayoutError
+from kvmhost.reclaim.record import meta as recordmeta
+from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, runs, to_rows
+
+__all__ = [
+    "HotRange",
+    "Phase",
+    "Similarity",
+    "common_with_next",
+    "find_phases",
+    "hot_ranges",
+    "jaccard_of_neighbours",
+    "similarity",
+]
+
+#: Phases are looked for in at most so many bins.
+_PHASE_BINS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class HotRange:
+    """Pages ``[gfn_start, gfn_end)``.
+
+    :param density: share of page-windows in which they were young
+    :param hot_pages: pages of the range that are hot themselves
+    """
+
+    gfn_start: int
+    gfn_end: int
+    hot_pages: int
+    density: float
+
+    @property
+    def n_pages(self) -> int:
+        """Pages."""
+        return self.gfn_end - self.gfn_start
+
+
+def hot_ranges(
+    record: YoungRecord,
+    first: int = 0,
+    end: int | None = None,
+    *,
+    min_share: float = 0.5,
+    max_gap_pages: int = 0,
+) -> list[HotRange]:
+    """Return ranges of pages that were young in at least a share of the windows.
+
+    :param max_gap_pages: ranges with at most so many colder pages between them are one
+    """
+    end = len(record) if end is None else end
+    if not 0 < min_share <= 1:
+        raise LayoutError(f"hot ranges: a share of {min_share:g}: need more than 0, at most 1")
+    counts = record.between(first, end, "count")
+    n_windows = max(end - first, 1)
+    starts, ends = runs(counts >= max(min_share * n_windows, 1))
+    if starts.size:
+        split = np.flatnonzero(starts[1:] - ends[:-1] > max_gap_pages)
+        hot = np.cumsum(np.concatenate([[0], ends - starts]))
+        firsts = np.concatenate([[0], split + 1])
+        lasts = np.concatenate([split, [starts.size - 1]])
+        hot_pages = hot[lasts + 1] - hot[firsts]
+        starts, ends = starts[firsts], ends[lasts]
+        below = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        density = (below[ends] - below[starts]) / ((ends - starts) * n_windows)
+        return [
+            HotRange(record.gfn_start + int(a), record.gfn_start + int(b), int(h), float(d))
+            for a, b, h, d in zip(starts, ends, hot_pages, density, strict=True)
+        ]
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Windows ``[first, end)`` in which the VM did much the same.
+
+    :param change: how much differs from the phase before, 0 (nothing) to 1 (everything)
+    :param young_pages: mean of a window
+    """
+
+    first: int
+    end: int
+    change: float
+    young_pages: float
+
+
+def find_phases(record: YoungRecord, *, span: int = 8, threshold: float = 0.5) -> list[Phase]:
+    """Cut a record where what is touched changes.
+
+    At each window the mean counts by bin of the ``span`` windows before and after it
+    are compared: the sum of their differences as a share of the sum of the larger ones.
+    A cut is where that is above the threshold and at its highest within ``span``.
+    """
+    if span < 1 or not 0 < threshold <= 1:
+        raise LayoutError(f"phases: span {span} and threshold {threshold:g} cannot be")
+    n = len(record)
+    if not n:
+        return []
+    levels = [v for v in recordmeta.LEVELS if recordmeta.n_bins(record.n_pages, v) <= _PHASE_BINS]
+    level = (levels or [recordmeta.LEVELS[-1]])[0]
+    change = np.zeros(n)
+    sums = record.sums(level).astype(np.float64)
+    below = np.concatenate([np.zeros((1, sums.shape[1])), np.cumsum(sums, axis=0)])
+    for at in range(1, n):
+        before = (below[at] - below[max(at - span, 0)]) / min(span, at)
+        after = (below[min(at + span, n)] - below[at]) / min(span, n - at)
+        larger = np.maximum(before, after).sum()
+        change[at] = np.abs(before - after).sum() / larger if larger else 0.0
+    # Nearer to an end there is too little to tell a change from noise.
+    margin = max(span // 2, 1)
+    cuts = [
+        at
+        for at in range(margin, n - margin + 1)
+        if change[at] >= threshold
+        and change[at] == change[max(at - span, 0) : at + span + 1].max()
+        and not (change[max(at - span, 0) : at] == change[at]).any()
+    ]
+    young = record.column("n_young")
+    edges = [0, *cuts, n]
+    return [
+        Phase(a, b, float(change[a]), float(young[a:b].mean()))
+        for a, b in itertools.pairwise(edges)
+    ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Similarity:
+    """How alike two sets of pages are.
+
+    :param jaccard: pages in both, as a share of those in either; 1 for two empty sets
+    """
+
+    a_pages: int
+    b_pages: int
+    both_pages: int
+    only_a: npt.NDArray[np.bool_]
+    only_b: npt.NDArray[np.bool_]
+    gfn_start: int
+
+    @property
+    def jaccard(self) -> float:
+        """Pages in both as a share of those in either."""
+        either = self.a_pages + self.b_pages - self.both_pages
+        return self.both_pages / either if either else 1.0
+
+
+def similarity(a: YoungBitmap, b: YoungBitmap) -> Similarity:
+    """Compare two bitmaps page by page; a page outside one of them is not young in it."""
+    start = min(a.gfn_start, b.gfn_start)
+    end = max(a.gfn_start + a.n_pages, b.gfn_start + b.n_pages)
+    if end - start > recordmeta.MAX_PAGES:
+        raise LayoutError(f"similarity: {a!r} and {b!r} are too far apart to compare")
+    bits = np.zeros((2, end - start), dtype=bool)
+    for row, bitmap in zip(bits, (a, b), strict=True):
+        at = bitmap.gfn_start - start
+        row[at : at + bitmap.n_pages] = unpack(
+            bitmap.words[: n_words(bitmap.n_pages)], bitmap.n_pages
+        )
+    in_a, in_b = bits
+    return Similarity(
+        a_pages=int(in_a.sum()),
+        b_pages=int(in_b.sum()),
+        both_pages=int((in_a & in_b).sum()),
+        only_a=in_a & ~in_b,
+        only_b=in_b & ~in_a,
+        gfn_start=start,
+    )
+
+
+def common_with_next(record: YoungRecord) -> npt.NDArray[np.int64]:
+    """Return shape ``(windows - 1,)``: pages young in a window and in the next one."""
+    n = len(record)
+    blocks = -(-n // BLOCK_WINDOWS)
+    found = np.zeros(blocks * BLOCK_WINDOWS, dtype=np.int64)
+    before: tuple[int, int, Words] | None = None
+    for gfn, base, words in record.blocks():
+        size = -(-words.size // 64) * 64
+        padded = np.zeros(size, dtype=np.uint64)
+        padded[: words.size] = words
+        # Bit 63 - j is window j: shifted left, each window meets the one before it.
+        common = padded & (padded << np.uint64(1))
+        found[base : base + BLOCK_WINDOWS] += count_bits(to_rows(common)).sum(
+            axis=1, dtype=np.int64
+        )
+        if before is not None and before[0] == gfn and before[1] + BLOCK_WINDOWS == base:
+            last = (before[2] & np.uint64(1)) != 0
+            found[base - 1] += int((last & (words >> np.uint64(63) != 0)).sum())
+        before = gfn, base, words
+    return found[: max(n - 1, 0)]
+
+
+def jaccard_of_neighbours(record: YoungRecord) -> npt.NDArray[np.float64]:
+    """Return shape ``(windows - 1,)``: how alike each window and the next one are."""
+    both = common_with_next(record)
+    young = record.column("n_young")
+    either = young[1:] + young[:-1] - both
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)

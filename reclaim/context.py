@@ -1,0 +1,78 @@
+"""What the VMs of a daemon share: options, pressure, limits, the account."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from kvmhost.reclaim.account.decisions import Decisions
+from kvmhost.reclaim.pressure.host import Host
+from kvmhost.reclaim.pressure.limits import CpuShare, Rate
+from kvmhost.reclaim.settings.options import Config, Limits, VmOptions
+
+__all__ = ["Common", "cpu_limit", "rate_limit"]
+
+_PAGE_BYTES = 4096
+
+
+@dataclasses.dataclass
+class Common:
+    """One for a daemon. A reload replaces its parts, which sessions read anew each pass.
+
+    :param socket: of the daemon itself; empty: it has none
+    """
+
+    config: Config
+    host: Host
+    decisions: Decisions
+    rate: Rate
+    cpu: CpuShare
+    socket: str = ""
+
+    @classmethod
+    def of(cls, config: Config, host: Host | None = None, socket: str = "") -> Common:
+        """Make all parts from options.
+
+        :raises ReclaimError: if a file that the options name cannot be used
+        """
+        account = config.account
+        return cls(
+            config=config,
+            host=host or Host(config.pressure),
+            decisions=Decisions(account.decisions, account.decisions_file),
+            rate=rate_limit(config.limits),
+            cpu=cpu_limit(config.limits),
+            socket=socket,
+        )
+
+    @property
+    def holder(self) -> str:
+        """How this daemon calls itself to a VM."""
+        return f"reclaimd {self.config.daemon.name or f'pid-{os.getpid()}'}"
+
+    @property
+    def lease_s(self) -> float:
+        """After so long without a word a VM may take the daemon for hung."""
+        daemon = self.config.daemon
+        return float(max(0.05, daemon.lease, 3 * daemon.interval))
+
+    def options_of(self, vm: str) -> VmOptions:
+        """Return the options of one VM; a socket's path goes by its file name."""
+        name = os.path.basename(vm).removesuffix(".sock") if "/" in vm else vm  # noqa: PTH119
+        return self.config.of_vm(name)
+
+    def close(self) -> None:
+        """Close files. Idempotent."""
+        self.host.close()
+        self.decisions.close()
+
+
+def rate_limit(limits: Limits) -> Rate:
+    """Return the smaller of the limits on pages and bytes, in pages."""
+    rates = [limits.pages_per_s, limits.bytes_per_s / _PAGE_BYTES]
+    return Rate(min((rate for rate in rates if rate), default=0))
+
+
+def cpu_limit(limits: Limits) -> CpuShare:
+    """Return the limit on processor time."""
+    return CpuShare(limits.cpu)

@@ -1,0 +1,290 @@
+"""The daemon's metrics, as Prometheus text.
+
+They are read off the sessions when somebody asks, so a VM that is gone is gone from them
+too. Names end in their unit; counters, in ``_total``. :data:`PER_VM` and :data:`PER_HOST`
+list them, and docs/reclaimd.md has the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from kvmhost.reclaim.daemon import Daemon
+from kvmhost.reclaim.vm.session import Session
+
+__all__ = ["PER_HOST", "PER_VM", "Family", "Metrics", "names"]
+
+_PAGE_BYTES = 4096
+
+#: Values by the label that a family has besides ``vm``; "" where it has none.
+Values = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One metric.
+
+    :param kind: ``gauge`` or ``counter``
+    :param label: a label besides ``vm``; "": none
+    :param read: of a session, or of a daemon
+    """
+
+    name: str
+    kind: str
+    about: str
+    read: Callable[[Any], float | Values]
+    label: str = ""
+
+
+def _gauge(name: str, about: str, read: Callable[[Any], Any], label: str = "") -> Family:
+    return Family(f"reclaimd_{name}", "gauge", about, read, label)
+
+
+def _counter(name: str, about: str, read: Callable[[Any], Any], label: str = "") -> Family:
+    return Family(f"reclaimd_{name}_total", "counter", about, read, label)
+
+
+def _pager(name: str, scale: float = 1.0) -> Callable[[Session], float]:
+    def read(session: Session) -> float:
+        counters = session.counters
+        pager = counters.pager if counters is not None else None
+        return float((pager or {}).get(name, 0)) * scale
+
+    return read
+
+
+def _ages(session: Session) -> Values:
+    """Return pages by age in generations: 0 is the youngest one."""
+    generations = session.last.generations if session.last is not None else []
+    return {str(age): float(pages) for age, (_, pages) in enumerate(reversed(generations))}
+
+
+def _by_why(session: Session) -> Values:
+    return {why.name.lower(): n for why, n in dict(session.totals.evicted).items()}
+
+
+def _drive(session: Session) -> float:
+    return session.steering.by_stall.drive if session.steering.by_stall else 0.0
+
+
+def _promotions(session: Session) -> float:
+    return session.steering.by_promotion.rate if session.steering.by_promotion else 0.0
+
+
+def _promotion_step(session: Session) -> float:
+    return session.steering.by_promotion.share if session.steering.by_promotion else 0.0
+
+
+PER_VM = (
+    _gauge("vm_resident_bytes", "resident memory", lambda s: s.view.n_resident * _PAGE_BYTES),
+    _gauge("vm_size_bytes", "all memory", lambda s: s.view.n_pages * _PAGE_BYTES),
+    _gauge(
+        "vm_budget_bytes",
+        "limit on resident memory; 0: none",
+        lambda s: s.budget.max_bytes if s.budget else 0,
+    ),
+    _gauge(
+        "vm_generation_pages", "resident pages by age in generations, 0 the youngest", _ages, "age"
+    ),
+    _gauge(
+        "vm_holding",
+        "1 while held back because evicted pages come back",
+        lambda s: s.steering.backoff.holding,
+    ),
+    _gauge(
+        "vm_regret_ratio",
+        "share of the daemon's evictions that came back, decayed over 10 s",
+        lambda s: s.steering.backoff.share,
+    ),
+    _gauge(
+        "vm_stall_ratio",
+        "share of time that vCPUs waited for pages, in the last pass",
+        lambda s: s.stall,
+    ),
+    _gauge("vm_stall_drive_ratio", "part of a proactive step that stalls leave room for", _drive),
+    _gauge(
+        "vm_promotions_per_minute_ratio",
+        "pages that come back a minute, of the working set",
+        _promotions,
+    ),
+    _gauge(
+        "vm_promotion_step_ratio",
+        "part of a proactive step that promotions leave room for",
+        _promotion_step,
+    ),
+    _gauge(
+        "vm_wanted_pages",
+        "pages that the last pass wanted to go",
+        lambda s: s.last.wanted_pages if s.last else 0,
+    ),
+    _gauge(
+        "vm_history_bytes",
+        "memory of the page history",
+        lambda s: s.history.n_bytes if s.history else 0,
+    ),
+    _gauge(
+        "vm_policy",
+        "what the policy counts, by its own names",
+        lambda s: dict(s.judge.policy.counters()),
+        "name",
+    ),
+    _gauge("vm_store_bytes", "contents of evicted pages in the VM's store", _pager("store_bytes")),
+    _gauge("vm_stored_pages", "evicted pages now", _pager("evicted_pages")),
+    _counter("vm_passes", "passes", lambda s: s.totals.passes),
+    _counter(
+        "vm_skipped_passes", "passes left out because the VM was paused", lambda s: s.totals.skipped
+    ),
+    _counter(
+        "vm_harvested_pages",
+        "pages whose accessed bits were looked at",
+        lambda s: s.totals.harvested,
+    ),
+    _counter("vm_young_pages", "pages found young", lambda s: s.totals.young),
+    _counter(
+        "vm_harvest_seconds", "time in harvests, inside the VM", lambda s: s.totals.harvest_ns / 1e9
+    ),
+    _counter(
+        "vm_rearm_seconds", "time re-arming, inside the VM", lambda s: s.totals.rearm_ns / 1e9
+    ),
+    _counter(
+        "vm_busy_seconds",
+        "processor time of the daemon for this VM",
+        lambda s: s.totals.busy_ns / 1e9,
+    ),
+    _counter("vm_evicted_pages", "pages that went, by reason", _by_why, "why"),
+    _counter(
+        "vm_refused_pages",
+        "pages that the VM did not let go, by outcome",
+        lambda s: dict(s.totals.refused),
+        "outcome",
+    ),
+    _counter(
+        "vm_spared_pages",
+        "pages wanted and not taken, by cause",
+        lambda s: dict(s.totals.spared),
+        "cause",
+    ),
+    _counter("vm_refaulted_pages", "evicted pages that came back", lambda s: s.totals.refaulted),
+    _counter(
+        "vm_regretted_pages",
+        "of these, those that the daemon had sent away",
+        lambda s: s.totals.regretted,
+    ),
+    _counter("vm_fault_ins", "pages brought back by the VM", _pager("fault_ins")),
+    _counter("vm_zero_fills", "first touches of a page", _pager("zero_fills")),
+    _counter(
+        "vm_direct_evictions", "evictions by the VM's fault handler", _pager("direct_evictions")
+    ),
+    _counter("vm_lost_pages", "pages that the store could not give back", _pager("lost_pages")),
+)
+
+PER_HOST = (
+    _gauge("vms", "VMs looked after", lambda d: len(d.sessions())),
+    _gauge(
+        "stall_ratio",
+        "share of time that tasks stalled for memory, in the last interval",
+        lambda d: d.common.host.stall or 0.0,
+    ),
+    _gauge(
+        "cgroup_bytes",
+        "memory of the cgroup, without file pages that can go",
+        lambda d: d.common.host.cgroup_bytes,
+    ),
+    _gauge("cgroup_limit_bytes", "its limit; 0: none", lambda d: d.common.host.cgroup_limit_bytes),
+    _gauge("dry_run", "1 if nothing is evicted", lambda d: d.common.config.daemon.dry_run),
+    _counter("triggers", "stalls that the kernel reported", lambda d: d.common.host.trigger_fired),
+    _counter(
+        "decisions_lost",
+        "decisions that could not be written to the file",
+        lambda d: d.common.decisions.write_errors,
+    ),
+)
+
+_LATENCY = "reclaimd_vm_fault_in_seconds"
+_DECISIONS = "reclaimd_vm_decisions_total"
+
+
+class Metrics:
+    """The metrics of one daemon."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_Collected(daemon))
+        ProcessCollector(namespace="reclaimd", registry=self.registry)
+
+    def text(self) -> bytes:
+        """Return all of them in Prometheus text format."""
+        return generate_latest(self.registry)
+
+
+class _Collected(Collector):
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing: what there is depends on the VMs."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Read everything off the daemon."""
+        sessions = self._daemon.sessions()
+        for family in PER_HOST:
+            yield _filled(family, [([], family.read(self._daemon))])
+        for family in PER_VM:
+            yield _filled(family, [([s.vm], family.read(s)) for s in sessions], ["vm"])
+        yield _latency(sessions)
+        decisions = CounterMetricFamily(_DECISIONS, "decisions, by kind", labels=["vm", "kind"])
+        for vm, kind, count in self._daemon.common.decisions.totals():
+            decisions.add_metric([vm, kind], count)
+        yield decisions
+
+
+def _filled(
+    family: Family, found: list[tuple[list[str], float | Values]], labels: list[str] | None = None
+) -> Metric:
+    kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+    names = (labels or []) + ([family.label] if family.label else [])
+    metric = kind(family.name, family.about, labels=names)
+    for values, value in found:
+        if isinstance(value, dict):
+            for name, number in value.items():
+                metric.add_metric([*values, name], float(number))
+        else:
+            metric.add_metric(values, float(value))
+    return metric
+
+
+def _latency(sessions: list[Session]) -> Metric:
+    """Return the VMs' histograms of fault-in times: bucket ``b`` ends at ``2**(b + 1)`` ns."""
+    about = "time to bring a page back, in the VM's fault handler"
+    metric = HistogramMetricFamily(_LATENCY, about, labels=["vm"])
+    for session in sessions:
+        pager = (session.counters.pager if session.counters is not None else None) or {}
+        total, buckets = 0, []
+        for bucket, count in enumerate(pager.get("latency_ns", [])):
+            total += count
+            buckets.append((f"{2 ** (bucket + 1) / 1e9:.9g}", total))
+        buckets.append(("+Inf", total))
+        metric.add_metric([session.vm], buckets, pager.get("latency_sum_ns", 0) / 1e9)
+    return metric
+
+
+def names() -> set[str]:
+    """Return the names of all samples that there may be, for dashboards to be checked by."""
+    histogram = {f"{_LATENCY}_{part}" for part in ("bucket", "count", "sum")}
+    process = {
+        f"reclaimd_process_{part}"
+        for part in ("cpu_seconds_total", "resident_memory_bytes", "open_fds")
+    }
+    return {f.name for f in (*PER_VM, *PER_HOST)} | histogram | process | {_DECISIONS}

@@ -1,0 +1,1 @@
+"""Pictures of young bitmaps: PNG, SVG and HTML heatmaps."""

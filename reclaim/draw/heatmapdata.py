@@ -1,0 +1,302 @@
+"""What the pictures of a record show: counts of young pages in equal bins, and a time axis.
+
+Counts come from the sums that the record keeps, and from its bits only where bins are
+smaller than those. Nothing here holds more than a band of windows at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.errors import LayoutError
+from kvmhost.reclaim.draw.render import Heatmap, Mark, bin_edges
+from kvmhost.reclaim.record.meta import LEVELS, Memslot
+from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, to_rows
+from kvmhost.reclaim.young.clock import elapsed_s, find_jumps, interval_s
+
+__all__ = ["BIT_LEVELS", "Timeline", "View", "heatmap_of", "timeline_of"]
+
+#: Levels that are counted from bits: words of 64 pages, bytes, single pages.
+BIT_LEVELS = (6, 3, 0)
+#: Ranges above this many pages begin and end at the record's finest sums.
+_FINE_PAGES = 1 << 15
+#: A gap is longer than this share of a window.
+_GAP_SHARE = 0.05
+#: Of a band of windows, so many counts are held at a time.
+_BAND_COUNTS = 1 << 24
+
+Counts = npt.NDArray[np.unsignedinteger]
+
+
+class View:
+    """A part of a record: windows ``[first, end)``, pages from ``gfn_start`` on.
+
+    The range of gfns is widened to whole words of 64 pages, and above 128 MiB to bins
+    of 512 pages, counted from the record's first page.
+
+    :param gfns: ``[first, end)``; None: all
+    :raises LayoutError: if the record has no such windows or pages, or the view is empty
+    """
+
+    def __init__(
+        self,
+        record: YoungRecord,
+        first: int = 0,
+        end: int | None = None,
+        gfns: tuple[int, int] | None = None,
+    ) -> None:
+        self.record, self.first = record, first
+        self.end = len(record) if end is None else end
+        low, high = gfns or (record.gfn_start, record.gfn_end)
+        if not record.gfn_start <= low < high <= record.gfn_end:
+            raise LayoutError(
+                f"{record.path}: no gfns [{low:#x}, {high:#x}): "
+                f"there are [{record.gfn_start:#x}, {record.gfn_end:#x})"
+            )
+        if not 0 <= self.first < self.end <= len(record):
+            raise LayoutError(
+                f"{record.path}: no windows [{first}, {self.end}): there are {len(record)}"
+            )
+        step = 64 if high - low <= _FINE_PAGES else 1 << LEVELS[0]
+        #: Pages of the record, counted from its first one.
+        self.low = (low - record.gfn_start) // step * step
+        self.high = min(-(-(high - record.gfn_start) // step) * step, record.n_pages)
+
+    @property
+    def gfn_start(self) -> int:
+        """The first gfn."""
+        return self.record.gfn_start + self.low
+
+    @property
+    def n_pages(self) -> int:
+        """Pages."""
+        return self.high - self.low
+
+    @property
+    def n_windows(self) -> int:
+        """Windows."""
+        return self.end - self.first
+
+    def n_bins(self, level: int) -> int:
+        """Return how many bins of ``2 ** level`` pages there are."""
+        return -(-self.n_pages // (1 << level))
+
+    def counts(self, level: int, first: int, end: int) -> Counts:
+        """Return shape ``(windows, bins)``: young pages in bins of ``2 ** level`` pages.
+
+        :param first: a window of the record, and ``end`` one more than the last
+        """
+        base = self._stored_level(level)
+        if base is None:
+            base = min(level, BIT_LEVELS[0])
+            found = self.bit_counts((base,), first, end)[base]
+        else:
+            bins = slice(self.low >> base, -(-self.high >> base))
+            found = self.record.sums(base, first, end)[:, bins]
+        return _grouped(found, 1 << (level - base))
+
+    def bit_counts(
+        self,
+        levels: tuple[int, ...],
+        first: int,
+        end: int,
+        pages: tuple[int, int] | None = None,
+    ) -> dict[int, Counts]:
+        """Return the same for levels of :data:`BIT_LEVELS`, by level, from bits.
+
+        :param pages: of this view, multiples of 64, counted from its first; None: all
+        """
+        low, high = pages or (0, self.n_pages)
+        n_words = -(-(high - low) // 64)
+        rows = np.zeros((end - first, n_words), dtype=np.uint64)
+        start = self.gfn_start + low
+        for gfn, base, words in self.record.blocks(first, end, start, self.gfn_start + high):
+            padded = np.pad(words, (0, -words.size % 64))
+            since, until = max(first, base), min(end, base + BLOCK_WINDOWS)
+            part = to_rows(padded)[since - base : until - base]
+            at = (gfn - start) // 64
+            rows[since - first : until - first, at : at + part.shape[1]] = part
+        return {level: _counted(rows, level)[:, : -(-(high - low) >> level)] for level in levels}
+
+    def bands(self, n_bins: int) -> Iterator[tuple[int, int]]:
+        """Yield ranges of windows that are read together: whole blocks of the record."""
+        blocks = max(_BAND_COUNTS // (BLOCK_WINDOWS * max(n_bins, 1)), 1)
+        size = blocks * BLOCK_WINDOWS
+        for base in range(self.first - self.first % BLOCK_WINDOWS, self.end, size):
+            yield max(base, self.first), min(base + size, self.end)
+
+    def memslots(self) -> list[Memslot]:
+        """Return the memslots of the last window that touch the pages, in order."""
+        end = self.gfn_start + self.n_pages
+        slots = self.record.memslots(self.end - 1)
+        touching = [s for s in slots if s.gfn < end and s.gfn + s.n_pages > self.gfn_start]
+        return sorted(touching, key=lambda s: s.gfn)
+
+    def _stored_level(self, level: int) -> int | None:
+        """Return the coarsest of the record's sums that bins can be put together from."""
+        fitting = [
+            stored
+            for stored in LEVELS
+            if stored <= level
+            and self.low % (1 << stored) == 0
+            and (self.high % (1 << stored) == 0 or self.high == self.record.n_pages)
+        ]
+        return fitting[-1] if fitting else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """When each window of a view began and ended, in seconds from the start of the first.
+
+    :param marks: gaps, clock jumps, changes of tracker or memslots, in time order
+    """
+
+    starts_s: npt.NDArray[np.float64]
+    ends_s: npt.NDArray[np.float64]
+    marks: list[Mark]
+    #: Windows after a gap.
+    gaps: npt.NDArray[np.int64]
+
+
+def timeline_of(view: View) -> Timeline:
+    """Lay the windows of a view out on one axis that only goes forward."""
+    record = view.record
+    ends = elapsed_s(record)
+    lengths = (record.column("end_ns") - record.column("start_ns")) / 1e9
+    before = np.concatenate([[0.0], ends[:-1]])
+    known = (record.column("start_ns") > 0) & (lengths > 0)
+    starts = np.where(known, np.maximum(before, ends - lengths), before)
+    is_gap = starts - before > _GAP_SHARE * interval_s(record)
+    is_gap[view.first] = False
+    zero = float(starts[view.first])
+    gaps = np.flatnonzero(is_gap[view.first : view.end]) + view.first
+    marks = [
+        Mark(float(starts[at]) - zero, int(at), f"gap of {_duration(starts[at] - before[at])}")
+        for at in gaps.tolist()
+    ]
+    marks += [Mark(float(starts[at]) - zero, at, text) for at, text in _changes(view)]
+    marks.sort(key=lambda mark: (mark.window, mark.text))
+    part = slice(view.first, view.end)
+    return Timeline(starts[part] - zero, ends[part] - zero, marks, gaps)
+
+
+def _changes(view: View) -> Iterator[tuple[int, str]]:
+    """Yield (window, what changed there) within a view, but for gaps."""
+    record = view.record
+    for jump in find_jumps(record):
+        if view.first < jump.window < view.end:
+            yield jump.window, f"clock jump of {_duration(jump.wall_s - jump.monotonic_s)}"
+    for old, new in itertools.pairwise(record.metadata.sessions):
+        if view.first < new.first_window < view.end:
+            changed = (old.tracker, old.table_format) != (new.tracker, new.table_format)
+            what = f"by {new.tracker} ({new.table_format})" if changed else "recording went on"
+            yield new.first_window, what
+    for layout in record.metadata.layouts[1:]:
+        if view.first < layout.first_window < view.end:
+            yield layout.first_window, "memslots changed"
+
+
+def heatmap_of(view: View, n_bins: int = 512, n_columns: int = 1200) -> Heatmap:
+    """Reduce a view to bins and columns that can be drawn.
+
+    Neighbouring windows are put together where there are more than columns, but never
+    across a gap.
+
+    :param n_bins: at most so many rows, if there are more pages
+    """
+    level = next((v for v in (*LEVELS[::-1], *BIT_LEVELS) if view.n_bins(v) >= n_bins), 0)
+    rows = bin_edges(view.n_bins(level), n_bins)
+    edges = np.minimum(rows << level, view.n_pages)
+    times = timeline_of(view)
+    heatmap = Heatmap(view.gfn_start, view.n_pages, edges=edges)
+    cuts = _cuts(view, times, n_columns)
+    pending: dict[int, npt.NDArray[np.float64]] = {}
+    for first, end in view.bands(view.n_bins(level)):
+        counts = _added(view.counts(level, first, end), rows[:-1])
+        groups = np.searchsorted(cuts, np.arange(first, end), side="right") - 1
+        for group in np.unique(groups).tolist():
+            total = counts[groups == group].sum(axis=0, dtype=np.float64)
+            pending[group] = pending.get(group, 0.0) + total
+    bounds = np.append(cuts, view.end)
+    for group, total in sorted(pending.items()):
+        since, until = int(bounds[group]), int(bounds[group + 1])
+        shares = total / (np.diff(edges) * (until - since))
+        heatmap.columns.append(shares.astype(np.float32))
+        heatmap.windows_ns.append(
+            (
+                round(times.starts_s[since - view.first] * 1e9),
+                round(times.ends_s[until - 1 - view.first] * 1e9),
+            )
+        )
+    return _described(heatmap, view, times, int(np.diff(bounds).max()))
+
+
+def _described(heatmap: Heatmap, view: View, times: Timeline, grouped: int) -> Heatmap:
+    """Add what the picture says in words."""
+    record = view.record
+    sessions = [s for s in record.metadata.sessions if s.first_window < view.end]
+    session = sessions[-1]
+    image = session.facts.get("image", "").rsplit("/", 1)[-1]
+    heatmap.title = f"VM {record.name or '(no name)'}" + (f" ({image})" if image else "")
+    heatmap.title += ": pages touched"
+    parts = [
+        f"{view.n_windows:,} windows of {interval_s(record):g} s"
+        + (f", drawn {grouped} to a column" if grouped > 1 else ""),
+        f"tracker {session.tracker}, format {session.table_format}"
+        + (f" ({len(sessions)} sessions)" if len(sessions) > 1 else ""),
+    ]
+    facts = [
+        f"{key} {session.facts[key]}" for key in ("engine", "kernel") if session.facts.get(key)
+    ]
+    heatmap.caption = "; ".join([*parts, *facts, *([record.loss] if record.loss else [])])
+    heatmap.slots = [(s.slot, s.gfn, s.gfn + s.n_pages) for s in view.memslots()]
+    heatmap.marks = times.marks
+    return heatmap
+
+
+def _cuts(view: View, times: Timeline, n_columns: int) -> npt.NDArray[np.int64]:
+    """Return the first window of each column."""
+    size = -(-view.n_windows // n_columns)
+    runs = np.concatenate([[view.first], times.gaps, [view.end]])
+    return np.concatenate(
+        [np.arange(a, b, size) for a, b in itertools.pairwise(runs.tolist())]
+    ).astype(np.int64)
+
+
+def _grouped(counts: Counts, size: int) -> Counts:
+    """Add up neighbouring bins."""
+    if size == 1:
+        return counts
+    return _added(counts, np.arange(0, counts.shape[1], size))
+
+
+def _added(counts: Counts, starts: npt.NDArray[np.int64]) -> Counts:
+    found: Counts = np.zeros((counts.shape[0], starts.size), dtype=np.uint32)
+    np.add.reduceat(counts, starts, axis=1, dtype=np.uint32, out=found)
+    return found
+
+
+def _counted(rows: npt.NDArray[np.uint64], level: int) -> Counts:
+    """Count the bits of bitmaps in words, bytes, or one by one."""
+    if level == BIT_LEVELS[0]:
+        return count_bits(rows)
+    octets = np.ascontiguousarray(rows.astype("<u8", copy=False)).view(np.uint8)
+    bits = np.unpackbits(octets, axis=1, bitorder="little")
+    if level == 0:
+        return bits
+    counts: Counts = bits.reshape(*octets.shape, 8).sum(axis=2, dtype=np.uint8)
+    return counts
+
+
+def _duration(seconds: float) -> str:
+    sign, seconds = ("-" if seconds < 0 else ""), abs(float(seconds))
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{sign}{seconds / size:.3g} {unit}"
+    return f"{sign}{seconds:.3g} s"

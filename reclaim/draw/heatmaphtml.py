@@ -1,0 +1,160 @@
+"""A heatmap of a record as one HTML file, which zooms down to single gfns.
+
+The page holds a pyramid of counts (:mod:`kvmhost.reclaim.draw.heatmaptiles`), and needs
+nothing from anywhere else: its security policy allows its own script only. Whatever
+the record says goes in as JSON, without any character that could end its element.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import importlib.resources
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+import numpy as np
+
+from kvmhost.reclaim.draw.heatmapdata import Timeline, View, timeline_of
+from kvmhost.reclaim.draw.heatmaptiles import (
+    TILE_BINS,
+    TILE_COLUMNS,
+    Pyramid,
+    Step,
+    build_pyramid,
+    shuffled,
+)
+from kvmhost.reclaim.young.clock import interval_s
+
+__all__ = ["BUDGET_BYTES", "write_html"]
+
+#: Of a page, unless told otherwise.
+BUDGET_BYTES = 32 << 20
+#: Base64 takes four letters for three bytes.
+_LETTERS, _BYTES = 4, 3
+_MOST_MARKS = 2000
+
+
+def write_html(view: View, file: IO[bytes], budget_bytes: int = BUDGET_BYTES) -> Pyramid:
+    """Write the page of a view; its levels of tiles take at most the budget.
+
+    :return: what is in it
+    """
+    pyramid = build_pyramid(view, budget_bytes * _BYTES // _LETTERS)
+    times = timeline_of(view)
+    steps = [step for steps in pyramid.levels.values() for step in steps]
+    script, style = _part("page.js"), _part("page.css")
+    title = f"{view.record.name or '(no name)'}: pages touched"
+    title = "".join(c if c.isprintable() else "?" for c in title)
+    values = {
+        "TITLE": html.escape(title),
+        "STYLE": style,
+        "STYLE_HASH": _hash(style),
+        "SCRIPT": script,
+        "SCRIPT_HASH": _hash(script),
+        "META": _json(_meta(view, times, pyramid, budget_bytes)),
+        "TIMES": _times(view, times),
+    }
+    # Each half in one pass: nothing that was put in is looked at again.
+    head, tail = (
+        re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], half)
+        for half in _part("page.html").split("@TILES@")
+    )
+    file.write(head.encode())
+    for step in steps:
+        for piece in _tiles(step):
+            file.write(piece)
+    file.write(tail.encode())
+    return pyramid
+
+
+def _part(name: str) -> str:
+    folder = importlib.resources.files("kvmhost.reclaim.draw") / "html"
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(value: Any) -> str:
+    """Return JSON that no element of a page can end in, whatever strings are in it."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _meta(view: View, times: Timeline, pyramid: Pyramid, budget_bytes: int) -> dict[str, Any]:
+    record = view.record
+    sessions = [s for s in record.metadata.sessions if s.first_window < view.end]
+    facts = {"created by": sessions[-1].facts.get("writer", ""), **sessions[-1].facts}
+    return {
+        "name": record.name,
+        "file": record.path.name,
+        "facts": {key: value for key, value in facts.items() if value},
+        "loss": record.loss,
+        "gfnStart": view.gfn_start,
+        "nPages": view.n_pages,
+        "pageBytes": record.metadata.page_bytes,
+        "firstWindow": view.first,
+        "nWindows": view.n_windows,
+        "intervalS": interval_s(record),
+        "tileBins": TILE_BINS,
+        "tileColumns": TILE_COLUMNS,
+        "steps": [
+            {
+                "id": f"c{step.level}-{step.step}",
+                "level": step.level,
+                "step": step.step,
+                "bins": step.n_bins,
+                "columns": step.n_columns,
+                "bits": step.bits,
+            }
+            for steps in pyramid.levels.values()
+            for step in steps
+        ],
+        "leftOut": pyramid.left_out,
+        "budgetBytes": budget_bytes,
+        "layouts": [
+            [
+                max(part.first_window - view.first, 0),
+                [[s.slot, s.gfn, s.n_pages, f"{s.hva:#x}" if s.hva else ""] for s in part.memslots],
+            ]
+            for part in record.metadata.layouts
+            if part.first_window < view.end
+        ],
+        "sessions": [
+            [max(s.first_window - view.first, 0), s.tracker, s.table_format] for s in sessions
+        ],
+        "marks": [[m.window - view.first, m.text] for m in times.marks[:_MOST_MARKS]],
+        "sizes": _sizes(view),
+    }
+
+
+def _sizes(view: View) -> list[list[int]]:
+    """Return (window, pages of the view that were looked at from it on)."""
+    pages = view.record.column("n_pages")[view.first : view.end]
+    seen = np.clip(pages - view.low, 0, view.n_pages)
+    changes = np.flatnonzero(np.diff(seen, prepend=-1))
+    return [[int(at), int(seen[at])] for at in changes]
+
+
+def _times(view: View, times: Timeline) -> str:
+    wall = view.record.column("wall_ns")[view.first : view.end] / 1e9
+    rows = np.concatenate([times.starts_s, times.ends_s, wall]).astype("<f8")
+    return base64.b64encode(zlib.compress(shuffled(rows), 6)).decode()
+
+
+def _tiles(step: Step) -> Iterator[bytes]:
+    """Yield two elements: numbers and lengths of the tiles, and the tiles one by one."""
+    name = f"c{step.level}-{step.step}"
+    packed = {number: base64.b64encode(tile) for number, tile in sorted(step.tiles.items())}
+    index = np.array([*packed, *(len(tile) for tile in packed.values())], dtype="<f8")
+    letters = base64.b64encode(zlib.compress(shuffled(index), 6))
+    yield f'<script type="text/plain" id="i{name}">'.encode() + letters + b"</script>\n"
+    yield f'<script type="text/plain" id="{name}">'.encode()
+    yield from packed.values()
+    yield b"</script>\n"

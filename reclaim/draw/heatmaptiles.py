@@ -1,0 +1,261 @@
+"""A pyramid of counts over a record: every power of eight of pages, by every of windows.
+
+A cell of level ``L`` and step ``K`` says how many times a page was young in ``2 ** L``
+pages and ``2 ** K`` windows: what its 8 children of the next finer step add up to, and
+its 8 children of the next finer level as well. Cells come in tiles of 1,024 bins by 64
+columns, deflated; tiles that are all zeros are left out. Levels are made from coarse to
+fine until the budget of bytes is used up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.reclaim.draw.heatmapdata import BIT_LEVELS, View
+from kvmhost.reclaim.record.meta import LEVELS
+from kvmhost.reclaim.young.bits import BLOCK_WINDOWS
+
+__all__ = [
+    "FACTOR_BITS",
+    "TILE_BINS",
+    "TILE_COLUMNS",
+    "Pyramid",
+    "Step",
+    "build_pyramid",
+    "cell_bits",
+    "pack_tile",
+    "shuffled",
+]
+
+TILE_BINS, TILE_COLUMNS = 1024, 64
+#: From one level or step to the next: a factor of eight.
+FACTOR_BITS = 3
+_FACTOR = 1 << FACTOR_BITS
+#: The coarsest level and step have at most so many bins or columns.
+_TOP_CELLS = 512
+#: Pages of bits that are unpacked together.
+_STRIPE_PAGES = 1 << 18
+#: No more bits than this are unpacked, however well they are packed.
+_MOST_UNPACKED_BYTES = 1 << 34
+#: Of the budget: at most so much larger are the bits in the record, packed.
+_MOST_STORED = 2
+
+Cells = npt.NDArray[np.integer]
+
+
+@dataclasses.dataclass
+class Step:
+    """All cells of one level and step.
+
+    :param tiles: by number: ``bin tile * tiles a row + column tile``
+    """
+
+    level: int
+    step: int
+    n_bins: int
+    n_columns: int
+    tiles: dict[int, bytes] = dataclasses.field(default_factory=dict)
+
+    @property
+    def bits(self) -> int:
+        """Bits a cell."""
+        return cell_bits(self.level, self.step)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all tiles."""
+        return sum(len(tile) for tile in self.tiles.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Pyramid:
+    """Levels from coarse to fine, each with its steps from fine to coarse.
+
+    :param left_out: levels that did not fit, from coarse to fine
+    """
+
+    levels: dict[int, list[Step]]
+    left_out: list[int]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all tiles."""
+        return sum(step.n_bytes for steps in self.levels.values() for step in steps)
+
+
+def cell_bits(level: int, step: int) -> int:
+    """Return how many bits the largest count of a cell takes: 1, 8, 16, 32 or 64 (float)."""
+    most = level + step
+    return next(bits for top, bits in ((1, 1), (8, 8), (16, 16), (32, 32), (99, 64)) if most < top)
+
+
+def shuffled(values: npt.NDArray[np.generic]) -> bytes:
+    """Return little-endian numbers with all first bytes first, which packs better."""
+    octets = np.ascontiguousarray(values).reshape(-1, 1).view(np.uint8)
+    return octets.T.tobytes()
+
+
+def pack_tile(cells: Cells, bits: int) -> bytes:
+    """Return a tile of ``(bins, columns)``, by bin, bytes shuffled, deflated."""
+    if bits == 1:
+        raw = np.packbits(cells.astype(bool)).tobytes()
+    else:
+        kind = {8: "<u1", 16: "<u2", 32: "<u4", 64: "<f8"}[bits]
+        raw = shuffled(cells.astype(kind))
+    return zlib.compress(raw, 6)
+
+
+def build_pyramid(view: View, budget_bytes: int) -> Pyramid:
+    """Make what fits a budget of deflated bytes; the coarsest level always does."""
+    levels: dict[int, list[Step]] = {}
+    every = _levels(view)
+    left_bytes = budget_bytes
+    for level in (each for each in every if each > BIT_LEVELS[0]):
+        steps = _steps(view, level)
+        # Of small or unaligned views all levels come from bits; those are few then.
+        if not _from_counts(view, level, steps, left_bytes if levels else None):
+            break
+        levels[level] = steps
+        left_bytes -= sum(step.n_bytes for step in steps)
+    else:
+        fine = [level for level in every if level <= BIT_LEVELS[0]]
+        levels |= _from_bits(view, fine, left_bytes, n_least=0 if levels else 1)
+    return Pyramid(levels, [level for level in every if level not in levels])
+
+
+class _Stripe:
+    """Collects columns of one stretch of bins until tiles are full, step by step."""
+
+    def __init__(self, steps: list[Step], first_tile: int, n_bins: int) -> None:
+        self._steps, self._first_tile = steps, first_tile
+        self._parts: list[list[Cells]] = [[] for _ in steps]
+        self._emitted = [0] * len(steps)
+        self._n_bins = n_bins
+        self.n_bytes = 0
+
+    def push(self, columns: Cells) -> None:
+        """Take shape ``(windows, bins)``, the next ones in time."""
+        self._push(0, columns)
+
+    def flush(self) -> None:
+        """Make tiles of what is left."""
+        for at in range(len(self._steps)):
+            if self._parts[at]:
+                self._emit(at, np.concatenate(self._parts[at]))
+                self._parts[at] = []
+
+    def _push(self, at: int, columns: Cells) -> None:
+        if at == len(self._steps):
+            return
+        parts = self._parts[at]
+        parts.append(columns)
+        if sum(len(part) for part in parts) < TILE_COLUMNS:
+            return
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        full = len(whole) - len(whole) % TILE_COLUMNS
+        self._parts[at] = [whole[full:]] if full < len(whole) else []
+        for first in range(0, full, TILE_COLUMNS):
+            self._emit(at, whole[first : first + TILE_COLUMNS])
+
+    def _emit(self, at: int, columns: Cells) -> None:
+        """Write tiles of up to 64 columns, and hand their sums to the next step."""
+        step, column_tile = self._steps[at], self._emitted[at]
+        self._emitted[at] += 1
+        row_tiles = -(-step.n_columns // TILE_COLUMNS)
+        for first in range(0, self._n_bins, TILE_BINS):
+            part = columns[:, first : first + TILE_BINS]
+            if part.any():
+                cells = np.zeros((TILE_BINS, TILE_COLUMNS), dtype=part.dtype)
+                cells[: part.shape[1], : part.shape[0]] = part.T
+                tile = pack_tile(cells, step.bits)
+                number = (self._first_tile + first // TILE_BINS) * row_tiles + column_tile
+                step.tiles[number] = tile
+                self.n_bytes += len(tile)
+        if at + 1 < len(self._steps):
+            starts = np.arange(0, len(columns), _FACTOR)
+            self._push(at + 1, np.add.reduceat(columns, starts, axis=0, dtype=np.uint64))
+
+
+def _levels(view: View) -> list[int]:
+    """Return all levels, from coarse to fine."""
+    endless = itertools.count(0, FACTOR_BITS)
+    top = next(level for level in endless if view.n_bins(level) <= _TOP_CELLS)
+    return list(range(top, -1, -FACTOR_BITS))
+
+
+def _steps(view: View, level: int) -> list[Step]:
+    found = []
+    for step in itertools.count(0, FACTOR_BITS):
+        n_columns = -(-view.n_windows // (1 << step))
+        found.append(Step(level, step, view.n_bins(level), n_columns))
+        if n_columns <= _TOP_CELLS:
+            break
+    return found
+
+
+def _from_counts(view: View, level: int, steps: list[Step], most_bytes: int | None) -> bool:
+    """Fill a level from the record's sums; return whether it fits."""
+    bins = view.n_bins(min(level, LEVELS[-1]))
+    stripe = _Stripe(steps, 0, view.n_bins(level))
+    for first, end in view.bands(bins):
+        stripe.push(view.counts(level, first, end))
+        if most_bytes is not None and stripe.n_bytes > most_bytes:
+            return False
+    stripe.flush()
+    return most_bytes is None or stripe.n_bytes <= most_bytes
+
+
+def _from_bits(
+    view: View, levels: list[int], most_bytes: int, n_least: int
+) -> dict[int, list[Step]]:
+    """Return those of the finest levels that fit, from one pass over the bits.
+
+    :param n_least: so many, the coarsest ones, are made whether they fit or not
+    """
+    found = {level: _steps(view, level) for level in levels}
+    stored_bytes, unpacked_bytes = _bits_on_disk(view)
+    # Bits pack here about as well as in the record: no pass over what cannot fit.
+    if stored_bytes > _MOST_STORED * most_bytes or unpacked_bytes > _MOST_UNPACKED_BYTES:
+        found = {level: found[level] for level in levels[:n_least]}
+    sizes = dict.fromkeys(levels, 0)
+    for low in range(0, view.n_pages, _STRIPE_PAGES):
+        high = min(low + _STRIPE_PAGES, view.n_pages)
+        stripes = {
+            level: _Stripe(steps, (low >> level) // TILE_BINS, -(-(high - low) >> level))
+            for level, steps in found.items()
+        }
+        for first, end in view.bands(high - low):
+            for level, counts in view.bit_counts(tuple(found), first, end, (low, high)).items():
+                stripes[level].push(counts)
+        for level, stripe in stripes.items():
+            stripe.flush()
+            sizes[level] += stripe.n_bytes
+        while len(found) > n_least and sum(sizes[level] for level in found) > most_bytes:
+            del found[min(found)]
+        if not found:
+            break
+    return found
+
+
+def _bits_on_disk(view: View) -> tuple[int, int]:
+    """Return the bytes of a view's chunks of bits as they are stored, and unpacked."""
+    size, stored, n_chunks = view.record.metadata.chunk_pages, 0, 0
+    for file in (view.record.path / "young").iterdir():
+        chunk, _, block = file.name.partition(".")
+        if not (chunk.isdigit() and block.isdigit()):
+            continue
+        first_page, first_window = int(chunk) * size, int(block) * BLOCK_WINDOWS
+        if (
+            first_page < view.high
+            and first_page + size > view.low
+            and first_window < view.end
+            and first_window + BLOCK_WINDOWS > view.first
+        ):
+            stored += file.stat().st_size
+            n_chunks += 1
+    return stored, n_chunks * size * 8

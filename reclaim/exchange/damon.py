@@ -1,0 +1,280 @@
+"""DAMON's record, as ``damo report`` reads it: JSON, or that in a zlib stream.
+
+One window is a snapshot, and pages are physical addresses. A region is a run of pages
+that were young, or not, for the same number of windows: ``nr_accesses`` is 1 sample of
+1 or 0, ``age`` is for how many windows before this one that was so. What DAMON has no
+place for stands under a key of its own, which damo does not look at: with it, a record
+that is exported and imported is the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+
+from kvmhost.bitmap import Provenance, YoungBitmap
+from kvmhost.reclaim.errors import RecordError
+from kvmhost.reclaim.exchange.common import (
+    MAX_FILE_BYTES,
+    Imported,
+    ImportedWindow,
+    bitmap_of_ranges,
+    check_pages,
+    read_bounded,
+)
+from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.writer import Cost
+from kvmhost.reclaim.young.clock import interval_s
+
+__all__ = ["export", "read"]
+
+_EXTRA = "kvmhost_young"
+#: What damo writes for people has thousands separators.
+_NUMBER = re.compile(r"-?[\d,]{1,26}")
+
+
+class _Extra(msgspec.Struct, frozen=True):
+    gfn_start: int
+    n_pages: int
+    page_bytes: int
+    name: str = ""
+
+
+class _ExtraWindow(msgspec.Struct, frozen=True):
+    n_pages: int
+    wall_ns: int = 0
+    harvest_ns: int = 0
+    rearm_ns: int = 0
+    has_coarse: bool = False
+    tracker: str = ""
+    table_format: str = ""
+
+
+class _Accesses(msgspec.Struct, frozen=True):
+    samples: int | str | None = None
+    percent: float | str | None = None
+
+
+class _Region(msgspec.Struct, frozen=True):
+    start: int | str
+    end: int | str
+    nr_accesses: _Accesses = _Accesses()
+    kvmhost_coarse: bool = False
+
+
+class _Snapshot(msgspec.Struct, frozen=True):
+    start_time: int | str | float
+    end_time: int | str | float
+    regions: list[_Region]
+    kvmhost_young: _ExtraWindow | None = None
+
+
+class _Record(msgspec.Struct, frozen=True):
+    snapshots: list[_Snapshot]
+    intervals: dict[str, Any] | None = None
+    kvmhost_young: _Extra | None = None
+
+
+def export(
+    record: YoungRecord,
+    out: IO[bytes],
+    first: int = 0,
+    end: int | None = None,
+    *,
+    compress: bool = False,
+) -> None:
+    """Write windows as DAMON's record, a snapshot at a time.
+
+    :param compress: as a zlib stream, damo's ``json_compressed``
+    """
+    packer = zlib.compressobj() if compress else None
+
+    def put(text: bytes) -> None:
+        out.write(packer.compress(text) if packer else text)
+
+    interval_us = max(round(interval_s(record) * 1e6), 1)
+    head = {
+        "kdamond_idx": 0,
+        "context_idx": 0,
+        "intervals": {
+            "sample_us": str(interval_us),
+            "aggr_us": str(interval_us),
+            "ops_update_us": str(interval_us),
+        },
+        "scheme_idx": None,
+        "target_id": 0,
+        "scheme_filters": [],
+        _EXTRA: {
+            "gfn_start": record.gfn_start,
+            "n_pages": record.n_pages,
+            "page_bytes": record.metadata.page_bytes,
+            "name": record.name,
+        },
+    }
+    put(b"[" + msgspec.json.encode(head)[:-1] + b', "snapshots": [')
+    for number, snapshot in enumerate(_snapshots(record, first, end)):
+        put((b",\n" if number else b"\n") + msgspec.json.encode(snapshot))
+    put(b"\n]}]\n")
+    if packer:
+        out.write(packer.flush())
+
+
+def _snapshots(record: YoungRecord, first: int, end: int | None) -> Iterator[dict[str, Any]]:
+    before = np.zeros(record.n_pages, dtype=bool)
+    age = np.zeros(record.n_pages, dtype=np.int64)
+    names = ("wall_ns", "harvest_ns", "rearm_ns")
+    for window, bitmap in enumerate(record.bitmaps(first, end), first):
+        n, source = bitmap.n_pages, bitmap.provenance
+        young, coarse = bitmap.as_bool(), bitmap.coarse_as_bool()
+        same = young == before[:n]
+        age[:n] = np.where(same, age[:n] + 1, 0)
+        before[:n] = young
+        kinds = age[:n] * 4 + young * 2 + coarse
+        edges = np.flatnonzero(np.diff(kinds, prepend=-1, append=-1))
+        yield {
+            "start_time": str(source.window_start_ns),
+            "end_time": str(source.window_end_ns),
+            "regions": [
+                _region(record, int(a), int(b), int(kinds[a])) for a, b in itertools.pairwise(edges)
+            ],
+            "total_bytes": str(n * record.metadata.page_bytes),
+            _EXTRA: {
+                "n_pages": n,
+                "has_coarse": bitmap.coarse is not None,
+                "tracker": source.tracker,
+                "table_format": source.table_format,
+                **{name: int(record.column(name)[window]) for name in names},
+            },
+        }  # fmt: skip
+
+
+def _region(record: YoungRecord, first: int, end: int, kind: int) -> dict[str, Any]:
+    size = record.metadata.page_bytes
+    young = kind >> 1 & 1
+    region: dict[str, Any] = {
+        "start": str((record.gfn_start + first) * size),
+        "end": str((record.gfn_start + end) * size),
+        "nr_accesses": {"samples": young, "percent": 100.0 * young},
+        "age": {"usec": None, "aggr_intervals": str(kind >> 2)},
+        "sz_filter_passed": "0",
+    }
+    if kind & 1:
+        region["kvmhost_coarse"] = True
+    return region
+
+
+def read(path: Path, most_bytes: int = MAX_FILE_BYTES) -> Imported:
+    """Read a record of DAMON: the snapshots of its first target.
+
+    A page is young in a snapshot if a region on it has any accesses. Where DAMON
+    wrote the file, its bits are as coarse as its regions.
+
+    :raises RecordError: if it is none, or damaged, or holds more than ``most_bytes``
+    """
+    raw = read_bounded(path, most_bytes)
+    try:
+        records = msgspec.json.decode(raw, type=list[_Record])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise RecordError(str(path), "DAMON record", str(error)) from None
+    if not records:
+        raise RecordError(str(path), "DAMON record", "has no target")
+    whole = records[0]
+    extra = whole.kvmhost_young
+    page_bytes = extra.page_bytes if extra else 4096
+    if page_bytes < 512 or page_bytes & (page_bytes - 1) or page_bytes > 1 << 30:
+        raise RecordError(str(path), "page_bytes", f"{page_bytes} is no size of a page")
+    spans = [
+        [_pages(region, page_bytes, path, number) for region in snapshot.regions]
+        for number, snapshot in enumerate(whole.snapshots)
+    ]
+    ends = [end for regions in spans for _, end in regions]
+    first = (
+        extra.gfn_start if extra else min((a for regions in spans for a, _ in regions), default=0)
+    )
+    n_pages = extra.n_pages if extra else max(ends, default=0) - first
+    if first < 0 or any(a < first for regions in spans for a, _ in regions):
+        raise RecordError(str(path), "gfn_start", f"a region begins before {first:#x}")
+    check_pages(n_pages, path)
+    check_pages(max(ends, default=first) - first, path)
+    interval = (whole.intervals or {}).get("aggr_us", 0)
+    return Imported(
+        gfn_start=first,
+        n_pages=n_pages,
+        windows=_windows(whole, spans, first, n_pages, path),
+        page_bytes=page_bytes,
+        name=extra.name if extra else path.stem,
+        interval_ns=max(_number(interval, path, "aggr_us"), 0) * 1000,
+    )
+
+
+def _windows(
+    whole: _Record, spans: list[list[tuple[int, int]]], first: int, n_pages: int, path: Path
+) -> Iterator[ImportedWindow]:
+    for number, (snapshot, regions) in enumerate(zip(whole.snapshots, spans, strict=True)):
+        extra = snapshot.kvmhost_young or _ExtraWindow(n_pages, tracker="damon")
+        check_pages(extra.n_pages, path)
+        where = f"snapshot {number}"
+        if any(end - first > extra.n_pages for _, end in regions):
+            raise RecordError(str(path), where, f"a region ends beyond {extra.n_pages} pages")
+        young = [
+            (a - first, b - first)
+            for (a, b), region in zip(regions, snapshot.regions, strict=True)
+            if _is_young(region, path, where)
+        ]
+        rough = [
+            (a - first, b - first)
+            for (a, b), region in zip(regions, snapshot.regions, strict=True)
+            if region.kvmhost_coarse
+        ]
+        source = Provenance(
+            extra.tracker or "unknown",
+            extra.table_format or "none",
+            max(_number(snapshot.start_time, path, where), 0),
+            max(_number(snapshot.end_time, path, where), 0),
+        )
+        coarse = bitmap_of_ranges(rough, extra.n_pages) if extra.has_coarse else None
+        words = bitmap_of_ranges(young, extra.n_pages)
+        yield ImportedWindow(
+            YoungBitmap(first, extra.n_pages, words, coarse, source),
+            extra.wall_ns,
+            Cost(extra.harvest_ns, extra.rearm_ns),
+        )
+
+
+def _pages(region: _Region, page_bytes: int, path: Path, number: int) -> tuple[int, int]:
+    where = f"snapshot {number}"
+    start, end = _number(region.start, path, where), _number(region.end, path, where)
+    if not 0 <= start <= end or end >= 1 << 64:
+        raise RecordError(str(path), where, f"a region from {start:#x} to {end:#x}")
+    return start // page_bytes, -(-end // page_bytes)
+
+
+def _is_young(region: _Region, path: Path, where: str) -> bool:
+    accesses = region.nr_accesses
+    if accesses.samples is not None:
+        return _number(accesses.samples, path, where) > 0
+    if isinstance(accesses.percent, str):
+        return _number(accesses.percent.rstrip(" %").split(".")[0], path, where) > 0
+    return bool(accesses.percent)
+
+
+def _number(value: object, path: Path, where: str) -> int:
+    if isinstance(value, int):
+        number = value
+    elif isinstance(value, float) and abs(value) < 2**63:
+        number = int(value)
+    elif isinstance(value, str) and _NUMBER.fullmatch(value):
+        number = int(value.replace(",", "") or "0")
+    else:
+        raise RecordError(str(path), where, f"{str(value)[:80]!r} is no number")
+    if abs(number) >= 1 << 63:
+        # Addresses go up to 2**64, times do not; both fit what follows.
+        number = min(max(number, -(1 << 64)), 1 << 64)
+    return number

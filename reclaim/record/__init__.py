@@ -1,0 +1,1 @@
+"""Records: young bitmaps over time, in files."""

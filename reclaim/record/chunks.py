@@ -1,0 +1,159 @@
+"""Chunk files: Zarr's codecs on numpy arrays, with bounds that a file cannot move.
+
+Written through a file beside it and a rename, so that nobody reads half of one. A
+zstd frame carries its content's size and checksum; both are looked at before and
+after anything is unpacked, and the size has to be the one that the metadata gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.bitmap import Words
+from kvmhost.errors import CapabilityError
+from kvmhost.reclaim.errors import RecordError
+
+__all__ = [
+    "TEMPORARY",
+    "decode_array",
+    "decode_bits",
+    "encode_array",
+    "encode_bits",
+    "need_zstd",
+    "read_file",
+    "unzstd",
+    "write_file",
+    "zstd",
+]
+
+#: Prefix of files that are being written.
+TEMPORARY = ".tmp-"
+
+
+def need_zstd() -> Any:
+    """Return the zstandard module.
+
+    :raises CapabilityError: without it
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise CapabilityError(
+            "record",
+            "zstandard",
+            str(error),
+            'install the record extra: pip install "kvmhost[record]"',
+        ) from error
+    return zstandard
+
+
+def zstd(raw: bytes, level: int = 3) -> bytes:
+    """Return a zstd frame with content size and checksum."""
+    compressor = need_zstd().ZstdCompressor(level=level, write_checksum=True)
+    packed: bytes = compressor.compress(raw)
+    return packed
+
+
+def unzstd(packed: bytes, n_bytes: int, path: Path, field: str, offset: int = 0) -> bytes:
+    """Unpack a frame that has to hold ``n_bytes``.
+
+    :raises RecordError: if it is damaged, or says another size
+    """
+    zstandard = need_zstd()
+    try:
+        said = zstandard.get_frame_parameters(packed)
+        if said.content_size != n_bytes:
+            problem = f"the frame says it holds {said.content_size} bytes, need {n_bytes}"
+            raise RecordError(str(path), field, problem, offset)
+        if not said.has_checksum:
+            raise RecordError(str(path), field, "the frame has no checksum", offset)
+        raw: bytes = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        problem = f"{len(packed)} bytes are no whole zstd frame: {error}"
+        raise RecordError(str(path), field, problem, offset) from None
+    return raw
+
+
+def encode_bits(history: Words) -> bytes:
+    """Return a chunk of a bit array: Zarr's packbits (padding of 0 bits), then zstd."""
+    return zstd(b"\0" + history.astype(">u8").tobytes())
+
+
+def decode_bits(packed: bytes, n_pages: int, path: Path) -> Words:
+    """Return one word a page: the inverse of :func:`encode_bits`.
+
+    :raises RecordError: if the chunk is damaged
+    """
+    raw = unzstd(packed, 1 + 8 * n_pages, path, "chunk")
+    if raw[0]:
+        raise RecordError(str(path), "padding", f"{raw[0]} bits, need 0", 0)
+    return np.frombuffer(raw, dtype=">u8", offset=1).astype(np.uint64)
+
+
+def encode_array(values: npt.NDArray[Any], dtype: str) -> bytes:
+    """Return a chunk of numbers: Zarr's shuffle, then zstd."""
+    raw = np.ascontiguousarray(values, dtype=dtype).reshape(-1).view(np.uint8)
+    return zstd(raw.reshape(-1, np.dtype(dtype).itemsize).T.tobytes())
+
+
+def decode_array(packed: bytes, shape: tuple[int, ...], dtype: str, path: Path) -> Any:
+    """Return an array: the inverse of :func:`encode_array`.
+
+    :raises RecordError: if the chunk is damaged
+    """
+    size = np.dtype(dtype).itemsize
+    n_bytes = int(np.prod(shape)) * size
+    raw = unzstd(packed, n_bytes, path, "chunk")
+    plain = np.frombuffer(raw, dtype=np.uint8).reshape(size, -1).T
+    return np.ascontiguousarray(plain).reshape(-1).view(dtype).reshape(shape)
+
+
+def read_file(path: Path, most_bytes: int) -> bytes | None:
+    """Return a file's bytes; None if there is no such file.
+
+    :raises RecordError: if it is larger than it can be, is no file, or cannot be read
+    """
+    try:
+        # Not blocking: a pipe in a file's place must not hold the reader.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            raw = _read(fd, most_bytes + 1)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RecordError(str(path), "file", error.strerror or str(error)) from error
+    if len(raw) > most_bytes:
+        raise RecordError(str(path), "size", f"above {most_bytes} bytes, the most it can have")
+    return raw
+
+
+def _read(fd: int, most_bytes: int) -> bytes:
+    parts, left = [], most_bytes
+    while left and (part := os.read(fd, min(left, 1 << 24))):
+        parts.append(part)
+        left -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def write_file(path: Path, raw: bytes) -> None:
+    """Write a file whole or not at all.
+
+    :raises OSError: if it cannot be written; what was there stays
+    """
+    beside = path.with_name(TEMPORARY + path.name)
+    try:
+        with beside.open("wb") as file:
+            file.write(raw)
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,237 @@
+"""What lies in a record's directory, read a chunk at a time and checked.
+
+The metadata and the headers of the tail are read at once, everything else when it is
+asked for. Every method raises :class:`~kvmhost.reclaim.errors.RecordError` where the file it
+reads is damaged or missing; the error names the file.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.bitmap import Words, n_words
+from kvmhost.closing import Closing
+from kvmhost.reclaim.errors import RecordError
+from kvmhost.reclaim.record import meta as recordmeta
+from kvmhost.reclaim.record.chunks import decode_array, decode_bits, need_zstd, read_file
+from kvmhost.reclaim.record.journal import JOURNAL_FILE, Entry, JournalReader, unpack_row
+from kvmhost.reclaim.record.meta import COLUMNS, HISTOGRAMS, RecordMeta
+from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, plane, to_history, to_rows, window_mask
+
+__all__ = ["LOCK_FILE", "RecordFiles", "is_record", "names_in"]
+
+LOCK_FILE = ".lock"
+_MAX_METADATA = 64 << 20
+_CACHED_BLOCKS = 8
+#: Files of a packed chunk are at most so much larger than what they hold.
+_SLACK = 4096
+
+
+def is_record(path: str | Path) -> bool:
+    """Return whether a path looks like a record, by its files."""
+    return (Path(path) / JOURNAL_FILE).exists()
+
+
+def names_in(path: str | Path) -> list[str]:
+    """Return the records in a directory: one a VM, where several were recorded at once."""
+    with contextlib.suppress(OSError):
+        return sorted(entry.name for entry in Path(path).iterdir() if is_record(entry))
+    return []
+
+
+class RecordFiles(Closing):
+    """The files of one record. For one thread at a time.
+
+    :ivar metadata: what the record says about itself
+    :ivar loss: what is missing at its end because a writer was stopped; empty if nothing
+    """
+
+    metadata: RecordMeta
+    loss: str
+
+    def __init__(self, path: Path) -> None:
+        need_zstd()
+        self.path = path
+        self._journal: JournalReader | None = None
+        self._blocks: collections.OrderedDict[tuple[str, int, int], Words | None] = (
+            collections.OrderedDict()
+        )
+        self._tail: dict[int, Entry] = {}
+
+    def __len__(self) -> int:
+        return max(self.metadata.n_windows, self.journal.end_window)
+
+    def close(self) -> None:
+        """Close the tail. Idempotent."""
+        if self._journal is not None:
+            self._journal.close()
+        self._blocks.clear()
+
+    def load(self) -> bool:
+        """Read metadata and tail; return False if a writer was between the two."""
+        path = self.path / recordmeta.METADATA_FILE
+        raw = read_file(path, _MAX_METADATA)
+        if raw is None:
+            problem = "no record: there is no such file; make one with kvmhost young record"
+            raise RecordError(str(path), "metadata", problem)
+        meta = recordmeta.decode_meta(raw, path)
+        journal = JournalReader(self.path / JOURNAL_FILE)
+        fits = journal.first_window <= meta.n_windows and journal.most_pages() <= meta.n_pages
+        if self._journal is not None:
+            self._journal.close()
+        self.metadata, self._journal = meta, journal
+        self.loss = "" if self.is_being_written() else journal.loss
+        self._blocks.clear()
+        self._tail.clear()
+        return fits
+
+    def is_being_written(self) -> bool:
+        """Return whether a writer holds the record now."""
+        try:
+            fd = os.open(self.path / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    @property
+    def journal(self) -> JournalReader:
+        """The tail."""
+        assert self._journal is not None
+        return self._journal
+
+    def tail_windows(self) -> range:
+        """Windows that are in the tail alone."""
+        return range(self.metadata.n_windows, len(self))
+
+    def entry(self, window: int) -> Entry:
+        """Return what the tail has of a window."""
+        if window not in self._tail:
+            self._tail[window] = self.journal.entry(window)
+        return self._tail[window]
+
+    def column(self, name: str) -> npt.NDArray[np.int64]:
+        """Return one number a window."""
+        number = list(COLUMNS).index(name)
+        tail = [self.entry(window).columns[number] for window in self.tail_windows()]
+        sealed = self.rows(name, 0, self.metadata.n_windows, recordmeta.COLUMN_CHUNK, (), "<i8")
+        return np.concatenate([sealed, np.array(tail, dtype=np.int64)])
+
+    def histogram(self, name: str, first: int, end: int) -> npt.NDArray[np.int64]:
+        """Return shape ``(windows, buckets)``."""
+        sealed_end = min(end, self.metadata.n_windows)
+        shape = (recordmeta.N_BUCKETS,)
+        rows = [self.rows(name, first, sealed_end, recordmeta.HISTOGRAM_CHUNK, shape, "<u4")]
+        which = list(HISTOGRAMS).index(name)
+        for window in range(max(first, self.metadata.n_windows), end):
+            rows.append(self.journal.histograms(self.entry(window))[which][None])
+        return np.concatenate([part.astype(np.int64) for part in rows])
+
+    def rows(
+        self, name: str, first: int, end: int, size: int, shape: tuple[int, ...], dtype: str
+    ) -> npt.NDArray[Any]:
+        """Read rows of an array that is chunked along windows alone."""
+        parts = []
+        for chunk in range(first // size, -(-end // size)):
+            path = self.path / name / ".".join([str(chunk), *["0" for _ in shape]])
+            n_bytes = size * int(np.prod(shape)) * np.dtype(dtype).itemsize
+            raw = read_file(path, 2 * n_bytes + _SLACK)
+            if raw is None:
+                raise RecordError(str(path), "chunk", "is missing")
+            whole = decode_array(raw, (size, *shape), dtype, path)
+            parts.append(whole[max(first - chunk * size, 0) : end - chunk * size])
+        return np.concatenate(parts) if parts else np.zeros((0, *shape), dtype=dtype)
+
+    def level_chunk(self, level: int, block: int, column: int) -> npt.NDArray[Any] | None:
+        """Return a chunk of a level, None where all is 0."""
+        path = self.path / f"sum{level}" / f"{block}.{column}"
+        shape, dtype = (BLOCK_WINDOWS, recordmeta.LEVEL_CHUNK_BINS), recordmeta.level_dtype(level)
+        raw = read_file(path, 2 * shape[0] * shape[1] * 4 + _SLACK)
+        return None if raw is None else decode_array(raw, shape, dtype, path)
+
+    def history(self, name: str, chunk: int, block: int) -> Words | None:
+        """Return one word a page of a chunk, None where all is 0."""
+        key = (name, chunk, block)
+        if key in self._blocks:
+            self._blocks.move_to_end(key)
+            return self._blocks[key]
+        found = self._read_history(name, chunk, block)
+        self._blocks[key] = found
+        if len(self._blocks) > _CACHED_BLOCKS:
+            self._blocks.popitem(last=False)
+        return found
+
+    def row(self, name: str, window: int) -> Words:
+        """Return the bitmap of a window over all pages of the record."""
+        words = self.metadata.chunk_pages // 64
+        row = np.zeros(self.metadata.n_chunks * words, dtype=np.uint64)
+        if window >= self.metadata.n_windows:
+            for chunk, packed in getattr(self.entry(window), name):
+                if not 0 <= chunk < self.metadata.n_chunks:
+                    path = str(self.path / JOURNAL_FILE)
+                    raise RecordError(path, "chunk", f"window {window} has a chunk {chunk}")
+                bits = unpack_row(packed, self.metadata.chunk_pages, self.path / JOURNAL_FILE)
+                row[chunk * words : (chunk + 1) * words] = bits
+        else:
+            block, at = divmod(window, BLOCK_WINDOWS)
+            for chunk in range(self.metadata.n_chunks):
+                history = self.history(name, chunk, block)
+                if history is not None:
+                    row[chunk * words : (chunk + 1) * words] = plane(history, at)
+        return row[: n_words(self.metadata.n_pages)]
+
+    def block_rows(self, name: str, block: int) -> Words:
+        """Return shape ``(64, words)``: the bitmaps of all windows of a block."""
+        words = self.metadata.chunk_pages // 64
+        rows = np.zeros((BLOCK_WINDOWS, self.metadata.n_chunks * words), dtype=np.uint64)
+        for chunk in range(self.metadata.n_chunks):
+            history = self.history(name, chunk, block)
+            if history is not None:
+                rows[:, chunk * words : (chunk + 1) * words] = to_rows(history)
+        return rows
+
+    def _read_history(self, name: str, chunk: int, block: int) -> Words | None:
+        size, base = self.metadata.chunk_pages, block * BLOCK_WINDOWS
+        sealed = min(self.metadata.n_windows - base, BLOCK_WINDOWS)
+        found: Words | None = None
+        if sealed > 0:
+            path = self.path / name / f"{chunk}.{block}"
+            raw = read_file(path, 2 * 8 * size + _SLACK)
+            if raw is not None:
+                found = decode_bits(raw, size, path)
+                if sealed < BLOCK_WINDOWS:
+                    found &= window_mask(0, sealed)
+        rows = self._tail_rows(name, chunk, block)
+        if rows is not None:
+            tail = to_history(rows)
+            found = tail if found is None else found | tail
+        return found
+
+    def _tail_rows(self, name: str, chunk: int, block: int) -> Words | None:
+        """Return the bitmaps of a block's windows that are in the tail alone."""
+        base, size = block * BLOCK_WINDOWS, self.metadata.chunk_pages
+        windows = range(
+            max(base, self.metadata.n_windows), min(base + BLOCK_WINDOWS, len(self))
+        )  # fmt: skip
+        rows: Words | None = None
+        for window in windows:
+            packed = dict(getattr(self.entry(window), name)).get(chunk)
+            if packed is not None:
+                if rows is None:
+                    rows = np.zeros((BLOCK_WINDOWS, size // 64), dtype=np.uint64)
+                path = self.path / JOURNAL_FILE
+                rows[window - base] = unpack_row(packed, size, path)
+        return rows

@@ -1,0 +1,265 @@
+"""What a record says about itself, and the Zarr metadata that follows from it.
+
+A record is a Zarr group, format 2. All of its metadata lies in one file, Zarr's own
+``.zmetadata``: replacing that file is what makes new windows part of the arrays. Its
+root attributes hold a :class:`RecordMeta`; from that, and from nothing else, follow
+shape, chunks and type of every array, so that a file which says something different
+is refused before anything is read by it. The schema is drawn in ``docs/record.md``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.reclaim.errors import RecordError
+from kvmhost.reclaim.young.bits import BLOCK_WINDOWS
+
+__all__ = [
+    "COLUMNS",
+    "COLUMN_CHUNK",
+    "HISTOGRAMS",
+    "HISTOGRAM_CHUNK",
+    "LEVELS",
+    "LEVEL_CHUNK_BINS",
+    "MAX_CHUNKS",
+    "MAX_PAGES",
+    "METADATA_FILE",
+    "N_BUCKETS",
+    "UPPER",
+    "Layout",
+    "Memslot",
+    "RecordMeta",
+    "Session",
+    "array_metadata",
+    "chunk_pages_for",
+    "decode_meta",
+    "encode_meta",
+    "level_dtype",
+    "n_bins",
+]
+
+METADATA_FILE = ".zmetadata"
+FORMAT_VERSION = 1
+MAX_PAGES = 1 << 30
+MAX_WINDOWS = 1 << 26
+#: Along the gfn axis. Memory that grows keeps the chunks that it began with.
+MAX_CHUNKS = 1 << 16
+MIN_CHUNK_PAGES, MAX_CHUNK_PAGES = 1 << 12, 1 << 18
+#: One number a window. Times are ``CLOCK_MONOTONIC``, but for ``wall_ns``.
+COLUMNS = {
+    "start_ns": "start of the window, CLOCK_MONOTONIC; 0 if it was not known",
+    "end_ns": "end of the window, CLOCK_MONOTONIC",
+    "wall_ns": "end of the window, CLOCK_REALTIME; 0 if it was not known",
+    "n_pages": "pages that were looked at, from gfn_start",
+    "n_young": "pages that were young",
+    "flags": "1: which bits are coarse is known (array coarse)",
+    "harvest_ns": "what the harvest took inside the VM; 0 if it was not known",
+    "rearm_ns": "what re-arming took inside the VM; 0 if it was not known",
+}
+COLUMN_CHUNK = 1024
+#: Counts of pages by windows passed, in the buckets of :data:`UPPER`.
+HISTOGRAMS = {
+    "reuse": "young pages by windows since they were last young; bucket 0: never before",
+    "ages": "pages by windows since last young, this one being 1; bucket 0: never yet",
+}
+HISTOGRAM_CHUNK = 256
+#: Young pages of each window in bins of ``2 ** level`` pages.
+LEVELS = (9, 12, 15, 18)
+LEVEL_CHUNK_BINS = 4096
+_ZSTD = {"id": "zstd", "level": 3, "checksum": True}
+
+
+def _upper() -> npt.NDArray[np.int64]:
+    wide = [(8 + step) << octave for octave in range(3, 21) for step in range(1, 9)]
+    return np.array([0, *range(1, 65), *wide], dtype=np.int64)
+
+
+#: Bucket ``b`` holds counts of ``UPPER[b - 1] < windows <= UPPER[b]``: exact up to 64,
+#: within an eighth above.
+UPPER = _upper()
+N_BUCKETS = int(UPPER.size)
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class Memslot(msgspec.Struct, frozen=True):
+    """Guest pages ``[gfn, gfn + n_pages)``, at ``hva`` in the VM process (0: not known)."""
+
+    slot: Count
+    gfn: Count
+    n_pages: Count
+    hva: Number = 0
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """The memslots from one window on, until the next layout."""
+
+    first_window: Count
+    memslots: list[Memslot]
+
+
+class Session(msgspec.Struct, frozen=True):
+    """Where the bits come from, from one window on, until the next session.
+
+    :param boot_id: of the host: monotonic times of two sessions compare where it is equal
+    :param facts: host and guest: kernel, machine, engine, image, VM, what wrote the record
+    """
+
+    first_window: Count
+    tracker: Text
+    table_format: Text
+    interval_ns: Count = 0
+    boot_id: Text = ""
+    facts: dict[Text, Text] = {}
+
+
+class RecordMeta(msgspec.Struct, frozen=True):
+    """All that a record says about itself.
+
+    :param n_pages: end of the gfn axis, counted from ``gfn_start``; grows, never shrinks
+    :param chunk_pages: pages of a chunk of the bit arrays; a power of two
+    :param n_windows: windows in the arrays; later ones may be in the tail
+    """
+
+    version: int
+    gfn_start: Count
+    n_pages: Annotated[int, msgspec.Meta(ge=0, le=MAX_PAGES)]
+    page_bytes: Annotated[int, msgspec.Meta(ge=512, le=1 << 30)]
+    chunk_pages: Annotated[int, msgspec.Meta(ge=MIN_CHUNK_PAGES, le=MAX_CHUNK_PAGES)]
+    n_windows: Annotated[int, msgspec.Meta(ge=0, le=MAX_WINDOWS)]
+    created_ns: Number
+    name: Text
+    sessions: Annotated[list[Session], msgspec.Meta(max_length=1 << 20)]
+    layouts: Annotated[list[Layout], msgspec.Meta(max_length=1 << 20)]
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks along the gfn axis."""
+        return -(-self.n_pages // self.chunk_pages)
+
+
+def chunk_pages_for(n_pages: int) -> int:
+    """Return how many pages a chunk of a new record holds."""
+    return min(max(1 << max(n_pages - 1, 0).bit_length(), MIN_CHUNK_PAGES), MAX_CHUNK_PAGES)
+
+
+def n_bins(n_pages: int, level: int) -> int:
+    """Return the bins of a level."""
+    return -(-n_pages // (1 << level))
+
+
+def level_dtype(level: int) -> str:
+    """Return the type of a level's counts."""
+    return "<u2" if level < 16 else "<u4"
+
+
+def array_metadata(meta: RecordMeta) -> dict[str, Any]:
+    """Return ``.zarray`` and ``.zattrs`` of every array, by path."""
+    found: dict[str, Any] = {".zgroup": {"zarr_format": 2}}
+
+    def add(
+        name: str, axes: dict[str, tuple[int, int]], dtype: str, about: str, sparse: bool = False
+    ) -> None:
+        item = np.dtype(dtype).itemsize
+        packed = {"id": "packbits"} if dtype == "|b1" else {"id": "shuffle", "elementsize": item}
+        found[f"{name}/.zarray"] = {
+            "zarr_format": 2,
+            "shape": [size for size, _ in axes.values()],
+            "chunks": [chunk for _, chunk in axes.values()],
+            "dtype": dtype,
+            # Chunks that are all zeros have no file, in arrays where there can be many such.
+            "fill_value": (False if dtype == "|b1" else 0) if sparse else None,
+            "order": "C",
+            "filters": [packed],
+            "compressor": _ZSTD,
+            "dimension_separator": ".",
+        }
+        found[f"{name}/.zattrs"] = {"_ARRAY_DIMENSIONS": list(axes), "about": about}
+
+    n, t = meta.n_pages, meta.n_windows
+    gfns = (n, meta.chunk_pages)
+    for name, about in (
+        ("young", "page gfn_start + i was young in the window"),
+        ("coarse", "the bit came from a leaf larger than a page"),
+    ):
+        add(name, {"gfn": gfns, "window": (t, BLOCK_WINDOWS)}, "|b1", about, sparse=True)
+    for name, about in COLUMNS.items():
+        add(name, {"window": (t, COLUMN_CHUNK)}, "<i8", about)
+    buckets = (N_BUCKETS, N_BUCKETS)
+    for name, about in HISTOGRAMS.items():
+        add(name, {"window": (t, HISTOGRAM_CHUNK), "bucket": buckets}, "<u4", about)
+    add("bucket", {"bucket": buckets}, "<i8", "upper bounds, in windows")
+    for level in LEVELS:
+        axes = {
+            "window": (t, BLOCK_WINDOWS),
+            f"bin{level}": (n_bins(n, level), LEVEL_CHUNK_BINS),
+        }
+        about = f"young pages in bins of {1 << level} pages"
+        add(f"sum{level}", axes, level_dtype(level), about, sparse=True)
+    return found
+
+
+def encode_meta(meta: RecordMeta) -> tuple[dict[str, Any], bytes]:
+    """Return the Zarr metadata by path, and the text of ``.zmetadata``."""
+    plain = msgspec.to_builtins(meta)
+    attributes = {
+        "kvmhost_young": plain,
+        "kvmhost_young_crc32": _crc32(plain),
+    }
+    metadata = {".zattrs": attributes, **array_metadata(meta)}
+    text = msgspec.json.encode({"zarr_consolidated_format": 1, "metadata": metadata})
+    return metadata, text
+
+
+def decode_meta(raw: bytes, path: Path) -> RecordMeta:
+    """Read ``.zmetadata``.
+
+    :raises RecordError: if it is damaged, or is not what a record of this version has
+    """
+    try:
+        whole = msgspec.json.decode(raw, type=dict[str, Any])
+        metadata = whole["metadata"]
+        attributes = metadata[".zattrs"]
+        plain, crc = attributes["kvmhost_young"], attributes["kvmhost_young_crc32"]
+        version = plain["version"]
+    except (msgspec.DecodeError, UnicodeError, RecursionError, KeyError, TypeError) as error:
+        text = f"no metadata of a record: {type(error).__name__}: {error}"
+        raise RecordError(str(path), "metadata", text) from None
+    if version != FORMAT_VERSION:
+        problem = f"is {version!r}; this program reads {FORMAT_VERSION}"
+        raise RecordError(str(path), "version", problem)
+    if crc != _crc32(plain):
+        raise RecordError(str(path), "kvmhost_young_crc32", "the metadata was changed or damaged")
+    try:
+        meta = msgspec.convert(plain, RecordMeta)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise RecordError(str(path), "kvmhost_young", str(error)) from None
+    _check(meta, path)
+    for key, wanted in array_metadata(meta).items():
+        if metadata.get(key) != wanted:
+            raise RecordError(str(path), key, f"is {str(metadata.get(key))[:200]}, need {wanted}")
+    return meta
+
+
+def _check(meta: RecordMeta, path: Path) -> None:
+    if meta.chunk_pages & (meta.chunk_pages - 1):
+        raise RecordError(str(path), "chunk_pages", f"{meta.chunk_pages} is no power of two")
+    if meta.n_chunks > MAX_CHUNKS:
+        problem = f"{meta.n_pages} pages in chunks of {meta.chunk_pages}: more than {MAX_CHUNKS}"
+        raise RecordError(str(path), "n_pages", problem)
+    for name, parts in (("sessions", meta.sessions), ("layouts", meta.layouts)):
+        firsts = [part.first_window for part in parts]
+        if not firsts or firsts[0] != 0 or firsts != sorted(firsts):
+            raise RecordError(str(path), name, "do not begin with window 0 or are not in order")
+
+
+def _crc32(plain: Any) -> int:
+    return zlib.crc32(msgspec.json.encode(plain, order="deterministic"))

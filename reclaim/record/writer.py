@@ -1,0 +1,490 @@
+"""Writing records: append to the tail, then, a block of windows at a time, to the arrays.
+
+What is on disk is whole at every moment:
+
+1. a window is appended to the tail, with a checksum;
+2. once a block of 64 windows is full, or some time has passed, the block's chunks are
+   written, each through a file beside it and a rename;
+3. the metadata is replaced: from here on the arrays have those windows;
+4. after a full block a new, empty tail takes the old one's place.
+
+A writer that is killed between any two of these leaves the windows in the tail, and
+what it left of chunks is not looked at, since the metadata ends before them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.bitmap import Words, YoungBitmap
+from kvmhost.closing import Closing
+from kvmhost.errors import LayoutError, NameInUseError
+from kvmhost.reclaim.analyse.summary import RunningAges, last_window_of, level_sums
+from kvmhost.reclaim.record import meta as recordmeta
+from kvmhost.reclaim.record.chunks import (
+    TEMPORARY,
+    encode_array,
+    encode_bits,
+    need_zstd,
+    write_file,
+    zstd,
+)
+from kvmhost.reclaim.record.files import LOCK_FILE
+from kvmhost.reclaim.record.journal import JOURNAL_FILE, Entry, JournalWriter, pack_row, unpack_row
+from kvmhost.reclaim.record.meta import COLUMNS, HISTOGRAMS, Layout, Memslot, RecordMeta, Session
+from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, to_history
+
+__all__ = ["Cost", "RecordInUseError", "RecordWriter"]
+
+#: The arrays, which other programs read, are at most so far behind the tail.
+_COMMIT_S = 60.0
+#: Arrays have their own metadata as of the last multiple of so many windows, or the end.
+_EVERYWHERE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one harvest took inside the VM process."""
+
+    harvest_ns: int = 0
+    rearm_ns: int = 0
+
+
+class RecordWriter(Closing):
+    """Writes one record; one process at a time does.
+
+    Methods raise OSError where the file system refuses (a full disk): the window in
+    question is not in the record, all before it are, and the writer takes no more.
+    """
+
+    def __init__(self, path: Path, meta: RecordMeta, lock_fd: int) -> None:
+        self.path, self._meta, self._lock_fd = path, meta, lock_fd
+        self._ages = RunningAges(meta.chunk_pages)
+        self._base = self._n_windows = 0
+        self._tail: list[Entry] = []
+        self._columns = {
+            name: np.zeros(recordmeta.COLUMN_CHUNK, dtype=np.int64) for name in COLUMNS
+        }
+        shape = (recordmeta.HISTOGRAM_CHUNK, recordmeta.N_BUCKETS)
+        self._histograms = {name: np.zeros(shape, dtype=np.int64) for name in HISTOGRAMS}
+        self._written: set[Path] = set()
+        self._journal: JournalWriter | None = None
+        self._broken = ""
+        self._committed_s = time.monotonic()
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        n_pages: int,
+        *,
+        gfn_start: int = 0,
+        page_bytes: int = 4096,
+        name: str = "",
+        memslots: Sequence[Memslot] = (),
+        session: Session | None = None,
+    ) -> RecordWriter:
+        """Begin a record; it appears at ``path`` at once and whole.
+
+        :param n_pages: that are looked at; more may come later
+        :param memslots: none: one of all the pages
+        :raises LayoutError: if something is there already, or the sizes are none
+        :raises OSError: if it cannot be written there
+        """
+        need_zstd()
+        path = Path(path)
+        if path.exists() or path.is_symlink():
+            raise LayoutError(f"{path}: there is something already; append to it or take another")
+        if not 0 <= n_pages <= recordmeta.MAX_PAGES or not 0 <= gfn_start < 1 << 52:
+            raise LayoutError(f"record: no range of {n_pages} pages from gfn {gfn_start:#x}")
+        slots = list(memslots) or [Memslot(0, gfn_start, n_pages)]
+        meta = RecordMeta(
+            version=recordmeta.FORMAT_VERSION,
+            gfn_start=gfn_start,
+            n_pages=n_pages,
+            page_bytes=page_bytes,
+            chunk_pages=recordmeta.chunk_pages_for(n_pages),
+            n_windows=0,
+            created_ns=time.time_ns(),
+            name=name,
+            sessions=[session or Session(0, "unknown", "none")],
+            layouts=[Layout(0, slots)],
+        )
+        return cls(path, meta, _make_skeleton(path, meta))._begin()
+
+    @classmethod
+    def resume(cls, path: str | Path, *, session: Session | None = None) -> RecordWriter:
+        """Go on with a record, after whatever stopped the writer before.
+
+        :param session: where the bits come from now; None: as before
+        :raises NameInUseError: if another process is writing it
+        :raises RecordError: if it is damaged
+        """
+        path = Path(path)
+        lock_fd = _lock(path)
+        try:
+            with YoungRecord(path) as record:
+                writer = cls(path, record.metadata, lock_fd)
+                writer._restore(record)
+        except BaseException:
+            os.close(lock_fd)
+            raise
+        if session is not None:
+            writer.set_session(session)
+        return writer
+
+    @property
+    def n_windows(self) -> int:
+        """Windows that were appended."""
+        return self._n_windows
+
+    @property
+    def metadata(self) -> RecordMeta:
+        """What the record says about itself."""
+        return self._meta
+
+    def append(self, bitmap: YoungBitmap, *, wall_ns: int = 0, cost: Cost = Cost()) -> None:
+        """Append a window; its times, tracker and format are those of the bitmap.
+
+        :param wall_ns: ``CLOCK_REALTIME`` at its end, 0 if it is not known
+        :raises LayoutError: if it begins at another gfn than the record
+        """
+        if self._broken or self._journal is None:
+            raise LayoutError(f"{self.path}: takes no more: {self._broken or 'closed'}")
+        if bitmap.gfn_start != self._meta.gfn_start:
+            raise LayoutError(
+                f"{self.path}: {bitmap!r} begins elsewhere than gfn {self._meta.gfn_start:#x}"
+            )
+        source = bitmap.provenance
+        most = min(recordmeta.MAX_PAGES, recordmeta.MAX_CHUNKS * self._meta.chunk_pages)
+        if self._n_windows >= recordmeta.MAX_WINDOWS or bitmap.n_pages > most:
+            raise LayoutError(f"{self.path}: {bitmap!r}: a record cannot take that much")
+        try:
+            self._prepare(source.tracker, source.table_format, bitmap.n_pages)
+            young = _chunks_of(bitmap.words, self._meta.chunk_pages)
+            reuse, ages = self._ages.push(young, bitmap.n_pages)
+            flags = int(bitmap.coarse is not None)
+            columns = {
+                "start_ns": source.window_start_ns,
+                "end_ns": source.window_end_ns,
+                "wall_ns": wall_ns,
+                "n_pages": bitmap.n_pages,
+                "n_young": int(reuse.sum()),
+                "flags": flags,
+                "harvest_ns": cost.harvest_ns,
+                "rearm_ns": cost.rearm_ns,
+            }
+            coarse = _chunks_of(bitmap.coarse, self._meta.chunk_pages) if flags else {}
+            entry = Entry(
+                columns=[int(columns[name]) for name in COLUMNS],
+                young=[(chunk, pack_row(words)) for chunk, words in young.items()],
+                coarse=[(chunk, pack_row(words)) for chunk, words in coarse.items()],
+                histograms=zstd(np.stack([reuse, ages]).astype("<u4").tobytes(), level=1),
+            )
+            self._journal.append(entry, bitmap.n_pages)
+            self._take(entry, np.stack([reuse, ages]))
+            overdue = time.monotonic() - self._committed_s > _COMMIT_S
+            if len(self._tail) == BLOCK_WINDOWS or overdue:
+                self.commit()
+        except OSError as error:
+            self._broken = str(error)
+            raise
+
+    def set_layout(self, memslots: Sequence[Memslot]) -> None:
+        """Take note of the memslots of the windows from here on."""
+        layouts = self._meta.layouts
+        if list(memslots) != layouts[-1].memslots:
+            kept = [part for part in layouts if part.first_window < self._n_windows]
+            self._change(layouts=[*kept, Layout(self._n_windows, list(memslots))])
+
+    def set_session(self, session: Session) -> None:
+        """Take note of where the windows from here on come from."""
+        last = self._meta.sessions[-1]
+        session = msgspec.structs.replace(session, first_window=self._n_windows)
+        if session == msgspec.structs.replace(last, first_window=self._n_windows):
+            return
+        kept = [part for part in self._meta.sessions if part.first_window < self._n_windows]
+        self._change(sessions=[*kept, session])
+
+    def commit(self) -> None:
+        """Put the windows of the tail into the arrays, where other programs find them."""
+        if self._tail and self._meta.n_windows < self._n_windows:
+            self._written.clear()
+            self._write_bits("young")
+            self._write_bits("coarse")
+            self._write_numbers()
+            self._meta = msgspec.structs.replace(self._meta, n_windows=self._n_windows)
+            # Replacing a file costs a file system a flush, and there are dozens of these.
+            _write_metadata(self.path, self._meta, everywhere=self._n_windows % _EVERYWHERE == 0)
+        self._committed_s = time.monotonic()
+        if len(self._tail) == BLOCK_WINDOWS:
+            self._base = self._n_windows
+            self._tail = []
+            self._new_journal()
+
+    def close(self) -> None:
+        """Put everything into the arrays and let go of the record. Idempotent."""
+        if self._lock_fd < 0:
+            return
+        try:
+            if not self._broken:
+                self.commit()
+                _write_metadata(self.path, self._meta)
+        finally:
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    # -- the beginning --------------------------------------------------------
+
+    def _begin(self) -> RecordWriter:
+        self._new_journal()
+        return self
+
+    def _restore(self, record: YoungRecord) -> None:
+        """Take over a record: ages from its bits, the open block from its last windows."""
+        for stale in self.path.rglob(TEMPORARY + "*"):
+            stale.unlink(missing_ok=True)
+        n_windows = len(record)
+        # The block that the arrays do not have whole: the tail has it, up to its end.
+        self._base = self._meta.n_windows - self._meta.n_windows % BLOCK_WINDOWS
+        last: dict[int, npt.NDArray[np.int64]] = {}
+        size = self._meta.chunk_pages
+        for gfn, base, words in record.blocks(0, n_windows):
+            chunk = (gfn - self._meta.gfn_start) // size
+            windows = last.setdefault(chunk, np.full(size, -1, dtype=np.int64))
+            found = last_window_of(words)
+            np.copyto(windows[: words.size], found + base, where=found >= 0)
+        self._ages.restore(n_windows, last)
+        self._restore_numbers(record, n_windows)
+        entries = [_entry_of(record, window, size) for window in range(self._base, n_windows)]
+        self._new_journal(entries)
+        self._tail = [entry for entry, _ in entries]
+        self._n_windows = n_windows
+        # All of the open block is written anew, and what is left of others was begun by
+        # a writer that died: windows of which nothing else is known.
+        self._meta = msgspec.structs.replace(self._meta, n_windows=self._base)
+        block = self._base // BLOCK_WINDOWS
+        self.commit()
+        self._drop_stale(block)
+
+    def _restore_numbers(self, record: YoungRecord, n_windows: int) -> None:
+        for name, buffer in self._columns.items():
+            first = self._base - self._base % recordmeta.COLUMN_CHUNK
+            buffer[: n_windows - first] = record.column(name)[first:]
+        for name, rows in self._histograms.items():
+            first = self._base - self._base % recordmeta.HISTOGRAM_CHUNK
+            rows[: n_windows - first] = record.histogram(name, first, n_windows)
+
+    def _drop_stale(self, block: int) -> None:
+        """Remove chunks of this and later blocks that were not written just now."""
+        for name in ("young", "coarse", *(f"sum{level}" for level in recordmeta.LEVELS)):
+            for file in (self.path / name).iterdir():
+                first, _, second = file.name.partition(".")
+                number = first if name.startswith("sum") else second
+                if number.isdigit() and int(number) >= block and file not in self._written:
+                    file.unlink(missing_ok=True)
+
+    # -- writing --------------------------------------------------------------
+
+    def _prepare(self, tracker: str, table_format: str, n_pages: int) -> None:
+        last = self._meta.sessions[-1]
+        if (last.tracker, last.table_format) != (tracker, table_format):
+            self.set_session(
+                msgspec.structs.replace(last, tracker=tracker, table_format=table_format)
+            )
+        if n_pages > self._meta.n_pages:
+            self._change(n_pages=n_pages)
+
+    def _change(self, **fields: object) -> None:
+        self._meta = msgspec.structs.replace(self._meta, **fields)
+        _write_metadata(self.path, self._meta)
+
+    def _take(self, entry: Entry, histograms: npt.NDArray[np.int64]) -> None:
+        for name, value in zip(COLUMNS, entry.columns, strict=True):
+            self._columns[name][self._n_windows % recordmeta.COLUMN_CHUNK] = value
+        for name, row in zip(HISTOGRAMS, histograms, strict=True):
+            self._histograms[name][self._n_windows % recordmeta.HISTOGRAM_CHUNK] = row
+        self._tail.append(entry)
+        self._n_windows += 1
+
+    def _write_bits(self, name: str) -> None:
+        """Write the open block's chunks of a bit array, and its sums."""
+        rows_of: dict[int, dict[int, bytes]] = {}
+        for at, entry in enumerate(self._tail):
+            for chunk, packed in getattr(entry, name):
+                rows_of.setdefault(chunk, {})[at] = packed
+        sums = _Sums(self._meta.n_pages, self._meta.chunk_pages)
+        block = self._base // BLOCK_WINDOWS
+        for chunk, packed_rows in rows_of.items():
+            rows = self._unpack(packed_rows)
+            self._put(self.path / name / f"{chunk}.{block}", encode_bits(to_history(rows)))
+            if name == "young":
+                sums.add(chunk, rows)
+        if name == "young":
+            for name_of_sum, packed in sums.chunks(block):
+                self._put(self.path / name_of_sum, packed)
+
+    def _put(self, path: Path, raw: bytes) -> None:
+        write_file(path, raw)
+        self._written.add(path)
+
+    def _unpack(self, packed_rows: Mapping[int, bytes]) -> Words:
+        size = self._meta.chunk_pages
+        rows = np.zeros((BLOCK_WINDOWS, size // 64), dtype=np.uint64)
+        for at, packed in packed_rows.items():
+            rows[at] = unpack_row(packed, size, self.path / JOURNAL_FILE)
+        return rows
+
+    def _write_numbers(self) -> None:
+        for name, buffer in self._columns.items():
+            chunk = self._base // recordmeta.COLUMN_CHUNK
+            self._put_rows(name, f"{chunk}", buffer, self._n_windows, "<i8")
+        for name, rows in self._histograms.items():
+            chunk = self._base // recordmeta.HISTOGRAM_CHUNK
+            self._put_rows(name, f"{chunk}.0", rows, self._n_windows, "<u4")
+
+    def _put_rows(
+        self, name: str, key: str, rows: npt.NDArray[np.int64], end: int, dtype: str
+    ) -> None:
+        """Write a chunk of one array; begin the next where it is full."""
+        write_file(self.path / name / key, encode_array(rows, dtype))
+        if end % len(rows) == 0:
+            rows[:] = 0
+
+    def _new_journal(self, entries: Sequence[tuple[Entry, int]] = ()) -> None:
+        if self._journal is not None:
+            self._journal.close()
+        self._journal = JournalWriter(self.path / JOURNAL_FILE, self._base, entries)
+
+
+class _Sums:
+    """The levels of one block, gathered chunk by chunk."""
+
+    def __init__(self, n_pages: int, chunk_pages: int) -> None:
+        self._n_pages, self._chunk_pages = n_pages, chunk_pages
+        finest = recordmeta.LEVELS[0]
+        bins = -(-n_pages // recordmeta.MAX_CHUNK_PAGES) * (
+            recordmeta.MAX_CHUNK_PAGES >> finest
+        )  # fmt: skip
+        self._finest = np.zeros((BLOCK_WINDOWS, bins), dtype=np.uint16)
+
+    def add(self, chunk: int, rows: Words) -> None:
+        """Take the bitmaps of one chunk of pages."""
+        finest = recordmeta.LEVELS[0]
+        first = chunk * self._chunk_pages >> finest
+        sums = level_sums(rows, finest)
+        self._finest[:, first : first + sums.shape[1]] = sums
+
+    def chunks(self, block: int) -> Iterator[tuple[str, bytes]]:
+        """Yield path and content of the chunks that are not all zeros."""
+        sums, below = self._finest.astype(np.uint32), recordmeta.LEVELS[0]
+        for level in recordmeta.LEVELS:
+            sums = sums.reshape(BLOCK_WINDOWS, -1, 1 << (level - below)).sum(
+                axis=2, dtype=np.uint32
+            )
+            below = level
+            bins = recordmeta.n_bins(self._n_pages, level)
+            for column in range(-(-bins // recordmeta.LEVEL_CHUNK_BINS)):
+                width = recordmeta.LEVEL_CHUNK_BINS
+                part = sums[:, column * width : (column + 1) * width]
+                if part.any():
+                    whole = np.zeros((BLOCK_WINDOWS, width), dtype=np.uint32)
+                    whole[:, : part.shape[1]] = part
+                    packed = encode_array(whole, recordmeta.level_dtype(level))
+                    yield f"sum{level}/{block}.{column}", packed
+
+
+def _chunks_of(words: Words | None, chunk_pages: int) -> dict[int, Words]:
+    """Cut a bitmap into chunks of pages; those without a bit are left out."""
+    if words is None:
+        return {}
+    size = chunk_pages // 64
+    padded = np.zeros(-(-words.size // size) * size, dtype=np.uint64)
+    padded[: words.size] = words
+    chunks = padded.reshape(-1, size)
+    return {int(chunk): chunks[chunk] for chunk in np.flatnonzero(chunks.any(axis=1))}
+
+
+def _entry_of(record: YoungRecord, window: int, chunk_pages: int) -> tuple[Entry, int]:
+    """Make a window's entry anew from what a record has of it; with its pages."""
+    bitmap = record.bitmap(window)
+    rows = [record.histogram(name, window, window + 1)[0] for name in HISTOGRAMS]
+    young = _chunks_of(bitmap.words, chunk_pages)
+    coarse = _chunks_of(bitmap.coarse, chunk_pages)
+    return Entry(
+        columns=[int(record.column(name)[window]) for name in COLUMNS],
+        young=[(chunk, pack_row(words)) for chunk, words in young.items()],
+        coarse=[(chunk, pack_row(words)) for chunk, words in coarse.items()],
+        histograms=zstd(np.stack(rows).astype("<u4").tobytes(), level=1),
+    ), bitmap.n_pages
+
+
+def _make_skeleton(path: Path, meta: RecordMeta) -> int:
+    """Make an empty record beside its place and rename it there; return its lock."""
+    with contextlib.ExitStack() as undo:
+        beside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+        undo.callback(shutil.rmtree, beside, ignore_errors=True)
+        beside.chmod(0o755)
+        for name in recordmeta.array_metadata(meta):
+            (beside / name).parent.mkdir(exist_ok=True)
+        bucket = encode_array(recordmeta.UPPER, "<i8")
+        write_file(beside / "bucket" / "0", bucket)
+        _write_metadata(beside, meta)
+        JournalWriter(beside / JOURNAL_FILE, 0).close()
+        (beside / LOCK_FILE).touch()
+        lock_fd = _lock(beside)
+        undo.callback(os.close, lock_fd)
+        beside.rename(path)
+        undo.pop_all()
+    return lock_fd
+
+
+def _write_metadata(path: Path, meta: RecordMeta, everywhere: bool = True) -> None:
+    """Write Zarr's metadata; the file that counts comes last.
+
+    :param everywhere: also each array's own, for readers that do not take it from there
+    """
+    metadata, text = recordmeta.encode_meta(meta)
+    for name, value in metadata.items() if everywhere else ():
+        write_file(path / name, msgspec.json.encode(value))
+    write_file(path / recordmeta.METADATA_FILE, text)
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise RecordInUseError(str(path)) from None
+    return fd
+
+
+class RecordInUseError(NameInUseError):
+    """Another process is writing that record."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.path}: another process is writing this record; stop it first"
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return (type(self), (self.path,))

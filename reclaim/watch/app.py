@@ -1,0 +1,410 @@
+"""The live view in a terminal, on textual: map, working set, generations, pressure.
+
+Everything is drawn when a tick is there or a key was pressed, and never between. The
+view looks at the processor time it takes: above its share it ticks less often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.events import Resize
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from kvmhost.errors import ControlError, KvmHostError, VmGoneError
+from kvmhost.reclaim.watch.data import RECENT, Sample, Sampler
+from kvmhost.reclaim.watch.map import (
+    Grid,
+    bar,
+    draw_changes,
+    draw_density,
+    size_text,
+    sparkline,
+)
+
+__all__ = ["MOST_SHARE", "Pace", "WatchApp"]
+
+#: Of one core, over some ticks; a tick that takes more makes the next ones rarer.
+MOST_SHARE = 0.04
+_LONGEST_S = 60.0
+_RETRY_S = 2.0
+_PAGE_BYTES = 4096
+_KEYS = "arrows  + - zoom  0 all  space pause  m mark  v view  t tracker  ? help  q quit"
+_HELP = """\
+Each cell is a range of guest pages, left to right and top to bottom.
+The fuller, the more of its pages are young:
+  · none   ░ up to 8 %   ▒ up to 40 %   ▓ up to 90 %   █ nearly all
+
+arrows     move over the cells, and on beyond the edges
+PgUp PgDn  a screen up or down
++ Enter    zoom in at the cursor, down to single pages
+- 0        zoom out; all of memory
+space p    pause and go on: nothing is harvested meanwhile
+v          young in this window, or in the last 10
+m          mark: remember what is young, show what changed since
+             + became young  - no longer  ± both  = as before
+           m again forgets the mark
+t          the next tracker (guestpt, pagemap, dirty, uffd, idle)
+q Ctrl-C   quit
+
+Where a daemon looks after the VM, generations are its own and the
+view only peeks. Else pages are sorted by ticks since they were last
+young, and each tick clears the accessed bits.
+                                            any key closes this"""
+
+
+class Pace:
+    """Says how long to wait for the next tick, so that the view keeps to its share.
+
+    :param clock: processor seconds of this process
+    """
+
+    def __init__(
+        self,
+        interval_s: float,
+        clock: Callable[[], float] = time.process_time,
+        wall: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.asked_s = self.interval_s = interval_s
+        self._clock, self._wall = clock, wall
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from here on: what came before was the start of the program."""
+        self._last = self._wall(), self._clock()
+        self.share = 0.0
+
+    def next_s(self) -> float:
+        """Take note of a tick; return the seconds until the next one."""
+        (wall_s, used_s), now = self._last, (self._wall(), self._clock())
+        self._last = now
+        took_s, used_s = now[0] - wall_s, now[1] - used_s
+        if took_s > 0:
+            self.share = used_s / took_s
+        # Most of a tick's time is the tick's own, however long the wait is.
+        needed_s = used_s / MOST_SHARE
+        if needed_s > self.interval_s:
+            self.interval_s = min(needed_s, _LONGEST_S)
+        else:
+            self.interval_s = max(self.asked_s, 0.8 * self.interval_s, needed_s)
+        return self.interval_s
+
+
+class _Help(ModalScreen[None]):
+    """What the keys do."""
+
+    CSS = """
+    _Help { align: center middle; }
+    #help { width: 74; max-width: 100%; height: auto; max-height: 100%; padding: 0 1;
+            border: round $accent; background: $surface; }
+    """
+
+    def compose(self) -> ComposeResult:
+        """Show the text."""
+        with VerticalScroll(id="help"):
+            yield Static(Text(_HELP))
+
+    def on_key(self) -> None:
+        """Close at any key; keys typed ahead may still come here."""
+        if self.is_current:
+            self.dismiss()
+
+
+class WatchApp(App[None]):
+    """The view of one VM."""
+
+    TITLE = "kvmhost young watch"
+    ENABLE_COMMAND_PALETTE = False
+    CSS = """
+    Screen { background: ansi_default; }
+    #head { height: 1; background: $primary-background; color: $text; }
+    #map { height: 1fr; padding: 0 1; }
+    #cell { height: 1; padding: 0 1; }
+    #figures { height: 5; padding: 0 1; }
+    #keys { height: 1; background: $primary-background; color: $text; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q,ctrl+c,ctrl+q", "quit", "quit", priority=True),
+        Binding("space,p", "pause", "pause"),
+        Binding("plus,enter,equals_sign", "zoom(1)", "in"),
+        Binding("minus,underscore", "zoom(-1)", "out"),
+        Binding("0,home", "all", "all"),
+        Binding("left", "move(-1, 0)", "left"),
+        Binding("right", "move(1, 0)", "right"),
+        Binding("up", "move(0, -1)", "up"),
+        Binding("down", "move(0, 1)", "down"),
+        Binding("pageup", "scroll(-1)", "screen up"),
+        Binding("pagedown", "scroll(1)", "screen down"),
+        Binding("m", "mark", "mark"),
+        Binding("v", "view", "view"),
+        Binding("t", "tracker", "tracker"),
+        Binding("question_mark,h,f1", "help", "help"),
+    ]
+
+    def __init__(self, sampler: Sampler, interval_s: float = 1.0) -> None:
+        super().__init__()
+        self.animation_level = "none"
+        self.sampler, self.pace = sampler, Pace(interval_s)
+        self.sample: Sample | None = None
+        self.mark: npt.NDArray[np.bool_] | None = None
+        self.mark_tick = 0
+        self.paused = self.show_recent = False
+        self.problem = ""
+        self.zoom_steps = self.start_page = self.cursor_cell = 0
+        self._wake = asyncio.Event()
+
+    # -- life ------------------------------------------------------------------
+
+    def compose(self) -> ComposeResult:
+        """Lay the parts out from top to bottom."""
+        for name in ("head", "map", "cell", "figures", "keys"):
+            yield Static(id=name)
+
+    def on_mount(self) -> None:
+        """Begin to tick."""
+        self.query_one("#keys", Static).update(Text(f" {_KEYS}", no_wrap=True))
+        self.run_worker(self._tick_for_ever(), exclusive=True)
+
+    def on_resize(self, _: Resize) -> None:
+        """Fit the map to the terminal."""
+        self.call_after_refresh(self.draw)
+
+    async def _tick_for_ever(self) -> None:
+        self.pace.begin()
+        while True:
+            wait_s = self.pace.next_s() if not self.paused else _LONGEST_S
+            if not self.paused and not await self._tick():
+                wait_s = max(_RETRY_S, wait_s)
+            self.draw()
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), wait_s)
+            except TimeoutError:
+                continue
+
+    async def _tick(self) -> bool:
+        """Ask the VM; return whether it answered."""
+        try:
+            self.sample = await asyncio.to_thread(self.sampler.sample)
+            if self.mark is not None and self.mark.size != self.sampler.n_pages:
+                self.mark = None
+            self.problem = ""
+        except VmGoneError as error:
+            self.problem = f"{error}; waiting for it to come back, q quits"
+        except ControlError as error:
+            self.problem = f"{error}; t takes the next tracker"
+        except KvmHostError as error:
+            self.problem = str(error)
+        return not self.problem
+
+    # -- keys ------------------------------------------------------------------
+
+    def action_pause(self) -> None:
+        """Stop asking the VM, or go on."""
+        self.paused = not self.paused
+        self._wake.set()
+
+    def action_zoom(self, steps: int) -> None:
+        """Show twice, or half, the pages in a cell; the cursor keeps its page."""
+        grid = self.grid()
+        page = grid.range_of(self.cursor_cell)[0]
+        if steps < 0 or grid.cell_pages > 1:
+            self.zoom_steps = max(0, self.zoom_steps + 2 * steps)
+        most = Grid.whole_bits(grid.columns * grid.rows, grid.n_pages)
+        self.zoom_steps = min(self.zoom_steps, most)
+        self._look_at(page)
+
+    def action_all(self) -> None:
+        """Show all of memory."""
+        page = self.grid().range_of(self.cursor_cell)[0]
+        self.zoom_steps = 0
+        self._look_at(page)
+
+    def action_move(self, dx: int, dy: int) -> None:
+        """Move the cursor; at an edge the map moves."""
+        grid = self.grid()
+        cell = self.cursor_cell + dx + dy * grid.columns
+        if not 0 <= cell < grid.columns * grid.rows:
+            step = grid.columns * grid.cell_pages * (1 if cell > 0 else -1)
+            self.start_page = Grid.fit(*self._room(), grid.n_pages, grid.start + step,
+                                       self.zoom_steps).start  # fmt: skip
+            cell -= (self.start_page - grid.start) // grid.cell_pages
+        self.cursor_cell = min(max(cell, 0), self.grid().n_cells() - 1)
+        self.draw()
+
+    def action_scroll(self, screens: int) -> None:
+        """Move the map by a screen."""
+        grid = self.grid()
+        self.start_page = grid.start + screens * (grid.end - grid.start)
+        self.draw()
+
+    def action_mark(self) -> None:
+        """Remember what is young, or forget it."""
+        if self.mark is None and self.sample is not None:
+            self.mark, self.mark_tick = self.shown().copy(), self.sample.tick
+        else:
+            self.mark = None
+        self.draw()
+
+    def action_view(self) -> None:
+        """Change between this window and the last ones."""
+        self.show_recent, self.mark = not self.show_recent, None
+        self.draw()
+
+    def action_tracker(self) -> None:
+        """Take the next tracker, beginning after the one in use."""
+        if self.sample is not None and self.sampler.tracker == "auto":
+            self.sampler.tracker = self.sample.tracker
+        self.sampler.next_tracker()
+        self._wake.set()
+
+    def action_help(self) -> None:
+        """Say what the keys do."""
+        self.push_screen(_Help())
+
+    # -- drawing ---------------------------------------------------------------
+
+    def grid(self) -> Grid:
+        """Return the cells as they are shown now."""
+        return Grid.fit(*self._room(), self.sampler.n_pages, self.start_page, self.zoom_steps)
+
+    def shown(self) -> npt.NDArray[np.bool_]:
+        """Return the pages that count as young in the map."""
+        assert self.sample is not None
+        young = self.sampler.recent() if self.show_recent else self.sample.young
+        return np.resize(young, self.sampler.n_pages)
+
+    def draw(self) -> None:
+        """Draw all parts."""
+        if not self.screen_stack:
+            return
+        self._put("head", self._head())
+        if self.sample is None:
+            return
+        grid = self.grid()
+        self.start_page = grid.start
+        self.cursor_cell = min(self.cursor_cell, max(grid.n_cells() - 1, 0))
+        mapped, young = self.sampler.mapped, self.shown()
+        if self.mark is not None:
+            drawn = draw_changes(self.mark, young, mapped, grid, self.cursor_cell)
+        else:
+            drawn = draw_density(young, mapped, grid, self.cursor_cell)
+        self._put("map", drawn)
+        self._put("cell", self._cell(grid, young))
+        self._put("figures", self._figures(self.sample))
+
+    def _put(self, name: str, text: Text) -> None:
+        self.screen_stack[0].query_one(f"#{name}", Static).update(text)
+
+    def _room(self) -> tuple[int, int]:
+        size = self.screen_stack[0].query_one("#map", Static).content_size
+        return size.width, size.height
+
+    def _look_at(self, page: int) -> None:
+        """Put a page into the middle of the map, and the cursor on it."""
+        grid = self.grid()
+        rows = grid.columns * grid.cell_pages
+        wanted = (page // rows - grid.rows // 2) * rows
+        self.start_page = Grid.fit(
+            *self._room(), grid.n_pages, wanted, self.zoom_steps
+        ).start  # fmt: skip
+        self.cursor_cell = max(0, (page - self.start_page) // grid.cell_pages)
+        self.draw()
+
+    def _head(self) -> Text:
+        text = Text(" ", no_wrap=True, overflow="ellipsis")
+        if self.problem:
+            return text.append(_plain(self.problem), "bold color(203)")
+        if self.sample is None:
+            return text.append("asking the VM ...")
+        state, sample = self.sample.state, self.sample
+        text.append(_plain(state.name), "bold")
+        if self.paused:
+            text.append("  PAUSED", "bold color(226)")
+        elif state.paused:
+            text.append("  VM paused", "bold color(226)")
+        elif sample.peeking:
+            text.append("  peeking", "color(226)")
+        text.append(f"  {_plain(sample.tracker)} ({_plain(sample.table_format)})")
+        text.append(f"  {size_text(state.resident_bytes)} of {size_text(state.mem_bytes)}")
+        if state.limit_bytes:
+            text.append(f", limit {size_text(state.limit_bytes)}")
+        image = state.image.rsplit("/", 1)[-1]
+        return text.append(f"  {_plain(image)}, {_plain(state.engine)}")
+
+    def _cell(self, grid: Grid, young: npt.NDArray[np.bool_]) -> Text:
+        low, high = grid.range_of(self.cursor_cell)
+        part, n = young[low:high], max(high - low, 1)
+        slot = next(
+            (f"slot {r.slot}" for r in self.sampler.memory.regions
+             if r.gfn <= low < r.gfn + r.n_pages), "no memory"
+        )  # fmt: skip
+        span = f"gfn {low:#x}" if high - low == 1 else f"gfns {low:#x}:{high:#x}"
+        count = int(np.count_nonzero(part))
+        what = f"young in the last {RECENT}" if self.show_recent else "young"
+        text = Text(f"{span}  {slot}  ", "color(250)", no_wrap=True, overflow="ellipsis")
+        text.append(f"{count} of {n} {what} ({100 * count / n:.0f} %)", "bold")
+        if self.mark is not None:
+            before = self.mark
+            came, went = int((young & ~before).sum()), int((before & ~young).sum())
+            both = int((young & before).sum())
+            alike = both / max(both + came + went, 1)
+            text.append(f"  since tick {self.mark_tick}: ", "color(250)")
+            text.append(f"+{came:,}", "color(82)").append(f" -{went:,}", "color(203)")
+            text.append(f" alike {100 * alike:.0f} %", "color(250)")
+        return text
+
+    def _figures(self, sample: Sample) -> Text:
+        width = max(self.size.width - 2, 40)
+        text = Text(no_wrap=True, overflow="crop")
+        head = f"wss of {RECENT} ticks {size_text(sample.wss_pages * _PAGE_BYTES):>10}  "
+        text.append(head)
+        text.append(sparkline(list(self.sampler.history), width - len(head)), "color(37)")
+        text.append("\n").append_text(self._generations(sample, width)).append("\n")
+        stall = "-" if sample.pressure is None else f"{100 * sample.pressure:.1f} %"
+        rates = [
+            f"{name} {'-' if rate is None else f'{rate:,.0f}'}/s"
+            for name, rate in (("evictions", sample.evictions), ("faults", sample.faults))
+        ]
+        evicted = size_text(sample.evicted_pages * _PAGE_BYTES)
+        text.append(f"pressure {stall}   {'   '.join(rates)}   evicted {evicted}\n")
+        text.append(
+            f"harvest {sample.harvest_ms:.2f} ms, re-arm {sample.rearm_ms:.2f} ms   "
+            f"tick {sample.tick}, {self.pace.interval_s:.3g} s   "
+            f"own cost {100 * self.pace.share:.1f} %",
+            "color(245)",
+        )
+        return text
+
+    def _generations(self, sample: Sample, width: int) -> Text:
+        """Two lines: which generations, and how many pages each has."""
+        shown = sample.generations
+        most = max(width // 13, 2)
+        if len(shown) > most:
+            shown = [*shown[: most - 1], shown[-1]]
+        total = max(sum(each.pages for each in sample.generations), 1)
+        names = Text("daemon's seq " if sample.by_daemon else "age in ticks ", "color(245)")
+        sizes = Text("             ")
+        column = min(max((width - 13) // max(len(shown), 1), 7), 16)
+        for each in shown:
+            names.append(each.label.ljust(column)[:column], "color(250)")
+            size = size_text(each.pages * _PAGE_BYTES).replace(" ", "").replace("iB", "")
+            blocks = bar(each.pages / total, max(column - 7, 0)).rstrip()
+            sizes.append(blocks, "color(71)").append(size.rjust(6 if blocks else 1))
+            sizes.append(" " * max(column - len(blocks) - (6 if blocks else len(size)), 0))
+        return names.append("\n").append_text(sizes)
+
+
+def _plain(text: str) -> str:
+    """Return text without anything that a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,0 +1,221 @@
+"""What the live view shows, gathered a tick at a time; nothing here draws.
+
+A VM that a daemon looks after is only peeked at: its accessed bits stay as they are, so
+that the daemon sees all of them, and the view shows what was touched since the daemon
+last harvested. Of other VMs each tick harvests and clears, and so has a window of its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost import trackers
+from kvmhost.control.client import Client
+from kvmhost.control.schema import Counters, MemoryMap, VmState
+from kvmhost.errors import ControlError, LayoutError, VmGoneError
+from kvmhost.reclaim.control.client import DaemonClient
+from kvmhost.reclaim.errors import KernelFileError
+from kvmhost.reclaim.pressure.psi import PsiMeter
+
+__all__ = ["RECENT", "Generation", "Sample", "Sampler", "parse_generations"]
+
+#: Ticks that count as recent: of those the working set is made.
+RECENT = 10
+#: A working set's history: more than the widest terminal has columns.
+_HISTORY = 400
+#: Generations of pages that no daemon sorts: up to so many ticks old.
+_AGES = (1, 2, 4, 8, 16, 32, 64)
+_NEVER = -(1 << 30)
+#: A daemon that does not answer soon must not hold the view.
+_DAEMON_TIMEOUT_S = 1.0
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Pages of one generation, or of one range of ages."""
+
+    label: str
+    pages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One tick.
+
+    :param young: of all pages from gfn 0
+    :param evictions: a second; None: nothing used the pager
+    :param pressure: share of time that tasks waited for memory; None: not measured
+    :param by_daemon: the generations are a daemon's
+    """
+
+    tick: int
+    state: VmState
+    young: Mask
+    wss_pages: int
+    generations: list[Generation]
+    by_daemon: bool
+    pressure: float | None
+    evictions: float | None
+    faults: float | None
+    evicted_pages: int
+    tracker: str
+    table_format: str
+    harvest_ms: float
+    rearm_ms: float
+    window_s: float
+    peeking: bool
+
+
+class Sampler:
+    """Asks a VM, and the daemon that looks after it, once a tick.
+
+    :param clear: begin a window at each tick; None: unless a daemon looks after the VM
+    :raises VmGoneError: if there is no such VM
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        tracker: str = "auto",
+        clear: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client, self._clear, self._clock = client, clear, clock
+        self.tracker = tracker
+        self.memory: MemoryMap
+        self._psi: PsiMeter | None = None
+        with contextlib.suppress(KernelFileError):
+            self._psi = PsiMeter()
+        self.begin()
+
+    @property
+    def n_pages(self) -> int:
+        """Pages from gfn 0, with holes."""
+        return self.memory.gfn_end
+
+    def begin(self) -> None:
+        """Forget all ticks: the VM is a new one, or has other memory."""
+        self.memory = self._client.memory()
+        self.tick = 0
+        self.last_young = np.full(self.n_pages, _NEVER, dtype=np.int32)
+        self.history: collections.deque[int] = collections.deque(maxlen=_HISTORY)
+        self.mapped = np.zeros(self.n_pages, dtype=bool)
+        for region in self.memory.regions:
+            self.mapped[region.gfn : region.gfn + region.n_pages] = True
+        self._before: tuple[float, Counters] | None = None
+        self._pid = 0
+
+    def sample(self) -> Sample:
+        """Take the next tick.
+
+        :raises VmGoneError: if the VM is gone
+        :raises ControlError: if it refuses to be harvested
+        """
+        state = self._client.state()
+        if self._pid not in (0, state.pid) or self._client.memory() != self.memory:
+            self.begin()
+        self._pid = state.pid
+        peeking = state.lease is not None if self._clear is None else not self._clear
+        bitmap, cost = self._client.harvest_timed(0, None, tracker=self.tracker, clear=not peeking)
+        young = bitmap.as_bool()[: self.n_pages]
+        self.tick += 1
+        self.last_young[: young.size][young] = self.tick
+        wss = int(np.count_nonzero(self.last_young > self.tick - RECENT))
+        self.history.append(wss)
+        generations, by_daemon = self._generations(state)
+        counters = self._client.counters()
+        evictions, faults, evicted, window_s = self._rates(counters)
+        source = bitmap.provenance
+        return Sample(
+            tick=self.tick,
+            state=state,
+            young=young,
+            wss_pages=wss,
+            generations=generations,
+            by_daemon=by_daemon,
+            pressure=self._pressure(),
+            evictions=evictions,
+            faults=faults,
+            evicted_pages=evicted,
+            tracker=source.tracker,
+            table_format=source.table_format,
+            harvest_ms=cost.harvest_ns / 1e6,
+            rearm_ms=cost.rearm_ns / 1e6,
+            window_s=window_s,
+            peeking=peeking,
+        )
+
+    def recent(self) -> Mask:
+        """Return which pages were young in one of the last ticks."""
+        return self.last_young > self.tick - RECENT
+
+    def next_tracker(self) -> str:
+        """Take the next of the trackers, and return its name; a tick tells whether it works."""
+        names = trackers.NAMES
+        at = names.index(self.tracker) + 1 if self.tracker in names else 0
+        self.tracker = names[at % len(names)]
+        return self.tracker
+
+    def _rates(self, counters: Counters) -> tuple[float | None, float | None, int, float]:
+        now_s = self._clock()
+        before, self._before = self._before, (now_s, counters)
+        took_s = now_s - before[0] if before else 0.0
+        if counters.pager is None:
+            return None, None, 0, took_s
+        evicted = int(counters.pager.get("evicted_pages", 0))
+        if before is None or took_s <= 0:
+            return 0.0, 0.0, evicted, took_s
+        pager, earlier = counters.pager, before[1].pager or {}
+        evictions, faults = (
+            max(0, pager.get(name, 0) - earlier.get(name, 0)) / took_s
+            for name in ("evictions", "fault_ins")
+        )
+        return evictions, faults, evicted, took_s
+
+    def _pressure(self) -> float | None:
+        try:
+            return self._psi.share() if self._psi else None
+        except KernelFileError:
+            return None
+
+    def _generations(self, state: VmState) -> tuple[list[Generation], bool]:
+        if state.lease is not None and state.lease.socket:
+            with contextlib.suppress(VmGoneError, ControlError, LayoutError):
+                path = Path(state.lease.socket)
+                with DaemonClient(path, timeout_s=_DAEMON_TIMEOUT_S) as daemon:
+                    found = parse_generations(daemon.show_lru_gen(state.name))
+                if found:
+                    return found, True
+        return self._ages(), False
+
+    def _ages(self) -> list[Generation]:
+        """Sort pages by ticks since they were last young; this tick is 1."""
+        ages = self.tick + 1 - self.last_young[self.mapped]
+        found, low = [], 0
+        for top in _AGES:
+            pages = int(np.count_nonzero((ages > low) & (ages <= top)))
+            found.append(Generation(f"{top}" if top - low == 1 else f"{low + 1}-{top}", pages))
+            low = top
+        older = int(np.count_nonzero((ages > low) & (ages <= self.tick + 1)))
+        never = int(np.count_nonzero(ages > self.tick + 1))
+        return [*found, Generation(f">{low}", older), Generation("never", never)]
+
+
+def parse_generations(text: str) -> list[Generation]:
+    """Read a daemon's table of generations, the youngest first; what is odd is left out."""
+    found = []
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) == 4 and all(word.isdigit() for word in words):
+            found.append(Generation(words[0], int(words[2]) + int(words[3])))
+    return found[::-1]
