@@ -50,7 +50,7 @@ COMMANDS = {
     "page": ("page", "all that is known of one page, and why it was taken or not"),
     "lru_gen": ("lru_gen", "show generations, age and evict, as the kernel's file does"),
     "demo": ("demo", "the whole path: boot, harvest, reclaim under a limit, look"),
-    "accuracy": ("accuracy", "how right and how dear each tracker is, against computed gfns"),
+    "accuracy": ("accuracy", "how accurate and how expensive each tracker is"),
     "bench": ("bench", "measure walks, exits, harvests and starts, as ratios in one run"),
 }
 

@@ -24,10 +24,17 @@ from kvmhost.guests import image_path
 from kvmhost.kvm.coalesced import CoalescedRing
 from kvmhost.machine.base import Machine
 from kvmhost.tools.args import about
+from kvmhost.tools.bench.bounds import BOUNDS
 
 __all__ = ["main", "run"]
 
 _PYTHON_PORT = 0x600
+_RATIOS = {
+    "C run loop": "c_of_minimal",
+    "Python device": "python_of_minimal",
+    "ioeventfd": "ioeventfd_of_minimal",
+    "coalesced": "coalesced_of_minimal",
+}
 
 
 class _Counter:
@@ -69,11 +76,7 @@ def run(count: int = 10_000, repeats: int = 9) -> dict[str, Any]:
         "count": count,
         "repeats": repeats,
         "ns_per_exit": {name: seconds / count * 1e9 for name, seconds in median.items()},
-        "c_of_minimal": ratio["C run loop"],
-        "python_of_minimal": ratio["Python device"],
-        "ioeventfd_of_minimal": ratio["ioeventfd"],
-        "coalesced_of_minimal": ratio["coalesced"],
-    }
+    } | {key: ratio[name] for name, key in _RATIOS.items()}
 
 
 def _ratio(values: Sequence[float], base: Sequence[float]) -> float:
@@ -180,8 +183,6 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for name, ns in result["ns_per_exit"].items():
         print(f"{name:15} {ns / 1000:7.2f} us an exit")
-    print(f"C run loop:     {result['c_of_minimal']:.3f} times the minimal C loop")
-    print(f"Python device:  {result['python_of_minimal']:.3f} times the minimal C loop")
-    print(f"ioeventfd:      {result['ioeventfd_of_minimal']:.3f} times the minimal C loop")
-    print(f"coalesced:      {result['coalesced_of_minimal']:.3f} times the minimal C loop")
+    for name, key in _RATIOS.items():
+        print(f"{name:15} {result[key]:.3f} times the minimal C loop ({BOUNDS[f'exits.{key}']})")
     return 0

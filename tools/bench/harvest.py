@@ -22,13 +22,14 @@ from kvmhost.machine.base import Machine
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, Kind, probe_kinds
 from kvmhost.tools.args import about, count, seconds, share, size_bytes
+from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.throughput import Plan, measure_steps, paired_rates
 
 __all__ = ["LOST_BOUND", "hot_machine", "main", "run"]
 
 #: The time lost should be at most so many times the bare re-faults.
-LOST_BOUND = 1.3
+LOST_BOUND = BOUNDS["harvest.lost_of_bare_refault"].limit
 _STEPS = 5
 
 

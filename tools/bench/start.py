@@ -23,6 +23,7 @@ from typing import Any
 
 from kvmhost.errors import CapabilityError
 from kvmhost.tools.args import about
+from kvmhost.tools.bench.bounds import BOUNDS
 
 __all__ = ["main", "run"]
 
@@ -180,9 +181,15 @@ def _text(result: dict[str, Any]) -> str:
         for label, key in rows
         if f"{key}_s" in result
     ]
-    lines.append(f"image beyond python:    {result['image_beyond_python_s']:.3f} s")
+    lines.append(
+        f"image beyond python:    {result['image_beyond_python_s']:.3f} s "
+        f"({BOUNDS['start.image_beyond_python_s']})"
+    )
     if "image_to_qemu" in result:
-        lines.append(f"image, ours to qemu:    {result['image_to_qemu']:.3f}")
+        lines.append(
+            f"image, kvmhost to qemu: {result['image_to_qemu']:.3f} "
+            f"({BOUNDS['start.image_to_qemu']})"
+        )
     if "first_exit_median_s" in result:
         lines.append(
             f"create to first exit:   {result['first_exit_median_s'] * 1e3:.1f} ms median, "
@@ -190,6 +197,7 @@ def _text(result: dict[str, Any]) -> str:
         )
     lines.append(
         f"memory of run hello:    {result['hello_peak_rss_bytes'] / mib:.1f} MiB at most, "
-        f"{result['hello_beyond_guest_bytes'] / mib:.1f} MiB beyond the guest's own"
+        f"{result['hello_beyond_guest_bytes'] / mib:.1f} MiB beyond the guest's own "
+        f"({BOUNDS['start.hello_beyond_guest_mib']})"
     )
     return "\n".join(lines)

@@ -29,13 +29,14 @@ from kvmhost.machine.base import Machine
 from kvmhost.memory.guest import Region
 from kvmhost.memory.layout import PAGE_BYTES, TinyLayout
 from kvmhost.tools.args import about, count, size_bytes
+from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.trackers import NAMES, Tracker, probe_all
 from kvmhost.trackers.pagescan import scans
 
 __all__ = ["main", "run"]
 
 _START_GFN = 1024
-_MEMORY_SHARE = 0.1
+_MEMORY_SHARE = BOUNDS["trackers.most_percent"].limit
 
 #: Case: parameters of the guest. A pagemap harvest that clears also zaps, which is not a scan.
 _PAGEMAP: dict[str, dict[str, int]] = {

@@ -20,6 +20,7 @@ from kvmhost.bitmap import Words
 from kvmhost.mmu.tablemem import TableMemory
 from kvmhost.mmu.tdp import LiveTable
 from kvmhost.tools.args import about
+from kvmhost.tools.bench.bounds import BOUNDS
 
 __all__ = ["interleaved", "main", "run"]
 
@@ -118,9 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for name, ns in result["ns_per_entry"].items():
         print(f"{name:15} {ns:7.2f} ns an entry")
-    print(f"all old:   {result['old_of_sum']:.2f} of the speed of a plain sum")
+    old, young = BOUNDS["walk.old_of_sum"], BOUNDS["walk.young_of_and"]
+    print(f"all old:   {result['old_of_sum']:.2f} of the speed of a plain sum ({old})")
     print(f"           {result['old_of_wide_sum']:.2f} of the speed of a vectorised sum")
-    print(f"all young: {result['young_of_and']:.2f} times a bare atomic-and loop")
+    print(f"all young: {result['young_of_and']:.2f} times a bare atomic-and loop ({young})")
     return 0
 
 

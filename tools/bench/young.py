@@ -24,6 +24,7 @@ import numpy as np
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap
 from kvmhost.tools.args import about, count
+from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.progress import Progress, show_table
 
 __all__ = ["main", "make_record", "run"]
@@ -31,15 +32,6 @@ __all__ = ["main", "make_record", "run"]
 _PAGES_A_GIB = 1 << 18
 _HOT_SHARE, _COLD_TOUCHES = 0.1, 64
 _SECOND = 10**9
-#: What is asked for: row, bound.
-_BOUNDS = {
-    "append_ms": 2.0,
-    "hour_mib": 20.0,
-    "open_s": 0.3,
-    "wss_s": 2.0,
-    "heatmap_s": 5.0,
-    "heatmap_rss_mib": 1024.0,
-}
 
 
 def make_windows(n_pages: int, n_variants: int = 16, seed: int = 1) -> list[Words]:
@@ -173,7 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_table(
         "records",
         [
-            (name, f"{value:,.3f}" + (f" (at most {_BOUNDS[name]:g})" if name in _BOUNDS else ""))
+            (
+                name,
+                f"{value:,.3f}"
+                + (f" ({BOUNDS[key]})" if (key := f"young.{name}") in BOUNDS else ""),
+            )
             for name, value in found.items()
         ],
     )
