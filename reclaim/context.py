@@ -1,4 +1,4 @@
-"""What the VMs of a daemon share: options, pressure, limits, the account."""
+"""State shared by all VMs of a daemon: options, pressure, limits, decisions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from kvmhost.reclaim.pressure.host import Host
 from kvmhost.reclaim.pressure.limits import CpuShare, Rate
 from kvmhost.reclaim.settings.options import Config, Limits, VmOptions
 
-__all__ = ["Common", "cpu_limit", "rate_limit"]
+__all__ = ["DaemonContext", "cpu_limit", "rate_limit"]
 
 _PAGE_BYTES = 4096
 
 
 @dataclasses.dataclass
-class Common:
-    """One for a daemon. A reload replaces its parts, which sessions read anew each pass.
+class DaemonContext:
+    """Context of one daemon. A reload replaces its parts; sessions read them each pass.
 
-    :param socket: of the daemon itself; empty: it has none
+    :param socket: path of the daemon's own socket; empty if it has none
     """
 
     config: Config
@@ -30,8 +30,8 @@ class Common:
     socket: str = ""
 
     @classmethod
-    def of(cls, config: Config, host: Host | None = None, socket: str = "") -> Common:
-        """Make all parts from options.
+    def of(cls, config: Config, host: Host | None = None, socket: str = "") -> DaemonContext:
+        """Create all parts from the options.
 
         :raises ReclaimError: if a file that the options name cannot be used
         """
@@ -47,17 +47,17 @@ class Common:
 
     @property
     def holder(self) -> str:
-        """How this daemon calls itself to a VM."""
+        """The name of this daemon in the leases of its VMs."""
         return f"reclaimd {self.config.daemon.name or f'pid-{os.getpid()}'}"
 
     @property
     def lease_s(self) -> float:
-        """After so long without a word a VM may take the daemon for hung."""
+        """Time after which a VM may consider a silent daemon hung."""
         daemon = self.config.daemon
         return float(max(0.05, daemon.lease, 3 * daemon.interval))
 
     def options_of(self, vm: str) -> VmOptions:
-        """Return the options of one VM; a socket's path goes by its file name."""
+        """Return the options of one VM, given by name or by the path of its socket."""
         name = os.path.basename(vm).removesuffix(".sock") if "/" in vm else vm  # noqa: PTH119
         return self.config.of_vm(name)
 
@@ -68,7 +68,7 @@ class Common:
 
 
 def rate_limit(limits: Limits) -> Rate:
-    """Return the smaller of the limits on pages and bytes, in pages."""
+    """Return the smaller of the page and byte rate limits, in pages."""
     rates = [limits.pages_per_s, limits.bytes_per_s / _PAGE_BYTES]
     return Rate(min((rate for rate in rates if rate), default=0))
 

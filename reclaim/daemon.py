@@ -1,12 +1,12 @@
-"""The reclaim daemon: who is looked after, and the loop that everything hangs on.
+"""The reclaim daemon: the set of managed VMs, and the main loop.
 
-One thread a VM makes the passes (:mod:`kvmhost.reclaim.vm.session`). The main thread finds VMs of
-the names that are asked for, looks at the pressure that all of them share, reads its
-options again on demand, and feeds the watchdog as long as no pass hangs.
+One thread per VM runs the passes (:mod:`kvmhost.reclaim.vm.session`). The main thread
+finds the VMs that the options name, measures the pressure that they share, reloads the
+options on demand, and notifies the watchdog as long as no pass hangs.
 
-The daemon holds only opinions. All data and all faults are the VM's, which keeps
-limit and victims of the last pass when the daemon goes, in whatever way; the next
-daemon begins with every page in one generation.
+The daemon holds no guest data. Evicted pages and the fault handler belong to the VM,
+which keeps the limit and the victims of the last pass if the daemon ends or is killed;
+the next daemon starts with every page in one generation.
 """
 
 from __future__ import annotations
@@ -23,221 +23,226 @@ import msgspec
 
 from kvmhost.control.paths import running_names
 from kvmhost.errors import KvmHostError
-from kvmhost.reclaim.account.decisions import Kind
+from kvmhost.reclaim.account.decisions import DecisionKind
 from kvmhost.reclaim.account.events import Event, Notice
-from kvmhost.reclaim.context import Common, cpu_limit, rate_limit
+from kvmhost.reclaim.context import DaemonContext, cpu_limit, rate_limit
 from kvmhost.reclaim.control.sdnotify import Notifier
 from kvmhost.reclaim.errors import ReclaimError
 from kvmhost.reclaim.pressure.host import Host
 from kvmhost.reclaim.settings.options import Config
 from kvmhost.reclaim.vm.session import Session
-from kvmhost.reclaim.vm.worker import Member
+from kvmhost.reclaim.vm.worker import VmWorker
 
 __all__ = ["Daemon", "is_pattern"]
 
-#: How long requests in work may take after a stop.
+#: Time that running requests may take after a stop.
 _STOP_S = 5.0
-#: A pass in which a VM does not answer ends after a minute, the client's own timeout.
+#: A pass is considered hung after this time; the client's own timeout is a minute.
 _STUCK_S = 150.0
 _MAX_TICK_S = 1.0
-#: A VM whose guest ended holds its name a little longer; one that refused may change its mind.
-_SHUN_ENDED_S, _SHUN_FAILED_S = 2.0, 30.0
+#: Time before a pattern picks up the name of a VM that ended, or that failed, again.
+_IGNORE_ENDED_S, _IGNORE_FAILED_S = 2.0, 30.0
 
 log = logging.getLogger("reclaim")
 
 
 def is_pattern(name: str) -> bool:
-    """Return whether a name of a VM stands for any number of them."""
+    """Return whether a VM name is a pattern."""
     return "/" not in name and any(char in name for char in "*?[")
 
 
 class Daemon:
-    """Looks after several VMs until it is stopped or they are gone.
+    """Manages several VMs until it is stopped or all of them have ended.
 
     :param report: called with every event, one call at a time
-    :param reread: returns the options anew, for a reload; None: there is nothing to read
-    :param notifier: what tells the service manager
+    :param reread: reads the options again, for a reload; None if there is no file
+    :param notifier: connection to the service manager
     """
 
     def __init__(
         self,
-        common: Common,
+        context: DaemonContext,
         report: Callable[[Event], None],
         *,
         reread: Callable[[], Config] | None = None,
         notifier: Notifier | None = None,
     ) -> None:
-        self.common = common
+        self.context = context
         self._report, self._reread = report, reread
         self._notifier = notifier or Notifier({})
-        self._lock, self._telling = threading.Lock(), threading.Lock()
-        self._members: dict[str, Member] = {}
-        #: VMs that ended or failed just now, and until when patterns pass them over.
-        self._shunned: dict[str, float] = {}
+        self._lock, self._report_lock = threading.Lock(), threading.Lock()
+        self._workers: dict[str, VmWorker] = {}
+        #: VMs that ended or failed recently, and until when patterns ignore them.
+        self._ignored_until: dict[str, float] = {}
         self._failed = self._stopping = self._reload_asked = False
-        self._fed_s = 0.0
+        self._notified_s = 0.0
         self._woken, self._wake = os.pipe()
         for end in (self._woken, self._wake):
-            # A reader that is gone, or a full pipe, must hold nobody up.
+            # Neither a closed reader nor a full pipe may block the writer.
             os.set_blocking(end, False)
 
     def run(self) -> bool:
-        """Run to the end, once; False if a VM was dropped because something failed."""
+        """Run until the end, once; False if a VM was dropped because of a failure."""
         try:
             self._find_vms(first=True)
             self._notifier.ready(self._status())
-            while not self._stopping and (self._members or self._waits_for_more()):
+            while not self._stopping and (self._workers or self._waits_for_more()):
                 self._sleep()
                 if self._reload_asked:
                     self._reload_asked = False
                     self._reload()
                 self._find_vms()
-                self._feed()
+                self._notify_watchdog()
             self._notifier.stopping()
         finally:
-            self._let_go()
+            self._stop_workers()
         return not self._failed
 
     def stop(self) -> None:
-        """Ask it to end; does not wait. Safe in a signal handler."""
+        """Request the end; does not wait. Safe in a signal handler."""
         self._stopping = True
         self._poke()
 
     def reload(self) -> None:
-        """Ask it to read its options again; does not wait. Safe in a signal handler."""
+        """Request a reload of the options; does not wait. Safe in a signal handler."""
         self._reload_asked = True
         self._poke()
 
     def sessions(self) -> list[Session]:
-        """Return the VMs that are looked after now, by name."""
+        """Return the sessions of the managed VMs, sorted by name."""
         with self._lock:
-            found = [member.session for member in self._members.values()]
+            found = [worker.session for worker in self._workers.values()]
         return sorted((s for s in found if s is not None), key=lambda s: s.vm)
 
-    # -- members --------------------------------------------------------------
+    # -- workers --------------------------------------------------------------
 
     def _find_vms(self, first: bool = False) -> None:
-        """Begin with VMs that have come, and end with those that are no longer asked for.
+        """Start workers for new VMs.
 
-        A VM that was named and is gone is not looked for again; one that a pattern
-        found is, under the same name.
+        A VM given by name that ended is not picked up again; a VM that matches a
+        pattern is, under the same name.
         """
-        wanted = self.common.config.daemon.vms
+        wanted = self.context.config.daemon.vms
         names = [name for name in wanted if first and not is_pattern(name)]
         if any(is_pattern(name) for name in wanted):
             names += [name for name in self._running() if self._matches(name)]
         now_s = time.monotonic()
         with self._lock:
-            self._shunned = {n: until for n, until in self._shunned.items() if until > now_s}
+            self._ignored_until = {
+                n: until for n, until in self._ignored_until.items() if until > now_s
+            }
             if not first:
-                names = [name for name in names if name not in self._shunned]
-            new = [name for name in dict.fromkeys(names) if name not in self._members]
+                names = [name for name in names if name not in self._ignored_until]
+            new = [name for name in dict.fromkeys(names) if name not in self._workers]
             for name in new:
-                self._members[name] = Member(name, self.common, self._tell, self._ended)
-            members = [self._members[name] for name in new]
-        for member in members:
-            member.start()
+                self._workers[name] = VmWorker(name, self.context, self._report_event, self._ended)
+            workers = [self._workers[name] for name in new]
+        for worker in workers:
+            worker.start()
 
     def _running(self) -> list[str]:
         try:
             return running_names()
         except (KvmHostError, OSError) as error:
-            log.warning("cannot look for VMs: %s", error)
+            log.warning("cannot list running VMs: %s", error)
             return []
 
     def _matches(self, name: str) -> bool:
         import fnmatch
 
-        patterns = [p for p in self.common.config.daemon.vms if is_pattern(p)]
+        patterns = [p for p in self.context.config.daemon.vms if is_pattern(p)]
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
     def _waits_for_more(self) -> bool:
-        return any(is_pattern(name) for name in self.common.config.daemon.vms)
+        return any(is_pattern(name) for name in self.context.config.daemon.vms)
 
-    def _ended(self, member: Member) -> None:
-        """Free everything about a VM; from its thread, the last thing that it does."""
-        self.common.host.forget(member.vm)
-        self.common.decisions.forget(member.vm)
+    def _ended(self, worker: VmWorker) -> None:
+        """Free all state of a VM. Called last, from the VM's thread."""
+        self.context.host.forget(worker.vm)
+        self.context.decisions.forget(worker.vm)
         with self._lock:
-            self._failed = self._failed or member.failed
-            shun_s = _SHUN_FAILED_S if member.failed else _SHUN_ENDED_S
-            self._shunned[member.vm] = time.monotonic() + shun_s
-            if self._members.get(member.vm) is member:
-                del self._members[member.vm]
+            self._failed = self._failed or worker.failed
+            ignore_s = _IGNORE_FAILED_S if worker.failed else _IGNORE_ENDED_S
+            self._ignored_until[worker.vm] = time.monotonic() + ignore_s
+            if self._workers.get(worker.vm) is worker:
+                del self._workers[worker.vm]
             self._poke()
 
-    def _tell(self, event: Event) -> None:
-        with self._telling:
+    def _report_event(self, event: Event) -> None:
+        with self._report_lock:
             self._report(event)
 
     # -- the loop -------------------------------------------------------------
 
     def _sleep(self) -> None:
-        """Wait for a tick, a wish, or the kernel's trigger; look at the pressure."""
-        host = self.common.host
+        """Wait for a tick, a request, or the kernel's trigger; update the pressure."""
+        host = self.context.host
         poll = select.poll()
         poll.register(self._woken, select.POLLIN)
         if host.trigger is not None:
             poll.register(host.trigger.fd, select.POLLPRI)
-        tick_s = min(self.common.config.daemon.interval, _MAX_TICK_S)
+        tick_s = min(self.context.config.daemon.interval, _MAX_TICK_S)
         events = dict(poll.poll(tick_s * 1e3))
         if self._woken in events:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._woken, 4096)
-        what = events.get(host.trigger.fd, 0) if host.trigger is not None else 0
-        if what & (select.POLLERR | select.POLLNVAL):
-            log.warning("the pressure trigger is gone, with its cgroup")
+        trigger_events = events.get(host.trigger.fd, 0) if host.trigger is not None else 0
+        if trigger_events & (select.POLLERR | select.POLLNVAL):
+            log.warning("the pressure trigger was removed with its cgroup")
             host.close()
-        fired = bool(what & select.POLLPRI)
-        host.look(fired)
+        fired = bool(trigger_events & select.POLLPRI)
+        host.update(fired)
         if fired:
             with self._lock:
-                members = list(self._members.values())
-            for member in members:
-                member.wake()
+                workers = list(self._workers.values())
+            for worker in workers:
+                worker.wake()
 
-    def _feed(self) -> None:
-        """Feed the watchdog, unless a pass hangs for longer than any request may take."""
+    def _notify_watchdog(self) -> None:
+        """Notify the watchdog, unless a pass hangs for longer than any request may take."""
         now_s = time.monotonic()
-        if not self._notifier.watchdog_s or now_s - self._fed_s < self._notifier.watchdog_s / 3:
+        if (
+            not self._notifier.watchdog_s
+            or now_s - self._notified_s < self._notifier.watchdog_s / 3
+        ):
             return
         with self._lock:
-            since = [m.working_since_s for m in self._members.values()]
+            since = [w.pass_began_s for w in self._workers.values()]
         if all(s is None or now_s - s < _STUCK_S for s in since):
             self._notifier.alive()
             self._notifier.status(self._status())
-            self._fed_s = now_s
+            self._notified_s = now_s
 
     def _status(self) -> str:
         with self._lock:
-            n = len(self._members)
-        return f"looking after {n} VM{'' if n == 1 else 's'}"
+            n = len(self._workers)
+        return f"managing {n} VM{'' if n == 1 else 's'}"
 
     def _poke(self) -> None:
         if self._wake >= 0:
-            # An event would do, but setting one in a signal handler may deadlock.
+            # Not a threading.Event: setting one in a signal handler may deadlock.
             with contextlib.suppress(BlockingIOError):
                 os.write(self._wake, b"x")
 
     # -- reload ---------------------------------------------------------------
 
     def _reload(self) -> None:
-        """Read the options again; what is wrong with them leaves everything as it was."""
+        """Reload the options; invalid options change nothing."""
         self._notifier.reloading()
         try:
             if self._reread is None:
-                raise ReclaimError("there is no configuration file to read")
-            text = self._take(self._reread())
+                raise ReclaimError("reclaimd was started without a configuration file")
+            text = self._apply(self._reread())
             notice = Notice(text)
         except (ReclaimError, KvmHostError) as error:
             notice = Notice(f"not reloaded: {error}", failed=True)
-        self.common.decisions.add(Kind.RELOAD, notice.text)
-        self._tell(notice)
+        self.context.decisions.add(DecisionKind.RELOAD, notice.text)
+        self._report_event(notice)
         self._notifier.ready(self._status())
 
-    def _take(self, config: Config) -> str:
-        """Replace what can be replaced at run time; say what cannot."""
-        old = self.common.config
+    def _apply(self, config: Config) -> str:
+        """Apply the options that can change at run time; return a text that names the others."""
+        old = self.context.config
         kept = {name: getattr(old.daemon, name) for name in _FIXED}
         fixed = [name for name in _FIXED if getattr(config.daemon, name) != kept[name]]
         if config.account != old.account:
@@ -248,39 +253,44 @@ class Daemon:
             account=old.account,
         )
         if config.pressure != old.pressure:
-            # The new one first: if its files cannot be opened, the old one goes on.
-            before, self.common.host = self.common.host, Host(config.pressure)
+            # Open the new one first: if its files cannot be opened, the old one stays.
+            before, self.context.host = self.context.host, Host(config.pressure)
             before.close()
         if config.limits != old.limits:
-            self.common.rate, self.common.cpu = rate_limit(config.limits), cpu_limit(config.limits)
-        self.common.config = config
-        self._change_members(config)
-        text = "configuration read again"
-        return f"{text}; only a restart changes {', '.join(fixed)}" if fixed else text
+            self.context.rate, self.context.cpu = (
+                rate_limit(config.limits),
+                cpu_limit(config.limits),
+            )
+        self.context.config = config
+        self._change_workers(config)
+        text = "configuration reloaded"
+        return f"{text}; restart to change {', '.join(fixed)}" if fixed else text
 
-    def _change_members(self, config: Config) -> None:
-        """Stop with VMs that are no longer named, begin with those that now are."""
+    def _change_workers(self, config: Config) -> None:
+        """Stop the workers of VMs that are no longer named, start those of new ones."""
         named = {name for name in config.daemon.vms if not is_pattern(name)}
         with self._lock:
-            leave = [m for n, m in self._members.items() if n not in named and not self._matches(n)]
-        for member in leave:
-            member.stop()
+            leaving = [
+                w for n, w in self._workers.items() if n not in named and not self._matches(n)
+            ]
+        for worker in leaving:
+            worker.stop()
         self._find_vms(first=True)
 
-    def _let_go(self) -> None:
+    def _stop_workers(self) -> None:
         with self._lock:
-            members = list(self._members.values())
-        for member in members:
-            member.stop()
+            workers = list(self._workers.values())
+        for worker in workers:
+            worker.stop()
         deadline_s = time.monotonic() + _STOP_S
-        for member in members:
-            member.join(max(0.0, deadline_s - time.monotonic()))
+        for worker in workers:
+            worker.join(max(0.0, deadline_s - time.monotonic()))
         with self._lock:
-            # A signal's handler may want to poke in between.
+            # A signal handler may call _poke() concurrently.
             ends, self._wake = (self._woken, self._wake), -1
             for end in ends:
                 os.close(end)
 
 
-#: Options of [daemon] that hold until the daemon ends.
+#: Options of [daemon] that only a restart changes.
 _FIXED = ("name", "dry_run", "passes", "json", "metrics_port")

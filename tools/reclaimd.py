@@ -18,7 +18,7 @@ from typing import Any
 
 from kvmhost.control.paths import NameLock
 from kvmhost.reclaim.account.events import Dropped, Event, Notice, PassReport
-from kvmhost.reclaim.context import Common
+from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.control.metrics import Metrics
 from kvmhost.reclaim.control.paths import lock_daemon, socket_of, sweep
 from kvmhost.reclaim.control.sdnotify import Notifier
@@ -58,15 +58,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _serve(config: Config, path: str | None, flags: dict[str, Any], lock: NameLock) -> int:
     printer = _Printer(config.log == "json")
-    common = Common.of(config, socket=str(socket_of(lock.name)))
+    context = DaemonContext.of(config, socket=str(socket_of(lock.name)))
     daemon = Daemon(
-        common,
+        context,
         printer.tell,
         reread=None if path is None else lambda: load(path, flags),
         notifier=Notifier(),
     )
     metrics = Metrics(daemon)
-    with contextlib.closing(common), contextlib.ExitStack() as stack:
+    with contextlib.closing(context), contextlib.ExitStack() as stack:
         server = stack.enter_context(DaemonServer(daemon, metrics, lock))
         if config.daemon.metrics_port:
             stack.enter_context(_tcp(metrics, config.daemon.metrics_port))

@@ -1,1 +1,1 @@
-"""What was decided and why, page by page, and what it cost: decisions, history, metrics."""
+"""Data about what the daemon did and why: decisions, events, page histories."""

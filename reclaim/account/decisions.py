@@ -1,12 +1,12 @@
-"""Why: every decision of the daemon, the last ones in memory, all of them in a file if asked.
+"""Decisions of the daemon with their reasons: the latest in memory, all in an optional file.
 
-A decision is about pages of one VM (evicted, spared, brought back by the guest), about
-how the daemon works (holding back, a new share of the budget), or about the daemon
-itself (a VM dropped, a configuration taken). Its text is for people, its numbers for
-programs. Pages are listed as runs ``[first gfn, how many]``.
+A decision is about pages of one VM (evicted, spared, refaulted), about the pace of the
+daemon (holding back, a new share of the budget), or about the daemon itself (a VM
+dropped, a configuration loaded). Its text is for people, its other fields for programs.
+Pages are listed as runs ``[first gfn, number of pages]``.
 
-The ring is bounded twice: by its number of decisions, and by the runs that all of them
-list together; beyond that the oldest keep their counts and lose their lists.
+The ring is bounded by its number of decisions and by the number of runs that they list
+in total; beyond that, the oldest decisions keep their page counts but not their lists.
 """
 
 from __future__ import annotations
@@ -27,56 +27,56 @@ from kvmhost.closing import Closing
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.policy.base import Gfns
 
-__all__ = ["Decision", "Decisions", "Kind", "Why", "to_runs"]
+__all__ = ["Decision", "DecisionKind", "Decisions", "EvictReason", "to_runs"]
 
-#: Runs that all decisions in the ring may list: 16 MiB.
+#: Maximum number of runs in the ring, about 16 MiB.
 _MAX_RUNS = 1 << 17
 
 
-class Why(enum.IntEnum):
-    """What made pages go; the number is what a page's history keeps."""
+class EvictReason(enum.IntEnum):
+    """Why pages were evicted; page histories store the number."""
 
     NONE = 0
     BUDGET = 1  # above the high mark of the VM's budget
     CGROUP = 2  # near the limit of the memory cgroup
     TRIGGER = 3  # the kernel reported a stall
-    PSI = 4  # ahead of need: nothing stalls
-    PROMOTION = 5  # ahead of need: little comes back
-    COMMAND = 6  # a person asked for it
+    PSI = 4  # proactive: stalls are below the target
+    PROMOTION = 5  # proactive: promotions are below the target
+    COMMAND = 6  # a command
     LIMIT = 7  # the VM's own fault handler, at its limit
     FORCED = 8  # above the limit, and the policy protected all that was left
 
     @property
     def text(self) -> str:
-        """What a person reads."""
+        """The reason as a sentence."""
         return _TEXTS[self]
 
 
 _TEXTS = {
-    Why.NONE: "nothing happened to it yet",
-    Why.BUDGET: "resident memory was above the high mark of the budget",
-    Why.CGROUP: "the memory cgroup was near its limit",
-    Why.TRIGGER: "the kernel reported tasks that stall for memory",
-    Why.PSI: "ahead of need: stalls were below the target",
-    Why.PROMOTION: "ahead of need: fewer pages came back than the target allows",
-    Why.COMMAND: "a command asked for it",
-    Why.LIMIT: "the VM's fault handler needed room at the resident limit",
-    Why.FORCED: "above the limit, and the policy protected all that was left",
+    EvictReason.NONE: "never evicted",
+    EvictReason.BUDGET: "resident memory was above the high mark of the budget",
+    EvictReason.CGROUP: "the memory cgroup was near its limit",
+    EvictReason.TRIGGER: "the kernel reported tasks that stall for memory",
+    EvictReason.PSI: "proactive: stalls were below the target",
+    EvictReason.PROMOTION: "proactive: the promotion rate was below the target",
+    EvictReason.COMMAND: "requested by a command",
+    EvictReason.LIMIT: "evicted by the VM's fault handler at the resident limit",
+    EvictReason.FORCED: "above the limit, and the policy protected the remaining pages",
 }
 
 
-class Kind(enum.StrEnum):
-    """What was decided."""
+class DecisionKind(enum.StrEnum):
+    """Kinds of decisions."""
 
     EVICT = "evict"
     WOULD_EVICT = "would_evict"  # dry run
-    FORCE = "force"  # the VM chose, at its limit
-    SPARE = "spare"  # wanted, and not taken
-    REFAULT = "refault"  # the guest brought evicted pages back
+    FORCE = "force"  # chosen by the VM at its limit
+    SPARE = "spare"  # demanded but not evicted
+    REFAULT = "refault"  # the guest accessed evicted pages
     HOLD = "hold"  # back-off began
-    GO_ON = "go_on"  # and ended
+    GO_ON = "go_on"  # back-off ended
     BUDGET = "budget"  # a VM's limit was set
-    SKIP = "skip"  # no pass: the VM stands still
+    SKIP = "skip"  # no pass: the VM is paused
     ATTACH = "attach"
     DROP = "drop"
     RELOAD = "reload"
@@ -89,15 +89,15 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     :param number: counts from 1
     :param time_s: wall clock, since 1970
     :param mono_ns: monotonic clock
-    :param vm: empty: none in particular
-    :param why: name of a :class:`Why`, in lower case
-    :param runs: ``[first gfn, pages]``, of the pages that it was about
+    :param vm: empty if it is about no particular VM
+    :param why: name of an :class:`EvictReason`, in lower case
+    :param runs: ``[first gfn, pages]`` of the pages concerned
     """
 
     number: int
     time_s: float
     mono_ns: int
-    kind: Kind
+    kind: DecisionKind
     vm: str = ""
     passes: int = 0
     why: str = ""
@@ -106,15 +106,15 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     runs: list[tuple[int, int]] = []
 
     def about(self, gfn: int) -> bool:
-        """Return whether it lists a page."""
+        """Return whether the decision lists a page."""
         return any(first <= gfn < first + n for first, n in self.runs)
 
 
 class Decisions(Closing):
-    """The last decisions, and a file of all. Safe for several threads.
+    """The latest decisions, and an optional file of all of them. Thread-safe.
 
     :param capacity: decisions kept in memory
-    :param path: file that gets each as a JSON line, appended; empty: none
+    :param path: file to which each is appended as a line of JSON; empty for none
     :raises ConfigError: if the file cannot be opened
     """
 
@@ -139,16 +139,16 @@ class Decisions(Closing):
 
     def add(
         self,
-        kind: Kind,
+        kind: DecisionKind,
         text: str,
         *,
         vm: str = "",
         passes: int = 0,
-        why: Why = Why.NONE,
+        why: EvictReason = EvictReason.NONE,
         pages: int = 0,
         gfns: Gfns | None = None,
     ) -> Decision:
-        """Take one down."""
+        """Record a decision."""
         runs = [] if gfns is None else to_runs(gfns)
         with self._lock:
             decision = Decision(
@@ -182,8 +182,8 @@ class Decisions(Closing):
             self._write(decision)
 
     def _write(self, decision: Decision) -> None:
-        # One write a line, in append mode: a daemon that is killed cuts no other's line,
-        # and a full disk costs the account and not the guests.
+        # One write per line in append mode: a killed daemon truncates no other line, and
+        # a full disk loses decisions but does not stop the daemon.
         try:
             os.write(self._fd, msgspec.json.encode(decision) + b"\n")
         except OSError:
@@ -194,9 +194,9 @@ class Decisions(Closing):
     ) -> list[Decision]:
         """Return up to ``n`` decisions, the oldest first.
 
-        :param vm: of this VM only
-        :param gfn: that list this page only
-        :param after: with a larger number only
+        :param vm: only decisions about this VM
+        :param gfn: only decisions that list this page
+        :param after: only decisions with a larger number
         """
         with self._lock:
             ring = list(self._ring)
@@ -210,14 +210,14 @@ class Decisions(Closing):
         return found[-n:]
 
     def totals(self) -> Iterator[tuple[str, str, int]]:
-        """Yield (VM, kind, how many so far)."""
+        """Yield (VM, kind, number of decisions)."""
         with self._lock:
             counts = dict(self._totals)
         for (vm, kind), count in counts.items():
             yield vm, kind, count
 
     def forget(self, vm: str) -> None:
-        """Stop to count a VM that is gone; what the ring has stays."""
+        """Drop the totals of a VM; its decisions stay in the ring."""
         with self._lock:
             for key in [key for key in self._totals if key[0] == vm]:
                 del self._totals[key]
@@ -231,7 +231,7 @@ class Decisions(Closing):
 
 
 def to_runs(gfns: Gfns) -> list[tuple[int, int]]:
-    """Return a list of pages as ascending runs of neighbours."""
+    """Return pages as ascending runs of consecutive gfns."""
     if not gfns.size:
         return []
     ordered = np.unique(gfns)

@@ -1,4 +1,4 @@
-"""What the daemon tells about itself while it runs: one event, one line of the log."""
+"""Events that the daemon reports while it runs; each prints as one line of the log."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ __all__ = ["Dropped", "Event", "Notice", "PassReport"]
 
 @dataclasses.dataclass(frozen=True)
 class PassReport:
-    """What one pass saw and did.
+    """Measurements and actions of one pass.
 
     :param resident_bytes: after the pass
     :param generations: resident pages by sequence number, the oldest first
-    :param wanted_pages: what had to go; evicted are ``outcomes["done"]``
-    :param why: what made it so, the name of a :class:`~kvmhost.reclaim.account.decisions.Why`
-    :param forced_pages: went by the VM's own choice, since all that was left was protected
-    :param refaulted_pages: came back since the last pass after having been evicted
-    :param harvest_ns_per_page: scan and re-arming, inside the VM
-    :param busy_ms: the daemon's own processor time in this pass
-    :param holding: the daemon holds back, because what it evicts comes back
-    :param notes: what changed with this pass, for people
+    :param wanted_pages: pages to evict; ``outcomes["done"]`` of them were evicted
+    :param why: name of an :class:`~.decisions.EvictReason`
+    :param forced_pages: evicted by the VM's own choice, since the policy protected the rest
+    :param refaulted_pages: evicted pages that became resident since the last pass
+    :param harvest_ns_per_page: scan and re-arming, measured in the VM
+    :param busy_ms: processor time of the daemon in this pass
+    :param holding: the daemon holds back, because evicted pages refault
+    :param notes: changes made by this pass, as text
     """
 
     vm: str
@@ -42,11 +42,11 @@ class PassReport:
 
     @property
     def evicted_pages(self) -> int:
-        """Pages that went, or in a dry run would have gone."""
+        """Pages that were evicted; in a dry run, that would have been."""
         return self.outcomes.get("done", 0)
 
     def line(self) -> str:
-        """Return it in one line, for a log."""
+        """Return the event as one line of a log."""
         generations = " ".join(f"{seq}:{n}" for seq, n in self.generations)
         others = "".join(
             f" {name} {n}" for name, n in self.outcomes.items() if n and name != "done"
@@ -65,9 +65,9 @@ class PassReport:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """A VM that the daemon no longer looks after.
+    """A VM that the daemon no longer manages.
 
-    :param failed: it refused, or never came; otherwise its time was over
+    :param failed: the VM refused or never appeared; False if it ended normally
     """
 
     vm: str
@@ -75,22 +75,22 @@ class Dropped:
     failed: bool
 
     def line(self) -> str:
-        """Return it in one line, for a log."""
+        """Return the event as one line of a log."""
         return f"{self.vm} dropped: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Notice:
-    """Something about the daemon as a whole.
+    """A message about the daemon as a whole.
 
-    :param failed: it went wrong, and the daemon goes on as before
+    :param failed: the operation failed; the daemon continues unchanged
     """
 
     text: str
     failed: bool = False
 
     def line(self) -> str:
-        """Return it in one line, for a log."""
+        """Return the event as one line of a log."""
         return f"reclaimd: {self.text}"
 
 

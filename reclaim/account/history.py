@@ -1,8 +1,8 @@
-"""What happened to each page of one VM: 14 bytes a page, so that a page can be explained.
+"""History of each page of one VM, in 14 bytes per page; ``explain`` reads it.
 
-Kept are the tracker's bits of the last 32 windows, the last thing that was done to the
-page with its reason and its pass, and how often it was evicted and came back (both stop
-at 65,535). Anything older is in the file of decisions, if there is one.
+It holds the young bits of the last 32 windows, the last action on the page with its
+reason and pass, and the number of evictions and refaults (both saturate at 65,535).
+Older events are only in the decisions file, if one is configured.
 """
 
 from __future__ import annotations
@@ -14,40 +14,47 @@ import msgspec
 import numpy as np
 
 from kvmhost.bitmap import Words, unpack
-from kvmhost.reclaim.account.decisions import Why
+from kvmhost.reclaim.account.decisions import EvictReason
 from kvmhost.reclaim.policy.base import Gfns
 
-__all__ = ["WINDOWS", "Act", "PageHistory", "PageStory"]
+__all__ = ["WINDOWS", "PageAction", "PageHistory", "PageStory"]
 
-#: Windows whose bits are kept.
+#: Windows whose young bits are kept.
 WINDOWS = 32
 
 
-class Act(enum.IntEnum):
-    """The last thing that happened to a page."""
+class PageAction(enum.IntEnum):
+    """The last event of a page."""
 
     NONE = 0
     EVICTED = 1
     WOULD_EVICT = 2
     CAME_BACK = 3
-    CAME_FIRST = 4  # became resident, without having been evicted
-    PINNED = 5  # was to be evicted, and the VM said no
+    CAME_FIRST = 4  # became resident without a previous eviction
+    PINNED = 5  # eviction refused: the page is pinned
     FULL = 6
     REFUSED = 7
     FAILED = 8
-    ABSENT = 9  # was not there any more
+    ABSENT = 9  # was not resident any more
 
 
-#: What the VM's answer to an eviction means, by its number.
-OUTCOMES = (Act.EVICTED, Act.PINNED, Act.ABSENT, Act.FULL, Act.REFUSED, Act.FAILED)
+#: The event for each outcome of an eviction, by outcome number.
+OUTCOMES = (
+    PageAction.EVICTED,
+    PageAction.PINNED,
+    PageAction.ABSENT,
+    PageAction.FULL,
+    PageAction.REFUSED,
+    PageAction.FAILED,
+)
 
 
 class PageStory(msgspec.Struct, frozen=True):
-    """What is known of one page.
+    """The history of one page.
 
-    :param windows: the last windows, the newest first: True where it was young
-    :param joined: the passes at which it was seen young, the newest first; at each it
-        moved to the generation that was the youngest one then
+    :param windows: whether the page was young in each of the last windows, newest first
+    :param joined: the passes that found it young, newest first; each moved it to the
+        generation that was youngest then
     """
 
     gfn: int
@@ -76,54 +83,56 @@ class PageHistory:
 
     @property
     def n_bytes(self) -> int:
-        """What it takes."""
+        """Memory that the history uses."""
         arrays = (self._windows, self._act, self._why, self._when, self._evictions, self._refaults)
         return sum(array.nbytes for array in arrays)
 
     def window(self, young: Words) -> None:
-        """Take one harvest; a pass begins."""
+        """Record the harvest with which a pass begins."""
         self.passes += 1
         np.left_shift(self._windows, 1, out=self._windows)
         self._windows[unpack(young, self.n_pages)] |= 1
 
-    def evicted(self, gfns: Gfns, outcomes: np.ndarray[Any, np.dtype[np.uint8]], why: Why) -> None:
-        """Take what became of pages that were to be evicted: the VM's outcome of each."""
+    def evicted(
+        self, gfns: Gfns, outcomes: np.ndarray[Any, np.dtype[np.uint8]], why: EvictReason
+    ) -> None:
+        """Record the outcome of each page of an eviction request."""
         acts = np.array(OUTCOMES, dtype=np.uint8)[np.minimum(outcomes, len(OUTCOMES) - 1)]
         self._note(gfns, acts, why)
-        _count(self._evictions, gfns[acts == Act.EVICTED])
+        _count(self._evictions, gfns[acts == PageAction.EVICTED])
 
-    def went(self, gfns: Gfns, why: Why) -> None:
-        """Take pages that went without this daemon's word."""
-        self._note(gfns, Act.EVICTED, why)
+    def evicted_by_vm(self, gfns: Gfns, why: EvictReason) -> None:
+        """Record pages that the VM evicted without a request of the daemon."""
+        self._note(gfns, PageAction.EVICTED, why)
         _count(self._evictions, gfns)
 
-    def would_evict(self, gfns: Gfns, why: Why) -> None:
-        """Take pages that a dry run would have evicted."""
-        self._note(gfns, Act.WOULD_EVICT, why)
+    def would_evict(self, gfns: Gfns, why: EvictReason) -> None:
+        """Record pages that a dry run would have evicted."""
+        self._note(gfns, PageAction.WOULD_EVICT, why)
         _count(self._evictions, gfns)
 
-    def came(self, back: Gfns, first: Gfns) -> None:
-        """Take pages that became resident: back after an eviction, or else."""
-        self._note(first, Act.CAME_FIRST, Why.NONE)
-        # Why it went is what a reader asks about a page that came back.
-        self._act[back], self._when[back] = Act.CAME_BACK, self.passes
-        _count(self._refaults, back)
+    def became_resident(self, refaulted: Gfns, first: Gfns) -> None:
+        """Record pages that became resident, after an eviction or for the first time."""
+        self._note(first, PageAction.CAME_FIRST, EvictReason.NONE)
+        # The reason of the eviction stays: readers ask for it after the refault.
+        self._act[refaulted], self._when[refaulted] = PageAction.CAME_BACK, self.passes
+        _count(self._refaults, refaulted)
 
     def story(self, gfn: int) -> PageStory:
-        """Tell one page.
+        """Return the history of one page.
 
-        :raises IndexError: if there is no such page
+        :raises IndexError: if the page does not exist
         """
         bits = int(self._windows[gfn])
         known = min(self.passes, WINDOWS)
         windows = [bool(bits >> age & 1) for age in range(known)]
-        why = Why(int(self._why[gfn]))
+        why = EvictReason(int(self._why[gfn]))
         return PageStory(
             gfn=gfn,
             passes=self.passes,
             windows=windows,
             joined=[self.passes - age for age, young in enumerate(windows) if young],
-            action=Act(int(self._act[gfn])).name.lower(),
+            action=PageAction(int(self._act[gfn])).name.lower(),
             action_pass=int(self._when[gfn]),
             why=why.name.lower(),
             why_text=why.text,
@@ -131,10 +140,10 @@ class PageHistory:
             refaults=int(self._refaults[gfn]),
         )
 
-    def _note(self, gfns: Gfns, act: Any, why: Why) -> None:
+    def _note(self, gfns: Gfns, act: Any, why: EvictReason) -> None:
         self._act[gfns], self._why[gfns], self._when[gfns] = act, why, self.passes
 
 
 def _count(counters: np.ndarray[Any, np.dtype[np.uint16]], gfns: Gfns) -> None:
-    """Count up, and stop at the top."""
+    """Increment saturating counters."""
     counters[gfns] += counters[gfns] < np.iinfo(np.uint16).max

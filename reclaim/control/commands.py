@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.account.decisions import Kind, Why
+from kvmhost.reclaim.account.decisions import DecisionKind, EvictReason
 from kvmhost.reclaim.policy import lru_gen_text
 from kvmhost.reclaim.policy.base import Gfns, Mask
 from kvmhost.reclaim.policy.lru_gen import LruGen
@@ -15,7 +15,7 @@ from kvmhost.reclaim.vm.session import Session
 __all__ = ["run_text", "show_text"]
 
 
-class _Hand:
+class _SessionWork:
     """What a command makes a session do. The caller holds the session's lock."""
 
     def __init__(self, session: Session) -> None:
@@ -26,37 +26,39 @@ class _Hand:
         self._session.age_once(full_scan)
 
     def candidates(self) -> Mask:
-        """Return what may be evicted."""
-        return self._session.view.candidates
+        """Return the pages that may be evicted."""
+        return self._session.pages.candidates
 
     def evict(self, gfns: Gfns) -> int:
-        """Evict, as a pass does it."""
+        """Evict pages, as a pass does."""
         session = self._session
-        outcomes = session.hands.evict(gfns, Why.COMMAND, Why.COMMAND.text, passes=session.passes)
+        outcomes = session.evictor.evict(
+            gfns, EvictReason.COMMAND, EvictReason.COMMAND.text, passes=session.passes
+        )
         return outcomes.get("done", 0)
 
 
 def show_text(sessions: Sequence[Session], vm: str | None) -> str:
-    """Return the generations of one VM, or of all that have some.
+    """Return the generations of one VM, or of all VMs with the policy lru_gen.
 
-    :raises LayoutError: if that VM is not looked after, or its policy is another one
+    :raises LayoutError: if the VM is not managed, or has another policy
     """
     text = ""
     for number, session in enumerate(sessions, 1):
-        policy = session.judge.policy
+        policy = session.driver.policy
         if vm not in (None, session.vm) or (vm is None and not isinstance(policy, LruGen)):
             continue
         with session.lock:
             text += lru_gen_text.show(
-                number, session.vm, _lru_gen(session), session.view.candidates, time.monotonic_ns()
+                number, session.vm, _lru_gen(session), session.pages.candidates, time.monotonic_ns()
             )
     if vm is not None and not text:
-        raise LayoutError(f"VM {vm!r} is not looked after by this daemon")
+        raise LayoutError(f"VM {vm!r} is not managed by this daemon")
     return text
 
 
 def run_text(sessions: Sequence[Session], text: str) -> int:
-    """Run commands, after all of them have been parsed; return how many pages went.
+    """Run commands, after all of them have been parsed; return pages evicted.
 
     :raises LayoutError: naming the command and what is wrong with it
     """
@@ -65,11 +67,11 @@ def run_text(sessions: Sequence[Session], text: str) -> int:
         session = _named(sessions, command.vm)
         with session.lock:
             policy = _lru_gen(session)
-            went = lru_gen_text.run(command, policy, _Hand(session))
-        session.common.decisions.add(
-            Kind.COMMAND, f"{command}", vm=session.vm, passes=session.passes, pages=went
+            evicted = lru_gen_text.run(command, policy, _SessionWork(session))
+        session.context.decisions.add(
+            DecisionKind.COMMAND, f"{command}", vm=session.vm, passes=session.passes, pages=evicted
         )
-        pages += went
+        pages += evicted
     return pages
 
 
@@ -78,11 +80,11 @@ def _named(sessions: Sequence[Session], name: str) -> Session:
     for number, session in enumerate(sessions, 1):
         if name in (session.vm, str(number)):
             return session
-    raise LayoutError(f"VM {name!r} is not looked after by this daemon")
+    raise LayoutError(f"VM {name!r} is not managed by this daemon")
 
 
 def _lru_gen(session: Session) -> LruGen:
-    policy = session.judge.policy
+    policy = session.driver.policy
     if not isinstance(policy, LruGen):
         raise LayoutError(f"VM {session.vm!r} has the policy {policy.name}, not lru_gen")
     return policy

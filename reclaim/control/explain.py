@@ -1,4 +1,4 @@
-"""One page, explained: what the daemon knows of it and what it would do with it now."""
+"""Explain one page: what the daemon knows about it, and what it would do with it now."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ from kvmhost.reclaim.vm.session import Session
 
 __all__ = ["explain"]
 
-#: Of the decisions that list the page, so many are shown.
+#: Maximum number of decisions shown.
 _DECISIONS = 20
 
 
 def explain(session: Session, gfn: int) -> PageAnswer:
-    """Tell all about a page. The caller holds the session's lock.
+    """Return everything known about a page. The caller holds the session's lock.
 
     :raises LayoutError: if the VM has no such page
     """
-    view = session.view
-    if not 0 <= gfn < view.n_pages:
-        raise LayoutError(f"gfn {gfn:#x}: VM {session.vm!r} ends at {view.n_pages:#x}")
-    policy = session.judge.policy
+    pages = session.pages
+    if not 0 <= gfn < pages.n_pages:
+        raise LayoutError(f"gfn {gfn:#x}: VM {session.vm!r} ends at {pages.n_pages:#x}")
+    policy = session.driver.policy
     return PageAnswer(
         vm=session.vm,
         gfn=gfn,
-        resident=bool(view.resident[gfn]),
-        movable=bool(view.movable[gfn]),
+        resident=bool(pages.resident[gfn]),
+        movable=bool(pages.movable[gfn]),
         policy_name=policy.name,
         policy=dict(policy.explain(gfn)),
         verdict=_verdict(session, gfn),
         story=None if session.history is None else session.history.story(gfn),
-        decisions=session.common.decisions.last(_DECISIONS, vm=session.vm, gfn=gfn),
+        decisions=session.context.decisions.last(_DECISIONS, vm=session.vm, gfn=gfn),
     )
 
 
 def _verdict(session: Session, gfn: int) -> str:
-    view = session.view
-    if not view.movable[gfn]:
-        return "stays: pinned, since live tables or parameters are in it, or no memory at all"
+    pages = session.pages
+    if not pages.movable[gfn]:
+        return "stays: pinned (page tables or parameters), or not memory"
     if session.passes == 0:
-        return "not known: there was no pass yet"
-    if not view.resident[gfn]:
-        return "is away: comes back when something touches it"
-    one = view.candidates & False
-    one[gfn] = True
-    if not session.judge.victims(1, one, probe=False).size:
+        return "unknown: no pass has run yet"
+    if not pages.resident[gfn]:
+        return "evicted or never touched: the next access makes it resident"
+    only = pages.candidates & False
+    only[gfn] = True
+    if not session.driver.victims(1, only, probe=False).size:
         return "stays: the policy protects it"
-    ruling = session.ruling
-    if ruling is None or not ruling.want.pages:
-        return "could go, and stays: nothing has to go now"
-    if not ruling.pages:
-        return f"could go, and stays: {ruling.kept}"
-    return f"goes when its turn comes: {ruling.want.text}"
+    target = session.pass_target
+    if target is None or not target.demand.pages:
+        return "evictable, but no pages have to be evicted now"
+    if not target.pages:
+        return f"evictable, but the pass is limited: {target.limited_by}"
+    return f"will be evicted in its turn: {target.demand.text}"

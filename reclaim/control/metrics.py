@@ -1,7 +1,7 @@
 """The daemon's metrics, as Prometheus text.
 
-They are read off the sessions when somebody asks, so a VM that is gone is gone from them
-too. Names end in their unit; counters, in ``_total``. :data:`PER_VM` and :data:`PER_HOST`
+They are read from the sessions on each scrape, so the metrics of a VM end with the VM.
+Names end in their unit; counters, in ``_total``. :data:`PER_VM` and :data:`PER_HOST`
 list them, and docs/reclaimd.md has the table.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["PER_HOST", "PER_VM", "Family", "Metrics", "names"]
 
 _PAGE_BYTES = 4096
 
-#: Values by the label that a family has besides ``vm``; "" where it has none.
+#: Values by the label that a family has besides ``vm``.
 Values = dict[str, float]
 
 
@@ -36,8 +36,8 @@ class Family:
     """One metric.
 
     :param kind: ``gauge`` or ``counter``
-    :param label: a label besides ``vm``; "": none
-    :param read: of a session, or of a daemon
+    :param label: a label besides ``vm``; empty for none
+    :param read: reads the value from a session, or from a daemon
     """
 
     name: str
@@ -75,23 +75,35 @@ def _by_why(session: Session) -> Values:
 
 
 def _drive(session: Session) -> float:
-    return session.steering.by_stall.drive if session.steering.by_stall else 0.0
+    return (
+        session.reclaim_target.stall_controller.drive
+        if session.reclaim_target.stall_controller
+        else 0.0
+    )
 
 
 def _promotions(session: Session) -> float:
-    return session.steering.by_promotion.rate if session.steering.by_promotion else 0.0
+    return (
+        session.reclaim_target.promotion_controller.rate
+        if session.reclaim_target.promotion_controller
+        else 0.0
+    )
 
 
 def _promotion_step(session: Session) -> float:
-    return session.steering.by_promotion.share if session.steering.by_promotion else 0.0
+    return (
+        session.reclaim_target.promotion_controller.share
+        if session.reclaim_target.promotion_controller
+        else 0.0
+    )
 
 
 PER_VM = (
-    _gauge("vm_resident_bytes", "resident memory", lambda s: s.view.n_resident * _PAGE_BYTES),
-    _gauge("vm_size_bytes", "all memory", lambda s: s.view.n_pages * _PAGE_BYTES),
+    _gauge("vm_resident_bytes", "resident memory", lambda s: s.pages.n_resident * _PAGE_BYTES),
+    _gauge("vm_size_bytes", "all memory", lambda s: s.pages.n_pages * _PAGE_BYTES),
     _gauge(
         "vm_budget_bytes",
-        "limit on resident memory; 0: none",
+        "limit on resident memory; 0 if none",
         lambda s: s.budget.max_bytes if s.budget else 0,
     ),
     _gauge(
@@ -99,33 +111,35 @@ PER_VM = (
     ),
     _gauge(
         "vm_holding",
-        "1 while held back because evicted pages come back",
-        lambda s: s.steering.backoff.holding,
+        "1 while holding back because evicted pages refault",
+        lambda s: s.reclaim_target.backoff.holding,
     ),
     _gauge(
-        "vm_regret_ratio",
-        "share of the daemon's evictions that came back, decayed over 10 s",
-        lambda s: s.steering.backoff.share,
+        "vm_refaulted_own_ratio",
+        "share of the daemon's evictions that refaulted, decayed over 10 s",
+        lambda s: s.reclaim_target.backoff.share,
     ),
     _gauge(
         "vm_stall_ratio",
         "share of time that vCPUs waited for pages, in the last pass",
         lambda s: s.stall,
     ),
-    _gauge("vm_stall_drive_ratio", "part of a proactive step that stalls leave room for", _drive),
+    _gauge(
+        "vm_stall_drive_ratio", "part of the proactive step that the stall target allows", _drive
+    ),
     _gauge(
         "vm_promotions_per_minute_ratio",
-        "pages that come back a minute, of the working set",
+        "share of the working set that refaults per minute",
         _promotions,
     ),
     _gauge(
         "vm_promotion_step_ratio",
-        "part of a proactive step that promotions leave room for",
+        "part of the proactive step that the promotion target allows",
         _promotion_step,
     ),
     _gauge(
         "vm_wanted_pages",
-        "pages that the last pass wanted to go",
+        "pages that the last pass was to evict",
         lambda s: s.last.wanted_pages if s.last else 0,
     ),
     _gauge(
@@ -135,19 +149,19 @@ PER_VM = (
     ),
     _gauge(
         "vm_policy",
-        "what the policy counts, by its own names",
-        lambda s: dict(s.judge.policy.counters()),
+        "counters of the policy, by name",
+        lambda s: dict(s.driver.policy.counters()),
         "name",
     ),
     _gauge("vm_store_bytes", "contents of evicted pages in the VM's store", _pager("store_bytes")),
     _gauge("vm_stored_pages", "evicted pages now", _pager("evicted_pages")),
     _counter("vm_passes", "passes", lambda s: s.totals.passes),
     _counter(
-        "vm_skipped_passes", "passes left out because the VM was paused", lambda s: s.totals.skipped
+        "vm_skipped_passes", "passes skipped because the VM was paused", lambda s: s.totals.skipped
     ),
     _counter(
         "vm_harvested_pages",
-        "pages whose accessed bits were looked at",
+        "pages whose accessed bits were tested",
         lambda s: s.totals.harvested,
     ),
     _counter("vm_young_pages", "pages found young", lambda s: s.totals.young),
@@ -162,52 +176,70 @@ PER_VM = (
         "processor time of the daemon for this VM",
         lambda s: s.totals.busy_ns / 1e9,
     ),
-    _counter("vm_evicted_pages", "pages that went, by reason", _by_why, "why"),
+    _counter("vm_evicted_pages", "evicted pages, by reason", _by_why, "why"),
     _counter(
         "vm_refused_pages",
-        "pages that the VM did not let go, by outcome",
+        "evictions refused by the VM, by outcome",
         lambda s: dict(s.totals.refused),
         "outcome",
     ),
     _counter(
         "vm_spared_pages",
-        "pages wanted and not taken, by cause",
+        "pages to evict that were not evicted, by cause",
         lambda s: dict(s.totals.spared),
         "cause",
     ),
-    _counter("vm_refaulted_pages", "evicted pages that came back", lambda s: s.totals.refaulted),
     _counter(
-        "vm_regretted_pages",
-        "of these, those that the daemon had sent away",
-        lambda s: s.totals.regretted,
+        "vm_refaulted_pages",
+        "evicted pages that became resident again",
+        lambda s: s.totals.refaulted,
     ),
-    _counter("vm_fault_ins", "pages brought back by the VM", _pager("fault_ins")),
+    _counter(
+        "vm_refaulted_own_pages",
+        "of these, pages that the daemon had evicted",
+        lambda s: s.totals.refaulted_own,
+    ),
+    _counter("vm_fault_ins", "evicted pages restored by the VM", _pager("fault_ins")),
     _counter("vm_zero_fills", "first touches of a page", _pager("zero_fills")),
     _counter(
         "vm_direct_evictions", "evictions by the VM's fault handler", _pager("direct_evictions")
     ),
-    _counter("vm_lost_pages", "pages that the store could not give back", _pager("lost_pages")),
+    _counter(
+        "vm_lost_pages", "evicted pages that the store failed to return", _pager("lost_pages")
+    ),
 )
 
 PER_HOST = (
-    _gauge("vms", "VMs looked after", lambda d: len(d.sessions())),
+    _gauge("vms", "managed VMs", lambda d: len(d.sessions())),
     _gauge(
         "stall_ratio",
         "share of time that tasks stalled for memory, in the last interval",
-        lambda d: d.common.host.stall or 0.0,
+        lambda d: d.context.host.stall or 0.0,
     ),
     _gauge(
         "cgroup_bytes",
-        "memory of the cgroup, without file pages that can go",
-        lambda d: d.common.host.cgroup_bytes,
+        "memory of the cgroup, without reclaimable file pages",
+        lambda d: d.context.host.cgroup_bytes,
     ),
-    _gauge("cgroup_limit_bytes", "its limit; 0: none", lambda d: d.common.host.cgroup_limit_bytes),
-    _gauge("dry_run", "1 if nothing is evicted", lambda d: d.common.config.daemon.dry_run),
-    _counter("triggers", "stalls that the kernel reported", lambda d: d.common.host.trigger_fired),
+    _gauge(
+        "cgroup_limit_bytes",
+        "memory limit of the cgroup; 0 if none",
+        lambda d: d.context.host.cgroup_limit_bytes,
+    ),
+    _gauge(
+        "dry_run",
+        "1 if the daemon only simulates evictions",
+        lambda d: d.context.config.daemon.dry_run,
+    ),
+    _counter(
+        "triggers",
+        "stalls reported by the kernel's trigger",
+        lambda d: d.context.host.trigger_fired,
+    ),
     _counter(
         "decisions_lost",
         "decisions that could not be written to the file",
-        lambda d: d.common.decisions.write_errors,
+        lambda d: d.context.decisions.write_errors,
     ),
 )
 
@@ -233,11 +265,11 @@ class _Collected(Collector):
         self._daemon = daemon
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: what there is depends on the VMs."""
+        """Return nothing: the families depend on the VMs."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Read everything off the daemon."""
+        """Read all values from the daemon."""
         sessions = self._daemon.sessions()
         for family in PER_HOST:
             yield _filled(family, [([], family.read(self._daemon))])
@@ -245,7 +277,7 @@ class _Collected(Collector):
             yield _filled(family, [([s.vm], family.read(s)) for s in sessions], ["vm"])
         yield _latency(sessions)
         decisions = CounterMetricFamily(_DECISIONS, "decisions, by kind", labels=["vm", "kind"])
-        for vm, kind, count in self._daemon.common.decisions.totals():
+        for vm, kind, count in self._daemon.context.decisions.totals():
             decisions.add_metric([vm, kind], count)
         yield decisions
 
@@ -266,8 +298,8 @@ def _filled(
 
 
 def _latency(sessions: list[Session]) -> Metric:
-    """Return the VMs' histograms of fault-in times: bucket ``b`` ends at ``2**(b + 1)`` ns."""
-    about = "time to bring a page back, in the VM's fault handler"
+    """Return the VMs' histograms of fault-in times; bucket ``b`` ends at ``2**(b + 1)`` ns."""
+    about = "time to restore a page, in the VM's fault handler"
     metric = HistogramMetricFamily(_LATENCY, about, labels=["vm"])
     for session in sessions:
         pager = (session.counters.pager if session.counters is not None else None) or {}
@@ -281,7 +313,7 @@ def _latency(sessions: list[Session]) -> Metric:
 
 
 def names() -> set[str]:
-    """Return the names of all samples that there may be, for dashboards to be checked by."""
+    """Return the names of all possible samples, to check dashboards against."""
     histogram = {f"{_LATENCY}_{part}" for part in ("bucket", "count", "sum")}
     process = {
         f"reclaimd_process_{part}"

@@ -1,4 +1,4 @@
-"""What a daemon's socket answers: one Struct a message, in JSON."""
+"""Requests and responses of a daemon's socket: one Struct per message, as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Gfn = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of what a client sends."""
+    """Base of requests."""
 
 
 class DecisionQuery(_Strict, frozen=True):
@@ -46,13 +46,13 @@ class PageQuery(_Strict, frozen=True):
 
 
 class VmQuery(_Strict, frozen=True):
-    """Query of ``GET /v1/lru_gen``: one VM; without, all of them."""
+    """Query of ``GET /v1/lru_gen``: one VM, or all if none is given."""
 
     vm: str | None = None
 
 
 class CommandRequest(_Strict, frozen=True):
-    """Body of ``POST /v1/lru_gen``: commands as the kernel's file takes them."""
+    """Body of ``POST /v1/lru_gen``: commands in the syntax of the kernel's file."""
 
     command: Annotated[str, msgspec.Meta(min_length=1, max_length=65536)]
 
@@ -71,7 +71,7 @@ class DecisionList(msgspec.Struct, frozen=True):
 
 
 class VmStatus(msgspec.Struct, frozen=True):
-    """One VM. ``budget_bytes`` 0: none; ``why``: what the last pass followed."""
+    """One VM. ``budget_bytes`` is 0 if there is none; ``why`` is the last pass's reason."""
 
     vm: str
     policy: str
@@ -85,7 +85,7 @@ class VmStatus(msgspec.Struct, frozen=True):
 
 
 class HostStatus(msgspec.Struct, frozen=True):
-    """Pressure on the host; None: not measured."""
+    """Pressure on the host; ``stall`` is None if it is not measured."""
 
     stall: float | None
     trigger_fired: int
@@ -106,11 +106,11 @@ class DaemonStatus(msgspec.Struct, frozen=True):
 
 
 class PageAnswer(msgspec.Struct, frozen=True):
-    """Answer of ``GET /v1/page``: what the daemon knows of one page of one VM.
+    """Answer of ``GET /v1/page``: what the daemon knows about one page of one VM.
 
-    :param policy: what the policy says of it, by name
-    :param verdict: what would become of it now, and why
-    :param story: None where no history is kept
+    :param policy: the policy's state of the page, by name
+    :param verdict: what the next pass would do with the page, and why
+    :param story: None if no page history is kept
     """
 
     vm: str

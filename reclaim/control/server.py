@@ -10,8 +10,8 @@
 ``POST /v1/lru_gen``        commands, as the kernel's file takes them
 =========================== ===========================================================
 
-It is served as a VM's socket is, with the same bounds on connections and requests. What
-has to wait for a pass to end runs in a worker thread and gives up after a while.
+The same server as a VM's control socket, with the same bounds on connections and requests.
+Requests that wait for the end of a pass run in a worker thread, with a timeout.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ __all__ = ["DaemonServer"]
 
 _TEXT = "text/plain"
 _MAX_BODY_BYTES = 128 << 10
-#: How long a request may wait for the pass in work.
+#: How long a request may wait for the running pass.
 _WAIT_S = 20.0
 _PAGE_BYTES = 4096
 
 
 class DaemonServer(SocketServer):
-    """Answers for one daemon. Close it after the daemon has ended.
+    """Serves the socket of one daemon. Close it after the daemon has ended.
 
     :param lock: the daemon's name, held; released by :meth:`close`
     """
@@ -86,14 +86,14 @@ class _Routes:
         return _MAX_BODY_BYTES
 
     def find(self, method: str, path: str) -> Route:
-        """Return who answers a request.
+        """Return the handler of a request.
 
         :raises Problem: 404 for an unknown path, 405 for the wrong method
         """
         return by_method(self._table.get(path), method, path)
 
     def problem_of(self, error: Exception) -> Problem:
-        """Return the answer that an exception stands for."""
+        """Return the error response for an exception."""
         return problem_of(error)
 
     def let_go(self) -> None:
@@ -109,12 +109,12 @@ class _Routes:
 
     async def _get_status(self, request: Request) -> Reply:
         nothing_asked(request)
-        host = self._daemon.common.host
+        host = self._daemon.context.host
         return json_reply(
             answers.DaemonStatus(
                 name=self._name,
                 pid=os.getpid(),
-                dry_run=self._daemon.common.config.daemon.dry_run,
+                dry_run=self._daemon.context.config.daemon.dry_run,
                 uptime_s=time.monotonic() - self._started_s,
                 vms=[_vm_status(session) for session in self._daemon.sessions()],
                 host=answers.HostStatus(
@@ -129,12 +129,12 @@ class _Routes:
 
     async def _get_config(self, request: Request) -> Reply:
         nothing_asked(request)
-        return Reply(to_toml(self._daemon.common.config).encode(), _TEXT)
+        return Reply(to_toml(self._daemon.context.config).encode(), _TEXT)
 
     async def _get_decisions(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, answers.DecisionQuery)
         found = await self._work(
-            lambda: self._daemon.common.decisions.last(
+            lambda: self._daemon.context.decisions.last(
                 asked.n, vm=asked.vm, gfn=asked.gfn, after=asked.after
             )
         )
@@ -168,7 +168,7 @@ class _Routes:
         for session in self._daemon.sessions():
             if session.vm == vm:
                 return session
-        raise Problem(404, f"VM {vm[:80]!r} is not looked after by this daemon", "vm")
+        raise Problem(404, f"VM {vm[:80]!r} is not managed by this daemon", "vm")
 
     async def _work(self, call: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
@@ -177,7 +177,7 @@ class _Routes:
 def _locked(session: Session, call: Callable[[], Any]) -> Any:
     """Call between two passes.
 
-    :raises Problem: 503 if the pass in work does not end
+    :raises Problem: 503 if the running pass does not end in time
     """
     if not session.lock.acquire(timeout=_WAIT_S):
         raise Problem(503, f"the pass over {session.vm!r} takes longer than {_WAIT_S:g} s")
@@ -191,12 +191,12 @@ def _vm_status(session: Session) -> answers.VmStatus:
     last, budget = session.last, session.budget
     return answers.VmStatus(
         vm=session.vm,
-        policy=session.judge.policy.name,
+        policy=session.driver.policy.name,
         passes=session.passes,
-        resident_bytes=session.view.n_resident * _PAGE_BYTES,
+        resident_bytes=session.pages.n_resident * _PAGE_BYTES,
         budget_bytes=budget.max_bytes if budget else 0,
         evicted_pages=sum(dict(session.totals.evicted).values()),
         refaulted_pages=session.totals.refaulted,
-        holding=session.steering.backoff.holding,
+        holding=session.reclaim_target.backoff.holding,
         why=last.why if last else "",
     )

@@ -1,28 +1,29 @@
-"""Back-off: where what was evicted comes back, evicting more only hurts.
+"""Back-off: stop evicting proactively while evicted pages refault.
 
-Counted over the last half minute or so (decayed sums): pages that this daemon evicted
-of its own will, and how many of those came back. Above the threshold the daemon holds
-back: nothing goes ahead of need, and a budget's excess goes down to the high mark only,
-not to the low one. Each time the threshold is still exceeded after that, the next hold
-is twice as long; once the share is below half of the threshold, all is forgotten.
+Decayed sums over about half a minute count the pages that this daemon evicted and how
+many of them refaulted. While the refaulted share is above the threshold, the daemon
+holds back: it evicts nothing proactively, and reduces a VM above its budget to the high
+mark only, not to the low mark. If the threshold is still exceeded at the end of a hold,
+the next hold is twice as long. Once the share is below half of the threshold, the hold
+time is reset.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["Backoff", "Turn"]
+__all__ = ["Backoff", "BackoffChange"]
 
-#: Half-life of the sums, and the bounds of a hold.
+#: Half-life of the sums, and the longest hold.
 _HALF_LIFE_S = 10.0
 _MAX_HOLD_S = 120.0
-#: Fewer evictions than this are no evidence.
+#: Fewer evictions than this are not significant.
 _MIN_PAGES = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
-    """That holding back began or ended, and why."""
+class BackoffChange:
+    """A hold that began or ended, and the reason."""
 
     holding: bool
     reason: str
@@ -31,8 +32,8 @@ class Turn:
 class Backoff:
     """The back-off of one VM.
 
-    :param threshold: share of what was evicted; 0: never hold back
-    :param hold_s: how long the first hold takes
+    :param threshold: share of the evicted pages; 0 disables the back-off
+    :param hold_s: duration of the first hold
     """
 
     def __init__(self, threshold: float, hold_s: float) -> None:
@@ -44,11 +45,11 @@ class Backoff:
 
     @property
     def share(self) -> float:
-        """The share of what was evicted that came back."""
+        """The share of the evicted pages that refaulted."""
         return self._refaulted / self._evicted if self._evicted >= 1 else 0.0
 
-    def note(self, evicted: int, refaulted: int, now_s: float) -> Turn | None:
-        """Count what happened since the call before; return a change, if there is one.
+    def note(self, evicted: int, refaulted: int, now_s: float) -> BackoffChange | None:
+        """Count evictions and refaults since the previous call; return a change, if any.
 
         :param now_s: of a monotonic clock
         """
@@ -57,31 +58,31 @@ class Backoff:
         self._evicted = self._evicted * decay + evicted
         self._refaulted = self._refaulted * decay + refaulted
         if not self.threshold:
-            return self._end("it was switched off") if self.holding else None
-        hurts = self.share > self.threshold and self._evicted >= _MIN_PAGES
+            return self._end("back-off was disabled") if self.holding else None
+        exceeded = self.share > self.threshold and self._evicted >= _MIN_PAGES
         if self.holding:
-            return None if now_s < self._until_s else self._review(hurts, now_s)
-        if hurts:
+            return None if now_s < self._until_s else self._review(exceeded, now_s)
+        if exceeded:
             return self._begin(now_s)
         if self.share < self.threshold / 2:
             self._hold_s = self.first_hold_s
         return None
 
-    def _begin(self, now_s: float) -> Turn:
+    def _begin(self, now_s: float) -> BackoffChange:
         self.holding, self._until_s = True, now_s + self._hold_s
-        turn = Turn(
+        change = BackoffChange(
             True,
-            f"{self.share:.0%} of the evicted pages came back, more than {self.threshold:.0%}: "
+            f"{self.share:.0%} of the evicted pages refaulted, more than {self.threshold:.0%}: "
             f"holding back for {self._hold_s:.3g} s",
         )
         self._hold_s = min(self._hold_s * 2, _MAX_HOLD_S)
-        return turn
+        return change
 
-    def _review(self, hurts: bool, now_s: float) -> Turn:
-        if hurts:
+    def _review(self, exceeded: bool, now_s: float) -> BackoffChange:
+        if exceeded:
             return self._begin(now_s)
-        return self._end(f"{self.share:.0%} of the evicted pages came back")
+        return self._end(f"{self.share:.0%} of the evicted pages refaulted")
 
-    def _end(self, why: str) -> Turn:
+    def _end(self, why: str) -> BackoffChange:
         self.holding = False
-        return Turn(False, f"{why}: going on")
+        return BackoffChange(False, f"{why}: resuming")

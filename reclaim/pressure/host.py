@@ -1,8 +1,8 @@
-"""What all VMs of a daemon heed together: stall, trigger, cgroup, a shared budget.
+"""Pressure common to all VMs of a daemon: stall, trigger, cgroup, a shared budget.
 
-The daemon's loop calls :meth:`Host.look` once an interval, and at once when the trigger
-fires; the VMs' threads report what they have (:meth:`Host.claim`) and fetch what they
-should give (:meth:`Host.demand`) and may have (:meth:`Host.budget_pages`).
+The daemon's loop calls :meth:`Host.update` once per interval, and at once when the
+trigger fires. The VMs' threads report their pages (:meth:`Host.claim`) and fetch the
+pages to evict (:meth:`Host.demand`) and to keep (:meth:`Host.budget_pages`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 
 from kvmhost.closing import Closing
-from kvmhost.reclaim.account.decisions import Why
+from kvmhost.reclaim.account.decisions import EvictReason
 from kvmhost.reclaim.errors import ReclaimError
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
-from kvmhost.reclaim.pressure.controllers import Want
+from kvmhost.reclaim.pressure.controllers import Demand
 from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
 from kvmhost.reclaim.pressure.psi import SYSTEM_PSI, PsiMeter, PsiTrigger
 from kvmhost.reclaim.pressure.shares import Claim, share_budget, share_demand
@@ -30,9 +30,9 @@ log = logging.getLogger("reclaim")
 
 
 class Host(Closing):
-    """Pressure on the host, and what follows for each VM. Safe for several threads.
+    """Pressure on the host, and the demands that follow from it. Thread-safe.
 
-    :param trigger: makes the trigger of a text and a path; None: none is set
+    :param trigger: creates the trigger from its text and path; None disables it
     :raises ReclaimError: if a file that the options name cannot be used
     :raises CapabilityError: if the cgroup has no memory controller
     """
@@ -47,10 +47,10 @@ class Host(Closing):
         self.options = options
         self._lock = threading.Lock()
         self._claims: dict[str, Claim] = {}
-        self._demands: dict[str, Want] = {}
+        self._demands: dict[str, Demand] = {}
         self._parts: dict[str, int] = {}
         self.problem = ""
-        #: Share of time stalled in the last interval; None: not measured.
+        #: Share of time stalled in the last interval; None if not measured.
         self.stall: float | None = None
         self.trigger_fired = 0
         self.cgroup_bytes = self.cgroup_limit_bytes = 0
@@ -62,12 +62,12 @@ class Host(Closing):
         if options.psi_trigger and trigger is not None:
             self.trigger = trigger(options.psi_trigger, path)
 
-    def look(self, fired: bool = False) -> None:
-        """Read the files and share out what they demand.
+    def update(self, fired: bool = False) -> None:
+        """Read the pressure files and distribute the pages to evict over the VMs.
 
-        A file that cannot be read any more is said once, and the rest goes on.
+        A file that can no longer be read is logged once; everything else continues.
 
-        :param fired: the trigger did
+        :param fired: the trigger fired
         """
         try:
             if self._meter is not None:
@@ -84,13 +84,14 @@ class Host(Closing):
                 self.trigger_fired += 1
                 total = sum(claim.resident for claim in self._claims.values())
                 step = self.options.trigger_step
-                text = f"the kernel reported a stall of {self.options.psi_trigger}: {step:.0%} go"
-                self._share_out(int(total * step), Why.TRIGGER, text)
+                text = f"the kernel reported a stall of {self.options.psi_trigger}: "
+                text += f"evicting {step:.0%}"
+                self._share_out(int(total * step), EvictReason.TRIGGER, text)
             if excess:
                 high = self.options.cgroup_high * self.cgroup_limit_bytes
                 text = f"{self.options.cgroup} is at {self.cgroup_bytes >> 20} MiB, above "
                 text += f"{high / 2**20:.0f} MiB"
-                self._share_out(excess, Why.CGROUP, text)
+                self._share_out(excess, EvictReason.CGROUP, text)
             if self.options.total_budget:
                 total = self.options.total_budget // _PAGE_BYTES
                 self._parts = share_budget(total, self._claims)
@@ -105,25 +106,25 @@ class Host(Closing):
         excess = self.cgroup_bytes - int(limit * self.options.cgroup_high)
         return max(0, -(-excess // _PAGE_BYTES))
 
-    def _share_out(self, pages: int, why: Why, text: str) -> None:
+    def _share_out(self, pages: int, why: EvictReason, text: str) -> None:
         for vm, part in share_demand(pages, self._claims).items():
             before = self._demands.get(vm)
-            # What one look found, the next one finds again unless it was followed.
+            # A demand that was not met yet is found again by the next update.
             if part and (before is None or part > before.pages):
-                self._demands[vm] = Want(part, part, why, text)
+                self._demands[vm] = Demand(part, part, why, text)
 
     def claim(self, vm: str, claim: Claim) -> None:
-        """Take note of what a VM has and needs."""
+        """Store the pages that a VM has and needs."""
         with self._lock:
             self._claims[vm] = claim
 
-    def demand(self, vm: str) -> Want | None:
-        """Return what a VM should give, once."""
+    def demand(self, vm: str) -> Demand | None:
+        """Return the demand on a VM, and clear it."""
         with self._lock:
             return self._demands.pop(vm, None)
 
     def budget_pages(self, vm: str) -> int | None:
-        """Return a VM's part of the shared budget; None: there is none, or not yet."""
+        """Return a VM's part of the shared budget; None if there is none yet."""
         with self._lock:
             return self._parts.get(vm)
 

@@ -1,13 +1,14 @@
-"""How several VMs share one budget, and one demand: by weight and by coldness.
+"""Share one budget, and one demand, among VMs: by working set and weight.
 
-A budget is poured in two rounds. First every VM gets memory for its working set, the
-pages it touched lately; where that is not enough for all, by weight, and what one VM
-does not need goes to the others. What is left over holds cold pages and room to grow,
-again by weight. So a page that nobody touches gives way to a page that somebody
-touches, in whichever VM, and weights decide among equals only.
+A budget is distributed in two rounds. First every VM gets memory for its working set,
+the pages it touched recently; if the budget is too small for all working sets, they
+share it by weight, and memory that one VM does not need is given to the others. The
+remainder holds cold pages and leaves room to grow, again by weight. So the working set
+of any VM takes precedence over the cold pages of every other, and weights only decide
+between VMs in the same situation.
 
-A demand, pages that have to go now, is taken from cold pages in proportion to coldness
-over weight; working sets are touched only when no cold page is left anywhere.
+A demand (pages to evict now) is taken from cold pages in proportion to the number of
+cold pages divided by weight; working sets lose pages only when no cold pages are left.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ __all__ = ["Claim", "share_budget", "share_demand"]
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What one VM is and has, in pages.
+    """The pages and the weight of one VM.
 
-    :param working: touched lately
-    :param resident: has now
+    :param working: touched recently
+    :param resident: resident now
     :param size: all of its memory
-    :param floor: never less than this (pinned pages)
+    :param floor: minimum, for pinned pages
     """
 
     weight: float
@@ -36,39 +37,41 @@ class Claim:
 
     @property
     def cold(self) -> int:
-        """Resident, and not touched lately."""
+        """Resident pages that were not touched recently."""
         return max(0, self.resident - max(self.working, self.floor))
 
 
 def share_budget(total: int, claims: Mapping[str, Claim]) -> dict[str, int]:
-    """Share out a budget; the parts make up the total, unless all VMs have all they can use.
+    """Distribute a budget; the parts sum to the total unless all VMs are fully resident.
 
-    Floors are given in any case, even where they exceed the total.
+    Floors are granted even if they exceed the total.
     """
     parts = {name: min(claim.floor, claim.size) for name, claim in claims.items()}
     left = total - sum(parts.values())
-    for want in ("working", "size"):
-        caps = {n: max(0, min(getattr(c, want), c.size) - parts[n]) for n, c in claims.items()}
+    for need in ("working", "size"):
+        caps = {n: max(0, min(getattr(c, need), c.size) - parts[n]) for n, c in claims.items()}
         weights = {n: c.weight for n, c in claims.items()}
-        for name, pages in _pour(left, caps, weights).items():
+        for name, pages in _distribute(left, caps, weights).items():
             parts[name] += pages
             left -= pages
     return parts
 
 
 def share_demand(pages: int, claims: Mapping[str, Claim]) -> dict[str, int]:
-    """Share out pages that have to go; nobody gives more than it has."""
+    """Distribute pages to evict; no VM gives more than it has."""
     cold = {name: claim.cold for name, claim in claims.items()}
-    # Pouring by coldness over weight: as cold pages give way sooner the more there are.
-    parts = _pour(pages, cold, {n: cold[n] / c.weight for n, c in claims.items()})
+    # By cold pages over weight: a VM with more cold pages gives more of them.
+    parts = _distribute(pages, cold, {n: cold[n] / c.weight for n, c in claims.items()})
     left = pages - sum(parts.values())
     rest = {n: max(0, c.resident - c.floor - parts[n]) for n, c in claims.items()}
-    more = _pour(left, rest, {n: rest[n] / c.weight for n, c in claims.items()})
+    more = _distribute(left, rest, {n: rest[n] / c.weight for n, c in claims.items()})
     return {name: parts[name] + more[name] for name in claims}
 
 
-def _pour(total: int, caps: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:
-    """Share ``total`` by weight, nobody beyond its cap; what overflows goes to the others."""
+def _distribute(
+    total: int, caps: Mapping[str, int], weights: Mapping[str, float]
+) -> dict[str, int]:
+    """Distribute ``total`` by weight up to each cap; the excess goes to the others."""
     parts = dict.fromkeys(caps, 0)
     open_names = [name for name in caps if caps[name] > 0 and weights[name] > 0]
     left = max(0, min(total, sum(caps[name] for name in open_names)))
@@ -76,7 +79,7 @@ def _pour(total: int, caps: Mapping[str, int], weights: Mapping[str, float]) -> 
         weight = sum(weights[name] for name in open_names)
         shares = {name: int(left * weights[name] / weight) for name in open_names}
         full = [name for name in open_names if shares[name] >= caps[name] - parts[name]]
-        # Where somebody is full, only those are settled in this round.
+        # If any VM reaches its cap, this round settles only those VMs.
         given = {n: caps[n] - parts[n] for n in full} or _round_up(shares, left, caps, parts)
         for name, pages in given.items():
             parts[name] += pages
@@ -88,7 +91,7 @@ def _pour(total: int, caps: Mapping[str, int], weights: Mapping[str, float]) -> 
 def _round_up(
     shares: Mapping[str, int], left: int, caps: Mapping[str, int], parts: Mapping[str, int]
 ) -> dict[str, int]:
-    """Give the pages that rounding left over to those with the largest shares."""
+    """Give the pages left over by rounding to the VMs with the largest shares."""
     over = left - sum(shares.values())
     given = dict(shares)
     for name in sorted(shares, key=lambda n: (-shares[n], n)):

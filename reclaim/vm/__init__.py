@@ -1,1 +1,1 @@
-"""One VM under the daemon: its thread, and what one pass over it does, step by step."""
+"""One VM under the daemon: its thread, its session, and the steps of one pass."""

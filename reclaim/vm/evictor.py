@@ -1,7 +1,7 @@
-"""What the daemon does to one VM, each time with its reason taken down.
+"""Evict pages of one VM, and record the reason of each eviction.
 
-Every page that goes, or that the VM refuses to let go, passes through here; so do the
-pages that a dry run would have sent away.
+All evictions of the daemon go through this module, including evictions that the VM
+refuses and those that a dry run only simulates.
 """
 
 from __future__ import annotations
@@ -13,91 +13,91 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.control.client import Client
-from kvmhost.reclaim.account.decisions import Kind, Why
+from kvmhost.reclaim.account.decisions import DecisionKind, EvictReason
 from kvmhost.reclaim.account.history import PageHistory
-from kvmhost.reclaim.context import Common
+from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.policy.base import Gfns
 from kvmhost.reclaim.pressure.budget import Budget
-from kvmhost.reclaim.vm.pages import VmView
-from kvmhost.reclaim.vm.policydriver import Judge
+from kvmhost.reclaim.vm.pages import VmPages
+from kvmhost.reclaim.vm.policydriver import PolicyDriver
 from kvmhost.reclaim.vm.totals import Totals
 
-__all__ = ["BATCH_PAGES", "Hands"]
+__all__ = ["BATCH_PAGES", "Evictor"]
 
-#: Evictions a request: short enough for a stop to be prompt, at some 20 us a page.
+#: Evictions per request. At about 20 us per page, a stop takes effect within 50 ms.
 BATCH_PAGES = 2048
 _PAGE_BYTES = 4096
 
 
-class Hands:
-    """Acts on one VM.
+class Evictor:
+    """Evicts pages of one VM.
 
-    :param history: None: none is kept
+    :param history: None if no page history is kept
     """
 
     def __init__(
         self,
         client: Client,
-        common: Common,
-        view: VmView,
-        judge: Judge,
+        context: DaemonContext,
+        pages: VmPages,
+        driver: PolicyDriver,
         history: PageHistory | None,
         totals: Totals,
     ) -> None:
-        self._client, self._common = client, common
-        self._view, self._judge, self._history, self._totals = view, judge, history, totals
-        self._dry_run = common.config.daemon.dry_run
+        self._client, self._context = client, context
+        self._pages, self._driver, self._history, self._totals = pages, driver, history, totals
+        self._dry_run = context.config.daemon.dry_run
 
     def evict(
         self,
         victims: Gfns,
-        why: Why,
+        why: EvictReason,
         text: str,
         *,
         passes: int,
         stop: threading.Event | None = None,
     ) -> dict[str, int]:
-        """Evict in batches, best victims first; return pages by outcome.
+        """Evict in batches, in the order of ``victims``; return pages by outcome.
 
-        :param stop: once set, no further batch goes
+        :param stop: once set, no further batch is evicted
         """
         total: collections.Counter[str] = collections.Counter()
         for first in range(0, victims.size, BATCH_PAGES):
             if stop is not None and stop.is_set():
                 break
             batch = victims[first : first + BATCH_PAGES]
-            outcomes = self._send_away(batch, why, text, passes)
+            outcomes = self._evict_batch(batch, why, text, passes)
             total.update(outcomes)
             if outcomes.get("full"):
                 break
         return dict(total)
 
-    def _send_away(self, batch: Gfns, why: Why, text: str, passes: int) -> dict[str, int]:
-        """Do one batch, or in a dry run take it down as if it had been done."""
+    def _evict_batch(self, batch: Gfns, why: EvictReason, text: str, passes: int) -> dict[str, int]:
+        """Evict one batch; a dry run only records it."""
         if self._dry_run:
             outcomes, each = {"done": int(batch.size)}, np.zeros(batch.size, dtype=np.uint8)
         else:
             report = self._client.evict(batch, each=True)
             outcomes = report.outcomes
             each = np.frombuffer(report.each or b"", dtype=np.uint8)
-        went = batch[each == 0]
-        self._view.note_evicted(went, dry=self._dry_run)
-        self._judge.evicted(went)
-        self._remember(batch, each, why)
+        evicted = batch[each == 0]
+        self._pages.note_evicted(evicted, dry=self._dry_run)
+        self._driver.evicted(evicted)
+        self._update_history(batch, each, why)
         self._totals.note_outcomes(why, outcomes)
-        self._common.decisions.add(
-            Kind.WOULD_EVICT if self._dry_run else Kind.EVICT,
+        self._context.decisions.add(
+            DecisionKind.WOULD_EVICT if self._dry_run else DecisionKind.EVICT,
             text,
             vm=self._client.vm,
             passes=passes,
             why=why,
-            pages=int(went.size),
-            gfns=went,
+            pages=int(evicted.size),
+            gfns=evicted,
         )
-        self._say_refused(batch, each, outcomes, passes)
+        self._record_refused(batch, each, outcomes, passes)
         return outcomes
 
-    def _remember(self, batch: Gfns, each: npt.NDArray[np.uint8], why: Why) -> None:
+    def _update_history(self, batch: Gfns, each: npt.NDArray[np.uint8], why: EvictReason) -> None:
         if self._history is None:
             return
         if self._dry_run:
@@ -105,7 +105,7 @@ class Hands:
         else:
             self._history.evicted(batch, each, why)
 
-    def _say_refused(
+    def _record_refused(
         self, batch: Gfns, each: npt.NDArray[np.uint8], outcomes: dict[str, int], passes: int
     ) -> None:
         refused = batch[each != 0]
@@ -113,33 +113,33 @@ class Hands:
             causes = ", ".join(
                 f"{name} {n}" for name, n in outcomes.items() if n and name != "done"
             )
-            self._common.decisions.add(
-                Kind.SPARE,
-                f"the VM kept them: {causes}",
+            self._context.decisions.add(
+                DecisionKind.SPARE,
+                f"refused by the VM: {causes}",
                 vm=self._client.vm,
                 passes=passes,
                 pages=int(refused.size),
                 gfns=refused,
             )
 
-    def force(self, budget: Budget, passes: int) -> int:
-        """Have the VM go down to its budget by its own choice; return how many pages went."""
+    def shrink(self, budget: Budget, passes: int) -> int:
+        """Make the VM shrink to its budget, choosing pages itself; return pages evicted."""
         pages = self._client.shrink(budget.max_bytes)
-        self._common.rate.charge(pages)
+        self._context.rate.charge(pages)
         if pages:
-            self._totals.evicted[Why.FORCED] += pages
-            self._common.decisions.add(
-                Kind.FORCE,
-                f"down to {budget.max_bytes >> 20} MiB: {Why.FORCED.text}",
+            self._totals.evicted[EvictReason.FORCED] += pages
+            self._context.decisions.add(
+                DecisionKind.FORCE,
+                f"shrunk to {budget.max_bytes >> 20} MiB: {EvictReason.FORCED.text}",
                 vm=self._client.vm,
                 passes=passes,
-                why=Why.FORCED,
+                why=EvictReason.FORCED,
                 pages=pages,
             )
         return pages
 
-    def name_victims(self, n: int) -> int:
-        """Tell the VM's fault handler which pages go first at the limit."""
-        victims = self._judge.victims(n, self._view.candidates, probe=False)
+    def set_victims(self, n: int) -> int:
+        """Send the VM's fault handler the pages to evict first at the limit."""
+        victims = self._driver.victims(n, self._pages.candidates, probe=False)
         self._client.set_victims(victims)
         return int(victims.size)

@@ -1,8 +1,8 @@
-"""What the daemon knows of one VM's pages: where they are, and who sent them away.
+"""Page state of one VM: which pages are resident, evicted, and evicted by the daemon.
 
-In a dry run nothing goes, and yet the next decision has to follow from this one. So
-pages that would have gone are kept in a mask of their own: they count as away until
-they are young, which is when they would have come back.
+A dry run evicts nothing, but each decision depends on the ones before it. Pages that a
+dry run would have evicted are therefore kept in a separate mask and count as evicted
+until they are young, which is when they would have been faulted in.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ import numpy as np
 from kvmhost.control.schema import MemoryMap
 from kvmhost.reclaim.policy.base import Gfns, Mask
 
-__all__ = ["Arrivals", "VmView"]
+__all__ = ["ResidencyChanges", "VmPages"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrivals:
-    """What changed between two looks, without the daemon's own evictions.
+class ResidencyChanges:
+    """Changes between two harvests, except the daemon's own evictions.
 
-    :param went: the VM's fault handler evicted them
-    :param back: had been evicted, and are resident again
-    :param first: resident for the first time, as far as is known
-    :param regretted: of those back, how many the daemon itself had sent away
+    :param evicted_by_vm: evicted by the VM's fault handler
+    :param refaulted: evicted before, and resident again
+    :param first_resident: resident for the first time, as far as the daemon knows
+    :param refaulted_own: how many of the refaulted pages the daemon had evicted
     """
 
-    went: Gfns
-    back: Gfns
-    first: Gfns
-    regretted: int
+    evicted_by_vm: Gfns
+    refaulted: Gfns
+    first_resident: Gfns
+    refaulted_own: int
 
     @property
-    def came(self) -> Gfns:
-        """All that became resident."""
-        return np.union1d(self.back, self.first)
+    def became_resident(self) -> Gfns:
+        """All pages that became resident."""
+        return np.union1d(self.refaulted, self.first_resident)
 
 
-class VmView:
+class VmPages:
     """Masks over the pages ``[0, n_pages)`` of one VM."""
 
     def __init__(self, memory: MemoryMap) -> None:
         self.n_pages = memory.gfn_end
-        #: In a region, and not pinned.
+        #: In a memory region and not pinned.
         self.movable: Mask = np.zeros(self.n_pages, dtype=bool)
         for region in memory.regions:
             self.movable[region.gfn : region.gfn + region.n_pages] = True
@@ -51,12 +51,12 @@ class VmView:
             self.movable[pinned.gfn : pinned.gfn + pinned.n_pages] = False
         self.n_pinned = sum(pinned.n_pages for pinned in memory.pinned)
         self.resident: Mask = np.zeros(self.n_pages, dtype=bool)
-        self._looked = False
-        self._gone: Mask = np.zeros(self.n_pages, dtype=bool)
-        self._ours: Mask = np.zeros(self.n_pages, dtype=bool)
-        self._away: Mask | None = None
-        #: Young in the last window, and in the one before.
-        self._young = self._young_before = self._gone
+        self._has_baseline = False
+        self._evicted: Mask = np.zeros(self.n_pages, dtype=bool)
+        self._evicted_own: Mask = np.zeros(self.n_pages, dtype=bool)
+        self._dry_evicted: Mask | None = None
+        #: Young in the last window, and in the window before it.
+        self._young = self._young_before = self._evicted
 
     @property
     def n_resident(self) -> int:
@@ -70,37 +70,37 @@ class VmView:
 
     @property
     def n_working(self) -> int:
-        """Resident pages that were young in one of the last two windows, and pinned ones."""
-        lately = (self._young | self._young_before) & self.resident & self.movable
-        return int(np.count_nonzero(lately)) + self.n_pinned
+        """Resident pages that were young in one of the last two windows, and pinned pages."""
+        working = (self._young | self._young_before) & self.resident & self.movable
+        return int(np.count_nonzero(working)) + self.n_pinned
 
-    def look(self, resident: Mask, young: Mask) -> Arrivals:
-        """Take what is resident and what was young; return what changed."""
+    def update(self, resident: Mask, young: Mask) -> ResidencyChanges:
+        """Store which pages are resident and young now; return what changed."""
         self._young, self._young_before = young, self._young
         now = resident.copy()
-        if self._away is not None:
-            self._away &= ~young
-            now &= ~self._away
+        if self._dry_evicted is not None:
+            self._dry_evicted &= ~young
+            now &= ~self._dry_evicted
         before, self.resident = self.resident, now
-        if not self._looked:
-            self._looked = True
+        if not self._has_baseline:
+            self._has_baseline = True
             nothing = np.empty(0, dtype=np.int64)
-            return Arrivals(nothing, nothing, nothing, 0)
-        went, came = before & ~now, now & ~before
-        self._gone |= went
-        back, first = came & self._gone, came & ~self._gone
-        regretted = int(np.count_nonzero(back & self._ours))
-        self._gone &= ~now
-        self._ours &= ~now
-        return Arrivals(
-            np.flatnonzero(went), np.flatnonzero(back), np.flatnonzero(first), regretted
+            return ResidencyChanges(nothing, nothing, nothing, 0)
+        evicted, became_resident = before & ~now, now & ~before
+        self._evicted |= evicted
+        refaulted, first = became_resident & self._evicted, became_resident & ~self._evicted
+        refaulted_own = int(np.count_nonzero(refaulted & self._evicted_own))
+        self._evicted &= ~now
+        self._evicted_own &= ~now
+        return ResidencyChanges(
+            np.flatnonzero(evicted), np.flatnonzero(refaulted), np.flatnonzero(first), refaulted_own
         )
 
     def note_evicted(self, gfns: Gfns, dry: bool = False) -> None:
-        """Take pages that the daemon sent away, or in a dry run would have."""
+        """Mark pages that the daemon evicted, or would have evicted in a dry run."""
         self.resident[gfns] = False
-        self._gone[gfns] = self._ours[gfns] = True
+        self._evicted[gfns] = self._evicted_own[gfns] = True
         if dry:
-            if self._away is None:
-                self._away = np.zeros(self.n_pages, dtype=bool)
-            self._away[gfns] = True
+            if self._dry_evicted is None:
+                self._dry_evicted = np.zeros(self.n_pages, dtype=bool)
+            self._dry_evicted[gfns] = True

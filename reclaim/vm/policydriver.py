@@ -1,7 +1,8 @@
-"""A policy and one VM's harvests: the only place where the daemon talks to a policy.
+"""Drive the policy of one VM: harvest as it plans, and pass it what was found.
 
-It makes the policy that the options name, harvests as that plans, and lends it a probe
-that looks at accessed bits between two harvests.
+No other module of the daemon calls a policy, except to display its state. The driver
+also implements the :class:`~kvmhost.reclaim.policy.base.Probe` with which a policy tests
+accessed bits between two harvests.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from kvmhost.reclaim.policy import registry
 from kvmhost.reclaim.policy.base import Gfns, Mask, Policy
 from kvmhost.reclaim.policy.lru_gen import LruGen
 from kvmhost.reclaim.settings.options import VmOptions
-from kvmhost.reclaim.vm.pages import Arrivals
+from kvmhost.reclaim.vm.pages import ResidencyChanges
 
-__all__ = ["Judge", "make_policy"]
+__all__ = ["PolicyDriver", "make_policy"]
 
 
 def make_policy(n_pages: int, options: VmOptions) -> Policy:
-    """Make the policy that options name.
+    """Create the policy named by the options.
 
-    :raises LayoutError: for an unknown one, or options that it does not take
+    :raises LayoutError: if the policy is unknown or does not take these options
     """
     given: dict[str, Any] = dict(options.policy_options)
     takes = registry.options_of(options.policy)
@@ -38,8 +39,8 @@ def make_policy(n_pages: int, options: VmOptions) -> Policy:
     return registry.create(options.policy, n_pages, given)
 
 
-class Judge:
-    """Harvests one VM and asks the policy about its pages."""
+class PolicyDriver:
+    """Harvests one VM on behalf of a policy, and asks the policy for victims."""
 
     def __init__(self, client: Client, n_pages: int, policy: Policy) -> None:
         self._client, self.n_pages, self.policy = client, n_pages, policy
@@ -49,10 +50,10 @@ class Judge:
     def harvest(
         self, tracker: str, sample: float, full: bool = False
     ) -> tuple[YoungBitmap, HarvestCost]:
-        """Test and clear what the policy plans; re-arm what was cleared.
+        """Test and clear the pages that the policy plans; re-arm the cleared ones.
 
-        :param sample: clear only this share of the pages, in turn; 0: all
-        :param full: sweep also what the policy would skip, if it does skip
+        :param sample: clear only this share of the pages, in rotation; 0 clears all
+        :param full: also scan the tables that the policy would skip
         """
         self._tracker = tracker
         plan = self.policy.plan()
@@ -68,36 +69,36 @@ class Judge:
             mask=plan.pages,
         )
         if plan.pages is not None:
-            # What the plan left out was reported, and not cleared: it is asked again later.
+            # Pages outside the plan were reported but not cleared: a later harvest reports them.
             young = YoungBitmap(
                 0, self.n_pages, young.words & plan.pages, young.coarse, young.provenance
             )
         return young, cost
 
-    def age(self, young: YoungBitmap, arrivals: Arrivals) -> None:
-        """Tell the policy of one window: what went, what came, what was young."""
+    def age(self, young: YoungBitmap, changes: ResidencyChanges) -> None:
+        """Pass one window to the policy: evictions, refaults, then young pages."""
         now_ns = time.monotonic_ns()
-        if arrivals.went.size:
-            self.policy.evicted(arrivals.went, now_ns)
-        came = arrivals.came
-        if came.size:
-            self.policy.refaulted(came, now_ns)
+        if changes.evicted_by_vm.size:
+            self.policy.evicted(changes.evicted_by_vm, now_ns)
+        became_resident = changes.became_resident
+        if became_resident.size:
+            self.policy.refaulted(became_resident, now_ns)
         self.policy.age(young.words, now_ns)
 
     def victims(self, n: int, candidates: Mask, probe: bool = True) -> Gfns:
-        """Return up to ``n`` pages to go, the best first.
+        """Return up to ``n`` pages to evict, the best first.
 
-        :param probe: lend a policy that probes a look at accessed bits; each costs a
-            request, so policies do not probe unless their options say so
+        :param probe: let the policy test accessed bits; each test costs a request, so
+            policies do this only if their options ask for it
         """
-        lent = self if probe and getattr(self.policy, "probes", False) else None
-        return self.policy.victims(n, candidates, time.monotonic_ns(), lent)
+        tester = self if probe and getattr(self.policy, "probes", False) else None
+        return self.policy.victims(n, candidates, time.monotonic_ns(), tester)
 
     def evicted(self, gfns: Gfns) -> None:
-        """Tell the policy that pages went."""
+        """Tell the policy that pages were evicted."""
         self.policy.evicted(gfns, time.monotonic_ns())
 
-    # -- the probe that a policy gets -----------------------------------------
+    # -- the Probe protocol ---------------------------------------------------
 
     def clear_young(self, pages: Words) -> Words:
         """Test and clear pages between two harvests."""
@@ -108,9 +109,9 @@ class Judge:
         return found.words & pages
 
     def clear_flush_young(self, gfn: int) -> bool:
-        """Test and clear one page; over a control socket a batch of one is all there is."""
+        """Test and clear one page. Over a control socket this is a batch of one page."""
         if not 0 <= gfn < self.n_pages:
-            raise LayoutError(f"gfn {gfn:#x} of {self.n_pages} pages")
+            raise LayoutError(f"gfn {gfn:#x}: memory ends at gfn {self.n_pages:#x}")
         one = np.zeros(self.n_pages, dtype=bool)
         one[gfn] = True
         return bool(self.clear_young(pack(one)).any())

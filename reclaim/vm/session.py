@@ -1,17 +1,18 @@
-"""One VM, looked after: a pass harvests, ages, decides, evicts, and takes it all down.
+"""The session of one VM: each pass harvests, ages, decides, evicts, and records all of it.
 
-1. look whether the VM runs: one that stands still ages nothing, since its guest had no
-   chance to touch anything;
-2. harvest as the policy plans, re-arming what was cleared;
-3. take what came and went since the last pass, and have the policy age by the harvest;
-4. ask the controllers how many pages should go, hold back where what goes comes back,
-   and keep to the limits;
-5. evict the policy's victims; where the VM is above its budget and all that is left is
-   protected, have the VM enforce its limit;
-6. name the pages to go next, for the VM's fault handler to hold the limit between passes.
+1. Check that the VM runs. The pages of a paused VM do not age, since its guest had no
+   chance to touch them.
+2. Harvest as the policy plans, and re-arm the cleared pages.
+3. Determine the pages that were evicted or became resident since the last pass, and
+   let the policy age by the harvest.
+4. Ask the controllers how many pages to evict; apply back-off and rate limit.
+5. Evict the policy's victims. If the VM is above its budget and the policy protects all
+   remaining pages, make the VM enforce its limit.
+6. Send the VM the pages to evict next, with which its fault handler holds the limit
+   between two passes.
 
-In a dry run 5 and 6 only happen on paper, no limit is set and no lease is taken. The
-harvest is real, with its re-arming: without it there is nothing to decide by.
+A dry run simulates steps 5 and 6, sets no limit and takes no lease. It does harvest and
+re-arm: otherwise it would have nothing to base decisions on.
 """
 
 from __future__ import annotations
@@ -24,62 +25,64 @@ import numpy as np
 
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Counters, LeaseRequest
-from kvmhost.reclaim.account.decisions import Kind, Why
+from kvmhost.reclaim.account.decisions import DecisionKind, EvictReason
 from kvmhost.reclaim.account.events import PassReport
 from kvmhost.reclaim.account.history import PageHistory
-from kvmhost.reclaim.context import Common
+from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.policy.base import Policy
 from kvmhost.reclaim.pressure.budget import Budget
-from kvmhost.reclaim.pressure.controllers import Facts
+from kvmhost.reclaim.pressure.controllers import PassFacts
 from kvmhost.reclaim.pressure.shares import Claim
-from kvmhost.reclaim.vm.evictor import Hands
-from kvmhost.reclaim.vm.pages import Arrivals, VmView
-from kvmhost.reclaim.vm.policydriver import Judge, make_policy
-from kvmhost.reclaim.vm.target import Ruling, Steering, stalled_ns
+from kvmhost.reclaim.vm.evictor import Evictor
+from kvmhost.reclaim.vm.pages import ResidencyChanges, VmPages
+from kvmhost.reclaim.vm.policydriver import PolicyDriver, make_policy
+from kvmhost.reclaim.vm.target import PassTarget, ReclaimTarget, stalled_ns
 from kvmhost.reclaim.vm.totals import Totals
 
-__all__ = ["Ended", "Session", "Standing"]
+__all__ = ["GuestEnded", "Session", "VmPaused"]
 
 _PAGE_BYTES = 4096
-#: Passes that protect everything, for want of knowledge.
+#: The first passes protect everything: too little is known about the pages.
 _LEARNING_PASSES = 3
-#: A shared limit is set anew when it moves by more than one part in so many.
+#: A shared limit is set again if it changed by more than 1/64.
 _LIMIT_STEPS = 64
 
 
-class Ended(Exception):
+class GuestEnded(Exception):
     """The guest has ended."""
 
 
-class Standing(Exception):
-    """The VM stands still: there is nothing to learn from a harvest."""
+class VmPaused(Exception):
+    """The VM is paused: a harvest would find nothing."""
 
 
 class Session:
-    """Looks after one VM. One thread runs the passes; :attr:`lock` keeps others out.
+    """Reclaims from one VM. One thread runs the passes; other threads take :attr:`lock`.
 
     Every method that talks to the VM raises what
     :class:`~kvmhost.control.client.Client` raises.
     """
 
-    def __init__(self, client: Client, common: Common, policy: Policy | None = None) -> None:
-        self.client, self.common, self.vm = client, common, client.vm
+    def __init__(
+        self, client: Client, context: DaemonContext, policy: Policy | None = None
+    ) -> None:
+        self.client, self.context, self.vm = client, context, client.vm
         self.lock = threading.Lock()
-        self.dry_run = common.config.daemon.dry_run
-        #: What the VM was told to wait for a word.
-        self.lease_s = common.lease_s
-        self.options = common.options_of(self.vm)
-        self.view = VmView(client.memory())
-        n_pages = self.view.n_pages
-        self.judge = Judge(client, n_pages, policy or make_policy(n_pages, self.options))
+        self.dry_run = context.config.daemon.dry_run
+        #: Duration of the lease, as last sent to the VM.
+        self.lease_s = context.lease_s
+        self.options = context.options_of(self.vm)
+        self.pages = VmPages(client.memory())
+        n_pages = self.pages.n_pages
+        self.driver = PolicyDriver(client, n_pages, policy or make_policy(n_pages, self.options))
         if not self.dry_run:
             self.take_lease()
-        self.history = PageHistory(n_pages) if common.config.account.page_history else None
+        self.history = PageHistory(n_pages) if context.config.account.page_history else None
         self.totals = Totals()
-        self.steering = Steering(self.vm, common)
-        self.hands = Hands(client, common, self.view, self.judge, self.history, self.totals)
+        self.reclaim_target = ReclaimTarget(self.vm, context)
+        self.evictor = Evictor(client, context, self.pages, self.driver, self.history, self.totals)
         self.last: PassReport | None = None
-        self.ruling: Ruling | None = None
+        self.pass_target: PassTarget | None = None
         #: The VM's own counters, as of the last pass.
         self.counters: Counters | None = None
         self.budget: Budget | None = None
@@ -89,49 +92,49 @@ class Session:
         self._limit_bytes = 0
         self._evicted = 0
         self._last_s = time.monotonic()
-        # At once: until the first harvests tell who is cold, the fault handler's own
-        # guesses are better than a guest that outgrows its budget.
+        # Set before the first pass: until harvests show which pages are cold, the fault
+        # handler's own choice keeps the guest within its budget.
         self._set_budget()
-        text = f"{n_pages} pages, policy {self.judge.policy.name}"
-        common.decisions.add(Kind.ATTACH, text, vm=self.vm)
+        text = f"{n_pages} pages, policy {self.driver.policy.name}"
+        context.decisions.add(DecisionKind.ATTACH, text, vm=self.vm)
 
     def take_lease(self) -> None:
-        """Become the one daemon of this VM, or renew that with the terms of now.
+        """Take the lease of the VM, or renew it with the current options.
 
-        :raises ControlError: with status 423 if another one is
+        :raises ControlError: with status 423 if another daemon holds it
         """
-        common = self.common
-        self.lease_s = common.lease_s
+        context = self.context
+        self.lease_s = context.lease_s
         self.client.take_lease(
             LeaseRequest(
-                holder=common.holder,
+                holder=context.holder,
                 ttl_s=self.lease_s,
-                socket=common.socket,
-                take_over=common.config.daemon.take_over,
+                socket=context.socket,
+                take_over=context.config.daemon.take_over,
             )
         )
 
-    def stay(self) -> None:
-        """Renew the lease between two passes that are far apart."""
+    def renew_lease(self) -> None:
+        """Renew the lease during a long pause between two passes."""
         if not self.dry_run:
             self.client.lease()
 
     def run_pass(self, stop: threading.Event | None = None) -> PassReport:
-        """Make one pass.
+        """Run one pass.
 
         :param stop: once set, no further batch is evicted
-        :raises Ended: if the guest has
-        :raises Standing: if it is paused
+        :raises GuestEnded: if the guest has ended
+        :raises VmPaused: if the VM is paused
         """
         state = self.client.state()
         if not state.running:
-            raise Ended
-        if not self.dry_run and self.common.lease_s != self.lease_s:
+            raise GuestEnded
+        if not self.dry_run and self.context.lease_s != self.lease_s:
             self.take_lease()
         if state.paused:
             self.totals.skipped += 1
             self._last_s = time.monotonic()
-            raise Standing
+            raise VmPaused
         self._n_vcpus = max(1, len(state.vcpus))
         with self.lock:
             self.last = self._run_pass(stop)
@@ -139,18 +142,20 @@ class Session:
 
     def _run_pass(self, stop: threading.Event | None) -> PassReport:
         start, busy = time.perf_counter_ns(), time.thread_time_ns()
-        self.options = self.common.options_of(self.vm)
+        self.options = self.context.options_of(self.vm)
         elapsed_s = self._measure()
         self.passes += 1
-        young_pages, ns_per_page, arrivals = self._learn()
-        notes = self._hold_or_go_on(arrivals)
+        young_pages, ns_per_page, changes = self._harvest_and_age()
+        notes = self._update_backoff(changes)
         self._claim()
         self._set_budget()
-        self.ruling = ruling = self.steering.decide(self._facts(elapsed_s, arrivals), self.budget)
-        outcomes = self._follow(ruling, stop)
+        self.pass_target = target = self.reclaim_target.decide(
+            self._facts(elapsed_s, changes), self.budget
+        )
+        outcomes = self._evict_victims(target, stop)
         forced = self._enforce()
         if not self.dry_run and self.budget is not None:
-            self.hands.name_victims(self.options.max_victims)
+            self.evictor.set_victims(self.options.max_victims)
         self._evicted = outcomes.get("done", 0)
         self.totals.passes += 1
         busy_ns = time.thread_time_ns() - busy
@@ -158,18 +163,18 @@ class Session:
         return PassReport(
             vm=self.vm,
             number=self.passes,
-            resident_bytes=self.view.n_resident * _PAGE_BYTES,
+            resident_bytes=self.pages.n_resident * _PAGE_BYTES,
             young_pages=young_pages,
-            generations=self.judge.policy.sizes(self.view.candidates),
-            wanted_pages=ruling.want.pages,
+            generations=self.driver.policy.sizes(self.pages.candidates),
+            wanted_pages=target.demand.pages,
             outcomes=outcomes,
             forced_pages=forced,
-            refaulted_pages=int(arrivals.back.size),
+            refaulted_pages=int(changes.refaulted.size),
             harvest_ns_per_page=ns_per_page,
             duration_ms=(time.perf_counter_ns() - start) / 1e6,
             busy_ms=busy_ns / 1e6,
-            why=ruling.want.why.name.lower() if ruling.want.why else "",
-            holding=self.steering.backoff.holding,
+            why=target.demand.why.name.lower() if target.demand.why else "",
+            holding=self.reclaim_target.backoff.holding,
             dry_run=self.dry_run,
             notes=notes,
         )
@@ -177,15 +182,15 @@ class Session:
     def age_once(self, full: bool) -> None:
         """Harvest and age outside of the passes. The caller holds :attr:`lock`.
 
-        :param full: sweep also what the policy would skip
+        :param full: also scan the tables that the policy would skip
         """
         self.passes += 1
-        self._learn(full)
+        self._harvest_and_age(full)
 
-    # -- learning -------------------------------------------------------------
+    # -- harvest and age ------------------------------------------------------
 
     def _measure(self) -> float:
-        """Note how long vCPUs waited for pages; return the seconds since the last pass."""
+        """Update the stall share of the vCPUs; return the seconds since the last pass."""
         now_s = time.monotonic()
         elapsed_s, self._last_s = now_s - self._last_s, now_s
         before, self.counters = self.counters, self.client.counters()
@@ -195,67 +200,73 @@ class Session:
             self.stall = min(1.0, waited_ns / 1e9 / elapsed_s / self._n_vcpus)
         return elapsed_s
 
-    def _learn(self, full: bool = False) -> tuple[int, float, Arrivals]:
-        """Harvest, see what came and went, age; return young pages, cost, and changes."""
-        young, cost = self.judge.harvest(self.options.tracker, self.options.sample, full)
+    def _harvest_and_age(self, full: bool = False) -> tuple[int, float, ResidencyChanges]:
+        """Harvest and age; return young pages, cost in ns per page, and residency changes."""
+        young, cost = self.driver.harvest(self.options.tracker, self.options.sample, full)
         n_young = young.count()
-        self.totals.note_harvest(self.view.n_pages, n_young, cost)
-        resident = self.client.resident(0, self.view.n_pages)
-        arrivals = self.view.look(resident, young.as_bool())
+        self.totals.note_harvest(self.pages.n_pages, n_young, cost)
+        resident = self.client.resident(0, self.pages.n_pages)
+        changes = self.pages.update(resident, young.as_bool())
         if self.history is not None:
             self.history.window(young.words)
-            self.history.went(arrivals.went, Why.LIMIT)
-            self.history.came(arrivals.back, arrivals.first)
-        self._take_down(arrivals)
-        self.judge.age(young, arrivals)
-        return n_young, (cost.harvest_ns + cost.rearm_ns) / max(self.view.n_pages, 1), arrivals
+            self.history.evicted_by_vm(changes.evicted_by_vm, EvictReason.LIMIT)
+            self.history.became_resident(changes.refaulted, changes.first_resident)
+        self._record_changes(changes)
+        self.driver.age(young, changes)
+        return n_young, (cost.harvest_ns + cost.rearm_ns) / max(self.pages.n_pages, 1), changes
 
-    def _take_down(self, arrivals: Arrivals) -> None:
-        add = functools.partial(self.common.decisions.add, vm=self.vm, passes=self.passes)
-        went, back = arrivals.went, arrivals.back
-        if went.size:
-            self.totals.evicted[Why.LIMIT] += int(went.size)
-            add(Kind.FORCE, Why.LIMIT.text, why=Why.LIMIT, pages=int(went.size), gfns=went)
-        if back.size:
-            self.totals.refaulted += int(back.size)
-            self.totals.regretted += arrivals.regretted
-            text = f"came back; {arrivals.regretted} of them the daemon had sent away"
-            add(Kind.REFAULT, text, pages=int(back.size), gfns=back)
+    def _record_changes(self, changes: ResidencyChanges) -> None:
+        add = functools.partial(self.context.decisions.add, vm=self.vm, passes=self.passes)
+        evicted, refaulted = changes.evicted_by_vm, changes.refaulted
+        if evicted.size:
+            self.totals.evicted[EvictReason.LIMIT] += int(evicted.size)
+            add(
+                DecisionKind.FORCE,
+                EvictReason.LIMIT.text,
+                why=EvictReason.LIMIT,
+                pages=int(evicted.size),
+                gfns=evicted,
+            )
+        if refaulted.size:
+            self.totals.refaulted += int(refaulted.size)
+            self.totals.refaulted_own += changes.refaulted_own
+            text = f"refaulted; {changes.refaulted_own} of them had been evicted by the daemon"
+            add(DecisionKind.REFAULT, text, pages=int(refaulted.size), gfns=refaulted)
 
     def _working(self) -> int:
-        """Return the pages of the working set; all, where little is known."""
-        return self.view.n_resident if self.passes < _LEARNING_PASSES else self.view.n_working
+        """Return the pages of the working set; during the first passes, all resident pages."""
+        return self.pages.n_resident if self.passes < _LEARNING_PASSES else self.pages.n_working
 
     def _claim(self) -> None:
-        """Tell the host what this VM has and needs."""
-        view = self.view
-        size = int(np.count_nonzero(view.movable)) + view.n_pinned
-        self.common.host.claim(
+        """Report to the host what this VM has and needs."""
+        pages = self.pages
+        size = int(np.count_nonzero(pages.movable)) + pages.n_pinned
+        self.context.host.claim(
             self.vm,
-            Claim(self.options.weight, self._working(), view.n_resident, size, view.n_pinned + 1),
+            Claim(self.options.weight, self._working(), pages.n_resident, size, pages.n_pinned + 1),
         )
 
-    # -- deciding -------------------------------------------------------------
+    # -- decide ---------------------------------------------------------------
 
-    def _facts(self, elapsed_s: float, arrivals: Arrivals) -> Facts:
+    def _facts(self, elapsed_s: float, changes: ResidencyChanges) -> PassFacts:
         stall: float | None = self.stall
-        if self.common.config.pressure.psi != "vm":
-            stall = self.common.host.stall
-        return Facts(
-            elapsed_s, self.view.n_resident, self._working(), arrivals.regretted, stall or 0.0
+        if self.context.config.pressure.psi != "vm":
+            stall = self.context.host.stall
+        return PassFacts(
+            elapsed_s, self.pages.n_resident, self._working(), changes.refaulted_own, stall or 0.0
         )
 
-    def _hold_or_go_on(self, arrivals: Arrivals) -> list[str]:
-        turn = self.steering.note(self._evicted, arrivals.regretted, time.monotonic())
-        if turn is None:
+    def _update_backoff(self, changes: ResidencyChanges) -> list[str]:
+        change = self.reclaim_target.note(self._evicted, changes.refaulted_own, time.monotonic())
+        if change is None:
             return []
-        kind = Kind.HOLD if turn.holding else Kind.GO_ON
-        self.common.decisions.add(kind, turn.reason, vm=self.vm, passes=self.passes)
-        return [turn.reason]
+        kind = DecisionKind.HOLD if change.holding else DecisionKind.GO_ON
+        self.context.decisions.add(kind, change.reason, vm=self.vm, passes=self.passes)
+        return [change.reason]
 
     def _set_budget(self) -> None:
-        """Take the VM's own budget and its part of the shared one, whichever is smaller."""
-        part = self.common.host.budget_pages(self.vm)
+        """Apply the smaller of the VM's own budget and its part of the shared budget."""
+        part = self.context.host.budget_pages(self.vm)
         sizes = [int(self.options.budget)] if self.options.budget else []
         if part is not None:
             sizes.append(part * _PAGE_BYTES)
@@ -272,31 +283,35 @@ class Session:
         self._limit_bytes = size
         whose = "its own budget" if part is None else "its part of the shared budget"
         text = f"limit {size >> 20} MiB: {whose}"
-        self.common.decisions.add(Kind.BUDGET, text, vm=self.vm, passes=self.passes)
+        self.context.decisions.add(DecisionKind.BUDGET, text, vm=self.vm, passes=self.passes)
 
-    # -- acting ---------------------------------------------------------------
+    # -- evict ----------------------------------------------------------------
 
-    def _follow(self, ruling: Ruling, stop: threading.Event | None) -> dict[str, int]:
-        """Evict what was ruled, and take down what was spared and why."""
-        victims = self.judge.victims(ruling.pages, self.view.candidates)
-        want = ruling.want
-        outcomes = self.hands.evict(victims, want.why, want.text, passes=self.passes, stop=stop)
-        self.common.rate.give_back(ruling.pages - outcomes.get("done", 0))
-        if ruling.kept:
-            self._spare(want.pages - ruling.pages, ruling.kept)
-        if victims.size < ruling.pages:
-            self._spare(ruling.pages - int(victims.size), "protected by the policy")
+    def _evict_victims(self, target: PassTarget, stop: threading.Event | None) -> dict[str, int]:
+        """Evict the policy's victims; record the pages spared, and the cause."""
+        victims = self.driver.victims(target.pages, self.pages.candidates)
+        demand = target.demand
+        outcomes = self.evictor.evict(
+            victims, demand.why, demand.text, passes=self.passes, stop=stop
+        )
+        self.context.rate.give_back(target.pages - outcomes.get("done", 0))
+        if target.limited_by:
+            self._spare(demand.pages - target.pages, target.limited_by)
+        if victims.size < target.pages:
+            self._spare(target.pages - int(victims.size), "protected by the policy")
         return outcomes
 
     def _spare(self, pages: int, cause: str) -> None:
         self.totals.spared[cause] += pages
-        self.common.decisions.add(Kind.SPARE, cause, vm=self.vm, passes=self.passes, pages=pages)
+        self.context.decisions.add(
+            DecisionKind.SPARE, cause, vm=self.vm, passes=self.passes, pages=pages
+        )
 
     def _enforce(self) -> int:
-        """Have the VM shrink to the budget where the policy's victims were not enough."""
+        """Make the VM shrink to its budget if the policy's victims were not enough."""
         budget = self.budget
         if self.dry_run or budget is None or self.passes <= _LEARNING_PASSES:
             return 0
-        if self.view.n_resident <= budget.max_bytes // _PAGE_BYTES:
+        if self.pages.n_resident <= budget.max_bytes // _PAGE_BYTES:
             return 0
-        return self.hands.force(budget, self.passes)
+        return self.evictor.shrink(budget, self.passes)

@@ -1,102 +1,102 @@
-"""How many pages of one VM go in a pass: what the controllers want, held back and limited."""
+"""How many pages of one VM a pass evicts: demands, back-off and rate limit combined."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from kvmhost.control.schema import Counters
-from kvmhost.reclaim.context import Common
-from kvmhost.reclaim.pressure.backoff import Backoff, Turn
+from kvmhost.reclaim.context import DaemonContext
+from kvmhost.reclaim.pressure.backoff import Backoff, BackoffChange
 from kvmhost.reclaim.pressure.budget import Budget
 from kvmhost.reclaim.pressure.controllers import (
-    ByBudget,
-    ByPromotion,
-    ByStall,
-    Facts,
-    Want,
+    BudgetController,
+    Demand,
+    PassFacts,
+    PromotionController,
+    StallController,
     largest,
 )
 
-__all__ = ["Ruling", "Steering", "stalled_ns"]
+__all__ = ["PassTarget", "ReclaimTarget", "stalled_ns"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ruling:
-    """What a pass is to do.
+class PassTarget:
+    """How many pages a pass evicts.
 
-    :param want: what the controllers came to
-    :param pages: how many go, after all
-    :param kept: why the others do not; empty: all of them go
+    :param demand: the largest demand of the controllers
+    :param pages: how much of it the pass evicts
+    :param limited_by: why the pass evicts less than the demand; empty if it does not
     """
 
-    want: Want
+    demand: Demand
     pages: int
-    kept: str = ""
+    limited_by: str = ""
 
 
-class Steering:
-    """Decides over one VM, pass by pass."""
+class ReclaimTarget:
+    """Computes the target of each pass over one VM."""
 
-    def __init__(self, vm: str, common: Common) -> None:
-        self._vm, self._common = vm, common
-        interval_s = common.config.daemon.interval
-        self.backoff = Backoff(common.config.pressure.backoff, max(2.0, 5 * interval_s))
-        self.by_stall: ByStall | None = None
-        self.by_promotion: ByPromotion | None = None
+    def __init__(self, vm: str, context: DaemonContext) -> None:
+        self._vm, self._context = vm, context
+        interval_s = context.config.daemon.interval
+        self.backoff = Backoff(context.config.pressure.backoff, max(2.0, 5 * interval_s))
+        self.stall_controller: StallController | None = None
+        self.promotion_controller: PromotionController | None = None
         self._follow_options()
 
-    def note(self, evicted: int, regretted: int, now_s: float) -> Turn | None:
-        """Take what the pass before did, and what of it came back since."""
-        self.backoff.threshold = self._common.config.pressure.backoff
-        return self.backoff.note(evicted, regretted, now_s)
+    def note(self, evicted: int, refaulted_own: int, now_s: float) -> BackoffChange | None:
+        """Update the back-off with the last pass's evictions and the refaults since."""
+        self.backoff.threshold = self._context.config.pressure.backoff
+        return self.backoff.note(evicted, refaulted_own, now_s)
 
-    def decide(self, facts: Facts, budget: Budget | None) -> Ruling:
-        """Rule over one pass."""
-        want = largest([want for want in self._wants(facts, budget) if want.pages > 0])
-        pages, kept = want.pages, ""
-        if self.backoff.holding and want.must < pages:
-            pages, kept = want.must, "holding back"
-        granted = self._common.rate.take(pages)
+    def decide(self, facts: PassFacts, budget: Budget | None) -> PassTarget:
+        """Return the target of one pass."""
+        demand = largest([each for each in self._demands(facts, budget) if each.pages > 0])
+        pages, limited_by = demand.pages, ""
+        if self.backoff.holding and demand.required < pages:
+            pages, limited_by = demand.required, "holding back"
+        granted = self._context.rate.take(pages)
         if granted < pages:
-            kept = f"the limit of {self._common.rate.per_s:.0f} pages a second"
-        return Ruling(want, granted, kept)
+            limited_by = f"the limit of {self._context.rate.per_s:.0f} pages per second"
+        return PassTarget(demand, granted, limited_by)
 
-    def _wants(self, facts: Facts, budget: Budget | None) -> list[Want]:
+    def _demands(self, facts: PassFacts, budget: Budget | None) -> list[Demand]:
         self._follow_options()
-        wants = [ByBudget(budget).want(facts)] if budget is not None else []
-        demand = self._common.host.demand(self._vm)
-        if demand is not None:
-            wants.append(demand)
-        if self.by_stall is not None:
-            wants.append(self.by_stall.want(facts))
-        if self.by_promotion is not None:
-            wants.append(self.by_promotion.want(facts))
-        return wants
+        demands = [BudgetController(budget).demand(facts)] if budget is not None else []
+        from_host = self._context.host.demand(self._vm)
+        if from_host is not None:
+            demands.append(from_host)
+        if self.stall_controller is not None:
+            demands.append(self.stall_controller.demand(facts))
+        if self.promotion_controller is not None:
+            demands.append(self.promotion_controller.demand(facts))
+        return demands
 
     def _follow_options(self) -> None:
-        """Make, change or drop the controllers that work ahead of need."""
-        pressure = self._common.config.pressure
+        """Create, update or remove the proactive controllers."""
+        pressure = self._context.config.pressure
         step = pressure.proactive_step
         if not pressure.psi_target:
-            self.by_stall = None
-        elif self.by_stall is None:
-            self.by_stall = ByStall(pressure.psi_target, step)
+            self.stall_controller = None
+        elif self.stall_controller is None:
+            self.stall_controller = StallController(pressure.psi_target, step)
         else:
-            self.by_stall.target, self.by_stall.step = pressure.psi_target, step
+            self.stall_controller.target, self.stall_controller.step = pressure.psi_target, step
         if not pressure.promotion_target:
-            self.by_promotion = None
-        elif self.by_promotion is None:
-            self.by_promotion = ByPromotion(pressure.promotion_target, step)
+            self.promotion_controller = None
+        elif self.promotion_controller is None:
+            self.promotion_controller = PromotionController(pressure.promotion_target, step)
         else:
-            self.by_promotion.target = pressure.promotion_target
-            self.by_promotion.step = step
+            self.promotion_controller.target = pressure.promotion_target
+            self.promotion_controller.step = step
 
 
 def stalled_ns(counters: Counters | None) -> int:
-    """Return how long faults took so far in the VM's handler, evictions at the limit included.
+    """Return the total time of faults in the VM's handler, with evictions at the limit.
 
-    What a fault waits for the handler to get to it is not in there: under a storm of
-    several vCPUs it is too little.
+    The time that a fault waits in the queue of the handler is not included, so the value
+    is too small while several vCPUs fault at once.
     """
     pager = counters.pager if counters is not None else None
     return int((pager or {}).get("latency_sum_ns", 0))

@@ -1,4 +1,4 @@
-"""What a daemon has counted over one VM; it only grows while the VM is looked after."""
+"""Counters of one VM; monotonic while the daemon manages the VM."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import collections
 import dataclasses
 
 from kvmhost.control.schema import HarvestCost
-from kvmhost.reclaim.account.decisions import Why
+from kvmhost.reclaim.account.decisions import EvictReason
 
 __all__ = ["Totals"]
 
 
 @dataclasses.dataclass
 class Totals:
-    """Sums since the VM was met, in pages, passes and nanoseconds.
+    """Sums since the daemon attached to the VM, in pages, passes and nanoseconds.
 
-    :param evicted: by reason; in a dry run what would have gone
-    :param refused: wanted evictions that the VM did not do, by its outcome
-    :param spared: wanted, and not taken, by what kept them
-    :param regretted: refaults of pages that the daemon itself had evicted
+    :param evicted: by reason; in a dry run the simulated evictions
+    :param refused: evictions that the VM refused, by outcome
+    :param spared: demanded pages that were not evicted, by cause
+    :param refaulted_own: refaults of pages that the daemon itself had evicted
     """
 
     passes: int = 0
@@ -29,8 +29,10 @@ class Totals:
     rearm_ns: int = 0
     busy_ns: int = 0
     refaulted: int = 0
-    regretted: int = 0
-    evicted: collections.Counter[Why] = dataclasses.field(default_factory=collections.Counter)
+    refaulted_own: int = 0
+    evicted: collections.Counter[EvictReason] = dataclasses.field(
+        default_factory=collections.Counter
+    )
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     spared: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
@@ -41,8 +43,8 @@ class Totals:
         self.harvest_ns += cost.harvest_ns
         self.rearm_ns += cost.rearm_ns
 
-    def note_outcomes(self, why: Why, outcomes: dict[str, int]) -> None:
-        """Count what became of a batch."""
+    def note_outcomes(self, why: EvictReason, outcomes: dict[str, int]) -> None:
+        """Count the outcomes of a batch."""
         self.evicted[why] += outcomes.get("done", 0)
         for name, pages in outcomes.items():
             if pages and name != "done":

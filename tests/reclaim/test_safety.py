@@ -272,7 +272,7 @@ def test_the_service_manager_is_told(hotcold, start, tmp_path, monkeypatch):
                 if text in lines:
                     return lines
 
-        assert "STATUS=looking after 1 VM" in told("READY=1")
+        assert "STATUS=managing 1 VM" in told("READY=1")
         told("WATCHDOG=1")
         told("WATCHDOG=1")
         # A file with a mistake: said, and nothing changes; then a good one.
@@ -283,7 +283,7 @@ def test_the_service_manager_is_told(hotcold, start, tmp_path, monkeypatch):
         mine.wait_for(f"{config}:3: daemon.interval: 'fast' is no time")
         config.write_text('[daemon]\nvms = ["a"]\ninterval = "50ms"\n[defaults]\nbudget = "20M"\n')
         mine.signal(signal.SIGHUP)
-        mine.wait_for("configuration read again")
+        mine.wait_for("configuration reloaded")
         with Client("a") as vm:
             until(lambda: vm.state().limit_bytes == 20 * MIB, "the new budget")
         mine.signal(signal.SIGTERM)

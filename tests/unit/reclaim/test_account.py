@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvmhost.bitmap import pack
 from kvmhost.control import schema
 from kvmhost.reclaim.account import decisions as decisions_module
-from kvmhost.reclaim.account.decisions import Decisions, Kind, Why, to_runs
-from kvmhost.reclaim.account.history import OUTCOMES, WINDOWS, Act, PageHistory
+from kvmhost.reclaim.account.decisions import DecisionKind, Decisions, EvictReason, to_runs
+from kvmhost.reclaim.account.history import OUTCOMES, WINDOWS, PageAction, PageHistory
 from kvmhost.reclaim.control import metrics
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.errors import ConfigError
@@ -47,7 +47,11 @@ def test_the_ring_is_bounded_and_found_by_page_vm_and_number():
     ring = Decisions(5)
     for i in range(8):
         ring.add(
-            Kind.EVICT, f"number {i}", vm="ab"[i % 2], why=Why.BUDGET, gfns=np.array([i, i + 1])
+            DecisionKind.EVICT,
+            f"number {i}",
+            vm="ab"[i % 2],
+            why=EvictReason.BUDGET,
+            gfns=np.array([i, i + 1]),
         )
     assert [d.number for d in ring.last(100)] == [4, 5, 6, 7, 8]
     assert [d.number for d in ring.last(2)] == [7, 8]
@@ -63,7 +67,7 @@ def test_the_lists_of_old_decisions_go_before_their_counts(monkeypatch):
     monkeypatch.setattr(decisions_module, "_MAX_RUNS", 10)
     ring = Decisions(100)
     for _ in range(6):
-        ring.add(Kind.EVICT, "x", pages=4, gfns=np.array([1, 3, 5, 7]))
+        ring.add(DecisionKind.EVICT, "x", pages=4, gfns=np.array([1, 3, 5, 7]))
     found = ring.last(100)
     assert [len(d.runs) for d in found] == [0, 0, 0, 0, 4, 4]
     assert [d.pages for d in found] == [4] * 6
@@ -75,7 +79,7 @@ def test_the_file_has_all_of_them_a_line_each(tmp_path):
     with Decisions(2, str(path)) as ring:
         threads = [
             threading.Thread(
-                target=lambda: [ring.add(Kind.SPARE, "äöü\n", pages=3) for _ in range(50)]
+                target=lambda: [ring.add(DecisionKind.SPARE, "äöü\n", pages=3) for _ in range(50)]
             )
             for _ in range(4)
         ]
@@ -93,7 +97,7 @@ def test_a_file_that_cannot_be_opened_and_a_full_disk(tmp_path):
     with pytest.raises(ConfigError, match=r"decisions_file.*No such file"):
         Decisions(5, str(tmp_path / "no" / "file"))
     with Decisions(5, "/dev/full") as ring:
-        ring.add(Kind.SPARE, "x")
+        ring.add(DecisionKind.SPARE, "x")
         assert ring.write_errors == 1
         assert len(ring.last()) == 1
 
@@ -111,9 +115,9 @@ def test_a_page_is_told_from_its_bits_and_acts():
     assert len(story.windows) == WINDOWS
     assert story.joined == [37 - 4 * i for i in range(8)]
     gfns = np.array([5, 6, 7, 8])
-    history.evicted(gfns, np.array([0, 1, 2, 0], np.uint8), Why.CGROUP)
-    history.came(np.array([5]), np.array([50]))
-    history.went(np.array([9]), Why.LIMIT)
+    history.evicted(gfns, np.array([0, 1, 2, 0], np.uint8), EvictReason.CGROUP)
+    history.became_resident(np.array([5]), np.array([50]))
+    history.evicted_by_vm(np.array([9]), EvictReason.LIMIT)
     acts = [history.story(g).action for g in (5, 6, 7, 8, 9, 50, 51)]
     assert acts == ["came_back", "pinned", "absent", "evicted", "evicted", "came_first", "none"]
     story = history.story(5)
@@ -126,21 +130,23 @@ def test_counts_stop_at_the_top():
     history = PageHistory(3)
     history._evictions[1] = 65534
     for _ in range(3):
-        history.went(np.array([1]), Why.LIMIT)
+        history.evicted_by_vm(np.array([1]), EvictReason.LIMIT)
     assert history.story(1).evictions == 65535
 
 
 def test_outcomes_are_those_of_the_pager():
     from kvmhost.pager.pager import EvictOutcome
 
-    names = {"DONE": Act.EVICTED, "ERROR": Act.FAILED}
+    names = {"DONE": PageAction.EVICTED, "ERROR": PageAction.FAILED}
     for outcome in EvictOutcome:
         if outcome < len(OUTCOMES):
-            assert OUTCOMES[outcome] is names.get(outcome.name, Act.__members__.get(outcome.name))
+            assert OUTCOMES[outcome] is names.get(
+                outcome.name, PageAction.__members__.get(outcome.name)
+            )
 
 
 def test_every_reason_has_a_text():
-    assert all(why.text for why in Why)
+    assert all(why.text for why in EvictReason)
 
 
 # -- metrics ------------------------------------------------------------------
@@ -148,7 +154,7 @@ def test_every_reason_has_a_text():
 
 def fake_session(vm="a"):
     totals = Totals(passes=3, harvested=30, young=5, harvest_ns=2_000_000_000, refaulted=4)
-    totals.evicted[Why.BUDGET] = 7
+    totals.evicted[EvictReason.BUDGET] = 7
     totals.refused["full"] = 2
     totals.spared["holding back"] = 9
     pager = {"store_bytes": 100, "latency_ns": [0, 5, 0, 2], "latency_sum_ns": 60}
@@ -158,7 +164,9 @@ def fake_session(vm="a"):
         view=types.SimpleNamespace(n_resident=10, n_pages=20),
         budget=None,
         last=types.SimpleNamespace(generations=[(4, 1), (5, 2), (6, 3)], wanted_pages=11),
-        steering=types.SimpleNamespace(backoff=Backoff(0.2, 1), by_stall=None, by_promotion=None),
+        steering=types.SimpleNamespace(
+            backoff=Backoff(0.2, 1), stall_controller=None, promotion_controller=None
+        ),
         stall=0.25,
         history=None,
         counters=schema.Counters(None, None, pager),
@@ -168,12 +176,12 @@ def fake_session(vm="a"):
 
 @pytest.fixture
 def daemon(monkeypatch):
-    from kvmhost.reclaim.context import Common
+    from kvmhost.reclaim.context import DaemonContext
 
     config = load(None, {"defaults": {"budget": Bytes(1 << 20)}})
-    daemon = Daemon(Common.of(config), lambda event: None)
+    daemon = Daemon(DaemonContext.of(config), lambda event: None)
     monkeypatch.setattr(daemon, "sessions", lambda: [fake_session(), fake_session("b")])
-    daemon.common.decisions.add(Kind.HOLD, "x", vm="a")
+    daemon.context.decisions.add(DecisionKind.HOLD, "x", vm="a")
     return daemon
 
 
@@ -232,7 +240,7 @@ def test_the_page_has_every_metric_and_every_option():
         assert f"`{family.name}" in page, family.name
     for option in options():
         assert f"`{option.key}`" in page, option.key
-    for kind in Kind:
+    for kind in DecisionKind:
         assert f"`{kind.value}`" in page, kind
 
 

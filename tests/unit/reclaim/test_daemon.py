@@ -18,7 +18,7 @@ from kvmhost.bitmap import YoungBitmap, unpack
 from kvmhost.control import schema
 from kvmhost.errors import ControlError, VmGoneError
 from kvmhost.reclaim.account.events import Dropped, Notice, PassReport
-from kvmhost.reclaim.context import Common
+from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.policy.lru_gen import LruGen
@@ -26,9 +26,9 @@ from kvmhost.reclaim.pressure.host import Host
 from kvmhost.reclaim.pressure.limits import CpuShare
 from kvmhost.reclaim.settings.config import load
 from kvmhost.reclaim.settings.options import Config
-from kvmhost.reclaim.vm import evictor as hands_module
-from kvmhost.reclaim.vm import worker as member_module
-from kvmhost.reclaim.vm.session import Session, Standing
+from kvmhost.reclaim.vm import evictor as evictor_module
+from kvmhost.reclaim.vm import worker as worker_module
+from kvmhost.reclaim.vm.session import Session, VmPaused
 from kvmhost.units import Bytes, Mark, Seconds, Share
 
 N = 1000
@@ -136,18 +136,18 @@ def vm():
     return FakeVm()
 
 
-def reclaimer(vm, *, policy=None, **options):
-    return Session(vm, Common.of(config(options)), policy)
+def make_session(vm, *, policy=None, **options):
+    return Session(vm, DaemonContext.of(config(options)), policy)
 
 
 def test_the_limit_is_set_before_the_first_pass(vm):
-    reclaimer(vm)
+    make_session(vm)
     assert vm.limit == 500 * 4096
     assert vm.asked == []
 
 
 def test_passes_age_and_evict_the_oldest_down_to_the_low_mark(vm):
-    mine = reclaimer(vm, tracker="pagemap")
+    mine = make_session(vm, tracker="pagemap")
     first = mine.run_pass()
     assert vm.asked == [(0, N, "pagemap", True, "young")]
     assert (first.wanted_pages, first.evicted_pages, first.young_pages) == (600, 0, 100)
@@ -165,7 +165,7 @@ def test_passes_age_and_evict_the_oldest_down_to_the_low_mark(vm):
     assert third.number == 3
 
 
-class Miser(LruGen):
+class SparesAllWhileYoung(LruGen):
     """Spares every page while all of them are young."""
 
     def age(self, young, now_ns):
@@ -178,7 +178,7 @@ class Miser(LruGen):
 
 def test_a_vm_that_is_young_everywhere_is_shrunk_by_its_own_choice(vm):
     vm.touches = lambda window: range(N) if window < 6 else range(100)
-    mine = reclaimer(vm, policy=Miser(N))
+    mine = make_session(vm, policy=SparesAllWhileYoung(N))
     assert [mine.run_pass().forced_pages for _ in range(3)] == [0, 0, 0]
     fourth = mine.run_pass()
     assert (fourth.wanted_pages, fourth.evicted_pages, fourth.forced_pages) == (600, 0, 500)
@@ -190,7 +190,7 @@ def test_a_vm_that_is_young_everywhere_is_shrunk_by_its_own_choice(vm):
 
 
 def test_pages_that_come_back_are_counted_and_protected(vm):
-    mine = reclaimer(vm)
+    mine = make_session(vm)
     for _ in range(2):
         mine.run_pass()
     vm.here[100:150] = True
@@ -202,7 +202,7 @@ def test_pages_that_come_back_are_counted_and_protected(vm):
 
 
 def test_what_the_fault_handler_evicted_counts_as_evicted(vm):
-    mine = reclaimer(vm)
+    mine = make_session(vm)
     mine.run_pass()
     vm.here[500:600] = False
     mine.run_pass()
@@ -211,16 +211,16 @@ def test_what_the_fault_handler_evicted_counts_as_evicted(vm):
 
 
 def test_victims_are_bounded(vm):
-    mine = reclaimer(vm, max_victims=7)
+    mine = make_session(vm, max_victims=7)
     for _ in range(2):
         mine.run_pass()
     assert vm.victims.tolist() == list(range(700, 707))
 
 
 def test_a_full_store_ends_the_eviction_of_a_pass(vm, monkeypatch):
-    monkeypatch.setattr(hands_module, "BATCH_PAGES", 100)
+    monkeypatch.setattr(evictor_module, "BATCH_PAGES", 100)
     vm.full_after = 30
-    mine = reclaimer(vm)
+    mine = make_session(vm)
     mine.run_pass()
     report = mine.run_pass()
     assert report.outcomes == {"done": 30, "full": 70}
@@ -228,8 +228,8 @@ def test_a_full_store_ends_the_eviction_of_a_pass(vm, monkeypatch):
 
 
 def test_a_stop_ends_the_eviction_between_batches(vm, monkeypatch):
-    monkeypatch.setattr(hands_module, "BATCH_PAGES", 100)
-    mine = reclaimer(vm)
+    monkeypatch.setattr(evictor_module, "BATCH_PAGES", 100)
+    mine = make_session(vm)
     mine.run_pass()
     stop = threading.Event()
     stop.set()
@@ -237,7 +237,7 @@ def test_a_stop_ends_the_eviction_between_batches(vm, monkeypatch):
 
 
 def test_the_line_has_everything(vm):
-    mine = reclaimer(vm)
+    mine = make_session(vm)
     mine.run_pass()
     line = mine.run_pass().line()
     assert line.startswith("fake pass 2: resident 1.6 MiB, young 100, generations 0:300 1:0 2:90,")
@@ -245,7 +245,7 @@ def test_the_line_has_everything(vm):
 
 
 def test_a_dry_run_touches_nothing_and_goes_on_as_if_it_had(vm):
-    mine = Session(vm, Common.of(config(daemon={"dry_run": True})))
+    mine = Session(vm, DaemonContext.of(config(daemon={"dry_run": True})))
     reports = [mine.run_pass() for _ in range(4)]
     assert (vm.limit, vm.victims, vm.lease_asked, vm.shrunk) == (None, None, None, 0)
     assert vm.here.all()
@@ -260,17 +260,17 @@ def test_a_dry_run_touches_nothing_and_goes_on_as_if_it_had(vm):
 
 
 def test_a_paused_vm_does_not_age(vm):
-    mine = reclaimer(vm)
+    mine = make_session(vm)
     for _ in range(3):
         mine.run_pass()
-    before = mine.judge.policy.sizes(mine.view.resident)
+    before = mine.driver.policy.sizes(mine.pages.resident)
     vm.paused = True
     asked = len(vm.asked)
     for _ in range(50):
-        with pytest.raises(Standing):
+        with pytest.raises(VmPaused):
             mine.run_pass()
     assert len(vm.asked) == asked
-    assert mine.judge.policy.sizes(mine.view.resident) == before
+    assert mine.driver.policy.sizes(mine.pages.resident) == before
     assert mine.totals.skipped == 50
     vm.paused = False
     assert mine.run_pass().evicted_pages == 0
@@ -278,10 +278,10 @@ def test_a_paused_vm_does_not_age(vm):
 
 def test_pages_a_second_are_kept_to(vm, monkeypatch):
     now = [100.0]
-    common = Common.of(config(limits={"pages_per_s": 50}))
-    monkeypatch.setattr(common.rate, "_clock", lambda: now[0])
-    common.rate._at_s = now[0]
-    mine = Session(vm, common)
+    context = DaemonContext.of(config(limits={"pages_per_s": 50}))
+    monkeypatch.setattr(context.rate, "_clock", lambda: now[0])
+    context.rate._at_s = now[0]
+    mine = Session(vm, context)
     mine.run_pass()
     assert mine.run_pass().evicted_pages == 50
     assert mine.run_pass().evicted_pages == 0
@@ -290,29 +290,29 @@ def test_pages_a_second_are_kept_to(vm, monkeypatch):
     # A host that slept for an hour does not make up for it.
     now[0] += 3600
     assert mine.run_pass().evicted_pages == 50
-    assert mine.totals.spared["the limit of 50 pages a second"] > 0
+    assert mine.totals.spared["the limit of 50 pages per second"] > 0
 
 
 def test_what_comes_back_makes_it_hold_back_and_say_so(vm):
-    """Touches in turn what it just evicted: the worst guest."""
-    mine = reclaimer(vm)
+    """Touches in change what it just evicted: the worst guest."""
+    mine = make_session(vm)
     vm.touches = lambda window: np.flatnonzero(~vm.here)[:400]
     reports = [mine.run_pass() for _ in range(12)]
     held = [r for r in reports if r.notes]
-    assert "came back" in held[0].notes[0]
+    assert "refaulted" in held[0].notes[0]
     assert "holding back" in held[0].notes[0]
     assert reports[-1].holding
-    kinds = [d.kind for d in mine.common.decisions.last(1000)]
+    kinds = [d.kind for d in mine.context.decisions.last(1000)]
     assert "hold" in kinds
     # While it holds back it goes down to the high mark only.
     assert any(0 < r.evicted_pages < r.wanted_pages for r in reports if r.holding)
 
 
 def test_every_decision_has_its_reason(vm):
-    mine = reclaimer(vm)
+    mine = make_session(vm)
     for _ in range(2):
         mine.run_pass()
-    found = mine.common.decisions.last(100, vm="fake")
+    found = mine.context.decisions.last(100, vm="fake")
     assert [d.kind for d in found] == ["budget", "attach", "spare", "evict"]
     evict = found[-1]
     assert (evict.why, evict.pages, evict.passes) == ("budget", 600, 2)
@@ -324,18 +324,21 @@ def test_every_decision_has_its_reason(vm):
 
 
 def test_a_part_of_a_shared_budget_counts_where_it_is_smaller(vm):
-    common = Common.of(config(pressure={"total_budget": Bytes(300 * 4096)}))
-    mine = Session(vm, common)
+    context = DaemonContext.of(config(pressure={"total_budget": Bytes(300 * 4096)}))
+    mine = Session(vm, context)
     mine.run_pass()
     assert vm.limit == 500 * 4096
-    common.host.look()
+    context.host.update()
     mine.run_pass()
     assert vm.limit == 300 * 4096
 
 
 def test_stalls_of_the_vm_are_its_faults(vm, monkeypatch):
     mine = Session(
-        vm, Common.of(config(pressure={"psi": "vm", "psi_target": Share(0.5), "backoff": Share(0)}))
+        vm,
+        DaemonContext.of(
+            config(pressure={"psi": "vm", "psi_target": Share(0.5), "backoff": Share(0)})
+        ),
     )
     now = [10.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -345,7 +348,7 @@ def test_stalls_of_the_vm_are_its_faults(vm, monkeypatch):
     vm.latency_ns += 500_000_000
     mine.run_pass()
     assert mine.stall == 0.25
-    assert mine.steering.by_stall.drive == 0.5
+    assert mine.reclaim_target.stall_controller.drive == 0.5
 
 
 # -- the loop -----------------------------------------------------------------
@@ -358,7 +361,7 @@ def vms(monkeypatch):
     def connect(name):
         return found.setdefault(name, FakeVm(name))
 
-    monkeypatch.setattr(member_module, "Client", connect)
+    monkeypatch.setattr(worker_module, "Client", connect)
     return found
 
 
@@ -380,7 +383,7 @@ class Events(list):
 def make(vms, report, **daemon):
     """A daemon of some VMs, with passes a millisecond apart."""
     options = {"vms": vms, "interval": Seconds(0.001)} | daemon
-    return Daemon(Common.of(config(daemon=options)), report)
+    return Daemon(DaemonContext.of(config(daemon=options)), report)
 
 
 def test_passes_end_the_daemon(vms):
@@ -432,7 +435,7 @@ def test_a_vm_that_is_not_there_fails_without_wait(vms):
 
 
 def test_wait_waits_until_it_is_there(vms, monkeypatch):
-    monkeypatch.setattr(member_module, "_LOOK_S", 0.001)
+    monkeypatch.setattr(worker_module, "_RETRY_S", 0.001)
     vms["a"] = vm = FakeVm("a")
     vm.trouble["memory"] = VmGoneError("a", "nothing answers")
     looked = []
@@ -510,8 +513,8 @@ def test_a_vm_that_is_gone_leaves_nothing_in_the_daemon(vms):
     gc.collect()
     assert [ref() for ref in kept] == [None]
     assert daemon.sessions() == []
-    assert daemon.common.host._claims == {}
-    assert [vm for vm, _, _ in daemon.common.decisions.totals()] == []
+    assert daemon.context.host._claims == {}
+    assert [vm for vm, _, _ in daemon.context.decisions.totals()] == []
 
 
 def test_patterns_find_vms_that_come_and_let_go_of_those_that_leave(vms, monkeypatch):
@@ -551,11 +554,11 @@ def test_a_reload_changes_what_it_can_and_says_what_it_cannot(vms):
 
     events = Events(then)
     options = {"vms": ["a"], "interval": Seconds(0.001)}
-    daemon = Daemon(Common.of(config(daemon=options)), events, reread=lambda: new)
+    daemon = Daemon(DaemonContext.of(config(daemon=options)), events, reread=lambda: new)
     assert daemon.run()
     notice = events.of(Notice)[0]
-    assert notice.text == "configuration read again; only a restart changes name"
-    assert daemon.common.rate.per_s == 7
+    assert notice.text == "configuration reloaded; restart to change name"
+    assert daemon.context.rate.per_s == 7
     assert vms["b"].limit == 400 * 4096
     assert vms["a"].given_back
 
@@ -572,12 +575,12 @@ def test_a_reload_of_a_bad_file_leaves_everything_as_it_was(vms):
 
     events = Events(then)
     options = {"vms": ["a"], "interval": Seconds(0.001)}
-    daemon = Daemon(Common.of(config(daemon=options)), events, reread=reread)
-    before = daemon.common.config
+    daemon = Daemon(DaemonContext.of(config(daemon=options)), events, reread=reread)
+    before = daemon.context.config
     assert daemon.run()
     assert events.of(Notice)[0].failed
     assert "x.toml:3: daemon.interval" in events.of(Notice)[0].text
-    assert daemon.common.config is before
+    assert daemon.context.config is before
 
 
 def test_a_pass_that_hangs_starves_the_watchdog(vms, monkeypatch):
@@ -601,7 +604,7 @@ def test_a_pass_that_hangs_starves_the_watchdog(vms, monkeypatch):
 
     vm.counters = counters
     options = {"vms": ["a"], "interval": Seconds(0.01)}
-    daemon = Daemon(Common.of(config(daemon=options)), Events(), notifier=notifier)
+    daemon = Daemon(DaemonContext.of(config(daemon=options)), Events(), notifier=notifier)
     thread = threading.Thread(target=daemon.run)
     thread.start()
     try:
@@ -633,8 +636,8 @@ def test_a_long_rest_keeps_the_lease(vms):
     """A limit of a thousandth of a core makes for long rests after short passes."""
     vms["a"] = FakeVm("a")
     daemon = make(["a"], Events(), lease=Seconds(0.05), interval=Seconds(0.01))
-    daemon.common.cpu = CpuShare(0.001)
-    daemon.common.cpu._left_s = -1.0
+    daemon.context.cpu = CpuShare(0.001)
+    daemon.context.cpu._left_s = -1.0
     thread = threading.Thread(target=daemon.run)
     thread.start()
     try:
@@ -649,12 +652,12 @@ def test_a_long_rest_keeps_the_lease(vms):
 
 
 def test_new_terms_of_the_lease_reach_the_vm(vm):
-    common = Common.of(config(daemon={"lease": Seconds(4)}))
-    mine = Session(vm, common)
+    context = DaemonContext.of(config(daemon={"lease": Seconds(4)}))
+    mine = Session(vm, context)
     mine.run_pass()
     assert vm.lease_asked.ttl_s == 4
     assert vm.lease_asked.holder == f"reclaimd pid-{os.getpid()}"
-    common.config = config(daemon={"lease": Seconds(5)})
+    context.config = config(daemon={"lease": Seconds(5)})
     mine.run_pass()
     assert vm.lease_asked.ttl_s == 5
 
@@ -683,7 +686,7 @@ def test_the_kernels_trigger_starts_a_pass_at_once(vms):
                 daemon.stop()
 
         events = Events(then)
-        daemon = Daemon(Common.of(whole, host), events)
+        daemon = Daemon(DaemonContext.of(whole, host), events)
         assert daemon.run()
     # A fifth of what is resident and can go, and that the trigger wanted it.
     assert events[-1].why == "trigger"

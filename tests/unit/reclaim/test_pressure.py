@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.errors import CapabilityError
-from kvmhost.reclaim.account.decisions import Why
+from kvmhost.reclaim.account.decisions import EvictReason
 from kvmhost.reclaim.errors import KernelFileError
 from kvmhost.reclaim.pressure.backoff import Backoff
 from kvmhost.reclaim.pressure.budget import Budget
 from kvmhost.reclaim.pressure.controllers import (
-    ByBudget,
-    ByPromotion,
-    ByStall,
-    Facts,
-    Want,
+    BudgetController,
+    Demand,
+    PassFacts,
+    PromotionController,
+    StallController,
     largest,
 )
 from kvmhost.reclaim.pressure.host import Host
@@ -227,47 +227,47 @@ def test_weight_and_coldness():
 
 
 def facts(resident=10_000, elapsed_s=60.0, working=1000, refaulted=0, stall=0.0):
-    return Facts(elapsed_s, resident, working, refaulted, stall)
+    return PassFacts(elapsed_s, resident, working, refaulted, stall)
 
 
 def test_the_budget_wants_down_to_low_and_must_go_down_to_high():
-    by = ByBudget(Budget(1000 * 4096, 900 * 4096, 800 * 4096))
-    assert by.want(facts(resident=900)).pages == 0
-    want = by.want(facts(resident=950))
-    assert (want.pages, want.must, want.why) == (150, 50, Why.BUDGET)
+    by = BudgetController(Budget(1000 * 4096, 900 * 4096, 800 * 4096))
+    assert by.demand(facts(resident=900)).pages == 0
+    want = by.demand(facts(resident=950))
+    assert (want.pages, want.required, want.why) == (150, 50, EvictReason.BUDGET)
 
 
 def test_the_step_shrinks_towards_the_target_of_stall():
-    by = ByStall(0.01, 0.06)
-    assert by.want(facts()).pages == 600
-    assert by.want(facts(stall=0.005)).pages == 300
-    assert by.want(facts(stall=0.01)).pages == 0
-    assert by.want(facts(stall=0.5)).pages == 0
-    assert by.want(facts()).must == 0
+    by = StallController(0.01, 0.06)
+    assert by.demand(facts()).pages == 600
+    assert by.demand(facts(stall=0.005)).pages == 300
+    assert by.demand(facts(stall=0.01)).pages == 0
+    assert by.demand(facts(stall=0.5)).pages == 0
+    assert by.demand(facts()).required == 0
     # Fractions of a page add up; a host that slept makes up for a minute at most.
-    assert sum(by.want(facts(elapsed_s=0.05)).pages for _ in range(1200)) == pytest.approx(
+    assert sum(by.demand(facts(elapsed_s=0.05)).pages for _ in range(1200)) == pytest.approx(
         600, abs=1
     )
-    assert by.want(facts(elapsed_s=86400)).pages == 600
-    assert by.want(facts(elapsed_s=-5)).pages == 0
+    assert by.demand(facts(elapsed_s=86400)).pages == 600
+    assert by.demand(facts(elapsed_s=-5)).pages == 0
 
 
 def test_promotions_steer_the_step():
-    by = ByPromotion(0.002, 0.06)
-    pages = [by.want(facts(elapsed_s=1)).pages for _ in range(60)]
+    by = PromotionController(0.002, 0.06)
+    pages = [by.demand(facts(elapsed_s=1)).pages for _ in range(60)]
     assert pages[-1] >= pages[0]
     assert by.share == 1.0
-    want = by.want(facts(elapsed_s=1, refaulted=50))
+    want = by.demand(facts(elapsed_s=1, refaulted=50))
     assert (want.pages, by.share) == (0, 0.5)
     assert by.rate > 0.002
     for _ in range(300):
-        by.want(facts(elapsed_s=1))
+        by.demand(facts(elapsed_s=1))
     assert by.share == 1.0
 
 
 def test_the_largest_want_is_followed_and_every_must():
-    wants = [Want(10, 0, Why.PSI, "a"), Want(7, 7, Why.CGROUP, "b")]
-    assert largest(wants) == Want(10, 7, Why.PSI, "a")
+    wants = [Demand(10, 0, EvictReason.PSI, "a"), Demand(7, 7, EvictReason.CGROUP, "b")]
+    assert largest(wants) == Demand(10, 7, EvictReason.PSI, "a")
     assert largest([]).pages == 0
 
 
@@ -277,14 +277,14 @@ def test_the_largest_want_is_followed_and_every_must():
 def test_holding_back_begins_doubles_and_ends():
     backoff = Backoff(0.2, 1.0)
     assert backoff.note(1000, 0, 1) is None
-    turn = backoff.note(1000, 900, 2)
-    assert turn.holding
-    assert "more than 20%: holding back for 1 s" in turn.reason
+    change = backoff.note(1000, 900, 2)
+    assert change.holding
+    assert "more than 20%: holding back for 1 s" in change.reason
     assert backoff.note(0, 0, 2.5) is None
     assert "for 2 s" in backoff.note(0, 100, 3.5).reason
     assert "for 4 s" in backoff.note(0, 100, 6).reason
-    turn = backoff.note(20000, 0, 30)
-    assert not turn.holding
+    change = backoff.note(20000, 0, 30)
+    assert not change.holding
     assert not backoff.holding
     backoff.note(1000, 0, 31)
     assert "for 1 s" in backoff.note(1000, 20000, 32).reason
@@ -311,14 +311,14 @@ def test_a_cgroup_near_its_limit_demands_and_the_coldest_give(tree):
     host = Host(PressureOptions(cgroup="/cg"), tree.files, Clock())
     host.claim("warm", Claim(1, 9000, 9000, 20000))
     host.claim("cold", Claim(1, 100, 9100, 20000))
-    host.look()
+    host.update()
     demand = host.demand("cold")
     # 94 MiB are needed, 90 allowed.
-    assert (demand.pages, demand.must, demand.why) == (1024, 1024, Why.CGROUP)
+    assert (demand.pages, demand.required, demand.why) == (1024, 1024, EvictReason.CGROUP)
     assert host.demand("cold") is None
     assert host.demand("warm") is None
-    host.look()
-    host.look()
+    host.update()
+    host.update()
     assert host.demand("cold").pages == 1024
 
 
@@ -328,10 +328,10 @@ def test_cgroup_version_1_and_no_limit(tree):
     tree("/cg/memory.stat", f"total_inactive_file {6 << 20}\n")
     host = Host(PressureOptions(cgroup="/cg"), tree.files, Clock())
     host.claim("a", Claim(1, 0, 9000, 20000))
-    host.look()
+    host.update()
     assert host.demand("a") is None
     tree("/cg/memory.limit_in_bytes", str(94 << 20))
-    host.look()
+    host.update()
     assert host.demand("a").pages > 0
     with pytest.raises(CapabilityError, match=r"memory\.current"):
         Host(PressureOptions(cgroup="/none"), tree.files)
@@ -342,9 +342,9 @@ def test_a_trigger_demands_a_step_of_all(tree):
     host = Host(options, tree.files, Clock(), trigger=None)
     host.claim("a", Claim(1, 0, 1001, 2000))
     host.claim("b", Claim(1, 0, 3001, 4000))
-    host.look()
+    host.update()
     assert host.demand("a") is None
-    host.look(fired=True)
+    host.update(fired=True)
     assert (host.demand("a").pages, host.demand("b").pages) == (100, 300)
     assert host.trigger_fired == 1
 
@@ -354,10 +354,10 @@ def test_a_shared_budget_and_a_vm_that_leaves(tree):
     host.claim("a", Claim(1, 100, 1000, 2000))
     host.claim("b", Claim(1, 100, 1000, 2000))
     assert host.budget_pages("a") is None
-    host.look()
+    host.update()
     assert (host.budget_pages("a"), host.budget_pages("b")) == (500, 500)
     host.forget("b")
-    host.look()
+    host.update()
     assert (host.budget_pages("a"), host.budget_pages("b")) == (1000, None)
 
 
@@ -366,11 +366,11 @@ def test_a_file_that_goes_away_is_said_once_and_the_rest_goes_on(tree, caplog):
     host = Host(options, tree.files, Clock())
     host.claim("a", Claim(1, 1, 10, 20))
     (tree.files.root / SYSTEM_PSI.lstrip("/")).unlink()
-    host.look()
-    host.look()
+    host.update()
+    host.update()
     assert "No such file" in host.problem
     assert caplog.text.count("No such file") == 1
     assert host.budget_pages("a") == 10
     tree(SYSTEM_PSI, psi_text(0))
-    host.look()
+    host.update()
     assert host.problem == ""
