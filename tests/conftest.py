@@ -21,7 +21,7 @@ import pytest
 
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.guests.build import compile_pc_guest, pc_sources
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 
 DEADLINE_S = 60.0
 

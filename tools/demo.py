@@ -31,7 +31,7 @@ from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, GuestError, KvmHostError, LayoutError
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
 from kvmhost.tools.args import about, size_bytes
 from kvmhost.tools.progress import Progress, show_table

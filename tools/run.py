@@ -17,7 +17,7 @@ from kvmhost.devices.console import Console, open_console
 from kvmhost.engine.cpumodel import CPU_MODELS
 from kvmhost.errors import LayoutError
 from kvmhost.machine import make_machine
-from kvmhost.machine.base import Machine
+from kvmhost.machine.base import BaseMachine
 from kvmhost.memory.layout import TinyLayout
 from kvmhost.tools.args import (
     add_machine_arguments,
@@ -90,7 +90,7 @@ def _boot(args: argparse.Namespace, image: Path, lock: NameLock | None) -> int:
             return _run_machine(args, machine, console, lock)
 
 
-def _make(args: argparse.Namespace, image: Path, console: Console) -> Machine:
+def _make(args: argparse.Namespace, image: Path, console: Console) -> BaseMachine:
     common: dict[str, typing.Any] = {
         "console_fd": console.fd,
         "name": args.name or "",
@@ -114,7 +114,7 @@ def _make(args: argparse.Namespace, image: Path, console: Console) -> Machine:
 
 
 def _run_machine(
-    args: argparse.Namespace, machine: Machine, console: Console, lock: NameLock | None
+    args: argparse.Namespace, machine: BaseMachine, console: Console, lock: NameLock | None
 ) -> int:
     server: ControlServer | None = None
     try:
@@ -254,7 +254,7 @@ def _add_pc_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _serve(machine: Machine, lock: NameLock) -> ControlServer:
+def _serve(machine: BaseMachine, lock: NameLock) -> ControlServer:
     from kvmhost.control.server import ControlServer
 
     server = ControlServer(machine, lock=lock)
@@ -264,7 +264,7 @@ def _serve(machine: Machine, lock: NameLock) -> ControlServer:
     return server
 
 
-def _report(machine: Machine, status: int) -> dict[str, typing.Any]:
+def _report(machine: BaseMachine, status: int) -> dict[str, typing.Any]:
     return {
         "image": machine.image.path,
         "engine": machine.engine.name,

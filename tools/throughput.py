@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.trackers import Tracker, sample_mask
 
 __all__ = ["Kept", "Plan", "Steps", "harvest_once", "measure_steps", "paired_rates"]

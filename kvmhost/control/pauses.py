@@ -16,7 +16,7 @@ from typing import Any
 from kvmhost.control.handler import Problem
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
 
 __all__ = ["Pauses"]
 
@@ -30,7 +30,7 @@ class Pauses:
     """
 
     def __init__(
-        self, machine: Machine, vm: str, work: Callable[[Callable[[], Any]], Awaitable[Any]]
+        self, machine: BaseMachine, vm: str, work: Callable[[Callable[[], Any]], Awaitable[Any]]
     ) -> None:
         self._machine, self._vm, self._work = machine, vm, work
         self._changing = asyncio.Lock()

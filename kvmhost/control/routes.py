@@ -56,7 +56,7 @@ from kvmhost.errors import CapabilityError, IoctlError, KvmHostError, LayoutErro
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
     from kvmhost.mmu.feed import Feed
     from kvmhost.pager import EvictResult
 
@@ -90,7 +90,7 @@ def problem_of(error: Exception) -> Problem:
 class Routes:
     """Finds and answers requests on one machine."""
 
-    def __init__(self, machine: Machine, name: str) -> None:
+    def __init__(self, machine: BaseMachine, name: str) -> None:
         self._machine, self._name = machine, name
         self._executor = concurrent.futures.ThreadPoolExecutor(4, "control-worker")
         self._harvesting, self._paging = asyncio.Lock(), asyncio.Lock()

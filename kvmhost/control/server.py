@@ -28,7 +28,7 @@ from kvmhost.errors import KvmHostError
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.handler import Handler
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
 
 __all__ = ["MAX_CONNECTIONS", "MAX_PER_PROCESS", "ControlServer", "SocketServer"]
 
@@ -148,7 +148,7 @@ class ControlServer(SocketServer):
 
     def __init__(
         self,
-        machine: Machine,
+        machine: BaseMachine,
         *,
         name: str | None = None,
         lock: NameLock | None = None,

@@ -19,7 +19,7 @@ from kvmhost.errors import LayoutError, LostPageError
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
 
 __all__ = ["MAX_RANGES", "FreeList"]
 
@@ -31,7 +31,7 @@ MAX_RANGES = (PAGE_BYTES - _HEAD.size) // _RANGE.size
 class FreeList:
     """The device behind the port; reads give all ones, as where there is nothing."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: BaseMachine) -> None:
         self._machine = machine
         self.lists = 0
         self.dropped_pages = 0

@@ -1,31 +1,24 @@
-"""A machine: memory, engine, vCPUs, devices and pager of one VM, put together.
+"""What every machine is: memory, engine, vCPUs, devices and pager of one VM.
 
->>> from kvmhost.machine.base import Machine
->>> from kvmhost.guests import image_path
->>> with Machine(image_path("hello"), mem_bytes=4 << 20) as machine:  # doctest: +SKIP
-...     machine.start()
-...     machine.wait(timeout=5)
-...     machine.console_text()
-0
-'hello from vCPU 0x0 of 0x1\\n'
+A kind of machine is one module with a subclass of :class:`BaseMachine`:
+:mod:`kvmhost.machine.tiny` and :mod:`kvmhost.machine.pc` are the two that exist. Its
+constructor checks image, sizes and options, and gives image, layout and engine to
+:class:`BaseMachine`. It implements :meth:`BaseMachine.assemble` and overrides the
+``handle_`` methods for the exits that mean something of their own on this kind.
 """
 
 from __future__ import annotations
 
+import abc
 import threading
 import time
 import typing
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from kvmhost import engine as engines
-from kvmhost.boot.image import Image, read_image
-from kvmhost.boot.longmode import entry_state, lay_out_tables, write_tss
-from kvmhost.boot.params import GuestResult, read_result, resolve_params, write_params
+from kvmhost.boot.params import GuestResult, read_result
 from kvmhost.closing import Closing
-from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, FREE_PORT, Bus
-from kvmhost.devices.freelist import FreeList
+from kvmhost.devices.bus import Bus
 from kvmhost.devices.serial import Serial
 from kvmhost.engine.base import Engine, Vcpu
 from kvmhost.errors import (
@@ -48,13 +41,7 @@ from kvmhost.exits import (
 from kvmhost.machine.failures import outside_memory, registers_line, unexpected
 from kvmhost.machine.runner import Runner, Step
 from kvmhost.memory.guest import GuestMemory, Region
-from kvmhost.memory.layout import (
-    MAX_TINY_VCPUS,
-    PAGE_BYTES,
-    PAGE_SHIFT,
-    Layout,
-    TinyLayout,
-)
+from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT, Layout
 
 if typing.TYPE_CHECKING:
     from kvmhost.pager import Pager, Userfault
@@ -62,7 +49,7 @@ if typing.TYPE_CHECKING:
     from kvmhost.trackers import Tracker
     from kvmhost.trackers.harvesting import Harvest, Harvester
 
-__all__ = ["Machine"]
+__all__ = ["BaseMachine", "NamedImage"]
 
 
 class NamedImage(typing.Protocol):
@@ -73,29 +60,30 @@ class NamedImage(typing.Protocol):
         """The file, for messages."""
 
 
-class Machine(Closing):
-    """One VM with a tiny guest in it.
+class BaseMachine(Closing, abc.ABC):
+    """One VM of any kind.
 
-    :param image: path of an image, or a parsed one
-    :param mem_bytes: guest memory, a multiple of 4 KiB
-    :param engine: ``auto``, ``kvm`` or ``emulated``
-    :param params: values for the image's parameters
-    :param console_fd: descriptor that gets the guest's serial output; -1: none
-    :param store: what the pager's store is to be
-    :param dirty_ring_entries: give each vCPU a dirty ring of so many entries, which the
+    :param image: what the guest was loaded from, for messages and reports
+    :param layout: where its memory lies
+    :param engine: what runs its vCPUs; the machine owns it from here on
+    :param console_fd: descriptor that receives the guest's serial output; -1: none
+    :param store: where the pager keeps evicted pages
+    :param dirty_ring_entries: give each vCPU a dirty ring of this many entries, which the
         tracker ``dirty`` then uses instead of the dirty log; 0: none
-    :raises ImageError: if the image cannot be used
-    :raises LayoutError: if sizes, counts or parameters do not fit
-    :raises CapabilityError: if the engine is not to be had
+    :raises LayoutError: if sizes or counts do not fit
+    :raises CapabilityError: if the engine has no dirty ring
     """
+
+    #: Name of the kind, as reports and snapshots have it.
+    kind: ClassVar[str]
 
     def __init__(
         self,
-        image: Path | str | Image,
+        image: NamedImage,
+        layout: Layout,
+        engine: Engine,
         *,
-        mem_bytes: int = 64 << 20,
         n_vcpus: int = 1,
-        engine: str = "auto",
         params: Mapping[str, int] | None = None,
         console_fd: int = -1,
         name: str = "",
@@ -103,9 +91,10 @@ class Machine(Closing):
         dirty_ring_entries: int = 0,
     ) -> None:
         self.name = name
+        self.image, self.layout, self.engine = image, layout, engine
         self.n_vcpus = n_vcpus
-        self.params: dict[str, int] = {}
-        self._plan(image, mem_bytes, params or {})
+        self.params = dict(params or {})
+        self.vcpus: list[Vcpu] = []
         self._store_options = store
         self._statuses: dict[int, int] = {}
         self._error: BaseException | None = None
@@ -117,57 +106,70 @@ class Machine(Closing):
         self._harvester: Harvester | None = None
         self._started_ns = 0
         self._closed = False
-        self.vcpus: list[Vcpu] = []
-        self.engine = self._choose_engine(engine)
         try:
             self.memory = GuestMemory(
-                [Region(gpa, n_bytes, name or "guest") for gpa, n_bytes in self.layout.regions]
+                [Region(gpa, n_bytes, name or "guest") for gpa, n_bytes in layout.regions]
             )
             if dirty_ring_entries:
                 self._enable_dirty_ring(dirty_ring_entries)
-            if n_vcpus > self.engine.max_vcpus():
+            if n_vcpus > engine.max_vcpus():
                 raise LayoutError(
-                    f"{n_vcpus} vCPUs: the {self.engine.name} engine has {self.engine.max_vcpus()}"
+                    f"{n_vcpus} vCPUs: the {engine.name} engine has {engine.max_vcpus()}"
                 )
             self.serial = Serial(console_fd)
             self.bus = Bus()
             self.bus.add_serial(self.serial)
-            self._assemble()
+            self.vcpus += self.assemble()
         except BaseException:
             self.close()
             raise
-        self._runner = Runner(self.vcpus, self._on_exit, self._on_error)
+        self.runner = Runner(self.vcpus, self._handle_exit, self._on_error)
 
-    #: Memory layout; a kind of machine has its own.
-    layout: Layout
-    #: The image, for reports.
-    image: NamedImage
+    # -- what a kind of machine provides ---------------------------------------
 
-    def _plan(self, image: Path | str | Image, mem_bytes: int, params: Mapping[str, int]) -> None:
-        """Check image, sizes and parameters before anything is made."""
-        self._tiny = image if isinstance(image, Image) else read_image(Path(image))
-        self._tiny_layout = TinyLayout(mem_bytes)
-        self.image, self.layout = self._tiny, self._tiny_layout
-        self.params = resolve_params(self._tiny, params)
-        if not 1 <= self.n_vcpus <= MAX_TINY_VCPUS:
-            raise LayoutError(f"{self.n_vcpus} vCPUs: a tiny guest takes 1 to {MAX_TINY_VCPUS}")
+    @abc.abstractmethod
+    def assemble(self) -> list[Vcpu]:
+        """Fill memory, put devices on the bus, attach the engine, create the vCPUs.
 
-    def _choose_engine(self, name: str) -> Engine:
-        return engines.choose(name)
+        Called once by the constructor: ``memory``, ``bus`` (with the serial port on it)
+        and ``engine`` exist, nothing runs.
 
-    def _assemble(self) -> None:
-        """Fill memory, put devices on the bus and create the vCPUs."""
-        image, layout = self._tiny, self._tiny_layout
-        self.bus.add_doorbell()
-        self.bus.add_port(FREE_PORT, 4, FreeList(self))
-        image.load(self.memory, layout.tables_gpa)
-        write_params(self.memory, layout, image, self.n_vcpus, self.params)
-        write_tss(self.memory)
-        lay_out_tables(self.memory, layout)
-        self.engine.attach(self.memory, self.bus)
-        for index in range(self.n_vcpus):
-            state = entry_state(layout, image.entry, index)
-            self.vcpus.append(self.engine.create_vcpu(index, state))
+        :return: the vCPUs by index, each in the state in which it starts
+        """
+
+    def handle_port_read(self, vcpu: Vcpu, vm_exit: IoIn) -> Step:
+        """Complete a port read, in the vCPU's thread. Here: from the bus."""
+        vcpu.complete_read(self.bus.read_port(vm_exit))
+        return Step.GO_ON
+
+    def handle_port_write(self, vcpu: Vcpu, vm_exit: IoOut) -> Step:
+        """Carry out a port write, in the vCPU's thread. Here: on the bus."""
+        self.bus.write_port(vm_exit)
+        return Step.GO_ON
+
+    def handle_mmio(self, vcpu: Vcpu, vm_exit: MmioRead | MmioWrite) -> Step:
+        """Carry out an access outside the memslots, in the vCPU's thread. Here: on the bus.
+
+        :raises UnexpectedExit: if there is no device at that address
+        """
+        found = self.bus.mmio_handler(vm_exit.gpa)
+        if found is None:
+            raise outside_memory(vcpu, vm_exit)
+        device, offset = found
+        if isinstance(vm_exit, MmioRead):
+            value = device.read(offset, vm_exit.size)
+            vcpu.complete_read(value.to_bytes(vm_exit.size, "little"))
+        else:
+            device.write(offset, len(vm_exit.data), int.from_bytes(vm_exit.data, "little"))
+        return Step.GO_ON
+
+    def describe_failure(self, vcpu: Vcpu, vm_exit: Exit) -> UnexpectedExit:
+        """Return the error for an exit that no method handles; it ends the guest."""
+        return unexpected(vcpu, vm_exit)
+
+    def report_status(self, vcpu: Vcpu, status: int) -> None:
+        """Note the exit status that a vCPU reported; for the ``handle_`` methods."""
+        self._statuses[vcpu.index] = status & 0xFF
 
     def _enable_dirty_ring(self, n_entries: int) -> None:
         from kvmhost.engine.kvm import KvmEngine
@@ -183,34 +185,34 @@ class Machine(Closing):
     def start(self, paused: bool = False) -> None:
         """Start the vCPUs' threads; with ``paused`` they wait for :meth:`resume`."""
         if paused:
-            self._runner.pause_at_start()
+            self.runner.pause_at_start()
         self._started_ns = time.monotonic_ns()
-        self._runner.start()
+        self.runner.start()
 
     def pause(self) -> None:
         """Stop guest code on every vCPU; return when all stand still. Pauses nest."""
-        self._runner.pause()
+        self.runner.pause()
 
     def resume(self) -> None:
         """Undo one :meth:`pause`."""
-        self._runner.resume()
+        self.runner.resume()
 
     @property
     def paused(self) -> bool:
         """Whether the vCPUs are held back."""
-        return self._runner.paused
+        return self.runner.paused
 
     @property
     def running(self) -> bool:
         """Whether a vCPU has yet to end."""
-        return self._started_ns > 0 and not self._runner.ended
+        return self._started_ns > 0 and not self.runner.ended
 
     def step_by_doorbell(self, stop: bool = True) -> None:
         """Make each vCPU stop at its doorbells, for :meth:`run_epoch`."""
         for vcpu in self.vcpus:
             vcpu.stop_at_doorbell(stop)
         if not stop:
-            self._runner.release()
+            self.runner.release()
 
     def run_epoch(self, timeout: float = 60.0) -> bool:
         """Run every vCPU to its next doorbell.
@@ -224,11 +226,11 @@ class Machine(Closing):
         if not self._started_ns:
             self.start()
         else:
-            self._runner.release()
-        if not self._runner.wait_held(timeout):
+            self.runner.release()
+        if not self.runner.wait_held(timeout):
             raise GuestTimeout(timeout)
         self._raise_error()
-        return not self._runner.ended
+        return not self.runner.ended
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the guest's end and return its status.
@@ -236,7 +238,7 @@ class Machine(Closing):
         :raises GuestTimeout: if it still runs after ``timeout`` seconds
         :raises GuestError: if a vCPU ended in a way that its contract does not know
         """
-        if not self._runner.wait_ended(timeout):
+        if not self.runner.wait_ended(timeout):
             raise GuestTimeout(timeout or 0.0)
         self.serial.flush()
         self._raise_error()
@@ -266,7 +268,7 @@ class Machine(Closing):
     @property
     def ended_vcpus(self) -> set[int]:
         """Indexes of the vCPUs that have ended."""
-        return self._runner.ended_vcpus
+        return self.runner.ended_vcpus
 
     def settle(self) -> None:
         """Finish what a paused vCPU has begun: the access that its last exit was about.
@@ -276,8 +278,8 @@ class Machine(Closing):
         for vcpu in self.vcpus:
             if vcpu.index not in self.ended_vcpus:
                 vcpu.kick()
-                while not isinstance(leaving := vcpu.run(), Kicked):
-                    if self._on_exit(vcpu, leaving) in (Step.END, Step.END_ALL):
+                while not isinstance(vm_exit := vcpu.run(), Kicked):
+                    if self._handle_exit(vcpu, vm_exit) in (Step.END, Step.END_ALL):
                         raise KvmHostError(f"vCPU {vcpu.index} ended while it was paused")
 
     def single_step(self, index: int = 0) -> Exit:
@@ -297,21 +299,21 @@ class Machine(Closing):
         core.single_step()
         try:
             while True:
-                leaving = vcpu.run()
-                if isinstance(leaving, Debug):
-                    return leaving
-                if not isinstance(leaving, Kicked) and self._on_exit(vcpu, leaving) in (
+                vm_exit = vcpu.run()
+                if isinstance(vm_exit, Debug):
+                    return vm_exit
+                if not isinstance(vm_exit, Kicked) and self._handle_exit(vcpu, vm_exit) in (
                     Step.END,
                     Step.END_ALL,
                 ):
-                    self._runner.request_stop()
-                    return leaving
+                    self.runner.request_stop()
+                    return vm_exit
         finally:
             core.single_step(False)
 
     def adopt(self, ended: set[int], statuses: Mapping[int, int], doorbells: list[int]) -> None:
         """Take over from a snapshot what is not in KVM; before :meth:`start`."""
-        self._runner.mark_ended(ended)
+        self.runner.mark_ended(ended)
         self._statuses = dict(statuses)
         for vcpu, count in zip(self.vcpus, doorbells, strict=True):
             vcpu.set_doorbells(count)
@@ -324,7 +326,7 @@ class Machine(Closing):
     def fail(self, error: BaseException) -> None:
         """End the machine with an error; :meth:`wait` raises it. Any thread."""
         self._error = self._error or error
-        self._runner.give_up()
+        self.runner.give_up()
 
     def stop(self) -> None:
         """End every vCPU, wherever it is.
@@ -332,7 +334,7 @@ class Machine(Closing):
         :raises KvmHostError: if a vCPU's thread does not come back
         """
         # After a fault that nobody serves there is no use in waiting long.
-        if self._runner.stop(timeout=0.5 if isinstance(self._error, PagerError) else 5.0):
+        if self.runner.stop(timeout=0.5 if isinstance(self._error, PagerError) else 5.0):
             return
         # A thread that waits in the kernel for a page that will not come: closing the
         # userfaultfd lets it go, and the stop request keeps it out of guest mode.
@@ -342,7 +344,7 @@ class Machine(Closing):
             if self._pager is not None:
                 self._pager.stop()
             self._userfault.close()
-        if not self._runner.stop(timeout=5.0):
+        if not self.runner.stop(timeout=5.0):
             raise KvmHostError("a vCPU thread does not come back from guest mode")
 
     def console_text(self) -> str:
@@ -464,45 +466,14 @@ class Machine(Closing):
 
     # -- exits ----------------------------------------------------------------
 
-    def _on_exit(self, vcpu: Vcpu, leaving: Exit) -> Step:
-        if isinstance(leaving, IoOut):
-            return self._port_write(vcpu, leaving)
-        if isinstance(leaving, IoIn):
-            return self._port_read(vcpu, leaving)
-        if isinstance(leaving, MmioRead | MmioWrite):
-            return self._mmio(vcpu, leaving)
-        raise self._unexpected(vcpu, leaving)
-
-    def _port_read(self, vcpu: Vcpu, leaving: IoIn) -> Step:
-        vcpu.complete_read(self.bus.read_port(leaving))
-        return Step.GO_ON
-
-    def _port_write(self, vcpu: Vcpu, leaving: IoOut) -> Step:
-        if leaving.port == EXIT_PORT:
-            self._statuses[vcpu.index] = leaving.value & 0xFF
-            return Step.END
-        if leaving.port == DEBUG_EXIT_PORT:
-            self._statuses[vcpu.index] = (leaving.value << 1 | 1) & 0xFF
-            return Step.END_ALL
-        if leaving.port == DOORBELL_PORT:
-            return Step.HOLD
-        self.bus.write_port(leaving)
-        return Step.GO_ON
-
-    def _mmio(self, vcpu: Vcpu, leaving: MmioRead | MmioWrite) -> Step:
-        found = self.bus.mmio_handler(leaving.gpa)
-        if found is None:
-            raise outside_memory(vcpu, leaving)
-        device, offset = found
-        if isinstance(leaving, MmioRead):
-            value = device.read(offset, leaving.size)
-            vcpu.complete_read(value.to_bytes(leaving.size, "little"))
-        else:
-            device.write(offset, len(leaving.data), int.from_bytes(leaving.data, "little"))
-        return Step.GO_ON
-
-    def _unexpected(self, vcpu: Vcpu, leaving: Exit) -> UnexpectedExit:
-        return unexpected(vcpu, leaving)
+    def _handle_exit(self, vcpu: Vcpu, vm_exit: Exit) -> Step:
+        if isinstance(vm_exit, IoOut):
+            return self.handle_port_write(vcpu, vm_exit)
+        if isinstance(vm_exit, IoIn):
+            return self.handle_port_read(vcpu, vm_exit)
+        if isinstance(vm_exit, MmioRead | MmioWrite):
+            return self.handle_mmio(vcpu, vm_exit)
+        raise self.describe_failure(vcpu, vm_exit)
 
     def _on_error(self, vcpu: Vcpu, error: BaseException) -> None:
         self._error = self._error or error
@@ -518,7 +489,7 @@ class Machine(Closing):
         if self._closed:
             return
         self._closed = True
-        if hasattr(self, "_runner"):
+        if hasattr(self, "runner"):
             self.stop()
         if self._tracker is not None:
             self._tracker.stop()

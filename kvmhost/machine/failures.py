@@ -1,37 +1,86 @@
-"""What is said about an exit that its machine has no answer to."""
+"""Errors for the exits that end a guest and that its machine does not handle."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from kvmhost.engine.base import Vcpu
-from kvmhost.errors import UnexpectedExit
+from kvmhost.errors import IoctlError, LayoutError, UnexpectedExit
 from kvmhost.exits import Exit, InternalError, MmioRead, MmioWrite, Shutdown
+from kvmhost.kvm.vcpu import KvmVcpu
+from kvmhost.machine.disasm import disassemble, hint
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.layout import PAGE_BYTES
 
-__all__ = ["outside_memory", "registers_line", "unexpected"]
+__all__ = ["internal_error", "outside_memory", "registers_line", "unexpected"]
 
 _SHOWN = ("rip", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rflags", "cr2", "cr3")
+_SUBERRORS = {
+    1: "an instruction that KVM cannot emulate",
+    2: "an exception while another was delivered",
+    3: "an event could not be delivered",
+    4: "an exit that KVM does not expect",
+}
+_EMULATION = 1
+_CR0_PE, _EFER_LMA = 1, 1 << 10
 
 
 def registers_line(registers: Mapping[str, int]) -> str:
-    """Return the registers that matter most, on one line."""
+    """Return the most useful registers, on one line."""
     return " ".join(f"{name}={registers[name]:#x}" for name in _SHOWN if name in registers)
 
 
-def unexpected(vcpu: Vcpu, leaving: Exit) -> UnexpectedExit:
-    """Describe an exit that ends a guest against its will."""
-    if isinstance(leaving, Shutdown):
+def unexpected(vcpu: Vcpu, vm_exit: Exit) -> UnexpectedExit:
+    """Describe an exit that ends a guest."""
+    if isinstance(vm_exit, Shutdown):
         reason = "triple fault: an exception that the guest has no handler for"
-    elif isinstance(leaving, InternalError):
-        code = leaving.instruction.hex(" ") or "not told"
-        reason = f"KVM internal error {leaving.suberror}, instruction bytes: {code}"
+    elif isinstance(vm_exit, InternalError):
+        code = vm_exit.instruction.hex(" ") or "unknown"
+        reason = f"KVM internal error {vm_exit.suberror}, instruction bytes: {code}"
     else:
-        reason = repr(leaving)
+        reason = repr(vm_exit)
     return UnexpectedExit(vcpu.index, reason, registers_line(vcpu.registers()))
 
 
-def outside_memory(vcpu: Vcpu, leaving: MmioRead | MmioWrite) -> UnexpectedExit:
+def outside_memory(vcpu: Vcpu, vm_exit: MmioRead | MmioWrite) -> UnexpectedExit:
     """Describe an access where there is neither memory nor a device."""
-    kind = "read" if isinstance(leaving, MmioRead) else "write"
-    reason = f"{kind} outside all memory slots, gpa {leaving.gpa:#x}"
+    kind = "read" if isinstance(vm_exit, MmioRead) else "write"
+    reason = f"{kind} outside all memory slots, gpa {vm_exit.gpa:#x}"
     return UnexpectedExit(vcpu.index, reason, registers_line(vcpu.registers()))
+
+
+def internal_error(
+    index: int, vm_exit: InternalError, core: KvmVcpu, memory: GuestMemory
+) -> UnexpectedExit:
+    """Describe KVM_EXIT_INTERNAL_ERROR: the reason, the instruction, and a hint."""
+    regs, sregs = core.get_regs(), core.get_sregs()
+    what = _SUBERRORS.get(vm_exit.suberror, "reason unknown")
+    reason = f"KVM internal error, suberror {vm_exit.suberror}: {what}"
+    linear = regs.rip + (0 if sregs.efer & _EFER_LMA else sregs.cs.base)
+    code = vm_exit.instruction or _code_at(core, memory, linear)
+    lines = []
+    if code:
+        bits = 64 if sregs.cs.l and sregs.efer & _EFER_LMA else 32 if sregs.cs.db else 16
+        instruction = disassemble(code, regs.rip, bits)
+        lines.append(f"  instruction bytes: {code.hex(' ')}")
+        lines.append(f"  {sregs.cs.selector:#x}:{regs.rip:#x}: {instruction}")
+        if vm_exit.suberror == _EMULATION:
+            lines.append(f"  hint: {hint(instruction)}")
+    if vm_exit.suberror != _EMULATION and vm_exit.data:
+        lines.append(f"  data: {' '.join(f'{word:#x}' for word in vm_exit.data)}")
+    mode = "protected" if sregs.cr0 & _CR0_PE else "real"
+    shown = {"rip": regs.rip, "rsp": regs.rsp, "rax": regs.rax, "rbx": regs.rbx}
+    shown |= {"rcx": regs.rcx, "rdx": regs.rdx, "rflags": regs.rflags, "cr3": sregs.cr3}
+    lines.append(f"  {mode} mode, {registers_line(shown)}")
+    return UnexpectedExit(index, reason, "\n" + "\n".join(lines))
+
+
+def _code_at(core: KvmVcpu, memory: GuestMemory, linear: int) -> bytes:
+    """Read instruction bytes through the guest's page tables; nothing if not mapped."""
+    try:
+        gpa = core.translate(linear)
+        if gpa is None:
+            return b""
+        return bytes(memory[gpa : gpa + min(15, PAGE_BYTES - gpa % PAGE_BYTES)])
+    except (IoctlError, LayoutError):
+        return b""

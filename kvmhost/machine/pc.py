@@ -20,7 +20,6 @@ import threading
 import time
 import typing
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from kvmhost.boot.acpi import (
     ACPI_DISABLE,
@@ -29,23 +28,23 @@ from kvmhost.boot.acpi import (
     SMI_PORT,
 )
 from kvmhost.boot.firmware import lay_out_long_tables, write_firmware
-from kvmhost.boot.image import Image
 from kvmhost.boot.pcboot import BootRequest, Mode, Module, PcImage
 from kvmhost.devices import board
 from kvmhost.devices.bus import DEBUG_EXIT_PORT, Bus, Handler
 from kvmhost.devices.clock import CMOS_PORT, Clock
 from kvmhost.devices.fwcfg import FWCFG_PORT, FWCFG_PORTS, MAX_CPUS, NB_CPUS, RAM_SIZE, FwCfg
-from kvmhost.engine.base import Engine, Vcpu
+from kvmhost.engine.base import Vcpu
 from kvmhost.engine.kvmpc import MP_HALTED, MP_RUNNABLE, MP_STATES, KvmPcEngine
 from kvmhost.errors import CapabilityError, GuestTimeout, LayoutError, UnexpectedExit
 from kvmhost.exits import Exit, InternalError, IoIn, IoOut, MmioRead, MmioWrite
-from kvmhost.machine.base import Machine
-from kvmhost.machine.failures import registers_line
-from kvmhost.machine.internalerror import internal_error
+from kvmhost.machine.base import BaseMachine
+from kvmhost.machine.failures import internal_error, registers_line
 from kvmhost.machine.runner import Step
 from kvmhost.memory.pclayout import PcLayout
 
-__all__ = ["PcMachine", "PcOptions"]
+__all__ = ["DEFAULT_MEM_BYTES", "PcMachine", "PcOptions"]
+
+DEFAULT_MEM_BYTES = 128 << 20
 
 SERIAL_IRQ = 4
 TEST_IO_PORT, TEST_FLUSH_PORT, TEST_BYTE_PORT, TEST_IRQ_PORT = 0xE0, 0xE4, 0xE8, 0x2000
@@ -92,30 +91,49 @@ class PcOptions:
         return ", ".join(name for name, value in words if value)
 
 
-class PcMachine(Machine):
+class PcMachine(BaseMachine):
     """One VM that looks like a PC.
 
     :param image: a checked image, see :mod:`kvmhost.boot.loaders`
     :param options: command line, modules, fw_cfg files
-    :param common: as for :class:`~kvmhost.machine.base.Machine`
+    :param engine: ``auto`` or ``kvm``
+    :param params: none: a pc takes a command line
+    :param common: as for :class:`~kvmhost.machine.base.BaseMachine`
     """
 
     def __init__(
-        self, image: PcImage, options: PcOptions | None = None, **common: typing.Any
+        self,
+        image: PcImage,
+        options: PcOptions | None = None,
+        *,
+        mem_bytes: int = DEFAULT_MEM_BYTES,
+        n_vcpus: int = 1,
+        engine: str = "auto",
+        params: Mapping[str, int] | None = None,
+        **common: typing.Any,
     ) -> None:
-        self._pc_image = image
+        if params:
+            raise LayoutError(f"{image.path} takes no parameters; use --append")
+        if n_vcpus < 1:
+            raise LayoutError(f"{n_vcpus} vCPUs: a pc takes 1 or more")
         self._options = options or PcOptions()
+        self._pc_layout = PcLayout(mem_bytes)
+        command_line = f"{image.path} {self._options.append}"
+        request = BootRequest(self._pc_layout, command_line, self._options.modules)
+        self._boot = image.plan(request)
         self._device_lock = threading.Lock()
         self._ending = ""
         #: Devices by name, for snapshots.
         self.devices: dict[str, Device] = {}
-        common.setdefault("mem_bytes", 128 << 20)
-        super().__init__(Path(image.path), **common)
+        if engine == "emulated":
+            raise CapabilityError(
+                "machine pc", "the kvm engine", "--engine emulated", "use a host with /dev/kvm"
+            )
+        #: The engine, which knows the interrupt hardware.
+        self.pc_engine = KvmPcEngine(self._options.cpu)
+        super().__init__(image, self._pc_layout, self.pc_engine, n_vcpus=n_vcpus, **common)
 
-    @property
-    def pc_engine(self) -> KvmPcEngine:
-        """The engine, which knows the interrupt hardware."""
-        return typing.cast(KvmPcEngine, self.engine)
+    kind: typing.ClassVar[str] = "pc"
 
     @property
     def options(self) -> PcOptions:
@@ -127,36 +145,21 @@ class PcMachine(Machine):
         """How the guest ended itself: ``debug exit``, ``reset``, ``power off``, or nothing."""
         return self._ending
 
-    def _plan(self, image: Path | str | Image, mem_bytes: int, params: Mapping[str, int]) -> None:
-        if params:
-            raise LayoutError(f"{image} takes no parameters; use --append")
-        if self.n_vcpus < 1:
-            raise LayoutError(f"{self.n_vcpus} vCPUs: a pc takes 1 or more")
-        self.image = self._pc_image
-        self._pc_layout = PcLayout(mem_bytes)
-        self.layout = self._pc_layout
-        command_line = f"{self._pc_image.path} {self._options.append}"
-        request = BootRequest(self._pc_layout, command_line, self._options.modules)
-        self._boot = self._pc_image.plan(request)
-
-    def _choose_engine(self, name: str) -> Engine:
-        if name == "emulated":
-            raise CapabilityError(
-                "machine pc", "the kvm engine", "--engine emulated", "use a host with /dev/kvm"
-            )
-        return KvmPcEngine(self._options.cpu)
-
-    def _assemble(self) -> None:
+    def assemble(self) -> list[Vcpu]:
+        """Lay out firmware and image, add the devices, connect the interrupt lines."""
         layout, entry = self._pc_layout, self._boot.entry
         write_firmware(self.memory, layout, self.n_vcpus)
         self._boot.load(self.memory, layout)
         cr3 = lay_out_long_tables(self.memory, layout) if entry.mode is Mode.LONG else 0
         self.pc_engine.attach(self.memory, self.bus)
         self._add_devices(self.bus)
-        for index in range(self.n_vcpus):
-            self.vcpus.append(self.pc_engine.create_processor(index, self.n_vcpus, entry, cr3))
+        vcpus: list[Vcpu] = [
+            self.pc_engine.create_processor(index, self.n_vcpus, entry, cr3)
+            for index in range(self.n_vcpus)
+        ]
         self.pc_engine.set_up_interrupts()
         self.serial.connect(self.pc_engine.vm.fd, SERIAL_IRQ)
+        return vcpus
 
     # -- devices --------------------------------------------------------------
 
@@ -203,38 +206,42 @@ class PcMachine(Machine):
 
     # -- exits ----------------------------------------------------------------
 
-    def _port_read(self, vcpu: Vcpu, leaving: IoIn) -> Step:
-        if DEBUG_EXIT_PORT <= leaving.port < DEBUG_EXIT_PORT + 4:
-            vcpu.complete_read(bytes(leaving.size * leaving.count))
+    def handle_port_read(self, vcpu: Vcpu, vm_exit: IoIn) -> Step:
+        """Complete a port read, one vCPU at a time; the debug exit port reads as zero."""
+        if DEBUG_EXIT_PORT <= vm_exit.port < DEBUG_EXIT_PORT + 4:
+            vcpu.complete_read(bytes(vm_exit.size * vm_exit.count))
             return Step.GO_ON
         with self._device_lock:
-            return super()._port_read(vcpu, leaving)
+            return super().handle_port_read(vcpu, vm_exit)
 
-    def _port_write(self, vcpu: Vcpu, leaving: IoOut) -> Step:
+    def handle_port_write(self, vcpu: Vcpu, vm_exit: IoOut) -> Step:
+        """Carry out a port write, one vCPU at a time; it may end the machine."""
         with self._device_lock:
             if self._ending:
                 return Step.END_ALL
-            if DEBUG_EXIT_PORT <= leaving.port < DEBUG_EXIT_PORT + 4:
+            if DEBUG_EXIT_PORT <= vm_exit.port < DEBUG_EXIT_PORT + 4:
                 self._ending = "debug exit"
-                self._statuses[vcpu.index] = (leaving.value << 1 | 1) & 0xFF
+                self.report_status(vcpu, vm_exit.value << 1 | 1)
             else:
-                self.bus.write_port(leaving)
+                self.bus.write_port(vm_exit)
             return Step.END_ALL if self._ending else Step.GO_ON
 
-    def _mmio(self, vcpu: Vcpu, leaving: MmioRead | MmioWrite) -> Step:
+    def handle_mmio(self, vcpu: Vcpu, vm_exit: MmioRead | MmioWrite) -> Step:
+        """Carry out an access to a device, one vCPU at a time."""
         with self._device_lock:
-            if self.bus.mmio_handler(leaving.gpa) is not None:
-                return super()._mmio(vcpu, leaving)
-        # Nothing there: reads as zero, as the PC that most images are tested on.
-        if isinstance(leaving, MmioRead):
-            vcpu.complete_read(bytes(leaving.size))
+            if self.bus.mmio_handler(vm_exit.gpa) is not None:
+                return super().handle_mmio(vcpu, vm_exit)
+        # An address without a device reads as zero, as on the PC that most images are tested on.
+        if isinstance(vm_exit, MmioRead):
+            vcpu.complete_read(bytes(vm_exit.size))
         return Step.GO_ON
 
-    def _unexpected(self, vcpu: Vcpu, leaving: Exit) -> UnexpectedExit:
-        if isinstance(leaving, InternalError):
+    def describe_failure(self, vcpu: Vcpu, vm_exit: Exit) -> UnexpectedExit:
+        """Return the error for an exit that no method handles, with the instruction."""
+        if isinstance(vm_exit, InternalError):
             core = self.pc_engine.cores[vcpu.index]
-            return internal_error(vcpu.index, leaving, core, self.memory)
-        return super()._unexpected(vcpu, leaving)
+            return internal_error(vcpu.index, vm_exit, core, self.memory)
+        return super().describe_failure(vcpu, vm_exit)
 
     # -- the end --------------------------------------------------------------
 
@@ -249,11 +256,11 @@ class PcMachine(Machine):
         look_s, spent = _LOOK_S, -1.0
         while True:
             left = deadline - time.monotonic() if deadline is not None else look_s
-            if self._runner.wait_ended(max(0.0, min(look_s, left))):
+            if self.runner.wait_ended(max(0.0, min(look_s, left))):
                 return super().wait(0)
             if deadline is not None and time.monotonic() >= deadline:
                 raise GuestTimeout(timeout or 0.0)
-            now = self._runner.cpu_seconds()
+            now = self.runner.cpu_seconds()
             if now == spent and not self.paused:
                 self._fail_if_halted()
             spent, look_s = now, min(2 * look_s, _LOOK_MAX_S)
@@ -262,7 +269,7 @@ class PcMachine(Machine):
         """Fail if no processor can ever run again: halted, and interrupts off."""
         self.pause()
         try:
-            dead = not self._runner.ended and all(self._is_dead(v.index) for v in self.vcpus)
+            dead = not self.runner.ended and all(self._is_dead(v.index) for v in self.vcpus)
             if dead:
                 state = "; ".join(self.describe_vcpu(vcpu.index) for vcpu in self.vcpus)
                 self.fail(UnexpectedExit(0, "all vCPUs halted with interrupts off", state))

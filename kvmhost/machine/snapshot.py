@@ -32,8 +32,9 @@ from kvmhost.boot.image import Image, Segment
 from kvmhost.boot.pcboot import BootPlan, BootRequest, Chunk, Mode, PcEntry
 from kvmhost.engine.kvm import KvmEngine
 from kvmhost.errors import CapabilityError, ImageError, IoctlError, KvmHostError, LayoutError
-from kvmhost.machine.base import Machine
+from kvmhost.machine.base import BaseMachine
 from kvmhost.machine.pc import PcMachine, PcOptions
+from kvmhost.machine.tiny import Machine
 from kvmhost.machine.vcpustate import load_board, load_vcpu, save_board, save_vcpu
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import IMAGE_GPA, PAGE_BYTES
@@ -80,7 +81,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runs: list[Run]
 
 
-def save_machine(machine: Machine, path: Path) -> int:
+def save_machine(machine: BaseMachine, path: Path) -> int:
     """Write a snapshot; the machine is paused meanwhile and goes on after it.
 
     The file appears whole or not at all.
@@ -102,10 +103,10 @@ def save_machine(machine: Machine, path: Path) -> int:
     return sum(run.n_bytes for run in header.runs)
 
 
-def restore_machine(path: Path, **common: Any) -> Machine:
+def restore_machine(path: Path, **common: Any) -> BaseMachine:
     """Make a machine out of a snapshot; it is not started yet.
 
-    :param common: as for :class:`~kvmhost.machine.base.Machine`, without what the file says
+    :param common: as for :class:`~kvmhost.machine.base.BaseMachine`, without what the file says
     :raises ImageError: if the file is damaged, of another version, or refused by KVM
     """
     name = str(path)
@@ -130,7 +131,7 @@ def restore_machine(path: Path, **common: Any) -> Machine:
 # -- writing --------------------------------------------------------------------
 
 
-def _kvm_engine(machine: Machine) -> KvmEngine:
+def _kvm_engine(machine: BaseMachine) -> KvmEngine:
     if not isinstance(machine.engine, KvmEngine):
         raise CapabilityError(
             "snapshot", "the kvm engine", f"engine {machine.engine.name}", "use --engine kvm"
@@ -138,12 +139,22 @@ def _kvm_engine(machine: Machine) -> KvmEngine:
     return machine.engine
 
 
-def _header(machine: Machine, engine: KvmEngine) -> Header:
+def _kind(machine: BaseMachine) -> typing.Literal["tiny", "pc"]:
+    if isinstance(machine, PcMachine):
+        return "pc"
+    if isinstance(machine, Machine):
+        return "tiny"
+    raise CapabilityError(
+        "snapshot", "a tiny guest or a pc", f"machine {machine.kind}", "boot it anew"
+    )
+
+
+def _header(machine: BaseMachine, engine: KvmEngine) -> Header:
     pc = machine if isinstance(machine, PcMachine) else None
     options = pc.options if pc else PcOptions()
     msrs = engine.msr_indices()
     return Header(
-        kind="pc" if pc else "tiny",
+        kind=_kind(machine),
         image=machine.image.path,
         mem_bytes=machine.layout.mem_bytes,
         n_vcpus=machine.n_vcpus,
@@ -280,7 +291,7 @@ class _Nothing:
         return BootPlan(self.path, chunks, PcEntry(Mode.PROTECTED, 0))
 
 
-def _empty_machine(name: str, header: Header, common: dict[str, Any]) -> Machine:
+def _empty_machine(name: str, header: Header, common: dict[str, Any]) -> BaseMachine:
     common = common | {"mem_bytes": header.mem_bytes, "n_vcpus": header.n_vcpus, "engine": "kvm"}
     try:
         if header.kind == "pc":
@@ -293,7 +304,7 @@ def _empty_machine(name: str, header: Header, common: dict[str, Any]) -> Machine
         raise ImageError(name, "header", str(error)) from error
 
 
-def _fill(name: str, machine: Machine, header: Header, file: typing.BinaryIO) -> None:
+def _fill(name: str, machine: BaseMachine, header: Header, file: typing.BinaryIO) -> None:
     file.seek(0)
     (n_bytes,) = struct.unpack("<Q", file.read(_HEAD.size)[-8:])
     _fill_memory(name, machine.memory, header, file, _data_offset(n_bytes))

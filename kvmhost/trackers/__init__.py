@@ -34,7 +34,7 @@ from kvmhost.trackers.sampling import sample_mask
 from kvmhost.trackers.uffd import UffdTracker
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
 
 __all__ = [
     "NAMES",
@@ -68,7 +68,7 @@ _REGISTRY: dict[str, _Registered] = {
 NAMES = tuple(_REGISTRY)
 
 
-def resolve(name: str, machine: Machine) -> str:
+def resolve(name: str, machine: BaseMachine) -> str:
     """Return the name that ``auto`` stands for on this machine, or the name itself.
 
     :raises LayoutError: for an unknown name
@@ -81,12 +81,12 @@ def resolve(name: str, machine: Machine) -> str:
     return name
 
 
-def create(name: str, machine: Machine) -> Tracker:
+def create(name: str, machine: BaseMachine) -> Tracker:
     """Make a tracker for a machine; it is not started yet.
 
     :raises CapabilityError: if it does not work here
     """
-    factory: Callable[[Machine], Tracker] = _REGISTRY[name]
+    factory: Callable[[BaseMachine], Tracker] = _REGISTRY[name]
     return factory(machine)
 
 

@@ -19,7 +19,7 @@ from kvmhost.engine.base import Engine, RearmKind
 from kvmhost.errors import CapabilityError
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.tiny import Machine
 
 __all__ = ["calibrated_rearm"]
 
@@ -42,7 +42,7 @@ def calibrated_rearm(engine: Engine) -> RearmKind:
 
 def _calibrate(engine: str) -> RearmKind:
     from kvmhost.guests import image_path
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.tiny import Machine
 
     params = {"start_gfn": _START_GFN, "pages": _PAGES, "epochs": 4}
     with Machine(image_path("touch"), mem_bytes=4 << 20, engine=engine, params=params) as machine:

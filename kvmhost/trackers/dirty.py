@@ -32,7 +32,7 @@ from kvmhost.trackers.base import Support, TrackerInfo, check_range, harvest_pie
 if typing.TYPE_CHECKING:
     from kvmhost.engine.base import Engine
     from kvmhost.engine.kvm import KvmEngine
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
     from kvmhost.memory.guest import Region
 
 __all__ = ["DirtyTracker"]
@@ -56,7 +56,7 @@ class DirtyTracker:
         "on a CPU that logs by itself, up to 512 pages a vCPU show after its next exit",
     )
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: BaseMachine) -> None:
         self._memory = machine.memory
         self._engine = _kvm_engine(machine.engine)
         self.table_format = "dirty-log" if self._engine.rings is None else "dirty-ring"

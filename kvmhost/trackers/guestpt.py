@@ -28,7 +28,7 @@ from kvmhost.mmu.tdp import LiveTable
 from kvmhost.trackers.base import Support, TrackerInfo, check_range
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
 
 __all__ = ["GuestptTracker"]
 
@@ -49,7 +49,7 @@ class GuestptTracker:
         "a page that was cleared and not re-armed may read as old for ever",
     )
 
-    def __init__(self, machine: Machine, rearm_kind: RearmKind | None = None) -> None:
+    def __init__(self, machine: BaseMachine, rearm_kind: RearmKind | None = None) -> None:
         from kvmhost.trackers.calibration import calibrated_rearm
 
         layout = machine.layout

@@ -16,7 +16,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
 
 __all__ = ["REARM", "Harvest", "Harvester"]
 
@@ -36,7 +36,7 @@ class Harvest:
 class Harvester:
     """Does the harvests of one machine; not for two threads at a time."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: BaseMachine) -> None:
         self._machine, self._sampler = machine, Sampler()
 
     def harvest(

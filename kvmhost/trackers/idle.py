@@ -35,7 +35,7 @@ from kvmhost.memory.guest import pieces
 from kvmhost.trackers.base import Support, TrackerInfo, check_mask, check_range
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
 
 __all__ = ["IDLE_BITMAP", "IdleFiles", "IdleTracker", "PageFiles"]
 
@@ -176,7 +176,7 @@ class IdleTracker:
         "place of a page that moves while it is being marked",
     )
 
-    def __init__(self, machine: Machine, files: PageFiles | None = None) -> None:
+    def __init__(self, machine: BaseMachine, files: PageFiles | None = None) -> None:
         self._memory = machine.memory
         self._files = self.open_files() if files is None else files
         self.table_format = "page-idle"
@@ -186,7 +186,7 @@ class IdleTracker:
     def on_mapping(cls, address: int, n_pages: int, files: PageFiles) -> IdleTracker:
         """Make a tracker for a mapping of the process that the files look at, as gfns from 0."""
         region = _Mapping(address, n_pages)
-        host = typing.cast("Machine", _Host(_Mappings([region], n_pages)))
+        host = typing.cast("BaseMachine", _Host(_Mappings([region], n_pages)))
         return cls(host, files)
 
     @staticmethod

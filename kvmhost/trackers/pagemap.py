@@ -36,7 +36,7 @@ from kvmhost.trackers.base import (
 from kvmhost.trackers.pagescan import PageStates, new_scanner, page_states, scans
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
 
 __all__ = ["PagemapTracker"]
 
@@ -56,7 +56,7 @@ class PagemapTracker:
         staleness="a touch between the scan and the zap of the same page is not seen",
     )
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: BaseMachine) -> None:
         self._machine, self._memory = machine, machine.memory
         self.table_format = "host"
         self.coarse = False

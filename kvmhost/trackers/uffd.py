@@ -29,7 +29,7 @@ from kvmhost.pager.userfault import Userfault
 from kvmhost.trackers.base import Support, TrackerInfo, check_range, harvest_pieces
 
 if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine.base import BaseMachine
 
 __all__ = ["AccessOrder", "UffdTracker"]
 
@@ -72,7 +72,7 @@ class UffdTracker:
         staleness="none: clearing and zapping a page are one step for the thread that maps it",
     )
 
-    def __init__(self, machine: Machine, log_entries: int | None = None) -> None:
+    def __init__(self, machine: BaseMachine, log_entries: int | None = None) -> None:
         self._memory, self._userfault = machine.memory, machine.userfault
         _need_minor_faults(self._userfault)
         self.table_format = "userfault"

@@ -12,7 +12,7 @@ from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import touch_gfns
 from kvmhost.kvm import Cap, System
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.guest import Region
 from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker

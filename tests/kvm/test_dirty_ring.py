@@ -12,7 +12,7 @@ from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import touch_gfns
 from kvmhost.kvm import DirtyRings, System
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.trackers.guestpt import GuestptTracker
 
 pytestmark = [pytest.mark.requires_kvm, pytest.mark.requires_cap("DIRTY_LOG_RING")]

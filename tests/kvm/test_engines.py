@@ -15,7 +15,7 @@ from kvmhost.devices.bus import Handler
 from kvmhost.errors import GuestTimeout, UnexpectedExit
 from kvmhost.guests import image_path
 from kvmhost.guests.build import CFLAGS, SOURCES
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.layout import MMIO_GPA, PAGE_BYTES
 
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]

@@ -8,7 +8,7 @@ import pytest
 from kvmhost.bitmap import pack
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns, touch_gfns
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.mmu.feed import Feed
 
 MEM_BYTES = 48 << 20

@@ -11,7 +11,7 @@ from kvmhost.devices.bus import FREE_PORT
 from kvmhost.devices.freelist import MAX_RANGES
 from kvmhost.errors import LostPageError
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager import EvictOutcome, PageState
 

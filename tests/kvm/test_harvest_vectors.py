@@ -8,7 +8,7 @@ import pytest
 from kvmhost.bitmap import YoungBitmap, n_words, pack
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns, touch_gfns
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 
 MEM_BYTES = 48 << 20
 START, PAGES = 1024, 2048

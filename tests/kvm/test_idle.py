@@ -21,7 +21,7 @@ from kvmhost.bitmap import Words, n_words, pack, unpack
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns, touch_gfns
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.trackers.idle import IDLE_BITMAP, IdleFiles, IdleTracker, Pfns
 
 pytestmark = pytest.mark.requires_uffd

@@ -14,7 +14,7 @@ from kvmhost.boot.image import Image
 from kvmhost.boot.loaders import load_image
 from kvmhost.errors import ImageError
 from kvmhost.exits import Debug
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.machine.pc import PcMachine
 
 Guest = Callable[[str], Path]

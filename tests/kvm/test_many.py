@@ -12,7 +12,7 @@ import pytest
 from kvmhost.boot.image import read_image
 from kvmhost.boot.loaders import load_image
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.machine.pc import PcMachine
 
 pytestmark = pytest.mark.requires_kvm

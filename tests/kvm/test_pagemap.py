@@ -17,7 +17,7 @@ from kvmhost.bitmap import Words, n_words, pack, unpack
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import touch_gfns
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.pager.userfault import Userfault
 from kvmhost.trackers.pagemap import PagemapTracker

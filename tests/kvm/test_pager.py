@@ -13,7 +13,7 @@ import pytest
 
 from kvmhost.errors import LayoutError, LostPageError
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES, PARAMS_GPA
 from kvmhost.pager import EvictOutcome, PageState
 from kvmhost.pager.options import StoreOptions

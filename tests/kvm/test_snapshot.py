@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from kvmhost.boot.loaders import load_image
 from kvmhost.errors import CapabilityError, ImageError
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.machine.pc import PcMachine, PcOptions
 from kvmhost.machine.snapshot import restore_machine, save_machine
 from kvmhost.pager.pager import PageState

@@ -18,7 +18,7 @@ import pytest
 
 from kvmhost.errors import CapabilityError, LayoutError, LostPageError
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager import EvictOutcome, PageState
 from kvmhost.pager.codec import find_codec

@@ -14,7 +14,7 @@ from kvmhost.bitmap import pack
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import touch_gfns
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.layout import HIGH_GPA, LOW_END_GPA
 from kvmhost.pager.userfault import Userfault
 from kvmhost.trackers.uffd import UffdTracker

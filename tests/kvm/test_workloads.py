@@ -10,7 +10,7 @@ import pytest
 
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns, hotcold_written_gfns, zipf_ranks, zipf_sums
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 
 MEM_BYTES = 32 << 20
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]

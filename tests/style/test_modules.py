@@ -55,7 +55,11 @@ def test_all_names_what_is_defined(path: Path) -> None:
     tree = ast.parse(path.read_text())
     listed: list[str] | None = None
     bound: set[str] = set()
-    for node in tree.body:
+    body = list(tree.body)
+    if any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in body):
+        # Names that are imported when they are first used, shown to the type checker.
+        body += [inner for node in body if isinstance(node, ast.If) for inner in node.body]
+    for node in body:
         targets: list[ast.expr] = []
         if isinstance(node, ast.Assign):
             targets = node.targets
@@ -78,7 +82,7 @@ def test_all_names_what_is_defined(path: Path) -> None:
     assert set(listed) <= bound
 
 
-@pytest.mark.parametrize("module", ["kvmhost", "kvmhost.machine.base", "kvmhost.engine.kvm"])
+@pytest.mark.parametrize("module", ["kvmhost", "kvmhost.machine", "kvmhost.engine.kvm"])
 def test_light_imports(module: str) -> None:
     heavy = {"numpy", "unicorn", "aiohttp", "httpx", "matplotlib", "rich", "lz4"}
     code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"

@@ -11,7 +11,7 @@ import pytest
 
 from kvmhost.bitmap import YoungBitmap, pack
 from kvmhost.errors import CapabilityError
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.tools import accuracy
 from kvmhost.tools.accuracy import doorbells, running
 from kvmhost.tools.accuracy.kinds import (

@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.tools.accuracy.kinds import KINDS, START_GFN
 from kvmhost.tools.bench import harvest, sampling
 from kvmhost.tools.main import run_command

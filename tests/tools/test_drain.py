@@ -12,7 +12,7 @@ import pytest
 from kvmhost.control.paths import RUNTIME_DIR_ENV
 from kvmhost.control.server import ControlServer
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.pager.options import StoreOptions
 from kvmhost.tools.main import main
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.tools.accuracy.kinds import START_GFN, Kind
 from kvmhost.tools.throughput import Kept, Plan, measure_steps, paired_rates

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns, hotcold_written_gfns, touch_gfns
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.trackers import NAMES, Support, Tracker, describe, probe_all
 
 __all__ = [

@@ -18,7 +18,7 @@ import numpy as np
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.engine.base import Vcpu
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.tools.accuracy.kinds import FREE_WORKLOADS, PAGES, START_GFN, Bits, Kind, Workload
 
 __all__ = ["measure"]

@@ -22,7 +22,7 @@ from kvmhost.engine.kvm import KvmEngine
 from kvmhost.exits import IoOut
 from kvmhost.guests import image_path
 from kvmhost.kvm.coalesced import CoalescedRing
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from kvmhost.errors import LayoutError
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, Kind, probe_kinds
 from kvmhost.tools.args import about, count, seconds, share, size_bytes

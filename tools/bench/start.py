@@ -112,9 +112,9 @@ def _first_instruction(times: int, folder: Path) -> dict[str, float]:
 
         first_s = 0.0
 
-        def _port_write(self, vcpu: Vcpu, leaving: IoOut) -> Step:
+        def handle_port_write(self, vcpu: Vcpu, vm_exit: IoOut) -> Step:
             self.first_s = self.first_s or time.perf_counter()
-            return super()._port_write(vcpu, leaving)
+            return super().handle_port_write(vcpu, vm_exit)
 
     image, taken = parse_flat(str(folder / "exit"), _EXIT_CODE, "flat32"), []
     for _ in range(times):

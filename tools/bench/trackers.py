@@ -25,7 +25,7 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import n_words
 from kvmhost.errors import KvmHostError
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.guest import Region
 from kvmhost.memory.layout import PAGE_BYTES, TinyLayout
 from kvmhost.tools.args import about, count, size_bytes

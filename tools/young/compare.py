@@ -124,7 +124,7 @@ def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], lis
 
     :return: the records, and the gfns of the guest's page tables and parameters
     """
-    from kvmhost.machine.base import Machine
+    from kvmhost.machine import Machine
     from kvmhost.reclaim.record.meta import Session
     from kvmhost.reclaim.record.writer import RecordWriter
     from kvmhost.trackers import NAMES, probe_all

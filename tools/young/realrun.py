@@ -18,7 +18,7 @@ import numpy as np
 
 from kvmhost.bitmap import Words, pack
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.reclaim.analyse.whatif import make_policy
 from kvmhost.reclaim.policy.replay import replay
 

@@ -8,7 +8,7 @@ import pytest
 
 from kvmhost.engine.kvm import KvmEngine
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.tools.bench import exits
 
 pytestmark = [pytest.mark.requires_kvm, pytest.mark.requires_cap("COALESCED_PIO")]

@@ -16,7 +16,7 @@ from kvmhost.guests import image_path
 from kvmhost.kvm import Cap, KvmVcpu, System, Vm
 from kvmhost.kvm.exits import decode
 from kvmhost.kvm.filters import MsrRange
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 
 pytestmark = pytest.mark.requires_kvm
 

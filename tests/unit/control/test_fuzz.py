@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kvmhost.control.handler import Peer, Reply, Request
 from kvmhost.control.routes import Routes
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 REFUSALS = {400, 404, 405, 409, 423, 501, 507}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.reclaim.policy.base import Policy
 from kvmhost.reclaim.policy.belady import belady

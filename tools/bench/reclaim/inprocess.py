@@ -14,7 +14,7 @@ import numpy as np
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words, pack
 from kvmhost.errors import KvmHostError
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 from kvmhost.pager import EvictOutcome, PageState
 from kvmhost.reclaim.policy.base import Gfns, Mask, Policy
