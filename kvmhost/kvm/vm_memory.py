@@ -8,7 +8,10 @@ the place. Read-only is for a slot's whole life.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import typing
+from collections.abc import Iterator
 
 from kvmhost._ffi import ffi, lib
 from kvmhost.errors import LayoutError
@@ -17,44 +20,107 @@ from kvmhost.kvm.guestmemfd import GuestMemfd
 from kvmhost.kvm.structs import Struct
 
 if typing.TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
     from kvmhost.bitmap import Words
 
 __all__ = ["VmMemory"]
 
 
+def _export(memory: WriteableBuffer, n_bytes: int) -> typing.Any:
+    """Return a cffi view on a buffer that can back ``n_bytes`` of guest memory.
+
+    :raises LayoutError: if it cannot
+    """
+    try:
+        export = ffi.from_buffer("uint8_t[]", memory, require_writable=True)
+    except (BufferError, TypeError, ValueError) as error:
+        raise LayoutError(f"guest memory needs a writable buffer: {error}") from error
+    address = int(ffi.cast("uintptr_t", export))
+    fault = ""
+    if len(export) < n_bytes:
+        fault = f"the buffer has {len(export):#x} bytes, the slot {n_bytes:#x}"
+    elif address % mmap.PAGESIZE:
+        fault = f"the buffer begins at {address:#x}, inside a page; use mmap.mmap(-1, {n_bytes})"
+    if fault:
+        ffi.release(export)
+        raise LayoutError(fault)
+    return export
+
+
 class VmMemory(Descriptor):
     """The requests of a VM that have to do with memory."""
 
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        #: Exports of the buffers that back memslots: what has one cannot be unmapped.
+        self._backing: dict[int, typing.Any] = {}
+
+    def close(self) -> None:
+        """Close the VM's descriptor and release the buffers of its memslots. Idempotent."""
+        super().close()
+        for slot in list(self._backing):
+            self._hold(slot, None)
+
     def set_memory_region(
-        self, slot: int, gpa: int, n_bytes: int, host_address: int, flags: int = 0
+        self, slot: int, gpa: int, n_bytes: int, memory: int | WriteableBuffer, flags: int = 0
     ) -> None:
         """Create, move, change or (``n_bytes`` 0) delete a memslot.
 
-        >>> vm.set_memory_region(0, 0, 1 << 20, region.guest_address)  # doctest: +SKIP
+        >>> vm.set_memory_region(0, 0, 1 << 20, mmap.mmap(-1, 1 << 20))  # doctest: +SKIP
 
-        :param slot: number below KVM_CAP_NR_MEMSLOTS
+        :param slot: number below KVM_CAP_NR_MEMSLOTS, and the address space in bits 16 and up
         :param gpa: first guest physical address, page-aligned
-        :param host_address: of the backing memory, which must stay mapped
+        :param memory: what backs the slot. A writable buffer that begins at a page, such as
+            an ``mmap``: the VM holds it until the slot is deleted or backed by something
+            else, or the VM is closed, and until then the buffer cannot be closed or resized.
+            Or the address of memory that the caller keeps mapped
         :param flags: ``KVM_MEM_LOG_DIRTY_PAGES`` and ``KVM_MEM_READONLY`` bits
+        :raises LayoutError: for a buffer that is too short, read-only, or not page-aligned
         :raises IoctlError: ``EEXIST`` for an overlap; ``EINVAL`` for bad alignment, for
             another size or backing of an existing slot, or a change of read-only
 
         Source: KVM_SET_USER_MEMORY_REGION.
         """
         fields = {"slot": slot, "flags": flags, "guest_phys_addr": gpa, "memory_size": n_bytes}
-        self._make(
-            "KVM_SET_USER_MEMORY_REGION",
-            "kvm_userspace_memory_region",
-            userspace_addr=host_address,
-            **fields,
-        )
+        with self._backed_by(slot, n_bytes, memory) as address:
+            self._make(
+                "KVM_SET_USER_MEMORY_REGION",
+                "kvm_userspace_memory_region",
+                userspace_addr=address,
+                **fields,
+            )
+
+    @contextlib.contextmanager
+    def _backed_by(self, slot: int, n_bytes: int, memory: int | WriteableBuffer) -> Iterator[int]:
+        """Give the address of memory; after a request that succeeds, hold its buffer.
+
+        The buffer that backed the slot before is held until then.
+        """
+        export = None if isinstance(memory, int) else _export(memory, n_bytes)
+        try:
+            # SAFETY: the export keeps the buffer where it is; the slot holds it from here on.
+            yield memory if isinstance(memory, int) else int(ffi.cast("uintptr_t", export))
+        except BaseException:
+            if export is not None:
+                ffi.release(export)
+            raise
+        self._hold(slot, export)
+
+    def _hold(self, slot: int, export: typing.Any) -> None:
+        """Hold the buffer that backs a slot from now on, and release the one before."""
+        before = self._backing.pop(slot, None)
+        if before is not None:
+            ffi.release(before)
+        if export is not None:
+            self._backing[slot] = export
 
     def set_memory_region2(
         self,
         slot: int,
         gpa: int,
         n_bytes: int,
-        host_address: int,
+        memory: int | WriteableBuffer,
         flags: int = 0,
         *,
         guest_memfd: int = -1,
@@ -66,9 +132,10 @@ class VmMemory(Descriptor):
         ... # doctest: +SKIP
 
         :param guest_memfd: descriptor of :meth:`create_guest_memfd`; private pages come
-            from it, and shared ones too where it can be mapped (``host_address`` is then
-            the address of that mapping)
+            from it, and shared ones too where it can be mapped (``memory`` is then that
+            mapping)
         :param guest_memfd_offset: byte offset into it, page-aligned
+        :raises LayoutError: as :meth:`set_memory_region`
         :raises IoctlError: ``ENOTTY`` before Linux 6.8; ``EINVAL`` where this VM's type
             has no private memory; otherwise as :meth:`set_memory_region`
 
@@ -78,13 +145,14 @@ class VmMemory(Descriptor):
         if guest_memfd >= 0:
             flags |= lib.KVM_MEM_GUEST_MEMFD
             fields |= {"guest_memfd": guest_memfd, "guest_memfd_offset": guest_memfd_offset}
-        self._make(
-            "KVM_SET_USER_MEMORY_REGION2",
-            "kvm_userspace_memory_region2",
-            userspace_addr=host_address,
-            flags=flags,
-            **fields,
-        )
+        with self._backed_by(slot, n_bytes, memory) as address:
+            self._make(
+                "KVM_SET_USER_MEMORY_REGION2",
+                "kvm_userspace_memory_region2",
+                userspace_addr=address,
+                flags=flags,
+                **fields,
+            )
 
     def delete_memory_region(self, slot: int) -> None:
         """Delete a memslot; its gpas are MMIO from then on.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 from array import array
@@ -14,7 +13,7 @@ import pytest
 from kvmhost._ffi import lib
 from kvmhost.errors import IoctlError, LayoutError
 from kvmhost.exits import Hlt, MmioRead, MmioWrite
-from kvmhost.kvm import Cap, Struct, Vm
+from kvmhost.kvm import Cap, Struct, System, Vm
 from kvmhost.memory.guest import Region
 
 pytestmark = pytest.mark.requires_kvm
@@ -67,6 +66,49 @@ def test_a_slot_is_created_moved_and_deleted(tiny: Maker, region: Region) -> Non
     assert guest.out() == 5
 
 
+@pytest.mark.covers("KVM_SET_USER_MEMORY_REGION")
+def test_a_buffer_backs_a_slot_and_is_held_until_it_is_deleted(tiny: Maker) -> None:
+    guest = tiny(load(PLACE) + store(PLACE + PAGE, 42) + b"\xf4")
+    memory, other = mmap.mmap(-1, 2 * PAGE), mmap.mmap(-1, 2 * PAGE)
+    memory[:4] = (77).to_bytes(4, "little")
+    guest.vm.set_memory_region(SLOT, PLACE, 2 * PAGE, memory)
+    assert guest.out() == 77
+    assert guest.run() == Hlt()
+    assert memory[PAGE] == 42
+    with pytest.raises(BufferError):
+        memory.close()
+    # A request that fails changes nothing: the old buffer is held, the new one is not.
+    with pytest.raises(IoctlError):
+        guest.vm.set_memory_region(SLOT, PLACE, PAGE, other)
+    with pytest.raises(BufferError):
+        memory.close()
+    other.close()
+    guest.vm.delete_memory_region(SLOT)
+    memory.close()
+
+
+def test_closing_the_vm_releases_its_buffers() -> None:
+    memory = mmap.mmap(-1, PAGE)
+    with System() as system, system.create_vm() as vm:
+        vm.set_memory_region(SLOT, PLACE, PAGE, memory)
+        with pytest.raises(BufferError):
+            memory.close()
+    memory.close()
+
+
+def test_buffers_that_cannot_be_guest_memory(vm: Vm) -> None:
+    memory = mmap.mmap(-1, PAGE)
+    for buffer, why in [
+        (memory, "has 0x1000 bytes, the slot 0x2000"),
+        (memoryview(mmap.mmap(-1, 4 * PAGE))[8:], "inside a page"),
+        (bytes(2 * PAGE), "writable"),
+        ("text", "writable buffer"),
+    ]:
+        with pytest.raises(LayoutError, match=why):
+            vm.set_memory_region(SLOT, PLACE, 2 * PAGE, buffer)  # type: ignore[arg-type]
+    memory.close()
+
+
 def test_bad_slots_are_refused(vm: Vm, region: Region) -> None:
     address, size = region.guest_address, region.n_bytes
     vm.set_memory_region(SLOT, PLACE, size, address)
@@ -112,10 +154,8 @@ def test_a_guest_writes_to_its_guest_memfd(tiny: Maker) -> None:
     flags = lib.GUEST_MEMFD_FLAG_MMAP | lib.GUEST_MEMFD_FLAG_INIT_SHARED
     with guest.vm.create_guest_memfd(4 * PAGE, flags) as memory:
         mapping = memory.map()
-        # SAFETY: the mapping outlives the VM's slot, which is deleted below.
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         guest.vm.set_memory_region2(
-            SLOT, PLACE, 4 * PAGE, address, guest_memfd=memory.fd, guest_memfd_offset=0
+            SLOT, PLACE, 4 * PAGE, mapping, guest_memfd=memory.fd, guest_memfd_offset=0
         )
         assert guest.run() == Hlt()
         assert mapping[PAGE] == 42
