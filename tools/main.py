@@ -78,7 +78,7 @@ def reclaimd() -> int:
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Run one subcommand; every error that is one of ours becomes an exit code."""
     try:
-        module = importlib.import_module(f"tools.{COMMANDS[name][0]}")
+        module = importlib.import_module(f"kvmhost.tools.{COMMANDS[name][0]}")
         command: Callable[[Sequence[str]], int] = module.main
         status = command(arguments)
         sys.stdout.flush()
