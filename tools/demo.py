@@ -34,10 +34,11 @@ from kvmhost.guests.workloads import hotcold_gfns
 from kvmhost.machine import Machine
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
 from kvmhost.tools.args import about, size_bytes
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress, show_table
 from kvmhost.trackers import NAMES, describe, probe_all
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _MIB = 1 << 20
 _START_GFN = 1024
@@ -96,7 +97,7 @@ class Settings:
 
 def main(argv: Sequence[str]) -> int:
     """Run the demo; 0 if every part did what it should."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     engine = _engine_name(args.engine)
     share = 1 if engine == "kvm" else _EMULATED_SHARE
@@ -116,8 +117,9 @@ def main(argv: Sequence[str]) -> int:
     return 0 if report["ok"] else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost demo",
         description=about(__doc__),
         formatter_class=argparse.RawTextHelpFormatter,

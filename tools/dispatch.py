@@ -7,6 +7,8 @@ import keyword
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from kvmhost.suggest import did_you_mean
+
 __all__ = ["dispatch"]
 
 
@@ -24,7 +26,8 @@ def dispatch(
         print(f"usage: {prog} NAME [options]\n\n{about}\n\nnames:\n{lines}")
         return 0 if argv else 2
     if argv[0] not in names:
-        print(f"{prog}: no {argv[0]!r}: there are {', '.join(names)}", file=sys.stderr)
+        hint = did_you_mean(argv[0], names)
+        print(f"{prog}: no {argv[0]!r}{hint or ';'} there are {', '.join(names)}", file=sys.stderr)
         return 2
     # A name that is a word of Python's has its module under the name and an underscore.
     name = argv[0] + "_" * keyword.iskeyword(argv[0])

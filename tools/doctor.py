@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 from kvmhost.doctor import Finding, probe_host
 from kvmhost.reclaim.pressure import probe
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 EXIT_MISSING = 126
 
@@ -24,15 +25,20 @@ exit status: 0 if at least one engine works, 126 if none does
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Probe, print, and return 0 if a guest can be run here, else 126."""
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost doctor",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Probe, print, and return 0 if a guest can be run here, else 126."""
+    arguments = parser().parse_args(argv)
     findings = [*probe_host(), *_pressure()]
     usable = any(f.works for f in findings if f.area == "engine")
     if arguments.json:

@@ -5,20 +5,20 @@ For before a daemon ends, or before a VM is to do without its store.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from kvmhost.control import schema
 from kvmhost.control.client import Client
 from kvmhost.tools.args import seconds
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command: 0 if all pages came back, 1 if one did not."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     with Client(args.vm, timeout_s=args.timeout) as client:
         report = client.drain()
     if args.json:
@@ -36,8 +36,9 @@ _LOST = "the store could not give them back; a touch of one stops the VM"
 _LEFT = "the host had no memory for them; try again"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost drain",
         description="Bring every evicted page of a running VM back, and lift its resident limit.",
     )

@@ -12,8 +12,9 @@ from typing import Any
 
 from kvmhost.boot.image import read_image
 from kvmhost.guests import image_names, image_path
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["contract", "main"]
+__all__ = ["contract", "main", "parser"]
 
 EXIT_USAGE = 2
 
@@ -26,16 +27,21 @@ exit status: 0, or 2 if there is no guest of that name
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """List guests, or show one."""
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost guests",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="show this guest only")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """List guests, or show one."""
+    arguments = parser().parse_args(argv)
     names = image_names()
     if arguments.name is not None and arguments.name not in names:
         known = ", ".join(names) or "none are built: run make guests"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -10,13 +9,14 @@ from collections.abc import Sequence
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.control.paths import daemon_names
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if args.what == "show":
         with _daemon(args.daemon, args.vm) as daemon:
             print(daemon.show_lru_gen(args.vm), end="")
@@ -27,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost lru_gen",
         description="Show generations, age and evict, in the syntax of the kernel's "
         "/sys/kernel/debug/lru_gen. VM is its name, or the number that show prints.",

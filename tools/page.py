@@ -15,13 +15,14 @@ from kvmhost.errors import ControlError, VmGoneError
 from kvmhost.reclaim.account.decisions import Decision
 from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.control.schema import PageAnswer
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     with Client(args.vm) as client:
         name, page = client.state().name, client.page(args.gfn)
     known, problem = _ask_daemon(args, name)
@@ -36,8 +37,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost page",
         description="Explain one page: where it is, when it was young, what was done to it and "
         "why, and what would become of it now. State comes from the VM, history and reasons "

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from kvmhost import __version__
 from kvmhost.control.paths import NameLock
 from kvmhost.reclaim.account.events import Dropped, Event, Notice, PassReport
 from kvmhost.reclaim.context import DaemonContext
@@ -27,8 +28,9 @@ from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.settings.config import Option, load, options, read_flag, to_toml
 from kvmhost.reclaim.settings.options import Config, VmOptions
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 
@@ -38,15 +40,15 @@ _POSITIONAL = ("daemon", "vms")
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    known = parser()
+    args = known.parse_args(argv)
     flags = _flags(args)
     config = load(args.config, flags)
     if args.print_config:
         print(to_toml(config), end="")
         return 0
     if not config.daemon.vms:
-        parser.error("name a VM, or a pattern such as '*' for those that run and will run")
+        known.error("name a VM, or a pattern such as '*' for those that run and will run")
     sweep()
     name = config.daemon.name or f"pid-{os.getpid()}"
     lock = lock_daemon(name)
@@ -166,8 +168,9 @@ class _JsonHandler(logging.Handler):
         )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost reclaimd",
         description="Harvest accessed bits of running VMs, age their pages, and evict the "
         "coldest while a VM is above its budget, or ahead of need. Guest data stays in the "
@@ -179,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "vm", nargs="*", metavar="VM", help="name of a VM, path of its socket, or a pattern: '*'"
     )
+    parser.add_argument("-V", "--version", action="version", version=f"reclaimd {__version__}")
     parser.add_argument("--config", metavar="FILE", help="options in TOML; flags go on top")
     parser.add_argument(
         "--print-config", action="store_true", help="print the options in force as TOML, and end"

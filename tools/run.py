@@ -31,20 +31,21 @@ from kvmhost.tools.args import (
     size_bytes,
     store_options,
 )
+from kvmhost.tools.parser import CommandParser
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.paths import NameLock
     from kvmhost.control.server import ControlServer
     from kvmhost.machine.pc import PcOptions
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _STOPPERS = {signal.SIGINT, signal.SIGTERM}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(_join_append(argv))
+    args = parser().parse_args(_join_append(argv))
     signal.signal(signal.SIGTERM, _interrupt)
     # Held back until everything that has to be taken down is known to be there. The
     # threads started meanwhile inherit the mask: only the main thread sees signals.
@@ -156,8 +157,9 @@ def _interrupt_main() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost run",
         description="Boot a guest image and show its serial output.",
         formatter_class=_formatter,

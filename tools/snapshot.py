@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +13,25 @@ from pathlib import Path
 from kvmhost.control.client import Client
 from kvmhost.errors import VmGoneError
 from kvmhost.tools.args import about
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="kvmhost snapshot", description=about(__doc__))
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(prog="kvmhost snapshot", description=about(__doc__))
     parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
     parser.add_argument(
         "file", metavar="FILE", type=Path, help="file to write, whole or not at all"
     )
     parser.add_argument("--stop", action="store_true", help="end the VM when the file is written")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parser().parse_args(argv)
     with Client(args.vm) as client:
         if args.stop:
             client.pause()

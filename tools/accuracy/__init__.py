@@ -21,7 +21,7 @@ tracker is not exact where it has to be.
 
 from __future__ import annotations
 
-from kvmhost.tools.accuracy.command import Settings, main, run
+from kvmhost.tools.accuracy.command import Settings, main, parser, run
 from kvmhost.tools.accuracy.kinds import KINDS, WORKLOADS
 
-__all__ = ["KINDS", "WORKLOADS", "Settings", "main", "run"]
+__all__ = ["KINDS", "WORKLOADS", "Settings", "main", "parser", "run"]

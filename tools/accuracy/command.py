@@ -21,10 +21,11 @@ from kvmhost.tools.accuracy.kinds import (
     probe_kinds,
 )
 from kvmhost.tools.args import about, count, seconds, share, size_bytes
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, period_of
 
-__all__ = ["Settings", "main", "run"]
+__all__ = ["Settings", "main", "parser", "run"]
 
 _MIN_MEM_BYTES = 16 << 20
 
@@ -138,7 +139,7 @@ def _known(given: Iterable[str], known: Iterable[str], what: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0 if all trackers are exact where they have to be, else 1."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     if options.plot is not None:
         _check_plot(options.plot)
     settings = Settings(
@@ -176,10 +177,11 @@ def _check_plot(path: Path) -> None:
         raise LayoutError(f"{path}: no file can be written there")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
     import kvmhost.tools.accuracy
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="kvmhost accuracy",
         description=about(kvmhost.tools.accuracy.__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,

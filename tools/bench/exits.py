@@ -8,7 +8,6 @@ the ring in which KVM gathers writes (coalesced). The last two spare the exit.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -25,8 +24,9 @@ from kvmhost.kvm.coalesced import CoalescedRing
 from kvmhost.machine import Machine
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parser", "run"]
 
 _PYTHON_PORT = 0x600
 _RATIOS = {
@@ -170,13 +170,18 @@ def _expect(seen: int, count: int) -> None:
         raise RuntimeError(f"{seen} exits seen, {count} made")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the figures as a table, or as JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench exits", description=about(__doc__))
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(prog="kvmhost bench exits", description=about(__doc__))
     parser.add_argument("--count", type=int, default=10_000, help="exits a repetition")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the figures as a table, or as JSON."""
+    options = parser().parse_args(argv)
     result = run(options.count, options.repeats)
     if options.json:
         print(json.dumps(result, indent=2))

@@ -23,10 +23,11 @@ from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, Kind, probe_kinds
 from kvmhost.tools.args import about, count, seconds, share, size_bytes
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.throughput import Plan, measure_steps, paired_rates
 
-__all__ = ["LOST_BOUND", "hot_machine", "main", "run"]
+__all__ = ["LOST_BOUND", "hot_machine", "main", "parser", "run"]
 
 #: The time lost should be at most so many times the bare re-faults.
 LOST_BOUND = BOUNDS["harvest.lost_of_bare_refault"].limit
@@ -101,9 +102,9 @@ def _measure(kind: Kind, mem_bytes: int, hot: int, seconds: float, repeats: int)
     }
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the figures as a table, or as JSON."""
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost bench harvest",
         description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -114,7 +115,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--hot", type=share, default=0.1, help="share of memory that is hot")
     parser.add_argument("--tracker", action="append", default=[], help="may be repeated")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the figures as a table, or as JSON."""
+    options = parser().parse_args(argv)
     result = run(options.mem, options.hot, options.seconds, options.repeats, options.tracker)
     if options.json:
         print(json.dumps(result, indent=2))

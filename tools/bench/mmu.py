@@ -8,7 +8,6 @@ variants of a part take turns in one run, so that their ratios hold on a busy ma
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -27,10 +26,12 @@ from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.soft import SoftEngine, SoftRun, Trace
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tlb import TlbGeometry
+from kvmhost.suggest import did_you_mean
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.walk import Step, interleaved
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["FORMATS", "PARTS", "main", "run"]
+__all__ = ["FORMATS", "PARTS", "main", "parser", "run"]
 
 FORMATS = ("npt", "ept", "stage2", "radix")
 BATCH_PAGES = 64  # MIN_LRU_BATCH, the batch of the 2023 proposal
@@ -441,19 +442,27 @@ _PRINTERS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the named parts (all of them without names) and print tables, or JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench mmu", description=about(__doc__))
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(prog="kvmhost bench mmu", description=about(__doc__))
     parser.add_argument("parts", nargs="*", metavar="PART", help=" ".join(PARTS))
     parser.add_argument("--format", choices=FORMATS, help="ways: one format only")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the named parts (all of them without names) and print tables, or JSON."""
+    known = parser()
+    options = known.parse_args(argv)
     parts = dict(PARTS)
     if options.format:
         parts["ways"] = lambda: bench_ways(formats=[options.format])
     unknown = set(options.parts) - set(PARTS)
     if unknown:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        name = min(unknown)
+        hint = did_you_mean(name, PARTS)
+        known.error(f"no part {name!r}{hint or ';'} there are {', '.join(PARTS)}")
     result = {}
     for part in options.parts or PARTS:
         result[part] = parts[part]()

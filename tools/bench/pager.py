@@ -8,7 +8,6 @@ the same kind of mapping, for both. They take turns in one run.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -34,8 +33,9 @@ from kvmhost.pager import EvictOutcome, Pager, Userfault
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.options import StoreOptions
 from kvmhost.tools.args import about
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["contents", "main", "run_codecs", "run_faults", "run_overhead"]
+__all__ = ["contents", "main", "parser", "run_codecs", "run_faults", "run_overhead"]
 
 Pages = npt.NDArray[np.uint64]
 
@@ -301,7 +301,7 @@ def overhead_child(mem_bytes: int, gib: int) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Print the figures as tables, or as JSON."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     chosen = {name for name in ("codecs", "faults", "overhead") if getattr(options, name)}
     chosen = chosen or {"codecs", "faults"}
     result: dict[str, Any] = {"machine": platform.machine()}
@@ -320,11 +320,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
     default = "Without --codecs, --faults or --overhead: codecs and faults."
-    parser = argparse.ArgumentParser(
-        prog="kvmhost bench pager", description=about(__doc__), epilog=default
-    )
+    parser = CommandParser(prog="kvmhost bench pager", description=about(__doc__), epilog=default)
     parser.add_argument("--codecs", action="store_true", help="codecs on several page contents")
     parser.add_argument("--faults", action="store_true", help="fault-in latency and evictions")
     parser.add_argument("--overhead", action="store_true", help="memory a GiB of guest")

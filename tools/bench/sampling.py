@@ -20,11 +20,12 @@ from kvmhost.tools.accuracy import doorbells
 from kvmhost.tools.accuracy.kinds import KINDS, Kind, Workload, probe_kinds
 from kvmhost.tools.args import about, count, seconds, share, size_bytes
 from kvmhost.tools.bench.harvest import hot_machine
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.throughput import Kept, Plan, paired_rates
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, period_of
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parser", "run"]
 
 _FRACTIONS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 #: Phases a staleness run sees; each is twice as long as a page may wait for its turn.
@@ -87,9 +88,9 @@ def _staleness(kind: Kind, period: int) -> dict[str, Any]:
     return {name: found[name] for name in names}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the figures as a table, or as JSON."""
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost bench sampling",
         description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -102,7 +103,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=seconds, default=1.0, help="length of each segment")
     parser.add_argument("--rounds", type=count, default=9, help="segments of each fraction")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the figures as a table, or as JSON."""
+    options = parser().parse_args(argv)
     result = run(
         options.tracker,
         options.fraction or _FRACTIONS,

@@ -9,7 +9,6 @@ a machine to the first exit of its first instruction. And the memory of a VM pro
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -24,8 +23,9 @@ from typing import Any
 from kvmhost.errors import CapabilityError
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parser", "run"]
 
 QEMU = "qemu-system-x86_64"
 HELLO_MEM_BYTES = 128 << 20
@@ -153,15 +153,20 @@ def _memory(engine: str) -> dict[str, int]:
     }
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the figures as text, or as JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench start", description=about(__doc__))
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(prog="kvmhost bench start", description=about(__doc__))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
     parser.add_argument("--image", type=Path, help="a multiboot image (default: one that prints)")
     parser.add_argument("--qemu", action="store_true", help="run the image there too")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the figures as text, or as JSON."""
+    options = parser().parse_args(argv)
     result = run(options.repeats, options.engine, options.image, options.qemu)
     print(json.dumps(result, indent=2) if options.json else _text(result))
     return 0

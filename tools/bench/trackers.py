@@ -7,7 +7,6 @@ get buffers that are ready and large enough, and nothing is made of what they fi
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -30,10 +29,11 @@ from kvmhost.memory.guest import Region
 from kvmhost.memory.layout import PAGE_BYTES, TinyLayout
 from kvmhost.tools.args import about, count, size_bytes
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.parser import CommandParser
 from kvmhost.trackers import NAMES, Tracker, probe_all
 from kvmhost.trackers.pagescan import scans
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parser", "run"]
 
 _START_GFN = 1024
 _MEMORY_SHARE = BOUNDS["trackers.most_percent"].limit
@@ -218,13 +218,18 @@ def _anonymous_bytes() -> int:
     return int(found[1]) * 1024
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the figures as tables, or as JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench trackers", description=about(__doc__))
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(prog="kvmhost bench trackers", description=about(__doc__))
     parser.add_argument("--mem", type=size_bytes, default=1 << 30, help="guest memory (default 1G)")
     parser.add_argument("--repeats", type=count, default=15, help="of each variant (default 15)")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the figures as tables, or as JSON."""
+    options = parser().parse_args(argv)
     result = run(options.mem, options.repeats)
     if options.json:
         print(json.dumps(result, indent=2))

@@ -6,7 +6,6 @@ machine that is busy or slow does not change it much.
 
 from __future__ import annotations
 
-import argparse
 import json
 import mmap
 import statistics
@@ -21,8 +20,9 @@ from kvmhost.mmu.tablemem import TableMemory
 from kvmhost.mmu.tdp import LiveTable
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["interleaved", "main", "run"]
+__all__ = ["interleaved", "main", "parser", "run"]
 
 _PRESENT_WRITE = 3
 _ACCESSED_BIT = 5
@@ -106,13 +106,18 @@ def _pointers(first_page: int, n: int) -> Words:
     return pages * np.uint64(4096) | np.uint64(_PRESENT_WRITE)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the figures as a table, or as JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench walk", description=about(__doc__))
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(prog="kvmhost bench walk", description=about(__doc__))
     parser.add_argument("--entries", type=int, default=4 << 20)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the figures as a table, or as JSON."""
+    options = parser().parse_args(argv)
     result = run(options.entries, options.repeats)
     if options.json:
         print(json.dumps(result, indent=2))

@@ -25,9 +25,10 @@ import numpy as np
 from kvmhost.bitmap import Provenance, Words, YoungBitmap
 from kvmhost.tools.args import about, count
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress, show_table
 
-__all__ = ["main", "make_record", "run"]
+__all__ = ["main", "make_record", "parser", "run"]
 
 _PAGES_A_GIB = 1 << 18
 _HOT_SHARE, _COLD_TOUCHES = 0.1, 64
@@ -145,16 +146,21 @@ def _ask(name: str, path: Path) -> None:
     print(json.dumps([seconds, peak_kib / 1024]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the figures as a table, or as JSON."""
-    parser = argparse.ArgumentParser(prog="kvmhost bench young", description=about(__doc__))
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(prog="kvmhost bench young", description=about(__doc__))
     parser.add_argument("--gib", type=count, default=64, help="size of the large guest")
     parser.add_argument("--windows", type=count, default=3600, help="windows of its record")
     parser.add_argument("--hour", type=count, default=3600, help="windows of the 1 GiB guest")
     parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ask", nargs=2, metavar=("QUESTION", "FILE"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the figures as a table, or as JSON."""
+    args = parser().parse_args(argv)
     if args.ask:
         _ask(args.ask[0], Path(args.ask[1]))
         return 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
@@ -16,7 +16,7 @@ from kvmhost.tools.young.output import (
     windows_of,
 )
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _SHOWN = 24
 _NOTES = (
@@ -28,7 +28,7 @@ _NOTES = (
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     from kvmhost.reclaim.analyse.analysis import (
         age_table,
         histograms,
@@ -80,8 +80,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young ages",
         description="Show the histogram of cold ages at the end of the windows, what each age "
         "would mean as a threshold (cold memory against promotions, that is refaults), and "

@@ -21,13 +21,14 @@ import numpy as np
 from kvmhost.bitmap import YoungBitmap, n_words
 from kvmhost.errors import LayoutError
 from kvmhost.tools.args import add_machine_arguments, count, find_image, parse_params
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.analyse.compare import Difference, View
     from kvmhost.reclaim.record.record import YoungRecord
 
-__all__ = ["FORMATS", "main", "record_guest", "through_table"]
+__all__ = ["FORMATS", "main", "parser", "record_guest", "through_table"]
 
 #: Name: table format, level of the leaves.
 FORMATS = {
@@ -44,7 +45,7 @@ FORMATS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     _check(args)
     from kvmhost.reclaim.analyse.compare import compare_views, total
 
@@ -210,8 +211,9 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young compare",
         description="Hold records of the same windows against the first of them, page by page, "
         "and tell what explains the differences. --guest makes the records: one run of a guest "

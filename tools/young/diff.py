@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.errors import LayoutError
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
@@ -20,14 +20,14 @@ from kvmhost.tools.young.output import (
     windows_of,
 )
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _SHOWN = 20
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     from kvmhost.reclaim.analyse.patterns import similarity
     from kvmhost.reclaim.young.bits import runs
 
@@ -71,8 +71,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young diff",
         description="Compare which pages were young: in two records, or in two stretches of "
         "one. Jaccard is what is in both as a share of what is in either.",

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import replacing
 from kvmhost.tools.young.output import open_record, window_range, windows_of
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.record.record import YoungRecord
 
-__all__ = ["FORMATS", "main"]
+__all__ = ["FORMATS", "main", "parser"]
 
 FORMATS = {
     "damon": "DAMON's record as damo writes it: damo report access --input OUT",
@@ -28,7 +29,7 @@ FORMATS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if args.out.exists():
         raise LayoutError(f"{args.out}: there already; remove it, or take another name")
     if not args.out.parent.is_dir():
@@ -64,9 +65,10 @@ def _write(args: argparse.Namespace, record: YoungRecord, first: int, end: int) 
     return windows
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
     width = max(map(len, FORMATS))
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="kvmhost young export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write a record, or some of its windows, in a format of other programs:\n\n"

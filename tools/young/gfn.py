@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.control.client import Client
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import Table, open_record, show
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _KINDS = ("gpa", "gfn", "hva", "offset")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     from kvmhost.reclaim.analyse.explain import find_place
     from kvmhost.reclaim.record.meta import Memslot
 
@@ -47,8 +47,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young gfn",
         description="Convert between guest physical address, gfn, the VM process's virtual "
         "address and the offset in a memslot, by the memslots of a VM or of a record's end.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
 from kvmhost.tools.args import count, seconds
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import (
     add_vm_arguments,
     check_out,
@@ -22,14 +23,14 @@ from kvmhost.tools.young.output import open_record, window_range, windows_of
 if TYPE_CHECKING:
     from kvmhost.reclaim.draw.heatmapdata import View
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _PAGE = ".html"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     from kvmhost.reclaim.draw.render import PICTURE_KINDS, need_plotting
 
     if args.out.suffix.lower() != _PAGE:
@@ -102,8 +103,9 @@ def _draw_live(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young heatmap",
         usage="%(prog)s (FILE | VM | --pid PID) -o OUT.png|svg|pdf|html [options]",
         description="Draw which pages were touched when: of a record (a FILE of young record), "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from kvmhost.errors import LayoutError
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
@@ -16,12 +16,12 @@ from kvmhost.tools.young.output import (
     windows_of,
 )
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if args.gap < 0 or args.top < 1 or not 0 < args.share <= 100:
         raise LayoutError("hot: need --share above 0 and up to 100, --gap from 0, --top from 1")
     from kvmhost.reclaim.analyse.patterns import hot_ranges
@@ -56,8 +56,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young hot",
         description="Show ranges of pages that were young in at least a share of the windows: "
         "start, end and density (the share of page-windows that were young), largest first.",

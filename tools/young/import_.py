@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
 from kvmhost.tools.args import seconds
+from kvmhost.tools.parser import CommandParser
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.exchange.common import Imported
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 FORMATS = {
     "damon": "DAMON's record: JSON, or that in a zlib stream",
@@ -24,7 +25,7 @@ FORMATS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if args.out.exists():
         raise LayoutError(f"{args.out}: there already; remove it, or take another name")
     if not args.out.parent.is_dir():
@@ -63,9 +64,10 @@ def _number(text: str) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
     width = max(map(len, FORMATS))
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="kvmhost young import",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make a record out of what other programs wrote:\n\n"

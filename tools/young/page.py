@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from kvmhost.control.client import Client
 from kvmhost.errors import LayoutError
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.analyse.explain import History
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _SHOWN = 30
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if not _is_file(args.source):
         return _show_live(args)
     from kvmhost.reclaim.analyse.explain import history_of
@@ -104,8 +105,9 @@ def dataclasses_of(page: Any) -> dict[str, Any]:
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young page",
         description="Show in which windows of a record a page was young, and where it lies; "
         "of a running VM: what it knows of the page now.",

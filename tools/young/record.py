@@ -14,14 +14,15 @@ from pathlib import Path
 from kvmhost.control.client import Client
 from kvmhost.errors import ControlError, LayoutError, VmGoneError
 from kvmhost.tools.args import count, seconds
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import gfn_range
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; 1 if a VM could not be recorded to the end that was meant."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     from kvmhost.reclaim.record.chunks import need_zstd
     from kvmhost.reclaim.young.live import Plan
 
@@ -117,8 +118,9 @@ def _counter(total: int | None, n_vms: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young record",
         description="Harvest VMs window by window and write which pages were young. Ctrl-C, "
         "SIGTERM or the VM's end ends the recording; --append goes on with it. The record "

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.control.schema import HarvestCost, MemoryMap
 from kvmhost.tools.args import seconds, share
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import (
     add_vm_arguments,
     check_out,
@@ -26,7 +27,7 @@ from kvmhost.tools.young.common import (
 )
 from kvmhost.trackers.sampling import DEFAULT_FRACTION
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _SHOWN_RANGES = 10
 _FIRST_WINDOW_S = 1.0
@@ -35,7 +36,7 @@ _BITMAP_KINDS = (".npy", ".bin")
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if args.out is not None:
         check_out(args.out, _BITMAP_KINDS)
     with open_source(args) as vm:
@@ -68,8 +69,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young snapshot",
         description="Show which pages are young now. Without --clear nothing changes for "
         "anyone else who harvests the VM.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import Table, add_output_arguments, mib, open_record, show
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.record.record import YoungRecord
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     from kvmhost.reclaim.analyse.analysis import histograms, miss_ratio_curve, predict_saving
     from kvmhost.reclaim.analyse.patterns import find_phases, jaccard_of_neighbours
 
@@ -127,8 +127,9 @@ def _reuse_notes(facts: dict[str, Any]) -> Iterator[str]:
         yield f"misses an LRU memory of so many pages would have (estimated): {said}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young stat",
         description="Show what a record holds and where it comes from, its size, its main "
         "figures, and the phases of the guest.",

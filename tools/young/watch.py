@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.tools.args import seconds
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise LayoutError(
             "young watch needs a terminal; for pipes there are young record and young snapshot"
@@ -35,8 +35,9 @@ def main(argv: Sequence[str]) -> int:
     return app.return_code or 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young watch",
         description="Show which pages of a VM are young, as it runs: a map of its memory, the "
         "working set, generations, pressure, evictions and faults. ? shows the keys. It takes at "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmhost.errors import LayoutError
 from kvmhost.tools.args import size_bytes
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import progress_bar
 from kvmhost.tools.young.output import (
     Table,
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
     from kvmhost.reclaim.record.record import YoungRecord
     from kvmhost.tools.young.realrun import ErrorBar
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     from kvmhost.reclaim.analyse.whatif import cases_of, run_cases
     from kvmhost.tools.young.realrun import measure_error
 
@@ -136,8 +137,9 @@ def _value(text: str) -> Any:
     return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young whatif",
         description="Replay records through policies under budgets and show what refaults and "
         "savings they predict, with an error bar: the same prediction is made for a guest that "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
@@ -20,7 +20,7 @@ from kvmhost.tools.young.output import (
 if TYPE_CHECKING:
     from kvmhost.reclaim.analyse.analysis import Histograms
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _SHOWN = 20
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -28,7 +28,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     from kvmhost.reclaim.analyse.analysis import histograms, working_set
 
     with open_record(args.file) as record:
@@ -70,8 +70,9 @@ def _windows(found: Histograms, value: float, unit: str) -> int:
     return nearest_window(max(windows, 1.0))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost young wss",
         description="Show how many pages were young in the last so many windows, window by "
         "window: the working set over several lengths of time.",

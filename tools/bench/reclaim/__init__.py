@@ -22,8 +22,9 @@ from typing import Any
 
 from kvmhost.tools.args import about, seconds
 from kvmhost.tools.bench.reclaim.workloads import BUDGETS, WORKLOADS
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["PARTS", "main", "run"]
+__all__ = ["PARTS", "main", "parser", "run"]
 
 PARTS = ("trace", "guests", "cost", "rows")
 
@@ -57,11 +58,9 @@ def run(
     return report
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the figures as tables, or as JSON; draw them if asked."""
-    from kvmhost.tools.bench.reclaim import show
-
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
         prog="kvmhost bench reclaim",
         description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -77,7 +76,14 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the figures as tables, or as JSON; draw them if asked."""
+    from kvmhost.tools.bench.reclaim import show
+
+    options = parser().parse_args(argv)
     if options.plot is not None:
         show.need_file(options.plot)
     report = run(

@@ -1,0 +1,22 @@
+"""The name that was probably meant: one wording for every message about an unknown name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["did_you_mean"]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``", did you mean 'NAME'?"`` for the closest known name, else "".
+
+    Case does not count. A name that starts with the given one is close to it.
+    """
+    import difflib  # Only errors need it.
+
+    by_folded = {other.casefold(): other for other in known}
+    folded = name.casefold()
+    close = difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.6)
+    if not close and len(folded) > 2:
+        close = [other for other in by_folded if other.startswith(folded)][:1]
+    return f", did you mean {by_folded[close[0]]!r}?" if close else ""

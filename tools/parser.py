@@ -1,0 +1,37 @@
+"""The parser of every command: an error is one line and names what was probably meant."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from kvmhost.suggest import did_you_mean
+
+__all__ = ["CommandParser"]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ``argparse.ArgumentParser`` whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments; one that no option takes is an error with the closest option."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            name = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            hint = did_you_mean(name, known) if name.startswith("--") else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return parsed
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        hint = did_you_mean(str(value), known)
+        raise argparse.ArgumentError(
+            action, f"invalid choice {str(value)!r}{hint or ';'} choose from {', '.join(known)}"
+        )
