@@ -4,6 +4,7 @@
 
     KvmHostError
     ├─ IoctlError (also OSError): request name, errno, arguments
+    ├─ HostError (also OSError): what, errno, remedy
     ├─ CapabilityError: name, needed, found, remedy
     ├─ LayoutError (also ValueError): overlap, alignment, out of range
     ├─ ImageError (also ValueError): file, offset, field
@@ -21,6 +22,7 @@ Every one of them survives pickling, so that it can cross a process boundary.
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -29,6 +31,7 @@ __all__ = [
     "ControlError",
     "GuestError",
     "GuestTimeout",
+    "HostError",
     "ImageError",
     "IoctlError",
     "KvmHostError",
@@ -64,6 +67,36 @@ class IoctlError(KvmHostError, OSError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.request, self.errno, self.arguments))
+
+
+class HostError(KvmHostError, OSError):
+    """The operating system refused a file or memory: disk full, no memory, a limit, a path.
+
+    :param what: the file, or what the memory was for
+    :param errno_: positive errno
+    :param remedy: what to do about it; by default what helps against that errno
+    """
+
+    def __init__(self, what: str, errno_: int, remedy: str = "") -> None:
+        self.what, self.remedy = what, remedy or _REMEDIES.get(errno_, "")
+        OSError.__init__(self, errno_, os.strerror(errno_))
+
+    def __str__(self) -> str:
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.what}: {self.strerror}{remedy}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.what, self.errno, self.remedy))
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another file system",
+    errno.EDQUOT: "free some space, or raise the disk quota",
+    errno.EFBIG: "raise the limit on file size (ulimit -f)",
+    errno.ENOMEM: "free some memory, or raise the limit on it (ulimit -v, memory cgroup)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EROFS: "choose another file system",
+}
 
 
 class CapabilityError(KvmHostError):

@@ -19,6 +19,7 @@ __all__ = [
     "add_store_arguments",
     "count",
     "find_image",
+    "mem_bytes",
     "parse_fw_cfg",
     "parse_modules",
     "parse_params",
@@ -46,6 +47,17 @@ def size_bytes(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 65536, 256M or 1G")
     return int(match.group(1)) * _UNITS[match.group(2).upper()]
+
+
+def mem_bytes(text: str) -> int:
+    """Parse a size of guest memory; 0 is an error.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    value = size_bytes(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: a guest needs memory; write for example 64M")
+    return value
 
 
 def seconds(text: str) -> float:
@@ -170,7 +182,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mem",
-        type=size_bytes,
+        type=mem_bytes,
         default=64 << 20,
         metavar="SIZE",
         help="guest memory, for example 256M; a bare number is bytes "

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -98,7 +97,6 @@ class Settings:
 def main(argv: Sequence[str]) -> int:
     """Run the demo; 0 if every part did what it should."""
     args = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
     engine = _engine_name(args.engine)
     share = 1 if engine == "kvm" else _EMULATED_SHARE
     settings = Settings(args.mem, args.hot // min(share, 4), args.epochs // share, engine)
@@ -133,10 +131,6 @@ def parser() -> CommandParser:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
-
-
-def _interrupt(number: int, frame: object) -> typing.NoReturn:
-    raise KeyboardInterrupt
 
 
 def _engine_name(wanted: str) -> str:

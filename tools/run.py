@@ -10,7 +10,6 @@ import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from kvmhost.boot.loaders import LOADERS
 from kvmhost.devices.console import Console, open_console
@@ -31,6 +30,7 @@ from kvmhost.tools.args import (
     size_bytes,
     store_options,
 )
+from kvmhost.tools.ending import ENDING_SIGNALS, EXIT_FAILED
 from kvmhost.tools.parser import CommandParser
 
 if typing.TYPE_CHECKING:
@@ -40,16 +40,13 @@ if typing.TYPE_CHECKING:
 
 __all__ = ["main", "parser"]
 
-_STOPPERS = {signal.SIGINT, signal.SIGTERM}
-
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(_join_append(argv))
-    signal.signal(signal.SIGTERM, _interrupt)
     # Held back until everything that has to be taken down is known to be there. The
     # threads started meanwhile inherit the mask: only the main thread sees signals.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPERS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         return _run(args)
     finally:
@@ -132,16 +129,26 @@ def _run_machine(
         if not isinstance(machine.layout, TinyLayout):
             console.feed(machine.serial, _interrupt_main)
         machine.start(paused=args.paused)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPERS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
         status = machine.wait(args.timeout)
         if args.json:
             print(json.dumps(_report(machine, status)))
-        return status
+        return _with_lost_output(args, machine, status)
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPERS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
         machine.serial.flush()
         if server is not None:
             server.close()
+
+
+def _with_lost_output(args: argparse.Namespace, machine: BaseMachine, status: int) -> int:
+    """Return 1 instead of 0 if the guest wrote what its output's file or pipe did not take."""
+    machine.serial.flush()
+    lost = machine.serial.lost_bytes
+    if not lost or args.serial in ("pty", "null"):
+        return status
+    print(f"kvmhost run: {lost} bytes of the guest's output could not be written", file=sys.stderr)
+    return status or EXIT_FAILED
 
 
 def _pc_options(args: argparse.Namespace) -> PcOptions | None:
@@ -288,7 +295,3 @@ def _peak_rss_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> typing.NoReturn:
-    raise KeyboardInterrupt

@@ -58,7 +58,7 @@ from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 if typing.TYPE_CHECKING:
     from kvmhost.machine.base import BaseMachine
     from kvmhost.mmu.feed import Feed
-    from kvmhost.pager import EvictResult
+    from kvmhost.pager.results import EvictResult
 
 __all__ = ["Routes", "problem_of"]
 

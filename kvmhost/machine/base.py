@@ -44,8 +44,9 @@ from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT, Layout
 
 if typing.TYPE_CHECKING:
-    from kvmhost.pager import Pager, Userfault
     from kvmhost.pager.options import StoreOptions
+    from kvmhost.pager.pager import Pager
+    from kvmhost.pager.userfault import Userfault
     from kvmhost.trackers import Tracker
     from kvmhost.trackers.harvesting import Harvest, Harvester
 
@@ -380,7 +381,7 @@ class BaseMachine(Closing, abc.ABC):
         """
         with self._lock:
             if self._userfault is None:
-                from kvmhost.pager import Userfault
+                from kvmhost.pager.userfault import Userfault
 
                 self._userfault = Userfault()
             return self._userfault
@@ -393,7 +394,7 @@ class BaseMachine(Closing, abc.ABC):
         """
         with self._lock:
             if self._pager is None:
-                from kvmhost.pager import Pager
+                from kvmhost.pager.pager import Pager
 
                 pager = Pager(
                     self.memory,

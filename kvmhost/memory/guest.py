@@ -8,6 +8,7 @@ pager is armed, a touch of an evicted page through either mapping brings it back
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import typing
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.closing import Closing
 from kvmhost.errors import LayoutError
+from kvmhost.files import os_errors
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
@@ -31,6 +33,7 @@ class Region:
     :param gpa: guest physical address of the first byte, page-aligned
     :param n_bytes: size, a multiple of the page size
     :raises LayoutError: for bad alignment or size
+    :raises HostError: if the host has no memory for it, or a limit forbids it
     """
 
     def __init__(self, gpa: int, n_bytes: int, name: str = "kvmhost") -> None:
@@ -39,12 +42,14 @@ class Region:
                 f"region [{gpa:#x}, {gpa + n_bytes:#x}): not a whole number of 4 KiB pages"
             )
         self.gpa, self.n_bytes = gpa, n_bytes
-        self.memfd = os.memfd_create(f"{name}-{gpa:#x}", os.MFD_CLOEXEC)
-        os.ftruncate(self.memfd, n_bytes)
-        self.alias = mmap.mmap(self.memfd, n_bytes)
-        address = ffi.new("uint64_t *")
-        check(lib.kh_map(self.memfd, n_bytes, address), "mmap", fd=self.memfd, length=n_bytes)
-        self.guest_address: int = address[0]
+        with contextlib.ExitStack() as undo, os_errors(f"guest memory of {n_bytes:,} bytes"):
+            self.memfd = os.memfd_create(f"{name}-{gpa:#x}", os.MFD_CLOEXEC)
+            undo.callback(os.close, self.memfd)
+            os.ftruncate(self.memfd, n_bytes)
+            self.alias = mmap.mmap(self.memfd, n_bytes)
+            undo.callback(self.alias.close)
+            self.guest_address = _map(self.memfd, n_bytes)
+            undo.pop_all()
         # SAFETY: an address only; the mapping belongs to self.alias and lives until close().
         self.alias_address = int(ffi.cast("uintptr_t", ffi.from_buffer(self.alias)))
 
@@ -74,6 +79,15 @@ class Region:
         lib.kh_unmap(self.guest_address, self.n_bytes)
         os.close(self.memfd)
         self.memfd = -1
+
+
+def _map(memfd: int, n_bytes: int) -> int:
+    """Return the address of a new mapping of the whole memfd."""
+    address = ffi.new("uint64_t *")
+    result = lib.kh_map(memfd, n_bytes, address)
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return int(address[0])
 
 
 class GuestMemory(Closing):

@@ -81,7 +81,7 @@ class Layout(Protocol):
 class TinyLayout:
     """What lies where for a guest of ``mem_bytes``.
 
-    :raises LayoutError: if the size is no multiple of the page size or too small
+    :raises LayoutError: if the size is no multiple of the page size, too small or too large
     """
 
     mem_bytes: int
@@ -92,6 +92,11 @@ class TinyLayout:
         if self.mem_bytes < MIN_BYTES:
             raise LayoutError(
                 f"memory size {self.mem_bytes} bytes is too small: need {MIN_BYTES} or more"
+            )
+        if self.mem_bytes > LOW_END_GPA and self.tables_gpa < IMAGE_GPA + MIN_BYTES:
+            raise LayoutError(
+                f"memory size {self.mem_bytes} bytes is too large: its page tables take "
+                f"{self.tables_bytes} bytes, which do not fit below {LOW_END_GPA:#x}"
             )
 
     @property

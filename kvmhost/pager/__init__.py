@@ -1,21 +1,4 @@
-"""The pager: evicts pages of a running guest and brings them back on a touch."""
+"""The pager: evicts pages of a running guest and brings them back on a touch.
 
-from kvmhost.pager.pager import Pager
-from kvmhost.pager.results import (
-    DropResult,
-    EvictOutcome,
-    EvictResult,
-    PageState,
-    RestoreResult,
-)
-from kvmhost.pager.userfault import Userfault
-
-__all__ = [
-    "DropResult",
-    "EvictOutcome",
-    "EvictResult",
-    "PageState",
-    "Pager",
-    "RestoreResult",
-    "Userfault",
-]
+Names are imported from the modules: ``options`` alone is light, and ``run`` needs it.
+"""

@@ -10,7 +10,9 @@ import pytest
 from kvmhost.bitmap import YoungBitmap, pack
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import PAGE_BYTES
-from kvmhost.pager import Pager, PageState, Userfault
+from kvmhost.pager.pager import Pager
+from kvmhost.pager.results import PageState
+from kvmhost.pager.userfault import Userfault
 
 pytestmark = pytest.mark.requires_uffd
 

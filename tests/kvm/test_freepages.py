@@ -13,7 +13,7 @@ from kvmhost.errors import LostPageError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
-from kvmhost.pager import EvictOutcome, PageState
+from kvmhost.pager.results import EvictOutcome, PageState
 
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
 START, PAGES = 2048, 3000

@@ -15,8 +15,8 @@ from kvmhost.errors import LayoutError, LostPageError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES, PARAMS_GPA
-from kvmhost.pager import EvictOutcome, PageState
 from kvmhost.pager.options import StoreOptions
+from kvmhost.pager.results import EvictOutcome, PageState
 
 pytestmark = pytest.mark.requires_uffd
 

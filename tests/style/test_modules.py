@@ -82,7 +82,9 @@ def test_all_names_what_is_defined(path: Path) -> None:
     assert set(listed) <= bound
 
 
-@pytest.mark.parametrize("module", ["kvmhost", "kvmhost.machine", "kvmhost.engine.kvm"])
+@pytest.mark.parametrize(
+    "module", ["kvmhost", "kvmhost.machine", "kvmhost.engine.kvm", "kvmhost.tools.run"]
+)
 def test_light_imports(module: str) -> None:
     heavy = {"numpy", "unicorn", "aiohttp", "httpx", "matplotlib", "rich", "lz4"}
     code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"

@@ -18,7 +18,8 @@ from kvmhost.errors import (
     UnexpectedExit,
 )
 from kvmhost.tools.bench import BENCHES
-from kvmhost.tools.main import COMMANDS, exit_code
+from kvmhost.tools.ending import exit_code
+from kvmhost.tools.main import COMMANDS
 
 
 def kvmhost(*words: str) -> subprocess.CompletedProcess[str]:
@@ -69,6 +70,7 @@ def test_usage_and_version() -> None:
         (ImageError("f", "field", "x"), 2),
         (ControlError(400, "x"), 2),
         (ControlError(500, "x"), 1),
+        (ControlError(501, "x"), 126),
         (GuestTimeout(1), 124),
         (UnexpectedExit(0, "x"), 125),
         (KvmHostError("x"), 125),

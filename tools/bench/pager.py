@@ -29,9 +29,11 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import PAGE_BYTES
-from kvmhost.pager import EvictOutcome, Pager, Userfault
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.options import StoreOptions
+from kvmhost.pager.pager import Pager
+from kvmhost.pager.results import EvictOutcome
+from kvmhost.pager.userfault import Userfault
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
 

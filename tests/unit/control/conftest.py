@@ -13,7 +13,7 @@ from kvmhost.control.server import ControlServer
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import TinyLayout
-from kvmhost.pager import EvictOutcome, EvictResult, PageState, RestoreResult
+from kvmhost.pager.results import EvictOutcome, EvictResult, PageState, RestoreResult
 from kvmhost.trackers.harvesting import Harvester
 
 GFN_HIGH = 0x4000

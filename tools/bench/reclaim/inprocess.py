@@ -16,7 +16,7 @@ from kvmhost.bitmap import Words, YoungBitmap, n_words, pack
 from kvmhost.errors import KvmHostError
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
-from kvmhost.pager import EvictOutcome, PageState
+from kvmhost.pager.results import EvictOutcome, PageState
 from kvmhost.reclaim.policy.base import Gfns, Mask, Policy
 from kvmhost.reclaim.policy.replay import WRONG_WITHIN
 

@@ -1,0 +1,117 @@
+"""Output files: written whole or not at all, with errors that name the file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvmhost.errors import HostError
+
+__all__ = ["check_target", "os_errors", "replacing", "sync_directory", "write_file"]
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[typing.IO[bytes]]:
+    """Write a file through a temporary one beside it and a rename.
+
+    A reader sees the old contents or the new ones. If anything fails, the temporary file
+    is removed and what was at ``path`` stays. A symbolic link stays a link, its target is
+    replaced. A device or a pipe is written in place: a rename would remove it.
+
+    :param sync: also have the contents on the disk before the rename
+    :raises HostError: if the system refuses to create, write or rename the file
+    """
+    with os_errors(path):
+        target = path.resolve()
+        if _is_special(target):
+            with target.open("wb", buffering=0) as file:
+                yield typing.cast("typing.IO[bytes]", file)
+            return
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        fd, partial = _open_beside(target)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                yield file
+                file.flush()
+                if target.exists():
+                    os.fchmod(fd, stat.S_IMODE(target.stat().st_mode))
+                if sync:
+                    os.fsync(fd)
+            partial.replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        if sync:
+            sync_directory(target.parent)
+
+
+def write_file(path: Path, raw: bytes, *, sync: bool = True) -> None:
+    """Write a file whole or not at all; see :func:`replacing`."""
+    with replacing(path, sync=sync) as file:
+        file.write(raw)
+
+
+def check_target(path: Path) -> None:
+    """Refuse a place where no file can be written, before any work is done for it.
+
+    :raises HostError: if it is a directory, or its directory is missing or read-only
+    """
+    with os_errors(path):
+        target = path.resolve()
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if _is_special(target):
+            return
+        fd, partial = _open_beside(target)
+        os.close(fd)
+        partial.unlink()
+
+
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk, where its file system can do that."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):
+            raise
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def os_errors(what: object) -> Iterator[None]:
+    """Turn an :class:`OSError` into a :class:`HostError` that names ``what``.
+
+    Errors of kvmhost's own that are also an ``OSError`` pass unchanged.
+    """
+    try:
+        yield
+    except HostError:
+        raise
+    except OSError as error:
+        if type(error).__module__ != "builtins" or error.errno is None:
+            raise
+        raise HostError(str(what), error.errno) from error
+
+
+def _is_special(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _open_beside(target: Path) -> tuple[int, Path]:
+    """Create a hidden temporary file in the target's directory, with the umask's mode."""
+    partial = target.with_name(f".kvmhost-{os.urandom(6).hex()}{target.suffix[:16]}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    return os.open(partial, flags, 0o666), partial

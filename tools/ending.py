@@ -1,0 +1,240 @@
+"""How a command ends: signals, closed or full output, errors of the operating system.
+
+====  =====================================================================
+code  meaning
+====  =====================================================================
+0     done (``run``: the guest's own status)
+1     failed; also: disk full, no memory, standard output closed or full
+2     wrong usage or bad input; also: an output file that cannot be created there
+124   timed out
+125   failed on our side: internal error, triple fault, unexpected exit
+126   a capability is missing; the message says which, and what to do
+129   SIGHUP: the terminal was closed
+130   SIGINT: Ctrl-C
+143   SIGTERM
+====  =====================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+import typing
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from kvmhost.errors import (
+    CapabilityError,
+    ControlError,
+    GuestTimeout,
+    HostError,
+    ImageError,
+    KvmHostError,
+    LayoutError,
+    NameInUseError,
+    VmGoneError,
+)
+from kvmhost.reclaim.errors import ConfigError, KernelFileError, ReclaimError
+
+__all__ = [
+    "ENDING_SIGNALS",
+    "EXIT_FAILED",
+    "EXIT_USAGE",
+    "Ended",
+    "exit_code",
+    "guard",
+    "message_of",
+]
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_TIMEOUT, EXIT_OURS, EXIT_MISSING, EXIT_SIGNAL = 124, 125, 126, 128
+
+#: Signals that end a command after it has removed what it made.
+ENDING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+#: HTTP status: 400 is bad input, 501 a capability that the VM's host lacks.
+_CODE_OF_STATUS = {400: EXIT_USAGE, 501: EXIT_MISSING}
+
+#: A path that was given wrongly; anything else that the system refuses is a failure.
+_BAD_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+class Ended(KeyboardInterrupt):
+    """A signal asks the command to end; it passes through the same cleanup as Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def guard(name: str, command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; what ends it early is one line.
+
+    :param name: what the line begins with, such as ``kvmhost run``
+    """
+    if not _open_standard_streams():
+        print(f"{name}: standard output is closed; use >/dev/null to discard it", file=sys.stderr)
+        return EXIT_FAILED
+    with _ending_signals(), _recorded_stdout():
+        try:
+            status = _run(name, command)
+        except KeyboardInterrupt as error:
+            status = EXIT_SIGNAL + (error.number if isinstance(error, Ended) else signal.SIGINT)
+        return _flush(name, status)
+
+
+def _run(name: str, command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except SystemExit as error:  # argparse: 0 after --help, 2 after its message
+        return error.code if isinstance(error.code, int) else EXIT_FAILED
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except (KvmHostError, ReclaimError) as error:
+        _tell(name, str(error))
+        return exit_code(error)
+    except (OSError, MemoryError) as error:
+        if error is not _failure_of_stdout():  # _flush tells of that
+            _tell(name, message_of(error))
+        return exit_code(error)
+
+
+def exit_code(error: Exception) -> int:
+    """Return the documented exit code of an error."""
+    if isinstance(error, KernelFileError | CapabilityError):
+        return EXIT_MISSING
+    if isinstance(error, ConfigError | ImageError | LayoutError | NameInUseError):
+        return EXIT_USAGE
+    if isinstance(error, GuestTimeout):
+        return EXIT_TIMEOUT
+    if isinstance(error, VmGoneError | MemoryError):
+        return EXIT_FAILED
+    if isinstance(error, ControlError):
+        return _CODE_OF_STATUS.get(error.status, EXIT_FAILED)
+    if isinstance(error, HostError) or not isinstance(error, KvmHostError | ReclaimError):
+        return EXIT_USAGE if getattr(error, "errno", None) in _BAD_PATH else EXIT_FAILED
+    return EXIT_OURS
+
+
+def message_of(error: OSError | MemoryError) -> str:
+    """Return what the operating system refused, without Python's ``[Errno N]``."""
+    if isinstance(error, MemoryError):
+        return "not enough memory; free some, or raise the limit on it (ulimit -v, memory cgroup)"
+    if error.errno is None:
+        return str(error)
+    what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    whole = HostError(what, error.errno)
+    return str(whole) if what else str(whole).removeprefix(": ")
+
+
+def _tell(name: str, text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"{name}: {text}", file=sys.stderr)
+
+
+def _open_standard_streams() -> bool:
+    """Put /dev/null where a standard descriptor is closed, lest a file takes its number.
+
+    :return: whether standard output was open
+    """
+    was_open = sys.stdout is not None
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            setattr(sys, name, os.fdopen(fd, mode))
+    return was_open
+
+
+@contextlib.contextmanager
+def _ending_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into an exception in the main thread; nohup's stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> typing.NoReturn:
+    # Once: another one must not stop the cleanup half-way.
+    signal.signal(number, signal.SIG_IGN)
+    raise Ended(number)
+
+
+class _Output(io.FileIO):
+    """Standard output that remembers a failed write: argparse and others ignore it."""
+
+    failure: OSError | None = None
+
+    def write(self, data: typing.Any) -> int:
+        """Write; keep the error."""
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+@contextlib.contextmanager
+def _recorded_stdout() -> Iterator[None]:
+    """Have failed writes to the process's own standard output remembered."""
+    before = sys.stdout
+    if not isinstance(before, io.TextIOWrapper) or before is not sys.__stdout__:
+        yield
+        return
+    before.flush()
+    raw = _Output(before.fileno(), "w", closefd=False)
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(raw), before.encoding, before.errors, line_buffering=raw.isatty()
+    )
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
+def _failure_of_stdout() -> OSError | None:
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return raw.failure if isinstance(raw, _Output) else None
+
+
+def _flush(name: str, status: int) -> int:
+    """Write what standard output holds; a reader that has gone is no news, a full disk is."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    failure = _failure_of_stdout()
+    if failure is None:
+        return status
+    if not isinstance(failure, BrokenPipeError):
+        _tell(name, f"standard output: {failure.strerror}")
+    # What is left in the buffer must not fail once more at exit.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+    return status or EXIT_FAILED
