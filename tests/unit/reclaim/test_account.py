@@ -161,16 +161,16 @@ def fake_session(vm="a"):
     return types.SimpleNamespace(
         vm=vm,
         totals=totals,
-        view=types.SimpleNamespace(n_resident=10, n_pages=20),
+        pages=types.SimpleNamespace(n_resident=10, n_pages=20),
         budget=None,
         last=types.SimpleNamespace(generations=[(4, 1), (5, 2), (6, 3)], wanted_pages=11),
-        steering=types.SimpleNamespace(
+        reclaim_target=types.SimpleNamespace(
             backoff=Backoff(0.2, 1), stall_controller=None, promotion_controller=None
         ),
         stall=0.25,
         history=None,
         counters=schema.Counters(None, None, pager),
-        judge=types.SimpleNamespace(policy=types.SimpleNamespace(counters=lambda: {"max_seq": 6})),
+        driver=types.SimpleNamespace(policy=types.SimpleNamespace(counters=lambda: {"max_seq": 6})),
     )
 
 

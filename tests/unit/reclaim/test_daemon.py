@@ -520,7 +520,7 @@ def test_a_vm_that_is_gone_leaves_nothing_in_the_daemon(vms):
 def test_patterns_find_vms_that_come_and_let_go_of_those_that_leave(vms, monkeypatch):
     running = ["web1", "db"]
     monkeypatch.setattr("kvmhost.reclaim.daemon.running_names", lambda: list(running))
-    monkeypatch.setattr("kvmhost.reclaim.daemon._SHUN_ENDED_S", 0.0)
+    monkeypatch.setattr("kvmhost.reclaim.daemon._IGNORE_ENDED_S", 0.0)
 
     def then(event):
         if isinstance(event, Dropped):
