@@ -26,7 +26,7 @@ from kvmhost.errors import KvmHostError
 from kvmhost.reclaim.account.decisions import DecisionKind
 from kvmhost.reclaim.account.events import Event, Notice
 from kvmhost.reclaim.context import DaemonContext, cpu_limit, rate_limit
-from kvmhost.reclaim.control.sdnotify import Notifier
+from kvmhost.reclaim.control.sdnotify import SdNotifier
 from kvmhost.reclaim.errors import ReclaimError
 from kvmhost.reclaim.pressure.host import Host
 from kvmhost.reclaim.settings.options import Config
@@ -65,11 +65,11 @@ class Daemon:
         report: Callable[[Event], None],
         *,
         reread: Callable[[], Config] | None = None,
-        notifier: Notifier | None = None,
+        notifier: SdNotifier | None = None,
     ) -> None:
         self.context = context
         self._report, self._reread = report, reread
-        self._notifier = notifier or Notifier({})
+        self._notifier = notifier or SdNotifier({})
         self._lock, self._report_lock = threading.Lock(), threading.Lock()
         self._workers: dict[str, VmWorker] = {}
         #: VMs that ended or failed recently, and until when patterns ignore them.

@@ -50,7 +50,7 @@ _STORE_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """The guest of the demo, in pages and epochs."""
 
     mem_bytes: int
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     engine = _engine_name(args.engine)
     share = 1 if engine == "kvm" else _EMULATED_SHARE
-    settings = Settings(args.mem, args.hot // min(share, 4), args.epochs // share, engine)
+    settings = DemoSettings(args.mem, args.hot // min(share, 4), args.epochs // share, engine)
     if settings.budget_bytes < settings.hot_bytes:
         raise LayoutError(
             f"--mem {args.mem >> 20} MiB leaves a budget of {settings.budget_bytes >> 20} MiB "
@@ -138,7 +138,7 @@ def _engine_name(wanted: str) -> str:
         return machine.engine.name
 
 
-def _run(settings: Settings, picture: Path, progress: Progress) -> dict[str, typing.Any]:
+def _run(settings: DemoSettings, picture: Path, progress: Progress) -> dict[str, typing.Any]:
     progress.say(f"engine {settings.engine}: guest of {settings.mem_bytes // _MIB} MiB")
     report: dict[str, typing.Any] = {"engine": settings.engine, "mem_bytes": settings.mem_bytes}
     epochs = 13
@@ -152,7 +152,7 @@ def _run(settings: Settings, picture: Path, progress: Progress) -> dict[str, typ
     return report
 
 
-def _working_trackers(settings: Settings) -> list[str]:
+def _working_trackers(settings: DemoSettings) -> list[str]:
     """Return the trackers that work here and see every touch, not only writes."""
     support = probe_all(settings.engine)
     return [n for n in NAMES if support[n].works and "reads" in describe(n).sees]
@@ -161,7 +161,7 @@ def _working_trackers(settings: Settings) -> list[str]:
 # -- accuracy ------------------------------------------------------------------
 
 
-def _accuracy(settings: Settings, name: str, epochs: int) -> dict[str, typing.Any]:
+def _accuracy(settings: DemoSettings, name: str, epochs: int) -> dict[str, typing.Any]:
     """Precision and recall of one harvest an epoch, over a smaller guest with a scan in it."""
     settings = dataclasses.replace(
         settings, mem_bytes=settings.mem_bytes // 4, hot_bytes=settings.hot_bytes // 4
@@ -195,7 +195,7 @@ def _accuracy(settings: Settings, name: str, epochs: int) -> dict[str, typing.An
 # -- throughput ------------------------------------------------------------------
 
 
-def _throughput(settings: Settings, seconds: float = 2.0) -> dict[str, float]:
+def _throughput(settings: DemoSettings, seconds: float = 2.0) -> dict[str, float]:
     """Epochs a second of one VM, in turn without and with the daemon, no limit set."""
     rates: dict[bool, list[float]] = {False: [], True: []}
     # No scans: a window with one would be compared with a window without.
@@ -218,9 +218,10 @@ def _throughput(settings: Settings, seconds: float = 2.0) -> dict[str, float]:
     }
 
 
-def _picture(settings: Settings, path: Path) -> str | None:
+def _picture(settings: DemoSettings, path: Path) -> str | None:
     """Harvest a VM live and draw gfn by time; None without the plot extra."""
-    from kvmhost.reclaim.draw.render import need_plotting, record_live, render_heatmap
+    from kvmhost.reclaim.draw.heatmap import live_heatmap
+    from kvmhost.reclaim.draw.render import need_plotting, render_heatmap
 
     try:
         need_plotting()
@@ -228,15 +229,15 @@ def _picture(settings: Settings, path: Path) -> str | None:
         return None
     with _vm(settings, "picture", epochs=0) as vm:
         _wait(lambda: vm.client.state().doorbells > 2, vm, "the first epochs")
-        record = record_live(vm.client, interval_s=0.08, count=70)
-        render_heatmap(record, path)
+        heatmap = live_heatmap(vm.client, interval_s=0.08, count=70)
+        render_heatmap(heatmap, path)
     return str(path)
 
 
 # -- under a limit -----------------------------------------------------------------
 
 
-def _limited(settings: Settings, progress: Progress) -> dict[str, typing.Any]:
+def _limited(settings: DemoSettings, progress: Progress) -> dict[str, typing.Any]:
     try:
         group = MemoryCgroup.create("demo", limit_bytes=settings.limit_bytes)
     except (CapabilityError, KvmHostError) as error:
@@ -256,7 +257,7 @@ def _limited(settings: Settings, progress: Progress) -> dict[str, typing.Any]:
         }
 
 
-def _without_daemon(settings: Settings, group: MemoryCgroup) -> dict[str, typing.Any]:
+def _without_daemon(settings: DemoSettings, group: MemoryCgroup) -> dict[str, typing.Any]:
     before = group.oom_kills()
     with _vm(settings, "doomed", epochs=settings.epochs, group=group) as vm:
         vm.client.resume()
@@ -264,7 +265,7 @@ def _without_daemon(settings: Settings, group: MemoryCgroup) -> dict[str, typing
     return {"status": status, "oom_kills": group.oom_kills() - before}
 
 
-def _with_daemon(settings: Settings, group: MemoryCgroup | None) -> dict[str, typing.Any]:
+def _with_daemon(settings: DemoSettings, group: MemoryCgroup | None) -> dict[str, typing.Any]:
     before = group.oom_kills() if group else 0
     peak = 0
     with (
@@ -326,7 +327,7 @@ class _Vm:
 
 @contextlib.contextmanager
 def _vm(
-    settings: Settings,
+    settings: DemoSettings,
     name: str,
     *,
     epochs: int,
@@ -428,7 +429,7 @@ def _all_well(report: dict[str, typing.Any]) -> bool:
     return exact and kept and killed
 
 
-def _show(settings: Settings, report: dict[str, typing.Any]) -> None:
+def _show(settings: DemoSettings, report: dict[str, typing.Any]) -> None:
     limited, kept = report["limited"], report["limited"]["with"]
     free = report["throughput"]
     rows = [("engine", settings.engine)]

@@ -22,7 +22,7 @@ from kvmhost.reclaim.account.events import Dropped, Event, Notice, PassReport
 from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.control.metrics import Metrics
 from kvmhost.reclaim.control.paths import lock_daemon, socket_of, sweep
-from kvmhost.reclaim.control.sdnotify import Notifier
+from kvmhost.reclaim.control.sdnotify import SdNotifier
 from kvmhost.reclaim.control.server import DaemonServer
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.errors import ConfigError
@@ -65,7 +65,7 @@ def _serve(config: Config, path: str | None, flags: dict[str, Any], lock: NameLo
         context,
         printer.tell,
         reread=None if path is None else lambda: load(path, flags),
-        notifier=Notifier(),
+        notifier=SdNotifier(),
     )
     metrics = Metrics(daemon)
     with contextlib.closing(context), contextlib.ExitStack() as stack:

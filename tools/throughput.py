@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from kvmhost.machine import Machine
 from kvmhost.trackers import Tracker, sample_mask
 
-__all__ = ["Kept", "Plan", "Steps", "harvest_once", "measure_steps", "paired_rates"]
+__all__ = ["Kept", "Steps", "ThroughputPlan", "harvest_once", "measure_steps", "paired_rates"]
 
 _SETTLE_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ThroughputPlan:
     """How a guest is harvested.
 
     :param rate: harvests a second; 0: none
@@ -69,7 +69,9 @@ class Steps:
     refault_ns: float
 
 
-def harvest_once(tracker: Tracker, gfn_start: int, n_pages: int, plan: Plan, turn: int = 0) -> None:
+def harvest_once(
+    tracker: Tracker, gfn_start: int, n_pages: int, plan: ThroughputPlan, turn: int = 0
+) -> None:
     """Harvest and re-arm a range as a plan says."""
     if plan.whole:
         tracker.harvest(gfn_start, n_pages)
@@ -87,19 +89,19 @@ def harvest_once(tracker: Tracker, gfn_start: int, n_pages: int, plan: Plan, tur
 def paired_rates(
     machine: Machine,
     tracker: Tracker,
-    plans: Sequence[Plan],
+    plans: Sequence[ThroughputPlan],
     rounds: int,
     free_s: float,
-    seconds_of: Callable[[Plan], float],
-) -> dict[Plan, list[Kept]]:
+    seconds_of: Callable[[ThroughputPlan], float],
+) -> dict[ThroughputPlan, list[Kept]]:
     """Return the throughput kept under each plan, once a round.
 
     :param free_s: length of the segments without harvests, before and after each other one
     :param seconds_of: length of a plan's segment
     :return: part of the mean of the two free segments around it
     """
-    kept: dict[Plan, list[Kept]] = {plan: [] for plan in plans}
-    none = Plan(0)
+    kept: dict[ThroughputPlan, list[Kept]] = {plan: [] for plan in plans}
+    none = ThroughputPlan(0)
     for _ in range(rounds):
         before = _epoch_rates(machine, tracker, free_s, none)
         for plan in plans:
@@ -114,7 +116,7 @@ def paired_rates(
 
 
 def _epoch_rates(
-    machine: Machine, tracker: Tracker, seconds: float, plan: Plan
+    machine: Machine, tracker: Tracker, seconds: float, plan: ThroughputPlan
 ) -> tuple[float, float]:
     """Let the guest run on and harvest it; the first harvest comes at the start.
 

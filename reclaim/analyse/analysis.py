@@ -1,6 +1,6 @@
 """What a record says of its VM: working set, cold pages, promotions, reuse.
 
-All of this is computed from two histograms a window (:mod:`kvmhost.reclaim.analyse.summary`),
+All of this is computed from two histograms a window (:mod:`kvmhost.reclaim.record.summary`),
 which a record has for all its pages, and which are made anew from the bits for a part
 of them. A page is *cold* at a threshold of ``w`` windows if it was not young in the
 last ``w``; a *promotion* is a cold page that becomes young. Thresholds and windows are
@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import n_words
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.analyse.summary import RunningAges
+from kvmhost.reclaim.record.clock import elapsed_s, interval_s
 from kvmhost.reclaim.record.meta import MIN_CHUNK_PAGES, UPPER
-from kvmhost.reclaim.record.record import YoungRecord
-from kvmhost.reclaim.young.clock import elapsed_s, interval_s
+from kvmhost.reclaim.record.reader import YoungRecord
+from kvmhost.reclaim.record.summary import RunningAges
 
 __all__ = [
     "Histograms",

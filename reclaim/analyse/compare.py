@@ -30,7 +30,7 @@ import numpy.typing as npt
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import LayoutError
 
-__all__ = ["CAUSES", "Difference", "View", "compare_views", "total"]
+__all__ = ["CAUSES", "Difference", "TrackerView", "compare_views", "total"]
 
 CAUSES = ("outside", "coarse", "tables", "reads", "early", "late", "around", "unexplained")
 _AROUND_PAGES = 16
@@ -39,7 +39,7 @@ Bits = npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class TrackerView:
     """What one tracker or table format saw, window by window.
 
     :param only_writes: it does not see reads
@@ -83,7 +83,7 @@ class Difference:
 
 
 def compare_views(
-    reference: View, other: View, tables: Sequence[tuple[int, int]] = ()
+    reference: TrackerView, other: TrackerView, tables: Sequence[tuple[int, int]] = ()
 ) -> Iterator[Difference]:
     """Yield the difference of each window that both views have.
 
@@ -141,8 +141,8 @@ def _difference(
     b: YoungBitmap,
     before: tuple[Bits, Bits] | None,
     after: tuple[Bits, Bits] | None,
-    reference: View,
-    other: View,
+    reference: TrackerView,
+    other: TrackerView,
     tables: Sequence[tuple[int, int]],
 ) -> Difference:
     in_a, in_b, seen_a, seen_b, rough_a, rough_b = _aligned(a, b)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kvmhost.bitmap import Words, YoungBitmap, n_words, unpack
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.record import meta as recordmeta
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, runs, to_rows
 
 __all__ = [

@@ -22,9 +22,9 @@ from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.reclaim.policy import registry
 from kvmhost.reclaim.policy.base import Policy
 from kvmhost.reclaim.policy.replay import replay
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.clock import elapsed_s
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import count_bits
-from kvmhost.reclaim.young.clock import elapsed_s
 
 __all__ = ["Case", "Outcome", "cases_of", "make_policy", "run_case", "run_cases", "windows_of"]
 

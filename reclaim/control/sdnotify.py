@@ -12,10 +12,10 @@ import socket
 import time
 from collections.abc import Mapping
 
-__all__ = ["Notifier"]
+__all__ = ["SdNotifier"]
 
 
-class Notifier:
+class SdNotifier:
     """Sends states to the service manager, if there is one.
 
     :param environ: where ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID`` are

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.draw.render import Heatmap, Mark, bin_edges
+from kvmhost.reclaim.draw.heatmap import Heatmap, HeatmapMark, bin_edges
+from kvmhost.reclaim.record.clock import elapsed_s, find_jumps, interval_s
 from kvmhost.reclaim.record.meta import LEVELS, Memslot
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, to_rows
-from kvmhost.reclaim.young.clock import elapsed_s, find_jumps, interval_s
 
-__all__ = ["BIT_LEVELS", "Timeline", "View", "heatmap_of", "timeline_of"]
+__all__ = ["BIT_LEVELS", "RecordView", "Timeline", "heatmap_of", "timeline_of"]
 
 #: Levels that are counted from bits: words of 64 pages, bytes, single pages.
 BIT_LEVELS = (6, 3, 0)
@@ -34,7 +34,7 @@ _BAND_COUNTS = 1 << 24
 Counts = npt.NDArray[np.unsignedinteger]
 
 
-class View:
+class RecordView:
     """A part of a record: windows ``[first, end)``, pages from ``gfn_start`` on.
 
     The range of gfns is widened to whole words of 64 pages, and above 128 MiB to bins
@@ -159,12 +159,12 @@ class Timeline:
 
     starts_s: npt.NDArray[np.float64]
     ends_s: npt.NDArray[np.float64]
-    marks: list[Mark]
+    marks: list[HeatmapMark]
     #: Windows after a gap.
     gaps: npt.NDArray[np.int64]
 
 
-def timeline_of(view: View) -> Timeline:
+def timeline_of(view: RecordView) -> Timeline:
     """Lay the windows of a view out on one axis that only goes forward."""
     record = view.record
     ends = elapsed_s(record)
@@ -177,16 +177,18 @@ def timeline_of(view: View) -> Timeline:
     zero = float(starts[view.first])
     gaps = np.flatnonzero(is_gap[view.first : view.end]) + view.first
     marks = [
-        Mark(float(starts[at]) - zero, int(at), f"gap of {_duration(starts[at] - before[at])}")
+        HeatmapMark(
+            float(starts[at]) - zero, int(at), f"gap of {_duration(starts[at] - before[at])}"
+        )
         for at in gaps.tolist()
     ]
-    marks += [Mark(float(starts[at]) - zero, at, text) for at, text in _changes(view)]
+    marks += [HeatmapMark(float(starts[at]) - zero, at, text) for at, text in _changes(view)]
     marks.sort(key=lambda mark: (mark.window, mark.text))
     part = slice(view.first, view.end)
     return Timeline(starts[part] - zero, ends[part] - zero, marks, gaps)
 
 
-def _changes(view: View) -> Iterator[tuple[int, str]]:
+def _changes(view: RecordView) -> Iterator[tuple[int, str]]:
     """Yield (window, what changed there) within a view, but for gaps."""
     record = view.record
     for jump in find_jumps(record):
@@ -202,7 +204,7 @@ def _changes(view: View) -> Iterator[tuple[int, str]]:
             yield layout.first_window, "memslots changed"
 
 
-def heatmap_of(view: View, n_bins: int = 512, n_columns: int = 1200) -> Heatmap:
+def heatmap_of(view: RecordView, n_bins: int = 512, n_columns: int = 1200) -> Heatmap:
     """Reduce a view to bins and columns that can be drawn.
 
     Neighbouring windows are put together where there are more than columns, but never
@@ -237,7 +239,7 @@ def heatmap_of(view: View, n_bins: int = 512, n_columns: int = 1200) -> Heatmap:
     return _described(heatmap, view, times, int(np.diff(bounds).max()))
 
 
-def _described(heatmap: Heatmap, view: View, times: Timeline, grouped: int) -> Heatmap:
+def _described(heatmap: Heatmap, view: RecordView, times: Timeline, grouped: int) -> Heatmap:
     """Add what the picture says in words."""
     record = view.record
     sessions = [s for s in record.metadata.sessions if s.first_window < view.end]
@@ -260,7 +262,7 @@ def _described(heatmap: Heatmap, view: View, times: Timeline, grouped: int) -> H
     return heatmap
 
 
-def _cuts(view: View, times: Timeline, n_columns: int) -> npt.NDArray[np.int64]:
+def _cuts(view: RecordView, times: Timeline, n_columns: int) -> npt.NDArray[np.int64]:
     """Return the first window of each column."""
     size = -(-view.n_windows // n_columns)
     runs = np.concatenate([[view.first], times.gaps, [view.end]])

@@ -19,16 +19,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from kvmhost.reclaim.draw.heatmapdata import Timeline, View, timeline_of
+from kvmhost.reclaim.draw.heatmapdata import RecordView, Timeline, timeline_of
 from kvmhost.reclaim.draw.heatmaptiles import (
     TILE_BINS,
     TILE_COLUMNS,
     Pyramid,
-    Step,
+    PyramidLevel,
     build_pyramid,
     shuffled,
 )
-from kvmhost.reclaim.young.clock import interval_s
+from kvmhost.reclaim.record.clock import interval_s
 
 __all__ = ["BUDGET_BYTES", "write_html"]
 
@@ -39,7 +39,7 @@ _LETTERS, _BYTES = 4, 3
 _MOST_MARKS = 2000
 
 
-def write_html(view: View, file: IO[bytes], budget_bytes: int = BUDGET_BYTES) -> Pyramid:
+def write_html(view: RecordView, file: IO[bytes], budget_bytes: int = BUDGET_BYTES) -> Pyramid:
     """Write the page of a view; its levels of tiles take at most the budget.
 
     :return: what is in it
@@ -87,7 +87,7 @@ def _json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _meta(view: View, times: Timeline, pyramid: Pyramid, budget_bytes: int) -> dict[str, Any]:
+def _meta(view: RecordView, times: Timeline, pyramid: Pyramid, budget_bytes: int) -> dict[str, Any]:
     record = view.record
     sessions = [s for s in record.metadata.sessions if s.first_window < view.end]
     facts = {"created by": sessions[-1].facts.get("writer", ""), **sessions[-1].facts}
@@ -134,7 +134,7 @@ def _meta(view: View, times: Timeline, pyramid: Pyramid, budget_bytes: int) -> d
     }
 
 
-def _sizes(view: View) -> list[list[int]]:
+def _sizes(view: RecordView) -> list[list[int]]:
     """Return (window, pages of the view that were looked at from it on)."""
     pages = view.record.column("n_pages")[view.first : view.end]
     seen = np.clip(pages - view.low, 0, view.n_pages)
@@ -142,13 +142,13 @@ def _sizes(view: View) -> list[list[int]]:
     return [[int(at), int(seen[at])] for at in changes]
 
 
-def _times(view: View, times: Timeline) -> str:
+def _times(view: RecordView, times: Timeline) -> str:
     wall = view.record.column("wall_ns")[view.first : view.end] / 1e9
     rows = np.concatenate([times.starts_s, times.ends_s, wall]).astype("<f8")
     return base64.b64encode(zlib.compress(shuffled(rows), 6)).decode()
 
 
-def _tiles(step: Step) -> Iterator[bytes]:
+def _tiles(step: PyramidLevel) -> Iterator[bytes]:
     """Yield two elements: numbers and lengths of the tiles, and the tiles one by one."""
     name = f"c{step.level}-{step.step}"
     packed = {number: base64.b64encode(tile) for number, tile in sorted(step.tiles.items())}

@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from kvmhost.reclaim.draw.heatmapdata import BIT_LEVELS, View
+from kvmhost.reclaim.draw.heatmapdata import BIT_LEVELS, RecordView
 from kvmhost.reclaim.record.meta import LEVELS
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS
 
@@ -25,7 +25,7 @@ __all__ = [
     "TILE_BINS",
     "TILE_COLUMNS",
     "Pyramid",
-    "Step",
+    "PyramidLevel",
     "build_pyramid",
     "cell_bits",
     "pack_tile",
@@ -49,7 +49,7 @@ Cells = npt.NDArray[np.integer]
 
 
 @dataclasses.dataclass
-class Step:
+class PyramidLevel:
     """All cells of one level and step.
 
     :param tiles: by number: ``bin tile * tiles a row + column tile``
@@ -79,7 +79,7 @@ class Pyramid:
     :param left_out: levels that did not fit, from coarse to fine
     """
 
-    levels: dict[int, list[Step]]
+    levels: dict[int, list[PyramidLevel]]
     left_out: list[int]
 
     @property
@@ -110,9 +110,9 @@ def pack_tile(cells: Cells, bits: int) -> bytes:
     return zlib.compress(raw, 6)
 
 
-def build_pyramid(view: View, budget_bytes: int) -> Pyramid:
+def build_pyramid(view: RecordView, budget_bytes: int) -> Pyramid:
     """Make what fits a budget of deflated bytes; the coarsest level always does."""
-    levels: dict[int, list[Step]] = {}
+    levels: dict[int, list[PyramidLevel]] = {}
     every = _levels(view)
     left_bytes = budget_bytes
     for level in (each for each in every if each > BIT_LEVELS[0]):
@@ -131,7 +131,7 @@ def build_pyramid(view: View, budget_bytes: int) -> Pyramid:
 class _Stripe:
     """Collects columns of one stretch of bins until tiles are full, step by step."""
 
-    def __init__(self, steps: list[Step], first_tile: int, n_bins: int) -> None:
+    def __init__(self, steps: list[PyramidLevel], first_tile: int, n_bins: int) -> None:
         self._steps, self._first_tile = steps, first_tile
         self._parts: list[list[Cells]] = [[] for _ in steps]
         self._emitted = [0] * len(steps)
@@ -181,24 +181,26 @@ class _Stripe:
             self._push(at + 1, np.add.reduceat(columns, starts, axis=0, dtype=np.uint64))
 
 
-def _levels(view: View) -> list[int]:
+def _levels(view: RecordView) -> list[int]:
     """Return all levels, from coarse to fine."""
     endless = itertools.count(0, FACTOR_BITS)
     top = next(level for level in endless if view.n_bins(level) <= _TOP_CELLS)
     return list(range(top, -1, -FACTOR_BITS))
 
 
-def _steps(view: View, level: int) -> list[Step]:
+def _steps(view: RecordView, level: int) -> list[PyramidLevel]:
     found = []
     for step in itertools.count(0, FACTOR_BITS):
         n_columns = -(-view.n_windows // (1 << step))
-        found.append(Step(level, step, view.n_bins(level), n_columns))
+        found.append(PyramidLevel(level, step, view.n_bins(level), n_columns))
         if n_columns <= _TOP_CELLS:
             break
     return found
 
 
-def _from_counts(view: View, level: int, steps: list[Step], most_bytes: int | None) -> bool:
+def _from_counts(
+    view: RecordView, level: int, steps: list[PyramidLevel], most_bytes: int | None
+) -> bool:
     """Fill a level from the record's sums; return whether it fits."""
     bins = view.n_bins(min(level, LEVELS[-1]))
     stripe = _Stripe(steps, 0, view.n_bins(level))
@@ -211,8 +213,8 @@ def _from_counts(view: View, level: int, steps: list[Step], most_bytes: int | No
 
 
 def _from_bits(
-    view: View, levels: list[int], most_bytes: int, n_least: int
-) -> dict[int, list[Step]]:
+    view: RecordView, levels: list[int], most_bytes: int, n_least: int
+) -> dict[int, list[PyramidLevel]]:
     """Return those of the finest levels that fit, from one pass over the bits.
 
     :param n_least: so many, the coarsest ones, are made whether they fit or not
@@ -242,7 +244,7 @@ def _from_bits(
     return found
 
 
-def _bits_on_disk(view: View) -> tuple[int, int]:
+def _bits_on_disk(view: RecordView) -> tuple[int, int]:
     """Return the bytes of a view's chunks of bits as they are stored, and unpacked."""
     size, stored, n_chunks = view.record.metadata.chunk_pages, 0, 0
     for file in (view.record.path / "young").iterdir():

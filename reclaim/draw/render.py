@@ -1,184 +1,28 @@
-"""Pictures of young bitmaps, gfn by time: harvested live here, or out of a record.
-
-A bitmap is reduced to shares of young pages in equal bins of gfns as it comes in,
-so that a long observation of a large guest takes little memory. matplotlib is
-imported only to draw.
-"""
+"""Draw a heatmap to a PNG, SVG or PDF file. matplotlib is imported only to draw."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
-from kvmhost.reclaim.young.bitmap import YoungBitmap
+from kvmhost.errors import CapabilityError, LayoutError
+from kvmhost.reclaim.draw.heatmap import Heatmap
 
-__all__ = [
-    "PICTURE_KINDS",
-    "Heatmap",
-    "Mark",
-    "Source",
-    "bin_edges",
-    "bin_shares",
-    "need_plotting",
-    "record_live",
-    "render_heatmap",
-]
+__all__ = ["PICTURE_KINDS", "need_plotting", "render_heatmap"]
 
 _PAGE_BYTES = 4096
-#: Low shares are what tells a cold page that was touched once from one that was not.
+#: A gamma below 1 separates a cold page that was touched once from an untouched one.
 _GAMMA = 0.45
 #: Suffixes of files that can be drawn.
 PICTURE_KINDS = (".png", ".svg", ".pdf")
 _GAP_COLOUR = "0.88"
-#: Lines in a picture, letters in a line of it; letters above have no glyph everywhere.
-_MOST_MARKS, _MOST_TEXT, _FIRST_ODD = 200, 400, 0x250
-_NO_EDGES = np.zeros(0, dtype=np.int64)
-
-
-def bin_edges(n_pages: int, n_bins: int) -> npt.NDArray[np.int64]:
-    """Return the first page of each bin, and ``n_pages``: shape ``(bins + 1,)``.
-
-    :param n_bins: at most so many; never more than pages
-    :raises LayoutError: unless both are 1 or more
-    """
-    if n_pages < 1 or n_bins < 1:
-        raise LayoutError(f"{n_bins} bins of {n_pages} pages: need one or more of both")
-    bins = min(n_bins, n_pages)
-    return np.arange(bins + 1, dtype=np.int64) * n_pages // bins
-
-
-def bin_shares(
-    young: npt.NDArray[np.bool_], edges: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
-    """Return the share of young pages in each bin, from 0 to 1."""
-    counts = np.add.reduceat(young, edges[:-1], dtype=np.int64)
-    return (counts / np.diff(edges)).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Mark:
-    """Something that happened before a window began, for the time axis."""
-
-    time_s: float
-    window: int
-    text: str
-
-
-@dataclasses.dataclass
-class Heatmap:
-    """Windows of one VM, reduced to bins, in the order in which they came.
-
-    Times are ``CLOCK_MONOTONIC``.
-
-    :param slots: (slot, first gfn, end) of the memslots, to be outlined
-    :param marks: of the time axis, in seconds from the first window's start
-    :param edges: the first page of each bin, and ``n_pages``; None: equal bins
-    """
-
-    gfn_start: int
-    n_pages: int
-    n_bins: int = 512
-    title: str = "pages touched"
-    caption: str = ""
-    slots: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
-    marks: list[Mark] = dataclasses.field(default_factory=list)
-    edges: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: _NO_EDGES)
-    columns: list[npt.NDArray[np.float32]] = dataclasses.field(default_factory=list)
-    windows_ns: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.edges.size:
-            self.edges = bin_edges(self.n_pages, self.n_bins)
-
-    def add(self, bitmap: YoungBitmap, start_ns: int, end_ns: int) -> None:
-        """Add one window.
-
-        :raises LayoutError: if the bitmap has another range, or the window is empty or
-            begins before the last one ended
-        """
-        if (bitmap.gfn_start, bitmap.n_pages) != (self.gfn_start, self.n_pages):
-            raise LayoutError(f"heatmap: {bitmap!r} has another range")
-        if end_ns <= start_ns or (self.windows_ns and start_ns < self.windows_ns[-1][1]):
-            raise LayoutError(f"heatmap: window [{start_ns}, {end_ns}) ns is out of order")
-        self.columns.append(bin_shares(bitmap.as_bool(), self.edges))
-        self.windows_ns.append((start_ns, end_ns))
-
-    def shares(self) -> npt.NDArray[np.float32]:
-        """Return shape ``(bins, windows)``."""
-        return np.stack(self.columns, axis=1)
-
-
-class _State(Protocol):
-    @property
-    def image(self) -> str: ...
-
-
-class Source(Protocol):
-    """What is harvested: a VM's :class:`~kvmhost.control.client.Client`, or a process."""
-
-    vm: str
-
-    def state(self) -> _State:
-        """Say which image or program it runs."""
-
-    def harvest(
-        self, gfn_start: int = 0, n_pages: int | None = None, *, tracker: str = "auto"
-    ) -> YoungBitmap:
-        """Return the young pages, and begin a new window for them."""
-
-
-def record_live(
-    client: Source,
-    *,
-    interval_s: float = 0.1,
-    count: int = 120,
-    tracker: str = "auto",
-    gfn_start: int = 0,
-    n_pages: int | None = None,
-    n_bins: int = 512,
-    on_window: Callable[[], None] = lambda: None,
-) -> Heatmap:
-    """Harvest a VM window by window; its end, or an interrupt, ends the recording too.
-
-    The harvests clear, so that whoever else harvests the VM sees less meanwhile.
-
-    :param n_pages: None: to the end of memory
-    :param on_window: called after each window
-    :raises VmGoneError: if the VM is gone before the first window has ended
-    :raises ControlError: if the VM refuses to be harvested
-    """
-    image = Path(client.state().image).stem
-    bitmap = client.harvest(gfn_start, n_pages, tracker=tracker)
-    begin_ns = end_ns = time.monotonic_ns()
-    source = bitmap.provenance
-    heatmap = Heatmap(gfn_start, bitmap.n_pages, n_bins)
-    with contextlib.suppress(KeyboardInterrupt):
-        for number in range(1, count + 1):
-            # Measured from the start: a late window does not make all others late.
-            time.sleep(max(0.0, begin_ns / 1e9 + number * interval_s - time.monotonic()))
-            try:
-                bitmap = client.harvest(gfn_start, bitmap.n_pages, tracker=source.tracker)
-            except VmGoneError:
-                break
-            start_ns, end_ns = end_ns, time.monotonic_ns()
-            heatmap.add(bitmap, start_ns, end_ns)
-            on_window()
-    if not heatmap.columns:
-        raise VmGoneError(client.vm, "gone before the first window ended")
-    heatmap.title = (
-        f"VM {client.vm} ({image}): pages touched, by {source.tracker} "
-        f"({source.table_format}), {len(heatmap.columns)} windows of {interval_s:g} s"
-    )
-    return heatmap
+#: Limits on marks per picture and characters per line; the first character that not
+#: every font has.
+_MOST_MARKS, _MOST_TEXT, _FIRST_UNSUPPORTED = 200, 400, 0x250
 
 
 def need_plotting() -> None:
@@ -335,5 +179,5 @@ def _draw_marks(axes: Any, heatmap: Heatmap) -> None:
 
 def _plain(text: str) -> str:
     """Return text without what has no glyph, no end, or a meaning for the terminal."""
-    shown = "".join(c if c.isprintable() and ord(c) < _FIRST_ODD else "?" for c in text)
+    shown = "".join(c if c.isprintable() and ord(c) < _FIRST_UNSUPPORTED else "?" for c in text)
     return shown if len(shown) <= _MOST_TEXT else shown[: _MOST_TEXT - 3] + "..."

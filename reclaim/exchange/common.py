@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words
 from kvmhost.reclaim.errors import RecordError
-from kvmhost.reclaim.record.meta import MAX_PAGES, Session
+from kvmhost.reclaim.record.meta import MAX_PAGES, RecordSession
 from kvmhost.reclaim.record.writer import Cost, RecordWriter
 from kvmhost.reclaim.young.bits import runs
 
@@ -65,7 +65,7 @@ def write_record(found: Imported, path: Path, origin: str) -> int:
     windows = iter(found.windows)
     first = next(windows, None)
     source = None if first is None else first.bitmap.provenance
-    session = Session(
+    session = RecordSession(
         0,
         source.tracker if source else "unknown",
         source.table_format if source else "none",

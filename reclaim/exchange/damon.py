@@ -29,9 +29,9 @@ from kvmhost.reclaim.exchange.common import (
     check_pages,
     read_bounded,
 )
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.clock import interval_s
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import Cost
-from kvmhost.reclaim.young.clock import interval_s
 
 __all__ = ["export", "read"]
 

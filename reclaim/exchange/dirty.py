@@ -18,10 +18,10 @@ from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.exchange.common import Imported, ImportedWindow, check_pages, read_bounded
 from kvmhost.reclaim.record.chunks import write_file
+from kvmhost.reclaim.record.clock import interval_s
 from kvmhost.reclaim.record.meta import MAX_PAGES
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import Cost
-from kvmhost.reclaim.young.clock import interval_s
 
 __all__ = ["INDEX_FILE", "export", "read", "read_files"]
 

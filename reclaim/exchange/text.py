@@ -31,9 +31,9 @@ from kvmhost.reclaim.exchange.common import (
     ranges_of,
     read_bounded,
 )
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.clock import interval_s
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import Cost
-from kvmhost.reclaim.young.clock import interval_s
 
 __all__ = ["export_gfns", "export_ranges", "read", "working_set_gfns"]
 

@@ -23,9 +23,17 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, unpack
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
+from kvmhost.reclaim.policy.base import (
+    Everything,
+    Gfns,
+    HarvestPlan,
+    Mask,
+    Probe,
+    check_mask,
+    check_words,
+)
 
-__all__ = ["MAX_AGE", "Age"]
+__all__ = ["MAX_AGE", "AgePolicy"]
 
 #: Ages are told apart up to here; no page is evicted with less certainty than it gives.
 MAX_AGE = 255
@@ -35,7 +43,7 @@ _MINUTES_KEPT = 60
 Histogram = npt.NDArray[np.int64]
 
 
-class Age:
+class AgePolicy:
     """Ages in harvests over the pages ``[0, n_pages)``.
 
     :param target_percent: promotions a minute, as a share of the working set
@@ -83,7 +91,7 @@ class Age:
         """Pages it knows of."""
         return self.idle.size
 
-    def plan(self, tables_young: Words | None = None) -> Plan:
+    def plan(self, tables_young: Words | None = None) -> HarvestPlan:
         """Ask for everything."""
         return Everything
 

@@ -33,8 +33,8 @@ from kvmhost.errors import LayoutError
 __all__ = [
     "Everything",
     "Gfns",
+    "HarvestPlan",
     "Mask",
-    "Plan",
     "Policy",
     "Probe",
     "check_mask",
@@ -46,7 +46,7 @@ Gfns = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class HarvestPlan:
     """What a policy wants of the next harvest.
 
     A caller that cannot do it clears everything in one batch: that costs more and
@@ -61,7 +61,7 @@ class Plan:
 
 
 #: Test and clear all pages in a batch.
-Everything = Plan()
+Everything = HarvestPlan()
 
 
 class Probe(Protocol):
@@ -89,7 +89,7 @@ class Policy(Protocol):
     def n_pages(self) -> int:
         """Pages it knows of: gfns from 0 up to this."""
 
-    def plan(self, tables_young: Words | None = None) -> Plan:
+    def plan(self, tables_young: Words | None = None) -> HarvestPlan:
         """Say what the next harvest should clear.
 
         :param tables_young: one bit a 512-page table, set where the walker's non-leaf

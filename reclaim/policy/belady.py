@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import Words, unpack
-from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe
+from kvmhost.reclaim.policy.base import Everything, Gfns, HarvestPlan, Mask, Probe
 from kvmhost.reclaim.policy.replay import ReplayResult, replay
 
 __all__ = ["Belady", "belady"]
@@ -58,7 +58,7 @@ class Belady:
         """Pages of the trace."""
         return self._n_pages
 
-    def plan(self, tables_young: Words | None = None) -> Plan:
+    def plan(self, tables_young: Words | None = None) -> HarvestPlan:
         """Ask for everything."""
         return Everything
 

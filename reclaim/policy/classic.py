@@ -23,7 +23,15 @@ import numpy as np
 
 from kvmhost.bitmap import Words, n_words
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
+from kvmhost.reclaim.policy.base import (
+    Everything,
+    Gfns,
+    HarvestPlan,
+    Mask,
+    Probe,
+    check_mask,
+    check_words,
+)
 
 __all__ = ["SWAP_CLUSTER_MAX", "Classic"]
 
@@ -62,11 +70,11 @@ class Classic:
         """Pages it knows of."""
         return self.state.size
 
-    def plan(self, tables_young: Words | None = None) -> Plan:
+    def plan(self, tables_young: Words | None = None) -> HarvestPlan:
         """Ask for nothing: pages are tested when their turn comes, if there is a probe."""
         if not self.probes:
             return Everything
-        return Plan(np.zeros_like(self._young), batched=False)
+        return HarvestPlan(np.zeros_like(self._young), batched=False)
 
     def refaulted(self, gfns: Gfns, now_ns: int) -> None:
         """Put pages at the head of a list, by their refault distance."""

@@ -44,7 +44,15 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, n_words, pack, unpack
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask, check_words
+from kvmhost.reclaim.policy.base import (
+    Everything,
+    Gfns,
+    HarvestPlan,
+    Mask,
+    Probe,
+    check_mask,
+    check_words,
+)
 from kvmhost.reclaim.policy.lru_gen_filter import TABLE_PAGES, TableFilter, suitable_to_scan
 from kvmhost.reclaim.policy.lru_gen_tiers import IS_OVERDUE, N_TIERS, TIER_OF, Tiers
 
@@ -171,7 +179,7 @@ class LruGen:
 
     # -- aging -----------------------------------------------------------------
 
-    def plan(self, tables_young: Words | None = None) -> Plan:
+    def plan(self, tables_young: Words | None = None) -> HarvestPlan:
         """Ask for the tables that the filter lets through, or for everything.
 
         With :attr:`Caps.NONLEAF_YOUNG` off, ``tables_young`` is not looked at; without
@@ -180,7 +188,7 @@ class LruGen:
         batched = bool(self._caps & Caps.SPTE_WALK)
         self._swept = np.ones(self.filter.n_tables, dtype=bool)
         if not self.probes:
-            return Everything if batched else Plan(None, batched=False)
+            return Everything if batched else HarvestPlan(None, batched=False)
         if not self._caps & Caps.MM_WALK:
             self._swept[:] = False
         else:
@@ -188,13 +196,13 @@ class LruGen:
             if tables_young is not None and self._caps & Caps.NONLEAF_YOUNG:
                 self._swept &= unpack(tables_young, self.filter.n_tables)
         if self._swept.all():
-            return Plan(None, batched=batched)
-        return Plan(self.filter.pages(self._swept), batched=batched)
+            return HarvestPlan(None, batched=batched)
+        return HarvestPlan(self.filter.pages(self._swept), batched=batched)
 
-    def full_plan(self) -> Plan:
+    def full_plan(self) -> HarvestPlan:
         """Ask for everything once, in place of :meth:`plan` (``full_scan``)."""
         self._swept = np.ones(self.filter.n_tables, dtype=bool)
-        return Plan(None, batched=bool(self._caps & Caps.SPTE_WALK))
+        return HarvestPlan(None, batched=bool(self._caps & Caps.SPTE_WALK))
 
     def age(self, young: Words, now_ns: int) -> None:
         """Open a new youngest generation and move young pages towards it.

@@ -36,13 +36,22 @@ from kvmhost.errors import LayoutError
 from kvmhost.reclaim.policy.base import Gfns, Mask
 from kvmhost.reclaim.policy.lru_gen import PROTECTED, LruGen
 
-__all__ = ["MAX_SWAPPINESS", "Age", "Command", "Evict", "Work", "parse", "run", "show"]
+__all__ = [
+    "MAX_SWAPPINESS",
+    "AgeCommand",
+    "Command",
+    "EvictCommand",
+    "Work",
+    "parse",
+    "run",
+    "show",
+]
 
 MAX_SWAPPINESS = 200
 
 
 @dataclasses.dataclass(frozen=True)
-class Age:
+class AgeCommand:
     """``+``: open a generation after ``seq``."""
 
     vm: str
@@ -52,7 +61,7 @@ class Age:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evict:
+class EvictCommand:
     """``-``: evict the generations up to ``seq``; ``nr_pages`` None: all of them."""
 
     vm: str
@@ -61,7 +70,7 @@ class Evict:
     nr_pages: int | None = None
 
 
-Command = Age | Evict
+Command = AgeCommand | EvictCommand
 
 
 class Work(Protocol):
@@ -120,7 +129,7 @@ def _parse_one(number: int, text: str) -> Command:
     if values["node"]:
         raise LayoutError(f"{where}: node {values['node']}, there is only node 0")
     if sign == "+":
-        return Age(
+        return AgeCommand(
             words[0],
             values["seq"],
             bool(_at_most(where, "can_swap", values.get("can_swap", 1), 1)),
@@ -128,7 +137,7 @@ def _parse_one(number: int, text: str) -> Command:
         )
     swappiness = values.get("swappiness", MAX_SWAPPINESS)
     _at_most(where, "swappiness", swappiness, MAX_SWAPPINESS)
-    return Evict(words[0], values["seq"], swappiness, values.get("nr"))
+    return EvictCommand(words[0], values["seq"], swappiness, values.get("nr"))
 
 
 def _number(where: str, field: str, word: str) -> int:
@@ -148,7 +157,7 @@ def run(command: Command, policy: LruGen, work: Work) -> int:
 
     :raises LayoutError: if the generation does not exist yet, or is protected
     """
-    if isinstance(command, Age):
+    if isinstance(command, AgeCommand):
         if command.seq > policy.max_seq:
             raise LayoutError(f"+ {command.vm}: seq {command.seq}, youngest is {policy.max_seq}")
         if command.seq == policy.max_seq:

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvmhost.bitmap import Words
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Probe, check_mask
+from kvmhost.reclaim.policy.base import Everything, Gfns, HarvestPlan, Mask, Probe, check_mask
 
 __all__ = ["Random"]
 
@@ -31,7 +31,7 @@ class Random:
         """Pages it knows of."""
         return self._n_pages
 
-    def plan(self, tables_young: Words | None = None) -> Plan:
+    def plan(self, tables_young: Words | None = None) -> HarvestPlan:
         """Ask for everything, as others do; it is not used."""
         return Everything
 

@@ -25,7 +25,7 @@ GROUP = "kvmhost.policies"
 BUILT_IN = {
     "lru_gen": "kvmhost.reclaim.policy.lru_gen:LruGen",
     "classic": "kvmhost.reclaim.policy.classic:Classic",
-    "age": "kvmhost.reclaim.policy.age:Age",
+    "age": "kvmhost.reclaim.policy.age:AgePolicy",
     "random": "kvmhost.reclaim.policy.random:Random",
 }
 _MEMBERS = (

@@ -22,7 +22,7 @@ from kvmhost.closing import Closing
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record import meta as recordmeta
 from kvmhost.reclaim.record.chunks import decode_array, decode_bits, need_zstd, read_file
-from kvmhost.reclaim.record.journal import JOURNAL_FILE, Entry, JournalReader, unpack_row
+from kvmhost.reclaim.record.journal import JOURNAL_FILE, JournalEntry, JournalReader, unpack_row
 from kvmhost.reclaim.record.meta import COLUMNS, HISTOGRAMS, RecordMeta
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, plane, to_history, to_rows, window_mask
 
@@ -64,7 +64,7 @@ class RecordFiles(Closing):
         self._blocks: collections.OrderedDict[tuple[str, int, int], Words | None] = (
             collections.OrderedDict()
         )
-        self._tail: dict[int, Entry] = {}
+        self._tail: dict[int, JournalEntry] = {}
 
     def __len__(self) -> int:
         return max(self.metadata.n_windows, self.journal.end_window)
@@ -117,7 +117,7 @@ class RecordFiles(Closing):
         """Windows that are in the tail alone."""
         return range(self.metadata.n_windows, len(self))
 
-    def entry(self, window: int) -> Entry:
+    def entry(self, window: int) -> JournalEntry:
         """Return what the tail has of a window."""
         if window not in self._tail:
             self._tail[window] = self.journal.entry(window)

@@ -6,7 +6,7 @@
     entry  b"KHYW"  u32 payload bytes  u64 window  u64 pages  u32 crc32 of the payload
            u32 crc32 of those 28 bytes  payload
 
-Numbers are little-endian. The payload is msgpack of :class:`Entry`; its bitmaps are
+Numbers are little-endian. The payload is msgpack of :class:`JournalEntry`; its bitmaps are
 zstd frames of little-endian 64-bit words, one for each chunk of pages that has a bit.
 
 An entry that ends where the file ends too soon was cut off by whatever stopped the
@@ -32,7 +32,14 @@ from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record.chunks import unzstd, write_file, zstd
 from kvmhost.reclaim.record.meta import COLUMNS, MAX_PAGES, MAX_WINDOWS, N_BUCKETS
 
-__all__ = ["JOURNAL_FILE", "Entry", "JournalReader", "JournalWriter", "pack_row", "unpack_row"]
+__all__ = [
+    "JOURNAL_FILE",
+    "JournalEntry",
+    "JournalReader",
+    "JournalWriter",
+    "pack_row",
+    "unpack_row",
+]
 
 JOURNAL_FILE = "tail.log"
 _FILE = struct.Struct("<8sQI")
@@ -44,7 +51,7 @@ _MAX_PAYLOAD = MAX_PAGES // 4
 _STEP = 1 << 20
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True):
+class JournalEntry(msgspec.Struct, frozen=True, array_like=True):
     """One window. ``young`` and ``coarse`` list (chunk of pages, packed bitmap of it).
 
     :param histograms: zstd of the rows of ``reuse`` and ``ages``, 32 bits a bucket
@@ -86,7 +93,7 @@ class JournalWriter(Closing):
     """
 
     def __init__(
-        self, path: Path, first_window: int, entries: Iterable[tuple[Entry, int]] = ()
+        self, path: Path, first_window: int, entries: Iterable[tuple[JournalEntry, int]] = ()
     ) -> None:
         head = _FILE_MAGIC + first_window.to_bytes(8, "little")
         raw = head + zlib.crc32(head).to_bytes(4, "little")
@@ -98,7 +105,7 @@ class JournalWriter(Closing):
         self._path, self._size = path, len(raw)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
-    def append(self, entry: Entry, n_pages: int) -> None:
+    def append(self, entry: JournalEntry, n_pages: int) -> None:
         """Append the next window's entry."""
         raw = _encode(entry, self._next, n_pages)
         done = 0
@@ -118,7 +125,7 @@ class JournalWriter(Closing):
             self._fd = -1
 
 
-def _encode(entry: Entry, window: int, n_pages: int) -> bytes:
+def _encode(entry: JournalEntry, window: int, n_pages: int) -> bytes:
     payload = msgspec.msgpack.encode(entry)
     head = struct.pack("<4sIQQI", _ENTRY_MAGIC, len(payload), window, n_pages, zlib.crc32(payload))
     return head + zlib.crc32(head).to_bytes(4, "little") + payload
@@ -161,7 +168,7 @@ class JournalReader(Closing):
         """Return the largest number of pages of a window."""
         return max((where.n_pages for where in self._where), default=0)
 
-    def entry(self, window: int) -> Entry:
+    def entry(self, window: int) -> JournalEntry:
         """Return a window's entry.
 
         :raises RecordError: if it is damaged
@@ -171,7 +178,7 @@ class JournalReader(Closing):
         if payload is None:
             raise RecordError(str(self._path), "checksum", "is wrong", where.offset)
         try:
-            entry = msgspec.msgpack.decode(payload, type=Entry)
+            entry = msgspec.msgpack.decode(payload, type=JournalEntry)
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise RecordError(str(self._path), "entry", str(error), where.offset) from None
         fits = all(0 <= value < 1 << 63 for value in entry.columns)
@@ -179,7 +186,7 @@ class JournalReader(Closing):
             raise RecordError(str(self._path), "columns", "do not fit", where.offset)
         return entry
 
-    def histograms(self, entry: Entry) -> Words:
+    def histograms(self, entry: JournalEntry) -> Words:
         """Return shape ``(2, buckets)``: the rows of reuse and ages of a window."""
         raw = unzstd(entry.histograms, 8 * N_BUCKETS, self._path, "histograms")
         return np.frombuffer(raw, dtype="<u4").reshape(2, N_BUCKETS).astype(np.uint64)

@@ -32,10 +32,10 @@ __all__ = [
     "METADATA_FILE",
     "N_BUCKETS",
     "UPPER",
-    "Layout",
     "Memslot",
+    "MemslotLayout",
     "RecordMeta",
-    "Session",
+    "RecordSession",
     "array_metadata",
     "chunk_pages_for",
     "decode_meta",
@@ -99,14 +99,14 @@ class Memslot(msgspec.Struct, frozen=True):
     hva: Number = 0
 
 
-class Layout(msgspec.Struct, frozen=True):
+class MemslotLayout(msgspec.Struct, frozen=True):
     """The memslots from one window on, until the next layout."""
 
     first_window: Count
     memslots: list[Memslot]
 
 
-class Session(msgspec.Struct, frozen=True):
+class RecordSession(msgspec.Struct, frozen=True):
     """Where the bits come from, from one window on, until the next session.
 
     :param boot_id: of the host: monotonic times of two sessions compare where it is equal
@@ -137,8 +137,8 @@ class RecordMeta(msgspec.Struct, frozen=True):
     n_windows: Annotated[int, msgspec.Meta(ge=0, le=MAX_WINDOWS)]
     created_ns: Number
     name: Text
-    sessions: Annotated[list[Session], msgspec.Meta(max_length=1 << 20)]
-    layouts: Annotated[list[Layout], msgspec.Meta(max_length=1 << 20)]
+    sessions: Annotated[list[RecordSession], msgspec.Meta(max_length=1 << 20)]
+    layouts: Annotated[list[MemslotLayout], msgspec.Meta(max_length=1 << 20)]
 
     @property
     def n_chunks(self) -> int:

@@ -31,7 +31,6 @@ import numpy.typing as npt
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.closing import Closing
 from kvmhost.errors import LayoutError, NameInUseError
-from kvmhost.reclaim.analyse.summary import RunningAges, last_window_of, level_sums
 from kvmhost.reclaim.record import meta as recordmeta
 from kvmhost.reclaim.record.chunks import (
     TEMPORARY,
@@ -42,9 +41,23 @@ from kvmhost.reclaim.record.chunks import (
     zstd,
 )
 from kvmhost.reclaim.record.files import LOCK_FILE
-from kvmhost.reclaim.record.journal import JOURNAL_FILE, Entry, JournalWriter, pack_row, unpack_row
-from kvmhost.reclaim.record.meta import COLUMNS, HISTOGRAMS, Layout, Memslot, RecordMeta, Session
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.journal import (
+    JOURNAL_FILE,
+    JournalEntry,
+    JournalWriter,
+    pack_row,
+    unpack_row,
+)
+from kvmhost.reclaim.record.meta import (
+    COLUMNS,
+    HISTOGRAMS,
+    Memslot,
+    MemslotLayout,
+    RecordMeta,
+    RecordSession,
+)
+from kvmhost.reclaim.record.reader import YoungRecord
+from kvmhost.reclaim.record.summary import RunningAges, last_window_of, level_sums
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, to_history
 
 __all__ = ["Cost", "RecordInUseError", "RecordWriter"]
@@ -74,7 +87,7 @@ class RecordWriter(Closing):
         self.path, self._meta, self._lock_fd = path, meta, lock_fd
         self._ages = RunningAges(meta.chunk_pages)
         self._base = self._n_windows = 0
-        self._tail: list[Entry] = []
+        self._tail: list[JournalEntry] = []
         self._columns = {
             name: np.zeros(recordmeta.COLUMN_CHUNK, dtype=np.int64) for name in COLUMNS
         }
@@ -95,7 +108,7 @@ class RecordWriter(Closing):
         page_bytes: int = 4096,
         name: str = "",
         memslots: Sequence[Memslot] = (),
-        session: Session | None = None,
+        session: RecordSession | None = None,
     ) -> RecordWriter:
         """Begin a record; it appears at ``path`` at once and whole.
 
@@ -120,13 +133,13 @@ class RecordWriter(Closing):
             n_windows=0,
             created_ns=time.time_ns(),
             name=name,
-            sessions=[session or Session(0, "unknown", "none")],
-            layouts=[Layout(0, slots)],
+            sessions=[session or RecordSession(0, "unknown", "none")],
+            layouts=[MemslotLayout(0, slots)],
         )
         return cls(path, meta, _make_skeleton(path, meta))._begin()
 
     @classmethod
-    def resume(cls, path: str | Path, *, session: Session | None = None) -> RecordWriter:
+    def resume(cls, path: str | Path, *, session: RecordSession | None = None) -> RecordWriter:
         """Go on with a record, after whatever stopped the writer before.
 
         :param session: where the bits come from now; None: as before
@@ -188,7 +201,7 @@ class RecordWriter(Closing):
                 "rearm_ns": cost.rearm_ns,
             }
             coarse = _chunks_of(bitmap.coarse, self._meta.chunk_pages) if flags else {}
-            entry = Entry(
+            entry = JournalEntry(
                 columns=[int(columns[name]) for name in COLUMNS],
                 young=[(chunk, pack_row(words)) for chunk, words in young.items()],
                 coarse=[(chunk, pack_row(words)) for chunk, words in coarse.items()],
@@ -208,9 +221,9 @@ class RecordWriter(Closing):
         layouts = self._meta.layouts
         if list(memslots) != layouts[-1].memslots:
             kept = [part for part in layouts if part.first_window < self._n_windows]
-            self._change(layouts=[*kept, Layout(self._n_windows, list(memslots))])
+            self._change(layouts=[*kept, MemslotLayout(self._n_windows, list(memslots))])
 
-    def set_session(self, session: Session) -> None:
+    def set_session(self, session: RecordSession) -> None:
         """Take note of where the windows from here on come from."""
         last = self._meta.sessions[-1]
         session = msgspec.structs.replace(session, first_window=self._n_windows)
@@ -315,7 +328,7 @@ class RecordWriter(Closing):
         self._meta = msgspec.structs.replace(self._meta, **fields)
         _write_metadata(self.path, self._meta)
 
-    def _take(self, entry: Entry, histograms: npt.NDArray[np.int64]) -> None:
+    def _take(self, entry: JournalEntry, histograms: npt.NDArray[np.int64]) -> None:
         for name, value in zip(COLUMNS, entry.columns, strict=True):
             self._columns[name][self._n_windows % recordmeta.COLUMN_CHUNK] = value
         for name, row in zip(HISTOGRAMS, histograms, strict=True):
@@ -367,7 +380,7 @@ class RecordWriter(Closing):
         if end % len(rows) == 0:
             rows[:] = 0
 
-    def _new_journal(self, entries: Sequence[tuple[Entry, int]] = ()) -> None:
+    def _new_journal(self, entries: Sequence[tuple[JournalEntry, int]] = ()) -> None:
         if self._journal is not None:
             self._journal.close()
         self._journal = JournalWriter(self.path / JOURNAL_FILE, self._base, entries)
@@ -421,13 +434,13 @@ def _chunks_of(words: Words | None, chunk_pages: int) -> dict[int, Words]:
     return {int(chunk): chunks[chunk] for chunk in np.flatnonzero(chunks.any(axis=1))}
 
 
-def _entry_of(record: YoungRecord, window: int, chunk_pages: int) -> tuple[Entry, int]:
+def _entry_of(record: YoungRecord, window: int, chunk_pages: int) -> tuple[JournalEntry, int]:
     """Make a window's entry anew from what a record has of it; with its pages."""
     bitmap = record.bitmap(window)
     rows = [record.histogram(name, window, window + 1)[0] for name in HISTOGRAMS]
     young = _chunks_of(bitmap.words, chunk_pages)
     coarse = _chunks_of(bitmap.coarse, chunk_pages)
-    return Entry(
+    return JournalEntry(
         columns=[int(record.column(name)[window]) for name in COLUMNS],
         young=[(chunk, pack_row(words)) for chunk, words in young.items()],
         coarse=[(chunk, pack_row(words)) for chunk, words in coarse.items()],

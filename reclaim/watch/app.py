@@ -22,7 +22,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from kvmhost.errors import ControlError, KvmHostError, VmGoneError
-from kvmhost.reclaim.watch.data import RECENT, Sample, Sampler
+from kvmhost.reclaim.watch.data import RECENT, Sample, WatchSampler
 from kvmhost.reclaim.watch.map import (
     Grid,
     bar,
@@ -151,7 +151,7 @@ class WatchApp(App[None]):
         Binding("question_mark,h,f1", "help", "help"),
     ]
 
-    def __init__(self, sampler: Sampler, interval_s: float = 1.0) -> None:
+    def __init__(self, sampler: WatchSampler, interval_s: float = 1.0) -> None:
         super().__init__()
         self.animation_level = "none"
         self.sampler, self.pace = sampler, Pace(interval_s)

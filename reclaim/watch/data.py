@@ -25,7 +25,7 @@ from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.errors import KernelFileError
 from kvmhost.reclaim.pressure.psi import PsiMeter
 
-__all__ = ["RECENT", "Generation", "Sample", "Sampler", "parse_generations"]
+__all__ = ["RECENT", "Generation", "Sample", "WatchSampler", "parse_generations"]
 
 #: Ticks that count as recent: of those the working set is made.
 RECENT = 10
@@ -76,7 +76,7 @@ class Sample:
     peeking: bool
 
 
-class Sampler:
+class WatchSampler:
     """Asks a VM, and the daemon that looks after it, once a tick.
 
     :param clear: begin a window at each tick; None: unless a daemon looks after the VM

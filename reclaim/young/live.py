@@ -1,205 +1,75 @@
-"""Recording running VMs: a harvest an interval, appended to a record each.
-
-The harvests clear, so that whoever else harvests the VM sees less meanwhile.
-"""
+"""Young bitmaps of a running VM or process, one per window."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import platform
-import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Protocol
 
-from kvmhost import __version__
-from kvmhost.control.client import Client
-from kvmhost.control.schema import MemoryMap
-from kvmhost.errors import LayoutError, VmGoneError
-from kvmhost.reclaim.record.meta import Memslot, Session
-from kvmhost.reclaim.record.writer import Cost, RecordWriter
+from kvmhost.bitmap import YoungBitmap
+from kvmhost.errors import VmGoneError
 
-__all__ = ["Ended", "Plan", "record_vm"]
-
-#: Memslots are looked at so often.
-_LAYOUT_S = 1.0
+__all__ = ["HarvestSource", "LiveWindow", "SourceState", "live_windows"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How to record.
+class SourceState(Protocol):
+    """The part of a source's state that names what runs there."""
 
-    :param count: windows; None: until told to stop, or until the VM ends
-    :param gfns: ``[first, end)``; None: all memory, also what is added later
-    :param append: go on with a record that is there
-    """
-
-    interval_s: float = 1.0
-    count: int | None = None
-    tracker: str = "auto"
-    gfns: tuple[int, int] | None = None
-    append: bool = False
+    @property
+    def image(self) -> str:
+        """Path of the guest image, or of the program."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """What came of a recording.
-
-    :param reason: why it ended, in words
-    :param late: windows that were longer than planned by half or more
-    """
+class HarvestSource(Protocol):
+    """A VM's :class:`~kvmhost.control.client.Client`, or another process."""
 
     vm: str
-    path: Path
-    windows: int
-    total_windows: int
-    late: int
-    reason: str
+
+    def state(self) -> SourceState:
+        """Return the state, which names the image or program."""
+
+    def harvest(
+        self, gfn_start: int = 0, n_pages: int | None = None, *, tracker: str = "auto"
+    ) -> YoungBitmap:
+        """Return the young pages, and begin a new window for them."""
 
 
-def record_vm(
-    client: Client,
-    path: Path,
-    plan: Plan,
-    stop: threading.Event,
-    on_window: Callable[[], None] = lambda: None,
-) -> Ended:
-    """Record one VM until the count is full, ``stop`` is set or the VM ends.
+@dataclasses.dataclass(frozen=True)
+class LiveWindow:
+    """The young pages of one window, with its times on ``CLOCK_MONOTONIC``."""
 
-    :raises VmGoneError: if there is no VM
-    :raises ControlError: if it refuses to be harvested
-    :raises LayoutError: if the range is not in its memory, or the record has another one
-    :raises OSError: if the record cannot be written; what was whole is kept
+    bitmap: YoungBitmap
+    start_ns: int
+    end_ns: int
+
+
+def live_windows(
+    source: HarvestSource,
+    *,
+    interval_s: float,
+    count: int,
+    tracker: str = "auto",
+    gfns: tuple[int, int | None] = (0, None),
+) -> Iterator[LiveWindow]:
+    """Harvest window by window, until the count or the end of the VM.
+
+    The harvests clear accessed bits, so other readers of the same tracker see fewer.
+
+    :param gfns: first gfn and number of pages; None for all pages up to the end of memory
+    :raises VmGoneError: if the VM does not exist
+    :raises ControlError: if the VM refuses to be harvested
     """
-    memory = client.memory()
-    first, end = _range(plan.gfns, memory)
-    # The first harvest opens the first window; what it finds is older than that.
-    bitmap = client.harvest(first, end - first, tracker=plan.tracker)
-    source = bitmap.provenance
-    session = Session(
-        0, source.tracker, source.table_format, round(plan.interval_s * 1e9), _boot_id(),
-        _facts(client),
-    )  # fmt: skip
-    with _writer(path, plan, client.vm, memory, (first, end), session) as writer:
-        return _Loop(client, plan, stop, writer, source.tracker, memory).run(on_window)
-
-
-class _Loop:
-    def __init__(
-        self,
-        client: Client,
-        plan: Plan,
-        stop: threading.Event,
-        writer: RecordWriter,
-        tracker: str,
-        memory: MemoryMap,
-    ) -> None:
-        self._client, self._plan, self._stop, self._writer = client, plan, stop, writer
-        self._tracker, self._memory = tracker, memory
-        self._looked_s = self._begin_s = time.monotonic()
-        self._late = 0
-
-    def run(self, on_window: Callable[[], None]) -> Ended:
-        done, reason = 0, f"all {self._plan.count} windows"
-        while done != self._plan.count:
-            if self._wait(done + 1):
-                reason = "stopped"
-                break
-            try:
-                self._window()
-            except VmGoneError as error:
-                reason = f"the VM is gone: {error.problem}"
-                break
-            done += 1
-            on_window()
-        writer = self._writer
-        return Ended(self._client.vm, writer.path, done, writer.n_windows, self._late, reason)
-
-    def _wait(self, number: int) -> bool:
-        """Wait for the end of a window; return whether to stop.
-
-        Measured from the start, so that one late window does not make all others late.
-        A machine that slept has missed windows: those are not made up for.
-        """
-        now, interval = time.monotonic(), self._plan.interval_s
-        due = self._begin_s + number * interval
-        if now > due + interval / 2:
-            self._late += 1
-            self._begin_s += now - due
-            due = now
-        return self._stop.wait(max(due - now, 0.0))
-
-    def _window(self) -> None:
-        if time.monotonic() - self._looked_s >= _LAYOUT_S:
-            self._memory = self._client.memory()
-            self._looked_s = time.monotonic()
-            self._writer.set_layout(_memslots(self._memory))
-        first, end = _range(self._plan.gfns, self._memory)
-        bitmap, cost = self._client.harvest_timed(first, end - first, tracker=self._tracker)
-        wall_ns = time.time_ns()
-        self._writer.append(
-            bitmap, wall_ns=wall_ns, cost=Cost(cost.harvest_ns, cost.rearm_ns)
-        )  # fmt: skip
-
-
-def _writer(
-    path: Path,
-    plan: Plan,
-    vm: str,
-    memory: MemoryMap,
-    gfns: tuple[int, int],
-    session: Session,
-) -> RecordWriter:
-    first, end = gfns
-    if plan.append and path.exists():
-        writer = RecordWriter.resume(path, session=session)
-        if writer.metadata.gfn_start != first:
-            writer.close()
-            raise LayoutError(
-                f"{path}: begins with gfn {writer.metadata.gfn_start:#x}, not {first:#x}"
-            )
-        writer.set_layout(_memslots(memory))
-        return writer
-    return RecordWriter.create(
-        path,
-        end - first,
-        gfn_start=first,
-        page_bytes=memory.page_bytes,
-        name=Path(vm).stem,
-        memslots=_memslots(memory),
-        session=session,
-    )
-
-
-def _range(gfns: tuple[int, int] | None, memory: MemoryMap) -> tuple[int, int]:
-    first, end = gfns or (0, memory.gfn_end)
-    if not 0 <= first < end <= memory.gfn_end:
-        raise LayoutError(f"range {first:#x}:{end:#x}: memory has gfns [0, {memory.gfn_end:#x})")
-    return first, end
-
-
-def _memslots(memory: MemoryMap) -> list[Memslot]:
-    return [Memslot(r.slot, r.gfn, r.n_pages, r.hva) for r in memory.regions]
-
-
-def _facts(client: Client) -> dict[str, str]:
-    state, host = client.state(), platform.uname()
-    return {
-        "vm": state.name,
-        "image": Path(state.image).name,
-        "engine": state.engine,
-        "vcpus": str(len(state.vcpus)),
-        "params": " ".join(f"{name}={value}" for name, value in state.params.items()),
-        "kernel": f"{host.system} {host.release}",
-        "machine": host.machine,
-        "host_cpus": str(os.cpu_count()),
-        "written_by": f"kvmhost {__version__}",
-    }
-
-
-def _boot_id() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
+    gfn_start, n_pages = gfns
+    bitmap = source.harvest(gfn_start, n_pages, tracker=tracker)
+    tracker = bitmap.provenance.tracker
+    begin_ns = end_ns = time.monotonic_ns()
+    for number in range(1, count + 1):
+        # Measured from the start, so that one late window does not delay all others.
+        time.sleep(max(0.0, begin_ns / 1e9 + number * interval_s - time.monotonic()))
+        try:
+            bitmap = source.harvest(gfn_start, bitmap.n_pages, tracker=tracker)
+        except VmGoneError:
+            return
+        start_ns, end_ns = end_ns, time.monotonic_ns()
+        yield LiveWindow(bitmap, start_ns, end_ns)

@@ -20,14 +20,14 @@ from kvmhost.tools.accuracy.kinds import (
     PAGES,
     START_GFN,
     WORKLOADS,
-    Workload,
+    AccuracyWorkload,
     probe_kinds,
 )
 from kvmhost.tools.main import run_command
 from kvmhost.trackers.guestpt import GuestptTracker
 
 FEW = ("sequential", "zipf-0.99", "phases-2-vcpus")
-QUICK = accuracy.Settings(workloads=FEW, epochs=10, rates=(), seconds=0.2)
+QUICK = accuracy.AccuracySettings(workloads=FEW, epochs=10, rates=(), seconds=0.2)
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
 ONE = ["--tracker", "guestpt", "--workload", "random", "--no-cost", "--seconds", "0.1"]
 
@@ -169,7 +169,7 @@ def test_waits_are_counted_in_harvests() -> None:
 
 def test_bounds_of_a_window() -> None:
     """Doorbells 3, 5 and 7 around a harvest: 5 lies inside, 4 to 8 may have been seen."""
-    workload = Workload("touch", {})
+    workload = AccuracyWorkload("touch", {})
     params = {"start_gfn": START_GFN, "pages": PAGES, "stride": 1, "pattern": 2, "write": 0}
     params |= {"seed": 1, "count": 40}
     kind = KINDS["guestpt"]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from kvmhost.bitmap import Provenance, YoungBitmap
-from kvmhost.reclaim.draw.heatmapdata import View
+from kvmhost.reclaim.draw.heatmapdata import RecordView
 from kvmhost.reclaim.draw.heatmaphtml import write_html
 from kvmhost.reclaim.record.meta import Memslot
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import RecordWriter
 
 SECOND = 10**9
@@ -48,7 +48,7 @@ def page(tmp_path_factory):
             gfns = GFN + np.flatnonzero(young_at(number))
             writer.append(YoungBitmap.from_gfns(GFN, N_PAGES, gfns.tolist(), provenance=source))
     with YoungRecord.open(place / "r") as record, (place / "page.html").open("wb") as file:
-        write_html(View(record), file)
+        write_html(RecordView(record), file)
     return place / "page.html"
 
 

@@ -21,7 +21,7 @@ from kvmhost.errors import VmGoneError
 from kvmhost.guests.workloads import hotcold_gfns
 from kvmhost.memory.layout import IMAGE_GPA
 from kvmhost.reclaim.record.meta import METADATA_FILE
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.tools.main import main
 
 pytest.importorskip("zstandard")

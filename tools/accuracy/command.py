@@ -1,4 +1,25 @@
-"""The command: settings, the whole measurement, arguments."""
+"""``kvmhost accuracy``: how accurate and how expensive each tracker is.
+
+The expected young pages are computed from the parameters of the guests
+(``guests/workloads.py``), which shares no code with the guests. For each tracker that
+works on this host it measures:
+
+- at doorbells: the guest stops after each epoch and is harvested there. Precision and
+  recall must be 1.0 (precision not where bits are reported as coarse). *old after* is
+  the number of harvests until a page that is no longer touched reads as old, *new after*
+  until a newly touched page reads as young; 1 is immediate. Mean and maximum. With
+  *re-armed* 1/N each harvest clears and re-arms one page in N.
+- running: the guest keeps running. A harvest must report the pages touched by every
+  epoch inside its window (otherwise: missed) and none that no epoch overlapping the
+  window touched (otherwise: wrong); the precision lies between the certain and the
+  possible value.
+- cost: a harvest per page of memory, clearing and re-arming per young page, the guest's
+  fault at its next touch, and the guest's throughput relative to no harvests, for several
+  harvest rates, re-arming young pages, all of memory, or a sample.
+
+A tracker that only sees writes is compared with the written pages. The exit status is 1
+if a tracker is not exact where it must be.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +46,13 @@ from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, period_of
 
-__all__ = ["Settings", "main", "parser", "run"]
+__all__ = ["AccuracySettings", "main", "parser", "run"]
 
 _MIN_MEM_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class AccuracySettings:
     """What to measure.
 
     :param fraction: of the pages, that a sampled harvest clears
@@ -51,7 +72,7 @@ class Settings:
     seconds: float = 1.0
     mem_bytes: int = 256 << 20
 
-    def quick(self) -> Settings:
+    def quick(self) -> AccuracySettings:
         """Return what a machine that is short of time can do in seconds."""
         workloads = tuple(w for w in self.workloads if w in _QUICK) or self.workloads
         return dataclasses.replace(
@@ -68,7 +89,9 @@ class Settings:
 _QUICK = ("random-writes", "zipf-0.9", "read-only", "phases-2-vcpus")
 
 
-def run(settings: Settings, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def run(
+    settings: AccuracySettings, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """Measure; ``doorbells``, ``running``, ``cost`` and ``throughput`` hold one row each.
 
     :raises LayoutError: for a tracker or workload that does not exist
@@ -94,7 +117,7 @@ def run(settings: Settings, say: Callable[[str], None] = lambda text: None) -> d
 
 
 def _measure(
-    settings: Settings, name: str, report: dict[str, Any], say: Callable[[str], None]
+    settings: AccuracySettings, name: str, report: dict[str, Any], say: Callable[[str], None]
 ) -> None:
     kind, engine = KINDS[name], settings.engine
     for period in sorted({1, report["period"]}):
@@ -142,13 +165,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.plot is not None:
         _check_plot(options.plot)
-    settings = Settings(
+    settings = AccuracySettings(
         engine=options.engine,
         trackers=tuple(options.tracker),
         workloads=tuple(options.workload) or tuple(WORKLOADS),
         epochs=options.epochs,
         fraction=options.fraction,
-        rates=() if options.no_cost else tuple(options.rate) or Settings.rates,
+        rates=() if options.no_cost else tuple(options.rate) or AccuracySettings.rates,
         rounds=options.rounds,
         seconds=options.seconds,
         mem_bytes=options.mem,
@@ -179,11 +202,9 @@ def _check_plot(path: Path) -> None:
 
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
-    import kvmhost.tools.accuracy
-
     parser = CommandParser(
         prog="kvmhost accuracy",
-        description=about(kvmhost.tools.accuracy.__doc__),
+        description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
@@ -221,7 +242,7 @@ def parser() -> CommandParser:
     add(
         "--mem",
         type=_guest_size,
-        default=Settings.mem_bytes,
+        default=AccuracySettings.mem_bytes,
         metavar="SIZE",
         help="guest whose throughput is measured, a tenth of it hot (default: 256M)",
     )

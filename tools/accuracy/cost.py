@@ -9,8 +9,8 @@ from typing import Any
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
-from kvmhost.tools.accuracy.kinds import START_GFN, Kind
-from kvmhost.tools.throughput import Kept, Plan, measure_steps, paired_rates
+from kvmhost.tools.accuracy.kinds import START_GFN, TrackerKind
+from kvmhost.tools.throughput import Kept, ThroughputPlan, measure_steps, paired_rates
 from kvmhost.trackers import Tracker
 
 __all__ = ["HOT_SHARE", "measure"]
@@ -22,7 +22,7 @@ _STEPS = 7
 
 
 def measure(
-    kind: Kind,
+    kind: TrackerKind,
     engine: str,
     mem_bytes: int,
     rates: tuple[float, ...],
@@ -48,7 +48,7 @@ def measure(
         tracker = kind.use(machine)
         steps = measure_steps(machine, tracker, START_GFN, hot, _STEPS)
         machine.step_by_doorbell(False)
-        kept: dict[Plan, list[Kept]] = {}
+        kept: dict[ThroughputPlan, list[Kept]] = {}
         plans = _plans(tracker, rates, period)
         for some, times in ((plans, rounds), (_rare(rates), 1)):
             if some:
@@ -62,26 +62,26 @@ def measure(
     return by_page, [_row(kind, plan, values) for plan, values in kept.items()]
 
 
-def _plans(tracker: Tracker, rates: tuple[float, ...], period: int) -> list[Plan]:
+def _plans(tracker: Tracker, rates: tuple[float, ...], period: int) -> list[ThroughputPlan]:
     plans = []
     for rate in (rate for rate in rates if rate * _LONG_S >= 1):
-        plans.append(Plan(rate))
+        plans.append(ThroughputPlan(rate))
         # For others, what is not young is not cleared, and clearing is re-arming.
         if hasattr(tracker, "rearm_kind"):
-            plans.append(Plan(rate, whole=True))
-        plans.append(Plan(rate, period=period))
+            plans.append(ThroughputPlan(rate, whole=True))
+        plans.append(ThroughputPlan(rate, period=period))
     return plans
 
 
-def _rare(rates: tuple[float, ...]) -> list[Plan]:
-    return [Plan(rate) for rate in rates if rate * _LONG_S < 1]
+def _rare(rates: tuple[float, ...]) -> list[ThroughputPlan]:
+    return [ThroughputPlan(rate) for rate in rates if rate * _LONG_S < 1]
 
 
-def _length(seconds: float) -> Callable[[Plan], float]:
+def _length(seconds: float) -> Callable[[ThroughputPlan], float]:
     return lambda plan: max(seconds, 1 / plan.rate)
 
 
-def _row(kind: Kind, plan: Plan, kept: list[Kept]) -> dict[str, Any]:
+def _row(kind: TrackerKind, plan: ThroughputPlan, kept: list[Kept]) -> dict[str, Any]:
     values = [one.wall for one in kept]
     return {
         "tracker": kind.name,

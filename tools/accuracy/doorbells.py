@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from kvmhost.tools.accuracy.kinds import PAGES, START_GFN, Bits, Kind, Workload
+from kvmhost.tools.accuracy.kinds import PAGES, START_GFN, AccuracyWorkload, Bits, TrackerKind
 from kvmhost.trackers import sample_mask
 
 __all__ = ["harvests_until", "measure"]
 
 
 def measure(
-    kind: Kind, workload: Workload, engine: str, n_epochs: int, period: int
+    kind: TrackerKind, workload: AccuracyWorkload, engine: str, n_epochs: int, period: int
 ) -> dict[str, Any]:
     """Harvest at the end of each epoch and compare with what it touched.
 

@@ -21,9 +21,9 @@ __all__ = [
     "PAGES",
     "START_GFN",
     "WORKLOADS",
+    "AccuracyWorkload",
     "Bits",
-    "Kind",
-    "Workload",
+    "TrackerKind",
     "probe_kinds",
 ]
 
@@ -40,7 +40,7 @@ Bits = npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class TrackerKind:
     """A tracker in one of its forms.
 
     :param ring_entries: of the dirty rings where exactness is tested; 0: no rings
@@ -63,8 +63,8 @@ class Kind:
 
 
 #: Every tracker, and the dirty rings beside the dirty log.
-KINDS = {name: Kind(name, name) for name in NAMES}
-KINDS["dirty-ring"] = Kind("dirty-ring", "dirty", _SMALL_RING, _LARGE_RING)
+KINDS = {name: TrackerKind(name, name) for name in NAMES}
+KINDS["dirty-ring"] = TrackerKind("dirty-ring", "dirty", _SMALL_RING, _LARGE_RING)
 
 
 def probe_kinds(engine: str) -> dict[str, Support]:
@@ -78,7 +78,7 @@ def probe_kinds(engine: str) -> dict[str, Support]:
     return found
 
 
-def _probe_ring(ring: Kind, engine: str) -> Support:
+def _probe_ring(ring: TrackerKind, engine: str) -> Support:
     image, entries = image_path("touch"), ring.ring_entries
     try:
         with Machine(
@@ -91,14 +91,14 @@ def _probe_ring(ring: Kind, engine: str) -> Support:
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
+class AccuracyWorkload:
     """A guest with its parameters; ``n_vcpus`` of it share the pages."""
 
     image: str
     params: Mapping[str, int]
     n_vcpus: int = 1
 
-    def machine(self, kind: Kind, engine: str) -> Machine:
+    def machine(self, kind: TrackerKind, engine: str) -> Machine:
         """Make a machine that runs it for ever.
 
         ``touch`` writes for a tracker that would see nothing else, unless told what to do.
@@ -138,26 +138,26 @@ _ZIPF = {"hot": 0, "cold": 0, "scan_every": 0, "zipf": 600}
 
 #: What the guests do, by name.
 WORKLOADS = {
-    "sequential": Workload("touch", {}),
-    "strided": Workload("touch", {"stride": 5}),
-    "random": Workload("touch", {"pattern": 2, "count": 600}),
-    "random-writes": Workload("touch", {"pattern": 2, "count": 600, "write": 1}),
-    "zipf-0.9": Workload("hotcold", _ZIPF | {"zipf_permille": 900}),
-    "zipf-0.99": Workload("hotcold", _ZIPF | {"zipf_permille": 990}),
-    "read-only": Workload("hotcold", _HOTCOLD | {"write_permille": 0}),
-    "write-only": Workload("hotcold", _HOTCOLD | {"write_permille": 1000}),
-    "hotcold-scan": Workload("hotcold", _HOTCOLD),
-    "hotcold-phases": Workload("hotcold", _PHASES),
-    "random-2-vcpus": Workload("touch", {"pattern": 2, "count": 600, "write": 1}, 2),
-    "phases-2-vcpus": Workload("hotcold", _PHASES, 2),
+    "sequential": AccuracyWorkload("touch", {}),
+    "strided": AccuracyWorkload("touch", {"stride": 5}),
+    "random": AccuracyWorkload("touch", {"pattern": 2, "count": 600}),
+    "random-writes": AccuracyWorkload("touch", {"pattern": 2, "count": 600, "write": 1}),
+    "zipf-0.9": AccuracyWorkload("hotcold", _ZIPF | {"zipf_permille": 900}),
+    "zipf-0.99": AccuracyWorkload("hotcold", _ZIPF | {"zipf_permille": 990}),
+    "read-only": AccuracyWorkload("hotcold", _HOTCOLD | {"write_permille": 0}),
+    "write-only": AccuracyWorkload("hotcold", _HOTCOLD | {"write_permille": 1000}),
+    "hotcold-scan": AccuracyWorkload("hotcold", _HOTCOLD),
+    "hotcold-phases": AccuracyWorkload("hotcold", _PHASES),
+    "random-2-vcpus": AccuracyWorkload("touch", {"pattern": 2, "count": 600, "write": 1}, 2),
+    "phases-2-vcpus": AccuracyWorkload("hotcold", _PHASES, 2),
 }
 #: Those in which pages grow cold and hot again: a sample's staleness shows in them.
 CHANGING = ("random-writes", "zipf-0.9", "hotcold-phases", "phases-2-vcpus")
 #: Run free: epochs so short that a window of a few of them leaves most pages alone.
 FREE_WORKLOADS = {
-    "random-writes": Workload("touch", {"pattern": 2, "count": 60, "write": 1}),
-    "zipf-0.9": Workload("hotcold", _ZIPF | {"zipf": 60, "words": 8}),
-    "phases-2-vcpus": Workload(
+    "random-writes": AccuracyWorkload("touch", {"pattern": 2, "count": 60, "write": 1}),
+    "zipf-0.9": AccuracyWorkload("hotcold", _ZIPF | {"zipf": 60, "words": 8}),
+    "phases-2-vcpus": AccuracyWorkload(
         "hotcold",
         _PHASES | {"hot": 64, "cold": 8, "phase_every": 50, "words": 8},
         2,

@@ -19,7 +19,14 @@ import numpy as np
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.engine.base import Vcpu
 from kvmhost.machine import Machine
-from kvmhost.tools.accuracy.kinds import FREE_WORKLOADS, PAGES, START_GFN, Bits, Kind, Workload
+from kvmhost.tools.accuracy.kinds import (
+    FREE_WORKLOADS,
+    PAGES,
+    START_GFN,
+    AccuracyWorkload,
+    Bits,
+    TrackerKind,
+)
 
 __all__ = ["measure"]
 
@@ -42,7 +49,7 @@ class _Window:
     after: list[int]
 
 
-def measure(kind: Kind, workload_name: str, engine: str, seconds: float) -> dict[str, Any]:
+def measure(kind: TrackerKind, workload_name: str, engine: str, seconds: float) -> dict[str, Any]:
     """Harvest again and again; check each bitmap against its bounds."""
     workload = FREE_WORKLOADS[workload_name]
     sums = dict.fromkeys(("young", "certain", "missed", "wrong", "confirmed"), 0)
@@ -60,7 +67,7 @@ def measure(kind: Kind, workload_name: str, engine: str, seconds: float) -> dict
     return row | sums | _bounds(sums) | {"coarse": bool(coarse)}
 
 
-def _harvest(machine: Machine, kind: Kind, seconds: float) -> list[_Window]:
+def _harvest(machine: Machine, kind: TrackerKind, seconds: float) -> list[_Window]:
     pause = threading.Event()
     windows: list[_Window] = []
     machine.step_by_doorbell()
@@ -91,9 +98,9 @@ def _epochs(vcpus: list[Vcpu]) -> list[int]:
 
 
 def _union(
-    workload: Workload,
+    workload: AccuracyWorkload,
     params: Mapping[str, int],
-    kind: Kind,
+    kind: TrackerKind,
     starts: list[int],
     ends: list[int],
     in_progress: int,

@@ -20,12 +20,12 @@ from kvmhost.errors import LayoutError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
-from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, Kind, probe_kinds
+from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, TrackerKind, probe_kinds
 from kvmhost.tools.args import about, count, seconds, share, size_bytes
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
-from kvmhost.tools.throughput import Plan, measure_steps, paired_rates
+from kvmhost.tools.throughput import ThroughputPlan, measure_steps, paired_rates
 
 __all__ = ["LOST_BOUND", "hot_machine", "main", "parser", "run"]
 
@@ -60,7 +60,7 @@ def run(
     return {"mem_bytes": mem_bytes, "hot_pages": hot, "seconds": seconds, "trackers": rows}
 
 
-def hot_machine(kind: Kind, mem_bytes: int, hot: int) -> Machine:
+def hot_machine(kind: TrackerKind, mem_bytes: int, hot: int) -> Machine:
     """Make a machine that touches its first ``hot`` pages for ever, stopped at doorbells."""
     params = {"start_gfn": START_GFN, "pages": hot, "epochs": 0, "write": int(kind.only_writes)}
     machine = Machine(
@@ -74,8 +74,10 @@ def hot_machine(kind: Kind, mem_bytes: int, hot: int) -> Machine:
     return machine
 
 
-def _measure(kind: Kind, mem_bytes: int, hot: int, seconds: float, repeats: int) -> dict[str, Any]:
-    once_a_second = Plan(1.0)
+def _measure(
+    kind: TrackerKind, mem_bytes: int, hot: int, seconds: float, repeats: int
+) -> dict[str, Any]:
+    once_a_second = ThroughputPlan(1.0)
     with hot_machine(kind, mem_bytes, hot) as machine:
         machine.run_epoch()
         tracker = kind.use(machine)

@@ -17,12 +17,12 @@ from typing import Any
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.tools.accuracy import doorbells
-from kvmhost.tools.accuracy.kinds import KINDS, Kind, Workload, probe_kinds
+from kvmhost.tools.accuracy.kinds import KINDS, AccuracyWorkload, TrackerKind, probe_kinds
 from kvmhost.tools.args import about, count, seconds, share, size_bytes
 from kvmhost.tools.bench.harvest import hot_machine
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
-from kvmhost.tools.throughput import Kept, Plan, paired_rates
+from kvmhost.tools.throughput import Kept, ThroughputPlan, paired_rates
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, period_of
 
 __all__ = ["main", "parser", "run"]
@@ -53,7 +53,7 @@ def run(
         raise CapabilityError(f"tracker {tracker}", "the kvm engine", support.reason, "")
     kind, progress = KINDS[tracker], Progress()
     hot = int(mem_bytes // PAGE_BYTES * hot_share)
-    plans = [Plan(1.0, period=period_of(fraction)) for fraction in fractions]
+    plans = [ThroughputPlan(1.0, period=period_of(fraction)) for fraction in fractions]
     progress.say("throughput")
     with hot_machine(kind, mem_bytes, hot) as machine:
         machine.run_epoch()
@@ -78,11 +78,11 @@ def _row(period: int, kept: list[Kept]) -> dict[str, Any]:
     }
 
 
-def _staleness(kind: Kind, period: int) -> dict[str, Any]:
+def _staleness(kind: TrackerKind, period: int) -> dict[str, Any]:
     params = {"hot": 512, "cold": 0, "scan_every": 0, "write_permille": 1000}
     params |= {"phase_every": 2 * period, "phase_step": 512}
     found = doorbells.measure(
-        kind, Workload("hotcold", params), "kvm", _PHASES * 2 * period, period
+        kind, AccuracyWorkload("hotcold", params), "kvm", _PHASES * 2 * period, period
     )
     names = ("recall", "old_after_mean", "old_after_max", "new_after_max")
     return {name: found[name] for name in names}

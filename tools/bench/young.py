@@ -117,10 +117,10 @@ def _question(name: str, path: Path) -> tuple[float, float]:
 def _ask(name: str, path: Path) -> None:
     from kvmhost.reclaim.analyse.analysis import histograms, working_set
     from kvmhost.reclaim.analyse.patterns import hot_ranges
-    from kvmhost.reclaim.draw.heatmapdata import View, heatmap_of
+    from kvmhost.reclaim.draw.heatmapdata import RecordView, heatmap_of
     from kvmhost.reclaim.draw.heatmaphtml import write_html
     from kvmhost.reclaim.draw.render import render_heatmap
-    from kvmhost.reclaim.record.record import YoungRecord
+    from kvmhost.reclaim.record.reader import YoungRecord
 
     if name == "heatmap":
         import matplotlib.figure  # noqa: F401  # imported before the clock starts
@@ -135,10 +135,10 @@ def _ask(name: str, path: Path) -> None:
         elif name == "hot":
             hot_ranges(record, min_share=0.3, max_gap_pages=64)
         elif name == "heatmap":
-            render_heatmap(heatmap_of(View(record)), path.parent / "large.png")
+            render_heatmap(heatmap_of(RecordView(record)), path.parent / "large.png")
         elif name == "html":
             with (path.parent / "large.html").open("wb") as file:
-                write_html(View(record), file)
+                write_html(RecordView(record), file)
     seconds = time.perf_counter() - start
     # Not ru_maxrss: that begins with what the parent had as it forked.
     status = Path("/proc/self/status").read_text()

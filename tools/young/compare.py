@@ -25,8 +25,8 @@ from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show
 
 if TYPE_CHECKING:
-    from kvmhost.reclaim.analyse.compare import Difference, View
-    from kvmhost.reclaim.record.record import YoungRecord
+    from kvmhost.reclaim.analyse.compare import Difference, TrackerView
+    from kvmhost.reclaim.record.reader import YoungRecord
 
 __all__ = ["FORMATS", "main", "parser", "record_guest", "through_table"]
 
@@ -84,13 +84,13 @@ def _label(name: str, record: YoungRecord) -> str:
     return f"{name} ({sessions[0].tracker}, {sessions[0].table_format})"
 
 
-def _view(name: str, record: YoungRecord) -> View:
-    from kvmhost.reclaim.analyse.compare import View
+def _view(name: str, record: YoungRecord) -> TrackerView:
+    from kvmhost.reclaim.analyse.compare import TrackerView
     from kvmhost.trackers import NAMES, describe
 
     tracker = record.metadata.sessions[0].tracker
     only_writes = tracker in NAMES and "reads" not in describe(tracker).sees
-    return View(name, record.bitmaps(), only_writes)
+    return TrackerView(name, record.bitmaps(), only_writes)
 
 
 def _show(
@@ -126,7 +126,7 @@ def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], lis
     :return: the records, and the gfns of the guest's page tables and parameters
     """
     from kvmhost.machine import Machine
-    from kvmhost.reclaim.record.meta import Session
+    from kvmhost.reclaim.record.meta import RecordSession
     from kvmhost.reclaim.record.writer import RecordWriter
     from kvmhost.trackers import NAMES, probe_all
 
@@ -150,7 +150,7 @@ def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], lis
             tracker = machine.use_tracker(name)
             n_pages = machine.memory.gfn_end
             tables |= {(a >> 12, (a + n + 4095) >> 12) for a, n in machine.layout.pinned_ranges}
-            session = Session(0, name, tracker.table_format)
+            session = RecordSession(0, name, tracker.table_format)
             with RecordWriter.create(place / name, n_pages, name=name, session=session) as writer:
                 for _ in range(args.epochs):
                     machine.run_epoch()
@@ -161,10 +161,10 @@ def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], lis
     return paths, sorted(tables)
 
 
-def _format_view(name: str, record: YoungRecord) -> View:
-    from kvmhost.reclaim.analyse.compare import View
+def _format_view(name: str, record: YoungRecord) -> TrackerView:
+    from kvmhost.reclaim.analyse.compare import TrackerView
 
-    return View(name, through_table(name, record))
+    return TrackerView(name, through_table(name, record))
 
 
 def through_table(name: str, record: YoungRecord) -> Iterator[YoungBitmap]:

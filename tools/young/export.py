@@ -13,7 +13,7 @@ from kvmhost.tools.young.common import replacing
 from kvmhost.tools.young.output import open_record, window_range, windows_of
 
 if TYPE_CHECKING:
-    from kvmhost.reclaim.record.record import YoungRecord
+    from kvmhost.reclaim.record.reader import YoungRecord
 
 __all__ = ["FORMATS", "main", "parser"]
 

@@ -19,7 +19,7 @@ _KINDS = ("gpa", "gfn", "hva", "offset")
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    from kvmhost.reclaim.analyse.explain import find_place
+    from kvmhost.reclaim.analyse.pagehistory import find_place
     from kvmhost.reclaim.record.meta import Memslot
 
     source = Path(args.source)

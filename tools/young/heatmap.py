@@ -21,7 +21,7 @@ from kvmhost.tools.young.common import (
 from kvmhost.tools.young.output import open_record, window_range, windows_of
 
 if TYPE_CHECKING:
-    from kvmhost.reclaim.draw.heatmapdata import View
+    from kvmhost.reclaim.draw.heatmapdata import RecordView
 
 __all__ = ["main", "parser"]
 
@@ -46,13 +46,13 @@ def _is_file(source: str | None) -> bool:
 
 
 def _draw_record(args: argparse.Namespace) -> int:
-    from kvmhost.reclaim.draw.heatmapdata import View, heatmap_of
+    from kvmhost.reclaim.draw.heatmapdata import RecordView, heatmap_of
     from kvmhost.reclaim.draw.render import render_heatmap
 
     if args.pid is not None or args.interval is not None or args.count is not None:
         raise LayoutError("--pid, --interval and --count are for what runs; FILE has its windows")
     with open_record(Path(args.vm)) as record:
-        view = View(record, *windows_of(record, args.windows), args.range)
+        view = RecordView(record, *windows_of(record, args.windows), args.range)
         if args.out.suffix.lower() == _PAGE:
             return _write_page(view, args)
         render_heatmap(heatmap_of(view, args.bins), args.out)
@@ -60,7 +60,7 @@ def _draw_record(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_page(view: View, args: argparse.Namespace) -> int:
+def _write_page(view: RecordView, args: argparse.Namespace) -> int:
     from kvmhost.reclaim.draw.heatmaphtml import write_html
 
     with replacing(args.out) as file:
@@ -78,7 +78,8 @@ def _write_page(view: View, args: argparse.Namespace) -> int:
 
 
 def _draw_live(args: argparse.Namespace) -> int:
-    from kvmhost.reclaim.draw.render import record_live, render_heatmap
+    from kvmhost.reclaim.draw.heatmap import live_heatmap
+    from kvmhost.reclaim.draw.render import render_heatmap
 
     if args.windows is not None or args.out.suffix.lower() == _PAGE:
         what = "--windows" if args.windows is not None else str(args.out)
@@ -88,7 +89,7 @@ def _draw_live(args: argparse.Namespace) -> int:
     windows, interval_s = args.count or 120, args.interval or 0.1
     with open_source(args) as vm, progress_bar(windows) as advance:
         gfn_start, n_pages = range_of(args.range, vm.memory())
-        heatmap = record_live(
+        heatmap = live_heatmap(
             vm,
             interval_s=interval_s,
             count=windows,

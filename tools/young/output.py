@@ -16,7 +16,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.tools.young.common import gfn_range
 
 if TYPE_CHECKING:
-    from kvmhost.reclaim.record.record import YoungRecord
+    from kvmhost.reclaim.record.reader import YoungRecord
 
 __all__ = [
     "Table",
@@ -78,7 +78,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_record(path: Path) -> YoungRecord:
     """Open a record, and say on standard error what is missing at its end."""
-    from kvmhost.reclaim.record.record import YoungRecord
+    from kvmhost.reclaim.record.reader import YoungRecord
 
     record = YoungRecord.open(path)
     if record.loss:

@@ -15,7 +15,7 @@ from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show
 
 if TYPE_CHECKING:
-    from kvmhost.reclaim.analyse.explain import History
+    from kvmhost.reclaim.analyse.pagehistory import GfnHistory
 
 __all__ = ["main", "parser"]
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if not _is_file(args.source):
         return _show_live(args)
-    from kvmhost.reclaim.analyse.explain import history_of
+    from kvmhost.reclaim.analyse.pagehistory import history_of
 
     with open_record(Path(args.source)) as record:
         _show_history(history_of(record, args.gfn), args)
@@ -40,7 +40,7 @@ def _is_file(source: str) -> bool:
     return path.is_dir() or ("/" in source and not path.is_socket())
 
 
-def _show_history(found: History, args: argparse.Namespace) -> None:
+def _show_history(found: GfnHistory, args: argparse.Namespace) -> None:
     facts: dict[str, Any] = {
         name: value
         for name, value in dataclasses.asdict(found).items()
@@ -60,7 +60,7 @@ def _show_history(found: History, args: argparse.Namespace) -> None:
     show(Table(names, shown, facts, notes=notes, formats=formats), args)
 
 
-def _place_facts(found: History) -> dict[str, Any]:
+def _place_facts(found: GfnHistory) -> dict[str, Any]:
     place = found.place
     if place is None:
         return {"slot": None}

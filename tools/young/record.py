@@ -24,11 +24,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; 1 if a VM could not be recorded to the end that was meant."""
     args = parser().parse_args(argv)
     from kvmhost.reclaim.record.chunks import need_zstd
-    from kvmhost.reclaim.young.live import Plan
+    from kvmhost.reclaim.record.recorder import RecordingPlan
 
     need_zstd()
     places = _places(args)
-    plan = Plan(args.interval, args.count, args.tracker, args.range, args.append)
+    plan = RecordingPlan(args.interval, args.count, args.tracker, args.range, args.append)
     stop = threading.Event()
     with (
         _stopping(stop),
@@ -42,9 +42,9 @@ def main(argv: Sequence[str]) -> int:
 def _record(
     vm: str, path: Path, plan: object, stop: threading.Event, advance: Callable[[], None]
 ) -> int:
-    from kvmhost.reclaim.young.live import Plan, record_vm
+    from kvmhost.reclaim.record.recorder import RecordingPlan, record_vm
 
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, RecordingPlan)
     try:
         with Client(vm) as client:
             ended = record_vm(client, path, plan, stop, advance)

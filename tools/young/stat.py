@@ -13,7 +13,7 @@ from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import Table, add_output_arguments, mib, open_record, show
 
 if TYPE_CHECKING:
-    from kvmhost.reclaim.record.record import YoungRecord
+    from kvmhost.reclaim.record.reader import YoungRecord
 
 __all__ = ["main", "parser"]
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _facts(record: YoungRecord) -> dict[str, Any]:
-    from kvmhost.reclaim.young.clock import elapsed_s, find_jumps, interval_s
+    from kvmhost.reclaim.record.clock import elapsed_s, find_jumps, interval_s
 
     meta, n = record.metadata, len(record)
     stored = sum(f.stat().st_size for f in record.path.rglob("*") if f.is_file())

@@ -26,11 +26,11 @@ def main(argv: Sequence[str]) -> int:
         raise CapabilityError(
             "watch", "textual", str(error), 'install the watch extra: pip install "kvmhost[watch]"'
         ) from error
-    from kvmhost.reclaim.watch.data import Sampler
+    from kvmhost.reclaim.watch.data import WatchSampler
 
     clear = True if args.clear else False if args.peek else None
     with Client(args.vm) as client:
-        app = WatchApp(Sampler(client, args.tracker, clear), args.interval)
+        app = WatchApp(WatchSampler(client, args.tracker, clear), args.interval)
         app.run()
     return app.return_code or 0
 

@@ -23,7 +23,7 @@ from kvmhost.tools.young.output import (
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.analyse.whatif import Outcome
-    from kvmhost.reclaim.record.record import YoungRecord
+    from kvmhost.reclaim.record.reader import YoungRecord
     from kvmhost.tools.young.realrun import ErrorBar
 
 __all__ = ["main", "parser"]

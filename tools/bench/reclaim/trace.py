@@ -10,7 +10,7 @@ import numpy as np
 
 from kvmhost.bitmap import Words, pack, unpack
 from kvmhost.guests.workloads import hotcold_gfns
-from kvmhost.reclaim.policy.base import Everything, Gfns, Mask, Plan, Policy, Probe
+from kvmhost.reclaim.policy.base import Everything, Gfns, HarvestPlan, Mask, Policy, Probe
 from kvmhost.reclaim.policy.belady import belady
 from kvmhost.reclaim.policy.classic import Classic
 from kvmhost.reclaim.policy.lru_gen import LruGen
@@ -50,7 +50,7 @@ class Ranking:
             counts += unpack(words, n_pages)
         self._counts = counts
 
-    def plan(self, tables_young: Words | None = None) -> Plan:
+    def plan(self, tables_young: Words | None = None) -> HarvestPlan:
         """Ask for everything."""
         return Everything
 

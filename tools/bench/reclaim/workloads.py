@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-__all__ = ["BUDGETS", "WORKLOADS", "Workload", "guest_params"]
+__all__ = ["BUDGETS", "WORKLOADS", "ReclaimWorkload", "guest_params"]
 
 #: Of the touched memory.
 BUDGETS = (0.75, 0.5, 0.25)
@@ -37,7 +37,7 @@ _PLAIN: Params = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
+class ReclaimWorkload:
     """One or several guests.
 
     :param guests: parameters of each, by the number of pages that it has
@@ -62,24 +62,28 @@ def _zipf(pages: int) -> Params:
 
 
 _ALL = (
-    Workload("hotcold", "a quarter hot, cold touches all over", (_hotcold,)),
-    Workload("zipf", "zipf 0.9", (_zipf,)),
-    Workload(
+    ReclaimWorkload("hotcold", "a quarter hot, cold touches all over", (_hotcold,)),
+    ReclaimWorkload("zipf", "zipf 0.9", (_zipf,)),
+    ReclaimWorkload(
         "scan",
         "a quarter hot, a scan over everything now and then",
         (lambda p: {"hot": p // 4, "cold": p // 128, "scan_every": 64},),
     ),
-    Workload(
+    ReclaimWorkload(
         "phase",
         "a fifth hot, another fifth every 40 windows",
         (lambda p: {"hot": p // 5, "cold": p // 128, "phase_every": 40, "phase_step": p // 5},),
     ),
-    Workload("two", "two guests: hotcold and zipf, a half of the budget each", (_hotcold, _zipf)),
-    Workload(
+    ReclaimWorkload(
+        "two", "two guests: hotcold and zipf, a half of the budget each", (_hotcold, _zipf)
+    ),
+    ReclaimWorkload(
         "hotcold-sparse",
         "hotcold with a 64th of the cold touches",
         (lambda p: {"hot": p // 4, "cold": p // 64},),
     ),
-    Workload("zipf-sparse", "zipf with a 16th of the touches", (lambda p: {"zipf": p // 4},)),
+    ReclaimWorkload(
+        "zipf-sparse", "zipf with a 16th of the touches", (lambda p: {"zipf": p // 4},)
+    ),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}

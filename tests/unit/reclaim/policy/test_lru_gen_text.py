@@ -5,7 +5,7 @@ import pytest
 
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.policy.lru_gen import LruGen
-from kvmhost.reclaim.policy.lru_gen_text import Age, Evict, parse, run, show
+from kvmhost.reclaim.policy.lru_gen_text import AgeCommand, EvictCommand, parse, run, show
 
 MS = 1_000_000
 
@@ -28,10 +28,10 @@ def test_show_has_the_kernels_columns(pages):
 def test_parse():
     text = "+ vm1 0 5; - 3 0 4 60 1000,+2 0 9 0 1\n\n- vm1 0 1\n"
     assert parse(text) == [
-        Age("vm1", 5),
-        Evict("3", 4, 60, 1000),
-        Age("2", 9, False, True),
-        Evict("vm1", 1),
+        AgeCommand("vm1", 5),
+        EvictCommand("3", 4, 60, 1000),
+        AgeCommand("2", 9, False, True),
+        EvictCommand("vm1", 1),
     ]
     assert parse(" \n;") == []
 

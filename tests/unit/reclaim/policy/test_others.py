@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvmhost.bitmap import pack
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.policy.age import MAX_AGE, Age
+from kvmhost.reclaim.policy.age import MAX_AGE, AgePolicy
 from kvmhost.reclaim.policy.belady import belady
 from kvmhost.reclaim.policy.classic import SWAP_CLUSTER_MAX, Classic
 from kvmhost.reclaim.policy.random import Random
@@ -61,7 +61,7 @@ def test_belady_is_the_fewest_of_all_choices(windows, budget):
 @given(
     st.lists(st.sets(st.integers(0, 63)), min_size=1, max_size=20),
     st.integers(1, 64),
-    st.sampled_from([Classic, Random, Age]),
+    st.sampled_from([Classic, Random, AgePolicy]),
 )
 def test_no_policy_beats_belady(windows, budget, policy):
     trace = [(i, words(64, touched)) for i, touched in enumerate(windows)]
@@ -178,7 +178,7 @@ def test_classic_plans_nothing_and_takes_harvested_bits_all_the_same():
 )
 def test_age_threshold_against_a_record_a_page(windows, target):
     """Harvests every 20 s: the threshold is recomputed from lists of what each touch met."""
-    policy = Age(30, target_percent=target, first_harvests=9, min_harvests=1)
+    policy = AgePolicy(30, target_percent=target, first_harvests=9, min_harvests=1)
     idle, met, touched_lately, best, threshold = dict.fromkeys(range(30), 0), [], set(), [], 9
     minute = None
     for number, touched in enumerate(windows):
@@ -201,7 +201,7 @@ def test_age_threshold_against_a_record_a_page(windows, target):
 
 def test_age_keeps_promotions_under_the_target():
     """Pages come back every so many harvests; only those beyond what is allowed are spared."""
-    n, policy = 10_000, Age(10_000, target_percent=1.0, first_harvests=3, percentile=50)
+    n, policy = 10_000, AgePolicy(10_000, target_percent=1.0, first_harvests=3, percentile=50)
     trace = []
     for second in range(240):
         touched = np.zeros(n, bool)
@@ -216,7 +216,7 @@ def test_age_keeps_promotions_under_the_target():
 
 
 def test_a_burst_raises_the_threshold_at_once_and_is_remembered():
-    policy = Age(100, first_harvests=5)
+    policy = AgePolicy(100, first_harvests=5)
     everything = words(100, range(100))
     hot = words(100, range(10))
     for second in range(121):
@@ -240,11 +240,11 @@ def test_age_bad_options():
         {"min_harvests": 0},
     ):
         with pytest.raises(LayoutError, match="need"):
-            Age(10, **options)
-    for policy in (Age, Classic, Random):
+            AgePolicy(10, **options)
+    for policy in (AgePolicy, Classic, Random):
         with pytest.raises(LayoutError, match="0 pages"):
             policy(0)
-    for policy in (Age(8), Classic(8)):
+    for policy in (AgePolicy(8), Classic(8)):
         with pytest.raises(LayoutError, match="gfn 0x9 outside"):
             policy.explain(9)
 

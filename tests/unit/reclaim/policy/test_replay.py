@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvmhost.bitmap import pack, unpack
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.policy.base import Everything, Plan
+from kvmhost.reclaim.policy.base import Everything, HarvestPlan
 from kvmhost.reclaim.policy.replay import TABLE_PAGES, WRONG_WITHIN, replay, tables_of
 
 N_PAGES = 24
@@ -100,7 +100,7 @@ class Lazy(Lowest):
     """Harvests nothing, and probes what it evicts."""
 
     def plan(self, tables_young=None):
-        return Plan(words())
+        return HarvestPlan(words())
 
     def victims(self, n, candidates, now_ns, probe=None):
         self.seen = [g for g in np.flatnonzero(candidates) if probe.clear_flush_young(int(g))]

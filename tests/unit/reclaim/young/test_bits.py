@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.bitmap import pack, unpack
-from kvmhost.reclaim.analyse.summary import last_window_of
+from kvmhost.reclaim.record.summary import last_window_of
 from kvmhost.reclaim.young.bits import (
     count_bits,
     count_bits_plain,

@@ -6,8 +6,8 @@ import pytest
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.analyse.compare import CAUSES, View, compare_views, total
-from kvmhost.reclaim.analyse.explain import find_place, history_of, place_of_gfn
+from kvmhost.reclaim.analyse.compare import CAUSES, TrackerView, compare_views, total
+from kvmhost.reclaim.analyse.pagehistory import find_place, history_of, place_of_gfn
 from kvmhost.reclaim.record.meta import Memslot
 
 SLOTS = [Memslot(0, 0, 16, 0x7F0000000000), Memslot(3, 0x100, 8, 0x7F1000000000)]
@@ -48,9 +48,9 @@ def test_a_slot_whose_hva_is_not_known():
         find_place(0, "hva", [Memslot(0, 0, 8)])
 
 
-def test_history_of_a_page(make):
+def test_history_of_a_page(make_record):
     touched = {0, 1, 5, 70, 71, 72}
-    record = make([[7] if t in touched else [9] for t in range(80)], n_pages=16)
+    record = make_record([[7] if t in touched else [9] for t in range(80)], n_pages=16)
     found = history_of(record, 7)
     assert (found.windows, found.young_windows, found.coarse_windows) == (80, 6, 0)
     assert (found.first_young, found.last_young, found.age_windows) == (0, 72, 8)
@@ -67,8 +67,8 @@ def test_history_of_a_page(make):
 def views(*pairs, **other):
     """Views of windows; each pair is (gfns of the reference, of the other)."""
     return (
-        View("a", [YoungBitmap.from_gfns(0, 256, a) for a, _ in pairs]),
-        View("b", [YoungBitmap.from_gfns(0, 256, b) for _, b in pairs], **other),
+        TrackerView("a", [YoungBitmap.from_gfns(0, 256, a) for a, _ in pairs]),
+        TrackerView("b", [YoungBitmap.from_gfns(0, 256, b) for _, b in pairs], **other),
     )
 
 
@@ -97,17 +97,19 @@ def test_reads_tables_coarse_and_what_was_not_looked_at():
     assert (found.extra, found.missing) == (only(tables=1), only(tables=1, reads=1))
     rough = YoungBitmap.from_gfns(0, 256, range(32))
     rough = YoungBitmap(0, 256, rough.words, rough.words)
-    (found,) = compare_views(View("a", [YoungBitmap.from_gfns(0, 256, [3])]), View("b", [rough]))
+    (found,) = compare_views(
+        TrackerView("a", [YoungBitmap.from_gfns(0, 256, [3])]), TrackerView("b", [rough])
+    )
     assert found.extra == only(coarse=31)
     small = YoungBitmap.from_gfns(0, 4, [3])
     large = YoungBitmap.from_gfns(0, 256, [3, 99])
-    (found,) = compare_views(View("a", [large]), View("b", [small]))
+    (found,) = compare_views(TrackerView("a", [large]), TrackerView("b", [small]))
     assert found.missing == only(outside=1)
     apart = YoungBitmap.from_gfns(1000, 4, [1001])
     with pytest.raises(LayoutError, match="no page in common"):
-        list(compare_views(View("a", [large]), View("b", [apart])))
+        list(compare_views(TrackerView("a", [large]), TrackerView("b", [apart])))
 
 
 def test_nothing_to_compare():
-    whole = total(compare_views(View("a", []), View("b", [])))
+    whole = total(compare_views(TrackerView("a", []), TrackerView("b", [])))
     assert (whole.windows, whole.precision, whole.recall, whole.jaccard) == (0, 1.0, 1.0, 1.0)

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
-from kvmhost.reclaim.draw.render import Heatmap, bin_edges, bin_shares, record_live, render_heatmap
-from kvmhost.reclaim.young.bitmap import Provenance, YoungBitmap
+from kvmhost.reclaim.draw.heatmap import Heatmap, bin_edges, bin_shares, live_heatmap
+from kvmhost.reclaim.draw.render import render_heatmap
 
 
 @given(st.integers(1, 500), st.integers(1, 600), st.data())
@@ -115,7 +116,7 @@ class FakeClient:
 
 def test_a_live_recording_has_its_windows_end_to_end():
     seen = []
-    heatmap = record_live(
+    heatmap = live_heatmap(
         FakeClient(9), interval_s=0.001, count=3, gfn_start=0x400, on_window=lambda: seen.append(1)
     )
     assert len(seen) == len(heatmap.columns) == 3
@@ -127,6 +128,6 @@ def test_a_live_recording_has_its_windows_end_to_end():
 
 
 def test_a_vm_that_ends_ends_the_recording():
-    assert len(record_live(FakeClient(3), interval_s=0.001, gfn_start=0x400).columns) == 2
+    assert len(live_heatmap(FakeClient(3), interval_s=0.001, gfn_start=0x400).columns) == 2
     with pytest.raises(VmGoneError, match="before the first window"):
-        record_live(FakeClient(1), interval_s=0.001, gfn_start=0x400)
+        live_heatmap(FakeClient(1), interval_s=0.001, gfn_start=0x400)

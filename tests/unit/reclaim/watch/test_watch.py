@@ -24,7 +24,7 @@ from kvmhost.control.schema import (
 )
 from kvmhost.errors import ControlError, VmGoneError
 from kvmhost.reclaim.watch import data as watchdata
-from kvmhost.reclaim.watch.data import Generation, Sampler, parse_generations
+from kvmhost.reclaim.watch.data import Generation, WatchSampler, parse_generations
 from kvmhost.reclaim.watch.map import (
     Grid,
     bar,
@@ -98,7 +98,7 @@ def fake():
 
 def test_a_tick_counts_ages_working_set_and_rates(fake):
     seconds = iter(range(0, 1000, 2))
-    sampler = Sampler(fake, clock=lambda: next(seconds))
+    sampler = WatchSampler(fake, clock=lambda: next(seconds))
     fake.young[:100] = True
     sampler.sample()
     fake.young[:] = False
@@ -120,14 +120,14 @@ def test_a_tick_counts_ages_working_set_and_rates(fake):
 
 
 def test_where_a_daemon_looks_after_the_vm_the_view_only_peeks(fake):
-    sampler = Sampler(fake)
+    sampler = WatchSampler(fake)
     assert not sampler.sample().peeking
     fake.lease = LeaseInfo("reclaimd", 1, "", 10.0, 1.0, 0.0)
     assert sampler.sample().peeking
     assert [clear for _, clear in fake.harvests] == [True, False]
-    assert not Sampler(fake, clear=True).sample().peeking
+    assert not WatchSampler(fake, clear=True).sample().peeking
     fake.lease = None
-    assert Sampler(fake, clear=False).sample().peeking
+    assert WatchSampler(fake, clear=False).sample().peeking
 
 
 def test_a_daemons_generations_are_read_the_youngest_first():
@@ -138,7 +138,7 @@ def test_a_daemons_generations_are_read_the_youngest_first():
 
 
 def test_a_vm_that_began_anew_begins_the_view_anew(fake):
-    sampler = Sampler(fake)
+    sampler = WatchSampler(fake)
     fake.young[:100] = True
     sampler.sample()
     fake.pid, fake.regions = 78, [(0, 0, 8192)]
@@ -148,7 +148,7 @@ def test_a_vm_that_began_anew_begins_the_view_anew(fake):
 
 
 def test_trackers_go_round(fake):
-    sampler = Sampler(fake)
+    sampler = WatchSampler(fake)
     names = [sampler.next_tracker() for _ in range(len(trackers.NAMES) + 1)]
     assert names == [*trackers.NAMES, trackers.NAMES[0]]
 
@@ -275,7 +275,7 @@ def drive(watchapp, fake, steps, size=(80, 24)):
     """Run the view with a pilot: ``steps(app, pilot)`` after its first tick."""
 
     async def run():
-        app = watchapp.WatchApp(Sampler(fake), 0.01)
+        app = watchapp.WatchApp(WatchSampler(fake), 0.01)
         async with app.run_test(size=size) as pilot:
             await until(pilot, lambda: app.sample is not None and "0x0" in screen_text(app)["map"])
             await steps(app, pilot)

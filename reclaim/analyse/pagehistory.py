@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvmhost.errors import LayoutError
+from kvmhost.reclaim.record.clock import elapsed_s
 from kvmhost.reclaim.record.meta import Memslot
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import runs
-from kvmhost.reclaim.young.clock import elapsed_s
 
-__all__ = ["History", "Place", "Stretch", "find_place", "history_of", "place_of_gfn"]
+__all__ = ["GfnHistory", "Place", "Stretch", "find_place", "history_of", "place_of_gfn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Stretch:
 
 
 @dataclasses.dataclass(frozen=True)
-class History:
+class GfnHistory:
     """What a record knows of a page.
 
     :param age_windows: windows since it was last young, the last one being 1; None: never
@@ -101,7 +101,7 @@ def find_place(
     )
 
 
-def history_of(record: YoungRecord, gfn: int) -> History:
+def history_of(record: YoungRecord, gfn: int) -> GfnHistory:
     """Return the history of a page.
 
     :raises LayoutError: if the record does not have it
@@ -116,7 +116,7 @@ def history_of(record: YoungRecord, gfn: int) -> History:
         for a, b in zip(*runs(bits), strict=True)
     ]
     idle = np.diff(touched)
-    return History(
+    return GfnHistory(
         gfn=gfn,
         place=place_of_gfn(gfn, record.memslots(), record.metadata.page_bytes),
         windows=len(record),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 from young_model import SECOND, Window, write
 
-from kvmhost.reclaim.record.record import YoungRecord
-
-pytest.importorskip("zstandard")
+from kvmhost.reclaim.record.reader import YoungRecord
 
 
 @pytest.fixture
-def make(tmp_path):
+def make_record(tmp_path):
     """Return a maker of records from lists of gfns by window."""
+    pytest.importorskip("zstandard")
     opened = []
 
     def run(lists, n_pages=256, gfn_start=0, name="r.young"):

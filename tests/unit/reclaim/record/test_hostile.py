@@ -23,7 +23,7 @@ from young_model import Window, write
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.analyse import analysis, patterns
-from kvmhost.reclaim.analyse.explain import history_of
+from kvmhost.reclaim.analyse.pagehistory import history_of
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.exchange import damon, dirty, text
 from kvmhost.reclaim.exchange.common import write_record
@@ -31,7 +31,7 @@ from kvmhost.reclaim.record import meta as recordmeta
 from kvmhost.reclaim.record.chunks import zstd
 from kvmhost.reclaim.record.journal import JOURNAL_FILE
 from kvmhost.reclaim.record.meta import METADATA_FILE
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "40")),
@@ -167,7 +167,7 @@ limit = 1 << 30
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 sys.path.insert(0, "tests/helpers")
 from kvmhost.reclaim.errors import RecordError
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.analyse import analysis
 try:
     with YoungRecord.open(sys.argv[1]) as record:

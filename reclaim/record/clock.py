@@ -13,7 +13,7 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 
 __all__ = ["Jump", "elapsed_s", "find_jumps", "interval_s"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from kvmhost.errors import CapabilityError
+from kvmhost.reclaim.record.clock import elapsed_s
 from kvmhost.reclaim.record.meta import COLUMNS
-from kvmhost.reclaim.record.record import YoungRecord
-from kvmhost.reclaim.young.clock import elapsed_s
+from kvmhost.reclaim.record.reader import YoungRecord
 
 __all__ = ["to_dataset", "to_frame"]
 

@@ -25,12 +25,12 @@ import numpy.typing as npt
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, unpack
 from kvmhost.closing import Closing
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.analyse.summary import last_window_of, level_sums
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record import meta as recordmeta
 from kvmhost.reclaim.record.files import RecordFiles, is_record, names_in
 from kvmhost.reclaim.record.journal import JOURNAL_FILE
-from kvmhost.reclaim.record.meta import Layout, RecordMeta, Session
+from kvmhost.reclaim.record.meta import MemslotLayout, RecordMeta, RecordSession
+from kvmhost.reclaim.record.summary import last_window_of, level_sums
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, window_mask
 
 __all__ = ["Block", "YoungRecord"]
@@ -130,12 +130,12 @@ class YoungRecord(Closing):
         """Return whether a writer holds the record now."""
         return self._files.is_being_written()
 
-    def session(self, window: int) -> Session:
+    def session(self, window: int) -> RecordSession:
         """Return where a window's bits come from."""
         window = self._window(window)
         return [s for s in self.metadata.sessions if s.first_window <= window][-1]
 
-    def layout(self, window: int) -> Layout:
+    def layout(self, window: int) -> MemslotLayout:
         """Return the memslots of a window."""
         window = self._window(window)
         return [part for part in self.metadata.layouts if part.first_window <= window][-1]

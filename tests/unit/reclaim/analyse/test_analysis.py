@@ -13,10 +13,10 @@ from young_model import SECOND, Window, write
 from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.analyse import analysis, patterns
-from kvmhost.reclaim.record.meta import UPPER, Session
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.clock import elapsed_s, find_jumps, interval_s
+from kvmhost.reclaim.record.meta import UPPER, RecordSession
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import RecordWriter
-from kvmhost.reclaim.young.clock import elapsed_s, find_jumps, interval_s
 
 N_PAGES = 200
 
@@ -163,17 +163,17 @@ def test_hot_ranges(record_of):
         patterns.hot_ranges(record, min_share=0)
 
 
-def test_phases(make):
+def test_phases(make_record):
     first = range(1000)
     second = range(5000, 7000)
     lists = [first] * 20 + [second] * 30 + [first] * 20
-    found = patterns.find_phases(make(lists, n_pages=10000))
+    found = patterns.find_phases(make_record(lists, n_pages=10000))
     assert [(p.first, p.end) for p in found] == [(0, 20), (20, 50), (50, 70)]
     assert [p.young_pages for p in found] == [1000, 2000, 1000]
     assert found[1].change == 1.0
-    steady = patterns.find_phases(make([first] * 30, n_pages=10000, name="s"))
+    steady = patterns.find_phases(make_record([first] * 30, n_pages=10000, name="s"))
     assert [(p.first, p.end) for p in steady] == [(0, 30)]
-    assert patterns.find_phases(make([], name="e")) == []
+    assert patterns.find_phases(make_record([], name="e")) == []
 
 
 @given(lists(max_windows=140))
@@ -199,10 +199,12 @@ def test_similarity(a, b):
 
 
 def write_times(path, times, boots=()):
-    with RecordWriter.create(path, 8, session=Session(0, "t", "f", SECOND, "boot0")) as writer:
+    with RecordWriter.create(
+        path, 8, session=RecordSession(0, "t", "f", SECOND, "boot0")
+    ) as writer:
         for number, (end_ns, wall_ns) in enumerate(times):
             if number in boots:
-                writer.set_session(Session(0, "t", "f", SECOND, f"boot{number}"))
+                writer.set_session(RecordSession(0, "t", "f", SECOND, f"boot{number}"))
             source = Provenance("t", "f", max(end_ns - SECOND, 0), end_ns)
             writer.append(YoungBitmap.from_gfns(0, 8, [1], provenance=source), wall_ns=wall_ns)
     return YoungRecord.open(path)

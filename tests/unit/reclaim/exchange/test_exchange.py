@@ -18,7 +18,7 @@ from young_model import histories, write
 from kvmhost.reclaim.exchange import damon, dirty, text
 from kvmhost.reclaim.exchange.common import write_record
 from kvmhost.reclaim.record.meta import COLUMNS
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 
 
 def roundtrips(record, place):
@@ -60,8 +60,8 @@ def test_there_and_back(tmp_path, drawn):
                 assert back.metadata.sessions[0].facts == {"imported_from": name}
 
 
-def test_damon_s_ages_and_regions(make, tmp_path):
-    record = make([[0, 1, 2], [0, 1, 2, 5], [5]], n_pages=8)
+def test_damon_s_ages_and_regions(make_record, tmp_path):
+    record = make_record([[0, 1, 2], [0, 1, 2, 5], [5]], n_pages=8)
     with (tmp_path / "d").open("wb") as file:
         damon.export(record, file)
     found = json.loads((tmp_path / "d").read_text())[0]["snapshots"][2]["regions"]
@@ -104,12 +104,12 @@ def test_a_record_that_damo_wrote(tmp_path):
     assert window.bitmap.provenance.window_end_ns == 2000
 
 
-def test_damo_reads_it(make, tmp_path):
+def test_damo_reads_it(make_record, tmp_path):
     beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     damo = shutil.which("damo", path=beside)
     if damo is None or shutil.which("file") is None:
         pytest.skip("no damo or no file command; pip install damo")
-    record = make([range(16, 20), [16, 17, 18, 19, 22]] * 4, n_pages=8, gfn_start=16)
+    record = make_record([range(16, 20), [16, 17, 18, 19, 22]] * 4, n_pages=8, gfn_start=16)
     with (tmp_path / "damon.data").open("wb") as file:
         damon.export(record, file, compress=True)
     done = subprocess.run(
@@ -121,9 +121,9 @@ def test_damo_reads_it(make, tmp_path):
     assert "total size: 32.000 KiB" in done.stdout
 
 
-def test_working_set_for_prefetch(make, tmp_path):
+def test_working_set_for_prefetch(make_record, tmp_path):
     base = 64 * 4
-    record = make([[base + p for p in row] for row in ([5, 9], [9, 3], [9, 3], [200])],
+    record = make_record([[base + p for p in row] for row in ([5, 9], [9, 3], [9, 3], [200])],
                   n_pages=256, gfn_start=base, name="w")  # fmt: skip
     assert (text.working_set_gfns(record) - base).tolist() == [9, 3, 5, 200]
     assert (text.working_set_gfns(record, 0, 3, 0.5) - base).tolist() == [9, 3]

@@ -19,12 +19,12 @@ from young_model import SECOND, Window, histories, write
 
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.draw import heatmaptiles
-from kvmhost.reclaim.draw.heatmapdata import View, heatmap_of, timeline_of
+from kvmhost.reclaim.draw.heatmapdata import RecordView, heatmap_of, timeline_of
 from kvmhost.reclaim.draw.heatmaphtml import write_html
 from kvmhost.reclaim.draw.heatmaptiles import TILE_BINS, TILE_COLUMNS, build_pyramid, cell_bits
 from kvmhost.reclaim.draw.render import render_heatmap
-from kvmhost.reclaim.record.meta import Memslot, Session
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.meta import Memslot, RecordSession
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import RecordWriter
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -88,13 +88,13 @@ def test_cells_are_what_brute_force_counts_and_children_add_up(history, data):
         with YoungRecord.open(Path(place) / "r") as record:
             if not record.n_pages or not windows:
                 with pytest.raises(LayoutError):
-                    View(record)
+                    RecordView(record)
                 return
             first = data.draw(st.integers(0, len(windows) - 1))
             end = data.draw(st.integers(first + 1, len(windows)))
             low = data.draw(st.integers(0, record.n_pages - 1))
             high = data.draw(st.integers(low + 1, record.n_pages))
-            view = View(record, first, end, (gfn_start + low, gfn_start + high))
+            view = RecordView(record, first, end, (gfn_start + low, gfn_start + high))
             assert view.low <= low
             assert view.high >= high
             assert view.n_pages < high - low + 128
@@ -131,7 +131,7 @@ def test_levels_from_the_records_sums(tmp_path, monkeypatch):
     ]
     write(tmp_path / "r", 0x400, windows).close()
     with YoungRecord.open(tmp_path / "r") as record:
-        view = View(record)
+        view = RecordView(record)
         truth = matrix_of(windows, 0x400, 0, n_pages)
         assert (truth[:, 3:77] == view.counts(0, 3, 77).T).all()
         for level in (6, 9, 12, 15, 18):
@@ -144,14 +144,17 @@ def test_levels_from_the_records_sums(tmp_path, monkeypatch):
 def test_a_range_starts_at_whole_words_or_sums(tmp_path):
     write(tmp_path / "r", 5, [Window(50_000, frozenset([6, 7]), None, 10, 20)]).close()
     with YoungRecord.open(tmp_path / "r") as record:
-        assert (View(record, gfns=(5 + 70, 5 + 80)).low, View(record).high) == (64, 50_000)
-        wide = View(record, gfns=(5 + 600, 5 + 45_000))
+        assert (RecordView(record, gfns=(5 + 70, 5 + 80)).low, RecordView(record).high) == (
+            64,
+            50_000,
+        )
+        wide = RecordView(record, gfns=(5 + 600, 5 + 45_000))
         assert (wide.low, wide.high) == (512, 45_056)
         for bad in ((4, 10), (10, 50_006), (10, 10)):
             with pytest.raises(LayoutError, match="no gfns"):
-                View(record, gfns=bad)
+                RecordView(record, gfns=bad)
         with pytest.raises(LayoutError, match="no windows"):
-            View(record, 1, 1)
+            RecordView(record, 1, 1)
 
 
 def test_cells_are_wide_enough_for_their_counts():
@@ -169,7 +172,7 @@ def test_what_does_not_fit_the_budget_is_left_out(tmp_path):
     ]
     write(tmp_path / "r", 0, windows).close()
     with YoungRecord.open(tmp_path / "r") as record:
-        view = View(record)
+        view = RecordView(record)
         whole = build_pyramid(view, 1 << 30)
         sizes = {
             level: sum(step.n_bytes for step in steps) for level, steps in whole.levels.items()
@@ -194,7 +197,9 @@ def test_what_does_not_fit_the_budget_is_left_out(tmp_path):
 def eventful(path, name="vm1", n_pages=4096, n_windows=96):
     """A record with two memslots, a gap, a jump of the wall clock and a change of tracker."""
     slots = [Memslot(0, 0, 1024), Memslot(1, 1024, n_pages - 1024)]
-    session = Session(0, "guestpt", "npt", SECOND, "boot", {"image": "/x/hot.elf", "kernel": "6.1"})
+    session = RecordSession(
+        0, "guestpt", "npt", SECOND, "boot", {"image": "/x/hot.elf", "kernel": "6.1"}
+    )
     clock, wall = 5 * SECOND, 1_780_000_000 * SECOND
     with RecordWriter.create(path, n_pages, name=name, memslots=slots, session=session) as writer:
         for i in range(n_windows):
@@ -211,7 +216,7 @@ def eventful(path, name="vm1", n_pages=4096, n_windows=96):
 
 def test_gaps_jumps_and_trackers_are_on_the_time_axis(tmp_path):
     with YoungRecord.open(eventful(tmp_path / "r")) as record:
-        times = timeline_of(View(record))
+        times = timeline_of(RecordView(record))
         assert [(mark.window, mark.text) for mark in times.marks] == [
             (40, "gap of 12 s"),
             (60, "clock jump of 60 min"),
@@ -221,14 +226,14 @@ def test_gaps_jumps_and_trackers_are_on_the_time_axis(tmp_path):
         assert (np.diff(times.ends_s) > 0).all()
         assert (times.starts_s[1:] >= times.ends_s[:-1] - 1e-9).all()
         assert times.starts_s[40] == pytest.approx(times.ends_s[39] + 12)
-        part = timeline_of(View(record, 50, 70))
+        part = timeline_of(RecordView(record, 50, 70))
         assert [mark.window for mark in part.marks] == [60]
         assert part.starts_s[0] == 0
 
 
 def test_columns_of_a_picture_are_means_and_never_cross_a_gap(tmp_path):
     with YoungRecord.open(eventful(tmp_path / "r")) as record:
-        heatmap = heatmap_of(View(record), n_bins=64, n_columns=10)
+        heatmap = heatmap_of(RecordView(record), n_bins=64, n_columns=10)
         windows = [np.asarray(b.as_bool()) for b in record.bitmaps()]
     firsts = [*range(0, 40, 10), *range(40, 96, 10)]
     assert len(heatmap.columns) == len(firsts)
@@ -255,7 +260,7 @@ def test_pictures_are_like_the_golden_ones(tmp_path, name):
     image = pytest.importorskip("matplotlib.image")
     out = tmp_path / "x.png"
     with YoungRecord.open(eventful(tmp_path / "r")) as record:
-        view = View(record) if name == "whole" else View(record, 30, 50, (1400, 1900))
+        view = RecordView(record) if name == "whole" else RecordView(record, 30, 50, (1400, 1900))
         render_heatmap(heatmap_of(view), out)
     golden = GOLDEN / f"heatmap_{name}.png"
     if REWRITE:
@@ -274,10 +279,10 @@ def test_hostile_names_do_no_harm(tmp_path):
     pytest.importorskip("matplotlib")
     with YoungRecord.open(eventful(tmp_path / "r", HOSTILE, n_windows=4)) as record:
         for kind in (".png", ".svg"):
-            render_heatmap(heatmap_of(View(record)), tmp_path / f"x{kind}")
+            render_heatmap(heatmap_of(RecordView(record)), tmp_path / f"x{kind}")
         assert b"onerror=alert(1)>" not in (tmp_path / "x.svg").read_bytes()
         out = io.BytesIO()
-        write_html(View(record), out)
+        write_html(RecordView(record), out)
     page = out.getvalue().decode()
     assert "<img" not in page
     assert "<!--" not in page
@@ -289,7 +294,7 @@ def test_hostile_names_do_no_harm(tmp_path):
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     with YoungRecord.open(eventful(tmp_path / "r", n_windows=70)) as record:
         out = io.BytesIO()
-        write_html(View(record), out)
+        write_html(RecordView(record), out)
     page = out.getvalue().decode()
     assert not re.search(r"https?://|//cdn|@import|url\(|src=|href=", page)
     assert "default-src 'none'" in page

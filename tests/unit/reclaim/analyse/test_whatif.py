@@ -8,7 +8,7 @@ from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.reclaim.analyse import whatif
 from kvmhost.reclaim.policy.lru_gen import LruGen
 from kvmhost.reclaim.policy.replay import replay
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.reader import YoungRecord
 
 LISTS = [[*range(40), *range(100 + 3 * t, 140 + 3 * t)] for t in range(30)]
 
@@ -17,8 +17,8 @@ def pages(n):
     return lambda record: n
 
 
-def test_cases_are_all_combinations(make):
-    paths = [make(LISTS, name=f"r{i}").path for i in range(2)]
+def test_cases_are_all_combinations(make_record):
+    paths = [make_record(LISTS, name=f"r{i}").path for i in range(2)]
     grid = {"n_generations": [4, 6], "seed": [None, 3]}
     cases = whatif.cases_of(paths, ["lru_gen"], [pages(50), pages(90)], grid, (2, -1))
     assert len(cases) == len(set(cases)) == 2 * 4 * 2
@@ -26,8 +26,8 @@ def test_cases_are_all_combinations(make):
     assert cases[0].settings() == "lru_gen n_generations=4 seed=None"
 
 
-def test_an_outcome_is_what_a_replay_says(make):
-    record = make(LISTS)
+def test_an_outcome_is_what_a_replay_says(make_record):
+    record = make_record(LISTS)
     (case,) = whatif.cases_of([record.path], ["lru_gen"], [pages(60)], {})
     found = whatif.run_case(case)
     timed = [((t + 1) * 10**9, bitmap.words) for t, bitmap in enumerate(record.bitmaps())]
@@ -43,8 +43,8 @@ def test_an_outcome_is_what_a_replay_says(make):
     assert found.saved_pages == pytest.approx(sum(saved) / len(saved))
 
 
-def test_more_memory_saves_less(make):
-    record = make(LISTS)
+def test_more_memory_saves_less(make_record):
+    record = make_record(LISTS)
     budgets = [pages(n) for n in (50, 100, 200)]
     cases = whatif.cases_of([record.path], ["lru_gen"], budgets, {})
     outcomes = whatif.run_cases(cases, workers=0)
@@ -53,8 +53,8 @@ def test_more_memory_saves_less(make):
     assert saved == sorted(saved, reverse=True)
 
 
-def test_what_cannot_be(make):
-    path = make(LISTS).path
+def test_what_cannot_be(make_record):
+    path = make_record(LISTS).path
     with pytest.raises(LayoutError, match="policy 'best': not known"):
         whatif.cases_of([path], ["best"], [pages(5)], {})
     with pytest.raises(LayoutError, match="colour"):
@@ -66,9 +66,9 @@ def test_what_cannot_be(make):
 
 
 @pytest.mark.filterwarnings("ignore")  # of Dask's own, about ports and its event loops
-def test_on_workers_and_on_a_cluster_by_address(make):
+def test_on_workers_and_on_a_cluster_by_address(make_record):
     distributed = pytest.importorskip("distributed")
-    record = make(LISTS)
+    record = make_record(LISTS)
     cases = whatif.cases_of([record.path], ["lru_gen"], [pages(60), pages(120)], {})
     here = [o.refaults for o in whatif.run_cases(cases, workers=0)]
     done = []
@@ -83,17 +83,17 @@ def test_on_workers_and_on_a_cluster_by_address(make):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_no_cluster_at_the_address(make):
+def test_no_cluster_at_the_address(make_record):
     pytest.importorskip("distributed")
-    record = make(LISTS)
+    record = make_record(LISTS)
     cases = whatif.cases_of([record.path], ["lru_gen"], [pages(60)], {})
     with pytest.raises(CapabilityError, match="scheduler"):
         whatif.run_cases(cases, scheduler="nonsense://x")
 
 
-def test_a_record_that_begins_elsewhere_than_gfn_0(make):
-    moved = make([[g + 4096 for g in row] for row in LISTS], gfn_start=4096, name="moved")
-    plain = make(LISTS, name="plain")
+def test_a_record_that_begins_elsewhere_than_gfn_0(make_record):
+    moved = make_record([[g + 4096 for g in row] for row in LISTS], gfn_start=4096, name="moved")
+    plain = make_record(LISTS, name="plain")
     outcomes = [
         whatif.run_case(whatif.cases_of([r.path], ["lru_gen"], [pages(60)], {})[0])
         for r in (moved, plain)

@@ -23,8 +23,8 @@ from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.errors import LayoutError, NameInUseError
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record.journal import JOURNAL_FILE
-from kvmhost.reclaim.record.meta import LEVELS, METADATA_FILE, UPPER, Memslot, Session
-from kvmhost.reclaim.record.record import YoungRecord
+from kvmhost.reclaim.record.meta import LEVELS, METADATA_FILE, UPPER, Memslot, RecordSession
+from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import Cost, RecordWriter
 
 FEW = settings(
@@ -124,9 +124,9 @@ def test_putting_windows_together(place, drawn, data):
             assert record.last_young().tolist() == last
 
 
-def test_region_counts_with_and_without_bins(make):
+def test_region_counts_with_and_without_bins(make_record):
     lists = [range(i % 3, 5000, 3) for i in range(70)]
-    record = make(lists, n_pages=5000)
+    record = make_record(lists, n_pages=5000)
     for edges in ([0, 512, 4096, 5000], [0, 1, 100, 4999], [7, 8], [512, 1024]):
         wanted = [
             [sum(a <= g < b for g in gfns) for a, b in itertools.pairwise(edges)] for gfns in lists
@@ -138,11 +138,11 @@ def test_region_counts_with_and_without_bins(make):
                 record.region_counts(edges)
 
 
-def test_other_programs_read_it(make):
+def test_other_programs_read_it(make_record):
     zarr = pytest.importorskip("zarr")
     xarray = pytest.importorskip("xarray")
     lists = [range(i, 3000, i + 1) for i in range(100)]
-    record = make(lists, n_pages=3000)
+    record = make_record(lists, n_pages=3000)
     bits = np.array([[g in set(gfns) for gfns in lists] for g in range(3000)])
     for group in (
         zarr.open_group(str(record.path), mode="r"),
@@ -197,10 +197,10 @@ def test_memory_that_changes_in_mid_record(tmp_path):
 
 
 def test_sessions_follow_the_tracker(tmp_path):
-    with RecordWriter.create(tmp_path / "r", 64, session=Session(0, "a", "npt", 7)) as writer:
+    with RecordWriter.create(tmp_path / "r", 64, session=RecordSession(0, "a", "npt", 7)) as writer:
         for tracker in ("a", "a", "b", "a"):
             writer.append(YoungBitmap.from_gfns(0, 64, [1], provenance=Provenance(tracker, "npt")))
-        writer.set_session(Session(99, "a", "npt", 8, facts={"host": "x"}))
+        writer.set_session(RecordSession(99, "a", "npt", 8, facts={"host": "x"}))
         writer.append(
             YoungBitmap.from_gfns(0, 64, [1], provenance=Provenance("a", "npt")),
             wall_ns=17,
@@ -464,8 +464,8 @@ def test_one_record_in_a_directory_is_meant_by_the_directory(tmp_path):
         YoungRecord.open(tmp_path / "nothing")
 
 
-def test_metadata_that_was_changed(make):
-    record = make([[1]])
+def test_metadata_that_was_changed(make_record):
+    record = make_record([[1]])
     path = Path(record.path) / METADATA_FILE
     text = path.read_text()
     for old, new, said in [

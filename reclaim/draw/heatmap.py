@@ -1,0 +1,135 @@
+"""Heatmaps of young bitmaps, gfn by time: the shares of young pages in bins of gfns.
+
+A bitmap is reduced to equal bins of gfns when it is added, so that a long observation
+of a large guest takes little memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmhost.bitmap import YoungBitmap
+from kvmhost.errors import LayoutError, VmGoneError
+from kvmhost.reclaim.young.live import HarvestSource, live_windows
+
+__all__ = ["Heatmap", "HeatmapMark", "bin_edges", "bin_shares", "live_heatmap"]
+
+_NO_EDGES = np.zeros(0, dtype=np.int64)
+
+
+def bin_edges(n_pages: int, n_bins: int) -> npt.NDArray[np.int64]:
+    """Return the first page of each bin, and ``n_pages``: shape ``(bins + 1,)``.
+
+    :param n_bins: at most so many; never more than pages
+    :raises LayoutError: unless both are 1 or more
+    """
+    if n_pages < 1 or n_bins < 1:
+        raise LayoutError(f"{n_bins} bins of {n_pages} pages: need one or more of both")
+    bins = min(n_bins, n_pages)
+    return np.arange(bins + 1, dtype=np.int64) * n_pages // bins
+
+
+def bin_shares(
+    young: npt.NDArray[np.bool_], edges: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Return the share of young pages in each bin, from 0 to 1."""
+    counts = np.add.reduceat(young, edges[:-1], dtype=np.int64)
+    return (counts / np.diff(edges)).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatmapMark:
+    """Something that happened before a window began, for the time axis."""
+
+    time_s: float
+    window: int
+    text: str
+
+
+@dataclasses.dataclass
+class Heatmap:
+    """Windows of one VM, reduced to bins, in the order in which they came.
+
+    Times are ``CLOCK_MONOTONIC``.
+
+    :param slots: (slot, first gfn, end) of the memslots, to be outlined
+    :param marks: of the time axis, in seconds from the first window's start
+    :param edges: the first page of each bin, and ``n_pages``; None: equal bins
+    """
+
+    gfn_start: int
+    n_pages: int
+    n_bins: int = 512
+    title: str = "pages touched"
+    caption: str = ""
+    slots: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    marks: list[HeatmapMark] = dataclasses.field(default_factory=list)
+    edges: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: _NO_EDGES)
+    columns: list[npt.NDArray[np.float32]] = dataclasses.field(default_factory=list)
+    windows_ns: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.edges.size:
+            self.edges = bin_edges(self.n_pages, self.n_bins)
+
+    def add(self, bitmap: YoungBitmap, start_ns: int, end_ns: int) -> None:
+        """Add one window.
+
+        :raises LayoutError: if the bitmap has another range, or the window is empty or
+            begins before the last one ended
+        """
+        if (bitmap.gfn_start, bitmap.n_pages) != (self.gfn_start, self.n_pages):
+            raise LayoutError(f"heatmap: {bitmap!r} has another range")
+        if end_ns <= start_ns or (self.windows_ns and start_ns < self.windows_ns[-1][1]):
+            raise LayoutError(f"heatmap: window [{start_ns}, {end_ns}) ns is out of order")
+        self.columns.append(bin_shares(bitmap.as_bool(), self.edges))
+        self.windows_ns.append((start_ns, end_ns))
+
+    def shares(self) -> npt.NDArray[np.float32]:
+        """Return shape ``(bins, windows)``."""
+        return np.stack(self.columns, axis=1)
+
+
+def live_heatmap(
+    source: HarvestSource,
+    *,
+    interval_s: float = 0.1,
+    count: int = 120,
+    tracker: str = "auto",
+    gfn_start: int = 0,
+    n_pages: int | None = None,
+    n_bins: int = 512,
+    on_window: Callable[[], None] = lambda: None,
+) -> Heatmap:
+    """Harvest a VM window by window; its end or an interrupt also ends the heatmap.
+
+    :param n_pages: None for all pages up to the end of memory
+    :param on_window: called after each window
+    :raises VmGoneError: if the VM ends before the first window has ended
+    :raises ControlError: if the VM refuses to be harvested
+    """
+    image = Path(source.state().image).stem
+    heatmap = provenance = None
+    windows = live_windows(
+        source, interval_s=interval_s, count=count, tracker=tracker, gfns=(gfn_start, n_pages)
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        for window in windows:
+            bitmap = window.bitmap
+            if heatmap is None:
+                heatmap, provenance = Heatmap(gfn_start, bitmap.n_pages, n_bins), bitmap.provenance
+            heatmap.add(bitmap, window.start_ns, window.end_ns)
+            on_window()
+    if heatmap is None or provenance is None:
+        raise VmGoneError(source.vm, "ended before the first window ended")
+    heatmap.title = (
+        f"VM {source.vm} ({image}): pages touched, by {provenance.tracker} "
+        f"({provenance.table_format}), {len(heatmap.columns)} windows of {interval_s:g} s"
+    )
+    return heatmap
