@@ -38,17 +38,14 @@ struct kh_pager *kh_pager_new(int uffd, uint64_t n_pages, const struct kh_codec 
 	mallopt(M_ARENA_MAX, 1);
 	pager->uffd = uffd;
 	pager->stop_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (pager->stop_event < 0) {
-		free(pager);
-		return NULL;
-	}
+	pager->failure_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pager->max_pages = n_pages;
 	pthread_mutex_init(&pager->evict_lock, NULL);
 	pthread_mutex_init(&pager->serving_lock, NULL);
 	pthread_cond_init(&pager->serving_changed, NULL);
 	for (int i = 0; i < KH_STRIPES; i++)
 		pthread_mutex_init(&pager->stripes[i], NULL);
-	if (make_tables(pager, codec, store_fd)) {
+	if (make_tables(pager, codec, store_fd) || pager->stop_event < 0 || pager->failure_event < 0) {
 		kh_pager_free(pager);
 		return NULL;
 	}
@@ -60,7 +57,7 @@ int64_t kh_pager_add_region(struct kh_pager *pager, int memfd, uint64_t guest, u
 {
 	uint64_t total = pager->n_pages + n_pages, first = pager->n_pages;
 
-	if (pager->armed)
+	if (kh_pager_is_armed(pager))
 		return -EBUSY;
 	if (pager->n_regions == KH_MAX_REGIONS || total > pager->max_pages)
 		return -ENOSPC;
@@ -90,31 +87,72 @@ static int take_stock(struct kh_pager *pager, const struct kh_pager_region *regi
 	return result;
 }
 
+/* The mappings in the order in which they are registered: guest and alias of each region. */
+static uint64_t mapping(const struct kh_pager *pager, uint32_t number, uint64_t *n_bytes)
+{
+	const struct kh_pager_region *region = &pager->regions[number / 2];
+
+	*n_bytes = region->n_pages * KH_PAGE_BYTES;
+	return number % 2 ? region->alias : region->guest;
+}
+
+/* Undo the first n registrations, last one first; who waits for a page there wakes. */
+static void unregister(struct kh_pager *pager, uint32_t n)
+{
+	while (n-- > 0) {
+		uint64_t n_bytes, address = mapping(pager, n, &n_bytes);
+
+		kh_uffd_unregister(pager->uffd, address, n_bytes);
+	}
+}
+
+static int register_all(struct kh_pager *pager)
+{
+	for (uint32_t i = 0; i < 2 * pager->n_regions; i++) {
+		uint64_t n_bytes, address = mapping(pager, i, &n_bytes);
+		int result = kh_uffd_register(pager->uffd, address, n_bytes,
+					      KH_UFFD_MISSING | KH_UFFD_WP);
+
+		if (result) {
+			unregister(pager, i);
+			return result;
+		}
+	}
+	return 0;
+}
+
+static int take_all_stock(struct kh_pager *pager)
+{
+	int result = 0;
+
+	__atomic_store_n(&pager->counters.resident_pages, 0, __ATOMIC_RELAXED);
+	for (uint32_t i = 0; !result && i < pager->n_regions; i++)
+		result = take_stock(pager, &pager->regions[i]);
+	return result;
+}
+
 int kh_pager_arm(struct kh_pager *pager)
 {
 	int result = 0;
 
-	if (pager->armed)
-		return 0;
 	/* Who drops pages meanwhile would have them counted wrongly. */
 	pthread_mutex_lock(&pager->evict_lock);
+	if (kh_pager_is_armed(pager))
+		goto out;
 	/* Faults that come from here on wait until serve() sees that all is armed. */
-	for (uint32_t i = 0; !result && i < pager->n_regions; i++) {
-		const struct kh_pager_region *region = &pager->regions[i];
-		uint64_t n_bytes = region->n_pages * KH_PAGE_BYTES;
-		int modes = KH_UFFD_MISSING | KH_UFFD_WP;
-
-		result = kh_uffd_register(pager->uffd, region->guest, n_bytes, modes);
-
-		if (!result)
-			result = kh_uffd_register(pager->uffd, region->alias, n_bytes, modes);
-		if (!result)
-			result = take_stock(pager, region);
+	result = register_all(pager);
+	if (result)
+		goto out;
+	result = take_all_stock(pager);
+	if (result) {
+		unregister(pager, 2 * pager->n_regions);
+		goto out;
 	}
 	pthread_mutex_lock(&pager->serving_lock);
-	pager->armed = !result;
+	__atomic_store_n(&pager->armed, 1, __ATOMIC_RELEASE);
 	pthread_cond_broadcast(&pager->serving_changed);
 	pthread_mutex_unlock(&pager->serving_lock);
+out:
 	pthread_mutex_unlock(&pager->evict_lock);
 	return result;
 }
@@ -123,7 +161,10 @@ void kh_pager_free(struct kh_pager *pager)
 {
 	if (!pager)
 		return;
-	close(pager->stop_event);
+	if (pager->stop_event >= 0)
+		close(pager->stop_event);
+	if (pager->failure_event >= 0)
+		close(pager->failure_event);
 	kh_store_destroy(&pager->store);
 	free(pager->state);
 	free(pager->resident);

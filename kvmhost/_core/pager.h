@@ -80,14 +80,22 @@ struct kh_pager *kh_pager_new(int uffd, uint64_t n_pages, const struct kh_codec 
 /* Add a region before arming; returns the index of its first page or -errno. */
 int64_t kh_pager_add_region(struct kh_pager *pager, int memfd, uint64_t guest, uint64_t alias,
 			    uint64_t n_pages);
-/* Register both mappings for missing and write-protect faults. */
+/*
+ * Register both mappings for missing and write-protect faults. An error leaves
+ * nothing registered, and who waited for a page goes on: it may be tried again.
+ */
 int kh_pager_arm(struct kh_pager *pager);
 /*
- * Serve faults until kh_pager_stop; 0, or -errno if a page cannot be brought
- * back. Called again after that, it serves what it can: guest threads that wait
- * for a page that is lost wait on, the VMM's own touch of it is SIGBUS.
+ * Serve faults until kh_pager_stop; 0, or -errno if the userfaultfd broke. A page
+ * that cannot be brought back ends nothing here: guest threads that wait for it
+ * wait on, the VMM's own touch of it is SIGBUS, and kh_pager_wait_failure returns.
  */
 int kh_pager_serve(struct kh_pager *pager);
+/*
+ * Wait, in another thread than kh_pager_serve, until a fault cannot be served;
+ * returns the errno of the first one, or 0 after kh_pager_stop.
+ */
+int kh_pager_wait_failure(struct kh_pager *pager);
 /* Wait until a thread is inside kh_pager_serve. */
 void kh_pager_wait_serving(struct kh_pager *pager);
 void kh_pager_stop(struct kh_pager *pager);

@@ -212,7 +212,7 @@ int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n
 {
 	int64_t done = 0;
 
-	if (!pager->armed)
+	if (!kh_pager_is_armed(pager))
 		return -EINVAL;
 	if (check_indexes(pager, index, n))
 		return -ERANGE;
@@ -253,7 +253,7 @@ static void forget_page(struct kh_pager *pager, uint64_t index)
 
 	COUNT(pager, dropped_pages);
 	kh_pager_forget_history(pager, index);
-	if (!pager->armed)
+	if (!kh_pager_is_armed(pager))
 		return;
 	kh_store_drop(&pager->store, index);
 	if (state == KH_PAGE_EVICTED || state == KH_PAGE_LOST) {

@@ -195,6 +195,25 @@ static int serve_message(struct kh_pager *pager, const struct uffd_msg *message)
 	return serve_missing(pager, index, address);
 }
 
+static void raise_event(int event)
+{
+	uint64_t one = 1;
+
+	/* It counts to 2^64: it is never full. */
+	while (write(event, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
+}
+
+/* Wakes kh_pager_wait_failure. The thread that serves faults must not wait for anyone. */
+static void report_failure(struct kh_pager *pager, int error)
+{
+	int none = 0;
+
+	if (__atomic_compare_exchange_n(&pager->failure_errno, &none, -error, 0, __ATOMIC_RELEASE,
+					__ATOMIC_RELAXED))
+		raise_event(pager->failure_event);
+}
+
 static int is_alias(const struct kh_pager *pager, uint64_t address)
 {
 	for (uint32_t i = 0; i < pager->n_regions; i++)
@@ -208,23 +227,20 @@ static int is_alias(const struct kh_pager *pager, uint64_t address)
  * A thread of the VMM may hold the interpreter lock, and everything would wait
  * for it: better SIGBUS than that, or than made-up data.
  */
-static int give_up(struct kh_pager *pager, const struct uffd_msg *message, int error)
+static void give_up(struct kh_pager *pager, const struct uffd_msg *message, int error)
 {
 	uint64_t address = message->arg.pagefault.address & ~(KH_PAGE_BYTES - 1ull);
-	int first = !pager->failed;
 
-	pager->failed = 1;
 	COUNT(pager, errors);
 	if (is_alias(pager, address))
 		kh_uffd_poison(pager->uffd, address);
-	return first ? error : 0;
+	report_failure(pager, error);
 }
 
 static int read_messages(struct kh_pager *pager)
 {
 	struct uffd_msg messages[MESSAGES];
 	ssize_t got = read(pager->uffd, messages, sizeof(messages));
-	int failure = 0;
 
 	if (got < 0)
 		return errno == EAGAIN || errno == EINTR ? 0 : -errno;
@@ -233,25 +249,18 @@ static int read_messages(struct kh_pager *pager)
 
 		/* ENOENT: the mapping is on its way out; nobody waits there any more. */
 		if (result && result != -ENOENT && result != -ESRCH)
-			result = give_up(pager, &messages[i], result);
-		failure = failure ? failure : result == -ENOENT || result == -ESRCH ? 0 : result;
+			give_up(pager, &messages[i], result);
 	}
-	return failure;
+	return 0;
 }
 
-int kh_pager_serve(struct kh_pager *pager)
+static int serve_until_stop(struct kh_pager *pager)
 {
 	struct pollfd wait[2] = {
 		{ .fd = pager->uffd, .events = POLLIN },
 		{ .fd = pager->stop_event, .events = POLLIN },
 	};
 
-	pthread_mutex_lock(&pager->serving_lock);
-	pager->serving = 1;
-	pthread_cond_broadcast(&pager->serving_changed);
-	while (!pager->armed && !pager->stopping)
-		pthread_cond_wait(&pager->serving_changed, &pager->serving_lock);
-	pthread_mutex_unlock(&pager->serving_lock);
 	for (;;) {
 		int result;
 
@@ -269,6 +278,35 @@ int kh_pager_serve(struct kh_pager *pager)
 	}
 }
 
+int kh_pager_serve(struct kh_pager *pager)
+{
+	int result;
+
+	pthread_mutex_lock(&pager->serving_lock);
+	pager->serving = 1;
+	pthread_cond_broadcast(&pager->serving_changed);
+	while (!kh_pager_is_armed(pager) && !pager->stopping)
+		pthread_cond_wait(&pager->serving_changed, &pager->serving_lock);
+	pthread_mutex_unlock(&pager->serving_lock);
+	result = serve_until_stop(pager);
+	if (result)
+		report_failure(pager, result);
+	return result;
+}
+
+int kh_pager_wait_failure(struct kh_pager *pager)
+{
+	struct pollfd wait[2] = {
+		{ .fd = pager->failure_event, .events = POLLIN },
+		{ .fd = pager->stop_event, .events = POLLIN },
+	};
+
+	while (poll(wait, 2, -1) < 0)
+		if (errno != EINTR)
+			return errno;
+	return wait[0].revents ? __atomic_load_n(&pager->failure_errno, __ATOMIC_ACQUIRE) : 0;
+}
+
 void kh_pager_wait_serving(struct kh_pager *pager)
 {
 	pthread_mutex_lock(&pager->serving_lock);
@@ -279,12 +317,9 @@ void kh_pager_wait_serving(struct kh_pager *pager)
 
 void kh_pager_stop(struct kh_pager *pager)
 {
-	uint64_t one = 1;
-
 	pthread_mutex_lock(&pager->serving_lock);
 	pager->stopping = 1;
 	pthread_cond_broadcast(&pager->serving_changed);
 	pthread_mutex_unlock(&pager->serving_lock);
-	while (write(pager->stop_event, &one, sizeof(one)) < 0 && errno == EINTR)
-		;
+	raise_event(pager->stop_event);
 }

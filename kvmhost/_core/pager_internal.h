@@ -43,10 +43,11 @@ struct kh_history {
 struct kh_pager {
 	int uffd;
 	int stop_event;
+	int failure_event;	/* readable once a fault could not be served */
 	int armed;
 	int serving;
 	int stopping;
-	int failed;		/* serve() has reported a failure once */
+	int failure_errno;	/* of the first fault that could not be served; 0: none */
 	pthread_mutex_t serving_lock;
 	pthread_cond_t serving_changed;
 	uint32_t n_regions;
@@ -75,6 +76,11 @@ struct kh_pager {
 
 #define COUNT(pager, field) __atomic_fetch_add(&(pager)->counters.field, 1, __ATOMIC_RELAXED)
 #define UNCOUNT(pager, field) __atomic_fetch_sub(&(pager)->counters.field, 1, __ATOMIC_RELAXED)
+
+static inline int kh_pager_is_armed(const struct kh_pager *pager)
+{
+	return __atomic_load_n(&pager->armed, __ATOMIC_ACQUIRE);
+}
 
 static inline const struct kh_pager_region *kh_pager_region_of(const struct kh_pager *pager, uint64_t index)
 {

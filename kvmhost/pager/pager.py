@@ -4,8 +4,9 @@ Evicting a page: write-protect it in both mappings, copy it out of the memfd,
 compress it into the store, punch it out. A write that comes in between waits in
 the kernel until that is over. Bringing it back: a missing fault, through either
 mapping, copies the page in and wakes who waited. Everything per page is in C
-(``kvmhost/_core/pager.c``); the fault handler is a thread that runs there
-without the interpreter lock.
+(``kvmhost/_core/pager.c``); the fault handler is a thread that stays there, without
+the interpreter lock: who holds that lock may be waiting for a page. What the handler
+cannot serve, another thread reports.
 
 A full store refuses evictions; it never drops a page.
 """
@@ -47,8 +48,8 @@ class Pager:
     """Owns the evicted pages of a VM.
 
     :param options: where evicted pages go, and how
-    :param on_failure: called in the fault handler's thread if it cannot go on;
-        guest threads that wait for a page wait on until the VM stops
+    :param on_failure: called once, in a thread of its own, if a fault cannot be served;
+        guest threads that wait for such a page wait on until the VM stops
     :raises LayoutError: if the store's file cannot be made
     :raises CapabilityError: if the codec cannot be had
     """
@@ -91,9 +92,9 @@ class Pager:
             self._core, self.options.limit_bytes, int(self.options.refuse_incompressible)
         )
         lib.kh_pager_set_prefetch(self._core, self.options.prefetch_pages)
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._arming = threading.Lock()
-        self._arm_errno = 0
+        self._armed = False
 
     def _make_file(self, path: Path) -> StoreFile:
         if not self.codec.checked:
@@ -112,33 +113,36 @@ class Pager:
         From here on the first touch of a fresh page costs a message as well, so
         that a VM that never evicts never pays for it.
 
-        :raises IoctlError: if a mapping cannot be registered
+        :raises IoctlError: if a mapping cannot be registered; then none is, and it may
+            be tried again
         :raises CapabilityError: while the tracker ``uffd`` runs
         """
         with self._arming:
-            if self._thread is not None:
-                self._check_armed()
+            if self._armed:
                 return
             self._userfault.claim("pager")
-            thread = threading.Thread(target=self._serve, name="pager", daemon=True)
-            thread.start()
-            # A thread that touches an evicted page may hold the interpreter lock: by
-            # then the handler has to be in C, where it needs no such lock.
-            lib.kh_pager_wait_serving(self._core)
-            self._thread = thread
+            self._start_threads()
             result = lib.kh_pager_arm(self._core)
             if result < 0:
-                self._arm_errno = -result
-            self._check_armed()
+                self._userfault.release("pager", self._memory.regions)
+                raise IoctlError("UFFDIO_REGISTER", -result)
+            self._armed = True
 
-    def _check_armed(self) -> None:
-        if self._arm_errno:
-            raise IoctlError("UFFDIO_REGISTER", self._arm_errno)
+    def _start_threads(self) -> None:
+        if self._threads:
+            return
+        for name, work in (("pager", self._serve), ("pager-failures", self._report_failure)):
+            thread = threading.Thread(target=work, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        # A thread that touches an evicted page may hold the interpreter lock: by
+        # then the handler has to be in C, where it needs no such lock.
+        lib.kh_pager_wait_serving(self._core)
 
     @property
     def armed(self) -> bool:
         """Whether faults are being caught."""
-        return self._thread is not None and not self._arm_errno
+        return self._armed
 
     def evict(self, gfns: Iterable[int] | npt.NDArray[Any]) -> EvictResult:
         """Evict pages, in the given order; partial success is normal.
@@ -197,7 +201,7 @@ class Pager:
         A guest that runs on finds its pages resident; only an eviction that somebody
         asks for meanwhile can take one again.
         """
-        if self._thread is None:
+        if not self._armed:
             return RestoreResult(0, 0, 0)
         lib.kh_pager_set_limit(self._core, 0)
         self.set_victims([])
@@ -310,9 +314,11 @@ class Pager:
 
     def stop(self) -> None:
         """End the fault handler. Nothing may wait for a page any more. Idempotent."""
-        if self._thread is not None:
+        if self._threads:
             lib.kh_pager_stop(self._core)
-            self._thread.join()
+            for thread in self._threads:
+                if thread is not threading.current_thread():
+                    thread.join()
 
     def close(self) -> None:
         """Stop, and free the store. Idempotent."""
@@ -337,11 +343,14 @@ class Pager:
 
     def _serve(self) -> None:
         check(lib.kh_thread_mask_signals(), "pthread_sigmask")
-        result = lib.kh_pager_serve(self._core)
-        if result < 0:
-            if self._on_failure is not None:
-                self._on_failure(self._failure(-result))
-            lib.kh_pager_serve(self._core)
+        # What goes wrong in there, _report_failure reports.
+        lib.kh_pager_serve(self._core)
+
+    def _report_failure(self) -> None:
+        check(lib.kh_thread_mask_signals(), "pthread_sigmask")
+        number = lib.kh_pager_wait_failure(self._core)
+        if number and self._on_failure is not None:
+            self._on_failure(self._failure(number))
 
     def _failure(self, number: int) -> PagerError:
         lost = self.lost_gfns()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Sequence
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.errors import CapabilityError
@@ -53,12 +54,18 @@ class Userfault:
                 )
             self._reader = reader
 
-    def release(self, reader: str) -> None:
-        """Undo :meth:`claim`; the reader has unregistered what it registered. Idempotent."""
+    def release(self, reader: str, regions: Sequence[Region] = ()) -> None:
+        """Undo :meth:`claim`; the reader has unregistered what it registered. Idempotent.
+
+        :param regions: those whose fault-around is to be silenced again, where it was
+        """
         with self._claiming:
             if self._reader == reader:
                 self._reader = ""
+                silenced = [region for region in regions if region.gpa in self._quiet]
                 self._quiet.clear()
+                for region in silenced:
+                    self.silence_fault_around(region)
 
     def silence_fault_around(self, region: Region) -> None:
         """Register a region's guest mapping for write-protect faults only.
