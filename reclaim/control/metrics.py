@@ -121,7 +121,7 @@ PER_VM = (
     ),
     _gauge(
         "vm_stall_ratio",
-        "share of time that vCPUs waited for pages, in the last pass",
+        "share of vCPU time that faults took in the VM's handler, in the last pass",
         lambda s: s.stall,
     ),
     _gauge(
@@ -154,7 +154,7 @@ PER_VM = (
         "name",
     ),
     _gauge("vm_store_bytes", "contents of evicted pages in the VM's store", _pager("store_bytes")),
-    _gauge("vm_stored_pages", "evicted pages now", _pager("evicted_pages")),
+    _gauge("vm_stored_pages", "pages that are evicted now", _pager("evicted_pages")),
     _counter("vm_passes", "passes", lambda s: s.totals.passes),
     _counter(
         "vm_skipped_passes", "passes skipped because the VM was paused", lambda s: s.totals.skipped
@@ -166,14 +166,18 @@ PER_VM = (
     ),
     _counter("vm_young_pages", "pages found young", lambda s: s.totals.young),
     _counter(
-        "vm_harvest_seconds", "time in harvests, inside the VM", lambda s: s.totals.harvest_ns / 1e9
+        "vm_harvest_seconds",
+        "time that harvests took in the VM process",
+        lambda s: s.totals.harvest_ns / 1e9,
     ),
     _counter(
-        "vm_rearm_seconds", "time re-arming, inside the VM", lambda s: s.totals.rearm_ns / 1e9
+        "vm_rearm_seconds",
+        "time that re-arming took in the VM process",
+        lambda s: s.totals.rearm_ns / 1e9,
     ),
     _counter(
         "vm_busy_seconds",
-        "processor time of the daemon for this VM",
+        "processor time that the daemon spent on this VM",
         lambda s: s.totals.busy_ns / 1e9,
     ),
     _counter("vm_evicted_pages", "evicted pages, by reason", _by_why, "why"),

@@ -59,17 +59,21 @@ class DaemonServer(SocketServer):
     """
 
     def __init__(self, daemon: Daemon, metrics: Metrics, lock: NameLock, **settings: Any) -> None:
+        started_s = time.monotonic()  # handlers are made when the first client connects
         super().__init__(
-            socket_of(lock.name), lock, lambda: _Routes(daemon, metrics, lock.name), **settings
+            socket_of(lock.name),
+            lock,
+            lambda: _Routes(daemon, metrics, lock.name, started_s),
+            **settings,
         )
 
 
 class _Routes:
     """Finds and answers requests; a handler of :mod:`kvmhost.control.handler`."""
 
-    def __init__(self, daemon: Daemon, metrics: Metrics, name: str) -> None:
+    def __init__(self, daemon: Daemon, metrics: Metrics, name: str, started_s: float) -> None:
         self._daemon, self._metrics, self._name = daemon, metrics, name
-        self._started_s = time.monotonic()
+        self._started_s = started_s
         self._executor = concurrent.futures.ThreadPoolExecutor(2, "daemon-worker")
         self._table: dict[str, dict[str, Route]] = {
             "/metrics": {"GET": self._get_metrics},

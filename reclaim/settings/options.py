@@ -32,22 +32,24 @@ class DaemonOptions(_Section, frozen=True):
     name: Annotated[
         str, _about("name of the daemon's own socket; empty: pid-N", pattern=r"^[A-Za-z0-9_.-]*$")
     ] = ""
-    interval: Annotated[Seconds, _about("time from one pass over a VM to the next")] = Seconds(1)
+    interval: Annotated[Seconds, _about("time between two passes over a VM")] = Seconds(1)
     lease: Annotated[
         Seconds,
-        _about("a VM takes the daemon for hung after so long (at least 3 intervals) of silence"),
+        _about(
+            "a VM considers the daemon hung after this time without a request; at least 3 intervals"
+        ),
     ] = Seconds(10)
-    wait: Annotated[bool, _about("wait for named VMs that are not running yet")] = False
-    take_over: Annotated[bool, _about("take VMs away from another daemon")] = False
+    wait: Annotated[bool, _about("wait for named VMs that do not run yet")] = False
+    take_over: Annotated[bool, _about("take VMs over from another daemon")] = False
     dry_run: Annotated[
-        bool, _about("harvest, decide and tell, but set no limit and evict nothing")
+        bool, _about("harvest, decide and report, but set no limit and evict nothing")
     ] = False
     passes: Annotated[
-        int, _about("end after so many passes over each VM; 0: never", ge=0, lt=1 << 52)
+        int, _about("exit after this many passes over each VM; 0: never", ge=0, lt=1 << 52)
     ] = 0
-    json: Annotated[bool, _about("write the log as one JSON object a line")] = False
+    json: Annotated[bool, _about("write the log as one JSON object per line")] = False
     metrics_port: Annotated[
-        int, _about("also give metrics on this TCP port of 127.0.0.1; 0: no", ge=0, lt=65536)
+        int, _about("also serve metrics on this TCP port of 127.0.0.1; 0: off", ge=0, lt=65536)
     ] = 0
 
 
@@ -55,44 +57,48 @@ class PressureOptions(_Section, frozen=True):
     """Section ``[pressure]``: what all VMs together have to heed."""
 
     total_budget: Annotated[
-        Bytes, _about("resident memory of all VMs, shared out by weight and coldness; 0: no")
+        Bytes, _about("resident memory of all VMs, divided by weight and coldness; 0: off")
     ] = Bytes(0)
     psi: Annotated[
         str,
         _about(
-            "where stall time is read: system, vm (waits for evicted pages), or the path of a "
+            "source of stall times: system, vm (time in fault handlers), or the path of a "
             "memory.pressure file",
             min_length=1,
         ),
     ] = "system"
     psi_target: Annotated[
-        Share, _about("evict ahead of need until tasks stall for this share of time; 0%: no")
+        Share, _about("evict ahead of need until tasks stall for this share of time; 0%: off")
     ] = Share(0)
     proactive_step: Annotated[
         Share,
-        _about("share of resident memory that goes ahead of need in a minute, at most"),
+        _about("largest share of resident memory evicted ahead of need per minute"),
     ] = Share(0.06)
     psi_trigger: Annotated[
         str,
         _about(
             "evict at once when the kernel reports 'some STALL in WINDOW', for example "
-            "'some 150ms in 2s'; empty: no"
+            "'some 150ms in 2s'; empty: off"
         ),
     ] = ""
-    trigger_step: Annotated[Share, _about("share of resident memory that goes then")] = Share(0.05)
+    trigger_step: Annotated[
+        Share, _about("share of resident memory evicted when the trigger fires")
+    ] = Share(0.05)
     cgroup: Annotated[
-        str, _about("path of a memory cgroup, version 1 or 2, to keep below its limit; empty: no")
+        str, _about("path of a memory cgroup, version 1 or 2, to keep below its limit; empty: off")
     ] = ""
     cgroup_high: Annotated[Share, _about("evict above this share of the cgroup's limit")] = Share(
         0.9
     )
     promotion_target: Annotated[
         Share,
-        _about("evict ahead of need until so much of the working set comes back a minute; 0%: no"),
+        _about(
+            "evict ahead of need until this share of the working set refaults per minute; 0%: off"
+        ),
     ] = Share(0)
     backoff: Annotated[
         Share,
-        _about("hold back where more than this share of what was evicted comes back; 0%: never"),
+        _about("hold back when more than this share of the evicted pages refaults; 0%: never"),
     ] = Share(0.2)
 
 
@@ -100,10 +106,10 @@ class Limits(_Section, frozen=True):
     """Section ``[limits]``: what the daemon may use, over all VMs."""
 
     pages_per_s: Annotated[
-        int, _about("pages evicted in a second; 0: any number", ge=0, lt=1 << 40)
+        int, _about("pages evicted per second; 0: no limit", ge=0, lt=1 << 40)
     ] = 0
-    bytes_per_s: Annotated[Bytes, _about("the same in bytes; 0: any number")] = Bytes(0)
-    cpu: Annotated[Share, _about("processor time, 100% is one core; 0%: any")] = Share(0)
+    bytes_per_s: Annotated[Bytes, _about("the same in bytes; 0: no limit")] = Bytes(0)
+    cpu: Annotated[Share, _about("processor time, 100% is one core; 0%: no limit")] = Share(0)
 
 
 class Account(_Section, frozen=True):
@@ -111,10 +117,10 @@ class Account(_Section, frozen=True):
 
     decisions: Annotated[int, _about("decisions kept in memory", ge=1, le=1 << 20)] = 4096
     decisions_file: Annotated[
-        str, _about("also append each, as a JSON line, to this file; empty: no")
+        str, _about("also append each decision, as a JSON line, to this file; empty: off")
     ] = ""
     page_history: Annotated[
-        bool, _about("keep 14 bytes a guest page of history, for kvmhost page")
+        bool, _about("keep 14 bytes of history per guest page, for kvmhost page")
     ] = True
 
 
@@ -122,17 +128,18 @@ class VmOptions(_Section, frozen=True):
     """Section ``[defaults]``, and tables ``[vm.PATTERN]``: how one VM is looked after."""
 
     budget: Annotated[
-        Bytes, _about("resident memory, which the VM never exceeds; 0: only what [pressure] says")
+        Bytes, _about("resident memory that the VM never exceeds; 0: only [pressure] applies")
     ] = Bytes(0)
-    high: Annotated[Mark, _about("evict in the background above this, size or share of budget")] = (
-        Mark(share=Share(0.95))
-    )
-    low: Annotated[Mark, _about("and down to this")] = Mark(share=Share(0.85))
-    weight: Annotated[float, _about("claim on shared memory, against other VMs", gt=0, le=1000)] = (
-        1.0
-    )
+    high: Annotated[
+        Mark, _about("evict in the background above this size or share of the budget")
+    ] = Mark(share=Share(0.95))
+    low: Annotated[Mark, _about("and down to this size or share")] = Mark(share=Share(0.85))
+    weight: Annotated[
+        float, _about("share of shared memory, relative to other VMs", gt=0, le=1000)
+    ] = 1.0
     tracker: Annotated[
-        str, _about("where young bits come from: auto (the VM's choice), or one of doctor's list")
+        str,
+        _about("source of young bits: auto (the VM's choice), or one that kvmhost doctor lists"),
     ] = "auto"
     sample: Annotated[
         Share,
@@ -141,7 +148,9 @@ class VmOptions(_Section, frozen=True):
             "guest loses that much less, and a page takes 8 passes to look old; 0%: all"
         ),
     ] = Share(0)
-    policy: Annotated[str, _about("which pages go: lru_gen, or another policy's name")] = "lru_gen"
+    policy: Annotated[
+        str, _about("which pages are evicted: lru_gen, or the name of another policy")
+    ] = "lru_gen"
     policy_options: Annotated[
         dict[str, bool | int | float | str], _about("further options of that policy, by name")
     ] = {}
@@ -153,7 +162,7 @@ class VmOptions(_Section, frozen=True):
         int, _about("shuffle pages of one generation, by this seed; -1: by gfn", ge=-1, lt=1 << 62)
     ] = -1
     max_victims: Annotated[
-        int, _about("length of the list of pages to go next", ge=0, le=1 << 24)
+        int, _about("length of the list of pages to evict next", ge=0, le=1 << 24)
     ] = 16384
 
 
