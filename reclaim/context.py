@@ -6,7 +6,7 @@ import dataclasses
 import os
 
 from kvmhost.reclaim.account.decisions import Decisions
-from kvmhost.reclaim.pressure.host import Host
+from kvmhost.reclaim.host import Host
 from kvmhost.reclaim.pressure.limits import CpuShare, Rate
 from kvmhost.reclaim.settings.options import Config, Limits, VmOptions
 

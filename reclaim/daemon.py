@@ -26,9 +26,9 @@ from kvmhost.errors import KvmHostError
 from kvmhost.reclaim.account.decisions import DecisionKind
 from kvmhost.reclaim.account.events import Event, Notice
 from kvmhost.reclaim.context import DaemonContext, cpu_limit, rate_limit
-from kvmhost.reclaim.control.sdnotify import SdNotifier
 from kvmhost.reclaim.errors import ReclaimError
-from kvmhost.reclaim.pressure.host import Host
+from kvmhost.reclaim.host import Host
+from kvmhost.reclaim.sdnotify import SdNotifier
 from kvmhost.reclaim.settings.options import Config
 from kvmhost.reclaim.vm.session import Session
 from kvmhost.reclaim.vm.worker import VmWorker

@@ -22,10 +22,10 @@ from kvmhost.reclaim.account.events import Dropped, Event, Notice, PassReport
 from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.control.metrics import Metrics
 from kvmhost.reclaim.control.paths import lock_daemon, socket_of, sweep
-from kvmhost.reclaim.control.sdnotify import SdNotifier
 from kvmhost.reclaim.control.server import DaemonServer
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.sdnotify import SdNotifier
 from kvmhost.reclaim.settings.config import Option, load, options, read_flag, to_toml
 from kvmhost.reclaim.settings.options import Config, VmOptions
 from kvmhost.tools.parser import CommandParser

@@ -21,8 +21,8 @@ from kvmhost.reclaim.account.events import Dropped, Notice, PassReport
 from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.host import Host
 from kvmhost.reclaim.policy.lru_gen import LruGen
-from kvmhost.reclaim.pressure.host import Host
 from kvmhost.reclaim.pressure.limits import CpuShare
 from kvmhost.reclaim.settings.config import load
 from kvmhost.reclaim.settings.options import Config

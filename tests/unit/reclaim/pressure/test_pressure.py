@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvmhost.errors import CapabilityError
 from kvmhost.reclaim.account.decisions import EvictReason
 from kvmhost.reclaim.errors import KernelFileError
+from kvmhost.reclaim.host import Host
 from kvmhost.reclaim.pressure.backoff import Backoff
 from kvmhost.reclaim.pressure.budget import Budget
 from kvmhost.reclaim.pressure.controllers import (
@@ -23,7 +24,6 @@ from kvmhost.reclaim.pressure.controllers import (
     StallController,
     largest,
 )
-from kvmhost.reclaim.pressure.host import Host
 from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
 from kvmhost.reclaim.pressure.limits import CpuShare, Rate
 from kvmhost.reclaim.pressure.psi import SYSTEM_PSI, PsiMeter, PsiTrigger, parse_psi, parse_trigger
