@@ -85,6 +85,8 @@ def _boot(args: argparse.Namespace, image: Path, lock: NameLock | None) -> int:
         if console.name:
             print(f"serial port: {console.name}", file=sys.stderr)
         with _make(args, image, console) as machine:
+            for remark in machine.image.remarks:
+                print(f"kvmhost: {machine.image.path}: {remark}", file=sys.stderr)
             return _run_machine(args, machine, console, lock)
 
 

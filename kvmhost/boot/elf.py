@@ -121,24 +121,32 @@ class Elf:
     def notes(self) -> Iterator[Note]:
         """Yield the notes of all PT_NOTE segments.
 
-        :raises ImageError: if one is cut off
+        :raises ImageError: if one is cut off, or if the segments together are larger than
+            the file, which only overlapping ones can be
         """
+        total = 0
         for phdr in self.phdrs:
             if phdr.kind == PT_NOTE:
+                total += phdr.filesz
+                if total > len(self.data):
+                    problem = f"note segments of {total:#x} bytes in all, file has fewer"
+                    raise ImageError(self.path, "p_filesz", problem, phdr.at)
                 yield from self._notes_of(phdr)
 
     def _notes_of(self, phdr: Phdr) -> Iterator[Note]:
         raw = take(self.path, self.data, "p_offset", phdr.offset, phdr.filesz)
+        # The gABI aligns notes to 8 bytes in segments that say so, whatever their class.
+        align = 8 if phdr.align == 8 else 4
         at = 0
         while at + 12 <= len(raw):
             name_size, desc_size, kind = struct.unpack_from("<III", raw, at)
-            name_at, desc_at = at + 12, at + 12 + _up4(name_size)
+            name_at, desc_at = at + 12, _up(at + 12 + name_size, align)
             where = phdr.offset + at
             if desc_at + desc_size > len(raw):
                 raise ImageError(self.path, "n_descsz", "note runs past its segment", where)
             owner = raw[name_at : name_at + name_size].rstrip(b"\0")
             yield Note(owner, kind, raw[desc_at : desc_at + desc_size], where)
-            at = desc_at + _up4(desc_size)
+            at = _up(desc_at + desc_size, align)
 
     def section(self, wanted: str) -> tuple[int, bytes] | None:
         """Return offset and bytes of the section of that name, or None.
@@ -155,7 +163,8 @@ class Elf:
         headers = [struct.unpack_from(layout, table, i * size) for i in range(self.shnum)]
         names = self._bytes_of(".shstrtab", headers[self.shstrndx])
         for header in headers:
-            if _name_at(names, header[0]) == wanted:
+            # Compared in place: names may overlap, each as long as the whole table.
+            if names.startswith(wanted.encode() + b"\0", header[0]):
                 return header[4], self._bytes_of(wanted, header)
         return None
 
@@ -245,12 +254,5 @@ def _phdrs(
     return tuple(phdrs)
 
 
-def _name_at(names: bytes, at: int) -> str:
-    if at >= len(names):
-        return ""
-    end = names.find(b"\0", at)
-    return names[at : end if end >= 0 else len(names)].decode("ascii", "replace")
-
-
-def _up4(n_bytes: int) -> int:
-    return (n_bytes + 3) & ~3
+def _up(n_bytes: int, align: int) -> int:
+    return (n_bytes + align - 1) & -align

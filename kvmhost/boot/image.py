@@ -27,7 +27,15 @@ from kvmhost.errors import ImageError, LayoutError
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import IMAGE_GPA
 
-__all__ = ["MAX_IMAGE_BYTES", "Image", "Param", "Segment", "parse_image", "read_image"]
+__all__ = [
+    "MAX_IMAGE_BYTES",
+    "PARAMS_SECTION",
+    "Image",
+    "Param",
+    "Segment",
+    "parse_image",
+    "read_image",
+]
 
 PARAMS_SECTION = ".kvmhost.params"
 MAX_PARAMS = 64
@@ -60,6 +68,8 @@ class Image:
     entry: int
     segments: tuple[Segment, ...]
     params: tuple[Param, ...]
+    #: What it asks for and does not get: a tiny guest asks for nothing.
+    remarks: tuple[str, ...] = ()
 
     @property
     def end(self) -> int:

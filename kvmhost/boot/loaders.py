@@ -1,8 +1,9 @@
 """Which loader an image needs, by its contents.
 
-In this order: a multiboot header within the first 8 KiB; a PVH note; a section of
-parameters or nothing of all that in a 64-bit ELF: a tiny guest; a 32-bit ELF: entered
-as it is. Bare bytes say nothing about themselves and have to be named.
+In this order: a multiboot header within the first 8 KiB; a PVH note; a 64-bit ELF, with a
+section of parameters or without: a tiny guest; a 32-bit ELF: entered as it is. An ELF file
+whose only boot header is one that no loader takes (Multiboot2, or Multiboot behind 8 KiB) is
+refused. Bare bytes say nothing about themselves and have to be named.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import struct
 import typing
 from pathlib import Path
 
-from kvmhost.boot.elf import is_elf, parse_elf, read_file
-from kvmhost.boot.image import Image, Segment, parse_image
+from kvmhost.boot.elf import Elf, is_elf, parse_elf, read_file
+from kvmhost.boot.image import PARAMS_SECTION, Image, Segment, parse_image
 from kvmhost.errors import ImageError, LayoutError
 from kvmhost.memory.layout import IMAGE_GPA
 
@@ -31,7 +32,7 @@ def detect(path: str, data: bytes) -> str:
 
     :raises ImageError: if no loader takes the file
     """
-    from kvmhost.boot.multiboot import find_header
+    from kvmhost.boot.multiboot import find_header, refuse_unsupported_header
 
     if find_header(data) is not None:
         return "multiboot"
@@ -41,12 +42,23 @@ def detect(path: str, data: bytes) -> str:
             raise ImageError(path, "setup header", problem, _LINUX_AT)
         problem = "neither ELF nor a multiboot header; bare code needs --loader flat16, 32 or 64"
         raise ImageError(path, "e_ident", f"not an ELF file: {problem}", 0)
+    elf = parse_elf(path, data)
+    if _has_pvh_entry(elf):
+        return "pvh"
+    if elf.is_64 and elf.section(PARAMS_SECTION) is not None:
+        return "tiny"
+    refuse_unsupported_header(path, data)
+    return "tiny" if elf.is_64 else "elf"
+
+
+def _has_pvh_entry(elf: Elf) -> bool:
+    """Return whether a PVH note can be read; damaged notes are none."""
     from kvmhost.boot.pvh import find_entry
 
-    elf = parse_elf(path, data)
-    if find_entry(elf) is not None:
-        return "pvh"
-    return "tiny" if elf.is_64 else "elf"
+    try:
+        return find_entry(elf) is not None
+    except ImageError:
+        return False
 
 
 def load_image(path: Path, loader: str = "auto") -> Image | PcImage:

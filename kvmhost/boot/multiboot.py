@@ -4,9 +4,13 @@ The header is looked for in the first 8 KiB, at multiples of 4. With flag bit 16
 says itself where the file's bytes go (fields ``header_addr`` to ``entry_addr``); else
 the file is an ELF executable. What the guest is given, and where, follows QEMU's
 loader, so that an image sees the same here: memory map at 0x9000, information at
-0x9500, strings and modules behind the image.
+0x9500, strings and modules behind the image. Where the image itself occupies these
+addresses, map and information move to free pages of low memory.
 
-Source: Multiboot Specification 0.6.96, chapter 3; hw/i386/multiboot.c of QEMU 7.2.
+Multiboot2 images, and Multiboot headers behind the first 8 KiB, are refused by name.
+
+Source: Multiboot Specification 0.6.96, chapter 3; Multiboot2 Specification 2.0, section
+3.1.1; hw/i386/multiboot.c of QEMU 7.2.
 """
 
 from __future__ import annotations
@@ -15,10 +19,25 @@ import dataclasses
 import struct
 
 from kvmhost.boot.elf import EM_386, EM_X86_64, is_elf, parse_elf, take
-from kvmhost.boot.pcboot import BootPlan, BootRequest, Chunk, Mode, PcEntry, check_fit, page_up
+from kvmhost.boot.pcboot import (
+    BootPlan,
+    BootRequest,
+    Chunk,
+    Mode,
+    PcEntry,
+    check_fit,
+    page_up,
+    place,
+)
 from kvmhost.errors import ImageError
 
-__all__ = ["BOOT_MAGIC", "MultibootImage", "find_header", "parse_multiboot"]
+__all__ = [
+    "BOOT_MAGIC",
+    "MultibootImage",
+    "find_header",
+    "parse_multiboot",
+    "refuse_unsupported_header",
+]
 
 HEADER_MAGIC = 0x1BADB002
 #: What eax holds when the image starts.
@@ -26,6 +45,12 @@ BOOT_MAGIC = 0x2BADB002
 SEARCH_BYTES = 8192
 HEADER_BYTES = 48
 HAS_ADDRESSES = 1 << 16
+WANTS_VIDEO = 1 << 2
+#: Requirements that are met: page-aligned modules, memory information. Video is said to be missing.
+_KNOWN_REQUIREMENTS = 1 << 0 | 1 << 1 | WANTS_VIDEO
+_REQUIREMENTS = 0xFFFF
+MULTIBOOT2_MAGIC = 0xE85250D6
+MULTIBOOT2_SEARCH_BYTES = 32768
 
 MAP_GPA = 0x9000
 INFO_GPA = 0x9500
@@ -47,6 +72,7 @@ class MultibootImage:
     chunks: tuple[Chunk, ...]
     entry: int
     loader: str = "multiboot"
+    remarks: tuple[str, ...] = ()
 
     def plan(self, request: BootRequest) -> BootPlan:
         """Lay out strings, modules and the boot information behind the image."""
@@ -59,7 +85,10 @@ class MultibootImage:
             struct.pack("<IQQI", 20, entry.gpa, entry.n_bytes, entry.kind)
             for entry in request.layout.memory_map()
         )
+        taken = [*self.chunks, *tail]
+        memory_map = place(self.path, taken, entries, MAP_GPA, "memory map")
         info = bytearray(88)
+        where = place(self.path, [*taken, memory_map], bytes(info), INFO_GPA, "boot information")
         struct.pack_into(
             "<7I",
             info,
@@ -72,10 +101,10 @@ class MultibootImage:
             len(request.modules),
             end,
         )
-        struct.pack_into("<II", info, 44, len(entries), MAP_GPA)
+        struct.pack_into("<II", info, 44, len(entries), memory_map.gpa)
         struct.pack_into("<I", info, 64, name_gpa)
-        chunks = (*self.chunks, *tail, _chunk(MAP_GPA, entries), _chunk(INFO_GPA, bytes(info)))
-        state = PcEntry(Mode.PROTECTED, self.entry, rax=BOOT_MAGIC, rbx=INFO_GPA, rsp=0x7000)
+        state = PcEntry(Mode.PROTECTED, self.entry, rax=BOOT_MAGIC, rbx=where.gpa, rsp=0x7000)
+        chunks = (*self.chunks, *tail, memory_map, dataclasses.replace(where, data=bytes(info)))
         return BootPlan(self.path, chunks, state)
 
 
@@ -98,7 +127,52 @@ def parse_multiboot(path: str, data: bytes) -> MultibootImage:
     if at is None:
         problem = f"no header in the first {SEARCH_BYTES} bytes with a right checksum"
         raise ImageError(path, "multiboot header", problem, 0)
-    if at + 12 <= len(data) and struct.unpack_from("<I", data, at + 4)[0] & HAS_ADDRESSES:
+    flags = struct.unpack_from("<I", take(path, data, "multiboot flags", at + 4, 4))[0]
+    unknown = flags & _REQUIREMENTS & ~_KNOWN_REQUIREMENTS
+    if unknown:
+        problem = f"{flags:#x} requires bits {unknown:#x}, which this loader does not know"
+        raise ImageError(path, "multiboot flags", problem, at + 4)
+    found = _by_flags(path, data, at, flags)
+    if flags & WANTS_VIDEO:
+        remark = f"multiboot flags at offset {at + 4:#x} require a video mode: there is no display"
+        return dataclasses.replace(found, remarks=(remark,))
+    return found
+
+
+def refuse_unsupported_header(path: str, data: bytes) -> None:
+    """Refuse a file whose boot header no loader takes.
+
+    :raises ImageError: for a Multiboot2 header in its first 32 KiB, or a Multiboot header
+        behind its first 8 KiB, with a right checksum
+    """
+    remedy = "use a Multiboot or PVH header, or --loader elf to enter it without boot information"
+    at = _find(data, MULTIBOOT2_MAGIC, 8, 0, MULTIBOOT2_SEARCH_BYTES, 4)
+    if at is not None:
+        problem = f"Multiboot2, which no loader here takes; {remedy}"
+        raise ImageError(path, "multiboot2 header", problem, at)
+    at = _find(data, HEADER_MAGIC, 4, SEARCH_BYTES - HEADER_BYTES, len(data), 3)
+    if at is not None:
+        problem = (
+            f"behind the first {SEARCH_BYTES} bytes, where it does not count; move it, or {remedy}"
+        )
+        raise ImageError(path, "multiboot header", problem, at)
+
+
+def _find(data: bytes, magic: int, align: int, start: int, end: int, n_words: int) -> int | None:
+    """Return the first aligned offset of ``n_words`` that begin with magic and sum to 0."""
+    wanted = struct.pack("<I", magic)
+    at = data.find(wanted, start, end)
+    while at >= 0:
+        words = data[at : at + 4 * n_words]
+        whole = at % align == 0 and len(words) == 4 * n_words
+        if whole and sum(struct.unpack(f"<{n_words}I", words)) % _LIMIT == 0:
+            return at
+        at = data.find(wanted, at + 1, end)
+    return None
+
+
+def _by_flags(path: str, data: bytes, at: int, flags: int) -> MultibootImage:
+    if flags & HAS_ADDRESSES:
         return _by_addresses(path, data, at)
     if not is_elf(data):
         problem = "bit 16 is clear, so the file has to be ELF, and it is not"

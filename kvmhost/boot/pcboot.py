@@ -9,15 +9,30 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from kvmhost.errors import ImageError
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import PAGE_BYTES
-from kvmhost.memory.pclayout import PcLayout
+from kvmhost.memory.pclayout import EBDA_GPA, PcLayout
 
-__all__ = ["BootPlan", "BootRequest", "Chunk", "Mode", "Module", "PcEntry", "PcImage", "check_fit"]
+__all__ = [
+    "BootPlan",
+    "BootRequest",
+    "Chunk",
+    "Mode",
+    "Module",
+    "PcEntry",
+    "PcImage",
+    "check_fit",
+    "page_up",
+    "place",
+]
+
+#: Low memory that boot information may use: above the interrupt vectors and the BIOS data
+#: area, below the extended one.
+_LOW_START_GPA, _LOW_END_GPA = 0x1000, EBDA_GPA
 
 
 class Mode(enum.Enum):
@@ -115,6 +130,10 @@ class PcImage(Protocol):
     def loader(self) -> str:
         """Which loader took it."""
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the image asks for and does not get, one line each."""
+
     def plan(self, request: BootRequest) -> BootPlan:
         """Return what to load and where to start."""
 
@@ -132,6 +151,25 @@ def check_fit(path: str, chunk: Chunk, layout: PcLayout) -> None:
             f"{layout.tables_gpa:#x}); give the guest more memory",
             chunk.offset,
         )
+
+
+def place(path: str, taken: Iterable[Chunk], data: bytes, preferred_gpa: int, field: str) -> Chunk:
+    """Return a chunk of low memory that overlaps none of ``taken``.
+
+    :param preferred_gpa: where it goes if that is free, else to the lowest free page
+    :raises ImageError: if low memory has no room
+    """
+    taken = list(taken)
+    candidates = [preferred_gpa, *range(_LOW_START_GPA, _LOW_END_GPA - len(data), PAGE_BYTES)]
+    for gpa in candidates:
+        end = gpa + len(data)
+        if not any(chunk.gpa < end and gpa < chunk.end for chunk in taken):
+            return Chunk(gpa, data, len(data), field)
+    problem = (
+        f"{len(data)} bytes: the image leaves no room between {_LOW_START_GPA:#x} and "
+        f"{_LOW_END_GPA:#x}; load it above 1 MiB"
+    )
+    raise ImageError(path, field, problem)
 
 
 def page_up(n_bytes: int) -> int:

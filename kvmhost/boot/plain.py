@@ -34,6 +34,7 @@ class PlainImage:
     chunks: tuple[Chunk, ...]
     entry: PcEntry
     loader: str
+    remarks: tuple[str, ...] = ()
 
     def plan(self, request: BootRequest) -> BootPlan:
         """Lay out the image, and the boot information beside it."""

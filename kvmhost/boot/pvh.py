@@ -9,7 +9,16 @@ import dataclasses
 import struct
 
 from kvmhost.boot.elf import Elf
-from kvmhost.boot.pcboot import BootPlan, BootRequest, Chunk, Mode, PcEntry, check_fit, page_up
+from kvmhost.boot.pcboot import (
+    BootPlan,
+    BootRequest,
+    Chunk,
+    Mode,
+    PcEntry,
+    check_fit,
+    page_up,
+    place,
+)
 from kvmhost.errors import ImageError
 from kvmhost.memory.pclayout import FIRMWARE_GPA
 
@@ -29,6 +38,7 @@ class PvhImage:
     chunks: tuple[Chunk, ...]
     entry: int
     loader: str = "pvh"
+    remarks: tuple[str, ...] = ()
 
     def plan(self, request: BootRequest) -> BootPlan:
         """Lay out the start information; ebx points to it."""
@@ -47,14 +57,17 @@ class PvhImage:
         chunks.append(Chunk(list_gpa, listed, len(listed), "module list"))
         entries = request.layout.memory_map()
         table = b"".join(struct.pack("<QQII", e.gpa, e.n_bytes, e.kind, 0) for e in entries)
+        taken = [*self.chunks, *chunks]
+        memory_map = place(self.path, taken, table, MAP_GPA, "memory map")
         info = struct.pack(
             "<4I4Q2I", MAGIC, 1, 0, len(request.modules), list_gpa if listed else 0, gpa,
-            FIRMWARE_GPA, MAP_GPA, len(entries), 0,
+            FIRMWARE_GPA, memory_map.gpa, len(entries), 0,
         )  # fmt: skip
-        chunks.append(Chunk(MAP_GPA, table, len(table), "memory map"))
-        chunks.append(Chunk(START_INFO_GPA, info, len(info), "start information"))
-        state = PcEntry(Mode.PROTECTED, self.entry, rbx=START_INFO_GPA, rsp=0x7000)
-        return BootPlan(self.path, (*self.chunks, *chunks), state)
+        start_info = place(
+            self.path, [*taken, memory_map], info, START_INFO_GPA, "start information"
+        )
+        state = PcEntry(Mode.PROTECTED, self.entry, rbx=start_info.gpa, rsp=0x7000)
+        return BootPlan(self.path, (*taken, memory_map, start_info), state)
 
 
 def find_entry(elf: Elf) -> int | None:

@@ -258,6 +258,7 @@ class _Serving:
             raise too_large
         try:
             async with asyncio.timeout(self.owner.request_deadline_s):
+                await _meet_expectation(request)
                 return await request.read()
         except web.HTTPRequestEntityTooLarge:
             raise too_large from None
@@ -265,6 +266,22 @@ class _Serving:
             raise Problem(408, "the body did not come in time") from None
         except (web.RequestPayloadError, ValueError) as error:
             raise Problem(400, f"bad body: {error}") from error
+
+
+async def _meet_expectation(request: web.BaseRequest) -> None:
+    """Ask for the body of a client that waits for it (RFC 9110, section 10.1.1).
+
+    :raises Problem: 417 for any other expectation
+    """
+    expected = request.headers.get("Expect")
+    if expected is None or request.version < (1, 1):
+        return
+    if expected.lower() != "100-continue":
+        raise Problem(417, f"unknown expectation {expected!r}")
+    writer = request.writer
+    await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    # The final response counts its own bytes only.
+    writer.output_size = 0
 
 
 def _response(reply: Reply) -> web.Response:

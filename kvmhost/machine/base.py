@@ -60,6 +60,10 @@ class NamedImage(typing.Protocol):
     def path(self) -> str:
         """The file, for messages."""
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the image asks for and does not get, one line each."""
+
 
 class BaseMachine(Closing, abc.ABC):
     """One VM of any kind.

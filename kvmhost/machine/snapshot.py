@@ -281,6 +281,7 @@ class _Nothing:
     """An image that loads nothing: memory comes from the snapshot."""
 
     loader = "snapshot"
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from kvmhost.boot.elf import parse_elf
 from kvmhost.boot.image import Image
 from kvmhost.boot.loaders import LOADERS, detect, load_image
 from kvmhost.boot.multiboot import find_header, parse_multiboot
@@ -221,3 +223,125 @@ def test_any_addresses_load_or_are_refused(
 ) -> None:
     data = bytes(4 * at) + header(ADDRESSES, *fields) + b"\xf4" * 50
     attempt(tmp_path / "any", data)
+
+
+def elf32_of(code: bytes, gpa: int, note: bytes = b"", align: int = 4) -> bytes:
+    """Make a 32-bit executable with one segment, and a note segment behind it."""
+    n_headers = 2 if note else 1
+    at = 52 + 32 * n_headers
+    head = b"\x7fELF\1\1\1".ljust(16, b"\0")
+    head += struct.pack("<HHIIIIIHHHHHH", 2, 3, 1, gpa, 52, 0, 0, 52, 32, n_headers, 0, 0, 0)
+    head += struct.pack("<8I", 1, at, gpa, gpa, len(code), len(code), 7, 4)
+    if note:
+        head += struct.pack("<8I", 4, at + len(code), 0, 0, len(note), len(note), 4, align)
+    return head + code + note
+
+
+@pytest.mark.parametrize("gpa", [0x8000, 0x9000, 0x9400, 0x1000])
+@pytest.mark.parametrize("protocol", ["multiboot", "pvh"])
+def test_boot_information_stays_clear_of_the_image(protocol: str, gpa: int, tmp_path: Path) -> None:
+    code = header(0) + bytes(range(1, 256)) * 40
+    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", gpa) if protocol == "pvh" else b""
+    (tmp_path / "low").write_bytes(elf32_of(code, gpa, note))
+    image = load_image(tmp_path / "low", protocol)
+    assert not isinstance(image, Image)
+    plan = image.plan(BootRequest(LAYOUT, "x"))
+    chunks = sorted(plan.chunks, key=lambda chunk: chunk.gpa)
+    assert all(a.end <= b.gpa for a, b in itertools.pairwise(chunks) if b.mem_bytes)
+    with loaded(image) as memory:
+        assert bytes(memory[gpa : gpa + len(code)]) == code
+        info = bytes(memory[plan.entry.rbx : plan.entry.rbx + 64])
+        if protocol == "multiboot":
+            length, address = struct.unpack_from("<II", info, 44)
+        else:
+            address, count = struct.unpack_from("<QI", info, 40)
+            length = 24 * count
+        table = bytes(memory[address : address + length])
+    mapped = LAYOUT.memory_map()[3]
+    assert struct.pack("<QQI", mapped.gpa, mapped.n_bytes, mapped.kind) in table
+
+
+def test_an_image_that_fills_low_memory_leaves_no_room(tmp_path: Path) -> None:
+    data = elf32_of(header(0) + bytes(0x9_FC00 - 0x1000), 0x1000)
+    error = attempt(tmp_path / "full", data)
+    assert isinstance(error, ImageError)
+    assert "memory map" in str(error)
+    assert "leaves no room" in str(error)
+
+
+MULTIBOOT2 = struct.pack("<IIII", 0xE85250D6, 0, 16, -(0xE85250D6 + 16) & 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize(
+    ("code", "field", "offset"),
+    [
+        (bytes(4) + MULTIBOOT2, "multiboot2 header", 88),
+        (bytes(8192) + header(0), "multiboot header", 84 + 8192),
+    ],
+)
+def test_headers_that_no_loader_takes_are_refused(
+    code: bytes, field: str, offset: int, tmp_path: Path
+) -> None:
+    error = attempt(tmp_path / "a", elf32_of(code, 0x10_0000))
+    assert isinstance(error, ImageError)
+    assert (error.field, error.offset) == (field, offset)
+    assert "--loader elf" in str(error)
+    assert not isinstance(attempt(tmp_path / "a", elf32_of(code, 0x10_0000), "elf"), ImageError)
+
+
+def test_a_header_with_a_wrong_checksum_is_no_header(tmp_path: Path) -> None:
+    wrong = MULTIBOOT2[:12] + struct.pack("<I", 1)
+    assert not isinstance(attempt(tmp_path / "a", elf32_of(wrong, 0x10_0000)), ImageError)
+
+
+def test_requirements_are_met_said_or_refused(tmp_path: Path) -> None:
+    plain, video = header(3) + b"\xf4" * 64, header(7) + b"\xf4" * 64
+    path = tmp_path / "a"
+    assert getattr(attempt(path, elf32_of(plain, 0x10_0000)), "remarks", None) == ()
+    (remark,) = getattr(attempt(path, elf32_of(video, 0x10_0000)), "remarks", ())
+    assert "require a video mode" in remark
+    assert "0x58" in remark
+    error = attempt(path, elf32_of(header(8) + b"\xf4" * 64, 0x10_0000))
+    assert isinstance(error, ImageError)
+    assert "requires bits 0x8" in str(error)
+
+
+def note(owner: bytes, kind: int, data: bytes, align: int) -> bytes:
+    head = struct.pack("<III", len(owner) + 1, len(data), kind) + owner + b"\0"
+    head += bytes(-len(head) % align)
+    return head + data + bytes(-len(data) % align)
+
+
+@pytest.mark.parametrize("align", [0, 4, 8])
+def test_notes_are_read_with_the_alignment_of_their_segment(align: int, tmp_path: Path) -> None:
+    real = 8 if align == 8 else 4
+    notes = note(b"GNU", 3, bytes(20), real) + note(b"GNU", 5, bytes(17), real)
+    notes += note(b"Xen", 18, struct.pack("<I", 0x10_0000), real)
+    (tmp_path / "a").write_bytes(elf32_of(b"\xf4" * 64, 0x10_0000, notes, align))
+    image = load_image(tmp_path / "a")
+    assert not isinstance(image, Image)
+    assert (image.loader, image.plan(BootRequest(LAYOUT, "")).entry.rip) == ("pvh", 0x10_0000)
+
+
+def test_notes_that_cannot_be_read_mean_no_pvh(tmp_path: Path) -> None:
+    cut = struct.pack("<III", 4, 4000, 18) + b"Xen\0"
+    data = elf32_of(b"\xf4" * 64, 0x10_0000, cut)
+    (tmp_path / "a").write_bytes(data)
+    image = load_image(tmp_path / "a")
+    assert not isinstance(image, Image)
+    assert image.loader == "elf"
+    error = attempt(tmp_path / "a", data, "pvh")
+    assert isinstance(error, ImageError)
+    assert error.field == "n_descsz"
+
+
+def test_note_segments_over_the_same_bytes_are_bounded(tmp_path: Path) -> None:
+    """The work follows the size of the file, not the number of headers times a segment."""
+    notes = note(b"GNU", 3, bytes(4), 4) * 2000
+    n_headers = 1000
+    head = b"\x7fELF\1\1\1".ljust(16, b"\0")
+    head += struct.pack("<HHIIIIIHHHHHH", 2, 3, 1, 0x10_0000, 52, 0, 0, 52, 32, n_headers, 0, 0, 0)
+    at = 52 + 32 * n_headers
+    head += struct.pack("<8I", 4, at, 0, 0, len(notes), len(notes), 4, 4) * n_headers
+    with pytest.raises(ImageError, match="note segments of"):
+        list(parse_elf("a", head + notes).notes())

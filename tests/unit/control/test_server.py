@@ -361,3 +361,25 @@ def test_who_reads_no_answers_is_not_read_on(serve):
         # It is read on as soon as it reads: nothing was lost.
         peer.settimeout(20)
         assert peer.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_a_client_that_waits_for_100_is_asked_for_its_body(serve):
+    """No time-out is involved: the client sends its body only after the interim response."""
+    server = serve()
+    head = request("POST", "/v1/evict", b"", "Expect: 100-continue", "Content-Length: 12")
+    with connect(server) as peer:
+        peer.sendall(head.replace(b"Host: vm", b"Host: vm\r\nContent-Type: application/json"))
+        assert peer.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        peer.sendall(b'{"gfns":[4]}')
+        assert read_all(peer).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_refusals_come_instead_of_an_interim_response(serve):
+    server = serve()
+    status, answer = ask(server, request("POST", "/v1/evict", b"", "Expect: a-miracle"))
+    assert (status, "a-miracle" in answer["error"]["message"]) == (417, True)
+    status, _ = ask(
+        server,
+        request("POST", "/v1/evict", b"", "Expect: 100-continue", f"Content-Length: {1 << 40}"),
+    )
+    assert status == 413
