@@ -48,6 +48,12 @@ def _export(memory: WriteableBuffer, n_bytes: int) -> typing.Any:
     return export
 
 
+def _empty_words(n_words: int) -> Words:
+    import numpy as np  # Only here: booting a guest needs no numpy.
+
+    return np.zeros(n_words, dtype=np.uint64)
+
+
 class VmMemory(Descriptor):
     """The requests of a VM that have to do with memory."""
 
@@ -55,6 +61,8 @@ class VmMemory(Descriptor):
         super().__init__(fd)
         #: Exports of the buffers that back memslots: what has one cannot be unmapped.
         self._backing: dict[int, typing.Any] = {}
+        #: Size of each memslot that was set through this object, in bytes.
+        self._slot_bytes: dict[int, int] = {}
 
     def close(self) -> None:
         """Close the VM's descriptor and release the buffers of its memslots. Idempotent."""
@@ -106,6 +114,7 @@ class VmMemory(Descriptor):
                 ffi.release(export)
             raise
         self._hold(slot, export)
+        self._slot_bytes[slot] = n_bytes
 
     def _hold(self, slot: int, export: typing.Any) -> None:
         """Hold the buffer that backs a slot from now on, and release the one before."""
@@ -195,27 +204,39 @@ class VmMemory(Descriptor):
         fields = {"address": gpa, "size": n_bytes, "attributes": attributes}
         self._make("KVM_SET_MEMORY_ATTRIBUTES", "kvm_memory_attributes", **fields)
 
-    def get_dirty_log(self, slot: int, words: Words) -> None:
+    def get_dirty_log(self, slot: int, words: Words | None = None) -> Words:
         """Fetch the dirty bitmap of a memslot, and clear it unless protection is manual.
 
-        >>> words = np.zeros(slot_pages // 64, np.uint64)  # doctest: +SKIP
-        >>> vm.get_dirty_log(0, words)  # doctest: +SKIP
+        >>> words = vm.get_dirty_log(0)  # doctest: +SKIP
+        >>> vm.get_dirty_log(0, words)  # into the same array  # doctest: +SKIP
 
         Under ``KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`` nothing is cleared.
 
         :param slot: memslot id, as given to :meth:`set_memory_region`
-        :param words: ``uint64``, shape ``(ceil(n_pages / 64),)`` of the slot, overwritten;
-            bit ``i`` of word ``w`` is page ``64 * w + i`` of the slot. A shorter one
-            would be written past its end
+        :param words: ``uint64``, at least ``(ceil(n_pages / 64),)`` of the slot, overwritten;
+            None: a new array
+        :return: ``words``; bit ``i`` of word ``w`` is page ``64 * w + i`` of the slot
         :raises IoctlError: ``ENOENT`` if the slot does not log dirty pages,
             ``ENXIO`` if the VM uses the dirty ring
+        :raises LayoutError: if ``words`` is too short for the slot
 
         Source: KVM_GET_DIRTY_LOG, Linux v6.12, virt/kvm/kvm_main.c.
         """
-        # SAFETY: the view keeps words alive until the call returns.
+        n_pages = self._slot_bytes.get(slot, 0) // mmap.PAGESIZE
+        wanted = max(1, -(-n_pages // 64))
+        if words is None:
+            words = _empty_words(wanted)
+        # SAFETY: the view keeps words alive until the call returns. KVM writes as many whole
+        # words as the slot has, which every slot of this VM was set through this object for.
         view = ffi.from_buffer("uint64_t[]", words, require_writable=True)
+        if len(view) < wanted:
+            raise LayoutError(
+                f"get_dirty_log: {len(view)} words for slot {slot} of {n_pages} pages, "
+                f"which needs {wanted}"
+            )
         log = ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": view})
         self._pass("KVM_GET_DIRTY_LOG", log, slot=slot)
+        return words
 
     def clear_dirty_log(self, slot: int, first_page: int, n_pages: int, words: Words) -> None:
         """Clear dirty bits of a memslot and write-protect those pages again.
@@ -232,10 +253,10 @@ class VmMemory(Descriptor):
 
         Source: KVM_CLEAR_DIRTY_LOG, Linux v6.12, virt/kvm/kvm_main.c.
         """
-        if len(words) * 64 < n_pages:
-            raise LayoutError(f"clear_dirty_log: {len(words)} words for {n_pages} pages")
         # SAFETY: the view keeps words alive until the call returns; KVM only reads it.
         view = ffi.from_buffer("uint64_t[]", words)
+        if len(view) * 64 < n_pages:
+            raise LayoutError(f"clear_dirty_log: {len(view)} words for {n_pages} pages")
         fields = {"slot": slot, "num_pages": n_pages, "first_page": first_page}
         log = ffi.new("struct kvm_clear_dirty_log *", fields | {"dirty_bitmap": view})
         self._pass("KVM_CLEAR_DIRTY_LOG", log, **fields)

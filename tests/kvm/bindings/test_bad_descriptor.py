@@ -179,7 +179,7 @@ def on(kind: str, fd: int) -> Any:
     made = cls.__new__(cls)
     Descriptor.__init__(made, fd)
     if isinstance(made, Vm):
-        made._run_bytes = 4096
+        made._run_bytes, made._slot_bytes = 4096, {}
     if isinstance(made, KvmVcpu):
         made.index, made.core = 0, ffi.new("struct kh_vcpu *", {"fd": fd})
     if isinstance(made, GuestMemfd):

@@ -215,6 +215,24 @@ def test_the_dirty_log_under_manual_protection(tiny: Maker, region: Region) -> N
     assert caught.value.errno == errno.EINVAL
 
 
+@pytest.mark.covers("KVM_GET_DIRTY_LOG")
+def test_a_dirty_log_is_never_written_past_its_array(tiny: Maker, region: Region) -> None:
+    """130 pages are three words: two would have KVM write behind the array."""
+    guest = tiny(store(PLACE + 129 * PAGE, 1) + b"\xf4")
+    flags = lib.KVM_MEM_LOG_DIRTY_PAGES
+    guest.vm.set_memory_region(SLOT, PLACE, 130 * PAGE, region.guest_address, flags)
+    assert guest.run() == Hlt()
+    backing = array("Q", [0xAA] * 4)
+    with pytest.raises(LayoutError, match=r"2 words for slot \d+ of 130 pages, which needs 3"):
+        guest.vm.get_dirty_log(SLOT, memoryview(backing)[:2])  # type: ignore[arg-type]
+    assert backing == array("Q", [0xAA] * 4)
+    assert guest.vm.get_dirty_log(SLOT).tolist() == [0, 0, 1 << 1]
+    guest.vm.set_memory_region(SLOT, PLACE, 0, region.guest_address)
+    with pytest.raises(IoctlError) as caught:
+        guest.vm.get_dirty_log(SLOT)
+    assert caught.value.errno == errno.ENOENT
+
+
 def dirty_log(vm: Vm) -> array[int]:
     words = array("Q", [0] * 3)
     vm.get_dirty_log(SLOT, words)  # type: ignore[arg-type]
