@@ -111,7 +111,14 @@ class CapabilityError(KvmHostError):
 
 
 class LayoutError(KvmHostError, ValueError):
-    """Guest memory does not fit together: overlap, alignment or range."""
+    """Guest memory does not fit together: overlap, alignment or range.
+
+    :param field: the argument that is wrong, where one is known
+    """
+
+    def __init__(self, problem: str, *, field: str = "") -> None:
+        super().__init__(problem)
+        self.field = field
 
 
 class ImageError(KvmHostError, ValueError):

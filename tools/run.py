@@ -17,7 +17,6 @@ from kvmhost.engine.cpumodel import CPU_MODELS
 from kvmhost.errors import LayoutError
 from kvmhost.machine import make_machine
 from kvmhost.machine.base import BaseMachine
-from kvmhost.memory.layout import TinyLayout
 from kvmhost.tools.args import (
     add_machine_arguments,
     add_store_arguments,
@@ -122,13 +121,13 @@ def _run_machine(
             server = _serve(machine, lock)
         if args.store is not None or args.codec != "auto":
             # Now: a file or a codec that cannot be had is an error of the command.
-            assert machine.pager
+            machine.open_pager()
         if args.tracker:
             machine.use_tracker(args.tracker)
         if args.resident_max:
-            machine.pager.set_limit(args.resident_max // 4096)
+            machine.open_pager().set_limit(args.resident_max // 4096)
         # The tiny guests never read; their input stays with whoever started them.
-        if not isinstance(machine.layout, TinyLayout):
+        if machine.tables_gpa is None:
             console.feed(machine.serial, _interrupt_main)
         machine.start(paused=args.paused)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
@@ -287,7 +286,7 @@ def _report(machine: BaseMachine, status: int) -> dict[str, typing.Any]:
         "seconds": round(machine.uptime_s, 6),
         "resident_bytes": machine.memory.resident_bytes(),
         "peak_rss_bytes": _peak_rss_bytes(),
-        "pager": machine.pager.counters() if machine.has_pager else None,
+        "pager": machine.open_pager().counters() if machine.has_pager else None,
     }
 
 

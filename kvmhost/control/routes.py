@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words, pack
 from kvmhost.control import schema
@@ -54,6 +53,7 @@ from kvmhost.control.pauses import Pauses
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import CapabilityError, IoctlError, KvmHostError, LayoutError, PagerError
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.memory.pagelist import PageList, page_list
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine.base import BaseMachine
@@ -75,7 +75,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, SchemaError):
         return Problem(400, error.problem, error.field)
     if isinstance(error, LayoutError):
-        return Problem(400, str(error))
+        return Problem(400, str(error), error.field)
     if isinstance(error, CapabilityError):
         return Problem(501, str(error), error.name)
     if isinstance(error, IoctlError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
@@ -207,7 +207,7 @@ class Routes:
         machine = self._machine
         pager = None
         if machine.has_pager:
-            pager = await self._work(lambda: machine.pager.counters())
+            pager = await self._work(lambda: machine.open_pager().counters())
         counts = schema.MachineCounters(
             machine.exits, machine.doorbells, machine.uptime_s, machine.memory.resident_bytes()
         )
@@ -237,8 +237,8 @@ class Routes:
         offset = (gfn - region.gfn) << PAGE_SHIFT
         state, stored = "resident", 0
         if machine.has_pager:
-            state = machine.pager.state(gfn).name.lower()
-            stored = machine.pager.stored_bytes(gfn)
+            state = machine.open_pager().state(gfn).name.lower()
+            stored = machine.open_pager().stored_bytes(gfn)
         return schema.Page(
             gfn=gfn,
             gpa=gfn << PAGE_SHIFT,
@@ -313,22 +313,24 @@ class Routes:
 
     async def _evict(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.EvictQuery)
-        gfns = self._gfns(request, schema.EvictRequest)
+        pages = self._gfns(request, schema.EvictRequest)
         async with self._paging:
-            result = await self._work(lambda: self._run_evict(asked, gfns))
+            result = await self._work(lambda: self._run_evict(asked, pages))
         each = result.outcomes.tobytes() if asked.each else None
-        return json_reply(schema.EvictReport(int(gfns.size), result.by_name(), each))
+        return json_reply(schema.EvictReport(int(pages.gfns.size), result.by_name(), each))
 
-    def _run_evict(self, asked: schema.EvictQuery, gfns: npt.NDArray[np.int64]) -> EvictResult:
-        pager = self._machine.pager
-        return pager.page_out(gfns) if asked.actuator == "swap" else pager.evict(gfns)
+    def _run_evict(self, asked: schema.EvictQuery, pages: PageList) -> EvictResult:
+        pager = self._machine.open_pager()
+        return pager.page_out(pages) if asked.actuator == "swap" else pager.evict(pages)
 
     async def _restore(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)
         asked = schema.decode(request.body, schema.RestoreRequest)
         self._machine.memory.region_at(asked.gfn << PAGE_SHIFT, asked.n_pages << PAGE_SHIFT)
         async with self._paging:
-            result = await self._work(lambda: self._machine.pager.restore(asked.gfn, asked.n_pages))
+            result = await self._work(
+                lambda: self._machine.open_pager().restore(asked.gfn, asked.n_pages)
+            )
         return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
 
     async def _drain(self, request: Request) -> Reply:
@@ -336,7 +338,7 @@ class Routes:
         if not self._machine.has_pager:
             return json_reply(schema.RestoreReport(0))
         async with self._paging:
-            result = await self._work(lambda: self._machine.pager.drain())
+            result = await self._work(lambda: self._machine.open_pager().drain())
             self._limit_bytes = 0
         return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
 
@@ -347,17 +349,19 @@ class Routes:
         if asked.resident_max_bytes and not n_pages:
             raise Problem(400, f"less than a page of {PAGE_BYTES} bytes", "resident_max_bytes")
         async with self._paging:
-            await self._work(lambda: self._machine.pager.set_limit(n_pages))
+            await self._work(lambda: self._machine.open_pager().set_limit(n_pages))
             self._limit_bytes = n_pages * PAGE_BYTES
-            shrunk = await self._work(self._machine.pager.shrink) if asked.shrink else 0
+            shrunk = (
+                await self._work(lambda: self._machine.open_pager().shrink()) if asked.shrink else 0
+            )
         return json_reply(schema.LimitState(self._limit_bytes, shrunk))
 
     async def _put_victims(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)
-        gfns = self._gfns(request, schema.GfnList)
+        pages = self._gfns(request, schema.GfnList)
         async with self._paging:
-            await self._work(lambda: self._machine.pager.set_victims(gfns))
-        return json_reply(schema.VictimsReport(int(gfns.size)))
+            await self._work(lambda: self._machine.open_pager().set_victims(pages))
+        return json_reply(schema.VictimsReport(int(pages.gfns.size)))
 
     # -- vCPUs ----------------------------------------------------------------
 
@@ -426,10 +430,10 @@ class Routes:
             raise Problem(400, f"{n_pages} pages: at most {MAX_BITMAP_PAGES}", "n_pages")
         return asked.gfn_start, n_pages
 
-    def _gfns(self, request: Request, kind: type[schema.GfnList]) -> npt.NDArray[np.int64]:
-        """Read a list of gfns, JSON or binary.
+    def _gfns(self, request: Request, kind: type[schema.GfnList]) -> PageList:
+        """Read and check a list of gfns, JSON or binary.
 
-        :raises Problem: naming the first gfn that is in no region
+        :raises LayoutError: naming the first gfn that is in no region
         """
         body = request.body
         if request.is_json:
@@ -438,14 +442,7 @@ class Routes:
             raise Problem(400, f"{len(body)} bytes: no whole number of 64-bit gfns", "body")
         else:
             gfns = np.frombuffer(body, dtype="<u8").astype(np.int64)
-        inside = np.zeros(gfns.size, dtype=bool)
-        for region in self._machine.memory.regions:
-            inside |= (gfns >= region.gfn) & (gfns < region.gfn + region.n_pages)
-        if not inside.all():
-            at = int(np.flatnonzero(~inside)[0])
-            bad = int(gfns[at]) % (1 << 64)
-            raise Problem(400, f"gfn {bad:#x} is in no memory region", f"gfns[{at}]")
-        return gfns
+        return page_list(self._machine.memory, gfns)
 
 
 def _no_body(request: Request) -> None:

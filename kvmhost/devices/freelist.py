@@ -13,13 +13,11 @@ would keep the vCPU's thread from anything else.
 from __future__ import annotations
 
 import struct
-import typing
+from collections.abc import Callable
 
-from kvmhost.errors import LayoutError, LostPageError
+from kvmhost.errors import LayoutError
+from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
-
-if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import BaseMachine
 
 __all__ = ["MAX_RANGES", "FreeList"]
 
@@ -29,10 +27,20 @@ MAX_RANGES = (PAGE_BYTES - _HEAD.size) // _RANGE.size
 
 
 class FreeList:
-    """The device behind the port; reads give all ones, as where there is nothing."""
+    """The device behind the port; reads give all ones, as where there is nothing.
 
-    def __init__(self, machine: BaseMachine) -> None:
-        self._machine = machine
+    :param drop: discards ``n`` pages from a gfn on and returns how many; raises
+        ``LayoutError`` for a range that is not in one region
+    :param fault_in: brings a page back before it is read
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        drop: Callable[[int, int], int],
+        fault_in: Callable[[int], None],
+    ) -> None:
+        self._memory, self._drop, self._fault_in = memory, drop, fault_in
         self.lists = 0
         self.dropped_pages = 0
         self.kept_pages = 0
@@ -47,35 +55,26 @@ class FreeList:
         :raises LostPageError: if the list itself cannot be given back by the store
         """
         try:
-            page = self._machine.memory.view(value << PAGE_SHIFT, PAGE_BYTES)
+            page = self._memory.view(value << PAGE_SHIFT, PAGE_BYTES)
         except LayoutError:
             return
-        self._check(value)
+        self._fault_in(value)
         with page:
             n_ranges, _, _, reserved = _HEAD.unpack_from(page)
             dropped = kept = 0
             for i in range(min(n_ranges, MAX_RANGES)):
                 gfn, n_pages = _RANGE.unpack_from(page, _HEAD.size + i * _RANGE.size)
-                room = self._machine.memory.n_pages - dropped
-                went = self._drop(gfn, n_pages) if n_pages <= room else 0
-                dropped, kept = dropped + went, kept + n_pages - went
+                room = self._memory.n_pages - dropped
+                count = self._dropped(gfn, n_pages) if n_pages <= room else 0
+                dropped, kept = dropped + count, kept + n_pages - count
             # The list itself may have been in a range: this write is then its first touch.
             _HEAD.pack_into(page, 0, n_ranges, dropped, min(kept, (1 << 64) - 1), reserved)
         self.lists += 1
         self.dropped_pages += dropped
         self.kept_pages += kept
 
-    def _check(self, gfn: int) -> None:
-        """Bring the list's page back: a touch of one that is lost would end the process."""
-        if not self._machine.has_pager:
-            return
-        pager = self._machine.pager
-        pager.restore(gfn)
-        if pager.state(gfn).name == "LOST":
-            raise LostPageError([gfn], pager.lost_reason())
-
-    def _drop(self, gfn: int, n_pages: int) -> int:
+    def _dropped(self, gfn: int, n_pages: int) -> int:
         try:
-            return self._machine.drop(gfn, n_pages)
+            return self._drop(gfn, n_pages)
         except LayoutError:
             return 0

@@ -39,15 +39,16 @@ from kvmhost.exits import (
     MmioWrite,
 )
 from kvmhost.machine.failures import outside_memory, registers_line, unexpected
+from kvmhost.machine.paging import Paging
 from kvmhost.machine.runner import Runner, Step
 from kvmhost.memory.guest import GuestMemory, Region
-from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT, Layout
+from kvmhost.memory.layout import Layout
 
 if typing.TYPE_CHECKING:
     from kvmhost.pager.options import StoreOptions
     from kvmhost.pager.pager import Pager
     from kvmhost.pager.userfault import Userfault
-    from kvmhost.trackers import Tracker
+    from kvmhost.trackers.base import TrackedVm, Tracker
     from kvmhost.trackers.harvesting import Harvest, Harvester
 
 __all__ = ["BaseMachine", "NamedImage"]
@@ -100,21 +101,17 @@ class BaseMachine(Closing, abc.ABC):
         self.n_vcpus = n_vcpus
         self.params = dict(params or {})
         self.vcpus: list[Vcpu] = []
-        self._store_options = store
         self._statuses: dict[int, int] = {}
         self._error: BaseException | None = None
-        self._userfault: Userfault | None = None
-        self._pager: Pager | None = None
-        self._tracker: Tracker | None = None
-        self._lock = threading.RLock()
-        self._harvesting = threading.Lock()
         self._harvester: Harvester | None = None
+        self._opening = threading.Lock()
         self._started_ns = 0
         self._closed = False
         try:
             self.memory = GuestMemory(
                 [Region(gpa, n_bytes, name or "guest") for gpa, n_bytes in layout.regions]
             )
+            self.paging = Paging(self.memory, layout.pinned_ranges, store, self.fail)
             if dirty_ring_entries:
                 self._enable_dirty_ring(dirty_ring_entries)
             if n_vcpus > engine.max_vcpus():
@@ -343,12 +340,9 @@ class BaseMachine(Closing, abc.ABC):
             return
         # A thread that waits in the kernel for a page that will not come: closing the
         # userfaultfd lets it go, and the stop request keeps it out of guest mode.
-        if self._tracker is not None:
-            self._tracker.stop()
-        if self._userfault is not None:
-            if self._pager is not None:
-                self._pager.stop()
-            self._userfault.close()
+        if self._harvester is not None:
+            self._harvester.stop()
+        self.paging.abandon()
         if not self.runner.stop(timeout=5.0):
             raise KvmHostError("a vCPU thread does not come back from guest mode")
 
@@ -378,55 +372,53 @@ class BaseMachine(Closing, abc.ABC):
     # -- memory ---------------------------------------------------------------
 
     @property
-    def userfault(self) -> Userfault:
-        """The VM's userfaultfd, opened on first use.
+    def tables_gpa(self) -> int | None:
+        """Root of the guest's page tables, if the VMM laid them out; None: the guest's own."""
+        return None
 
-        :raises CapabilityError: if it cannot be had
+    def open_userfault(self) -> Userfault:
+        """Open the VM's userfaultfd, or return the open one.
+
+        :raises CapabilityError: if the kernel has none, or forbids it
         """
-        with self._lock:
-            if self._userfault is None:
-                from kvmhost.pager.userfault import Userfault
+        return self.paging.open_userfault()
 
-                self._userfault = Userfault()
-            return self._userfault
+    def open_pager(self) -> Pager:
+        """Open the VM's pager, or return the open one; live tables and parameters are pinned.
+
+        :raises CapabilityError: if there is no userfaultfd, or no such codec
+        :raises LayoutError: if the store's file cannot be made
+        """
+        return self.paging.open_pager()
 
     @property
-    def pager(self) -> Pager:
-        """The VM's pager, made on first use; live tables and parameters are pinned.
-
-        :raises CapabilityError: if there is no userfaultfd
-        """
-        with self._lock:
-            if self._pager is None:
-                from kvmhost.pager.pager import Pager
-
-                pager = Pager(
-                    self.memory,
-                    self.userfault,
-                    self._store_options,
-                    on_failure=self.fail,
-                )
-                for gpa, n_bytes in self.layout.pinned_ranges:
-                    pager.pin(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
-                self._pager = pager
-            return self._pager
+    def has_pager(self) -> bool:
+        """Whether the pager is open."""
+        return self.paging.has_pager
 
     def drop(self, gfn: int, n_pages: int) -> int:
-        """Forget pages that the guest declared free; return how many will read as zeros.
+        """Discard pages that the guest declared free; return how many will read as zeros.
 
         Pinned pages stay as they are.
 
         :raises LayoutError: if the range is not in one region; then nothing was dropped
         """
-        with self._lock:
-            if self._pager is None:
-                return self.memory.punch(gfn, n_pages, self.layout.pinned_ranges)
-        return self._pager.drop(gfn, n_pages).dropped
+        return self.paging.drop(gfn, n_pages)
 
-    @property
-    def has_pager(self) -> bool:
-        """Whether anyone has asked for the pager yet."""
-        return self._pager is not None
+    def tracked_vm(self) -> TrackedVm:
+        """Return what trackers use of this VM."""
+        from kvmhost.trackers.base import TrackedVm
+
+        return TrackedVm(self.memory, self.engine, self.tables_gpa, self.paging.open_userfault)
+
+    def harvester(self) -> Harvester:
+        """Return what does this VM's harvests and owns its tracker, made at the first call."""
+        with self._opening:
+            if self._harvester is None:
+                from kvmhost.trackers.harvesting import Harvester
+
+                self._harvester = Harvester(self.tracked_vm(), self.paging.note_young)
+            return self._harvester
 
     def use_tracker(self, name: str = "auto") -> Tracker:
         """Return a started tracker; another one in use is stopped first.
@@ -434,27 +426,12 @@ class BaseMachine(Closing, abc.ABC):
         :raises CapabilityError: if it does not work here
         :raises LayoutError: for an unknown name
         """
-        from kvmhost import trackers
-
-        with self._lock:
-            wanted = trackers.resolve(name, self)
-            if self._tracker is not None and self._tracker.name != wanted:
-                self._tracker.stop()
-                self._tracker = None
-            if self._tracker is None:
-                tracker = trackers.create(wanted, self)
-                try:
-                    tracker.start()
-                except BaseException:
-                    tracker.stop()
-                    raise
-                self._tracker = tracker
-            return self._tracker
+        return self.harvester().use(name)
 
     @property
     def tracker_name(self) -> str | None:
         """The tracker in use; None before the first."""
-        return None if self._tracker is None else self._tracker.name
+        return None if self._harvester is None else self._harvester.tracker_name
 
     def harvest(self, gfn_start: int, n_pages: int, **how: Any) -> Harvest:
         """Return the young pages of a range; one call works at a time.
@@ -463,11 +440,7 @@ class BaseMachine(Closing, abc.ABC):
         :raises CapabilityError: if the tracker does not work here
         :raises LayoutError: if range, mask or names are wrong
         """
-        from kvmhost.trackers.harvesting import Harvester
-
-        with self._harvesting:
-            self._harvester = self._harvester or Harvester(self)
-            return self._harvester.harvest(gfn_start, n_pages, **how)
+        return self.harvester().harvest(gfn_start, n_pages, **how)
 
     # -- exits ----------------------------------------------------------------
 
@@ -496,14 +469,12 @@ class BaseMachine(Closing, abc.ABC):
         self._closed = True
         if hasattr(self, "runner"):
             self.stop()
-        if self._tracker is not None:
-            self._tracker.stop()
+        if self._harvester is not None:
+            self._harvester.stop()
         for vcpu in self.vcpus:
             vcpu.close()
         self.engine.close()
-        if self._pager is not None:
-            self._pager.close()
-        if self._userfault is not None:
-            self._userfault.close()
+        if hasattr(self, "paging"):
+            self.paging.close()
         if hasattr(self, "memory"):
             self.memory.close()

@@ -95,7 +95,7 @@ def save_machine(machine: BaseMachine, path: Path) -> int:
     try:
         machine.settle()
         if machine.has_pager:
-            machine.pager.restore(0, machine.memory.gfn_end)
+            machine.open_pager().restore(0, machine.memory.gfn_end)
         header = _header(machine, engine)
         _write(path, header, machine.memory)
     finally:

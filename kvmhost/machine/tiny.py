@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 
 from kvmhost import engine as engines
 from kvmhost.boot.image import Image, read_image
-from kvmhost.boot.longmode import entry_state, lay_out_tables, write_tss
-from kvmhost.boot.params import resolve_params, write_params
+from kvmhost.boot.longmode import entry_state
+from kvmhost.boot.params import resolve_params
+from kvmhost.boot.tiny import load_tiny
 from kvmhost.devices.bus import DEBUG_EXIT_PORT, DOORBELL_PORT, EXIT_PORT, FREE_PORT
 from kvmhost.devices.freelist import FreeList
 from kvmhost.engine.base import Vcpu
@@ -73,15 +74,17 @@ class Machine(BaseMachine):
             **common,
         )
 
+    @property
+    def tables_gpa(self) -> int:
+        """Root of the page tables that the VMM laid out and the guest keeps."""
+        return self._tiny_layout.tables_gpa
+
     def assemble(self) -> list[Vcpu]:
         """Load the image and lay out parameters, task state segment and page tables."""
         image, layout = self._tiny_image, self._tiny_layout
         self.bus.add_doorbell()
-        self.bus.add_port(FREE_PORT, 4, FreeList(self))
-        image.load(self.memory, layout.tables_gpa)
-        write_params(self.memory, layout, image, self.n_vcpus, self.params)
-        write_tss(self.memory)
-        lay_out_tables(self.memory, layout)
+        self.bus.add_port(FREE_PORT, 4, FreeList(self.memory, self.drop, self.paging.fault_in))
+        load_tiny(self.memory, layout, image, self.n_vcpus, self.params)
         self.engine.attach(self.memory, self.bus)
         return [
             self.engine.create_vcpu(index, entry_state(layout, image.entry, index))

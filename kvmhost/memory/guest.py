@@ -24,7 +24,25 @@ if typing.TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["GuestMemory", "Region", "pieces"]
+    from kvmhost.bitmap import Words
+
+__all__ = ["GfnRange", "GuestMemory", "Region", "pieces"]
+
+
+class GfnRange(typing.Protocol):
+    """A run of guest pages that is mapped in a process; :class:`Region` is one."""
+
+    @property
+    def gfn(self) -> int:
+        """First guest frame number."""
+
+    @property
+    def n_pages(self) -> int:
+        """Size in pages."""
+
+    @property
+    def guest_address(self) -> int:
+        """Where its first page is mapped."""
 
 
 class Region:
@@ -67,6 +85,17 @@ class Region:
     def n_pages(self) -> int:
         """Size in pages."""
         return self.n_bytes >> PAGE_SHIFT
+
+    def zap(self, gfn: int, n_pages: int, words: Words | None = None) -> None:
+        """Drop host PTEs of the guest mapping; the contents stay in the memfd.
+
+        :param gfn: first page, with all ``n_pages`` in this region
+        :param words: zap only the pages of the range whose bits are set; None: all
+        """
+        address = self.guest_address + ((gfn - self.gfn) << PAGE_SHIFT)
+        # SAFETY: words lives until the call returns; the range is inside this mapping.
+        pointer = ffi.NULL if words is None else ffi.from_buffer("uint64_t[]", words)
+        check(lib.kh_zap(address, n_pages, pointer, 0), "madvise", start=address, pages=n_pages)
 
     def close(self) -> None:
         """Unmap both mappings and close the memfd. Idempotent.
@@ -242,9 +271,14 @@ class GuestMemory(Closing):
             region.close()
 
 
-def pieces(memory: GuestMemory, gfn_start: int, n_pages: int) -> Iterator[tuple[Region, int, int]]:
+_Range = typing.TypeVar("_Range", bound=GfnRange)
+
+
+def pieces(
+    regions: Iterable[_Range], gfn_start: int, n_pages: int
+) -> Iterator[tuple[_Range, int, int]]:
     """Cut a gfn range at the regions: yields ``(region, first gfn, pages)``."""
-    for region in memory.regions:
+    for region in regions:
         start = max(gfn_start, region.gfn)
         end = min(gfn_start + n_pages, region.gfn + region.n_pages)
         if start < end:

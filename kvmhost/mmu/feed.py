@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 import numpy as np
 
 from kvmhost.bitmap import YoungBitmap, sub_words
 from kvmhost.closing import Closing
 from kvmhost.errors import LayoutError
+from kvmhost.memory.guest import GfnRange
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.radix import RadixTable
 from kvmhost.mmu.stage2 import Stage2Table
@@ -36,17 +36,6 @@ _BLOCK = 512
 _ABSENT, _SMALL, _HUGE = 0, 1, 2
 
 
-class _Region(Protocol):
-    """Where guest memory lies; :class:`~kvmhost.memory.guest.Region` is one."""
-
-    @property
-    def gfn(self) -> int: ...
-    @property
-    def n_pages(self) -> int: ...
-    @property
-    def guest_address(self) -> int: ...
-
-
 class Feed(Closing):
     """A model table over a VM's memory slots.
 
@@ -54,7 +43,7 @@ class Feed(Closing):
     :raises LayoutError: for another format, or slots that do not fit its address space
     """
 
-    def __init__(self, table_format: str, regions: Iterable[_Region]) -> None:
+    def __init__(self, table_format: str, regions: Iterable[GfnRange]) -> None:
         if table_format not in FORMATS:
             raise LayoutError(f"no table format {table_format!r}: {', '.join(FORMATS)}")
         self.name = "npt" if table_format == "tdp" else table_format

@@ -23,8 +23,9 @@ from typing import Any
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.errors import LayoutError
+from kvmhost.memory.guest import GuestMemory
 from kvmhost.mmu.harvest import Handle, Harvester
-from kvmhost.mmu.memslots import MemSlots
+from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tablemem import TableMemory
 
@@ -68,6 +69,16 @@ class LiveTable(Harvester):
     """
 
     tracker = "guestpt"
+
+    @classmethod
+    def of_guest(cls, memory: GuestMemory, root_gpa: int) -> LiveTable:
+        """Open the tables of a guest in its own memory, with its regions as slots."""
+        regions = memory.regions
+        tables = TableMemory([(r.gpa, r.alias_address, r.n_bytes) for r in regions], memory)
+        slots = MemSlots(
+            MemSlot(i, r.gfn, r.n_pages, r.guest_address) for i, r in enumerate(regions)
+        )
+        return cls(tables, root_gpa, slots=slots)
 
     def __init__(
         self,

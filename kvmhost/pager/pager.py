@@ -28,6 +28,7 @@ from kvmhost.bitmap import YoungBitmap, sub_words
 from kvmhost.errors import CapabilityError, IoctlError, LostPageError, PagerError
 from kvmhost.memory.guest import GuestMemory, pieces
 from kvmhost.memory.layout import PAGE_SHIFT
+from kvmhost.memory.pagelist import PageList, page_list
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.hostswap import swap_refusal
 from kvmhost.pager.options import StoreOptions
@@ -41,7 +42,10 @@ from kvmhost.pager.results import (
 from kvmhost.pager.storefile import StoreFile
 from kvmhost.pager.userfault import Userfault
 
-__all__ = ["Pager"]
+__all__ = ["Gfns", "Pager"]
+
+#: Pages to work on; a :class:`~kvmhost.memory.pagelist.PageList` is not checked again.
+Gfns = PageList | Iterable[int] | npt.NDArray[Any]
 
 
 class Pager:
@@ -144,29 +148,26 @@ class Pager:
         """Whether faults are being caught."""
         return self._armed
 
-    def evict(self, gfns: Iterable[int] | npt.NDArray[Any]) -> EvictResult:
+    def evict(self, gfns: Gfns) -> EvictResult:
         """Evict pages, in the given order; partial success is normal.
 
         :raises LayoutError: if a gfn is in no region; then nothing was evicted
         """
-        wanted = _as_gfns(gfns)
-        self._indexes(wanted)
+        pages = page_list(self._memory, gfns)
         self.arm()
-        return self._batch(lib.kh_pager_evict, "kh_pager_evict", wanted)
+        return self._batch(lib.kh_pager_evict, "kh_pager_evict", pages)
 
-    def _batch(
-        self, call: Callable[..., int], name: str, gfns: npt.NDArray[np.int64]
-    ) -> EvictResult:
-        index = self._indexes(gfns)
-        outcomes = np.zeros(index.size, dtype=np.uint8)
+    def _batch(self, call: Callable[..., int], name: str, pages: PageList) -> EvictResult:
+        outcomes = np.zeros(pages.indexes.size, dtype=np.uint8)
+        # SAFETY: both arrays live until the call returns.
         buffer = ffi.from_buffer("uint8_t[]", outcomes, require_writable=True)
-        given = ffi.from_buffer("uint32_t[]", index)
-        check(call(self._core, given, index.size, buffer), name, n=index.size)
-        return EvictResult(gfns, outcomes)
+        given = ffi.from_buffer("uint32_t[]", pages.indexes)
+        check(call(self._core, given, outcomes.size, buffer), name, n=outcomes.size)
+        return EvictResult(pages.gfns, outcomes)
 
     def page_out(
         self,
-        gfns: Iterable[int] | npt.NDArray[Any],
+        gfns: Gfns,
         refusal: Callable[[], str | None] = swap_refusal,
     ) -> EvictResult:
         """Hand pages to the host's swap; partial success is normal, and needs no arming.
@@ -181,12 +182,13 @@ class Pager:
         reason = refusal()
         if reason is not None:
             raise CapabilityError("host swap", "free swap space", reason, "add swap, or evict")
-        return self._batch(lib.kh_pager_pageout, "kh_pager_pageout", _as_gfns(gfns))
+        pages = page_list(self._memory, gfns)
+        return self._batch(lib.kh_pager_pageout, "kh_pager_pageout", pages)
 
     def restore(self, gfn: int, n_pages: int = 1) -> RestoreResult:
         """Bring evicted pages of ``[gfn, gfn + n_pages)`` back; one that fails stops no other."""
         result = ffi.new("struct kh_restore_result *")
-        for region, start, count in pieces(self._memory, gfn, n_pages):
+        for region, start, count in pieces(self._memory.regions, gfn, n_pages):
             part = ffi.new("struct kh_restore_result *")
             index = self._memory.index_of_gfn(start)
             check(lib.kh_pager_restore(self._core, index, count, part), "restore", gfn=region.gfn)
@@ -242,9 +244,10 @@ class Pager:
         self.arm()
         return int(lib.kh_pager_shrink(self._core))
 
-    def set_victims(self, gfns: Iterable[int] | npt.NDArray[Any]) -> None:
+    def set_victims(self, gfns: Gfns) -> None:
         """Name the pages that go first when the limit is reached, best ones first."""
-        index = self._indexes(_as_gfns(gfns))
+        index = page_list(self._memory, gfns).indexes
+        # SAFETY: the array lives until the call returns.
         check(
             lib.kh_pager_set_victims(self._core, ffi.from_buffer("uint32_t[]", index), index.size),
             "kh_pager_set_victims",
@@ -257,7 +260,7 @@ class Pager:
         Only the clock hand of the resident limit uses it: pages that were young in
         few of the last eight windows go first.
         """
-        for region, start, count in pieces(self._memory, young.gfn_start, young.n_pages):
+        for region, start, count in pieces(self._memory.regions, young.gfn_start, young.n_pages):
             words = sub_words(young.words, young.n_pages, start - young.gfn_start, count)
             index = self._memory.index_of_gfn(start)
             check(
@@ -329,18 +332,6 @@ class Pager:
         if self._file is not None:
             self._file.close()
 
-    def _indexes(self, gfns: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
-        index = np.full(gfns.size, -1, dtype=np.int64)
-        first = 0
-        for region in self._memory.regions:
-            inside = (gfns >= region.gfn) & (gfns < region.gfn + region.n_pages)
-            index[inside] = gfns[inside] - region.gfn + first
-            first += region.n_pages
-        if (index < 0).any():
-            # The same error as for one page.
-            self._memory.index_of_gfn(int(gfns[np.flatnonzero(index < 0)[0]]))
-        return index.astype(np.uint32)
-
     def _serve(self) -> None:
         check(lib.kh_thread_mask_signals(), "pthread_sigmask")
         # What goes wrong in there, _report_failure reports.
@@ -375,8 +366,3 @@ class Pager:
         if number == errno.EBADMSG:
             return f"its checksum does not fit{where}"
         return f"it cannot be read{where}: {os.strerror(number)}"
-
-
-def _as_gfns(gfns: Iterable[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    values = gfns if isinstance(gfns, np.ndarray) else np.array(list(gfns), dtype=np.int64)
-    return np.ascontiguousarray(values, dtype=np.int64)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words, place_words, sub_words
+from kvmhost.engine.base import Engine
 from kvmhost.errors import LayoutError
 from kvmhost.memory.guest import GuestMemory, Region, pieces
+from kvmhost.pager.userfault import Userfault
 
 __all__ = [
     "Support",
+    "TrackedVm",
     "Tracker",
     "TrackerInfo",
     "add_piece",
@@ -49,12 +52,39 @@ class TrackerInfo:
     staleness: str
 
 
+@dataclasses.dataclass(frozen=True)
+class TrackedVm:
+    """What trackers use of a VM; each takes the parts that it needs.
+
+    :param tables_gpa: root of the guest's page tables, if the VMM laid them out and the
+        guest keeps them; None: the guest makes its own
+    :param open_userfault: opens the VM's userfaultfd, or returns the open one; raises
+        ``CapabilityError`` without userfaultfd
+    """
+
+    memory: GuestMemory
+    engine: Engine
+    tables_gpa: int | None
+    open_userfault: Callable[[], Userfault]
+
+
 class Tracker(Protocol):
-    """Learns which pages of one machine were touched. Methods are for one thread at a time."""
+    """Learns which pages of one VM were touched. Methods are for one thread at a time."""
 
     name: ClassVar[str]
     info: ClassVar[TrackerInfo]
     table_format: str
+
+    @classmethod
+    def for_vm(cls, vm: TrackedVm) -> Self:
+        """Make a tracker for a VM; it is not started yet.
+
+        :raises CapabilityError: if it does not work on this VM or host
+        """
+
+    @classmethod
+    def probe(cls, engine: str = "auto") -> Support:
+        """Try the tracker on an engine; report whether it works, and why it does not."""
 
     def start(self) -> None:
         """Begin the first window: nothing is young, everything is armed."""
@@ -113,7 +143,7 @@ def harvest_pieces(
     check_range(gfn_start, n_pages)
     check_mask(mask, n_pages)
     found: Words | None = None
-    for region, start, count in pieces(memory, gfn_start, n_pages):
+    for region, start, count in pieces(memory.regions, gfn_start, n_pages):
         first = start - gfn_start
         wanted = None if mask is None else sub_words(mask, n_pages, first, count)
         words = harvest_piece(region, start, count, wanted)

@@ -1,30 +1,51 @@
-"""What re-arms a cleared accessed bit here? Found out by trying, once a process.
+"""What makes a cleared accessed bit come back? Tried once per process and engine.
 
-A tiny guest touches a few pages, the bits are cleared, it touches them again:
+A guest of 11 instructions touches a few pages, the bits are cleared, it touches the
+pages again:
 
-- they are set again without any help: hardware walks the tables, nothing to do;
-- they are set after the guest mapping was zapped: KVM shadows the tables, or
-  needs its translations dropped;
+- the bits are set again: hardware walks the tables, and re-arming needs nothing;
+- they are set after the guest mapping was zapped: KVM shadows the tables, or has to drop
+  its translations;
 - neither: the accessed bits of the guest's tables say nothing on this host.
 
-Module parameters are not asked: nested, shadowing and emulated set-ups differ
-in ways that no single parameter tells.
+Module parameters are not read: no single parameter tells nested, shadowing and emulated
+configurations apart.
 """
 
 from __future__ import annotations
 
-import typing
+import struct
 
-from kvmhost.engine.base import Engine, RearmKind
-from kvmhost.errors import CapabilityError
-
-if typing.TYPE_CHECKING:
-    from kvmhost.machine.tiny import Machine
+from kvmhost import engine as engines
+from kvmhost.boot.image import Image, Segment
+from kvmhost.boot.longmode import entry_state
+from kvmhost.boot.tiny import load_tiny
+from kvmhost.devices.bus import DOORBELL_PORT, Bus
+from kvmhost.engine.base import Engine, RearmKind, Vcpu
+from kvmhost.errors import CapabilityError, UnexpectedExit
+from kvmhost.exits import IoOut, Kicked
+from kvmhost.memory.guest import GuestMemory, Region
+from kvmhost.memory.layout import IMAGE_GPA, PAGE_BYTES, PAGE_SHIFT, TinyLayout
+from kvmhost.mmu.tdp import LiveTable
 
 __all__ = ["calibrated_rearm"]
 
 _PAGES = 32
 _START_GFN = 0x180
+_MEM_BYTES = 4 << 20
+_CODE = b"".join(
+    (
+        b"\xbf" + struct.pack("<I", _START_GFN << PAGE_SHIFT),  # 1: mov  edi, first page
+        b"\xb9" + struct.pack("<I", _PAGES),  #                     mov  ecx, pages
+        b"\x8a\x07",  #                                          2: mov  al, [rdi]
+        b"\x48\x81\xc7" + struct.pack("<I", PAGE_BYTES),  #         add  rdi, 4096
+        b"\xff\xc9",  #                                             dec  ecx
+        b"\x75\xf3",  #                                             jnz  2b
+        b"\xba" + struct.pack("<I", DOORBELL_PORT),  #              mov  edx, doorbell
+        b"\xef",  #                                                 out  dx, eax
+        b"\xeb\xe1",  #                                             jmp  1b
+    )
+)
 _found: dict[str, RearmKind] = {}
 
 
@@ -40,33 +61,50 @@ def calibrated_rearm(engine: Engine) -> RearmKind:
     return _found[engine.name]
 
 
-def _calibrate(engine: str) -> RearmKind:
-    from kvmhost.guests import image_path
-    from kvmhost.machine.tiny import Machine
+def _calibrate(name: str) -> RearmKind:
+    layout = TinyLayout(_MEM_BYTES)
+    image = Image("calibration", IMAGE_GPA, (Segment(IMAGE_GPA, _CODE, len(_CODE), 0),), ())
+    engine = engines.choose(name)
+    try:
+        with GuestMemory([Region(0, _MEM_BYTES, "calibration")]) as memory:
+            load_tiny(memory, layout, image, 1, {})
+            bus = Bus()
+            bus.add_doorbell()
+            engine.attach(memory, bus)
+            vcpu = engine.create_vcpu(0, entry_state(layout, image.entry, 0))
+            try:
+                vcpu.stop_at_doorbell(True)
+                return _find_rearm(name, vcpu, memory, layout.tables_gpa)
+            finally:
+                vcpu.close()
+                # Before memory is unmapped; closing again is harmless.
+                engine.close()
+    finally:
+        engine.close()
 
-    params = {"start_gfn": _START_GFN, "pages": _PAGES, "epochs": 4}
-    with Machine(image_path("touch"), mem_bytes=4 << 20, engine=engine, params=params) as machine:
-        machine.step_by_doorbell()
-        if _young_after(machine, RearmKind.NONE) != _PAGES:
+
+def _find_rearm(engine: str, vcpu: Vcpu, memory: GuestMemory, tables_gpa: int) -> RearmKind:
+    table = LiveTable.of_guest(memory, tables_gpa)
+    try:
+        if _young_after_touches(vcpu, table) != _PAGES:
             raise _unsupported(engine, "no accessed bits at all")
-        if _young_after(machine, RearmKind.NONE) == _PAGES:
+        if _young_after_touches(vcpu, table) == _PAGES:
             return RearmKind.NONE
-        if _young_after(machine, RearmKind.ZAP) == _PAGES:
+        memory.regions[0].zap(_START_GFN, _PAGES)
+        if _young_after_touches(vcpu, table) == _PAGES:
             return RearmKind.ZAP
+    finally:
+        table.close()
     raise _unsupported(engine, "bits that do not come back after a zap")
 
 
-def _young_after(machine: Machine, kind: RearmKind) -> int:
-    """Re-arm in one way, run an epoch, and count (and clear) what became young."""
-    from kvmhost.trackers.guestpt import GuestptTracker
-
-    tracker = GuestptTracker(machine, kind)
-    try:
-        tracker.rearm(_START_GFN, _PAGES)
-        machine.run_epoch(timeout=30)
-        return tracker.harvest(_START_GFN, _PAGES).count()
-    finally:
-        tracker.stop()
+def _young_after_touches(vcpu: Vcpu, table: LiveTable) -> int:
+    """Run the guest to its doorbell; count, and clear, what became young."""
+    while isinstance(vm_exit := vcpu.run(), Kicked):
+        continue
+    if not (isinstance(vm_exit, IoOut) and vm_exit.port == DOORBELL_PORT):
+        raise UnexpectedExit(vcpu.index, f"calibration: {vm_exit!r}")
+    return table.harvest(_START_GFN, _PAGES).count()
 
 
 def _unsupported(engine: str, found: str) -> CapabilityError:

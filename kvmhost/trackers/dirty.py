@@ -26,14 +26,12 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.kvm.caps import Cap
-from kvmhost.memory.guest import Region
-from kvmhost.trackers.base import Support, TrackerInfo, check_range, harvest_pieces
+from kvmhost.memory.guest import GuestMemory, Region
+from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_range, harvest_pieces
 
 if typing.TYPE_CHECKING:
     from kvmhost.engine.base import Engine
     from kvmhost.engine.kvm import KvmEngine
-    from kvmhost.machine.base import BaseMachine
-    from kvmhost.memory.guest import Region
 
 __all__ = ["DirtyTracker"]
 
@@ -56,9 +54,9 @@ class DirtyTracker:
         "on a CPU that logs by itself, up to 512 pages a vCPU show after its next exit",
     )
 
-    def __init__(self, machine: BaseMachine) -> None:
-        self._memory = machine.memory
-        self._engine = _kvm_engine(machine.engine)
+    def __init__(self, memory: GuestMemory, engine: Engine) -> None:
+        self._memory = memory
+        self._engine = _kvm_engine(engine)
         self.table_format = "dirty-log" if self._engine.rings is None else "dirty-ring"
         if self._engine.rings is None:
             _protect_by_hand(self._engine)
@@ -66,6 +64,11 @@ class DirtyTracker:
         self._room: Words | None = None
         self._last_ns = 0
         self._started = False
+
+    @classmethod
+    def for_vm(cls, vm: TrackedVm) -> DirtyTracker:
+        """Make a tracker for a VM; it is not started yet."""
+        return cls(vm.memory, vm.engine)
 
     @classmethod
     def probe(cls, engine: str = "auto") -> Support:

@@ -11,24 +11,18 @@ Staleness: a touch between the clearing of a bit and its re-arming is not seen.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from typing import ClassVar
 
 import numpy as np
 
-from kvmhost._ffi import check, ffi, lib
+from kvmhost import engine as engines
 from kvmhost.bitmap import Words, YoungBitmap, clear_words, n_words, place_words, sub_words
-from kvmhost.engine.base import RearmKind
+from kvmhost.engine.base import Engine, RearmKind
 from kvmhost.errors import CapabilityError
-from kvmhost.memory.guest import pieces
-from kvmhost.memory.layout import TinyLayout
-from kvmhost.mmu.memslots import MemSlot, MemSlots
-from kvmhost.mmu.tablemem import TableMemory
+from kvmhost.memory.guest import GuestMemory, pieces
 from kvmhost.mmu.tdp import LiveTable
-from kvmhost.trackers.base import Support, TrackerInfo, check_range
-
-if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import BaseMachine
+from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_range
+from kvmhost.trackers.calibration import calibrated_rearm
 
 __all__ = ["GuestptTracker"]
 
@@ -36,7 +30,9 @@ __all__ = ["GuestptTracker"]
 class GuestptTracker:
     """Walks the live tables of a tiny guest.
 
-    :raises CapabilityError: if no way of re-arming works on this engine
+    :param tables_gpa: root of the guest's tables
+    :param rearm_kind: what makes a cleared bit come back, see
+        :func:`~kvmhost.trackers.calibration.calibrated_rearm`
     """
 
     name: ClassVar[str] = "guestpt"
@@ -49,35 +45,34 @@ class GuestptTracker:
         "a page that was cleared and not re-armed may read as old for ever",
     )
 
-    def __init__(self, machine: BaseMachine, rearm_kind: RearmKind | None = None) -> None:
-        from kvmhost.trackers.calibration import calibrated_rearm
+    def __init__(
+        self, memory: GuestMemory, engine: Engine, tables_gpa: int, rearm_kind: RearmKind
+    ) -> None:
+        self._memory, self._engine = memory, engine
+        self.rearm_kind = rearm_kind
+        self.table_format = "npt"
+        self.table = LiveTable.of_guest(memory, tables_gpa)
+        # Cleared and not re-armed yet, by region: such a page may still be cached.
+        self._stale = {r.gfn: np.zeros(n_words(r.n_pages), dtype=np.uint64) for r in memory.regions}
 
-        layout = machine.layout
-        if not isinstance(layout, TinyLayout):
+    @classmethod
+    def for_vm(cls, vm: TrackedVm) -> GuestptTracker:
+        """Make a tracker for a VM, re-arming as calibrated; it is not started yet.
+
+        :raises CapabilityError: if the guest makes its own tables, or re-arming has no effect
+        """
+        if vm.tables_gpa is None:
             raise CapabilityError(
                 "tracker guestpt",
                 "a guest that keeps the VMM's page tables",
                 "a guest that makes its own",
                 "use pagemap or idle",
             )
-        self._machine, self._memory = machine, machine.memory
-        self.rearm_kind = rearm_kind or calibrated_rearm(machine.engine)
-        self.table_format = "npt"
-        regions = self._memory.regions
-        tables = TableMemory([(r.gpa, r.alias_address, r.n_bytes) for r in regions], self._memory)
-        slots = MemSlots(
-            MemSlot(i, r.gfn, r.n_pages, r.guest_address) for i, r in enumerate(regions)
-        )
-        self.table = LiveTable(tables, layout.tables_gpa, slots=slots)
-        # Cleared and not re-armed yet, by region: such a page may still be cached.
-        self._stale = {r.gfn: np.zeros(n_words(r.n_pages), dtype=np.uint64) for r in regions}
+        return cls(vm.memory, vm.engine, vm.tables_gpa, calibrated_rearm(vm.engine))
 
     @classmethod
     def probe(cls, engine: str = "auto") -> Support:
-        """Calibrate on an engine and say how re-arming works there."""
-        from kvmhost import engine as engines
-        from kvmhost.trackers.calibration import calibrated_rearm
-
+        """Calibrate on an engine and report how re-arming works there."""
         try:
             chosen = engines.choose(engine)
             try:
@@ -116,14 +111,14 @@ class GuestptTracker:
         """
         check_range(gfn_start, n_pages)
         if self.rearm_kind is RearmKind.TLB_FLUSH:
-            self._machine.engine.flush_tlbs()
-        for region, start, count in pieces(self._memory, gfn_start, n_pages):
+            self._engine.flush_tlbs()
+        for region, start, count in pieces(self._memory.regions, gfn_start, n_pages):
             first = start - region.gfn
             stale = self._stale[region.gfn]
             due = sub_words(stale, region.n_pages, first, count).copy()
             if self.rearm_kind is RearmKind.ZAP:
                 words = None if young is None else due | _young_in(young, start, count)
-                _zap(region.guest_address + first * 4096, count, words)
+                region.zap(start, count, words)
             clear_words(stale, first, due)
 
     def stop(self) -> None:
@@ -131,7 +126,7 @@ class GuestptTracker:
         self.table.close()
 
     def _note_stale(self, gfn_start: int, n_pages: int, words: Words) -> None:
-        for region, start, count in pieces(self._memory, gfn_start, n_pages):
+        for region, start, count in pieces(self._memory.regions, gfn_start, n_pages):
             part = sub_words(words, n_pages, start - gfn_start, count)
             place_words(self._stale[region.gfn], start - region.gfn, part)
 
@@ -145,9 +140,3 @@ def _young_in(young: YoungBitmap, start: int, count: int) -> Words:
         part = sub_words(young.words, young.n_pages, low - young.gfn_start, high - low)
         place_words(words, low - start, part)
     return words
-
-
-def _zap(address: int, n_pages: int, words: Words | None) -> None:
-    # SAFETY: words lives until the call returns; the range is inside one guest mapping.
-    pointer = ffi.NULL if words is None else ffi.from_buffer("uint64_t[]", words)
-    check(lib.kh_zap(address, n_pages, pointer, 0), "madvise", address=address, pages=n_pages)

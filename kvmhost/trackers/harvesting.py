@@ -1,6 +1,6 @@
-"""One harvest of a machine, whoever asks: find, clear, tell the pager, re-arm.
+"""Harvests of one VM: find young pages, clear them, inform the pager, re-arm.
 
-The order matters. The pager hears of young pages before they are re-armed, so that its
+The order matters. The pager receives the young pages before they are re-armed, so that its
 clock hand never takes a page for old that was just seen; and only pages whose bit was
 cleared are re-armed, since that is where the guest pays.
 """
@@ -8,15 +8,15 @@ cleared are re-armed, since that is where the guest pays.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
-import typing
+from collections.abc import Callable
 
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.errors import LayoutError
+from kvmhost.trackers import registry
+from kvmhost.trackers.base import TrackedVm, Tracker
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler
-
-if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import BaseMachine
 
 __all__ = ["REARM", "Harvest", "Harvester"]
 
@@ -34,10 +34,43 @@ class Harvest:
 
 
 class Harvester:
-    """Does the harvests of one machine; not for two threads at a time."""
+    """Owns the tracker of one VM and does its harvests, one at a time.
 
-    def __init__(self, machine: BaseMachine) -> None:
-        self._machine, self._sampler = machine, Sampler()
+    :param note_young: receives what became young and was cleared, before it is re-armed
+    """
+
+    def __init__(self, vm: TrackedVm, note_young: Callable[[YoungBitmap], None]) -> None:
+        self._vm, self._note_young = vm, note_young
+        self._sampler = Sampler()
+        self._tracker: Tracker | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def tracker_name(self) -> str | None:
+        """The tracker in use; None before the first."""
+        return None if self._tracker is None else self._tracker.name
+
+    def use(self, name: str = "auto") -> Tracker:
+        """Return a started tracker; another one in use is stopped first.
+
+        :param name: one of :data:`~kvmhost.trackers.registry.NAMES`, or ``auto``
+        :raises CapabilityError: if it does not work here
+        :raises LayoutError: for an unknown name
+        """
+        with self._lock:
+            wanted = registry.resolve(name, self._vm)
+            if self._tracker is not None and self._tracker.name != wanted:
+                self._tracker.stop()
+                self._tracker = None
+            if self._tracker is None:
+                tracker = registry.create(wanted, self._vm)
+                try:
+                    tracker.start()
+                except BaseException:
+                    tracker.stop()
+                    raise
+                self._tracker = tracker
+            return self._tracker
 
     def harvest(
         self,
@@ -50,9 +83,9 @@ class Harvester:
         fraction: float | None = None,
         mask: Words | None = None,
     ) -> Harvest:
-        """Do one harvest.
+        """Do one harvest; another thread's waits.
 
-        :param tracker: ``auto`` keeps the one in use: changing begins everything anew
+        :param tracker: ``auto`` keeps the one in use: a change begins a new window
         :param rearm: ``none``; ``young``, the pages that this cleared; ``all`` of the range;
             ``sample``, clear and re-arm a ``fraction`` only, other pages at each harvest
         :param fraction: with ``sample``, from 1/65536 to 1; None: a default that was measured
@@ -61,21 +94,27 @@ class Harvester:
         """
         if rearm not in REARM:
             raise LayoutError(f"harvest: rearm {rearm!r}: need one of {', '.join(REARM)}")
-        wanted = self._machine.tracker_name if tracker == "auto" else tracker
-        source = self._machine.use_tracker(wanted or "auto")
-        if rearm == "sample" and clear:
-            sample = self._sampler.next_mask(gfn_start, n_pages, fraction or DEFAULT_FRACTION)
-            mask = sample if mask is None else mask & sample
-        start = time.perf_counter_ns()
-        young = source.harvest(gfn_start, n_pages, clear, mask)
-        middle = time.perf_counter_ns()
-        if clear and self._machine.has_pager:
-            self._machine.pager.note_young(young)
-        if rearm == "all":
-            source.rearm(gfn_start, n_pages)
-        elif rearm != "none" and clear:
-            cleared = young
-            if mask is not None:
-                cleared = dataclasses.replace(young, words=young.words & mask)
-            source.rearm(gfn_start, n_pages, cleared)
-        return Harvest(young, middle - start, time.perf_counter_ns() - middle)
+        with self._lock:
+            wanted = self.tracker_name if tracker == "auto" else tracker
+            source = self.use(wanted or "auto")
+            if rearm == "sample" and clear:
+                sample = self._sampler.next_mask(gfn_start, n_pages, fraction or DEFAULT_FRACTION)
+                mask = sample if mask is None else mask & sample
+            start = time.perf_counter_ns()
+            young = source.harvest(gfn_start, n_pages, clear, mask)
+            middle = time.perf_counter_ns()
+            if clear:
+                self._note_young(young)
+            if rearm == "all":
+                source.rearm(gfn_start, n_pages)
+            elif rearm != "none" and clear:
+                cleared = young
+                if mask is not None:
+                    cleared = dataclasses.replace(young, words=young.words & mask)
+                source.rearm(gfn_start, n_pages, cleared)
+            return Harvest(young, middle - start, time.perf_counter_ns() - middle)
+
+    def stop(self) -> None:
+        """Stop the tracker, from any thread and during a harvest too. Idempotent."""
+        if self._tracker is not None:
+            self._tracker.stop()

@@ -21,7 +21,7 @@ import dataclasses
 import errno
 import os
 import time
-import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -31,11 +31,8 @@ import numpy.typing as npt
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, pack, unpack
 from kvmhost.errors import CapabilityError, IoctlError
-from kvmhost.memory.guest import pieces
-from kvmhost.trackers.base import Support, TrackerInfo, check_mask, check_range
-
-if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import BaseMachine
+from kvmhost.memory.guest import GfnRange, Region, pieces
+from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_mask, check_range
 
 __all__ = ["IDLE_BITMAP", "IdleFiles", "IdleTracker", "PageFiles"]
 
@@ -141,27 +138,17 @@ class IdleFiles:
 
 @dataclasses.dataclass(frozen=True)
 class _Mapping:
-    """What the tracker needs of a memory region."""
+    """A mapping of any process, as one run of pages from gfn 0."""
 
     guest_address: int
     n_pages: int
     gfn: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Mappings:
-    regions: list[_Mapping]
-    gfn_end: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Host:
-    memory: _Mappings
-
-
 class IdleTracker:
     """Asks the kernel which pages stayed idle.
 
+    :param regions: runs of pages, as the process that the files look at maps them
     :raises CapabilityError: without CONFIG_IDLE_PAGE_TRACKING or CAP_SYS_ADMIN
     """
 
@@ -176,18 +163,22 @@ class IdleTracker:
         "place of a page that moves while it is being marked",
     )
 
-    def __init__(self, machine: BaseMachine, files: PageFiles | None = None) -> None:
-        self._memory = machine.memory
+    def __init__(self, regions: Sequence[GfnRange], files: PageFiles | None = None) -> None:
+        self._regions = regions
+        self._gfn_end = max(region.gfn + region.n_pages for region in regions)
         self._files = self.open_files() if files is None else files
         self.table_format = "page-idle"
         self._last_ns = 0
 
     @classmethod
+    def for_vm(cls, vm: TrackedVm) -> IdleTracker:
+        """Make a tracker for a VM; it is not started yet."""
+        return cls(vm.memory.regions)
+
+    @classmethod
     def on_mapping(cls, address: int, n_pages: int, files: PageFiles) -> IdleTracker:
         """Make a tracker for a mapping of the process that the files look at, as gfns from 0."""
-        region = _Mapping(address, n_pages)
-        host = typing.cast("BaseMachine", _Host(_Mappings([region], n_pages)))
-        return cls(host, files)
+        return cls([_Mapping(address, n_pages)], files)
 
     @staticmethod
     def open_files() -> PageFiles:
@@ -197,8 +188,6 @@ class IdleTracker:
     @classmethod
     def probe(cls, engine: str = "auto") -> Support:
         """Open the files and look up a page of this process."""
-        from kvmhost.memory.guest import Region
-
         try:
             files = cls.open_files()
         except CapabilityError as error:
@@ -217,7 +206,7 @@ class IdleTracker:
 
     def start(self) -> None:
         """Make every page idle."""
-        self.harvest(0, self._memory.gfn_end)
+        self.harvest(0, self._gfn_end)
 
     def harvest(
         self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
@@ -227,7 +216,7 @@ class IdleTracker:
         check_mask(mask, n_pages)
         wanted = np.ones(n_pages, dtype=bool) if mask is None else unpack(mask, n_pages)
         young, coarse = np.zeros(n_pages, dtype=bool), np.zeros(n_pages, dtype=bool)
-        for region, start, count in pieces(self._memory, gfn_start, n_pages):
+        for region, start, count in pieces(self._regions, gfn_start, n_pages):
             for first in range(start, start + count, _CHUNK_PAGES):
                 n = min(_CHUNK_PAGES, start + count - first)
                 here = slice(first - gfn_start, first - gfn_start + n)

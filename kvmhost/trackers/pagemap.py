@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import time
-import typing
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -25,9 +25,12 @@ import numpy as np
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
 from kvmhost.errors import CapabilityError
-from kvmhost.memory.guest import Region, pieces
+from kvmhost.memory.guest import GuestMemory, Region, pieces
+from kvmhost.pager.userfault import Userfault
+from kvmhost.pager.userfault import probe as probe_userfault
 from kvmhost.trackers.base import (
     Support,
+    TrackedVm,
     TrackerInfo,
     add_piece,
     check_range,
@@ -35,15 +38,13 @@ from kvmhost.trackers.base import (
 )
 from kvmhost.trackers.pagescan import PageStates, new_scanner, page_states, scans
 
-if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import BaseMachine
-
 __all__ = ["PagemapTracker"]
 
 
 class PagemapTracker:
     """Asks the host's page table what the guest touched.
 
+    :param open_userfault: opens the VM's userfaultfd, which makes bits exact at 4 KiB
     :raises CapabilityError: if /proc/self/pagemap cannot be read
     """
 
@@ -56,8 +57,8 @@ class PagemapTracker:
         staleness="a touch between the scan and the zap of the same page is not seen",
     )
 
-    def __init__(self, machine: BaseMachine) -> None:
-        self._machine, self._memory = machine, machine.memory
+    def __init__(self, memory: GuestMemory, open_userfault: Callable[[], Userfault]) -> None:
+        self._memory, self._open_userfault = memory, open_userfault
         self.table_format = "host"
         self.coarse = False
         self._spare: Words | None = None
@@ -72,10 +73,13 @@ class PagemapTracker:
         self._scanner = new_scanner(self._memory.n_pages)
 
     @classmethod
+    def for_vm(cls, vm: TrackedVm) -> PagemapTracker:
+        """Make a tracker for a VM; it is not started yet."""
+        return cls(vm.memory, vm.open_userfault)
+
+    @classmethod
     def probe(cls, engine: str = "auto") -> Support:
         """Scan the mapping of a page of its own; tell which way and how fine."""
-        from kvmhost.pager.userfault import probe as probe_userfault
-
         region = Region(0, 4096)
         try:
             fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -91,12 +95,13 @@ class PagemapTracker:
     def start(self) -> None:
         """Turn fault-around off and zap everything."""
         try:
+            userfault = self._open_userfault()
             for region in self._memory.regions:
-                self._machine.userfault.silence_fault_around(region)
+                userfault.silence_fault_around(region)
         except CapabilityError:
             self.coarse = True
         for region in self._memory.regions:
-            self._zap(region.guest_address, region.n_pages)
+            region.zap(region.gfn, region.n_pages)
         self._last_ns = time.monotonic_ns()
 
     def harvest(
@@ -131,7 +136,7 @@ class PagemapTracker:
         """Return which pages of a range are mapped, swapped or absent; changes nothing."""
         check_range(gfn_start, n_pages)
         found = np.zeros((3, n_pages), dtype=bool)
-        for region, start, count in pieces(self._memory, gfn_start, n_pages):
+        for region, start, count in pieces(self._memory.regions, gfn_start, n_pages):
             address = region.guest_address + (start - region.gfn) * 4096
             bits = page_states(self._fd, address, count, self._scanner if self.scans else None)
             here = slice(start - gfn_start, start - gfn_start + count)
@@ -170,7 +175,3 @@ class PagemapTracker:
             return result
         request = "PAGEMAP_SCAN" if self.scans else "pread(pagemap)"
         return check(result, request, start=address, pages=count)
-
-    @staticmethod
-    def _zap(address: int, n_pages: int) -> None:
-        check(lib.kh_zap(address, n_pages, ffi.NULL, 0), "madvise", start=address, pages=n_pages)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import typing
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,12 +23,9 @@ import numpy.typing as npt
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
 from kvmhost.errors import CapabilityError, KvmHostError
-from kvmhost.memory.guest import Region
+from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.pager.userfault import Userfault
-from kvmhost.trackers.base import Support, TrackerInfo, check_range, harvest_pieces
-
-if typing.TYPE_CHECKING:
-    from kvmhost.machine.base import BaseMachine
+from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_range, harvest_pieces
 
 __all__ = ["AccessOrder", "UffdTracker"]
 
@@ -72,8 +68,10 @@ class UffdTracker:
         staleness="none: clearing and zapping a page are one step for the thread that maps it",
     )
 
-    def __init__(self, machine: BaseMachine, log_entries: int | None = None) -> None:
-        self._memory, self._userfault = machine.memory, machine.userfault
+    def __init__(
+        self, memory: GuestMemory, userfault: Userfault, log_entries: int | None = None
+    ) -> None:
+        self._memory, self._userfault = memory, userfault
         _need_minor_faults(self._userfault)
         self.table_format = "userfault"
         entries = self._memory.n_pages // _PAGES_PER_ENTRY if log_entries is None else log_entries
@@ -88,6 +86,11 @@ class UffdTracker:
             check(result, "kh_minor_add_region", gpa=region.gpa)
         self._log_entries = entries
         self._last_ns = 0
+
+    @classmethod
+    def for_vm(cls, vm: TrackedVm) -> UffdTracker:
+        """Make a tracker for a VM; it is not started yet."""
+        return cls(vm.memory, vm.open_userfault())
 
     @classmethod
     def probe(cls, engine: str = "auto") -> Support:

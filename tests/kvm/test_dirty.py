@@ -64,7 +64,7 @@ def test_reads_are_not_seen() -> None:
 @pytest.mark.parametrize("write", [0, 1])
 def test_agrees_with_the_dirty_bits_of_the_guests_tables(write: int) -> None:
     with touch_machine(pattern=2, count=400, write=write) as machine:
-        log, tables = DirtyTracker(machine), GuestptTracker(machine)
+        log, tables = (cls.for_vm(machine.tracked_vm()) for cls in (DirtyTracker, GuestptTracker))
         log.start()
         tables.start()
         tables.table.harvest_dirty(START, PAGES)

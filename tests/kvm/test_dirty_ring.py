@@ -96,7 +96,8 @@ def test_harvests_without_clear_and_with_a_mask() -> None:
 
 def test_agrees_with_the_dirty_bits_of_the_guests_tables() -> None:
     with ring_machine(pattern=2, count=400) as machine:
-        ring, tables = machine.use_tracker("dirty"), GuestptTracker(machine)
+        ring = machine.use_tracker("dirty")
+        tables = GuestptTracker.for_vm(machine.tracked_vm())
         tables.start()
         tables.table.harvest_dirty(START, PAGES)
         for _ in range(6):

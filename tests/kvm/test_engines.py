@@ -353,9 +353,9 @@ def test_evicted_pages_come_back_to_the_guest(engine: str, make_vm: Make) -> Non
     machine.step_by_doorbell()
     for _ in range(4):
         assert machine.run_epoch()
-        machine.pager.evict(range(1024, 1624))
-        assert machine.pager.counters()["evicted_pages"] > 500
-    assert machine.pager.counters()["fault_ins"] > 1000
+        machine.open_pager().evict(range(1024, 1624))
+        assert machine.open_pager().counters()["evicted_pages"] > 500
+    assert machine.open_pager().counters()["fault_ins"] > 1000
     machine.stop()
 
 
@@ -367,7 +367,7 @@ def test_host_access_to_an_evicted_page_finds_its_data(
     machine.step_by_doorbell()
     assert machine.run_epoch()
     gfns = range(1024, 1044)
-    assert machine.pager.evict(gfns).count(0) == len(gfns)
+    assert machine.open_pager().evict(gfns).count(0) == len(gfns)
     for gfn in gfns:
         page = machine.memory[gfn * PAGE_BYTES : (gfn + 1) * PAGE_BYTES]
         # A write to the middle of the page keeps the rest of it.
@@ -375,7 +375,7 @@ def test_host_access_to_an_evicted_page_finds_its_data(
         assert int.from_bytes(page[:8], "little") == gfn
         assert bytes(page[100:104]) == b"host"
     # The handler counts after it has woken who waited.
-    until(lambda: machine.pager.counters()["evicted_pages"] == 0, "all pages back")
+    until(lambda: machine.open_pager().counters()["evicted_pages"] == 0, "all pages back")
     machine.stop()
 
 
@@ -393,7 +393,7 @@ def test_string_output_of_an_evicted_page(
     machine = make_vm(compile_guest(body), mem_bytes=4 * MIB, engine=engine)
     machine.step_by_doorbell()
     assert machine.run_epoch()
-    assert machine.pager.evict([machine.result().gfn]).count(0) == 1
+    assert machine.open_pager().evict([machine.result().gfn]).count(0) == 1
     machine.step_by_doorbell(False)
     assert machine.wait(timeout=60) == 0
     assert machine.console_text() == "abcdefghijklmnopqrstuvwxyz" * 2
@@ -407,6 +407,6 @@ def test_pinned_pages_stay(engine: str, make_vm: Make) -> None:
         for gpa, n_bytes in machine.layout.pinned_ranges
         for gfn in range(gpa // PAGE_BYTES, -(-(gpa + n_bytes) // PAGE_BYTES))
     ]
-    outcome = machine.pager.evict(pinned)
+    outcome = machine.open_pager().evict(pinned)
     assert outcome.by_name()["pinned"] == len(pinned)
     assert run(machine) == 0

@@ -53,10 +53,10 @@ def test_without_a_pager_the_memory_goes_back(engine: str) -> None:
 @pytest.mark.parametrize("n_vcpus", [1, 2])
 def test_pages_declared_free_while_others_are_evicted(engine: str, n_vcpus: int) -> None:
     with freepages(engine, n_vcpus) as machine:
-        machine.pager.set_limit(1200)
+        machine.open_pager().set_limit(1200)
         machine.start()
         assert machine.wait(50) == 0, machine.result()
-        counters = machine.pager.counters()
+        counters = machine.open_pager().counters()
         assert counters["dropped_pages"] > PAGES
         assert counters["dropped_evicted_pages"] > 100
         assert counters["lost_pages"] == counters["errors"] == 0
@@ -72,7 +72,7 @@ def test_all_evicted_between_declaration_and_check() -> None:
         more = True
         while more:
             more = machine.run_epoch()
-            result = machine.pager.evict(np.arange(START, START + PAGES))
+            result = machine.open_pager().evict(np.arange(START, START + PAGES))
             assert result.count(EvictOutcome.ERROR) == 0
         assert machine.wait(30) == 0, machine.result()
 
@@ -84,13 +84,13 @@ def test_dropping_by_state() -> None:
         gfn = 0x400
         pages = machine.memory.array(gfn * PAGE_BYTES, (64, 512), "<u8")
         pages[:] = np.arange(1, 64 * 512 + 1).reshape(64, 512)
-        machine.pager.evict(np.arange(gfn, gfn + 32))
-        resident = machine.pager.counters()["resident_pages"]
+        machine.open_pager().evict(np.arange(gfn, gfn + 32))
+        resident = machine.open_pager().counters()["resident_pages"]
         assert machine.drop(gfn + 16, 32) == 32
-        states = machine.pager.states()[gfn : gfn + 64]
+        states = machine.open_pager().states()[gfn : gfn + 64]
         expected = [PageState.EVICTED] * 16 + [PageState.FRESH] * 32 + [PageState.RESIDENT] * 16
         assert states.tolist() == expected
-        counters = machine.pager.counters()
+        counters = machine.open_pager().counters()
         assert (counters["evicted_pages"], counters["dropped_evicted_pages"]) == (16, 16)
         assert counters["resident_pages"] == resident - 16
         assert not pages[16:48].any()
@@ -105,7 +105,7 @@ def test_dropping_by_state() -> None:
 def test_a_list_that_lies_harms_only_itself(armed: bool) -> None:
     with Machine(image_path("hello"), mem_bytes=16 << 20, engine="emulated") as machine:
         if armed:
-            machine.pager.arm()
+            machine.open_pager().arm()
         device, _ = machine.bus.port_handler(FREE_PORT) or (None, 0)
         gpa = 0x400 * PAGE_BYTES
         machine.memory[gpa + PAGE_BYTES : gpa + 2 * PAGE_BYTES] = b"\x07" * PAGE_BYTES
@@ -141,8 +141,8 @@ def test_a_list_that_is_lost_is_a_machine_check() -> None:
     with Machine(image_path("hello"), mem_bytes=16 << 20, engine="emulated") as machine:
         device, _ = machine.bus.port_handler(FREE_PORT) or (None, 0)
         machine.memory[0x400000:0x400018] = struct.pack("<3Q", 1, 2, 3)
-        machine.pager.evict([0x400])
-        machine.pager.inject_failures(loads=1)
+        machine.open_pager().evict([0x400])
+        machine.open_pager().inject_failures(loads=1)
         with pytest.raises(LostPageError, match="gfn 0x400"):
             device.write(0, 4, 0x400)
         with pytest.raises(LostPageError, match="gfn 0x400"):

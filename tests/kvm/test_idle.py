@@ -38,7 +38,7 @@ class FakeFiles:
 
     def __init__(self, machine: Machine, *, scattered: bool = True, seed: int = 1) -> None:
         self.region = machine.memory.regions[0]
-        machine.userfault.silence_fault_around(self.region)
+        machine.open_userfault().silence_fault_around(self.region)
         n = self.region.n_pages
         order = np.random.default_rng(seed).permutation(n) if scattered else np.arange(n)
         self.pfn = (order + FIRST_PFN).astype(np.uint64)
@@ -160,7 +160,7 @@ def make_tracker() -> Iterator[Callable[..., tuple[Machine, FakeFiles, IdleTrack
         machine = Machine(image, mem_bytes=MEM_BYTES, engine=engine, n_vcpus=n_vcpus, params=given)
         machine.step_by_doorbell()
         files = FakeFiles(machine)
-        tracker = IdleTracker(machine, files)
+        tracker = IdleTracker(machine.memory.regions, files)
         made.append((machine, tracker))
         return machine, files, tracker
 

@@ -186,8 +186,7 @@ class Host:
         self.memory = GuestMemory([region])
         self._userfault = Userfault() if userfault else None
 
-    @property
-    def userfault(self) -> Userfault:
+    def open_userfault(self) -> Userfault:
         if self._userfault is None:
             raise CapabilityError("userfaultfd", "write-protect", "nothing", "none")
         return self._userfault
@@ -226,7 +225,7 @@ def huge(pagemap: int) -> Iterator[tuple[HugeRegion, PagemapTracker]]:
     need_scan(pagemap)
     region = HugeRegion(4 * HUGE_BYTES)
     host = Host(region)
-    tracker = PagemapTracker(host)
+    tracker = PagemapTracker(host.memory, host.open_userfault)
     tracker.start()
     tracker.coarse = False  # fault-around plays no part: the test maps all around it
     region.collapse(512)
@@ -321,11 +320,13 @@ def test_real_entries_that_are_not_present(pagemap: int, plain: bool) -> None:
         need_scan(pagemap)
     region = Region(0, 600 * 4096)
     host = Host(region, userfault=True)
-    host.userfault.silence_fault_around(region)
+    host.open_userfault().silence_fault_around(region)
     for page in range(0, 600, 3):
         touch(region.guest_address, page)
     start, length = region.guest_address + 100 * 4096, 200 * 4096
-    check(lib.kh_uffd_write_protect(host.userfault.fd, start, length, 1), "UFFDIO_WRITEPROTECT")
+    check(
+        lib.kh_uffd_write_protect(host.open_userfault().fd, start, length, 1), "UFFDIO_WRITEPROTECT"
+    )
     check(lib.kh_zap(start, 200, ffi.NULL, 0), "madvise")
     states = page_states(pagemap, region.guest_address, 600, None if plain else new_scanner(600))
     mapped = np.arange(600) % 3 == 0
@@ -334,7 +335,7 @@ def test_real_entries_that_are_not_present(pagemap: int, plain: bool) -> None:
     assert states.swapped[mapped & inside].all()
     assert not states.swapped[~inside].any()
     # What is a marker or a swap entry is not young.
-    tracker = PagemapTracker(host)
+    tracker = PagemapTracker(host.memory, host.open_userfault)
     if plain:
         tracker.scans = False
     assert (

@@ -63,7 +63,7 @@ def evict_until(machine: Machine, evictions: int, seconds: float = 550) -> int:
             gfns = START + np.sort(rng.choice(WITH_LIST, 600, replace=False))
         else:
             gfns = START + np.arange(600) + rng.integers(0, WITH_LIST - 600)
-        done += machine.pager.evict(gfns).count(EvictOutcome.DONE)
+        done += machine.open_pager().evict(gfns).count(EvictOutcome.DONE)
     return done
 
 
@@ -76,7 +76,7 @@ def test_ten_thousand_evictions_under_two_busy_vcpus(engine: str) -> None:
         epochs = machine.doorbells
         wait_until(lambda: machine.doorbells > epochs + 10, "the guest goes on")
         assert machine.error is None
-        assert machine.pager.counters()["fault_ins"] > 5000
+        assert machine.open_pager().counters()["fault_ins"] > 5000
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_a_million_evictions_under_two_busy_vcpus() -> None:
         epochs = machine.doorbells
         wait_until(lambda: machine.doorbells > epochs + 10, "the guest goes on")
         assert machine.error is None
-        assert machine.pager.counters()["wp_faults"] > 0
+        assert machine.open_pager().counters()["wp_faults"] > 0
 
 
 @pytest.mark.requires_kvm
@@ -99,8 +99,8 @@ def test_writes_that_race_an_eviction_find_their_data() -> None:
         wait_until(lambda: machine.doorbells >= 2, "the first epoch")
         hot = START + PAGES // 8 + np.arange(64)
         deadline = time.monotonic() + 60
-        while machine.pager.counters()["wp_faults"] < 20:
-            machine.pager.evict(hot)
+        while machine.open_pager().counters()["wp_faults"] < 20:
+            machine.open_pager().evict(hot)
             assert machine.running, machine.console_text()
             assert time.monotonic() < deadline
 
@@ -110,7 +110,7 @@ def test_guest_ends_well_with_everything_evicted_between_epochs(engine: str) -> 
     with hotcold(engine, n_vcpus=1, pages=1500, hot=100, epochs=6) as machine:
         machine.step_by_doorbell()
         while machine.run_epoch():
-            result = machine.pager.evict(range(0x100, machine.memory.gfn_end))
+            result = machine.open_pager().evict(range(0x100, machine.memory.gfn_end))
             assert result.count(EvictOutcome.DONE) > 90
             assert result.count(EvictOutcome.ERROR) == 0
         assert machine.wait(30) == 0
@@ -120,10 +120,10 @@ def test_guest_ends_well_with_everything_evicted_between_epochs(engine: str) -> 
 def test_resident_limit_is_held_by_the_fault_handler() -> None:
     limit = 2500
     with hotcold() as machine:
-        machine.pager.set_limit(limit)
+        machine.open_pager().set_limit(limit)
         machine.start()
         wait_until(lambda: machine.doorbells >= 20, "twenty epochs under the limit")
-        counters = machine.pager.counters()
+        counters = machine.open_pager().counters()
         assert machine.error is None
         assert counters["direct_evictions"] > PAGES - limit
         assert counters["over_limit"] == 0
@@ -133,7 +133,7 @@ def test_resident_limit_is_held_by_the_fault_handler() -> None:
         # A kick gets a vCPU out of its fault; the handler may still be at work on it.
         wait_until(
             lambda: (
-                machine.pager.counters()["resident_pages"] * PAGE_BYTES
+                machine.open_pager().counters()["resident_pages"] * PAGE_BYTES
                 == machine.memory.resident_bytes()
             ),
             "counters and memory to agree",
@@ -148,14 +148,14 @@ def test_shrinking_evicts_what_was_not_young_first() -> None:
         for _ in range(4):
             machine.run_epoch()
             young = tracker.harvest(0, machine.memory.gfn_end)
-            machine.pager.note_young(young)
+            machine.open_pager().note_young(young)
             tracker.rearm(0, machine.memory.gfn_end, young)
         limit = 2000
-        machine.pager.set_limit(limit)
-        before = machine.pager.counters()["resident_pages"]
-        assert machine.pager.shrink() >= before - limit
-        assert machine.pager.counters()["resident_pages"] <= limit
-        assert machine.pager.shrink() == 0
+        machine.open_pager().set_limit(limit)
+        before = machine.open_pager().counters()["resident_pages"]
+        assert machine.open_pager().shrink() >= before - limit
+        assert machine.open_pager().counters()["resident_pages"] <= limit
+        assert machine.open_pager().shrink() == 0
         hot = START + PAGES // 4 + np.arange(1000)
         assert machine.memory.resident()[hot].all()
         while machine.run_epoch():
@@ -169,12 +169,12 @@ def test_named_victims_go_first_at_the_limit() -> None:
         machine.step_by_doorbell()
         machine.run_epoch()
         victims = START + np.arange(3000, 3400)
-        machine.pager.set_victims(victims)
-        machine.pager.arm()
-        machine.pager.evict(START + np.arange(PAGES // 4, PAGES // 4 + 50))
-        machine.pager.set_limit(machine.pager.counters()["resident_pages"])
+        machine.open_pager().set_victims(victims)
+        machine.open_pager().arm()
+        machine.open_pager().evict(START + np.arange(PAGES // 4, PAGES // 4 + 50))
+        machine.open_pager().set_limit(machine.open_pager().counters()["resident_pages"])
         machine.run_epoch()
-        states = machine.pager.states()
+        states = machine.open_pager().states()
         gone = np.flatnonzero(states == PageState.EVICTED)
         assert gone.size >= 50
         assert np.isin(gone, victims).mean() > 0.9
@@ -189,16 +189,16 @@ def test_alias_access_faults_an_evicted_page_in(engine: str) -> None:
         gpa = gfn * PAGE_BYTES
         before = bytes(machine.memory[gpa : gpa + PAGE_BYTES])
         assert any(before)
-        assert machine.pager.evict([gfn, gfn + 1]).count(EvictOutcome.DONE) == 2
-        assert machine.pager.state(gfn) is PageState.EVICTED
+        assert machine.open_pager().evict([gfn, gfn + 1]).count(EvictOutcome.DONE) == 2
+        assert machine.open_pager().state(gfn) is PageState.EVICTED
         assert not machine.memory.resident()[gfn : gfn + 2].any()
         # A read of one word brings all of it back; the neighbour stays out.
         assert bytes(machine.memory[gpa + 8 : gpa + 16]) == before[8:16]
-        assert machine.pager.state(gfn) is PageState.RESIDENT
+        assert machine.open_pager().state(gfn) is PageState.RESIDENT
         assert bytes(machine.memory[gpa : gpa + PAGE_BYTES]) == before
-        assert machine.pager.state(gfn + 1) is PageState.EVICTED
+        assert machine.open_pager().state(gfn + 1) is PageState.EVICTED
         # A partial write through a numpy view must not come to lie on zeros.
-        machine.pager.evict([gfn])
+        machine.open_pager().evict([gfn])
         words = machine.memory.array(gpa, 512, "<u8")
         saved = int.from_bytes(before[:8], "little")
         words[0] = saved
@@ -216,13 +216,13 @@ def test_vmm_write_that_races_an_eviction_is_kept() -> None:
         gfn = 0x400
         words = machine.memory.array(gfn * PAGE_BYTES, (64, 512), "<u8")
         words[:] = 1
-        machine.pager.arm()
+        machine.open_pager().arm()
         stop = False
         import threading
 
         def evict() -> None:
             while not stop:
-                machine.pager.evict(np.arange(gfn, gfn + 64))
+                machine.open_pager().evict(np.arange(gfn, gfn + 64))
 
         thread = threading.Thread(target=evict)
         thread.start()
@@ -234,7 +234,7 @@ def test_vmm_write_that_races_an_eviction_is_kept() -> None:
             stop = True
             thread.join()
         assert (words[:, 1:] == 1).all()
-        assert machine.pager.counters()["evictions"] > 0
+        assert machine.open_pager().counters()["evictions"] > 0
         del words
 
 
@@ -246,7 +246,7 @@ def test_live_tables_and_parameters_are_never_evicted() -> None:
         layout = machine.layout
         for gpa, n_bytes in layout.pinned_ranges:
             gfns = np.arange(gpa // PAGE_BYTES, -(-(gpa + n_bytes) // PAGE_BYTES))
-            result = machine.pager.evict(gfns)
+            result = machine.open_pager().evict(gfns)
             assert result.count(EvictOutcome.PINNED) == gfns.size
         assert PARAMS_GPA in [gpa for gpa, _ in layout.pinned_ranges]
 
@@ -264,9 +264,9 @@ def test_full_store_refuses_and_loses_nothing() -> None:
     ) as machine:
         machine.step_by_doorbell()
         while machine.run_epoch():
-            result = machine.pager.evict(START + np.arange(2000))
+            result = machine.open_pager().evict(START + np.arange(2000))
             assert result.count(EvictOutcome.FULL) > 1000
-            assert machine.pager.counters()["store_bytes"] <= 64 << 10
+            assert machine.open_pager().counters()["store_bytes"] <= 64 << 10
         assert machine.wait(30) == 0
 
 
@@ -275,11 +275,11 @@ def test_store_that_fails_to_take_a_page_leaves_it_resident() -> None:
     with hotcold(n_vcpus=1, epochs=4) as machine:
         machine.step_by_doorbell()
         machine.run_epoch()
-        machine.pager.inject_failures(stores=10)
-        result = machine.pager.evict(START + np.arange(100))
+        machine.open_pager().inject_failures(stores=10)
+        result = machine.open_pager().evict(START + np.arange(100))
         assert result.count(EvictOutcome.ERROR) == 10
         assert result.count(EvictOutcome.DONE) == 90
-        assert machine.pager.counters()["errors"] == 10
+        assert machine.open_pager().counters()["errors"] == 10
         assert machine.memory.resident()[START : START + 10].all()
         while machine.run_epoch():
             pass
@@ -291,14 +291,14 @@ def test_store_that_cannot_give_a_page_back_stops_the_vm() -> None:
     with hotcold(n_vcpus=1, scan_every=2, scan_epochs=2) as machine:
         machine.step_by_doorbell()
         machine.run_epoch()
-        machine.pager.evict(START + np.arange(PAGES))
-        machine.pager.inject_failures(loads=1)
+        machine.open_pager().evict(START + np.arange(PAGES))
+        machine.open_pager().inject_failures(loads=1)
         machine.step_by_doorbell(False)
         with pytest.raises(LostPageError, match=r"machine check: .* gfn 0x") as caught:
             machine.wait(30)
-        assert machine.pager.counters()["lost_pages"] == 1
-        assert machine.pager.lost_gfns() == caught.value.gfns
-        assert machine.pager.state(caught.value.gfns[0]) is PageState.LOST
+        assert machine.open_pager().counters()["lost_pages"] == 1
+        assert machine.open_pager().lost_gfns() == caught.value.gfns
+        assert machine.open_pager().state(caught.value.gfns[0]) is PageState.LOST
 
 
 @pytest.mark.requires_kvm
@@ -310,26 +310,26 @@ def test_incompressible_and_same_filled_pages() -> None:
         pages[0:4] = noise
         pages[4:8] = 0x1122334455667788
         pages[8:12] = np.arange(512) // 64
-        machine.pager.evict(np.arange(gfn, gfn + 12))
-        counters = machine.pager.counters()
+        machine.open_pager().evict(np.arange(gfn, gfn + 12))
+        counters = machine.open_pager().counters()
         assert counters["raw_pages"] == 4
         assert counters["same_filled_pages"] == 4
-        sizes = [machine.pager.stored_bytes(gfn + i) for i in range(12)]
+        sizes = [machine.open_pager().stored_bytes(gfn + i) for i in range(12)]
         assert sizes[:4] == [4096] * 4
         assert sizes[4:8] == [8] * 4
         assert all(0 < size < 1024 for size in sizes[8:])
         assert np.array_equal(pages[0:4], noise)
         assert (pages[4:8] == 0x1122334455667788).all()
         assert (pages[8:12] == np.arange(512) // 64).all()
-        assert machine.pager.counters()["store_bytes"] == 0
+        assert machine.open_pager().counters()["store_bytes"] == 0
         del pages
 
 
 def test_bad_gfns_change_nothing() -> None:
     with Machine(image_path("hello"), mem_bytes=4 << 20, engine="emulated") as machine:
         with pytest.raises(LayoutError, match="gfn 0x400 is in no memory region"):
-            machine.pager.evict([0x110, 0x400])
-        assert machine.pager.counters()["evictions"] == 0
+            machine.open_pager().evict([0x110, 0x400])
+        assert machine.open_pager().counters()["evictions"] == 0
 
 
 @pytest.mark.requires_kvm
@@ -338,8 +338,8 @@ def test_stop_while_a_vcpu_waits_for_a_page() -> None:
     with hotcold(n_vcpus=1, scan_every=2, scan_epochs=2) as machine:
         machine.step_by_doorbell()
         machine.run_epoch()
-        machine.pager.evict(START + np.arange(PAGES))
-        machine.pager.stop()
+        machine.open_pager().evict(START + np.arange(PAGES))
+        machine.open_pager().stop()
         machine.step_by_doorbell(False)
         time.sleep(0.05)
         machine.stop()
@@ -349,16 +349,16 @@ def test_stop_while_a_vcpu_waits_for_a_page() -> None:
 @pytest.mark.requires_kvm
 def test_latency_histogram_counts_fault_ins_alone() -> None:
     with hotcold(n_vcpus=1, epochs=4) as machine:
-        machine.pager.arm()
+        machine.open_pager().arm()
         machine.step_by_doorbell()
         machine.run_epoch()
-        before = machine.pager.counters()
+        before = machine.open_pager().counters()
         assert before["zero_fills"] > 0
         assert sum(before["latency_ns"]) == before["latency_sum_ns"] == 0
-        machine.pager.evict(START + np.arange(PAGES))
+        machine.open_pager().evict(START + np.arange(PAGES))
         while machine.run_epoch():
             pass
-        counters = machine.pager.counters()
+        counters = machine.open_pager().counters()
         buckets = counters["latency_ns"]
         assert sum(buckets) == counters["fault_ins"] > 0
         least = sum(count << bucket for bucket, count in enumerate(buckets))

@@ -147,7 +147,7 @@ def test_guest_that_touches_fresh_memory_outlives_arming_that_fails() -> None:
             machine.start()
             for _ in range(100):
                 with pytest.raises(IoctlError):
-                    machine.pager.arm()
+                    machine.open_pager().arm()
             assert machine.wait(GENEROUS_S) == 0
         finally:
             other.close()

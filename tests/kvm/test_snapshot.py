@@ -110,8 +110,8 @@ def test_evicted_pages_are_in_the_file(tmp_path: Path) -> None:
     with Machine(image_path("hello"), mem_bytes=8 << 20, engine="kvm") as machine:
         machine.start(paused=True)
         machine.memory[0x40_0000:0x40_1000] = b"\x5a" * 4096
-        machine.pager.evict([0x400])
-        assert machine.pager.state(0x400) is PageState.EVICTED
+        machine.open_pager().evict([0x400])
+        assert machine.open_pager().state(0x400) is PageState.EVICTED
         save_machine(machine, path)
     with restore_machine(path) as machine:
         assert bytes(machine.memory[0x40_0000:0x40_1000]) == b"\x5a" * 4096

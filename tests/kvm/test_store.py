@@ -82,15 +82,15 @@ def test_every_kind_of_page_comes_back_as_it_went(options: StoreOptions) -> None
     with idle_machine(options) as machine:
         gfns = put(machine, pages)
         for _ in range(3):
-            assert machine.pager.evict(gfns).count(EvictOutcome.DONE) == 400
-            assert (machine.pager.states()[gfns] == PageState.EVICTED).all()
-            counters = machine.pager.counters()
+            assert machine.open_pager().evict(gfns).count(EvictOutcome.DONE) == 400
+            assert (machine.open_pager().states()[gfns] == PageState.EVICTED).all()
+            counters = machine.open_pager().counters()
             assert counters["same_filled_pages"] == 200
             raw = 200 if options.codec == "none" else 100
             assert counters["raw_pages"] == raw
             assert raw * PAGE_BYTES <= counters["store_bytes"] <= 200 * PAGE_BYTES
             np.testing.assert_array_equal(seen(machine, 400), pages)
-        counters = machine.pager.counters()
+        counters = machine.open_pager().counters()
         assert (counters["store_bytes"], counters["store_held_bytes"]) == (0, 0)
         assert counters["lost_pages"] == counters["errors"] == 0
 
@@ -103,10 +103,10 @@ def test_a_guest_that_checks_its_bytes_runs_on_either_store(
     with Machine(
         image_path("hotcold"), mem_bytes=32 << 20, engine=engine, params=params, store=options
     ) as machine:
-        machine.pager.set_limit(600)
+        machine.open_pager().set_limit(600)
         machine.start()
         assert machine.wait(50) == 0
-        assert machine.pager.counters()["fault_ins"] > 200
+        assert machine.open_pager().counters()["fault_ins"] > 200
 
 
 def test_zstd_packs_tighter_than_lz4() -> None:
@@ -114,8 +114,8 @@ def test_zstd_packs_tighter_than_lz4() -> None:
     words = np.random.default_rng(2).integers(0, 1 << 12, (100, 512)).astype(np.uint64)
     for name in ("lz4", "zstd"):
         with idle_machine(StoreOptions(codec=name)) as machine:
-            machine.pager.evict(put(machine, words))
-            held[name] = machine.pager.counters()["store_bytes"]
+            machine.open_pager().evict(put(machine, words))
+            held[name] = machine.open_pager().counters()["store_bytes"]
     assert held["zstd"] < held["lz4"] < 100 * PAGE_BYTES
 
 
@@ -124,12 +124,12 @@ def test_incompressible_pages_are_refused_by_policy(options: StoreOptions) -> No
     pages = mixed_pages(80)
     with idle_machine(strict) as machine:
         gfns = put(machine, pages)
-        result = machine.pager.evict(gfns)
+        result = machine.open_pager().evict(gfns)
         refused = 40 if strict.codec == "none" else 20
         assert result.count(EvictOutcome.REFUSED) == refused
         assert result.count(EvictOutcome.DONE) == 80 - refused
-        assert machine.pager.counters()["outcomes"]["refused"] == refused
-        assert machine.pager.counters()["raw_pages"] == 0
+        assert machine.open_pager().counters()["outcomes"]["refused"] == refused
+        assert machine.open_pager().counters()["raw_pages"] == 0
         np.testing.assert_array_equal(seen(machine, 80), pages)
 
 
@@ -138,10 +138,10 @@ def test_store_limit_counts_for_files_too(options: StoreOptions) -> None:
     tight = StoreOptions(codec=options.codec, path=options.path, limit_bytes=limit)
     pages = mixed_pages(400)
     with idle_machine(tight) as machine:
-        result = machine.pager.evict(put(machine, pages))
+        result = machine.open_pager().evict(put(machine, pages))
         assert result.count(EvictOutcome.FULL) > 50
-        assert machine.pager.counters()["store_bytes"] <= limit
-        assert machine.pager.counters()["disk_full"] == 0
+        assert machine.open_pager().counters()["store_bytes"] <= limit
+        assert machine.open_pager().counters()["disk_full"] == 0
         np.testing.assert_array_equal(seen(machine, 400), pages)
 
 
@@ -169,7 +169,7 @@ def test_corrupted_store_file_is_a_machine_check_with_the_gfn(tmp_path: Path, en
     ) as machine:
         machine.step_by_doorbell()
         machine.run_epoch()
-        gone = machine.pager.evict(GFN + np.arange(1500))
+        gone = machine.open_pager().evict(GFN + np.arange(1500))
         assert gone.count(EvictOutcome.DONE) > 1000
         damage(path, HEADER_BYTES, path.stat().st_size - HEADER_BYTES)
         machine.step_by_doorbell(False)
@@ -189,7 +189,7 @@ def test_pages_swapped_in_the_file_are_found_out(tmp_path: Path) -> None:
     pages = np.random.default_rng(1).integers(0, 1 << 63, (2, 512)).astype(np.uint64)
     with idle_machine(StoreOptions(codec="none", path=path)) as machine:
         gfns = put(machine, pages)
-        assert machine.pager.evict(gfns).count(EvictOutcome.DONE) == 2
+        assert machine.open_pager().evict(gfns).count(EvictOutcome.DONE) == 2
         stored = path.read_bytes()
         slot = 4160
         first, second = (stored[HEADER_BYTES + i * slot :][:4104] for i in range(2))
@@ -200,7 +200,7 @@ def test_pages_swapped_in_the_file_are_found_out(tmp_path: Path) -> None:
             file.write(second)
             file.seek(HEADER_BYTES + slot)
             file.write(first)
-        result = machine.pager.restore(GFN, 2)
+        result = machine.open_pager().restore(GFN, 2)
         assert (result.restored, result.lost, result.left) == (0, 2, 0)
 
 
@@ -214,7 +214,7 @@ def test_one_flipped_bit_anywhere_loses_that_page_and_no_other(
     with idle_machine(StoreOptions(codec=codec_name, path=path)) as machine:
         gfns = put(machine, pages)
         for _ in range(20):
-            assert machine.pager.evict(gfns).count(EvictOutcome.DONE) == 40
+            assert machine.open_pager().evict(gfns).count(EvictOutcome.DONE) == 40
             # All came back before: what is in the file now are records of these pages.
             stored = np.frombuffer(path.read_bytes(), dtype=np.uint8)[HEADER_BYTES:]
             at = HEADER_BYTES + int(rng.choice(np.flatnonzero(stored)))
@@ -223,10 +223,10 @@ def test_one_flipped_bit_anywhere_loses_that_page_and_no_other(
                 byte = file.read(1)[0]
                 file.seek(at)
                 file.write(bytes([byte ^ 1 << int(rng.integers(8))]))
-            result = machine.pager.restore(GFN, 40)
+            result = machine.open_pager().restore(GFN, 40)
             assert (result.restored, result.lost) == (39, 1)
-            (lost,) = machine.pager.lost_gfns()
-            machine.pager.drop(lost)  # what a guest would do with it: begin anew
+            (lost,) = machine.open_pager().lost_gfns()
+            machine.open_pager().drop(lost)  # what a guest would do with it: begin anew
             machine.memory.array(lost * PAGE_BYTES, 512, "<u8")[:] = pages[lost - GFN]
             np.testing.assert_array_equal(seen(machine, 40), pages)
 
@@ -235,11 +235,11 @@ def test_truncated_store_file_loses_pages_and_says_so(tmp_path: Path) -> None:
     path = tmp_path / "store"
     with idle_machine(StoreOptions(path=path)) as machine:
         gfns = put(machine, mixed_pages(100))
-        machine.pager.evict(gfns)
+        machine.open_pager().evict(gfns)
         os.truncate(path, HEADER_BYTES)
-        result = machine.pager.restore(GFN, 100)
+        result = machine.open_pager().restore(GFN, 100)
         assert (result.restored, result.lost, result.left) == (50, 50, 0)
-        assert machine.pager.counters()["lost_pages"] == 50
+        assert machine.open_pager().counters()["lost_pages"] == 50
 
 
 @pytest.fixture
@@ -260,17 +260,17 @@ def test_full_disk_refuses_evictions_and_loses_nothing(small_disk: Path) -> None
     pages = mixed_pages(400)
     with idle_machine(StoreOptions(path=small_disk / "store")) as machine:
         gfns = put(machine, pages)
-        result = machine.pager.evict(gfns)
+        result = machine.open_pager().evict(gfns)
         assert result.count(EvictOutcome.FULL) > 50
         assert result.count(EvictOutcome.DONE) > 200
         assert result.count(EvictOutcome.ERROR) == 0
-        counters = machine.pager.counters()
+        counters = machine.open_pager().counters()
         assert counters["disk_full"] == result.count(EvictOutcome.FULL)
         np.testing.assert_array_equal(seen(machine, 400), pages)
         # Room again: the store works on.
-        assert machine.pager.evict(gfns[:100]).count(EvictOutcome.DONE) == 100
+        assert machine.open_pager().evict(gfns[:100]).count(EvictOutcome.DONE) == 100
         np.testing.assert_array_equal(seen(machine, 400), pages)
-        assert machine.pager.counters()["lost_pages"] == 0
+        assert machine.open_pager().counters()["lost_pages"] == 0
 
 
 @pytest.mark.requires_kvm
@@ -283,10 +283,10 @@ def test_guest_under_a_limit_outlives_a_full_disk(small_disk: Path) -> None:
         params=params,
         store=StoreOptions(path=small_disk / "store"),
     ) as machine:
-        machine.pager.set_limit(500)
+        machine.open_pager().set_limit(500)
         machine.start()
         assert machine.wait(50) == 0
-        counters = machine.pager.counters()
+        counters = machine.open_pager().counters()
         assert counters["disk_full"] > 0
         assert counters["lost_pages"] == 0
 
@@ -297,11 +297,11 @@ def test_file_size_limit_is_a_full_disk_too(tmp_path: Path) -> None:
     path = tmp_path / "store"
     with idle_machine(StoreOptions(path=path)) as machine:
         gfns = put(machine, pages)
-        machine.pager.arm()
+        machine.open_pager().arm()
         # Guest memory is a file of 16 MiB, too: the limit is for what is written.
         resource.setrlimit(resource.RLIMIT_FSIZE, (128 << 10, hard))
         try:
-            result = machine.pager.evict(gfns)
+            result = machine.open_pager().evict(gfns)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert result.count(EvictOutcome.FULL) > 50
@@ -312,7 +312,7 @@ def test_file_size_limit_is_a_full_disk_too(tmp_path: Path) -> None:
 def test_a_store_file_goes_away_with_its_vm(tmp_path: Path) -> None:
     path = tmp_path / "store"
     with idle_machine(StoreOptions(path=path)) as machine:
-        machine.pager.evict(put(machine, mixed_pages(40)))
+        machine.open_pager().evict(put(machine, mixed_pages(40)))
         assert path.stat().st_size > HEADER_BYTES
         assert path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
@@ -361,43 +361,43 @@ def test_what_is_no_store_file_is_left_alone(tmp_path: Path, kind: str) -> None:
 def test_drain_brings_all_back_and_lifts_the_limit() -> None:
     pages = mixed_pages(600)
     with idle_machine() as machine:
-        assert machine.pager.drain().restored == 0
+        assert machine.open_pager().drain().restored == 0
         gfns = put(machine, pages)
-        machine.pager.evict(gfns)
-        machine.pager.set_limit(300)
-        result = machine.pager.drain()
+        machine.open_pager().evict(gfns)
+        machine.open_pager().set_limit(300)
+        result = machine.open_pager().drain()
         assert (result.restored, result.lost, result.left) == (600, 0, 0)
         assert machine.memory.resident()[gfns].all()
         np.testing.assert_array_equal(seen(machine, 600), pages)
-        counters = machine.pager.counters()
+        counters = machine.open_pager().counters()
         assert (counters["restored_pages"], counters["fault_ins"]) == (600, 0)
-        assert machine.pager.shrink() == 0
+        assert machine.open_pager().shrink() == 0
 
 
 def test_drain_counts_each_page_and_stops_at_none() -> None:
     with idle_machine() as machine:
         gfns = put(machine, mixed_pages(100))
-        machine.pager.evict(gfns)
-        machine.pager.inject_failures(loads=3)
-        result = machine.pager.drain()
+        machine.open_pager().evict(gfns)
+        machine.open_pager().inject_failures(loads=3)
+        result = machine.open_pager().drain()
         assert (result.restored, result.lost, result.left) == (97, 3, 0)
-        assert machine.pager.lost_gfns() == [GFN, GFN + 1, GFN + 2]
+        assert machine.open_pager().lost_gfns() == [GFN, GFN + 1, GFN + 2]
 
 
 @pytest.mark.requires_kvm
 def test_drain_under_a_busy_guest() -> None:
     params = {"pages": 4000, "hot": 200, "epochs": 0, "scan_every": 3}
     with Machine(image_path("hotcold"), mem_bytes=32 << 20, engine="kvm", params=params) as machine:
-        machine.pager.set_limit(2000)
+        machine.open_pager().set_limit(2000)
         machine.step_by_doorbell()
         for _ in range(4):
             machine.run_epoch()
         machine.step_by_doorbell(False)
         for _ in range(5):
-            machine.pager.evict(GFN + np.arange(4000))
-            result = machine.pager.drain()
+            machine.open_pager().evict(GFN + np.arange(4000))
+            result = machine.open_pager().drain()
             assert (result.lost, result.left) == (0, 0)
-            assert machine.pager.counters()["evicted_pages"] == 0
+            assert machine.open_pager().counters()["evicted_pages"] == 0
         assert machine.running, machine.error
 
 
@@ -405,19 +405,19 @@ def test_prefetch_brings_back_what_went_together() -> None:
     pages = mixed_pages(100)
     with idle_machine(StoreOptions(prefetch_pages=8)) as machine:
         gfns = put(machine, pages)
-        machine.pager.evict(gfns[:50])
-        machine.pager.evict(gfns[50:])
+        machine.open_pager().evict(gfns[:50])
+        machine.open_pager().evict(gfns[50:])
         assert machine.memory.array((GFN + 6) * PAGE_BYTES, 512, "<u8")[0] == pages[6][0]
         # The counters follow the touched page: what comes beside it comes later.
-        machine.pager.restore(GFN + 99)
-        out = np.flatnonzero(machine.pager.states()[gfns] == PageState.RESIDENT).tolist()
+        machine.open_pager().restore(GFN + 99)
+        out = np.flatnonzero(machine.open_pager().states()[gfns] == PageState.RESIDENT).tolist()
         assert out == [*range(6, 15), 99]
-        assert machine.pager.counters()["prefetched_pages"] == 8
-        assert machine.pager.counters()["fault_ins"] == 1
+        assert machine.open_pager().counters()["prefetched_pages"] == 8
+        assert machine.open_pager().counters()["fault_ins"] == 1
         # At the border of the two batches it ends; page 50 compresses: it has its batch.
         assert machine.memory.array((GFN + 47) * PAGE_BYTES, 512, "<u8")[0] == pages[47][0]
-        machine.pager.restore(GFN + 98)
-        out = np.flatnonzero(machine.pager.states()[gfns] == PageState.RESIDENT).tolist()
+        machine.open_pager().restore(GFN + 98)
+        out = np.flatnonzero(machine.open_pager().states()[gfns] == PageState.RESIDENT).tolist()
         assert out[:-2] == [*range(6, 15), 47, 48, 49]
         np.testing.assert_array_equal(seen(machine, 100), pages)
 
@@ -433,10 +433,10 @@ def test_guest_with_prefetch_finds_its_bytes() -> None:
         params=params,
         store=StoreOptions(prefetch_pages=16),
     ) as machine:
-        machine.pager.set_limit(1000)
+        machine.open_pager().set_limit(1000)
         machine.start()
         assert machine.wait(50) == 0
-        counters = machine.pager.counters()
+        counters = machine.open_pager().counters()
         assert counters["prefetched_pages"] > 1000
         machine.stop()
         assert counters["resident_pages"] <= 1000 + 32
@@ -475,16 +475,16 @@ def test_page_out_asks_first_and_loses_nothing() -> None:
     with idle_machine() as machine:
         gfns = put(machine, pages)
         with pytest.raises(CapabilityError, match="no swap here"):
-            machine.pager.page_out(gfns, lambda: "no swap here")
-        assert not machine.pager.armed
-        result = machine.pager.page_out([1, *gfns], lambda: None)
+            machine.open_pager().page_out(gfns, lambda: "no swap here")
+        assert not machine.open_pager().armed
+        result = machine.open_pager().page_out([1, *gfns], lambda: None)
         assert result.count(EvictOutcome.PINNED) == 1
         # Whether they go is the kernel's affair; without swap they stay.
         went = result.count(EvictOutcome.DONE)
         assert went + result.count(EvictOutcome.REFUSED) == 64
         if swap_refusal() is not None:
             assert went == 0
-        assert machine.pager.counters()["paged_out_pages"] == went
+        assert machine.open_pager().counters()["paged_out_pages"] == went
         np.testing.assert_array_equal(seen(machine, 64), pages)
 
 

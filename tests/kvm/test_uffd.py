@@ -97,7 +97,7 @@ def test_order_is_the_guests_order(engine: str, write: int) -> None:
 @pytest.mark.parametrize("entries", [0, 1, 100])
 def test_a_full_log_drops_and_counts_but_bits_stay_exact(entries: int) -> None:
     with touch_machine("auto") as machine:
-        used = UffdTracker(machine, log_entries=entries)
+        used = UffdTracker(machine.memory, machine.open_userfault(), log_entries=entries)
         used.start()
         try:
             assert machine.run_epoch()
@@ -112,7 +112,7 @@ def test_a_full_log_drops_and_counts_but_bits_stay_exact(entries: int) -> None:
 
 def test_the_log_goes_round() -> None:
     with touch_machine("auto", pages=60) as machine:
-        used = UffdTracker(machine, log_entries=100)
+        used = UffdTracker(machine.memory, machine.open_userfault(), log_entries=100)
         used.start()
         try:
             for _ in range(5):
@@ -165,11 +165,11 @@ def test_an_armed_pager_and_the_tracker_refuse_each_other() -> None:
         used = machine.use_tracker("uffd")
         machine.run_epoch()
         with pytest.raises(CapabilityError, match="uffd tracker reads them"):
-            machine.pager.evict([START])
+            machine.open_pager().evict([START])
         assert used.harvest(START, PAGES).count() == PAGES
         # Another tracker lets the userfaultfd go; then the pager may have it.
         machine.use_tracker("guestpt")
-        assert machine.pager.evict([START]).by_name()["done"] == 1
+        assert machine.open_pager().evict([START]).by_name()["done"] == 1
         with pytest.raises(CapabilityError, match="pager reads them"):
             machine.use_tracker("uffd")
         other = machine.use_tracker("guestpt")

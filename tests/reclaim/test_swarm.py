@@ -52,11 +52,12 @@ class Machine:
         self.layout = TinyLayout(N << 12)
         self.memory = Memory([Region(0, N << 12)])
         self.here = self.memory.here = np.ones(N, bool)
-        self.pager = Pager(self.here)
+        self._pager = Pager(self.here)
         self.vcpus = [types.SimpleNamespace(index=0, exits=0, doorbells=0, doorbell_value=0)]
     def harvest(self, gfn_start, n_pages, **how):
         young = YoungBitmap.from_gfns(0, N, range(100), provenance=Provenance("fake", "npt", 1, 2))
         return types.SimpleNamespace(young=young, harvest_ns=5, rearm_ns=5)
+    def open_pager(self): return self._pager
     def close(self): self.memory.close()
 
 held = {}

@@ -39,13 +39,13 @@ def test_drain_of_a_running_vm(vm: Machine, capsys: pytest.CaptureFixture[str]) 
     try:
         vm.step_by_doorbell()
         vm.run_epoch()
-        vm.pager.evict(np.arange(1024, 1024 + PAGES))
-        evicted = vm.pager.counters()["evicted_pages"]
+        vm.open_pager().evict(np.arange(1024, 1024 + PAGES))
+        evicted = vm.open_pager().counters()["evicted_pages"]
         assert evicted > 500
         assert main(["drain", "a", "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert report == {"restored": evicted, "lost": 0, "left": 0}
-        assert vm.pager.counters()["evicted_pages"] == 0
+        assert vm.open_pager().counters()["evicted_pages"] == 0
         assert main(["drain", "a"]) == 0
         assert capsys.readouterr().out == "0 pages came back\n"
     finally:
@@ -57,8 +57,8 @@ def test_drain_that_loses_pages_says_so(vm: Machine, capsys: pytest.CaptureFixtu
     try:
         vm.step_by_doorbell()
         vm.run_epoch()
-        vm.pager.evict(np.arange(1024, 1024 + PAGES))
-        vm.pager.inject_failures(loads=2)
+        vm.open_pager().evict(np.arange(1024, 1024 + PAGES))
+        vm.open_pager().inject_failures(loads=2)
         assert main(["drain", "a"]) == 1
         assert "2 pages are lost" in capsys.readouterr().err
     finally:
@@ -112,7 +112,7 @@ def test_lost_page_ends_the_run_with_125(
     original = Machine.start
 
     def start(self: Machine, paused: bool = False) -> None:
-        self.pager.inject_failures(loads=1)
+        self.open_pager().inject_failures(loads=1)
         original(self, paused)
 
     monkeypatch.setattr(Machine, "start", start)
@@ -126,5 +126,5 @@ def test_options_reach_the_pager() -> None:
     with Machine(
         image_path("hello"), mem_bytes=4 << 20, engine="emulated", store=options
     ) as machine:
-        assert machine.pager.codec.name == "zstd"
-        assert machine.pager.options == options
+        assert machine.open_pager().codec.name == "zstd"
+        assert machine.open_pager().options == options

@@ -105,7 +105,7 @@ def run_real(policy: str, engine: str, epochs: int, budget_pages: int) -> int:
         tracker = machine.use_tracker("auto")
         n_pages = machine.memory.gfn_end
         decider = make_policy(policy, n_pages, {})
-        machine.pager.arm()
+        machine.open_pager().arm()
         movable = np.ones(n_pages, dtype=bool)
         for gpa, n_bytes in machine.layout.pinned_ranges:
             movable[gpa >> 12 : (gpa + n_bytes + 4095) >> 12] = False
@@ -122,21 +122,21 @@ def run_real(policy: str, engine: str, epochs: int, budget_pages: int) -> int:
             excess = int(resident.sum()) - budget_pages
             if excess > 0:
                 victims = decider.victims(excess, resident & movable, now_ns)
-                machine.pager.evict(victims)
+                machine.open_pager().evict(victims)
                 if victims.size < excess:
                     _force(machine, budget_pages)
                 now = machine.memory.resident()
                 decider.evicted(np.flatnonzero(resident & ~now), now_ns)
                 resident = now
             before = resident
-        return int(machine.pager.counters()["fault_ins"])
+        return int(machine.open_pager().counters()["fault_ins"])
 
 
 def _force(machine: Machine, budget_pages: int) -> None:
     """Have the VM choose what the policy protects, as a daemon does at the limit."""
-    machine.pager.set_limit(budget_pages)
-    machine.pager.shrink()
-    machine.pager.set_limit(0)
+    machine.open_pager().set_limit(budget_pages)
+    machine.open_pager().shrink()
+    machine.open_pager().set_limit(0)
 
 
 def _record(engine: str, epochs: int) -> tuple[Words, int, str]:

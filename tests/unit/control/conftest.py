@@ -45,7 +45,8 @@ class FakePager:
         self.victims, self.limit_pages = [], 0
         self.error = None
 
-    def evict(self, gfns):
+    def evict(self, pages):
+        gfns = pages.gfns
         if self.error:
             raise self.error
         outcomes = np.zeros(gfns.size, dtype=np.uint8)
@@ -75,8 +76,8 @@ class FakePager:
     def set_limit(self, pages):
         self.limit_pages = pages
 
-    def set_victims(self, gfns):
-        self.victims = gfns.tolist()
+    def set_victims(self, pages):
+        self.victims = pages.gfns.tolist()
 
     def state(self, gfn):
         return PageState.EVICTED if gfn in self.out else PageState.RESIDENT
@@ -89,6 +90,21 @@ class FakePager:
 
     def counters(self):
         return {"evictions": len(self.out)}
+
+
+class FakeHarvester(Harvester):
+    """The real order of a harvest, on the fake trackers of a machine."""
+
+    def __init__(self, machine):
+        super().__init__(None, machine.note_young)
+        self._machine = machine
+
+    @property
+    def tracker_name(self):
+        return self._machine.tracker_name
+
+    def use(self, name="auto"):
+        return self._machine.use_tracker(name)
 
 
 class FakeMachine:
@@ -109,7 +125,7 @@ class FakeMachine:
         self.has_pager = False
         self.pager_problem = None
         self.hold = None
-        self.harvester = None
+        self.harvester = FakeHarvester(self)
         self._pager = FakePager(self.memory)
 
     def describe_vcpus(self) -> dict[int, str]:
@@ -119,8 +135,7 @@ class FakeMachine:
     def paused(self):
         return self.pauses > 0
 
-    @property
-    def pager(self):
+    def open_pager(self):
         if self.pager_problem:
             raise self.pager_problem
         self.has_pager = True
@@ -141,8 +156,11 @@ class FakeMachine:
         return self.tracker and self.tracker.name
 
     def harvest(self, gfn_start, n_pages, **how):
-        self.harvester = self.harvester or Harvester(self)
         return self.harvester.harvest(gfn_start, n_pages, **how)
+
+    def note_young(self, young):
+        if self.has_pager:
+            self._pager.note_young(young)
 
     def pause(self):
         self.pauses += 1

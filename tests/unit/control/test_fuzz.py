@@ -124,7 +124,7 @@ def test_any_requests() -> None:
         assert machine.error is None
         # The guest checks all that it wrote before.
         if machine.has_pager:
-            machine.pager.set_limit(0)
+            machine.open_pager().set_limit(0)
         for _ in range(3):
             assert machine.run_epoch()
         assert machine.result().status == 0

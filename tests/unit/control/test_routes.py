@@ -174,7 +174,7 @@ def test_drain_brings_all_back_and_lifts_the_limit(vm, machine):
     assert (report.restored, report.lost, report.left) == (3, 0, 0)
     assert vm.page(7).state == "resident"
     assert vm.state().limit_bytes == 0
-    assert machine.pager.limit_pages == 0
+    assert machine.open_pager().limit_pages == 0
     assert vm.drain().restored == 0
 
 

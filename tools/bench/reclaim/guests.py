@@ -80,7 +80,7 @@ def _measure(name: str, policy: str, pages: int, seconds: float, budget: float) 
         bound = [_free(stack, params) for params in _params(name, pages)]
         if name == "fits-armed":
             for one in free:
-                one.machine.pager.arm()
+                one.machine.open_pager().arm()
         touched = [int(machine.resident().sum()) for machine in bound]
         limited = [
             Reclaimer(r.machine, _make(policy, r.n_pages), int(n * budget))
@@ -128,7 +128,7 @@ def _free(stack: contextlib.ExitStack, params: Mapping[str, int]) -> Reclaimer:
 
 
 def _fault_ins(reclaimers: Sequence[Reclaimer]) -> int:
-    return sum(int(r.machine.pager.counters()["fault_ins"]) for r in reclaimers)
+    return sum(int(r.machine.open_pager().counters()["fault_ins"]) for r in reclaimers)
 
 
 @contextlib.contextmanager

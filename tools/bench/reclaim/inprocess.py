@@ -73,13 +73,13 @@ class Reclaimer:
         self.refaulted_pages = self.wrong_evictions = 0
         if policy is not None:
             policy.refaulted(np.flatnonzero(self._resident), time.monotonic_ns())
-            machine.pager.set_limit(budget_pages)
-            machine.pager.shrink()
-            machine.pager.set_limit(budget_pages + slack_pages)
+            machine.open_pager().set_limit(budget_pages)
+            machine.open_pager().shrink()
+            machine.open_pager().set_limit(budget_pages + slack_pages)
 
     def resident(self) -> Mask:
         """Return which gfns are resident now."""
-        states = self.machine.pager.states()
+        states = self.machine.open_pager().states()
         here = np.zeros(self.n_pages, dtype=bool)
         first = 0
         for region in self.machine.memory.regions:
@@ -108,19 +108,19 @@ class Reclaimer:
         now_ns = time.monotonic_ns()
         resident = self._note_changes(policy, now_ns)
         policy.age(young, now_ns)
-        self.machine.pager.note_young(YoungBitmap(0, self.n_pages, young))
+        self.machine.open_pager().note_young(YoungBitmap(0, self.n_pages, young))
         # A little below the limit, so that faults until the next pass need not evict.
         excess = int(resident.sum()) - int(self.budget_pages * 0.98)
         if excess > 0:
             victims = policy.victims(excess, resident & self._movable, now_ns, self)
-            result = self.machine.pager.evict(victims)
+            result = self.machine.open_pager().evict(victims)
             went = result.gfns[result.outcomes == EvictOutcome.DONE]
             resident[went] = False
             self._note_evicted(policy, went, now_ns)
         if policy.name != "classic":
             # Naming pages ahead makes the two lists test every page of them.
             ahead = policy.victims(_NAMED_AHEAD, resident & self._movable, now_ns)
-            self.machine.pager.set_victims(ahead)
+            self.machine.open_pager().set_victims(ahead)
         self._resident = resident
 
     def _note_changes(self, policy: Policy, now_ns: int) -> Mask:

@@ -86,10 +86,10 @@ def _second_pass(
     with booted(params | {"epochs": 0}) as machine:
         touched = int(Reclaimer(machine, None, 0).resident().sum())
         reclaimer = kind(machine, make(machine.memory.gfn_end), touched // 2, pages // _STEPS)
-        before = machine.pager.counters()["fault_ins"]
+        before = machine.open_pager().counters()["fault_ins"]
         start = time.perf_counter()
         for _ in range(_STEPS):
             machine.run_epoch()
             reclaimer.run_pass()
         took = time.perf_counter() - start
-        return took, int(machine.pager.counters()["fault_ins"] - before)
+        return took, int(machine.open_pager().counters()["fault_ins"] - before)

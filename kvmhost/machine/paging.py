@@ -1,0 +1,122 @@
+"""The userfaultfd and the pager of one VM, each opened when it is first needed."""
+
+from __future__ import annotations
+
+import threading
+import typing
+from collections.abc import Callable, Sequence
+
+from kvmhost.errors import LostPageError, PagerError
+from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
+
+if typing.TYPE_CHECKING:
+    from kvmhost.bitmap import YoungBitmap
+    from kvmhost.pager.options import StoreOptions
+    from kvmhost.pager.pager import Pager
+    from kvmhost.pager.userfault import Userfault
+
+__all__ = ["Paging"]
+
+
+class Paging:
+    """Owns the userfaultfd and the pager of one VM.
+
+    A VM that evicts nothing opens neither, and its process imports neither.
+
+    :param pinned_ranges: ``(gpa, n_bytes)`` that are never evicted or dropped
+    :param options: where evicted pages are kept; None: compressed, in memory
+    :param on_failure: called in the fault handler's thread if it cannot go on
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        pinned_ranges: Sequence[tuple[int, int]],
+        options: StoreOptions | None,
+        on_failure: Callable[[PagerError], None],
+    ) -> None:
+        self._memory, self._pinned = memory, pinned_ranges
+        self._options, self._on_failure = options, on_failure
+        self._lock = threading.RLock()
+        self._userfault: Userfault | None = None
+        self._pager: Pager | None = None
+
+    @property
+    def has_pager(self) -> bool:
+        """Whether the pager is open."""
+        return self._pager is not None
+
+    def open_userfault(self) -> Userfault:
+        """Open the VM's userfaultfd, or return the open one.
+
+        :raises CapabilityError: if the kernel has none, or forbids it
+        """
+        with self._lock:
+            if self._userfault is None:
+                from kvmhost.pager.userfault import Userfault
+
+                self._userfault = Userfault()
+            return self._userfault
+
+    def open_pager(self) -> Pager:
+        """Open the VM's pager with its pinned pages, or return the open one.
+
+        :raises CapabilityError: if there is no userfaultfd, or no such codec
+        :raises LayoutError: if the store's file cannot be made
+        """
+        with self._lock:
+            if self._pager is None:
+                from kvmhost.pager.pager import Pager
+
+                pager = Pager(
+                    self._memory,
+                    self.open_userfault(),
+                    self._options,
+                    on_failure=self._on_failure,
+                )
+                for gpa, n_bytes in self._pinned:
+                    pager.pin(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
+                self._pager = pager
+            return self._pager
+
+    def note_young(self, young: YoungBitmap) -> None:
+        """Inform the pager, if there is one, which pages a harvest found young."""
+        if self._pager is not None:
+            self._pager.note_young(young)
+
+    def drop(self, gfn: int, n_pages: int) -> int:
+        """Discard pages that the guest declared free; return how many will read as zeros.
+
+        Pinned pages stay as they are.
+
+        :raises LayoutError: if the range is not in one region; then nothing was dropped
+        """
+        with self._lock:
+            if self._pager is None:
+                return self._memory.punch(gfn, n_pages, self._pinned)
+        return self._pager.drop(gfn, n_pages).dropped
+
+    def fault_in(self, gfn: int) -> None:
+        """Bring a page back before the VMM itself reads it.
+
+        :raises LostPageError: if the store cannot give it back: reading it would end the process
+        """
+        if self._pager is not None:
+            self._pager.restore(gfn)
+            if self._pager.state(gfn).name == "LOST":
+                raise LostPageError([gfn], self._pager.lost_reason())
+
+    def abandon(self) -> None:
+        """Release threads that wait for a page which will not come; nothing is served again."""
+        if self._userfault is not None:
+            if self._pager is not None:
+                self._pager.stop()
+            self._userfault.close()
+
+    def close(self) -> None:
+        """Free the store and close the userfaultfd; the vCPUs are closed. Idempotent."""
+        if self._pager is not None:
+            self._pager.close()
+        if self._userfault is not None:
+            self._userfault.close()
