@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvmhost.suggest import unknown_name
+
 __all__ = ["image_names", "image_path"]
 
 IMAGES = Path(__file__).resolve().parent / "x86_64"
@@ -24,6 +26,10 @@ def image_path(name: str) -> Path:
     """
     path = IMAGES / f"{name}.elf"
     if not path.is_file():
-        known = ", ".join(image_names()) or "none are built: run make guests"
-        raise FileNotFoundError(f"no built-in guest {name!r}; there are: {known}")
+        raise FileNotFoundError(unknown_name("guest", name, image_names()) + _unbuilt())
     return path
+
+
+def _unbuilt() -> str:
+    """Return what to do where no guest is built, else ""."""
+    return "" if image_names() else "; none are built: run python -m kvmhost.guests.build"

@@ -11,7 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["GuestBuildError", "build_guests", "compile_guest", "compile_pc_guest", "pc_sources"]
+__all__ = [
+    "CompilerMissingError",
+    "GuestBuildError",
+    "build_guests",
+    "compile_guest",
+    "compile_pc_guest",
+    "pc_sources",
+]
 
 SOURCES = Path(__file__).resolve().parent / "x86_64"
 PC_SOURCES = SOURCES / "pc"
@@ -36,6 +43,10 @@ PC_CFLAGS = [
 
 class GuestBuildError(RuntimeError):
     """The compiler refused a guest source; its messages are the text."""
+
+
+class CompilerMissingError(GuestBuildError):
+    """The compiler, or another program of the tool chain, is not installed."""
 
 
 def build_guests(target: Path = SOURCES) -> list[Path]:
@@ -103,7 +114,7 @@ def _run(command: list[str], source: str) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise GuestBuildError(f"no program {command[0]!r}; install one or set CC") from error
+        raise CompilerMissingError(f"no program {command[0]!r}; install one or set CC") from error
     except subprocess.CalledProcessError as error:
         raise GuestBuildError(f"{source}: {error.stderr}") from error
 

@@ -1,10 +1,10 @@
-"""The name that was probably meant: one wording for every message about an unknown name."""
+"""One wording for every message about an unknown name, with the name that was probably meant."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["did_you_mean"]
+__all__ = ["did_you_mean", "unknown_name"]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -20,3 +20,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if not close and len(folded) > 2:
         close = [other for other in by_folded if other.startswith(folded)][:1]
     return f", did you mean {by_folded[close[0]]!r}?" if close else ""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """Return ``"unknown tracker 'dity', did you mean 'dirty'? (there are: auto, dirty)"``.
+
+    :param what: kind of the name, such as ``tracker``
+    :param known: the names that there are; if none, the message ends after the name
+    """
+    names = list(known)
+    there = f" (there are: {', '.join(names)})" if names else ""
+    return f"unknown {what} {name!r}{did_you_mean(name, names)}{there}"

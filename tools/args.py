@@ -164,12 +164,12 @@ def find_image(name: str) -> Path:
 
     if "/" in name or name.endswith(".elf"):
         return Path(name)
-    if name in image_names():
-        return image_path(name)
-    if Path(name).exists():
+    if name not in image_names() and Path(name).exists():
         return Path(name)
-    known = ", ".join(image_names()) or "none are built: run make guests"
-    raise ImageError(name, "image", f"no such file, and no built-in guest (there are: {known})")
+    try:
+        return image_path(name)
+    except FileNotFoundError as error:
+        raise ImageError(name, "image", f"no such file; {error}") from None
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,9 @@ import keyword
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from kvmhost.suggest import did_you_mean
+from kvmhost.suggest import unknown_name
 
-__all__ = ["dispatch"]
+__all__ = ["dispatch", "module_of"]
 
 
 def dispatch(
@@ -26,11 +26,16 @@ def dispatch(
         print(f"usage: {prog} NAME [options]\n\n{about}\n\nnames:\n{lines}")
         return 0 if argv else 2
     if argv[0] not in names:
-        hint = did_you_mean(argv[0], names)
-        print(f"{prog}: no {argv[0]!r}{hint or ';'} there are {', '.join(names)}", file=sys.stderr)
+        print(f"{prog}: {unknown_name('name', argv[0], names)}", file=sys.stderr)
         return 2
-    # A name that is a word of Python's has its module under the name and an underscore.
-    name = argv[0] + "_" * keyword.iskeyword(argv[0])
-    module = importlib.import_module(f"{package}.{name}")
+    module = importlib.import_module(module_of(package, argv[0]))
     run: Callable[[Sequence[str]], int] = module.main
     return run(argv[1:])
+
+
+def module_of(package: str, name: str) -> str:
+    """Return the module of a subcommand.
+
+    A name that is a word of Python's has its module under the name and an underscore.
+    """
+    return f"{package}.{name}{'_' * keyword.iskeyword(name)}"

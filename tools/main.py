@@ -7,30 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 from kvmhost import __version__
+from kvmhost.suggest import unknown_name
+from kvmhost.tools.commands import COMMANDS
 from kvmhost.tools.ending import EXIT_USAGE, guard
 
-__all__ = ["COMMANDS", "main", "reclaimd", "run_command"]
-
-#: Subcommand: its module in this package, and one line about it.
-COMMANDS = {
-    "doctor": ("doctor", "what works on this host and what does not, with the remedy"),
-    "guests": ("guests_cmd", "list the built-in guests and their parameters"),
-    "run": ("run", "boot a guest and pass its exit status through"),
-    "snapshot": ("snapshot", "write a running VM into a file, for run --restore"),
-    "young": ("young", "look at young bitmaps of a running VM"),
-    "reclaimd": ("reclaimd", "keep VMs under a memory budget by evicting cold pages"),
-    "drain": ("drain", "bring every evicted page of a VM back, and lift its limit"),
-    "page": ("page", "all that is known of one page, and why it was taken or not"),
-    "lru_gen": ("lru_gen", "show generations, age and evict, as the kernel's file does"),
-    "demo": ("demo", "the whole path: boot, harvest, reclaim under a limit, look"),
-    "accuracy": ("accuracy", "how accurate and how expensive each tracker is"),
-    "bench": ("bench", "measure walks, exits, harvests and starts, as ratios in one run"),
-}
+__all__ = ["main", "reclaimd", "run_command"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ``kvmhost`` command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if len(arguments) > 1 and arguments[0] == "help":
+        arguments = [*arguments[1:], "--help"]
     if arguments and arguments[0] in COMMANDS:
         return run_command(arguments[0], arguments[1:])
     return guard("kvmhost", lambda: _general(arguments))
@@ -44,7 +32,10 @@ def _general(arguments: Sequence[str]) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"kvmhost {__version__}")
         return 0
-    print(f"kvmhost: no command {arguments[0]!r}\n\n{_usage()}", file=sys.stderr)
+    what = "option" if arguments[0].startswith("-") else "command"
+    known = ("--help", "--version") if what == "option" else ("help", *COMMANDS)
+    problem = unknown_name(what, arguments[0], known)
+    print(f"kvmhost: {problem}; see kvmhost --help", file=sys.stderr)
     return EXIT_USAGE
 
 
@@ -72,7 +63,7 @@ def _usage() -> str:
         "  SIGHUP, SIGINT and SIGTERM; run passes the guest's own status through"
     )
     return (
-        "usage: kvmhost COMMAND [options]    (kvmhost COMMAND --help tells more)\n\n"
+        "usage: kvmhost COMMAND [options]    (kvmhost help COMMAND tells more)\n\n"
         f"commands:\n{lines}\n\n{codes}"
     )
 

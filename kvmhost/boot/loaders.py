@@ -16,6 +16,7 @@ from kvmhost.boot.elf import Elf, is_elf, parse_elf, read_file
 from kvmhost.boot.image import PARAMS_SECTION, Image, Segment, parse_image
 from kvmhost.errors import ImageError, LayoutError
 from kvmhost.memory.layout import IMAGE_GPA
+from kvmhost.suggest import unknown_name
 
 if typing.TYPE_CHECKING:
     from kvmhost.boot.pcboot import PcImage
@@ -69,7 +70,7 @@ def load_image(path: Path, loader: str = "auto") -> Image | PcImage:
     :raises LayoutError: for an unknown loader
     """
     if loader not in LOADERS:
-        raise LayoutError(f"unknown loader {loader!r}; there are: {', '.join(LOADERS)}")
+        raise LayoutError(unknown_name("loader", loader, LOADERS))
     data, name = read_file(path), str(path)
     try:
         return _load(name, data, detect(name, data) if loader == "auto" else loader)

@@ -14,6 +14,7 @@ from kvmhost.closing import Closing
 from kvmhost.control import schema
 from kvmhost.control.transport import UnixTransport
 from kvmhost.errors import ControlError, VmGoneError
+from kvmhost.suggest import did_you_mean
 
 __all__ = ["Caller"]
 
@@ -60,11 +61,16 @@ class Caller(Closing):
         try:
             yield
         except httpcore.ConnectError as error:
-            raise VmGoneError(self._name, f"nothing answers at {self.path} ({error})") from error
+            raise VmGoneError(self._name, self._nothing_answers(error)) from error
         except httpcore.TimeoutException as error:
             raise VmGoneError(self._name, f"no answer in time at {self.path}") from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise VmGoneError(self._name, f"hung up ({error})") from error
+
+    def _nothing_answers(self, error: Exception) -> str:
+        """Say that nothing answers, and which socket there is of a similar name."""
+        there = (path.stem for path in self.path.parent.glob("*.sock") if path != self.path)
+        return f"nothing answers at {self.path} ({error}){did_you_mean(self.path.stem, there)}"
 
     def _read(self, answer: httpx.Response, kind: type[T]) -> T:
         try:

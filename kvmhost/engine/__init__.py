@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from kvmhost.engine.base import Engine, RearmKind, Vcpu
 from kvmhost.errors import CapabilityError, LayoutError
+from kvmhost.suggest import unknown_name
 
 __all__ = ["ENGINES", "Engine", "RearmKind", "Vcpu", "choose"]
 
@@ -32,7 +33,7 @@ def choose(name: str = "auto") -> Engine:
     """
     # Each engine is imported when chosen: the emulator alone costs more than a VM.
     if name not in ENGINES:
-        raise LayoutError(f"unknown engine {name!r}; there are: {', '.join(ENGINES)}")
+        raise LayoutError(unknown_name("engine", name, ENGINES))
     if name in ("auto", "kvm"):
         try:
             from kvmhost.engine.kvm import KvmEngine

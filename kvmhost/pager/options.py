@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from kvmhost.errors import LayoutError
+from kvmhost.suggest import unknown_name
 
 __all__ = ["CODECS", "MAX_PREFETCH_PAGES", "StoreOptions"]
 
@@ -35,7 +36,7 @@ class StoreOptions:
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
-            raise LayoutError(f"codec {self.codec!r}: there are {', '.join(CODECS)}")
+            raise LayoutError(unknown_name("codec", self.codec, CODECS))
         if not 0 <= self.prefetch_pages <= MAX_PREFETCH_PAGES:
             raise LayoutError(f"prefetch of {self.prefetch_pages} pages: 0 to {MAX_PREFETCH_PAGES}")
         if self.limit_bytes < 0:

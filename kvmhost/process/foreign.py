@@ -49,6 +49,7 @@ from kvmhost.bitmap import (
 )
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.process.procmaps import Mapping, shared_ranges
+from kvmhost.suggest import unknown_name
 from kvmhost.trackers.base import check_mask, check_range
 from kvmhost.trackers.pagescan import Bits, has_soft_dirty, new_scanner, page_states, scans
 
@@ -395,7 +396,7 @@ def open_way(name: str, target: Target) -> Way:
     :raises CapabilityError: if it does not work here; for ``auto`` with every reason
     """
     if name not in ("auto", *WAYS):
-        raise LayoutError(f"no tracker {name!r} for another process: auto, {', '.join(WAYS)}")
+        raise LayoutError(unknown_name("tracker for another process", name, ("auto", *WAYS)))
     refused = []
     for candidate in _AUTO if name == "auto" else (name,):
         way = WAYS[candidate](target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvmhost.errors import LayoutError
+from kvmhost.suggest import unknown_name
 from kvmhost.trackers.base import Support, TrackedVm, Tracker, TrackerInfo
 from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker
@@ -33,7 +34,7 @@ def resolve(name: str, vm: TrackedVm) -> str:
     if name == "auto":
         return PagemapTracker.name if vm.tables_gpa is None else GuestptTracker.name
     if name not in _REGISTRY:
-        raise LayoutError(f"unknown tracker {name!r}; there are: auto, {', '.join(NAMES)}")
+        raise LayoutError(unknown_name("tracker", name, ("auto", *NAMES)))
     return name
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.policy.base import Policy
+from kvmhost.suggest import unknown_name
 
 __all__ = ["BUILT_IN", "GROUP", "Offer", "create", "offers", "options_of"]
 
@@ -111,8 +112,8 @@ def options_of(name: str) -> dict[str, Any]:
 def _working(name: str) -> Offer:
     all_offers = offers()
     if name not in all_offers:
-        known = ", ".join(offer.name for offer in all_offers.values() if offer.works)
-        raise LayoutError(f"policy {name!r}: not known (there are: {known})")
+        works = [offer.name for offer in all_offers.values() if offer.works]
+        raise LayoutError(unknown_name("policy", name, works))
     offer = all_offers[name]
     if not offer.works:
         raise LayoutError(f"policy {name!r} ({offer.source}): {offer.reason}")

@@ -32,6 +32,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.pressure.budget import Budget
 from kvmhost.reclaim.settings.options import Config, VmOptions
+from kvmhost.suggest import unknown_name
 from kvmhost.units import read_amount, write_amount
 
 __all__ = ["Flags", "Option", "budget_of", "load", "options", "read_flag", "to_toml"]
@@ -101,7 +102,7 @@ def load(path: str | Path | None, flags: Flags | None = None) -> Config:
     known = set(_SECTIONS) | {"vm"}
     for name, table in raw.items():
         if name not in known:
-            raise where.error((name,), f"no such section; there are {', '.join(sorted(known))}")
+            raise where.error((name,), unknown_name("section", name, sorted(known)))
         if not isinstance(table, dict):
             raise where.error((name,), "is a section; write [" + name + "]")
     sections = {
@@ -261,5 +262,5 @@ def _check_policy(vm: VmOptions, keys: tuple[str, ...], where: _Where) -> None:
         raise where.error((*keys, "policy"), str(error)) from None
     unknown = sorted(set(vm.policy_options) - set(takes))
     if unknown:
-        text = f"{vm.policy} has no option {unknown[0]!r}; it takes: {', '.join(takes) or 'none'}"
+        text = f"policy {vm.policy}: {unknown_name('option', unknown[0], takes)}"
         raise where.error((*keys, "policy_options"), text)

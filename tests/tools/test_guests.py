@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from kvmhost.guests import image_names
-from kvmhost.tools import guests_cmd
+from kvmhost.tools import guests as guests_cmd
+from kvmhost.tools.main import main
 
 
 def test_list_names_every_guest_and_parameter(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,5 +39,74 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unknown_guest_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert guests_cmd.main(["nobody"]) == 2
-    assert "there are: " in capsys.readouterr().err
+    assert main(["guests", "helo"]) == 2
+    shown = capsys.readouterr().err
+    assert "unknown guest 'helo', did you mean 'hello'? (there are: " in shown
+    assert shown.count("\n") == 1
+
+
+SOURCE = """\
+/* mine: exit with a status. */
+#include "guest.h"
+
+PARAM("status=7;exit status");
+
+u64 guest_main(u64 vcpu, struct params *params)
+{
+	return vcpu + params->args[0];
+}
+"""
+
+
+def test_build_compiles_a_guest_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "mine.c"
+    source.write_text(SOURCE)
+    assert main(["guests", "build", str(source)]) == 0
+    image = tmp_path / "mine.elf"
+    assert capsys.readouterr().out == f"{image}: kvmhost run {image}\n"
+    assert main(["guests", str(image)]) == 0
+    shown = capsys.readouterr().out
+    assert "mine: exit with a status." in shown
+    assert "status=7  exit status" in shown
+    source.unlink()
+    assert main(["guests", str(image), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["params"] == [{"name": "status", "default": 7, "help": "exit status"}]
+    assert found["contract"] == ""
+
+
+@pytest.mark.requires_kvm
+def test_what_was_built_runs(tmp_path: Path) -> None:
+    source, image = tmp_path / "mine.c", tmp_path / "other"
+    source.write_text(SOURCE)
+    assert main(["guests", "build", str(source), "-o", str(image)]) == 0
+    done = subprocess.run([sys.executable, "-m", "kvmhost", "run", str(image)])
+    assert done.returncode == 7
+
+
+def test_what_cannot_be_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "mine.c"
+    assert main(["guests", "build", str(source)]) == 2
+    assert "no such file" in capsys.readouterr().err
+    source.write_text("this is no C")
+    assert main(["guests", "build", str(source)]) == 2
+    assert "error:" in capsys.readouterr().err
+    assert main(["guests", "build", str(source), "-o", str(source)]) == 2
+    assert source.read_text() == "this is no C"
+    monkeypatch.setenv("KVMHOST_GUEST_CC", "no-such-compiler")
+    assert main(["guests", "build", str(source)]) == 126
+    assert "no-such-compiler" in capsys.readouterr().err
+    assert not (tmp_path / "mine.elf").exists()
+
+
+def test_a_file_that_is_no_image_is_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.elf"
+    path.write_text("no image")
+    assert main(["guests", str(path)]) == 2
+    assert "text.elf" in capsys.readouterr().err

@@ -17,9 +17,9 @@ from kvmhost.errors import (
     LayoutError,
     UnexpectedExit,
 )
-from kvmhost.tools.bench import BENCHES
+from kvmhost.tools.bench import SUBCOMMANDS as BENCHES
+from kvmhost.tools.commands import COMMANDS
 from kvmhost.tools.ending import exit_code
-from kvmhost.tools.main import COMMANDS
 
 
 def kvmhost(*words: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ def test_usage_and_version() -> None:
     assert kvmhost("--version").stdout == f"kvmhost {__version__}\n"
     unknown = kvmhost("frobnicate")
     assert unknown.returncode == 2
-    assert "no command 'frobnicate'" in unknown.stderr
+    assert "unknown command 'frobnicate'" in unknown.stderr
     assert kvmhost("bench", "frobnicate").returncode == 2
 
 

@@ -183,7 +183,7 @@ def test_help_names_every_command(young):
         (("compare", "{file}"), "nothing to be compared with"),
         (("compare", "{file}", "--formats", "x86"), "there are: npt, npt-2m"),
         (("whatif", "{file}", "--budget", "0%"), "write 64M, or 50%"),
-        (("whatif", "{file}", "--budget", "1M", "--policy", "best"), "policy 'best': not known"),
+        (("whatif", "{file}", "--budget", "1M", "--policy", "best"), "unknown policy 'best'"),
         (("record", "v", "-o", "{file}"), "--append to it"),
         (("record", "v", "-o", "{tmp}/a/b"), "there is no directory"),
         (("record", "v", "x/v.sock", "-o", "{tmp}/d"), "have the same name"),

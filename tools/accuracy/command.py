@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmhost.errors import CapabilityError, LayoutError
+from kvmhost.suggest import unknown_name
 from kvmhost.tools.accuracy import cost, doorbells, running
 from kvmhost.tools.accuracy.kinds import (
     CHANGING,
@@ -157,7 +158,7 @@ def _is_exact(row: dict[str, Any]) -> bool:
 def _known(given: Iterable[str], known: Iterable[str], what: str) -> None:
     for name in given:
         if name not in known:
-            raise LayoutError(f"no {what} {name!r}; there are: {', '.join(known)}")
+            raise LayoutError(unknown_name(what, name, known))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

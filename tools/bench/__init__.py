@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvmhost.tools.dispatch import dispatch
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["BENCHES", "main"]
+__all__ = ["SUBCOMMANDS", "main", "parser"]
 
 #: Name, which is also its module here, and one line about it.
-BENCHES = {
+SUBCOMMANDS = {
     "walk": "harvest over live entries against a plain sum and a bare atomic loop",
     "exits": "port exits in the C loop and in Python against a minimal C loop",
     "harvest": "trackers on a 1 GiB guest: scan, re-arm, and what the guest pays",
@@ -23,7 +24,14 @@ BENCHES = {
 }
 
 
+_ABOUT = "Measurements, each a ratio of two variants in one run."
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one benchmark."""
-    about = "Measurements, each a ratio of two variants in one run."
-    return dispatch("kvmhost bench", about, __name__, BENCHES, argv)
+    return dispatch("kvmhost bench", _ABOUT, __name__, SUBCOMMANDS, argv)
+
+
+def parser() -> CommandParser:
+    """Return a parser without the subcommands; :mod:`kvmhost.tools.tree` adds them."""
+    return CommandParser(prog="kvmhost bench", description=_ABOUT)

@@ -20,6 +20,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.suggest import unknown_name
 from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, TrackerKind, probe_kinds
 from kvmhost.tools.args import about, count, seconds, share, size_bytes
 from kvmhost.tools.bench.bounds import BOUNDS
@@ -51,7 +52,7 @@ def run(
     support = probe_kinds("kvm")
     for name in trackers:
         if name not in KINDS:
-            raise LayoutError(f"no tracker {name!r}; there are: {', '.join(KINDS)}")
+            raise LayoutError(unknown_name("tracker", name, KINDS))
     progress, rows = Progress(), []
     for name in trackers or KINDS:
         if support[name].works:

@@ -26,7 +26,7 @@ from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.soft import SoftEngine, SoftRun, Trace
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tlb import TlbGeometry
-from kvmhost.suggest import did_you_mean
+from kvmhost.suggest import unknown_name
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.walk import Step, interleaved
 from kvmhost.tools.parser import CommandParser
@@ -460,9 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts["ways"] = lambda: bench_ways(formats=[options.format])
     unknown = set(options.parts) - set(PARTS)
     if unknown:
-        name = min(unknown)
-        hint = did_you_mean(name, PARTS)
-        known.error(f"no part {name!r}{hint or ';'} there are {', '.join(PARTS)}")
+        known.error(unknown_name("part", min(unknown), PARTS))
     result = {}
     for part in options.parts or PARTS:
         result[part] = parts[part]()

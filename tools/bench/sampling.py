@@ -16,6 +16,7 @@ from typing import Any
 
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.suggest import unknown_name
 from kvmhost.tools.accuracy import doorbells
 from kvmhost.tools.accuracy.kinds import KINDS, AccuracyWorkload, TrackerKind, probe_kinds
 from kvmhost.tools.args import about, count, seconds, share, size_bytes
@@ -47,7 +48,7 @@ def run(
     :raises CapabilityError: if the tracker does not work here
     """
     if tracker not in KINDS:
-        raise LayoutError(f"no tracker {tracker!r}; there are: {', '.join(KINDS)}")
+        raise LayoutError(unknown_name("tracker", tracker, KINDS))
     support = probe_kinds("kvm")[tracker]
     if not support.works:
         raise CapabilityError(f"tracker {tracker}", "the kvm engine", support.reason, "")

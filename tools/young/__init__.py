@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvmhost.tools.dispatch import dispatch
+from kvmhost.tools.parser import CommandParser
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["SUBCOMMANDS", "main", "parser"]
 
 #: Name, which is also its module here, and one line about it.
-COMMANDS = {
+SUBCOMMANDS = {
     "snapshot": "one bitmap of a running VM: counts, densities, ranges",
     "heatmap": "a picture, gfn by time",
     "watch": "a live view in the terminal",
@@ -28,6 +29,14 @@ COMMANDS = {
 }
 
 
+_ABOUT = "Look at which pages were touched."
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one of the commands."""
-    return dispatch("kvmhost young", "Look at which pages were touched.", __name__, COMMANDS, argv)
+    return dispatch("kvmhost young", _ABOUT, __name__, SUBCOMMANDS, argv)
+
+
+def parser() -> CommandParser:
+    """Return a parser without the subcommands; :mod:`kvmhost.tools.tree` adds them."""
+    return CommandParser(prog="kvmhost young", description=_ABOUT)

@@ -20,6 +20,7 @@ import numpy as np
 
 from kvmhost.bitmap import YoungBitmap, n_words
 from kvmhost.errors import LayoutError
+from kvmhost.suggest import unknown_name
 from kvmhost.tools.args import add_machine_arguments, count, find_image, parse_params
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show
@@ -76,7 +77,7 @@ def _check(args: argparse.Namespace) -> None:
         raise LayoutError("compare: one record has nothing to be compared with; add --formats")
     unknown = [name for name in args.formats if name not in FORMATS]
     if unknown:
-        raise LayoutError(f"no format {unknown[0]!r}; there are: {', '.join(FORMATS)}")
+        raise LayoutError(unknown_name("format", unknown[0], FORMATS))
 
 
 def _label(name: str, record: YoungRecord) -> str:
@@ -133,7 +134,7 @@ def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], lis
     names = args.trackers or [n for n, s in probe_all(args.engine).items() if s.works]
     unknown = [name for name in names if name not in NAMES]
     if unknown:
-        raise LayoutError(f"no tracker {unknown[0]!r}; there are: {', '.join(NAMES)}")
+        raise LayoutError(unknown_name("tracker", unknown[0], NAMES))
     params = {"epochs": 0} | parse_params(args.param)
     place.mkdir(exist_ok=True)
     paths, tables = [], set()

@@ -55,7 +55,7 @@ def test_more_memory_saves_less(make_record):
 
 def test_what_cannot_be(make_record):
     path = make_record(LISTS).path
-    with pytest.raises(LayoutError, match="policy 'best': not known"):
+    with pytest.raises(LayoutError, match="unknown policy 'best'"):
         whatif.cases_of([path], ["best"], [pages(5)], {})
     with pytest.raises(LayoutError, match="colour"):
         whatif.cases_of([path], ["lru_gen"], [pages(5)], {"colour": ["red"]})

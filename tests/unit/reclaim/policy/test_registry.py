@@ -40,7 +40,7 @@ def test_options():
         registry.create("classic", 8, {"speed": 1})
     with pytest.raises(LayoutError, match=r"no option 'x' .*takes: target_percent, percentile"):
         registry.create("age", 8, {"x": 1})
-    with pytest.raises(LayoutError, match=r"'fifo': not known \(there are: lru_gen, classic, "):
+    with pytest.raises(LayoutError, match=r"unknown policy 'fifo' \(there are: lru_gen, classic, "):
         registry.create("fifo", 8)
 
 

@@ -96,14 +96,19 @@ def test_what_is_written_reads_as_the_same(file, text):
         (21, "vm.web*.sample", GOOD.replace('"1/8"', '"1/0"'), "is no share"),
         (3, "daemon.vms", GOOD.replace('"db"]', "7]"), "Expected `str`"),
         (3, "daemon.vms", GOOD.replace('["web*", "db"]', '[\n"a",\n7]'), "Expected `str`"),
-        (6, "presure", GOOD.replace("[pressure]", "[presure]"), "no such section"),
+        (6, "presure", GOOD.replace("[pressure]", "[presure]"), "did you mean 'pressure'"),
         (4, "", GOOD.replace('"500ms"', "500ms"), "at line 4"),
         (1, "daemon", "daemon = 3\n", "is a section"),
         (2, "pressure.psi_trigger", '[pressure]\npsi_trigger = "some 1s in 100ms"', "window"),
         (2, "pressure.psi_trigger", '[pressure]\npsi_trigger = "150ms"', "is no trigger"),
         (0, "", "[daemon]\n", "nothing to do"),
         (3, "defaults.policy", '[defaults]\nbudget = "1M"\npolicy = "nope"', "there are: lru_gen"),
-        (18, "vm.db.policy_options", GOOD.replace("min_ttl_ms", "min_ttl"), "no option 'min_ttl'"),
+        (
+            18,
+            "vm.db.policy_options",
+            GOOD.replace("min_ttl_ms", "min_ttl"),
+            "did you mean 'min_ttl_ms'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_file_line_and_key(file, line, key, text, problem):

@@ -1,4 +1,4 @@
-"""``kvmhost guests``: the built-in guests, their parameters, and their contracts."""
+"""Show guests: the built-in ones and images of others, with parameters and contracts."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import argparse
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kvmhost.boot.image import read_image
 from kvmhost.guests import image_names, image_path
+from kvmhost.tools.args import find_image
 from kvmhost.tools.parser import CommandParser
 
-__all__ = ["contract", "main", "parser"]
-
-EXIT_USAGE = 2
+__all__ = ["contract", "parser", "show"]
 
 _DESCRIPTION = """\
 Without NAME: list the built-in guests with their parameters, defaults and
 meanings. With NAME: show that guest's parameters and the contract at the head of
-its source. Parameters are given as: kvmhost run NAME --param name=value
+its source. With PATH: the same of an image file, as far as the file, and a source
+beside it, say. Parameters are given as: kvmhost run NAME --param name=value
 
-exit status: 0, or 2 if there is no guest of that name
+kvmhost guests build FILE.c compiles a guest of your own.
+
+exit status: 0, or 2 if there is no guest of that name, or the file is no image
 """
 
 
@@ -34,20 +36,23 @@ def parser() -> CommandParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", nargs="?", help="show this guest only")
+    parser.add_argument(
+        "name", metavar="NAME|PATH", nargs="?", help="show this guest or image file only"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """List guests, or show one."""
+def show(argv: Sequence[str] | None = None) -> int:
+    """List guests, or show one.
+
+    :raises ImageError: if there is no guest of that name, or the file is no image
+    """
     arguments = parser().parse_args(argv)
-    names = image_names()
-    if arguments.name is not None and arguments.name not in names:
-        known = ", ".join(names) or "none are built: run make guests"
-        print(f"kvmhost guests: no guest {arguments.name!r}; there are: {known}", file=sys.stderr)
-        return EXIT_USAGE
-    shown = [_describe(name) for name in names if arguments.name in (None, name)]
+    if arguments.name is not None:
+        shown = [_describe(find_image(arguments.name))]
+    else:
+        shown = [_describe(image_path(name)) for name in image_names()]
     if arguments.json:
         print(json.dumps(shown if arguments.name is None else shown[0], indent=2))
     else:
@@ -55,34 +60,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def contract(name: str) -> str:
-    """Return the comment at the head of a guest's source; empty if there is none."""
-    source = image_path(name).with_suffix(".c")
+def contract(image: Path) -> str:
+    """Return the comment at the head of the source beside an image; empty if there is none."""
     try:
-        head = re.match(r"\s*/\*(.*?)\*/", source.read_text(), re.DOTALL)
-    except FileNotFoundError:
+        source = image.with_suffix(".c").read_text(errors="replace")
+    except OSError:
         return ""
+    head = re.match(r"\s*/\*(.*?)\*/", source, re.DOTALL)
     if head is None:
         return ""
     lines = [re.sub(r"^\s*\* ?", "", line).rstrip() for line in head[1].splitlines()]
     return "\n".join(lines).strip()
 
 
-def _describe(name: str) -> dict[str, Any]:
-    path = image_path(name)
+def _describe(path: Path) -> dict[str, Any]:
     params = [dataclasses.asdict(param) for param in read_image(path).params]
-    return {"name": name, "path": str(path), "params": params, "contract": contract(name)}
+    return {"name": path.stem, "path": str(path), "params": params, "contract": contract(path)}
 
 
 def _as_text(guest: dict[str, Any], whole: bool) -> str:
     summary = guest["contract"].split("\n\n")[0].removeprefix(f"{guest['name']}: ")
-    lines = [guest["contract"] if whole else f"{guest['name']}: {' '.join(summary.split())}", ""]
+    short = f"{guest['name']}: {' '.join(summary.split()) or guest['path']}"
+    lines = [guest["contract"] if whole and guest["contract"] else short, ""]
+    if whole and not guest["params"]:
+        lines.append("  no parameters")
     width = max((len(f"{p['name']}={p['default']}") for p in guest["params"]), default=0)
     for param in guest["params"]:
         given = f"{param['name']}={param['default']}"
         lines.append(f"  {given:<{width}}  {param['help']}")
     return "\n".join(lines).rstrip()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

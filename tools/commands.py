@@ -1,0 +1,24 @@
+"""The commands of ``kvmhost``: names, modules, and one line about each."""
+
+from __future__ import annotations
+
+__all__ = ["COMMANDS"]
+
+#: Command: its module in this package, and one line about it.
+COMMANDS = {
+    "doctor": ("doctor", "what works on this host and what does not, with the remedy"),
+    "guests": ("guests", "list the built-in guests and their parameters, or build one of your own"),
+    "run": ("run", "boot a guest and pass its exit status through"),
+    "snapshot": ("snapshot", "write a running VM into a file, for run --restore"),
+    "young": ("young", "look at young bitmaps of a running VM"),
+    "reclaimd": ("reclaimd", "keep VMs under a memory budget by evicting cold pages"),
+    "drain": ("drain", "bring every evicted page of a VM back, and lift its limit"),
+    "page": ("page", "all that is known of one page, and why it was taken or not"),
+    "lru_gen": ("lru_gen", "show generations, age and evict, as the kernel's file does"),
+    "demo": ("demo", "the whole path: boot, harvest, reclaim under a limit, look"),
+    "accuracy": ("accuracy", "how accurate and how expensive each tracker is"),
+    "bench": ("bench", "measure walks, exits, harvests and starts, as ratios in one run"),
+    "docs": ("docs", "read the documentation that is installed"),
+    "completion": ("completion", "print a completion script for a shell"),
+    "man": ("man", "show a manual page, or write all of them"),
+}

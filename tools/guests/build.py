@@ -1,0 +1,64 @@
+"""``kvmhost guests build``: a guest image from a C file.
+
+The file includes "guest.h", which is installed with kvmhost, and defines
+guest_main(); PARAM() lines name its parameters. docs/guests.md has the contract,
+docs/examples/own_guest.c is one. The compiler is $KVMHOST_GUEST_CC, else $CC, else cc.
+
+exit status: 0; 2 if the source does not compile; 126 if there is no compiler
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvmhost.boot.image import read_image
+from kvmhost.errors import CapabilityError, ImageError
+from kvmhost.guests.build import CompilerMissingError, GuestBuildError, compile_guest
+from kvmhost.tools.args import about
+from kvmhost.tools.parser import CommandParser
+
+__all__ = ["main", "parser"]
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
+        prog="kvmhost guests build",
+        description=about(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="FILE.c", type=Path, help="the guest's source")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", type=Path, help="the image (default: FILE.elf beside it)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compile, check that the result is an image, and say how to run it."""
+    args = parser().parse_args(argv)
+    image = build(args.source, args.output or args.source.with_suffix(".elf"))
+    print(f"{image}: kvmhost run {image if '/' in str(image) else f'./{image}'}")
+    return 0
+
+
+def build(source: Path, image: Path) -> Path:
+    """Compile a guest.
+
+    :raises ImageError: if the source cannot be read, does not compile, or makes no image
+    :raises CapabilityError: if there is no compiler
+    """
+    if not source.is_file():
+        raise ImageError(str(source), "source", "no such file")
+    if image.resolve() == source.resolve():
+        raise ImageError(str(source), "output", "is the source itself")
+    try:
+        compile_guest(source, image)
+    except CompilerMissingError as error:
+        raise CapabilityError("guests build", "a C compiler", str(error), "install gcc") from error
+    except GuestBuildError as error:
+        raise ImageError(str(source), "source", str(error).strip()) from error
+    read_image(image)
+    return image
