@@ -17,6 +17,7 @@ from kvmhost.engine.cpumodel import CPU_MODELS
 from kvmhost.errors import LayoutError
 from kvmhost.machine import make_machine
 from kvmhost.machine.base import BaseMachine
+from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.tools.args import (
     add_machine_arguments,
     add_store_arguments,
@@ -99,7 +100,8 @@ def _make(args: argparse.Namespace, image: Path, console: Console) -> BaseMachin
     if args.restore:
         from kvmhost.machine.snapshot import restore_machine
 
-        return restore_machine(args.restore, **common)
+        limit_pages = None if args.resident_max is None else args.resident_max // PAGE_BYTES
+        return restore_machine(args.restore, limit_pages=limit_pages, **common)
     return make_machine(
         image,
         loader=args.loader,
@@ -124,8 +126,8 @@ def _run_machine(
             machine.open_pager()
         if args.tracker:
             machine.use_tracker(args.tracker)
-        if args.resident_max:
-            machine.open_pager().set_limit(args.resident_max // 4096)
+        if args.resident_max and not args.restore:
+            machine.open_pager().set_limit(args.resident_max // PAGE_BYTES)
         # The tiny guests never read; their input stays with whoever started them.
         if machine.tables_gpa is None:
             console.feed(machine.serial, _interrupt_main)
@@ -208,9 +210,9 @@ def parser() -> CommandParser:
     parser.add_argument(
         "--resident-max",
         type=size_bytes,
-        default=0,
         metavar="SIZE",
-        help="hold guest memory under this size by evicting, with or without a daemon",
+        help="hold guest memory under this size by evicting, with or without a daemon; with "
+        "--restore the default is the limit in the file, and 0 means none",
     )
     add_store_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print a report when the guest ends")

@@ -41,6 +41,7 @@ struct kh_pager *kh_pager_new(int uffd, uint64_t n_pages, const struct kh_codec 
 	pager->failure_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pager->max_pages = n_pages;
 	pthread_mutex_init(&pager->evict_lock, NULL);
+	pthread_cond_init(&pager->thawed, NULL);
 	pthread_mutex_init(&pager->serving_lock, NULL);
 	pthread_cond_init(&pager->serving_changed, NULL);
 	for (int i = 0; i < KH_STRIPES; i++)
@@ -136,7 +137,7 @@ int kh_pager_arm(struct kh_pager *pager)
 	int result = 0;
 
 	/* Who drops pages meanwhile would have them counted wrongly. */
-	pthread_mutex_lock(&pager->evict_lock);
+	kh_pager_lock_unfrozen(pager);
 	if (kh_pager_is_armed(pager))
 		goto out;
 	/* Faults that come from here on wait until serve() sees that all is armed. */
@@ -172,6 +173,7 @@ void kh_pager_free(struct kh_pager *pager)
 	free(pager->history);
 	free(pager->victims);
 	pthread_mutex_destroy(&pager->evict_lock);
+	pthread_cond_destroy(&pager->thawed);
 	pthread_mutex_destroy(&pager->serving_lock);
 	pthread_cond_destroy(&pager->serving_changed);
 	for (int i = 0; i < KH_STRIPES; i++)
@@ -200,9 +202,14 @@ int kh_pager_lost_errno(struct kh_pager *pager)
 void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages)
 {
 	/* After this nobody evicts for the limit that was. */
-	pthread_mutex_lock(&pager->evict_lock);
+	kh_pager_lock_unfrozen(pager);
 	__atomic_store_n(&pager->limit_pages, resident_pages, __ATOMIC_RELAXED);
 	pthread_mutex_unlock(&pager->evict_lock);
+}
+
+uint64_t kh_pager_limit(struct kh_pager *pager)
+{
+	return __atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED);
 }
 
 int64_t kh_pager_shrink(struct kh_pager *pager)
@@ -213,6 +220,7 @@ int64_t kh_pager_shrink(struct kh_pager *pager)
 	/* The guest may fault pages in meanwhile; it does not keep this going for ever. */
 	while (limit && went > 0 && done < (int64_t)pager->n_pages &&
 	       __atomic_load_n(&pager->counters.resident_pages, __ATOMIC_RELAXED) > limit) {
+		kh_pager_wait_thawed(pager);
 		went = kh_pager_direct_evict(pager);
 		done += went;
 	}
@@ -232,7 +240,7 @@ int kh_pager_set_victims(struct kh_pager *pager, const uint32_t *index, uint64_t
 		}
 		copy[i] = index[i];
 	}
-	pthread_mutex_lock(&pager->evict_lock);
+	kh_pager_lock_unfrozen(pager);
 	free(pager->victims);
 	pager->victims = copy;
 	pager->n_victims = n;
@@ -285,6 +293,7 @@ int kh_pager_restore(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
 	for (uint64_t i = index; i < index + n_pages; i++) {
 		if (pager->state[i] != KH_PAGE_EVICTED)
 			continue;
+		kh_pager_wait_thawed(pager);
 		if (!restore_page(pager, i))
 			result->restored++;
 		else if (pager->state[i] == KH_PAGE_LOST)

@@ -109,6 +109,7 @@ void kh_pager_set_prefetch(struct kh_pager *pager, uint32_t n_pages);
 int kh_pager_lost_errno(struct kh_pager *pager);
 /* Resident limit in pages (0: none), held by the fault handler itself. */
 void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages);
+uint64_t kh_pager_limit(struct kh_pager *pager);
 /* Evict, as the fault handler would, until the limit holds; returns how many went. */
 int64_t kh_pager_shrink(struct kh_pager *pager);
 /* What the fault handler evicts first at the limit, in this order. */

@@ -220,7 +220,7 @@ int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n
 	for (uint64_t i = 0; i < n; i += KH_RUN_PAGES) {
 		uint64_t piece = n - i < KH_RUN_PAGES ? n - i : KH_RUN_PAGES;
 
-		pthread_mutex_lock(&pager->evict_lock);
+		kh_pager_lock_unfrozen(pager);
 		done += evict_locked(pager, index + i, piece, outcome + i);
 		if (i + piece == n)
 			give_back_tables(pager, 0);
@@ -300,7 +300,7 @@ int kh_pager_drop(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
 		run = index + n_pages - i < KH_RUN_PAGES ? index + n_pages - i : KH_RUN_PAGES;
 		if (i + run > region->first + region->n_pages)
 			run = region->first + region->n_pages - i;
-		pthread_mutex_lock(&pager->evict_lock);
+		kh_pager_lock_unfrozen(pager);
 		drop_run(pager, i, run, result);
 		pthread_mutex_unlock(&pager->evict_lock);
 	}
@@ -344,7 +344,7 @@ int64_t kh_pager_pageout(struct kh_pager *pager, const uint32_t *index, uint64_t
 		return -ERANGE;
 	for (uint64_t i = 0, length; i < n; i += length) {
 		length = run_length(pager, index + i, n - i);
-		pthread_mutex_lock(&pager->evict_lock);
+		kh_pager_lock_unfrozen(pager);
 		if (kh_bit(pager->pinned, index[i])) {
 			outcome[i] = KH_EVICT_PINNED;
 			length = 1;

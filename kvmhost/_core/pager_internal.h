@@ -59,6 +59,8 @@ struct kh_pager {
 	uint64_t *pinned;	/* bitmap */
 	struct kh_history *history;
 	pthread_mutex_t evict_lock;
+	pthread_cond_t thawed;
+	uint32_t frozen;	/* by snapshots under way, see chunk.h; under evict_lock */
 	pthread_mutex_t stripes[KH_STRIPES];
 	struct kh_store store;
 	uint32_t *victims;
@@ -135,6 +137,12 @@ static inline int kh_pager_is_young(const struct kh_pager *pager, uint64_t index
 	return kh_bit(&pager->history[index / 64].window[0], index % 64);
 }
 
+/*
+ * Take evict_lock for somebody who asked over the API: once no snapshot holds the pager
+ * still. The fault handler takes it plainly, and waits for nobody.
+ */
+void kh_pager_lock_unfrozen(struct kh_pager *pager);
+void kh_pager_wait_thawed(struct kh_pager *pager);
 /* Evict a few pages to stay under the limit; returns how many went. */
 int64_t kh_pager_direct_evict(struct kh_pager *pager);
 /* Next pages for the fault handler to evict; the caller holds evict_lock. */

@@ -1,131 +1,125 @@
-"""Snapshots: a whole VM in a file, and back.
+"""Snapshots: a whole VM in a file, and back. The file is in :mod:`kvmhost.machine.snapfile`.
 
-The file, little-endian::
+A snapshot shows one moment. The vCPUs are paused, what they had begun is finished, and the
+pager is frozen: then the state is read, then memory, resident pages from the memfds and
+evicted ones from the store, without bringing a page back. The file gets its name when it
+is complete; whatever happens before that leaves nothing, and the VM runs on.
 
-    0   8 bytes  magic "KVMSNAP\\0"
-    8   u32      version, 1
-    12  u32      CRC-32 of the header
-    16  u64      bytes of the header
-    24           header, JSON: see :class:`Header`
-    ...          zeros up to a multiple of 4096
-    ...          memory: the pages that are not zero, run by run, as the header lists them
-
-Memory runs carry a CRC-32 each. A file is untrusted: what is damaged, contradictory or
-refused by KVM ends in an :class:`~kvmhost.errors.ImageError`, and no guest code runs.
-The guest's clocks stand still in between; the wall clock (CMOS) is the host's.
+A file is untrusted: what is damaged, contradictory or refused by KVM ends in an
+:class:`~kvmhost.errors.ImageError`, and no guest code runs. What this host takes and does
+not keep is logged. The guest's clocks stand still in between, where the host lets their
+counters be set; the wall clock (CMOS) is the host's.
 """
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import contextlib
+import logging
 import os
 import struct
-import tempfile
 import typing
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from kvmhost._ffi import check, lib
 from kvmhost.boot.image import Image, Segment
 from kvmhost.boot.pcboot import BootPlan, BootRequest, Chunk, Mode, PcEntry
 from kvmhost.engine.kvm import KvmEngine
 from kvmhost.errors import CapabilityError, ImageError, IoctlError, KvmHostError, LayoutError
+from kvmhost.kvm.msrs import MsrReport, readable_msrs
+from kvmhost.machine import snapfile
 from kvmhost.machine.base import BaseMachine
 from kvmhost.machine.pc import PcMachine, PcOptions
+from kvmhost.machine.snapfile import TABLE_ENTRY, State
 from kvmhost.machine.tiny import Machine
 from kvmhost.machine.vcpustate import load_board, load_vcpu, save_board, save_vcpu
-from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.chunks import (
+    CHUNK_BYTES,
+    ChunkRange,
+    ChunkReader,
+    ChunkWriter,
+    chunk_ranges,
+    crc32c,
+)
 from kvmhost.memory.layout import IMAGE_GPA, PAGE_BYTES
 
-__all__ = ["VERSION", "restore_machine", "save_machine"]
+if typing.TYPE_CHECKING:
+    from kvmhost.pager.pager import Pager
 
-MAGIC, VERSION = b"KVMSNAP\0", 1
-_HEAD = struct.Struct("<8sIIQ")
-_MAX_HEADER_BYTES = 64 << 20
-_CHUNK_BYTES = 1 << 20
-_ZERO_PAGE = bytes(PAGE_BYTES)
+__all__ = ["restore_machine", "save_machine"]
 
+#: Memory is written in pieces of about this size; three are in memory at a time.
+_PIECE_BYTES = 4 << 20
+#: How far the disk may be behind. Bounds what the file takes of the page cache.
+_BEHIND_BYTES = 64 << 20
 
-class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """A run of memory in the file."""
-
-    gpa: int
-    n_bytes: int
-    offset: int
-    crc: int
+log = logging.getLogger("kvmhost.snapshot")
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything but memory.
-
-    ``ended`` are vCPUs that have finished, ``statuses`` what they reported by index;
-    ``counters`` are doorbells by vCPU.
-    """
-
-    kind: typing.Literal["tiny", "pc"]
-    image: str
-    mem_bytes: int
-    n_vcpus: int
-    params: dict[str, int]
-    append: str
-    fw_cfg: dict[str, str]
-    ended: list[int]
-    statuses: dict[str, int]
-    doorbells: list[int]
-    vcpus: list[dict[str, Any]]
-    board: dict[str, Any]
-    serial: dict[str, Any]
-    devices: dict[str, dict[str, Any]]
-    runs: list[Run]
-
-
-def save_machine(machine: BaseMachine, path: Path) -> int:
+def save_machine(
+    machine: BaseMachine,
+    path: Path,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+    stop: bool = False,
+) -> int:
     """Write a snapshot; the machine is paused meanwhile and goes on after it.
 
     The file appears whole or not at all.
 
-    :return: bytes of memory in it
+    :param cancelled: asked between pieces of memory; if true, no file is written
+    :param stop: end the guest instead of letting it go on
+    :return: bytes of memory in the file
     :raises CapabilityError: if the machine does not run on KVM
     :raises LayoutError: if the file cannot be written
+    :raises PagerError: if a page is lost; names its gfn
     """
     engine = _kvm_engine(machine)
-    machine.pause()
-    try:
-        machine.settle()
-        if machine.has_pager:
-            machine.open_pager().restore(0, machine.memory.gfn_end)
-        header = _header(machine, engine)
-        _write(path, header, machine.memory)
-    finally:
-        machine.resume()
-    return sum(run.n_bytes for run in header.runs)
+    pager = _pager(machine)
+    snapfile.check_mem_bytes(machine.layout.mem_bytes)
+    file = snapfile.NewFile(path)
+    with contextlib.closing(file):
+        msrs = _msrs(machine, engine)
+        machine.pause()
+        try:
+            machine.settle()
+            try:
+                n_pages = _write(file.fd, machine, engine, pager, msrs, cancelled)
+                file.commit()
+            except OSError as error:
+                if isinstance(error, KvmHostError):
+                    raise
+                raise LayoutError(f"{path}: {error.strerror}") from error
+            if stop:
+                machine.stop()
+        finally:
+            machine.resume()
+    return n_pages * PAGE_BYTES
 
 
-def restore_machine(path: Path, **common: Any) -> BaseMachine:
+def restore_machine(path: Path, *, limit_pages: int | None = None, **common: Any) -> BaseMachine:
     """Make a machine out of a snapshot; it is not started yet.
 
+    :param limit_pages: resident limit, held from the first page on: what has no room goes
+        to the store. None: that of the snapshot, if it had one; 0: none
     :param common: as for :class:`~kvmhost.machine.base.BaseMachine`, without what the file says
     :raises ImageError: if the file is damaged, of another version, or refused by KVM
+    :raises CapabilityError: if there is a limit and no userfaultfd to hold it with
     """
     name = str(path)
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header = _read_header(name, file, size)
-            _check_runs(name, header, size)
-            machine = _empty_machine(name, header, common)
-            try:
-                _fill(name, machine, header, file)
-            except BaseException:
-                machine.close()
-                raise
+        fd = snapfile.open_regular(path)
+        try:
+            return _restore(name, fd, limit_pages, common)
+        finally:
+            os.close(fd)
     except OSError as error:
         if isinstance(error, KvmHostError):
             raise
         raise ImageError(name, "file", error.strerror or str(error)) from error
-    return machine
 
 
 # -- writing --------------------------------------------------------------------
@@ -139,6 +133,24 @@ def _kvm_engine(machine: BaseMachine) -> KvmEngine:
     return machine.engine
 
 
+def _pager(machine: BaseMachine) -> Pager | None:
+    """Return the pager, so that nobody makes one meanwhile; None if nobody can."""
+    try:
+        return machine.open_pager()
+    except CapabilityError:
+        return None
+
+
+def _msrs(machine: BaseMachine, engine: KvmEngine) -> list[int]:
+    """Find out which MSRs there are, while the guest runs but for one call."""
+    machine.pause()
+    try:
+        cpuid = bytes(engine.cores[0].get_cpuid())
+    finally:
+        machine.resume()
+    return readable_msrs(cpuid, isinstance(machine, PcMachine))
+
+
 def _kind(machine: BaseMachine) -> typing.Literal["tiny", "pc"]:
     if isinstance(machine, PcMachine):
         return "pc"
@@ -149,132 +161,120 @@ def _kind(machine: BaseMachine) -> typing.Literal["tiny", "pc"]:
     )
 
 
-def _header(machine: BaseMachine, engine: KvmEngine) -> Header:
+def _state(machine: BaseMachine, engine: KvmEngine, limit_pages: int, msrs: list[int]) -> State:
     pc = machine if isinstance(machine, PcMachine) else None
     options = pc.options if pc else PcOptions()
-    msrs = engine.msr_indices()
-    return Header(
+    return State(
         kind=_kind(machine),
         image=machine.image.path,
         mem_bytes=machine.layout.mem_bytes,
+        limit_pages=limit_pages,
         n_vcpus=machine.n_vcpus,
         params=dict(machine.params),
         append=options.append,
-        fw_cfg={name: data.hex() for name, data in options.fw_cfg.items()},
+        fw_cfg=dict(options.fw_cfg),
         ended=sorted(machine.ended_vcpus),
-        statuses={str(index): status for index, status in machine.statuses.items()},
+        statuses=machine.statuses,
         doorbells=[vcpu.doorbells for vcpu in machine.vcpus],
         vcpus=[save_vcpu(core, msrs, pc is not None) for core in engine.cores],
-        board=save_board(engine.vm) if pc else {},
+        board=save_board(engine.vm) if pc else None,
         serial=machine.serial.save(),
         devices={name: device.save() for name, device in pc.devices.items()} if pc else {},
-        runs=list(_runs(machine.memory)),
     )
 
 
-def _runs(memory: GuestMemory) -> Iterator[Run]:
-    """Yield the runs of pages that are not zero; offsets count from the first of them."""
-    at = 0
-    for region in memory.regions:
-        for start, data in _held(region.memfd, region.n_bytes):
-            for first, end in _not_zero(data):
-                yield Run(region.gpa + start + first, end - first, at, zlib.crc32(data[first:end]))
-                at += end - first
+def _write(
+    fd: int,
+    machine: BaseMachine,
+    engine: KvmEngine,
+    pager: Pager | None,
+    msrs: list[int],
+    cancelled: Callable[[], bool],
+) -> int:
+    with pager.frozen() if pager else contextlib.nullcontext() as core:
+        state = _state(machine, engine, pager.limit_pages if pager else 0, msrs)
+        raw = snapfile.encode_state(state)
+        reader = ChunkReader(machine.memory, core)
+        first = snapfile.memory_offset(len(raw))
+        table = _write_memory(fd, first, reader, list(chunk_ranges(state.regions)), cancelled)
+    n_pages = sum(int.from_bytes(held, "little").bit_count() for held, _ in table)
+    packed = b"".join(TABLE_ENTRY.pack(held, crc) for held, crc in table)
+    _write_at(fd, packed, first + n_pages * PAGE_BYTES)
+    _write_at(fd, snapfile.pack_head(raw, n_pages, packed) + raw, 0)
+    return n_pages
 
 
-def _held(fd: int, n_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Yield what a memfd holds, in chunks: offset and bytes."""
-    end = 0
-    while end < n_bytes:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:
-            return  # Only holes from here on.
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        for at in range(start, end, _CHUNK_BYTES):
-            yield at, os.pread(fd, min(_CHUNK_BYTES, end - at), at)
+def _write_memory(
+    fd: int,
+    offset: int,
+    reader: ChunkReader,
+    chunks: list[ChunkRange],
+    cancelled: Callable[[], bool],
+) -> list[tuple[bytes, int]]:
+    """Write the pages of all chunks from ``offset`` on; return bitmap and CRC-32C of each.
+
+    One piece is read while the one before it is written.
+    """
+    table: list[tuple[bytes, int]] = []
+    pieces = [bytearray(_PIECE_BYTES) for _ in range(3)]
+    under_way: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(1, "snapshot", _mask_signals) as writer:
+        for number, piece in enumerate(_pieces(chunks)):
+            if len(under_way) == len(pieces) - 1:
+                under_way.popleft().result()
+            if cancelled():
+                raise KvmHostError("the snapshot was cancelled; no file was written")
+            room, n_bytes = memoryview(pieces[number % len(pieces)]), 0
+            for chunk in piece:
+                held, n_held, crc = reader.read(chunk, room[n_bytes:])
+                table.append((held, crc))
+                n_bytes += n_held * PAGE_BYTES
+            under_way.append(writer.submit(_write_piece, fd, room[:n_bytes], offset))
+            offset += n_bytes
+        for write in under_way:
+            write.result()
+    return table
 
 
-def _not_zero(data: bytes) -> Iterator[tuple[int, int]]:
-    first = -1
-    for at in range(0, len(data), PAGE_BYTES):
-        is_zero = data[at : at + PAGE_BYTES] == _ZERO_PAGE
-        if not is_zero and first < 0:
-            first = at
-        elif is_zero and first >= 0:
-            yield first, at
-            first = -1
-    if first >= 0:
-        yield first, len(data)
+def _mask_signals() -> None:
+    check(lib.kh_thread_mask_signals(), "pthread_sigmask")
 
 
-def _write(path: Path, header: Header, memory: GuestMemory) -> None:
-    raw = msgspec.json.encode(header)
-    head = _HEAD.pack(MAGIC, VERSION, zlib.crc32(raw), len(raw))
-    try:
-        fd, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise LayoutError(f"{path}: {error.strerror}") from error
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(head + raw + bytes(-(len(head) + len(raw)) % PAGE_BYTES))
-            for run in header.runs:
-                file.write(memory[run.gpa : run.gpa + run.n_bytes])
-            file.flush()
-            os.fsync(fd)
-        Path(partial).replace(path)
-    except OSError as error:
-        Path(partial).unlink(missing_ok=True)
-        raise LayoutError(f"{path}: {error.strerror}") from error
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+def _pieces(chunks: list[ChunkRange]) -> Iterator[list[ChunkRange]]:
+    step = _PIECE_BYTES // CHUNK_BYTES
+    for start in range(0, len(chunks), step):
+        yield chunks[start : start + step]
+
+
+def _write_piece(fd: int, data: memoryview, offset: int) -> None:
+    if data:
+        _write_at(fd, data, offset)
+        check(lib.kh_write_behind(fd, offset, len(data), _BEHIND_BYTES), "sync_file_range")
+
+
+def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    left = memoryview(data)
+    while left:
+        done = os.pwrite(fd, left, offset)
+        left, offset = left[done:], offset + done
 
 
 # -- reading --------------------------------------------------------------------
 
 
-def _read_header(name: str, file: typing.BinaryIO, size: int) -> Header:
-    head = file.read(_HEAD.size)
-    if len(head) < _HEAD.size:
-        raise ImageError(name, "snapshot head", f"truncated after {len(head)} bytes", len(head))
-    magic, version, crc, n_bytes = _HEAD.unpack(head)
-    if magic != MAGIC:
-        raise ImageError(name, "magic", "not a snapshot", 0)
-    if version != VERSION:
-        raise ImageError(name, "version", f"{version}, this program reads {VERSION}", 8)
-    if n_bytes > min(size, _MAX_HEADER_BYTES):
-        raise ImageError(name, "header size", f"{n_bytes} bytes, the file has {size}", 16)
-    raw = file.read(n_bytes)
-    if len(raw) < n_bytes or zlib.crc32(raw) != crc:
-        raise ImageError(name, "header", "damaged: its checksum is another", _HEAD.size)
+def _restore(name: str, fd: int, limit_pages: int | None, common: dict[str, Any]) -> BaseMachine:
+    state, state_bytes, n_pages, table_crc = snapfile.read_state(name, fd)
+    first = snapfile.memory_offset(state_bytes)
+    table = snapfile.read_table(name, fd, state, first, n_pages, table_crc)
+    machine = _empty_machine(name, state, common)
     try:
-        return msgspec.json.decode(raw, type=Header)
-    except msgspec.DecodeError as error:
-        raise ImageError(name, "header", str(error), _HEAD.size) from error
-
-
-def _data_offset(header_bytes: int) -> int:
-    return -(-(_HEAD.size + header_bytes) // PAGE_BYTES) * PAGE_BYTES
-
-
-def _check_runs(name: str, header: Header, size: int) -> None:
-    total = 0
-    last_end = 0
-    for i, run in enumerate(header.runs):
-        whole = run.gpa % PAGE_BYTES == run.n_bytes % PAGE_BYTES == 0 < run.n_bytes
-        if not whole or run.gpa < last_end or run.offset != total:
-            raise ImageError(name, f"runs[{i}]", "not aligned, not ascending, or out of place")
-        last_end, total = run.gpa + run.n_bytes, total + run.n_bytes
-    if total > size:
-        raise ImageError(name, "runs", f"{total} bytes of memory, the file has {size}", size)
-    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if header.mem_bytes > host_bytes:
-        problem = f"{header.mem_bytes} is more than this host has ({host_bytes})"
-        raise ImageError(name, "mem_bytes", problem)
-    lengths = {len(header.vcpus), len(header.doorbells), header.n_vcpus}
-    if len(lengths) > 1:
-        raise ImageError(name, "n_vcpus", f"{header.n_vcpus}, states of {len(header.vcpus)}")
+        limit = state.limit_pages if limit_pages is None else limit_pages
+        _fill_memory(name, machine, fd, first, table, limit)
+        _fill_state(name, machine, state)
+    except BaseException:
+        machine.close()
+        raise
+    return machine
 
 
 class _Nothing:
@@ -292,56 +292,94 @@ class _Nothing:
         return BootPlan(self.path, chunks, PcEntry(Mode.PROTECTED, 0))
 
 
-def _empty_machine(name: str, header: Header, common: dict[str, Any]) -> BaseMachine:
-    common = common | {"mem_bytes": header.mem_bytes, "n_vcpus": header.n_vcpus, "engine": "kvm"}
+def _empty_machine(name: str, state: State, common: dict[str, Any]) -> BaseMachine:
+    common = common | {"mem_bytes": state.mem_bytes, "n_vcpus": state.n_vcpus, "engine": "kvm"}
     try:
-        if header.kind == "pc":
-            files = {file: bytes.fromhex(text) for file, text in header.fw_cfg.items()}
-            options = PcOptions(header.append, (), files)
-            return PcMachine(_Nothing(header.image), options, **common)
-        image = Image(header.image, IMAGE_GPA, (Segment(IMAGE_GPA, b"", 0, 0),), ())
-        return Machine(image, **common)
+        if state.kind == "pc":
+            options = PcOptions(state.append, (), state.fw_cfg)
+            return PcMachine(_Nothing(state.image), options, **common)
+        image = Image(state.image, IMAGE_GPA, (Segment(IMAGE_GPA, b"", 0, 0),), ())
+        machine = Machine(image, **common)
+        machine.params = dict(state.params)
+        return machine
     except (LayoutError, ValueError) as error:
-        raise ImageError(name, "header", str(error)) from error
+        raise ImageError(name, "state", str(error)) from error
 
 
-def _fill(name: str, machine: BaseMachine, header: Header, file: typing.BinaryIO) -> None:
-    file.seek(0)
-    (n_bytes,) = struct.unpack("<Q", file.read(_HEAD.size)[-8:])
-    _fill_memory(name, machine.memory, header, file, _data_offset(n_bytes))
+def _fill_memory(
+    name: str,
+    machine: BaseMachine,
+    fd: int,
+    offset: int,
+    table: list[tuple[ChunkRange, bytes, int]],
+    limit_pages: int,
+) -> None:
+    machine.memory.punch_all()
+    pager, n_pinned = None, 0
+    if limit_pages:
+        pager = machine.open_pager()
+        pager.set_limit(limit_pages)
+        n_pinned = sum(-(-n_bytes // PAGE_BYTES) for _, n_bytes in machine.layout.pinned_ranges)
+    writer = ChunkWriter(machine.memory, pager, n_pinned)
+    room = memoryview(bytearray(CHUNK_BYTES))
+    for chunk, held, crc, count in snapfile.held_chunks(table):
+        data = room[: count * PAGE_BYTES]
+        where = f"memory, gfn {chunk.gfn:#x} on"
+        if os.preadv(fd, [data], offset) != len(data) or crc32c(data) != crc:
+            raise ImageError(name, where, "damaged: its checksum is another", offset)
+        try:
+            writer.fill(chunk, held, data)
+        except LayoutError as error:
+            raise ImageError(name, where, str(error), offset) from error
+        offset += len(data)
+
+
+def _fill_state(name: str, machine: BaseMachine, state: State) -> None:
     engine = _kvm_engine(machine)
     pc = machine if isinstance(machine, PcMachine) else None
     try:
-        if pc:
-            load_board(engine.vm, header.board)
+        if pc and state.board:
+            load_board(engine.vm, state.board)
             for device_name, device in pc.devices.items():
-                device.load(header.devices[device_name])
-        machine.serial.load(header.serial)
-        for core, state in zip(engine.cores, header.vcpus, strict=True):
-            refused = load_vcpu(core, state, pc is not None)
-            if refused:
-                raise ImageError(name, "msrs", f"this KVM refuses MSR {', '.join(refused)}")
-        statuses = {int(index): status for index, status in header.statuses.items()}
+                device.load(state.devices[device_name])
+        machine.serial.load(state.serial)
+        for index, (core, vcpu) in enumerate(zip(engine.cores, state.vcpus, strict=True)):
+            report, remarks = load_vcpu(core, vcpu, pc is not None)
+            _judge_msrs(name, index, report, vcpu.tsc_khz)
+            for remark in remarks:
+                log.warning("%s: vCPU %d: %s", name, index, remark)
+        machine.adopt(set(state.ended), state.statuses, state.doorbells)
     except IoctlError as error:
         raise ImageError(name, "state", f"KVM refuses it: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, struct.error) as error:
         if isinstance(error, KvmHostError):
             raise
         raise ImageError(name, "state", f"damaged: {type(error).__name__} {error}") from error
-    machine.adopt(set(header.ended), statuses, header.doorbells)
 
 
-def _fill_memory(
-    name: str, memory: GuestMemory, header: Header, file: typing.BinaryIO, first: int
-) -> None:
-    memory.punch_all()
-    for i, run in enumerate(header.runs):
-        file.seek(first + run.offset)
-        data = file.read(run.n_bytes)
-        if len(data) < run.n_bytes or zlib.crc32(data) != run.crc:
-            where = first + run.offset
-            raise ImageError(name, f"runs[{i}]", "damaged: its checksum is another", where)
-        try:
-            memory[run.gpa : run.gpa + run.n_bytes] = data
-        except LayoutError as error:
-            raise ImageError(name, f"runs[{i}]", str(error), first + run.offset) from error
+def _judge_msrs(name: str, index: int, report: MsrReport, tsc_khz: int) -> None:
+    """Refuse what KVM refuses, and say what it does not keep."""
+    if report.refused:
+        refused = ", ".join(f"{msr:#x}" for msr in report.refused)
+        raise ImageError(name, f"vcpus[{index}].msrs", f"this KVM refuses MSR {refused}")
+    if report.tsc_ahead and index == 0:
+        seconds = report.tsc_ahead / (tsc_khz * 1000) if tsc_khz else 0.0
+        log.warning(
+            "%s: this host's KVM takes a TSC (MSR 0x10) and ignores it: the guest's TSC runs "
+            "on, %d cycles (%.1f s) ahead of the snapshot",
+            name,
+            report.tsc_ahead,
+            seconds,
+        )
+    for msr, (wanted, found) in report.ignored.items():
+        log.warning(
+            "%s: vCPU %d: this host's KVM takes MSR %#x and ignores it: it is %#x, not %#x",
+            name,
+            index,
+            msr,
+            found,
+            wanted,
+        )
+    if report.absent and index == 0:
+        absent = ", ".join(f"{msr:#x}" for msr in report.absent)
+        log.warning("%s: this host's KVM does not have MSR %s, which was 0", name, absent)

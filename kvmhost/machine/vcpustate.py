@@ -1,115 +1,140 @@
-"""All state of a vCPU and of a board, from KVM and back into it, as base64 text.
+"""All state of a vCPU and of a board, from KVM and back into it.
 
 The structures are the kernel's own, opaque here; they are small. The order in which
-they are set matters and is that of :data:`_ORDER`: processor mode before the local APIC,
-that before the MSRs (the timer's deadline is one), pending events last.
+they are set matters: machine-check banks and processor mode before the local APIC, that
+before the MSRs (the timer's deadline is one), pending events last.
 """
 
 from __future__ import annotations
 
-import base64
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated
+
+import msgspec
 
 from kvmhost.errors import IoctlError
 from kvmhost.kvm import KvmVcpu
+from kvmhost.kvm.msrs import MAX_MSRS, MsrReport, load_msrs, read_msrs
 
 if typing.TYPE_CHECKING:
     from kvmhost.kvm.vm import Vm
 
-__all__ = ["load_board", "load_vcpu", "save_board", "save_vcpu"]
+__all__ = ["BoardState", "VcpuState", "load_board", "load_vcpu", "save_board", "save_vcpu"]
 
-#: Structures of a vCPU in the order of restoring; the last two need the irqchip.
+#: Structures of a vCPU in the order of restoring; MSRs come before the last.
 _ORDER = ("regs", "sregs", "xsave", "xcrs", "debugregs", "lapic", "vcpu_events")
-_NEED_IRQCHIP = {"lapic"}
 _CHIPS = (0, 1, 2)
+_MCG_CAP = 0x179
+#: A TSC frequency that differs by less is the same, measured again. In parts per million.
+_SAME_KHZ_PPM = 250
+
+#: A structure of the kernel's. The largest is XSAVE's area with AMX tiles, 11 KiB.
+Raw = Annotated[bytes, msgspec.Meta(max_length=1 << 16)]
+_Index = Annotated[str, msgspec.Meta(pattern="^0x[0-9a-f]{1,8}$")]
+_Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+_Msrs = Annotated[dict[_Index, _Unsigned], msgspec.Meta(max_length=MAX_MSRS)]
 
 
-def save_vcpu(core: KvmVcpu, msrs: list[int], irqchip: bool) -> dict[str, Any]:
+class VcpuState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One vCPU. The bytes are base64 in JSON; ``lapic`` is for VMs with an irqchip."""
+
+    cpuid: Raw
+    regs: Raw
+    sregs: Raw
+    xsave: Raw
+    xcrs: Raw
+    debugregs: Raw
+    vcpu_events: Raw
+    lapic: Raw | None
+    mp_state: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+    tsc_khz: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+    msrs: _Msrs
+
+
+class BoardState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """PICs, I/O APIC, PIT, and the clock in ns."""
+
+    chips: Annotated[list[Raw], msgspec.Meta(min_length=3, max_length=3)]
+    pit: Raw
+    clock_ns: _Unsigned
+
+
+def save_vcpu(core: KvmVcpu, msrs: list[int], irqchip: bool) -> VcpuState:
     """Return the state of a vCPU that does not run.
 
-    :param msrs: those that this KVM saves, see ``System.msr_index_list``
+    :param msrs: what to look for, see :func:`~kvmhost.kvm.msrs.readable_msrs`
     :param irqchip: whether the VM has an in-kernel irqchip
     """
-    state: dict[str, Any] = {"cpuid": _text(core.get_cpuid())}
-    for name in _ORDER:
-        if irqchip or name not in _NEED_IRQCHIP:
-            state[name] = _text(getattr(core, f"get_{name}")())
-    state["mp_state"] = core.get_mp_state()
-    state["msrs"] = {f"{index:#x}": value for index, value in _get_msrs(core, msrs).items()}
-    return state
+    parts = {
+        name: bytes(getattr(core, f"get_{name}")()) for name in _ORDER if irqchip or name != "lapic"
+    }
+    return VcpuState(
+        cpuid=bytes(core.get_cpuid()),
+        lapic=parts.pop("lapic", None),
+        mp_state=core.get_mp_state(),
+        tsc_khz=_tsc_khz(core),
+        msrs={f"{index:#x}": value for index, value in read_msrs(core, msrs).items()},
+        **parts,
+    )
 
 
-def load_vcpu(core: KvmVcpu, state: Mapping[str, Any], irqchip: bool) -> list[str]:
+def load_vcpu(core: KvmVcpu, state: VcpuState, irqchip: bool) -> tuple[MsrReport, list[str]]:
     """Put a state into a fresh vCPU.
 
-    :return: names of MSRs that KVM refuses, and that are not what they were
+    :return: what became of the MSRs, and what else this host does otherwise
     :raises IoctlError: if KVM refuses the state
-    :raises ValueError, KeyError: if it is damaged
+    :raises ValueError: if a structure is not of its size, or one is missing
     """
-    core.set_cpuid(_bytes(state["cpuid"]))
-    core.set_mp_state(int(state["mp_state"]))
-    refused: list[str] = []
+    if irqchip and state.lapic is None:
+        raise ValueError("lapic is missing")
+    remarks: list[str] = []
+    core.set_cpuid(state.cpuid)
+    _set_tsc_khz(core, state.tsc_khz, remarks)
+    values = {int(index, 16): value for index, value in state.msrs.items()}
+    mcg_cap = values.get(_MCG_CAP, 0)
+    if mcg_cap and mcg_cap != read_msrs(core, [_MCG_CAP]).get(_MCG_CAP):
+        core.setup_mce(mcg_cap)
+    core.set_mp_state(state.mp_state)
+    report = MsrReport()
     for name in _ORDER:
         if name == "vcpu_events":
-            values = {int(index, 16): int(value) for index, value in state["msrs"].items()}
-            refused = _set_msrs(core, values)
-        if irqchip or name not in _NEED_IRQCHIP:
+            report = load_msrs(core, values, _tsc_khz(core))
+        if irqchip or name != "lapic":
             set_it: Callable[[bytes], None] = getattr(core, f"set_{name}")
-            set_it(_bytes(state[name]))
-    return refused
+            set_it(getattr(state, name))
+    return report, remarks
 
 
-def save_board(vm: Vm) -> dict[str, Any]:
+def save_board(vm: Vm) -> BoardState:
     """Return the state of PICs, I/O APIC, PIT and clock."""
-    state: dict[str, Any] = {f"chip{chip}": _text(vm.get_irqchip(chip)) for chip in _CHIPS}
-    return state | {"pit": _text(vm.get_pit2()), "clock_ns": int(vm.get_clock().clock)}
+    chips = [bytes(vm.get_irqchip(chip)) for chip in _CHIPS]
+    return BoardState(chips, bytes(vm.get_pit2()), int(vm.get_clock().clock))
 
 
-def load_board(vm: Vm, state: Mapping[str, Any]) -> None:
+def load_board(vm: Vm, state: BoardState) -> None:
     """Put a state from :func:`save_board` into a fresh VM.
 
     :raises IoctlError: if KVM refuses it
     """
-    for chip in _CHIPS:
-        vm.set_irqchip(_bytes(state[f"chip{chip}"]))
-    vm.set_pit2(_bytes(state["pit"]))
-    vm.set_clock({"clock": int(state["clock_ns"])})
+    for chip in state.chips:
+        vm.set_irqchip(chip)
+    vm.set_pit2(state.pit)
+    vm.set_clock({"clock": state.clock_ns})
 
 
-def _get_msrs(core: KvmVcpu, indices: list[int]) -> dict[int, int]:
-    found: dict[int, int] = {}
-    left = list(indices)
-    while left:
-        got = core.get_msrs(left)
-        found |= got
-        # KVM stops at the first that this vCPU does not have.
-        left = left[len(got) + 1 :]
-    return found
+def _tsc_khz(core: KvmVcpu) -> int:
+    try:
+        return core.get_tsc_khz()
+    except IoctlError:
+        return 0  # A host without a stable TSC does not know.
 
 
-def _set_msrs(core: KvmVcpu, values: dict[int, int]) -> list[str]:
-    refused: list[str] = []
-    left = dict(values)
-    while left:
-        try:
-            core.set_msrs(left)
-            break
-        except IoctlError as error:
-            bad = error.arguments.get("index")
-            if bad not in left:
-                raise
-            names = list(left)
-            if core.get_msrs([bad]).get(bad) != left[bad]:
-                refused.append(f"{bad:#x}")
-            left = {name: left[name] for name in names[names.index(bad) + 1 :]}
-    return refused
-
-
-def _text(structure: Any) -> str:
-    return base64.b64encode(bytes(structure)).decode("ascii")
-
-
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)
+def _set_tsc_khz(core: KvmVcpu, khz: int, remarks: list[str]) -> None:
+    here = _tsc_khz(core)
+    if not khz or not here or abs(khz - here) * 1_000_000 <= here * _SAME_KHZ_PPM:
+        return
+    try:
+        core.set_tsc_khz(khz)
+    except IoctlError:
+        remarks.append(f"the TSC runs at {here} kHz, in the snapshot at {khz} kHz")

@@ -13,10 +13,11 @@ A full store refuses evictions; it never drops a page.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,31 @@ class Pager:
         """
         self.arm()
         lib.kh_pager_set_limit(self._core, resident_pages)
+
+    @property
+    def limit_pages(self) -> int:
+        """The limit of :meth:`set_limit`; 0: none."""
+        return int(lib.kh_pager_limit(self._core))
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[Any]:
+        """Hold everything still that takes pages away, brings them back or changes the limit.
+
+        Who asks for any of that waits for the end. Faults are served as ever, within the
+        limit: no thread that touches guest memory waits for the one that froze it.
+
+        :return: the C pager, for :mod:`kvmhost.memory.chunks`
+        """
+        lib.kh_pager_freeze(self._core)
+        try:
+            yield self._core
+        finally:
+            lib.kh_pager_thaw(self._core)
+
+    @property
+    def core(self) -> Any:
+        """The C pager, for :mod:`kvmhost.memory.chunks`."""
+        return self._core
 
     def shrink(self) -> int:
         """Evict until the limit of :meth:`set_limit` holds; return how many pages went.

@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from kvmhost.errors import CapabilityError, ImageError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.machine.pc import PcMachine, PcOptions
+from kvmhost.machine.snapfile import HEAD, memory_offset, pack_head
 from kvmhost.machine.snapshot import restore_machine, save_machine
 from kvmhost.pager.pager import PageState
 
@@ -30,8 +30,6 @@ Guest = Callable[[str], Path]
 Until = Callable[..., None]
 
 pytestmark = pytest.mark.requires_kvm
-
-HEAD = struct.Struct("<8sIIQ")
 
 
 @pytest.fixture
@@ -90,18 +88,20 @@ def test_devices_and_waiting_input(pc_guest: Guest, tmp_path: Path, until: Until
         assert machine.console_text() == "got over there\ngot \n"
 
 
-def test_a_tiny_guest(tmp_path: Path, until: Until) -> None:
+def test_a_tiny_guest(tmp_path: Path) -> None:
     path = tmp_path / "tiny.snap"
     params = {"pages": 64, "epochs": 200}
     with Machine(image_path("touch"), mem_bytes=8 << 20, engine="kvm", params=params) as machine:
-        machine.start()
-        until(lambda: machine.doorbells >= 20, "twenty epochs")
+        machine.step_by_doorbell()
+        for _ in range(20):
+            assert machine.run_epoch()
         save_machine(machine, path)
-        assert machine.wait(30) == 0
+        machine.step_by_doorbell(False)
+        assert machine.wait(60) == 0
     with restore_machine(path) as machine:
-        assert 20 <= machine.doorbells < 200
+        assert machine.doorbells == 20
         machine.start()
-        assert machine.wait(30) == 0
+        assert machine.wait(60) == 0
         assert machine.doorbells == 200
 
 
@@ -126,16 +126,21 @@ def test_the_emulator_has_no_snapshots(tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """Change the header of a snapshot and put its checksum right."""
+    """Change the state of a snapshot and put its checksums right."""
     raw = path.read_bytes()
-    n_bytes = HEAD.unpack_from(raw)[3]
-    header = json.loads(raw[HEAD.size : HEAD.size + n_bytes])
-    change(header)
-    text = json.dumps(header).encode()
-    pages = raw[-(-(HEAD.size + n_bytes) // 4096) * 4096 :]
-    head = HEAD.pack(b"KVMSNAP\0", 1, zlib.crc32(text), len(text))
+    _, _, _, n_bytes, n_pages, *_ = HEAD.unpack_from(raw)
+    state = json.loads(raw[HEAD.size : HEAD.size + n_bytes])
+    change(state)
+    first = memory_offset(n_bytes)
+    table = raw[first + n_pages * 4096 :]
+    return write_file(path, json.dumps(state).encode(), raw[first:][: n_pages * 4096], table)
+
+
+def write_file(path: Path, text: bytes, memory: bytes, table: bytes) -> Path:
+    """Write a file with right checksums beside ``path``."""
+    head = pack_head(text, len(memory) // 4096, table) + text
     other = path.with_suffix(".other")
-    other.write_bytes(head + text + bytes(-(len(head) + len(text)) % 4096) + pages)
+    other.write_bytes(head.ljust(memory_offset(len(text)), b"\0") + memory + table)
     return other
 
 
@@ -143,20 +148,38 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     ("change", "field"),
     [
         (lambda h: h.update(mem_bytes=1 << 50), "mem_bytes"),
-        (lambda h: h.update(mem_bytes=-4096), "header"),
+        (lambda h: h.update(mem_bytes=-4096), "state"),
+        (lambda h: h.update(mem_bytes=4097), "mem_bytes"),
+        (lambda h: h.update(mem_bytes=h["mem_bytes"] * 2), "file"),
         (lambda h: h.update(n_vcpus=3), "n_vcpus"),
-        (lambda h: h.update(kind="mainframe"), "header"),
-        (lambda h: h.update(surprise=1), "header"),
-        (lambda h: h.update(fw_cfg={"a": "zz"}), "header"),
-        (lambda h: h["runs"][0].__setitem__(0, 1 << 40), "runs"),
-        (lambda h: h["runs"][0].__setitem__(1, 100), "runs"),
+        (lambda h: h["doorbells"].append(0), "n_vcpus"),
+        (lambda h: h.update(kind="mainframe"), "state"),
+        (lambda h: h.update(kind="tiny"), "board"),
+        (lambda h: h.update(board=None), "board"),
+        (lambda h: h.update(surprise=1), "state"),
+        (lambda h: h.update(fw_cfg={"a": "zz"}), "state"),
         (lambda h: h["vcpus"][0].update(regs="!"), "state"),
+        (lambda h: h["vcpus"][0].update(regs=h["vcpus"][0]["regs"][4:]), "state"),
         (lambda h: h["vcpus"][0].update(sregs=h["vcpus"][0]["regs"]), "state"),
+        (lambda h: h["vcpus"][0].update(lapic=None), "state"),
         (lambda h: h["vcpus"][0].pop("msrs"), "state"),
+        (lambda h: h["vcpus"][0]["msrs"].update({"0x200": 0x55}), "vcpus[0].msrs"),
+        (lambda h: h["vcpus"][0]["msrs"].update(x=1), "state"),
+        (lambda h: h["vcpus"][0]["msrs"].update({"0x179": 1 << 40 | 99}), "state"),
         (lambda h: h["board"].update(pit=3), "state"),
+        (lambda h: h["board"]["chips"].pop(), "state"),
         (lambda h: h["devices"].pop("clock"), "state"),
+        (lambda h: h["devices"].update(clock=[]), "state"),
         (lambda h: h["serial"].update(ier=-1), "state"),
         (lambda h: h.update(statuses={"x": 1}), "state"),
+        (lambda h: h.update(statuses={"0": 10**30}), "state"),
+        (lambda h: h.update(statuses={"0": 256}), "state"),
+        (lambda h: h.update(statuses={"2": 1}), "statuses"),
+        (lambda h: h.update(ended=[2]), "ended"),
+        (lambda h: h.update(ended=[0, 0]), "ended"),
+        (lambda h: h.update(ended=[-1]), "state"),
+        (lambda h: h.update(doorbells=[-1, 0]), "state"),
+        (lambda h: h.update(doorbells=[2**64, 0]), "state"),
     ],
 )
 def test_contradictions_are_refused(
@@ -167,16 +190,57 @@ def test_contradictions_are_refused(
     assert caught.value.field.startswith(field)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"[]",
+        b"\xff\xfe",
+        b'{"kind":"tiny","image":"\xff"}',
+        b'{"devices":{"a":' + b"[" * 100_000,
+    ],
+)
+def test_a_state_that_is_no_state_is_refused(text: bytes, tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        restore_machine(write_file(tmp_path / "x.snap", text, b"", b""))
+    assert caught.value.field == "state"
+
+
+def test_version_1_is_refused_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "old.snap"
+    path.write_bytes(struct.pack("<8sIIQ", b"KVMSNAP\0", 1, 0, 2) + b"{}" + bytes(4096))
+    with pytest.raises(ImageError, match="1, this program reads 2"):
+        restore_machine(path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "missing"])
+def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path = Path("/dev/zero")
+    with pytest.raises(ImageError) as caught:
+        restore_machine(path)
+    assert caught.value.field == "file"
+
+
 def test_damage_is_refused(saved: Path) -> None:
     raw = saved.read_bytes()
-    for at in (0, 8, 13, 20, 40, 3000, len(raw) - 1):
+    last_of_memory = len(raw) - 36 * (saved.stat().st_size // (36 << 20) + 128) - 1
+    for at in (0, 8, 13, 20, 30, 42, 50, 3000, last_of_memory, len(raw) - 1):
         saved.write_bytes(raw[:at] + bytes([raw[at] ^ 0x40]) + raw[at + 1 :])
         with pytest.raises(ImageError):
             restore_machine(saved)
-    for n_bytes in (0, 7, 23, 100, len(raw) - 4096):
+    for n_bytes in (0, 7, 43, 100, len(raw) - 4096, len(raw) - 1):
         saved.write_bytes(raw[:n_bytes])
         with pytest.raises(ImageError):
             restore_machine(saved)
+    saved.write_bytes(raw + b"\0")
+    with pytest.raises(ImageError):
+        restore_machine(saved)
 
 
 @settings(
@@ -198,27 +262,29 @@ def test_changed_states_never_do_more_than_fail(data: st.DataObject, saved: Path
         restore_machine(rewritten(saved, change)).close()
 
 
-def test_the_commands(
-    pc_guest: Guest, tmp_path: Path, until: Until, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands(pc_guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path / "run"))
     kvmhost = [sys.executable, "-m", "kvmhost"]
-    serial, path = tmp_path / "serial", tmp_path / "vm.snap"
-    words = ["--name", "snap", "--serial", f"file:{serial}", "--append", "99"]
-    image = str(pc_guest("rounds.elf"))
-    with subprocess.Popen([*kvmhost, "run", image, *words]) as first:
+    path = tmp_path / "vm.snap"
+    image = str(pc_guest("echo.elf"))
+    pipe = subprocess.PIPE
+    # This guest waits for input: it is there however long the other command takes to start.
+    with subprocess.Popen(
+        [*kvmhost, "run", image, "--name", "snap"], stdin=pipe, stdout=pipe
+    ) as first:
         try:
-            until(lambda: serial.exists() and serial.read_text().count("\n") >= 3, "rounds")
+            assert first.stdout is not None
+            assert first.stdout.readline() == b"ready\n"
             command = [*kvmhost, "snapshot", "snap", str(path), "--stop"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             assert done.returncode == 0, done.stderr
-            first.wait(30)
+            first.wait(60)
         finally:
             if first.poll() is None:
                 os.kill(first.pid, signal.SIGKILL)
     command = [*kvmhost, "run", "--restore", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, input="hello\n\n")
     assert done.returncode == 1, done.stderr
-    assert done.stdout.endswith("round 0x62\n")
+    assert done.stdout == "got hello\ngot \n"
     both = [*kvmhost, "run", image, "--restore", str(path)]
-    assert subprocess.run(both, capture_output=True, timeout=30).returncode == 2
+    assert subprocess.run(both, capture_output=True, timeout=60).returncode == 2
