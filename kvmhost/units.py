@@ -40,7 +40,7 @@ class Bytes(int):
             return cls(given)
         match = _SIZE.fullmatch(given.strip()) if isinstance(given, str) else None
         if match is None:
-            raise ValueError(f"{given!r} is no size; write 65536, 256M or 1G")
+            raise ValueError(f"invalid size {given!r}; write 65536, 256M or 1G")
         return cls(int(match[1]) << _BINARY[match[2].upper()])
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Seconds(float):
         """
         match = _TIME.fullmatch(given.strip()) if isinstance(given, str) else None
         if match is None or not (match[2] or bare):
-            raise ValueError(f"{given!r} is no time; write 50ms, 1s or 2min")
+            raise ValueError(f"invalid time {given!r}; write 50ms, 1s or 2min")
         return cls(Decimal(match[1]) * Decimal(_SECONDS[match[2] or "s"]))
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Share(float):
         """
         match = _SHARE.fullmatch(given.strip()) if isinstance(given, str) else None
         if match is None or (match[3] and not int(match[3])):
-            raise ValueError(f"{given!r} is no share; write for example 90% or 1/8")
+            raise ValueError(f"invalid share {given!r}; write for example 90% or 1/8")
         if match[3]:
             return cls(int(match[2]) / int(match[3]))
         # In decimals: what is written back has to read as the same number.
@@ -112,6 +112,9 @@ class Mark:
     def of(self, total_bytes: int) -> int:
         """Return it in bytes."""
         return int(total_bytes * self.share) if self.share is not None else int(self.size or 0)
+
+    def __bool__(self) -> bool:
+        return bool(self.size or self.share)
 
     def __str__(self) -> str:
         return str(self.size if self.share is None else self.share)

@@ -45,7 +45,7 @@ def size_bytes(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 65536, 256M or 1G")
+        raise argparse.ArgumentTypeError(f"invalid size {text!r}; write 65536, 256M or 1G")
     return int(match.group(1)) * _UNITS[match.group(2).upper()]
 
 
@@ -85,7 +85,7 @@ def share(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; write for example 1/8 or 12.5%")
+        raise argparse.ArgumentTypeError(f"invalid share {text!r}; write for example 1/8 or 12.5%")
     return value
 
 

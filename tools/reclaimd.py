@@ -25,6 +25,7 @@ from kvmhost.reclaim.control.paths import lock_daemon, socket_of, sweep
 from kvmhost.reclaim.control.server import DaemonServer
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.policy.registry import BUILT_IN
 from kvmhost.reclaim.sdnotify import SdNotifier
 from kvmhost.reclaim.settings.config import Option, load, options, read_flag, to_toml
 from kvmhost.reclaim.settings.options import Config, VmOptions
@@ -173,11 +174,11 @@ def parser() -> CommandParser:
     parser = CommandParser(
         prog="kvmhost reclaimd",
         description="Harvest accessed bits of running VMs, age their pages, and evict the "
-        "coldest while a VM is above its budget, or ahead of need. Guest data stays in the "
-        "VMs: the daemon may be killed and started again at any time, and a VM keeps the "
-        "limit that it was given.",
+        "coldest pages while a VM is above its budget, or proactively. Guest data stays in "
+        "the VMs: the daemon may be killed and restarted at any time, and a VM keeps its "
+        "limit.",
         epilog="Ends by SIGTERM (exit code 0), SIGINT (130), after --passes, or when all VMs "
-        "are gone (0; 1 if one could not be looked after). SIGHUP reads --config again.",
+        "have ended (0; 1 if one could not be managed). SIGHUP reloads --config.",
     )
     parser.add_argument(
         "vm", nargs="*", metavar="VM", help="name of a VM, path of its socket, or a pattern: '*'"
@@ -206,7 +207,10 @@ def parser() -> CommandParser:
 
 def _add_flag(group: Any, option: Option) -> None:
     flag, dest = "--" + option.key.replace("_", "-"), f"{option.section}.{option.key}"
-    about = option.about.replace("%", "%%")
+    about = option.about
+    if (option.section, option.key) == ("defaults", "policy"):
+        about = f"which pages are evicted: {', '.join(BUILT_IN)}, or the name of a plug-in"
+    about = about.replace("%", "%%")
     if isinstance(option.default, bool):
         group.add_argument(
             flag, dest=dest, action=argparse.BooleanOptionalAction, default=None, help=about

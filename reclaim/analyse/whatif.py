@@ -1,15 +1,16 @@
-"""What would a policy have done: records replayed at many parameters, in parallel.
+"""Replay records through policies with many parameters, in parallel.
 
-One case is a record, a policy with its options, and a budget. Cases know nothing of
-each other, so they run on Dask workers: processes on this machine by default, or a
-cluster, whose workers have to see the records under the same paths. The model of a
-window is that of :mod:`kvmhost.reclaim.policy.replay`.
+One case is a record, a policy with its options, and a budget. Cases are independent, so
+they run on Dask workers: processes on this machine by default, or a cluster, whose
+workers need the records under the same paths. A window is modelled as in
+:mod:`kvmhost.reclaim.policy.replay`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,12 +27,21 @@ from kvmhost.reclaim.record.clock import elapsed_s
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import count_bits
 
-__all__ = ["Case", "Outcome", "cases_of", "make_policy", "run_case", "run_cases", "windows_of"]
+__all__ = [
+    "Case",
+    "Outcome",
+    "cases_of",
+    "has_dask",
+    "make_policy",
+    "run_case",
+    "run_cases",
+    "windows_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What to replay. Options are (name, value) pairs, so that cases can be compared."""
+    """One replay. Options are (name, value) pairs, so that cases can be compared."""
 
     path: Path
     policy: str
@@ -41,18 +51,18 @@ class Case:
     end: int | None = None
 
     def settings(self) -> str:
-        """Return policy and options in words."""
+        """Return policy and options as text."""
         return " ".join([self.policy, *(f"{name}={value}" for name, value in self.options)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a case.
+    """The result of a case.
 
-    :param refaults_per_min: predicted; pages that came back after having been evicted
+    :param refaults_per_min: predicted refaults of evicted pages
     :param saved_pages: mean over the windows: touched so far, and not resident
     :param saved_share: the same as a share of what was touched so far
-    :param wrong_share: share of the evictions that were undone within a few windows
+    :param wrong_share: share of the evictions that refaulted within a few windows
     """
 
     case: Case
@@ -79,9 +89,9 @@ def cases_of(
 ) -> list[Case]:
     """Return every combination.
 
-    :param budgets: each makes pages out of a record
+    :param budgets: each returns the budget in pages for a record
     :param grid: values by option
-    :raises LayoutError: if a budget is no page, or a policy does not take an option
+    :raises LayoutError: if a budget is below one page, or a policy does not take an option
     """
     found = []
     for path in paths:
@@ -101,9 +111,9 @@ def cases_of(
 
 
 def make_policy(name: str, n_pages: int, options: Mapping[str, Any]) -> Policy:
-    """Make a fresh policy.
+    """Create a policy.
 
-    :raises LayoutError: if there is none of that name, or it takes other options
+    :raises LayoutError: if the name is unknown, or the policy takes other options
     """
     return registry.create(name, n_pages, options)
 
@@ -157,9 +167,10 @@ def run_cases(
 ) -> list[Outcome]:
     """Run cases in parallel, and return their outcomes in the same order.
 
-    :param workers: processes on this machine; 0: in this one, without Dask; None: one a core
+    :param workers: processes on this machine; 0 runs in this process, without Dask; None
+        for one per core
     :param scheduler: address of a Dask cluster; its workers need the records and this package
-    :raises CapabilityError: without Dask, or if nothing answers at the address
+    :raises CapabilityError: without Dask, or if the scheduler does not answer
     """
     if workers == 0 and scheduler is None:
         outcomes = []
@@ -170,7 +181,7 @@ def run_cases(
     distributed = _need_dask()
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(_client(distributed, workers, scheduler, stack))
-        # Two cases that are the same are two pieces of work all the same.
+        # pure=False: equal cases are still run separately.
         futures = client.map(run_case, cases, pure=False)
         for _ in distributed.as_completed(futures):
             on_done()
@@ -193,6 +204,11 @@ def _client(
             "scheduler", f"a Dask scheduler at {scheduler}", str(error),
             "start one with dask scheduler, and workers with dask worker",
         ) from error  # fmt: skip
+
+
+def has_dask() -> bool:
+    """Return whether Dask is installed."""
+    return importlib.util.find_spec("distributed") is not None
 
 
 def _need_dask() -> Any:

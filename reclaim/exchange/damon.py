@@ -189,7 +189,7 @@ def read(path: Path, most_bytes: int = MAX_FILE_BYTES) -> Imported:
     extra = whole.kvmhost_young
     page_bytes = extra.page_bytes if extra else 4096
     if page_bytes < 512 or page_bytes & (page_bytes - 1) or page_bytes > 1 << 30:
-        raise RecordError(str(path), "page_bytes", f"{page_bytes} is no size of a page")
+        raise RecordError(str(path), "page_bytes", f"invalid page size {page_bytes}")
     spans = [
         [_pages(region, page_bytes, path, number) for region in snapshot.regions]
         for number, snapshot in enumerate(whole.snapshots)

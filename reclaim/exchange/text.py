@@ -137,7 +137,7 @@ class _Window:
         if words[0] == "coarse":
             ranges, words = self.coarse, words[1:]
         if len(words) not in (1, 2) or not all(map(_NUMBER.fullmatch, words)):
-            problem = f"{line[:80]!r} is no range; write 0x400 0x480"
+            problem = f"invalid range {line[:80]!r}; write 0x400 0x480"
             raise RecordError(str(path), "line", problem, offset)
         first = int(words[0], 0 if words[0][:2].lower() == "0x" else 10)
         end = (
@@ -146,7 +146,7 @@ class _Window:
             else first + 1
         )
         if not first < end < 1 << 52:
-            raise RecordError(str(path), "line", f"{line[:80]!r} is no range of gfns", offset)
+            raise RecordError(str(path), "line", f"invalid range of gfns {line[:80]!r}", offset)
         ranges.append((first, end))
 
 

@@ -1,7 +1,7 @@
-"""Records as xarray datasets and pandas frames, for those who have these libraries.
+"""Records as xarray datasets and pandas frames, if these libraries are installed.
 
-A dataset reads the arrays, which are at most a minute behind a recording that runs;
-a frame has every window. Both have the record's time axis, which only goes forward.
+A dataset reads the arrays, which are at most a minute behind a running recording; a
+frame has every window. Both have the monotonic time axis of the record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["to_dataset", "to_frame"]
 
 
 def to_frame(record: YoungRecord) -> Any:
-    """Return a pandas frame with a row a window: its columns, and what it came from.
+    """Return a pandas frame with one row per window: its columns, and its source.
 
     The index is the time in seconds at which each window ended.
 
@@ -37,17 +37,24 @@ def to_frame(record: YoungRecord) -> Any:
 def to_dataset(record: YoungRecord) -> Any:
     """Return an xarray dataset of the arrays, read a chunk at a time when asked for.
 
-    ``young`` and ``coarse`` are booleans over ``gfn`` and ``window``; the coordinate
-    ``seconds`` belongs to ``window``. Gfns count from ``attrs["gfn_start"]``, as a
-    coordinate of their own would be larger than the bits.
+    ``young`` and ``coarse`` are booleans over ``gfn`` and ``window``, so that
+    ``young.sel(gfn=0x400)`` is the history of a page. ``window`` has the coordinates
+    ``seconds``, from the start of the record, and ``time``, the wall clock in UTC at the
+    end of each window (NaT where it was not recorded).
 
     :raises CapabilityError: without xarray and zarr
     """
     xarray = _need("xarray")
     _need("zarr")
     data = xarray.open_zarr(str(record.path), mask_and_scale=False)
-    seconds = elapsed_s(record)[: data.sizes["window"]]
-    data = data.assign_coords(seconds=("window", seconds))
+    n_windows = data.sizes["window"]
+    wall_ns = record.column("wall_ns")[:n_windows]
+    ends = np.where(wall_ns > 0, wall_ns, np.iinfo(np.int64).min).view("datetime64[ns]")
+    # A range takes no memory; a gfn per page would be larger than the bits.
+    gfns = _need("pandas").RangeIndex(record.gfn_start, record.gfn_start + data.sizes["gfn"])
+    data = data.assign_coords(
+        gfn=gfns, seconds=("window", elapsed_s(record)[:n_windows]), time=("window", ends)
+    )
     return data.assign_attrs(gfn_start=record.gfn_start, page_bytes=record.metadata.page_bytes)
 
 

@@ -14,6 +14,7 @@ names the file inside the record. See ``docs/record.md`` for the format, and
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,32 @@ class YoungRecord(Closing):
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def __repr__(self) -> str:
+        trackers = sorted({session.tracker for session in self.metadata.sessions})
+        return (
+            f"YoungRecord({str(self.path)!r}: VM {self.name!r}, {len(self)} windows, "
+            f"gfns [{self.gfn_start:#x}, {self.gfn_end:#x}), {'/'.join(trackers)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        rows = {
+            "file": str(self.path),
+            "VM": self.name,
+            "windows": f"{len(self):,}" + (", being written" if self.is_being_written() else ""),
+            "gfns": f"[{self.gfn_start:#x}, {self.gfn_end:#x}): {self.n_pages:,} pages of "
+            f"{self.metadata.page_bytes} bytes",
+            "memslots": f"{len(self.memslots())}",
+            "trackers": ", ".join(sorted({s.tracker for s in self.metadata.sessions})),
+        }
+        if len(self):
+            young = self.column("n_young")
+            rows["young pages"] = f"{young.min():,} to {young.max():,} per window"
+        cells = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in rows.items()
+        )
+        return f"<table><caption>Young record</caption>{cells}</table>"
 
     @property
     def metadata(self) -> RecordMeta:

@@ -122,12 +122,13 @@ def load(path: str | Path | None, flags: Flags | None = None) -> Config:
     return config
 
 
-def budget_of(options: VmOptions) -> Budget | None:
-    """Return a VM's budget with its marks; None: it has none of its own.
+def budget_of(options: VmOptions, memory_bytes: int) -> Budget | None:
+    """Return a VM's budget with its marks; None if it has none of its own.
 
+    :param memory_bytes: all memory of the VM, of which the budget may be a share
     :raises LayoutError: if the marks do not fit
     """
-    size = int(options.budget)
+    size = options.budget.of(memory_bytes)
     return Budget.of(size, options.high.of(size), options.low.of(size)) if size else None
 
 
@@ -143,6 +144,12 @@ def to_toml(config: Config) -> str:
     if not raw["vm"]:
         del raw["vm"]
     return tomli_w.dumps(raw)
+
+
+#: The memory of a VM is not known yet when its options are checked. Of a budget that is a
+#: share, only marks that are shares can be checked against this size; a session limits
+#: the others to the budget.
+_ANY_MEMORY_BYTES = 1 << 52
 
 
 class _Where:
@@ -220,7 +227,7 @@ def _check(config: Config, where: _Where) -> None:
     tables = {("defaults",): config.defaults} | {("vm", p): o for p, o in config.vm.items()}
     for keys, vm in tables.items():
         try:
-            budget_of(vm)
+            budget_of(vm, _ANY_MEMORY_BYTES)
         except LayoutError as error:
             raise where.error(keys, str(error)) from None
         _check_policy(vm, keys, where)

@@ -125,11 +125,15 @@ class Account(_Section, frozen=True):
 
 
 class VmOptions(_Section, frozen=True):
-    """Section ``[defaults]``, and tables ``[vm.PATTERN]``: how one VM is looked after."""
+    """Section ``[defaults]``, and tables ``[vm.PATTERN]``: how one VM is managed."""
 
     budget: Annotated[
-        Bytes, _about("resident memory that the VM never exceeds; 0: only [pressure] applies")
-    ] = Bytes(0)
+        Mark,
+        _about(
+            "resident memory that the VM never exceeds, as a size or a share of its memory; "
+            "0: only [pressure] applies"
+        ),
+    ] = Mark(size=Bytes(0))
     high: Annotated[
         Mark, _about("evict in the background above this size or share of the budget")
     ] = Mark(share=Share(0.95))

@@ -49,6 +49,8 @@ class VmPages:
             self.movable[region.gfn : region.gfn + region.n_pages] = True
         for pinned in memory.pinned:
             self.movable[pinned.gfn : pinned.gfn + pinned.n_pages] = False
+        #: All pages of the VM, pinned ones included.
+        self.n_memory = sum(region.n_pages for region in memory.regions)
         self.n_pinned = sum(pinned.n_pages for pinned in memory.pinned)
         self.resident: Mask = np.zeros(self.n_pages, dtype=bool)
         self._has_baseline = False

@@ -21,8 +21,6 @@ import functools
 import threading
 import time
 
-import numpy as np
-
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Counters, LeaseRequest
 from kvmhost.reclaim.account.decisions import DecisionKind, EvictReason
@@ -240,10 +238,15 @@ class Session:
     def _claim(self) -> None:
         """Report to the host what this VM has and needs."""
         pages = self.pages
-        size = int(np.count_nonzero(pages.movable)) + pages.n_pinned
         self.context.host.claim(
             self.vm,
-            Claim(self.options.weight, self._working(), pages.n_resident, size, pages.n_pinned + 1),
+            Claim(
+                self.options.weight,
+                self._working(),
+                pages.n_resident,
+                pages.n_memory,
+                pages.n_pinned + 1,
+            ),
         )
 
     # -- decide ---------------------------------------------------------------
@@ -267,7 +270,8 @@ class Session:
     def _set_budget(self) -> None:
         """Apply the smaller of the VM's own budget and its part of the shared budget."""
         part = self.context.host.budget_pages(self.vm)
-        sizes = [int(self.options.budget)] if self.options.budget else []
+        own = self.options.budget.of(self.pages.n_memory * _PAGE_BYTES)
+        sizes = [own] if own else []
         if part is not None:
             sizes.append(part * _PAGE_BYTES)
         size = max(min(sizes), _PAGE_BYTES) if sizes else 0

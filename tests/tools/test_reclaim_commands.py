@@ -173,7 +173,7 @@ def test_metrics_on_the_loopback_and_decisions_in_the_file(pair):
         (["--budget", "1M"], "name a VM"),
         (["vm1", "--budget", "1M", "--psi-trigger", "often"], "is no trigger"),
         (["vm1", "--budget", "1M", "--set", "vm.x.nonsense=1"], "vm.PATTERN.KEY=VALUE"),
-        (["vm1", "--budget", "1M", "--set", "vm.x.budget=1s"], "is no size"),
+        (["vm1", "--budget", "1M", "--set", "vm.x.budget=1s"], "invalid size"),
         (["vm1", "--budget", "1M", "--config", "/none/x.toml"], "/none/x.toml: No such file"),
         (["vm1", "--budget", "1M", "--decisions-file", "/none/x"], "/none/x: No such file"),
         (["vm1", "--budget", "1M", "--name", "../x"], "name"),

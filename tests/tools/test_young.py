@@ -137,7 +137,7 @@ def test_what_does_not_fit_the_vm(vm, words, text):
     ("words", "code", "text"),
     [
         (["snapshot"], 2, "VM"),
-        (["snapshot", "v", "--range", "x"], 2, "is no range"),
+        (["snapshot", "v", "--range", "x"], 2, "invalid range"),
         (["snapshot", "v", "--out", "x.txt"], 2, "must end in .npy or .bin"),
         (["snapshot", "v", "--window", "no"], 2, "--window"),
         (["heatmap", "v"], 2, "-o"),

@@ -155,7 +155,7 @@ def gfn_range(text: str) -> tuple[int, int]:
         start, end = (int(part, 0) for part in text.split(":"))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no range; write for example 0x400:0x1000"
+            f"invalid range {text!r}; write for example 0x400:0x1000"
         ) from None
     return start, end
 

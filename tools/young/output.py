@@ -94,7 +94,7 @@ def window_range(text: str) -> tuple[int | None, int | None]:
     match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no range of windows; write 0:60, or =-60: for the last 60"
+            f"invalid range of windows {text!r}; write 0:60, or =-60: for the last 60"
         )
     first, end = match.groups()
     return (None if first is None else int(first), None if end is None else int(end))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ __all__ = ["main", "parser"]
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    from kvmhost.reclaim.analyse.whatif import cases_of, run_cases
+    from kvmhost.reclaim.analyse.whatif import cases_of, has_dask, run_cases
     from kvmhost.tools.young.realrun import measure_error
 
     budgets = [_budget(word) for word in _words(args.budget)]
@@ -41,8 +42,12 @@ def main(argv: Sequence[str]) -> int:
     for path in args.files:
         open_record(path).close()  # says what is missing
     cases = cases_of(args.files, policies, budgets, grid, args.windows or (None, None))
+    workers = args.workers
+    if workers is None and args.scheduler is None and not has_dask():
+        print("Dask is not installed: replaying in this process", file=sys.stderr)
+        workers = 0
     with progress_bar(len(cases), "replaying") as advance:
-        outcomes = run_cases(cases, workers=args.workers, scheduler=args.scheduler, on_done=advance)
+        outcomes = run_cases(cases, workers=workers, scheduler=args.scheduler, on_done=advance)
     bars = {}
     if args.check:
         with progress_bar(len(policies), "real runs") as advance:
@@ -101,7 +106,7 @@ def _words(text: str) -> list[str]:
 
 
 def _budget(word: str) -> Callable[[YoungRecord], int]:
-    """Return what makes pages of ``64M`` or of ``50%``, a share of what was ever touched."""
+    """Parse ``64M``, or ``50%`` of the pages ever touched; return the budget of a record."""
     if word.endswith("%"):
         try:
             share = float(word[:-1]) / 100
@@ -162,7 +167,7 @@ def parser() -> CommandParser:
     )
     parser.add_argument(
         "--workers", type=int, metavar="N",
-        help="processes (default: one a core; 0: none but this one, without Dask)",
+        help="processes (default: one per core, or this process without Dask; 0: this process)",
     )  # fmt: skip
     parser.add_argument(
         "--scheduler", metavar="ADDRESS",

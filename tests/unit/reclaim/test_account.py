@@ -27,7 +27,7 @@ from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.pressure.backoff import Backoff
 from kvmhost.reclaim.settings.config import load
 from kvmhost.reclaim.vm.totals import Totals
-from kvmhost.units import Bytes
+from kvmhost.units import Bytes, Mark
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -178,7 +178,7 @@ def fake_session(vm="a"):
 def daemon(monkeypatch):
     from kvmhost.reclaim.context import DaemonContext
 
-    config = load(None, {"defaults": {"budget": Bytes(1 << 20)}})
+    config = load(None, {"defaults": {"budget": Mark(size=Bytes(1 << 20))}})
     daemon = Daemon(DaemonContext.of(config), lambda event: None)
     monkeypatch.setattr(daemon, "sessions", lambda: [fake_session(), fake_session("b")])
     daemon.context.decisions.add(DecisionKind.HOLD, "x", vm="a")
@@ -247,7 +247,7 @@ def test_the_page_has_every_metric_and_every_option():
 def test_the_example_configuration_and_the_unit_are_good():
     config = load(DOCS / "reclaimd" / "reclaimd.toml")
     assert config.of_vm("batch-7").weight == 0.5
-    assert config.of_vm("db").budget == 4 << 30
+    assert config.of_vm("db").budget.size == 4 << 30
     tomllib.loads((DOCS / "reclaimd" / "reclaimd.toml").read_text())
     unit = (DOCS / "reclaimd" / "reclaimd.service").read_text()
     assert "Type=notify" in unit

@@ -320,8 +320,8 @@ def test_an_index_does_not_reach_outside(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"0x10 0x5\n", "line at offset 0x0: '0x10 0x5' is no range of gfns"),
-        (b"1 2\nhello\n", "line at offset 0x4: 'hello' is no range"),
+        (b"0x10 0x5\n", "line at offset 0x0: invalid range of gfns '0x10 0x5'"),
+        (b"1 2\nhello\n", "line at offset 0x4: invalid range of gfns 'hello'"),
         (b"1 2\n\xff\xfe\n", "line at offset 0x4: is no plain text"),
         (b"0 0x100000000\n", "4294967296 pages: a record has at most"),
         (b"window n_pages=4\n1 9\n", "lie outside the window's 4 pages"),

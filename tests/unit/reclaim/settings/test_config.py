@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.reclaim.errors import ConfigError
-from kvmhost.reclaim.settings.config import load, options, read_flag, to_toml
+from kvmhost.reclaim.settings.config import budget_of, load, options, read_flag, to_toml
 from kvmhost.units import Bytes, Mark, Seconds, Share
 
 GOOD = """\
@@ -54,12 +54,12 @@ def test_a_file_is_read(file):
     assert config.daemon.vms == ["web*", "db"]
     assert config.daemon.interval == 0.5
     assert config.pressure.psi_target == 0.001
-    assert config.defaults.budget == 96 << 20
-    assert (config.of_vm("db").budget, config.of_vm("db").weight) == (1 << 30, 2.0)
+    assert config.defaults.budget.size == 96 << 20
+    assert (config.of_vm("db").budget.size, config.of_vm("db").weight) == (1 << 30, 2.0)
     # What a table does not say is as in [defaults].
     assert config.of_vm("db").low == Mark(size=Bytes(40 << 20))
     assert config.of_vm("web7").sample == 0.125
-    assert config.of_vm("web7").budget == 96 << 20
+    assert config.of_vm("web7").budget.size == 96 << 20
     assert config.of_vm("other") == config.defaults
 
 
@@ -69,7 +69,7 @@ def test_flags_go_on_top(file):
     assert config.daemon.interval == 2
     assert config.of_vm("web1").low == Mark(share=Share(0.5))
     assert (config.of_vm("db").weight, config.of_vm("x").seed) == (3.0, 1)
-    assert config.of_vm("db").budget == 1 << 30
+    assert config.of_vm("db").budget.size == 1 << 30
 
 
 @pytest.mark.parametrize("text", [GOOD, '[defaults]\nbudget = "1M"\n'])
@@ -81,19 +81,19 @@ def test_what_is_written_reads_as_the_same(file, text):
 @pytest.mark.parametrize(
     ("line", "key", "text", "problem"),
     [
-        (4, "daemon.interval", GOOD.replace('"500ms"', "5"), "is no time"),
-        (4, "daemon.interval", GOOD.replace('"500ms"', '"5"'), "is no time"),
-        (4, "daemon.interval", GOOD.replace('"500ms"', '"5M"'), "is no time"),
+        (4, "daemon.interval", GOOD.replace('"500ms"', "5"), "invalid time"),
+        (4, "daemon.interval", GOOD.replace('"500ms"', '"5"'), "invalid time"),
+        (4, "daemon.interval", GOOD.replace('"500ms"', '"5M"'), "invalid time"),
         (4, "daemon.interval", GOOD.replace('"500ms"', '"0s"'), "more than 0s"),
         (4, "daemon.intervall", GOOD.replace("interval", "intervall"), "unknown field"),
-        (7, "pressure.psi_target", GOOD.replace('"0.1%"', '"0.1"'), "is no share"),
+        (7, "pressure.psi_target", GOOD.replace('"0.1%"', '"0.1"'), "invalid share"),
         (7, "pressure.psi_target", GOOD.replace('"0.1%"', '"101%"'), "more than 100%"),
-        (10, "defaults.budget", GOOD.replace('"96M"', '"96s"'), "is no size"),
+        (10, "defaults.budget", GOOD.replace('"96M"', '"96s"'), "invalid size"),
         (11, "defaults.high", GOOD.replace('"90%"', '"0%"'), "above 0"),
         (9, "defaults", GOOD.replace('"40M"', '"95M"'), "need 0 < low <= high"),
         (16, "vm.db.weight", GOOD.replace("weight = 2", "weight = 0"), "> 0"),
         (16, "vm.db.weigth", GOOD.replace("weight", "weigth"), "unknown field"),
-        (21, "vm.web*.sample", GOOD.replace('"1/8"', '"1/0"'), "is no share"),
+        (21, "vm.web*.sample", GOOD.replace('"1/8"', '"1/0"'), "invalid share"),
         (3, "daemon.vms", GOOD.replace('"db"]', "7]"), "Expected `str`"),
         (3, "daemon.vms", GOOD.replace('["web*", "db"]', '[\n"a",\n7]'), "Expected `str`"),
         (6, "presure", GOOD.replace("[pressure]", "[presure]"), "did you mean 'pressure'"),
@@ -151,7 +151,7 @@ def test_keys_are_unique_so_that_flags_are():
 def test_flags_take_a_number_of_seconds_and_files_do_not():
     interval = next(o for o in options() if o.key == "interval")
     assert read_flag(interval, "0.05") == 0.05
-    with pytest.raises(ValueError, match="is no time"):
+    with pytest.raises(ValueError, match="invalid time"):
         read_flag(interval, "5M")
     extra = next(o for o in options() if o.key == "policy_options")
     assert read_flag(extra, 'min_ttl_ms = 500, x = "y"') == {"min_ttl_ms": 500, "x": "y"}
@@ -182,3 +182,16 @@ def test_any_text_is_read_or_refused(text):
         except ValueError:
             continue
         assert kind.parse(str(amount)) == amount
+
+
+def test_a_budget_is_a_size_or_a_share_of_the_memory_of_the_vm():
+    config = load(None, {"defaults": {"budget": Mark.parse("50%")}})
+    found = budget_of(config.defaults, 1 << 30)
+    assert found is not None
+    assert (found.max_bytes, found.high_bytes) == (512 << 20, int((512 << 20) * 0.95))
+    assert budget_of(load(None, {"daemon": {}, "pressure": {"cgroup": "/x"}}).defaults, 1) is None
+    (option,) = (o for o in options() if (o.section, o.key) == ("defaults", "budget"))
+    for text in ("60%", "50%", "96M"):
+        assert str(read_flag(option, text)) == text
+    with pytest.raises(ValueError, match="up to 100%"):
+        read_flag(option, "150%")
