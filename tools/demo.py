@@ -30,6 +30,7 @@ from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, GuestError, KvmHostError, LayoutError
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns
+from kvmhost.installing import install_hint
 from kvmhost.machine import Machine
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
 from kvmhost.tools.args import about, size_bytes
@@ -469,4 +470,4 @@ def _show(settings: DemoSettings, report: dict[str, typing.Any]) -> None:
         )
     show_table("kvmhost demo", rows)
     print("all as it should be" if report["ok"] else "NOT as it should be: see the table")
-    print(f"heatmap: {report['heatmap'] or 'not drawn: install the extra kvmhost[plot]'}")
+    print(f"heatmap: {report['heatmap'] or 'not drawn; ' + install_hint('plot')}")

@@ -20,6 +20,7 @@ import numpy as np
 
 from kvmhost.bitmap import Words, n_words
 from kvmhost.errors import CapabilityError, LayoutError
+from kvmhost.installing import install_hint
 from kvmhost.reclaim.policy import registry
 from kvmhost.reclaim.policy.base import Policy
 from kvmhost.reclaim.policy.replay import replay
@@ -217,7 +218,7 @@ def _need_dask() -> Any:
     except ImportError as error:
         raise CapabilityError(
             "fleet", "dask[distributed]", str(error),
-            'install the fleet extra: pip install "kvmhost[fleet]"; or --workers 0',
+            f'{install_hint("fleet")}; or use --workers 0',
         ) from error  # fmt: skip
     return distributed
 

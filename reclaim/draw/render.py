@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.errors import CapabilityError, LayoutError
+from kvmhost.installing import install_hint
 from kvmhost.reclaim.draw.heatmap import Heatmap
 
 __all__ = ["PICTURE_KINDS", "need_plotting", "render_heatmap"]
@@ -83,7 +84,7 @@ def _matplotlib() -> tuple[Any, Any, Any, Any]:
             "plot",
             "matplotlib",
             str(error),
-            'install the plot extra: pip install "kvmhost[plot]"',
+            install_hint("plot"),
         ) from error
     return matplotlib, colors, figure, ticker
 

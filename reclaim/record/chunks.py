@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words
 from kvmhost.errors import CapabilityError
+from kvmhost.installing import install_hint
 from kvmhost.reclaim.errors import RecordError
 
 __all__ = [
@@ -48,7 +49,7 @@ def need_zstd() -> Any:
             "record",
             "zstandard",
             str(error),
-            'install the record extra: pip install "kvmhost[record]"',
+            install_hint("record"),
         ) from error
     return zstandard
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvmhost.errors import CapabilityError
+from kvmhost.installing import install_hint
 from kvmhost.reclaim.record.clock import elapsed_s
 from kvmhost.reclaim.record.meta import COLUMNS
 from kvmhost.reclaim.record.reader import YoungRecord
@@ -62,6 +63,4 @@ def _need(name: str) -> Any:
     try:
         return __import__(name)
     except ImportError as error:
-        raise CapabilityError(
-            "record", name, str(error), 'install the record extra: pip install "kvmhost[record]"'
-        ) from error
+        raise CapabilityError("record", name, str(error), install_hint("record")) from error

@@ -7,7 +7,6 @@ import functools
 import importlib
 import re
 from collections.abc import Iterator
-from keyword import iskeyword
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,13 @@ from doc_pages import (
     tables,
 )
 
-from kvmhost.tools import bench, main, young
+from kvmhost.tools import bench, ending, young
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.commands import COMMANDS
+from kvmhost.tools.tree import commands
 
-#: Commands with names below them: their package, and the names.
-NESTED = {
-    "young": ("kvmhost.tools.young", young.COMMANDS),
-    "bench": ("kvmhost.tools.bench", bench.BENCHES),
-}
+#: Commands with names below them.
+NESTED = {"young": young.SUBCOMMANDS, "bench": bench.SUBCOMMANDS}
 #: Options of other programs that the pages name.
 FOREIGN_OPTIONS = {
     "--unix-socket": "curl",
@@ -40,25 +38,10 @@ FOREIGN_OPTIONS = {
 }
 
 
-class _Caught(Exception):
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self.parser = parser
-
-
 @functools.cache
 def options_of(module_name: str) -> frozenset[str]:
-    """Return the option strings of a command's parser: what it has when it begins to parse."""
-
-    def catch(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        raise _Caught(self)
-
-    module = importlib.import_module(module_name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", catch)
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", catch)
-        with pytest.raises(_Caught) as caught:
-            module.main([])
-    return frozenset(_option_strings(caught.value.parser))
+    """Return the option strings of a command's parser."""
+    return frozenset(_option_strings(importlib.import_module(module_name).parser()))
 
 
 def _option_strings(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -69,20 +52,8 @@ def _option_strings(parser: argparse.ArgumentParser) -> Iterator[str]:
                 yield from _option_strings(inner)
 
 
-def modules() -> dict[str, str]:
-    """Return every command, with its name below it if it has one, and its module."""
-    found = {}
-    for command, (module, _) in main.COMMANDS.items():
-        if command in NESTED:
-            package, names = NESTED[command]
-            # A name that is a word of Python's has a module with an underscore.
-            found |= {f"{command} {n}": f"{package}.{n}{'_' * iskeyword(n)}" for n in names}
-        else:
-            found[command] = f"kvmhost.tools.{module}"
-    return found
-
-
-MODULES = modules()
+#: Every command, with the name below it if it has one, and its module.
+MODULES = {" ".join(command.words): command.module for command in commands()}
 
 
 def command_of(words: list[str]) -> tuple[str, list[str]]:
@@ -135,9 +106,9 @@ def test_options_named_alone_exist(page: Path) -> None:
 
 def test_every_command_is_in_the_readme() -> None:
     said = {" ".join(words[1:2]) for words in kvmhost_commands(ROOT / "README.md")}
-    assert said >= set(main.COMMANDS)
+    assert said >= set(COMMANDS)
     rows = [row for table in tables(ROOT / "README.md") for row in table]
-    for family, (_, names) in NESTED.items():
+    for family, names in NESTED.items():
         (row,) = (row for row in rows if row.get("command") == f"`kvmhost {family} NAME`")
         listed = set(re.findall(r"[a-z]+", row["what it does"].rpartition(":")[2]))
         assert listed == set(names), family
@@ -257,16 +228,16 @@ def test_options_of_the_daemon_are_those_documented() -> None:
 
 
 def test_exit_codes_are_those_of_the_code() -> None:
-    codes = {int(code) for code in re.findall(r"(\d+)  ", main.__doc__ or "")}
+    codes = {int(code) for code in re.findall(r"(\d+)  ", ending.__doc__ or "")}
     text = re.sub(r"\s+", " ", prose(ROOT / "README.md"))
     said = text[text.index("Exit codes:") :]
     said = said[: said.index("passes the guest's own status")]
-    assert {int(code) for code in re.findall(r"\b(\d+) [a-z]", said)} == codes
+    assert {int(code) for code in re.findall(r"\b(\d+)(?:,| [a-z])", said)} == codes
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_exit_codes_named_are_documented(page: Path) -> None:
-    codes = {int(code) for code in re.findall(r"(\d+)  ", main.__doc__ or "")}
+    codes = {int(code) for code in re.findall(r"(\d+)  ", ending.__doc__ or "")}
     for code in re.findall(r"[Ee]xit (?:code|status) (\d+)", re.sub(r"\s+", " ", prose(page))):
         assert int(code) in codes, f"exit code {code} is not documented"
 
@@ -284,4 +255,4 @@ def test_bounds_are_those_of_the_benchmarks() -> None:
 
 
 def test_benchmarks_of_the_bounds_exist() -> None:
-    assert {key.partition(".")[0] for key in BOUNDS} <= set(bench.BENCHES)
+    assert {key.partition(".")[0] for key in BOUNDS} <= set(bench.SUBCOMMANDS)

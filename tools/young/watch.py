@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, LayoutError
+from kvmhost.installing import install_hint
 from kvmhost.tools.args import seconds
 from kvmhost.tools.parser import CommandParser
 
@@ -23,9 +24,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         from kvmhost.reclaim.watch.app import WatchApp
     except ImportError as error:
-        raise CapabilityError(
-            "watch", "textual", str(error), 'install the watch extra: pip install "kvmhost[watch]"'
-        ) from error
+        raise CapabilityError("watch", "textual", str(error), install_hint("watch")) from error
     from kvmhost.reclaim.watch.data import WatchSampler
 
     clear = True if args.clear else False if args.peek else None
