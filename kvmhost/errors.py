@@ -11,8 +11,9 @@
     ├─ PagerError: eviction or fault-in failed; no data was lost
     │  └─ LostPageError: the store cannot give pages back; the guest has stopped
     ├─ ControlError: a VM answered a request with an error status
-   ├─ NameInUseError (also ValueError): a VM of that name runs already
-   ├─ VmGoneError (also ConnectionError): no VM answers there, or it went away
+    ├─ PauseTimeout: vCPUs did not stop in time; nothing is paused
+    ├─ NameInUseError (also ValueError): a VM of that name runs already
+    ├─ VmGoneError (also ConnectionError): no VM answers there, or it went away
     └─ GuestError
        ├─ UnexpectedExit: the decoded exit
        └─ GuestTimeout
@@ -39,6 +40,7 @@ __all__ = [
     "LostPageError",
     "NameInUseError",
     "PagerError",
+    "PauseTimeout",
     "UnexpectedExit",
     "VmGoneError",
 ]
@@ -173,6 +175,21 @@ class ControlError(KvmHostError):
 
     def __str__(self) -> str:
         return f"{self.problem} (HTTP {self.status})"
+
+
+class PauseTimeout(KvmHostError):
+    """vCPUs did not stop in the time that a pause had; nothing is paused.
+
+    :param vcpus: indexes of those that did not
+    """
+
+    def __init__(self, vcpus: list[int], seconds: float) -> None:
+        super().__init__(vcpus, seconds)
+        self.vcpus, self.seconds = vcpus, seconds
+
+    def __str__(self) -> str:
+        which = ", ".join(map(str, self.vcpus))
+        return f"vCPU {which} did not stop within {self.seconds:g} s; the machine is not paused"
 
 
 class NameInUseError(KvmHostError, ValueError):

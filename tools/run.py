@@ -139,6 +139,8 @@ def _run_machine(
         return _with_lost_output(args, machine, status)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        # Before the server ends, and with it the pauses of its clients: no guest code now.
+        machine.runner.request_stop()
         machine.serial.flush()
         if server is not None:
             server.close()

@@ -1,41 +1,12 @@
 #include "vcpu.h"
 
-#include <pthread.h>
-#include <signal.h>
+#include "kick.h"
+
+#include <stdbool.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-static void on_kick(int signal_number)
-{
-	(void)signal_number;
-}
-
-int kh_kick_signal(void)
-{
-	return SIGRTMIN + 3;
-}
-
-int kh_kick_setup(void)
-{
-	struct sigaction action = { .sa_handler = on_kick }, old;
-
-	if (sigaction(kh_kick_signal(), NULL, &old))
-		return -errno;
-	if (old.sa_handler != SIG_DFL)
-		return 0;
-	return sigaction(kh_kick_signal(), &action, NULL) ? -errno : 0;
-}
-
-int kh_thread_mask_signals(void)
-{
-	sigset_t set;
-
-	sigfillset(&set);
-	sigdelset(&set, kh_kick_signal());
-	return -pthread_sigmask(SIG_SETMASK, &set, NULL);
-}
 
 int kh_vcpu_map(struct kh_vcpu *vcpu, int fd, uint64_t run_bytes)
 {
@@ -218,10 +189,23 @@ static void decode(struct kh_vcpu *vcpu)
 	}
 }
 
+/*
+ * Kicks. immediate_exit is the one flag: kickers only raise it, only the thread
+ * that runs the vCPU lowers it, and only before it looks at what it was kicked
+ * for. It covers a thread that is about to enter KVM_RUN; the signal covers one
+ * that is in it. A signal that comes after its flag was lowered is one return too
+ * many, which costs a loop. The steps in brackets are those of the model in
+ * kvmhost/engine/kickmodel.py, which takes them in every order.
+ */
+static bool lower_flag(struct kh_vcpu *vcpu)
+{
+	return __atomic_exchange_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+}
+
 static int run_loop(struct kh_vcpu *vcpu, struct kh_bus *bus)
 {
 	for (;;) {
-		int result = ioctl(vcpu->fd, KVM_RUN, 0);
+		int result = ioctl(vcpu->fd, KVM_RUN, 0); /* [enter], [guest] */
 
 		if (result < 0) {
 			if (errno == EAGAIN)
@@ -230,13 +214,8 @@ static int run_loop(struct kh_vcpu *vcpu, struct kh_bus *bus)
 				break;
 			if (errno != EINTR)
 				return -errno;
-			if (!__atomic_exchange_n(&vcpu->kicked, 0, __ATOMIC_ACQ_REL))
-				return -EINTR;
-			/* Lowered after the flag: a kick in between only returns once more. */
-			__atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_RELEASE);
-			if (__atomic_load_n(&vcpu->kicked, __ATOMIC_ACQUIRE))
-				__atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_RELEASE);
-			return KH_RUN_KICKED;
+			/* [lower] */
+			return lower_flag(vcpu) ? KH_RUN_KICKED : -EINTR;
 		}
 		__atomic_fetch_add(&vcpu->exits, 1, __ATOMIC_RELAXED);
 		if (vcpu->run->exit_reason == KVM_EXIT_DIRTY_RING_FULL && vcpu->rings) {
@@ -257,9 +236,12 @@ int kh_vcpu_run(struct kh_vcpu *vcpu, struct kh_bus *bus)
 {
 	int result;
 
+	/* [publish]. The kernel's load of the flag is no atomic of this program: the
+	 * fence keeps it behind the store of tid, as kh_vcpu_kick() relies on. */
 	__atomic_store_n(&vcpu->tid, (int)syscall(SYS_gettid), __ATOMIC_SEQ_CST);
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	result = run_loop(vcpu, bus);
-	__atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST); /* [withdraw] */
 	return result;
 }
 
@@ -267,17 +249,11 @@ int kh_vcpu_kick(struct kh_vcpu *vcpu)
 {
 	int tid;
 
-	/*
-	 * immediate_exit covers a thread that is about to enter KVM_RUN, the
-	 * signal one that is in it. The signal needs no thread to be there.
-	 */
-	__atomic_store_n(&vcpu->kicked, 1, __ATOMIC_SEQ_CST);
-	if (vcpu->run)
-		__atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-	tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST);
-	if (tid && syscall(SYS_tgkill, getpid(), tid, kh_kick_signal()) && errno != ESRCH)
-		return -errno;
-	return 0;
+	if (!vcpu->run)
+		return 0;
+	__atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST); /* [raise] */
+	tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST); /* [look] */
+	return tid ? kh_kick_thread(tid) : 0; /* [signal] */
 }
 
 void kh_vcpu_complete_read(struct kh_vcpu *vcpu, const uint8_t *data, uint64_t n_bytes)

@@ -53,7 +53,6 @@ struct kh_vcpu {
 	int fd;
 	int tid;		/* thread inside kh_vcpu_run, or 0 */
 	int stop_at_doorbell;	/* return at doorbells instead of counting only */
-	int kicked;
 	struct kvm_run *run;
 	uint64_t run_bytes;
 	uint64_t exits;		/* returns of KVM_RUN to this loop */
@@ -63,13 +62,6 @@ struct kh_vcpu {
 	struct kh_rings *rings;	/* the VM's dirty rings, or NULL */
 	struct kh_exit exit;
 };
-
-/* Prepare the kick signal. Once a process; a handler set by others is kept. */
-int kh_kick_setup(void);
-/* The signal that kicks a vCPU thread; every other one stays blocked there. */
-int kh_kick_signal(void);
-/* Block all signals but the kick in the calling thread. */
-int kh_thread_mask_signals(void);
 
 /* Map struct kvm_run; whoever asks for it unmaps run_bytes of it. */
 int kh_vcpu_map(struct kh_vcpu *vcpu, int fd, uint64_t run_bytes);

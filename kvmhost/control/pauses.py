@@ -2,13 +2,15 @@
 
 A client that pauses a VM and dies would leave it standing for ever. So every pause
 has a time, a minute unless the client says otherwise, after which the VM goes on and
-its log says so. Pauses nest; each has a number, and can be undone by that.
+its log says so. Pauses nest; each has a number, and can be undone by that. When the
+socket closes, its pauses end too: nobody could undo them any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import typing
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -34,6 +36,9 @@ class Pauses:
     ) -> None:
         self._machine, self._vm, self._work = machine, vm, work
         self._changing = asyncio.Lock()
+        # Pauses that the machine has of us, open ones and those just begun; a worker
+        # thread counts up, also when whoever asked has given up waiting.
+        self._counting, self._n_held, self._closed = threading.Lock(), 0, False
         self._last = 0
         #: Number of the pause: what ends it in time, None for one without end.
         self._open: dict[int, asyncio.TimerHandle | None] = {}
@@ -45,7 +50,7 @@ class Pauses:
         :param for_s: seconds after which they go on by themselves; 0: never
         """
         async with self._changing:
-            await self._work(self._machine.pause)
+            await self._work(self._hold)
             self._last += 1
             timer = None
             if for_s:
@@ -67,21 +72,40 @@ class Pauses:
             timer = None if number is None else self._open.pop(number)
             if timer is not None:
                 timer.cancel()
-            await self._work(self._machine.resume)
+            await self._work(self._machine.resume if number is None else self._release)
 
     async def stop(self) -> None:
-        """End the guest."""
-        async with self._changing:
-            await self._work(self._machine.stop)
+        """End the guest. Waits for nobody: a pause that is not through yet ends with it."""
+        await asyncio.to_thread(self._machine.stop)
 
     def close(self) -> None:
-        """Stop the clocks; the machine stays as it is."""
+        """End every pause, and each that is just beginning as soon as it is there."""
+        with self._counting:
+            self._closed = True
+            held, self._n_held = self._n_held, 0
+        for _ in range(held):
+            self._machine.resume()
         for timer in self._open.values():
             if timer is not None:
                 timer.cancel()
         self._open.clear()
         for task in self._tasks:
             task.cancel()
+
+    def _hold(self) -> None:
+        self._machine.pause()
+        with self._counting:
+            self._n_held += 1
+            closed = self._closed
+        if closed:
+            self._release()
+
+    def _release(self) -> None:
+        with self._counting:
+            mine = self._n_held > 0
+            self._n_held -= mine
+        if mine:
+            self._machine.resume()
 
     def _time_is_over(self, number: int, for_s: float) -> None:
         task = asyncio.get_running_loop().create_task(self._end(number, for_s))
@@ -93,4 +117,4 @@ class Pauses:
             # Someone may have resumed while this waited for its turn.
             if self._open.pop(number, None) is not None:
                 log.warning("%s: nobody ended a pause of %g s; it is over", self._vm, for_s)
-                await self._work(self._machine.resume)
+                await self._work(self._release)

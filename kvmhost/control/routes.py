@@ -51,7 +51,14 @@ from kvmhost.control.handler import (
 from kvmhost.control.lease import Lease
 from kvmhost.control.pauses import Pauses
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
-from kvmhost.errors import CapabilityError, IoctlError, KvmHostError, LayoutError, PagerError
+from kvmhost.errors import (
+    CapabilityError,
+    IoctlError,
+    KvmHostError,
+    LayoutError,
+    PagerError,
+    PauseTimeout,
+)
 from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 from kvmhost.memory.pagelist import PageList, page_list
 
@@ -80,6 +87,8 @@ def problem_of(error: Exception) -> Problem:
         return Problem(501, str(error), error.name)
     if isinstance(error, IoctlError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
         return Problem(507, str(error))
+    if isinstance(error, PauseTimeout):
+        return Problem(503, str(error))
     if isinstance(error, PagerError):
         return Problem(409, str(error))
     if isinstance(error, KvmHostError):
@@ -133,7 +142,7 @@ class Routes:
             feed.close()
 
     def let_go(self) -> None:
-        """Stop the clocks of pauses and lease; in the event loop."""
+        """End pauses and lease; in the event loop."""
         self._pauses.close()
         self._lease.close()
 
@@ -161,7 +170,7 @@ class Routes:
     async def _get_state(self, request: Request) -> Reply:
         nothing_asked(request)
         machine = self._machine
-        doing = await self._work(machine.describe_vcpus) if machine.paused else {}
+        doing = await self._work(machine.describe_vcpus) if machine.still else {}
         vcpus = [
             schema.VcpuState(v.index, v.exits, v.doorbells, v.doorbell_value, doing.get(v.index))
             for v in machine.vcpus

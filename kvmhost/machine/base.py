@@ -10,10 +10,11 @@ constructor checks image, sizes and options, and gives image, layout and engine 
 from __future__ import annotations
 
 import abc
+import contextlib
 import threading
 import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from kvmhost.boot.params import GuestResult, read_result
@@ -40,11 +41,12 @@ from kvmhost.exits import (
 )
 from kvmhost.machine.failures import outside_memory, registers_line, unexpected
 from kvmhost.machine.paging import Paging
-from kvmhost.machine.runner import Runner, Step
+from kvmhost.machine.runner import PAUSE_TIMEOUT_S, Runner, Step
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import Layout
 
 if typing.TYPE_CHECKING:
+    from kvmhost.kvm import KvmVcpu
     from kvmhost.pager.options import StoreOptions
     from kvmhost.pager.pager import Pager
     from kvmhost.pager.userfault import Userfault
@@ -103,6 +105,10 @@ class BaseMachine(Closing, abc.ABC):
         self.vcpus: list[Vcpu] = []
         self._statuses: dict[int, int] = {}
         self._error: BaseException | None = None
+        # Held by whoever starts the vCPUs, or changes whether they stop at doorbells.
+        self._run_lock = threading.RLock()
+        # Held by whoever runs or reads vCPUs outside of their threads.
+        self._vcpu_access = threading.RLock()
         self._harvester: Harvester | None = None
         self._opening = threading.Lock()
         self._started_ns = 0
@@ -186,23 +192,45 @@ class BaseMachine(Closing, abc.ABC):
 
     def start(self, paused: bool = False) -> None:
         """Start the vCPUs' threads; with ``paused`` they wait for :meth:`resume`."""
-        if paused:
-            self.runner.pause_at_start()
-        self._started_ns = time.monotonic_ns()
-        self.runner.start()
+        with self._run_lock:
+            if paused:
+                self.runner.pause_at_start()
+            self._started_ns = time.monotonic_ns()
+            self.runner.start()
 
-    def pause(self) -> None:
-        """Stop guest code on every vCPU; return when all stand still. Pauses nest."""
-        self.runner.pause()
+    def pause(self, timeout: float = PAUSE_TIMEOUT_S) -> None:
+        """Stop guest code on every vCPU; return when all stand still. Pauses nest.
+
+        Works before :meth:`start` and after the end. Any thread.
+
+        :raises PauseTimeout: if a vCPU does not stop in time; then nothing is paused
+        """
+        self.runner.pause(timeout)
 
     def resume(self) -> None:
         """Undo one :meth:`pause`."""
         self.runner.resume()
 
+    @contextlib.contextmanager
+    def stopped_vcpus(self, timeout: float = PAUSE_TIMEOUT_S) -> Iterator[None]:
+        """Have the vCPUs to oneself inside the context: none runs, no other thread uses them.
+
+        Whoever pauses or resumes meanwhile changes only what holds after it.
+
+        :raises PauseTimeout: if a vCPU does not stop in time
+        """
+        with self._vcpu_access, self.runner.hold(timeout):
+            yield
+
     @property
     def paused(self) -> bool:
         """Whether the vCPUs are held back."""
         return self.runner.paused
+
+    @property
+    def still(self) -> bool:
+        """Whether the vCPUs are held back and none runs any more."""
+        return self.runner.still
 
     @property
     def running(self) -> bool:
@@ -211,24 +239,29 @@ class BaseMachine(Closing, abc.ABC):
 
     def step_by_doorbell(self, stop: bool = True) -> None:
         """Make each vCPU stop at its doorbells, for :meth:`run_epoch`."""
-        for vcpu in self.vcpus:
-            vcpu.stop_at_doorbell(stop)
-        if not stop:
-            self.runner.release()
+        with self._run_lock:
+            self.runner.set_stepping(stop)
+            for vcpu in self.vcpus:
+                vcpu.stop_at_doorbell(stop)
 
     def run_epoch(self, timeout: float = 60.0) -> bool:
         """Run every vCPU to its next doorbell.
 
-        Needs :meth:`step_by_doorbell`. The first call starts the machine.
+        Needs :meth:`step_by_doorbell`; returns early if that is switched off meanwhile.
+        The first call starts the machine.
 
         :return: False if the guest has ended instead
+        :raises RuntimeError: without :meth:`step_by_doorbell`
         :raises GuestTimeout: if a vCPU does not get there in time
         :raises GuestError: if the guest failed
         """
-        if not self._started_ns:
-            self.start()
-        else:
-            self.runner.release()
+        with self._run_lock:
+            if not self.runner.stepping:
+                raise RuntimeError("step_by_doorbell() comes before run_epoch()")
+            if not self._started_ns:
+                self.start()
+            else:
+                self.runner.release()
         if not self.runner.wait_held(timeout):
             raise GuestTimeout(timeout)
         self._raise_error()
@@ -259,8 +292,12 @@ class BaseMachine(Closing, abc.ABC):
         return f"vCPU {index} {what}: {registers_line(self.vcpus[index].registers())}"
 
     def describe_vcpus(self) -> dict[int, str]:
-        """Return :meth:`describe_vcpu` of all, by index; the machine must be paused."""
-        return {vcpu.index: self.describe_vcpu(vcpu.index) for vcpu in self.vcpus}
+        """Return :meth:`describe_vcpu` of all, by index; they are held meanwhile.
+
+        :raises PauseTimeout: if a vCPU does not stop in time
+        """
+        with self.runner.hold():
+            return {vcpu.index: self.describe_vcpu(vcpu.index) for vcpu in self.vcpus}
 
     @property
     def statuses(self) -> dict[int, int]:
@@ -275,7 +312,7 @@ class BaseMachine(Closing, abc.ABC):
     def settle(self) -> None:
         """Finish what a paused vCPU has begun: the access that its last exit was about.
 
-        Only then KVM's registers are whole. The machine must be paused.
+        Only then KVM's registers are whole. Inside of :meth:`stopped_vcpus`.
         """
         for vcpu in self.vcpus:
             if vcpu.index not in self.ended_vcpus:
@@ -285,7 +322,9 @@ class BaseMachine(Closing, abc.ABC):
                         raise KvmHostError(f"vCPU {vcpu.index} ended while it was paused")
 
     def single_step(self, index: int = 0) -> Exit:
-        """Run one instruction of a vCPU; the machine must be paused, on the kvm engine.
+        """Run one instruction of a vCPU while all others are stopped; on the kvm engine.
+
+        A machine that is not paused goes on afterwards.
 
         :return: :class:`~kvmhost.exits.Debug`, or the exit that the instruction caused
             and that ends the guest
@@ -297,7 +336,10 @@ class BaseMachine(Closing, abc.ABC):
             raise CapabilityError(
                 "single step", "the kvm engine", f"engine {self.engine.name}", "use --engine kvm"
             )
-        core, vcpu = self.engine.cores[index], self.vcpus[index]
+        with self.stopped_vcpus():
+            return self._single_step(self.engine.cores[index], self.vcpus[index])
+
+    def _single_step(self, core: KvmVcpu, vcpu: Vcpu) -> Exit:
         core.single_step()
         try:
             while True:
@@ -471,9 +513,10 @@ class BaseMachine(Closing, abc.ABC):
             self.stop()
         if self._harvester is not None:
             self._harvester.stop()
-        for vcpu in self.vcpus:
-            vcpu.close()
-        self.engine.close()
+        with self._vcpu_access:
+            for vcpu in self.vcpus:
+                vcpu.close()
+            self.engine.close()
         if hasattr(self, "paging"):
             self.paging.close()
         if hasattr(self, "memory"):

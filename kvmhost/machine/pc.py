@@ -14,6 +14,7 @@ PCI bus, no disk and no display. The guest runs at privilege level 0.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import struct
 import threading
@@ -35,7 +36,7 @@ from kvmhost.devices.clock import CMOS_PORT, Clock
 from kvmhost.devices.fwcfg import FWCFG_PORT, FWCFG_PORTS, MAX_CPUS, NB_CPUS, RAM_SIZE, FwCfg
 from kvmhost.engine.base import Vcpu
 from kvmhost.engine.kvmpc import MP_HALTED, MP_RUNNABLE, MP_STATES, KvmPcEngine
-from kvmhost.errors import CapabilityError, GuestTimeout, LayoutError, UnexpectedExit
+from kvmhost.errors import CapabilityError, GuestTimeout, LayoutError, PauseTimeout, UnexpectedExit
 from kvmhost.exits import Exit, InternalError, IoIn, IoOut, MmioRead, MmioWrite
 from kvmhost.machine.base import BaseMachine
 from kvmhost.machine.failures import internal_error, registers_line
@@ -267,14 +268,12 @@ class PcMachine(BaseMachine):
 
     def _fail_if_halted(self) -> None:
         """Fail if no processor can ever run again: halted, and interrupts off."""
-        self.pause()
-        try:
+        # Not stopped in time: then it waits for something else than an interrupt.
+        with contextlib.suppress(PauseTimeout), self.runner.hold(_LOOK_S):
             dead = not self.runner.ended and all(self._is_dead(v.index) for v in self.vcpus)
             if dead:
                 state = "; ".join(self.describe_vcpu(vcpu.index) for vcpu in self.vcpus)
                 self.fail(UnexpectedExit(0, "all vCPUs halted with interrupts off", state))
-        finally:
-            self.resume()
 
     def _is_dead(self, index: int) -> bool:
         state = self.pc_engine.mp_state(index)

@@ -2,22 +2,31 @@
 
 Each vCPU has one thread. A thread is *parked* while it waits between two runs:
 because the machine is paused, or because the vCPU stopped at a doorbell and
-nobody has let it go on. Kicks bring a running vCPU to where it can park; there
-is no polling anywhere.
+nobody has let it go on; a thread that has not started counts as parked. Kicks
+bring a running vCPU to where it can park; there is no polling anywhere.
+
+Any thread may call anything at any time. What changes what a vCPU may do is
+changed under one lock, and the vCPUs are kicked under it too, so none is kicked
+after it has ended. A call that fails leaves the counts as it found them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvmhost._ffi import check, lib
 from kvmhost.engine.base import Vcpu
+from kvmhost.errors import PauseTimeout
 from kvmhost.exits import Exit, Kicked
 
-__all__ = ["Runner", "Step"]
+__all__ = ["PAUSE_TIMEOUT_S", "Runner", "Step"]
+
+#: Seconds that a pause waits for the vCPUs, unless told otherwise.
+PAUSE_TIMEOUT_S = 30.0
 
 
 class Step(enum.Enum):
@@ -45,11 +54,14 @@ class Runner:
         self._vcpus = list(vcpus)
         self._on_exit, self._on_error = on_exit, on_error
         self._changed = threading.Condition()
-        self._paused = 0
+        self._paused = 0  # by pause(), undone by anyone's resume()
+        self._holds = 0  # by hold(), undone by nobody else
+        self._stepping = False
+        self._started = False
         self._stopping = False
         self._given_up = False
         self._held: set[int] = set()
-        self._parked: set[int] = set()
+        self._parked = {vcpu.index for vcpu in self._vcpus}
         self._ended: set[int] = set()
         self._threads = [
             threading.Thread(target=self._loop, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
@@ -57,18 +69,29 @@ class Runner:
         ]
 
     def start(self) -> None:
-        """Start the threads."""
-        for vcpu, thread in zip(self._vcpus, self._threads, strict=True):
-            if vcpu.index not in self._ended:
-                thread.start()
+        """Start the threads. After :meth:`stop` there is nothing to start."""
+        with self._changed:
+            if self._started:
+                raise RuntimeError("the vCPUs have been started before")
+            self._started = True
+            for vcpu, thread in zip(self._vcpus, self._threads, strict=True):
+                if vcpu.index not in self._ended:
+                    thread.start()
 
-    def pause(self) -> None:
-        """Park every vCPU and return when all are parked. Pauses nest."""
+    def pause(self, timeout: float = PAUSE_TIMEOUT_S) -> None:
+        """Park every vCPU and return when all are parked. Pauses nest.
+
+        :raises PauseTimeout: if a vCPU is not parked in time; then nothing is paused
+        """
         with self._changed:
             self._paused += 1
-        self._kick_all()
-        with self._changed:
-            self._changed.wait_for(self._all_still)
+            try:
+                self._wait_still(timeout)
+            except BaseException:
+                # Someone may have resumed meanwhile what was not paused yet.
+                self._paused = max(0, self._paused - 1)
+                self._changed.notify_all()
+                raise
 
     def pause_at_start(self) -> None:
         """Pause before the threads run."""
@@ -82,10 +105,45 @@ class Runner:
                 self._paused -= 1
             self._changed.notify_all()
 
+    @contextlib.contextmanager
+    def hold(self, timeout: float = PAUSE_TIMEOUT_S) -> Iterator[None]:
+        """Keep every vCPU parked inside the context, whoever pauses and resumes meanwhile.
+
+        :raises PauseTimeout: if a vCPU is not parked in time
+        """
+        with self._changed:
+            self._holds += 1
+        try:
+            with self._changed:
+                self._wait_still(timeout)
+            yield
+        finally:
+            with self._changed:
+                self._holds -= 1
+                self._changed.notify_all()
+
     @property
     def paused(self) -> bool:
         """Whether someone holds the vCPUs back."""
-        return self._paused > 0
+        return self._paused > 0 or self._holds > 0
+
+    @property
+    def still(self) -> bool:
+        """Whether someone holds the vCPUs back and all of them are parked."""
+        with self._changed:
+            return self.paused and self._all_still()
+
+    @property
+    def stepping(self) -> bool:
+        """Whether vCPUs park at doorbells."""
+        return self._stepping
+
+    def set_stepping(self, on: bool) -> None:
+        """Have vCPUs park at doorbells, or no more: those that do go on."""
+        with self._changed:
+            self._stepping = on
+        if not on:
+            self.release()
 
     def release(self) -> None:
         """Let the vCPUs that stopped at doorbells go on."""
@@ -94,10 +152,17 @@ class Runner:
             self._changed.notify_all()
 
     def wait_held(self, timeout: float | None = None) -> bool:
-        """Wait until every vCPU stopped at a doorbell or ended; False on timeout."""
+        """Wait until every vCPU stopped at a doorbell or ended; False on timeout.
+
+        Nor does it wait for vCPUs that are not to stop, or not any more.
+        """
+
+        def arrived() -> bool:
+            return len(self._held | self._ended) == len(self._vcpus)
+
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._given_up or len(self._held | self._ended) == len(self._vcpus), timeout
+                lambda: self._given_up or not self._stepping or arrived(), timeout
             )
 
     def wait_ended(self, timeout: float | None = None) -> bool:
@@ -141,8 +206,10 @@ class Runner:
         """Ask every vCPU to end; does not wait."""
         with self._changed:
             self._stopping = True
+            if not self._started:
+                self._ended |= {vcpu.index for vcpu in self._vcpus}
             self._changed.notify_all()
-        self._kick_all()
+            self._kick_all()
 
     def give_up(self) -> None:
         """Ask every vCPU to end, and let nobody wait for it: one may be stuck in a fault."""
@@ -159,16 +226,24 @@ class Runner:
                 thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
+    # Below, the lock is held by whoever calls, up to _park().
+
     def _kick_all(self) -> None:
         for vcpu in self._vcpus:
             if vcpu.index not in self._ended:
                 vcpu.kick()
 
+    def _wait_still(self, timeout: float) -> None:
+        self._kick_all()
+        if not self._changed.wait_for(self._all_still, timeout):
+            awake = {vcpu.index for vcpu in self._vcpus} - self._parked - self._ended
+            raise PauseTimeout(sorted(awake), timeout)
+
     def _all_still(self) -> bool:
         return len(self._parked | self._ended) == len(self._vcpus)
 
     def _may_run(self, index: int) -> bool:
-        return self._stopping or (not self._paused and index not in self._held)
+        return self._stopping or not (self._paused or self._holds or index in self._held)
 
     def _park(self, index: int) -> bool:
         """Wait for leave to run; False if the machine stops."""
@@ -177,7 +252,7 @@ class Runner:
                 self._parked.add(index)
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._may_run(index))
-                self._parked.discard(index)
+            self._parked.discard(index)
             return not self._stopping
 
     def _loop(self, vcpu: Vcpu) -> None:
@@ -200,10 +275,12 @@ class Runner:
             self._ended.add(vcpu.index)
             self._stopping = self._stopping or step is Step.END_ALL
             self._changed.notify_all()
-        if step is Step.END_ALL:
-            self._kick_all()
+            if step is Step.END_ALL:
+                self._kick_all()
 
     def _hold(self, index: int) -> None:
         with self._changed:
-            self._held.add(index)
+            # Stepping may have been switched off since the vCPU left guest mode.
+            if self._stepping:
+                self._held.add(index)
             self._changed.notify_all()

@@ -74,6 +74,7 @@ def save_machine(
     :param stop: end the guest instead of letting it go on
     :return: bytes of memory in the file
     :raises CapabilityError: if the machine does not run on KVM
+    :raises PauseTimeout: if a vCPU does not stop in time
     :raises LayoutError: if the file cannot be written
     :raises PagerError: if a page is lost; names its gfn
     """
@@ -83,8 +84,7 @@ def save_machine(
     file = snapfile.NewFile(path)
     with contextlib.closing(file):
         msrs = _msrs(machine, engine)
-        machine.pause()
-        try:
+        with machine.stopped_vcpus():
             machine.settle()
             try:
                 n_pages = _write(file.fd, machine, engine, pager, msrs, cancelled)
@@ -95,8 +95,6 @@ def save_machine(
                 raise LayoutError(f"{path}: {error.strerror}") from error
             if stop:
                 machine.stop()
-        finally:
-            machine.resume()
     return n_pages * PAGE_BYTES
 
 

@@ -132,6 +132,10 @@ class FakeMachine:
         return {0: "vCPU 0 stands"}
 
     @property
+    def still(self):
+        return self.pauses > 0
+
+    @property
     def paused(self):
         return self.pauses > 0
 
