@@ -83,6 +83,11 @@ class HostError(KvmHostError, OSError):
         self.what, self.remedy = what, remedy or _REMEDIES.get(errno_, "")
         OSError.__init__(self, errno_, os.strerror(errno_))
 
+    @property
+    def is_bad_path(self) -> bool:
+        """Whether another path would do: not a full disk, a limit or a lack of memory."""
+        return self.errno in _BAD_PATH
+
     def __str__(self) -> str:
         remedy = f"; {self.remedy}" if self.remedy else ""
         return f"{self.what}: {self.strerror}{remedy}"
@@ -90,6 +95,19 @@ class HostError(KvmHostError, OSError):
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.what, self.errno, self.remedy))
 
+
+_BAD_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another file system",

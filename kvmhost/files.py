@@ -12,7 +12,18 @@ from pathlib import Path
 
 from kvmhost.errors import HostError
 
-__all__ = ["check_target", "os_errors", "replacing", "sync_directory", "write_file"]
+__all__ = [
+    "TEMPORARY",
+    "check_target",
+    "new_directory",
+    "os_errors",
+    "replacing",
+    "sync_directory",
+    "write_file",
+]
+
+#: What the name of a file or directory begins with until it is whole.
+TEMPORARY = ".tmp-"
 
 
 @contextlib.contextmanager
@@ -56,6 +67,27 @@ def write_file(path: Path, raw: bytes, *, sync: bool = True) -> None:
     """Write a file whole or not at all; see :func:`replacing`."""
     with replacing(path, sync=sync) as file:
         file.write(raw)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Fill a directory under a temporary name beside it and rename it; nothing is replaced.
+
+    :raises HostError: if the system refuses, or something is at ``path`` already
+    """
+    with os_errors(path):
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        partial = path.with_name(f"{TEMPORARY}{os.urandom(6).hex()}")
+        partial.mkdir()
+        try:
+            yield partial
+            partial.rename(path)
+        except BaseException:
+            import shutil
+
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def check_target(path: Path) -> None:
@@ -112,6 +144,6 @@ def _is_special(path: Path) -> bool:
 
 def _open_beside(target: Path) -> tuple[int, Path]:
     """Create a hidden temporary file in the target's directory, with the umask's mode."""
-    partial = target.with_name(f".kvmhost-{os.urandom(6).hex()}{target.suffix[:16]}")
+    partial = target.with_name(f"{TEMPORARY}{os.urandom(6).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     return os.open(partial, flags, 0o666), partial

@@ -28,6 +28,7 @@ import numpy as np
 
 from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, GuestError, KvmHostError, LayoutError
+from kvmhost.files import check_target
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns
 from kvmhost.installing import install_hint
@@ -99,6 +100,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the demo; 0 if every part did what it should."""
     args = parser().parse_args(argv)
     engine = _engine_name(args.engine)
+    check_target(args.output)
     share = 1 if engine == "kvm" else _EMULATED_SHARE
     settings = DemoSettings(args.mem, args.hot // min(share, 4), args.epochs // share, engine)
     if settings.budget_bytes < settings.hot_bytes:

@@ -18,7 +18,6 @@ code  meaning
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import signal
@@ -59,20 +58,6 @@ ENDING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 #: HTTP status: 400 is bad input, 501 a capability that the VM's host lacks.
 _CODE_OF_STATUS = {400: EXIT_USAGE, 501: EXIT_MISSING}
-
-#: A path that was given wrongly; anything else that the system refuses is a failure.
-_BAD_PATH = {
-    errno.EACCES,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ENOTEMPTY,
-    errno.EPERM,
-    errno.EROFS,
-}
 
 
 class Ended(KeyboardInterrupt):
@@ -127,9 +112,10 @@ def exit_code(error: Exception) -> int:
         return EXIT_FAILED
     if isinstance(error, ControlError):
         return _CODE_OF_STATUS.get(error.status, EXIT_FAILED)
-    if isinstance(error, HostError) or not isinstance(error, KvmHostError | ReclaimError):
-        return EXIT_USAGE if getattr(error, "errno", None) in _BAD_PATH else EXIT_FAILED
-    return EXIT_OURS
+    if isinstance(error, KvmHostError | ReclaimError) and not isinstance(error, HostError):
+        return EXIT_OURS
+    number = error.errno if isinstance(error, OSError) else None
+    return EXIT_USAGE if HostError("", number or 0).is_bad_path else EXIT_FAILED
 
 
 def message_of(error: OSError | MemoryError) -> str:

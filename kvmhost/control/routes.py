@@ -53,6 +53,7 @@ from kvmhost.control.pauses import Pauses
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import (
     CapabilityError,
+    HostError,
     IoctlError,
     KvmHostError,
     LayoutError,
@@ -83,6 +84,8 @@ def problem_of(error: Exception) -> Problem:
         return Problem(400, error.problem, error.field)
     if isinstance(error, LayoutError):
         return Problem(400, str(error), error.field)
+    if isinstance(error, HostError):
+        return Problem(400 if error.is_bad_path else 507, str(error))
     if isinstance(error, CapabilityError):
         return Problem(501, str(error), error.name)
     if isinstance(error, IoctlError) and error.errno in (errno.ENOSPC, errno.ENOMEM):

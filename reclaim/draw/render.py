@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.errors import CapabilityError, LayoutError
+from kvmhost.files import replacing
 from kvmhost.installing import install_hint
 from kvmhost.reclaim.draw.heatmap import Heatmap
 
@@ -39,7 +40,7 @@ def render_heatmap(heatmap: Heatmap, path: Path) -> None:
 
     :raises LayoutError: if there is no window, or no such kind of file
     :raises CapabilityError: without matplotlib
-    :raises OSError: if the file cannot be written
+    :raises HostError: if the file cannot be written
     """
     if not heatmap.columns:
         raise LayoutError("heatmap: no window to draw")
@@ -72,7 +73,8 @@ def render_heatmap(heatmap: Heatmap, path: Path) -> None:
     bar.set_label(f"share of pages young in the window, {bins} (white: none)")
     bar.set_ticks([0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0])
     bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
-    picture.savefig(path, format=kind[1:])
+    with replacing(path) as file:
+        picture.savefig(file, format=kind[1:])
 
 
 def _matplotlib() -> tuple[Any, Any, Any, Any]:

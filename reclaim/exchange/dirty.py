@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
+from kvmhost.files import new_directory
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.exchange.common import Imported, ImportedWindow, check_pages, read_bounded
 from kvmhost.reclaim.record.chunks import write_file
@@ -54,9 +55,13 @@ class _Index(msgspec.Struct, frozen=True):
 def export(record: YoungRecord, directory: Path, first: int = 0, end: int | None = None) -> None:
     """Write windows as files in a new directory; the index comes last.
 
-    :raises OSError: if they cannot be written
+    :raises HostError: if they cannot be written; nothing is left then
     """
-    directory.mkdir()
+    with new_directory(directory) as partial:
+        _export(record, partial, first, end)
+
+
+def _export(record: YoungRecord, directory: Path, first: int, end: int | None) -> None:
     windows = []
     for number, bitmap in enumerate(record.bitmaps(first, end), first):
         name, coarse_name = f"{number:08}.bin", ""

@@ -7,7 +7,6 @@ after anything is unpacked, and the size has to be the one that the metadata giv
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvmhost import files
 from kvmhost.bitmap import Words
 from kvmhost.errors import CapabilityError
 from kvmhost.installing import install_hint
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 #: Prefix of files that are being written.
-TEMPORARY = ".tmp-"
+TEMPORARY = files.TEMPORARY
 
 
 def need_zstd() -> Any:
@@ -147,14 +147,6 @@ def _read(fd: int, most_bytes: int) -> bytes:
 def write_file(path: Path, raw: bytes) -> None:
     """Write a file whole or not at all.
 
-    :raises OSError: if it cannot be written; what was there stays
+    :raises HostError: if it cannot be written; what was there stays
     """
-    beside = path.with_name(TEMPORARY + path.name)
-    try:
-        with beside.open("wb") as file:
-            file.write(raw)
-        beside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
+    files.write_file(path, raw, sync=False)

@@ -162,9 +162,7 @@ def test_help_names_every_command(young):
     for name in ("record", "stat", "wss", "ages", "hot", "diff", "page", "gfn", "compare",
                  "whatif", "export", "import"):  # fmt: skip
         assert f"\n  {name} " in text
-        with pytest.raises(SystemExit) as stop:
-            main(["young", name, "--help"])
-        assert stop.value.code == 0
+        assert main(["young", name, "--help"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -178,7 +176,7 @@ def test_help_names_every_command(young):
         (("page", "{file}", "4096"), "no gfns [0x1000, 0x1001)"),
         (("gfn", "0x1000000", "{file}"), "is in no memslot; there are: slot 0 gfns [0x0, 0x1000)"),
         (("export", "{file}", "--format", "damon", "-o", "{file}"), "there already"),
-        (("export", "{file}", "--format", "damon", "-o", "{tmp}/a/b"), "there is no directory"),
+        (("export", "{file}", "--format", "damon", "-o", "{tmp}/a/b"), "No such file or directory"),
         (("import", "{tmp}/x", "--format", "damon", "-o", "{tmp}/y"), "No such file"),
         (("compare", "{file}"), "nothing to be compared with"),
         (("compare", "{file}", "--formats", "x86"), "there are: npt, npt-2m"),

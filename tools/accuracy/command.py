@@ -26,12 +26,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvmhost.errors import CapabilityError, LayoutError
+from kvmhost.files import check_target
 from kvmhost.suggest import unknown_name
 from kvmhost.tools.accuracy import cost, doorbells, running
 from kvmhost.tools.accuracy.kinds import (
@@ -197,8 +197,7 @@ def _check_plot(path: Path) -> None:
     need_plotting()
     if path.suffix.lower() != ".png":
         raise LayoutError(f"{path}: the name must end in .png")
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise LayoutError(f"{path}: no file can be written there")
+    check_target(path)
 
 
 def parser() -> CommandParser:

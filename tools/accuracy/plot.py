@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from kvmhost.files import replacing
+
 __all__ = ["draw"]
 
 #: By tracker, told apart also without colour vision (Okabe and Ito).
@@ -31,7 +33,7 @@ Report = dict[str, Any]
 def draw(report: Report, path: Path) -> None:
     """Draw a report of ``run`` to a PNG file.
 
-    :raises OSError: if the file cannot be written
+    :raises HostError: if the file cannot be written
     """
     from matplotlib.figure import Figure
 
@@ -44,7 +46,8 @@ def draw(report: Report, path: Path) -> None:
     if costly:
         _draw_throughput(rows[1][0], report)
         _draw_costs(rows[1][1], report)
-    figure.savefig(path, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _names(report: Report) -> list[str]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
-import tempfile
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from kvmhost.control.schema import MemoryMap
 from kvmhost.errors import LayoutError
+from kvmhost.files import check_target
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.client import Client
@@ -28,7 +26,6 @@ __all__ = [
     "percent",
     "progress_bar",
     "range_of",
-    "replacing",
 ]
 
 
@@ -105,26 +102,12 @@ def range_of(given: tuple[int, int] | None, memory: MemoryMap) -> tuple[int, int
 def check_out(path: Path, kinds: Sequence[str]) -> None:
     """Refuse a file that cannot be written before any work is done for it.
 
-    :raises LayoutError: if so
+    :raises LayoutError: for a name of another kind
+    :raises HostError: if no file can be written there
     """
     if path.suffix.lower() not in kinds:
         raise LayoutError(f"{path}: the name must end in {' or '.join(kinds)}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise LayoutError(f"{path}: no file can be written there")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file through one beside it and a rename, so that nobody reads half of it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            Path(file.name).chmod(0o666 & ~_umask())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    check_target(path)
 
 
 @contextlib.contextmanager
@@ -158,9 +141,3 @@ def gfn_range(text: str) -> tuple[int, int]:
             f"invalid range {text!r}; write for example 0x400:0x1000"
         ) from None
     return start, end
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
+from kvmhost.files import check_target, replacing
 from kvmhost.tools.parser import CommandParser
-from kvmhost.tools.young.common import replacing
 from kvmhost.tools.young.output import open_record, window_range, windows_of
 
 if TYPE_CHECKING:
@@ -32,16 +32,12 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if args.out.exists():
         raise LayoutError(f"{args.out}: there already; remove it, or take another name")
-    if not args.out.parent.is_dir():
-        raise LayoutError(f"{args.out}: there is no directory {args.out.parent}")
+    check_target(args.out)
     if not 0 <= args.share <= 100:
         raise LayoutError(f"--share {args.share:g}: need 0 to 100")
     with open_record(args.file) as record:
         first, end = windows_of(record, args.windows)
-        try:
-            what = _write(args, record, first, end)
-        except OSError as error:
-            raise LayoutError(f"{args.out}: cannot be written: {error.strerror}") from error
+        what = _write(args, record, first, end)
     print(f"{args.out}: {what}")
     return 0
 

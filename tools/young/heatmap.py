@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
+from kvmhost.files import replacing
 from kvmhost.tools.args import count, seconds
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import (
@@ -16,7 +17,6 @@ from kvmhost.tools.young.common import (
     open_source,
     progress_bar,
     range_of,
-    replacing,
 )
 from kvmhost.tools.young.output import open_record, window_range, windows_of
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
+from kvmhost.files import check_target, os_errors
 from kvmhost.tools.args import seconds
 from kvmhost.tools.parser import CommandParser
 
@@ -28,19 +29,15 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if args.out.exists():
         raise LayoutError(f"{args.out}: there already; remove it, or take another name")
-    if not args.out.parent.is_dir():
-        raise LayoutError(f"{args.out}: there is no directory {args.out.parent}")
+    check_target(args.out)
     if len(args.files) > 1 and args.format != "dirty":
         raise LayoutError(f"{args.format}: one file makes a record, {len(args.files)} were given")
     from kvmhost.reclaim.exchange.common import write_record
 
     origin = f"{args.format} {args.files[0].name}"
-    try:
-        windows = write_record(_read(args), args.out, origin)
-    except OSError as error:
-        if isinstance(error, LayoutError):
-            raise
-        raise LayoutError(f"{args.out}: cannot be written: {error.strerror}") from error
+    found = _read(args)
+    with os_errors(args.out):
+        windows = write_record(found, args.out, origin)
     print(f"{args.out}: {windows} windows")
     return 0
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.control.schema import HarvestCost, MemoryMap
+from kvmhost.files import replacing
 from kvmhost.tools.args import seconds, share
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import (
@@ -23,7 +24,6 @@ from kvmhost.tools.young.common import (
     open_source,
     percent,
     range_of,
-    replacing,
 )
 from kvmhost.trackers.sampling import DEFAULT_FRACTION
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvmhost.errors import LayoutError
+from kvmhost.files import check_target, replacing
 
 __all__ = ["need_file", "plot", "progress", "tables"]
 
@@ -24,14 +23,13 @@ def progress(text: str) -> None:
 def need_file(path: Path) -> None:
     """Refuse a picture that could not be written, before anything is measured.
 
-    :raises LayoutError: if no file can be written there
+    :raises HostError: if no file can be written there
     :raises CapabilityError: without matplotlib
     """
     from kvmhost.reclaim.draw.render import need_plotting
 
     need_plotting()
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise LayoutError(f"{path}: no file can be written there")
+    check_target(path)
 
 
 def tables(report: Mapping[str, Sequence[Row]]) -> str:
@@ -153,7 +151,8 @@ def plot(report: Mapping[str, Sequence[Row]], path: Path) -> None:
         else:
             axis.set(ylabel="of no limit", title="guests: throughput, higher is better")
     axes[0].legend(fontsize="small", ncols=6, loc="upper left")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=110)
 
 
 def _bars(axis: Any, rows: Sequence[Row], value: str) -> None:
