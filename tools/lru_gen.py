@@ -13,12 +13,17 @@ from kvmhost.tools.parser import CommandParser
 
 __all__ = ["main", "parser"]
 
+#: Above the columns on a terminal; the kernel's file has no header, and neither has a pipe.
+_HEADER = f" {'seq':>10} {'age_ms':>10} {'anon_pages':>11} {'file_pages':>10}"
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
     if args.what == "show":
         with _daemon(args.daemon, args.vm) as daemon:
+            if sys.stdout.isatty():
+                print(_HEADER)
             print(daemon.show_lru_gen(args.vm), end="")
         return 0
     text = sys.stdin.read() if args.command == "-" else args.command

@@ -45,7 +45,10 @@ class ImportedWindow:
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """A file that was read. ``windows`` is read once."""
+    """A file that was read. ``windows`` is read once.
+
+    :ivar remark: what the user should know about what was read
+    """
 
     gfn_start: int
     n_pages: int
@@ -53,6 +56,7 @@ class Imported:
     page_bytes: int = 4096
     name: str = ""
     interval_ns: int = 0
+    remark: str = ""
 
 
 def write_record(found: Imported, path: Path, origin: str) -> int:

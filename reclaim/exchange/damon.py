@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from kvmhost.bitmap import Provenance, YoungBitmap
+from kvmhost.errors import LayoutError
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.exchange.common import (
     MAX_FILE_BYTES,
@@ -30,6 +31,7 @@ from kvmhost.reclaim.exchange.common import (
     read_bounded,
 )
 from kvmhost.reclaim.record.clock import interval_s
+from kvmhost.reclaim.record.meta import MAX_PAGES
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import Cost
 
@@ -38,6 +40,16 @@ __all__ = ["export", "read"]
 _EXTRA = "kvmhost_young"
 #: What damo writes for people has thousands separators.
 _NUMBER = re.compile(r"-?[\d,]{1,26}")
+_CONVERT = (
+    "convert it: damo convert_record_format --record_file FILE --format json_compressed "
+    "--output_file OUT"
+)
+#: Files that damo and perf write beside JSON: first bytes, what it is, what to do.
+_OTHER_FILES = (
+    (b"PERFILE2", "perf data of damo record", _CONVERT),
+    (b"damon_recfmt_ver", "damo's old binary record", _CONVERT),
+    (b"kdamond", "the text of perf script", "import what damo record wrote, or " + _CONVERT),
+)
 
 
 class _Extra(msgspec.Struct, frozen=True):
@@ -78,6 +90,7 @@ class _Snapshot(msgspec.Struct, frozen=True):
 
 class _Record(msgspec.Struct, frozen=True):
     snapshots: list[_Snapshot]
+    target_id: int | None = None
     intervals: dict[str, Any] | None = None
     kvmhost_young: _Extra | None = None
 
@@ -170,22 +183,26 @@ def _region(record: YoungRecord, first: int, end: int, kind: int) -> dict[str, A
     return region
 
 
-def read(path: Path, most_bytes: int = MAX_FILE_BYTES) -> Imported:
-    """Read a record of DAMON: the snapshots of its first target.
+def read(
+    path: Path,
+    most_bytes: int = MAX_FILE_BYTES,
+    *,
+    target: int | None = None,
+    gfn_range: tuple[int, int] | None = None,
+) -> Imported:
+    """Read the snapshots of one target of a DAMON record.
 
     A page is young in a snapshot if a region on it has any accesses. Where DAMON
     wrote the file, its bits are as coarse as its regions.
 
+    :param target: ``target_id`` of the record to read; None: the only one
+    :param gfn_range: ``[start, end)`` to read; None: all regions, or where gaps between them make
+        that more than a record can hold, the largest run of adjoining regions, which
+        :attr:`Imported.remark` then says
     :raises RecordError: if it is none, or damaged, or holds more than ``most_bytes``
+    :raises LayoutError: if several targets or none match, or nothing lies in the range
     """
-    raw = read_bounded(path, most_bytes)
-    try:
-        records = msgspec.json.decode(raw, type=list[_Record])
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise RecordError(str(path), "DAMON record", str(error)) from None
-    if not records:
-        raise RecordError(str(path), "DAMON record", "has no target")
-    whole = records[0]
+    whole = _choose(_decode(path, most_bytes), path, target)
     extra = whole.kvmhost_young
     page_bytes = extra.page_bytes if extra else 4096
     if page_bytes < 512 or page_bytes & (page_bytes - 1) or page_bytes > 1 << 30:
@@ -194,55 +211,125 @@ def read(path: Path, most_bytes: int = MAX_FILE_BYTES) -> Imported:
         [_pages(region, page_bytes, path, number) for region in snapshot.regions]
         for number, snapshot in enumerate(whole.snapshots)
     ]
-    ends = [end for regions in spans for _, end in regions]
-    first = (
-        extra.gfn_start if extra else min((a for regions in spans for a, _ in regions), default=0)
-    )
-    n_pages = extra.n_pages if extra else max(ends, default=0) - first
-    if first < 0 or any(a < first for regions in spans for a, _ in regions):
-        raise RecordError(str(path), "gfn_start", f"a region begins before {first:#x}")
-    check_pages(n_pages, path)
-    check_pages(max(ends, default=first) - first, path)
+    first, end, remark = _extent(spans, extra, gfn_range, path)
+    check_pages(end - first, path)
     interval = (whole.intervals or {}).get("aggr_us", 0)
     return Imported(
         gfn_start=first,
-        n_pages=n_pages,
-        windows=_windows(whole, spans, first, n_pages, path),
+        n_pages=end - first,
+        windows=_windows(whole, spans, first, end, path),
         page_bytes=page_bytes,
         name=extra.name if extra else path.stem,
         interval_ns=max(_number(interval, path, "aggr_us"), 0) * 1000,
+        remark=remark,
     )
 
 
+def _decode(path: Path, most_bytes: int) -> list[_Record]:
+    raw = read_bounded(path, most_bytes)
+    for magic, kind, remedy in _OTHER_FILES:
+        if raw.startswith(magic):
+            raise RecordError(str(path), "file type", f"{kind}; {remedy}", 0)
+    try:
+        return msgspec.json.decode(raw, type=list[_Record])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise RecordError(str(path), "DAMON record", str(error)) from None
+
+
+def _choose(records: list[_Record], path: Path, target: int | None) -> _Record:
+    if not records:
+        raise RecordError(str(path), "DAMON record", "has no target")
+    known = [record.target_id for record in records]
+    listed = ", ".join(map(str, known[:16])) + (", ..." if len(known) > 16 else "")
+    if target is None:
+        if len(records) > 1:
+            raise LayoutError(
+                f"{path}: {len(records)} targets ({listed}); choose one with --target"
+            )
+        return records[0]
+    matching = [record for record in records if record.target_id == target]
+    if len(matching) != 1:
+        found = "no target" if not matching else f"{len(matching)} records of target"
+        raise LayoutError(f"{path}: {found} {target}; there are: {listed}")
+    return matching[0]
+
+
+def _extent(
+    spans: list[list[tuple[int, int]]],
+    extra: _Extra | None,
+    gfn_range: tuple[int, int] | None,
+    path: Path,
+) -> tuple[int, int, str]:
+    """Return the gfns ``[first, end)`` to import, and what is to be said about the choice."""
+    runs = _adjoining({span for regions in spans for span in regions if span[0] < span[1]})
+    if gfn_range is not None:
+        first, end = gfn_range
+        if not 0 <= first < end:
+            raise LayoutError(f"{path}: bad range {first:#x}:{end:#x}")
+        if not any(a < end and first < b for a, b in runs):
+            raise LayoutError(f"{path}: no region in gfns {first:#x}:{end:#x}; {_list(runs)}")
+        return first, end, ""
+    if extra is not None:
+        first, end = extra.gfn_start, extra.gfn_start + extra.n_pages
+        if first < 0 or (runs and runs[0][0] < first):
+            raise RecordError(str(path), "gfn_start", f"a region begins before {first:#x}")
+        return first, max(end, runs[-1][1] if runs else end), ""
+    if not runs:
+        return 0, 0, ""
+    first, end = runs[0][0], runs[-1][1]
+    if end - first <= MAX_PAGES:
+        return first, end, ""
+    largest = max(runs, key=lambda run: run[1] - run[0])
+    remark = (
+        f"regions span {end - first} pages, a record has at most {MAX_PAGES}: the largest one, "
+        f"{largest[0]:#x}:{largest[1]:#x}, is imported; --range takes another ({_list(runs)})"
+    )
+    return *largest, remark
+
+
+def _adjoining(spans: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the union of ranges as runs without gaps, ascending."""
+    runs: list[tuple[int, int]] = []
+    for a, b in sorted(spans):
+        if runs and a <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(b, runs[-1][1]))
+        else:
+            runs.append((a, b))
+    return runs
+
+
+def _list(runs: list[tuple[int, int]]) -> str:
+    shown = ", ".join(f"{a:#x}:{b:#x}" for a, b in runs[:8])
+    return f"regions: {shown or 'none'}" + (f" and {len(runs) - 8} more" if len(runs) > 8 else "")
+
+
 def _windows(
-    whole: _Record, spans: list[list[tuple[int, int]]], first: int, n_pages: int, path: Path
+    whole: _Record, spans: list[list[tuple[int, int]]], first: int, end: int, path: Path
 ) -> Iterator[ImportedWindow]:
     for number, (snapshot, regions) in enumerate(zip(whole.snapshots, spans, strict=True)):
-        extra = snapshot.kvmhost_young or _ExtraWindow(n_pages, tracker="damon")
+        extra = snapshot.kvmhost_young or _ExtraWindow(end - first, tracker="damon")
         check_pages(extra.n_pages, path)
+        n_pages = min(extra.n_pages, end - first)
         where = f"snapshot {number}"
-        if any(end - first > extra.n_pages for _, end in regions):
-            raise RecordError(str(path), where, f"a region ends beyond {extra.n_pages} pages")
-        young = [
-            (a - first, b - first)
+        inside = [
+            (max(a - first, 0), min(b, end) - first, region)
             for (a, b), region in zip(regions, snapshot.regions, strict=True)
-            if _is_young(region, path, where)
+            if a < end and first < b
         ]
-        rough = [
-            (a - first, b - first)
-            for (a, b), region in zip(regions, snapshot.regions, strict=True)
-            if region.kvmhost_coarse
-        ]
+        if any(b > n_pages for _, b, _ in inside):
+            raise RecordError(str(path), where, f"a region ends beyond {n_pages} pages")
+        young = [(a, b) for a, b, region in inside if _is_young(region, path, where)]
+        rough = [(a, b) for a, b, region in inside if region.kvmhost_coarse]
         source = Provenance(
             extra.tracker or "unknown",
             extra.table_format or "none",
             max(_number(snapshot.start_time, path, where), 0),
             max(_number(snapshot.end_time, path, where), 0),
         )
-        coarse = bitmap_of_ranges(rough, extra.n_pages) if extra.has_coarse else None
-        words = bitmap_of_ranges(young, extra.n_pages)
+        coarse = bitmap_of_ranges(rough, n_pages) if extra.has_coarse else None
+        words = bitmap_of_ranges(young, n_pages)
         yield ImportedWindow(
-            YoungBitmap(first, extra.n_pages, words, coarse, source),
+            YoungBitmap(first, n_pages, words, coarse, source),
             extra.wall_ns,
             Cost(extra.harvest_ns, extra.rearm_ns),
         )

@@ -21,6 +21,9 @@ number or the name that is shown:
 
 Every command of a text is parsed before the first one runs.
 
+As for the kernel, ``can_swap`` is a swappiness of which any but 0 means yes, ``full_scan`` is
+any number, and ``max`` is a swappiness (since "mm: use SWAPPINESS_ANON_ONLY in MGLRU", v6.16).
+
 Source: Documentation/admin-guide/mm/multigen_lru.rst and lru_gen_seq_write(), mm/vmscan.c,
 Linux v6.12. Departs from it: the name is taken as well as the number; aging does not
 refuse when all generations are open, since the two oldest become one.
@@ -132,8 +135,8 @@ def _parse_one(number: int, text: str) -> Command:
         return AgeCommand(
             words[0],
             values["seq"],
-            bool(_at_most(where, "can_swap", values.get("can_swap", 1), 1)),
-            bool(_at_most(where, "full_scan", values.get("full_scan", 1), 1)),
+            bool(_at_most(where, "can_swap", values.get("can_swap", 1), MAX_SWAPPINESS)),
+            bool(values.get("full_scan", 1)),
         )
     swappiness = values.get("swappiness", MAX_SWAPPINESS)
     _at_most(where, "swappiness", swappiness, MAX_SWAPPINESS)
@@ -141,6 +144,8 @@ def _parse_one(number: int, text: str) -> Command:
 
 
 def _number(where: str, field: str, word: str) -> int:
+    if word == "max" and field in ("can_swap", "swappiness"):
+        return MAX_SWAPPINESS
     if not re.fullmatch(r"[0-9]{1,18}", word):
         raise LayoutError(f"{where}: {field} {word!r} is no number of 0 or more")
     return int(word)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.files import check_target, os_errors
 from kvmhost.tools.args import seconds
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.young.common import gfn_range
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.exchange.common import Imported
@@ -30,12 +32,16 @@ def main(argv: Sequence[str]) -> int:
     if args.out.exists():
         raise LayoutError(f"{args.out}: there already; remove it, or take another name")
     check_target(args.out)
+    if args.format != "damon" and (args.range is not None or args.target is not None):
+        raise LayoutError(f"{args.format}: takes no --range and no --target")
     if len(args.files) > 1 and args.format != "dirty":
         raise LayoutError(f"{args.format}: one file makes a record, {len(args.files)} were given")
     from kvmhost.reclaim.exchange.common import write_record
 
     origin = f"{args.format} {args.files[0].name}"
     found = _read(args)
+    if found.remark:
+        print(f"kvmhost young import: {args.files[0]}: {found.remark}", file=sys.stderr)
     with os_errors(args.out):
         windows = write_record(found, args.out, origin)
     print(f"{args.out}: {windows} windows")
@@ -46,7 +52,7 @@ def _read(args: argparse.Namespace) -> Imported:
     from kvmhost.reclaim.exchange import damon, dirty, text
 
     if args.format == "damon":
-        return damon.read(args.files[0])
+        return damon.read(args.files[0], target=args.target, gfn_range=args.range)
     if args.format == "ranges":
         return text.read(args.files[0])
     if args.files[0].is_dir():
@@ -78,6 +84,15 @@ def parser() -> CommandParser:
     )
     parser.add_argument(
         "--pages", type=_number, metavar="N", help="dirty files: how many (default: all bits)"
+    )
+    parser.add_argument(
+        "--range", type=gfn_range, metavar="A:B", help="damon: only these pages, [A, B)"
+    )
+    parser.add_argument(
+        "--target",
+        type=_number,
+        metavar="ID",
+        help="damon: which target_id, where there are several",
     )
     parser.add_argument(
         "--interval", type=seconds, default=1.0, metavar="SECONDS", help="dirty files: a window"

@@ -15,6 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from young_model import histories, write
 
+from kvmhost.errors import LayoutError
+from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.exchange import damon, dirty, text
 from kvmhost.reclaim.exchange.common import write_record
 from kvmhost.reclaim.record.meta import COLUMNS
@@ -135,3 +137,97 @@ def test_working_set_for_prefetch(make_record, tmp_path):
     with (tmp_path / "b").open("wb") as file:
         text.export_gfns(text.working_set_gfns(record), file, binary=True)
     assert np.frombuffer((tmp_path / "b").read_bytes(), "<u8").tolist()[0] == base + 9
+
+
+MIB = 1 << 20
+
+
+def damon_file(path, *targets):
+    """Write a file as damo does: per target its id and, per snapshot, (start, end, samples)."""
+    records = [
+        {
+            "kdamond_idx": 0,
+            "context_idx": 0,
+            "intervals": {"sample_us": "5000", "aggr_us": "100000", "ops_update_us": "1000000"},
+            "scheme_idx": None,
+            "target_id": target_id,
+            "scheme_filters": [],
+            "snapshots": [
+                {
+                    "start_time": str(10**12 + i * 10**8),
+                    "end_time": str(10**12 + (i + 1) * 10**8),
+                    "regions": [
+                        {"start": str(a), "end": str(b), "nr_accesses": {"samples": str(n)}}
+                        for a, b, n in regions
+                    ],
+                }
+                for i, regions in enumerate(snapshots)
+            ],
+        }
+        for target_id, snapshots in targets
+    ]
+    path.write_bytes(zlib.compress(json.dumps(records).encode()))
+    return path
+
+
+HEAP, MAPPING, STACK = 0x5555_5555_4000, 0x7FFF_8000_0000, 0x7FFF_FFFD_E000
+#: A process's virtual addresses: three regions and two huge gaps.
+VIRTUAL = [
+    [
+        (HEAP, HEAP + 64 * MIB, 3),
+        (MAPPING, MAPPING + 128 * MIB, 0),
+        (MAPPING + 128 * MIB, MAPPING + 256 * MIB, i),
+        (STACK, 0x7FFF_FFFF_F000, 20),
+    ]
+    for i in range(3)
+]
+
+
+def test_of_damon_regions_with_huge_gaps_the_largest_is_said_and_taken(tmp_path):
+    found = damon.read(damon_file(tmp_path / "va.damo", (0, VIRTUAL)))
+    assert (found.gfn_start, found.n_pages) == (MAPPING >> 12, 256 * MIB >> 12)
+    assert f"{MAPPING >> 12:#x}:{(MAPPING >> 12) + (256 * MIB >> 12):#x}" in found.remark
+    assert f"{HEAP >> 12:#x}:" in found.remark
+    half = 128 * MIB >> 12
+    young = [w.bitmap.gfns().tolist() for w in found.windows]
+    later = list(range((MAPPING >> 12) + half, (MAPPING >> 12) + 2 * half))
+    assert young == [[], later, later]
+
+
+def test_a_range_picks_and_clips_regions_of_damon(tmp_path):
+    path = damon_file(tmp_path / "va.damo", (0, VIRTUAL))
+    first = (HEAP >> 12) + 100
+    found = damon.read(path, gfn_range=(first, first + 50))
+    assert (found.gfn_start, found.n_pages, found.remark) == (first, 50, "")
+    assert all(w.bitmap.count() == 50 for w in found.windows)
+    with pytest.raises(LayoutError, match=r"no region in gfns 0x10:0x20; regions: 0x555555554:"):
+        damon.read(path, gfn_range=(16, 32))
+    with pytest.raises(LayoutError, match="bad range"):
+        damon.read(path, gfn_range=(32, 16))
+
+
+def test_a_target_of_damon_is_chosen_and_never_dropped_silently(tmp_path):
+    one, two = [[(0, 16 * MIB, 2)]] * 3, [[(16 * MIB, 48 * MIB, 4)]] * 2
+    path = damon_file(tmp_path / "two.damo", (3, one), (8, two))
+    with pytest.raises(LayoutError, match=r"2 targets \(3, 8\); choose one with --target"):
+        damon.read(path)
+    found = damon.read(path, target=8)
+    assert (found.gfn_start, found.n_pages) == (16 * MIB >> 12, 32 * MIB >> 12)
+    assert len(list(found.windows)) == 2
+    with pytest.raises(LayoutError, match="no target 4; there are: 3, 8"):
+        damon.read(path, target=4)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"PERFILE2", "perf data"),
+        (b"damon_recfmt_ver\2", "old binary record"),
+        (b"kdamond.0 1234 [001] ..... 1000.1: damon:damon_aggregated:", "perf script"),
+    ],
+)
+def test_other_files_of_damo_are_named_with_the_way_to_convert(head, kind, tmp_path):
+    (tmp_path / "f").write_bytes(head + bytes(100))
+    with pytest.raises(RecordError, match=f"{kind}.*damo convert_record_format") as caught:
+        damon.read(tmp_path / "f")
+    assert caught.value.offset == 0

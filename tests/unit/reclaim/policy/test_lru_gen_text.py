@@ -48,8 +48,8 @@ def test_parse():
         ("+ vm 1 1", "node 1, there is only node 0"),
         ("+ vm 0 -1", "seq '-1' is no number of 0 or more"),
         ("+ vm 0 x", "seq 'x' is no number"),
-        ("+ vm 0 1 2", "can_swap 2, need 0 to 1"),
-        ("+ vm 0 1 1 7", "full_scan 7, need 0 to 1"),
+        ("+ vm 0 1 201", "can_swap 201, need 0 to 200"),
+        ("+ vm 0 1 1 max", "full_scan 'max' is no number"),
         ("- vm 0 1 201", "swappiness 201, need 0 to 200"),
         ("- vm 0 1 200 many", "nr 'many' is no number"),
         ("- vm 0 " + "9" * 30, "is no number of 0 or more"),
@@ -102,3 +102,16 @@ def test_commands_on_generations_that_are_not_there_or_protected(pages):
     with pytest.raises(LayoutError, match="seq 2 is protected, youngest that may go is 1"):
         run_all("- vm 0 2", policy, work)
     assert work.here.all()
+
+
+@pytest.mark.parametrize(
+    ("text", "can_swap", "full_scan"),
+    [("+1 0 5", True, True), ("+ 1 0 5 60", True, True), ("+ 1 0 5 0 7", False, True),
+     ("+ 1 0 05 max 0", True, False)],
+)  # fmt: skip
+def test_what_the_kernel_takes_for_aging_is_taken(text, can_swap, full_scan):
+    assert parse(text) == [AgeCommand("1", 5, can_swap, full_scan)]
+
+
+def test_max_is_a_swappiness():
+    assert parse("- 1 0 5 max 9") == [EvictCommand("1", 5, 200, 9)]
