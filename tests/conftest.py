@@ -23,8 +23,6 @@ from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.guests.build import compile_pc_guest, pc_sources
 from kvmhost.machine import Machine
 
-DEADLINE_S = 60.0
-
 # A shell starts its background jobs with SIGINT ignored, and every process below
 # inherits that: the tests that interrupt a command would wait for ever.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -192,16 +190,3 @@ def nothing_left() -> Iterator[None]:
     while (after := footprint()) != before and time.monotonic() < deadline:
         time.sleep(0.01)  # a thread that has been told to end
     assert after == before
-
-
-@pytest.fixture
-def until() -> Callable[..., None]:
-    """Return a wait for a condition, with a deadline."""
-
-    def wait(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_S) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-            time.sleep(0.001)
-
-    return wait

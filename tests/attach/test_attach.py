@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import until
 
 from kvmhost.bitmap import n_words, pack
 from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
@@ -269,7 +270,7 @@ def test_a_process_that_goes_away(toucher: Callable) -> None:
         Attached(victim.pid)
 
 
-def test_a_zombie_is_no_process(toucher: Callable, until: Callable) -> None:
+def test_a_zombie_is_no_process(toucher: Callable) -> None:
     victim = toucher(64)
     victim.process.kill()
     stat = Path(f"/proc/{victim.pid}/stat")
@@ -279,7 +280,7 @@ def test_a_zombie_is_no_process(toucher: Callable, until: Callable) -> None:
 
 
 @pytest.mark.parametrize(("how", "text"), [("u 0", "no longer there"), ("x 0", "runs another")])
-def test_a_mapping_that_goes_away(toucher: Callable, until: Callable, how: str, text: str) -> None:
+def test_a_mapping_that_goes_away(toucher: Callable, how: str, text: str) -> None:
     victim = toucher(64)
     with Attached(victim.pid) as attached:
         attached.harvest(tracker="present")

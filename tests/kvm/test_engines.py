@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import until
 
 from kvmhost.devices.bus import Handler
 from kvmhost.errors import GuestTimeout, UnexpectedExit
@@ -156,9 +157,7 @@ def leaf_entries(machine: Machine) -> np.ndarray:
 # -- control -------------------------------------------------------------------------
 
 
-def test_pause_stands_still_and_resume_goes_on(
-    engine: str, make_vm: Make, until: Callable[..., None]
-) -> None:
+def test_pause_stands_still_and_resume_goes_on(engine: str, make_vm: Make[..., None]) -> None:
     machine = make_vm(image_path("touch"), engine=engine, n_vcpus=2, params={"epochs": 0})
     machine.start()
     until(lambda: machine.doorbells > 10, "doorbells")
@@ -175,7 +174,7 @@ def test_pause_stands_still_and_resume_goes_on(
 
 
 def test_kick_before_run_is_not_lost(
-    engine: str, make_vm: Make, compile_guest: Compile, until: Callable[..., None]
+    engine: str, make_vm: Make, compile_guest: Compile[..., None]
 ) -> None:
     # One block that jumps to itself: nothing but a kick ends it.
     machine = make_vm(compile_guest('__asm__ volatile("1: jmp 1b");'), engine=engine)
@@ -361,7 +360,7 @@ def test_evicted_pages_come_back_to_the_guest(engine: str, make_vm: Make) -> Non
 
 @pytest.mark.requires_uffd
 def test_host_access_to_an_evicted_page_finds_its_data(
-    engine: str, make_vm: Make, until: Callable[..., None]
+    engine: str, make_vm: Make[..., None]
 ) -> None:
     machine = make_vm(image_path("touch"), engine=engine, params={"write": 1, "epochs": 0})
     machine.step_by_doorbell()

@@ -6,10 +6,10 @@ The oracle is the hotcold guest: it checks all 4096 bytes of a page on every tou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
+from waiting import until
 
 from kvmhost.errors import LayoutError, LostPageError
 from kvmhost.guests import image_path
@@ -44,14 +44,6 @@ def hotcold(engine: str = "kvm", n_vcpus: int = 2, **params: int) -> Machine:
     )
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds} s: {what}")
-        time.sleep(0.002)
-
-
 def evict_until(machine: Machine, evictions: int, seconds: float = 550) -> int:
     """Evict at random, in runs and single pages, until so many pages went."""
     rng = np.random.default_rng(5)
@@ -71,10 +63,10 @@ def evict_until(machine: Machine, evictions: int, seconds: float = 550) -> int:
 def test_ten_thousand_evictions_under_two_busy_vcpus(engine: str) -> None:
     with hotcold(engine) as machine:
         machine.start()
-        wait_until(lambda: machine.doorbells >= 2, "the first epoch")
+        until(lambda: machine.doorbells >= 2, "the first epoch")
         evict_until(machine, 10_000)
         epochs = machine.doorbells
-        wait_until(lambda: machine.doorbells > epochs + 10, "the guest goes on")
+        until(lambda: machine.doorbells > epochs + 10, "the guest goes on")
         assert machine.error is None
         assert machine.open_pager().counters()["fault_ins"] > 5000
 
@@ -84,10 +76,10 @@ def test_ten_thousand_evictions_under_two_busy_vcpus(engine: str) -> None:
 def test_a_million_evictions_under_two_busy_vcpus() -> None:
     with hotcold() as machine:
         machine.start()
-        wait_until(lambda: machine.doorbells >= 2, "the first epoch")
+        until(lambda: machine.doorbells >= 2, "the first epoch")
         evict_until(machine, 1_000_000)
         epochs = machine.doorbells
-        wait_until(lambda: machine.doorbells > epochs + 10, "the guest goes on")
+        until(lambda: machine.doorbells > epochs + 10, "the guest goes on")
         assert machine.error is None
         assert machine.open_pager().counters()["wp_faults"] > 0
 
@@ -96,7 +88,7 @@ def test_a_million_evictions_under_two_busy_vcpus() -> None:
 def test_writes_that_race_an_eviction_find_their_data() -> None:
     with hotcold(pages=PAGES, hot=PAGES // 2, write_permille=1000, cold=0) as machine:
         machine.start()
-        wait_until(lambda: machine.doorbells >= 2, "the first epoch")
+        until(lambda: machine.doorbells >= 2, "the first epoch")
         hot = START + PAGES // 8 + np.arange(64)
         deadline = time.monotonic() + 60
         while machine.open_pager().counters()["wp_faults"] < 20:
@@ -122,7 +114,7 @@ def test_resident_limit_is_held_by_the_fault_handler() -> None:
     with hotcold() as machine:
         machine.open_pager().set_limit(limit)
         machine.start()
-        wait_until(lambda: machine.doorbells >= 20, "twenty epochs under the limit")
+        until(lambda: machine.doorbells >= 20, "twenty epochs under the limit")
         counters = machine.open_pager().counters()
         assert machine.error is None
         assert counters["direct_evictions"] > PAGES - limit
@@ -131,7 +123,7 @@ def test_resident_limit_is_held_by_the_fault_handler() -> None:
         # A batch of 16 may be in flight, no more.
         assert machine.memory.resident_bytes() <= (limit + 16) * PAGE_BYTES
         # A kick gets a vCPU out of its fault; the handler may still be at work on it.
-        wait_until(
+        until(
             lambda: (
                 machine.open_pager().counters()["resident_pages"] * PAGE_BYTES
                 == machine.memory.resident_bytes()

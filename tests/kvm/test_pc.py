@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from kvmhost.boot.loaders import load_image
 from kvmhost.boot.pcboot import Module
@@ -146,7 +147,7 @@ def test_small_ports_and_reset(pc_guest: Guest) -> None:
 
 
 @needs_kvm
-def test_input_reaches_the_guest_by_interrupt(pc_guest: Guest, until: Callable[..., None]) -> None:
+def test_input_reaches_the_guest_by_interrupt(pc_guest: Guest[..., None]) -> None:
     with PcMachine(load_image(pc_guest("echo.elf"))) as machine:
         machine.start()
         until(lambda: machine.console_text() == "ready\n", "the guest is ready")
@@ -196,7 +197,7 @@ def test_a_guest_that_never_ends_times_out(pc_guest: Guest) -> None:
 
 
 @needs_kvm
-def test_pause_shows_what_each_processor_does(pc_guest: Guest, until: Callable[..., None]) -> None:
+def test_pause_shows_what_each_processor_does(pc_guest: Guest[..., None]) -> None:
     with PcMachine(load_image(pc_guest("echo.elf")), n_vcpus=2) as machine:
         machine.start()
         until(lambda: machine.console_text() == "ready\n", "the guest is ready")
@@ -286,7 +287,7 @@ def test_same_output_and_status_as_another_vmm(
 
 @needs_kvm
 def test_the_control_socket_shows_each_processor(
-    pc_guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Callable[..., None]
+    pc_guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch[..., None]
 ) -> None:
     monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path))
     from kvmhost.control.client import Client

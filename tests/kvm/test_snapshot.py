@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import until
 
 from kvmhost.boot.loaders import load_image
 from kvmhost.errors import CapabilityError, ImageError
@@ -27,13 +28,12 @@ from kvmhost.machine.snapshot import restore_machine, save_machine
 from kvmhost.pager.pager import PageState
 
 Guest = Callable[[str], Path]
-Until = Callable[..., None]
 
 pytestmark = pytest.mark.requires_kvm
 
 
 @pytest.fixture
-def saved(pc_guest: Guest, tmp_path: Path, until: Until) -> Path:
+def saved(pc_guest: Guest, tmp_path: Path) -> Path:
     """A snapshot of two processors in their fifth round of 20."""
     path = tmp_path / "vm.snap"
     with PcMachine(load_image(pc_guest("rounds.elf")), PcOptions("20"), n_vcpus=2) as machine:
@@ -71,7 +71,7 @@ def test_memory_is_sparse(saved: Path) -> None:
     assert saved.stat().st_size < 4 << 20
 
 
-def test_devices_and_waiting_input(pc_guest: Guest, tmp_path: Path, until: Until) -> None:
+def test_devices_and_waiting_input(pc_guest: Guest, tmp_path: Path) -> None:
     path = tmp_path / "echo.snap"
     files = {"opt/x": b"file"}
     with PcMachine(load_image(pc_guest("echo.elf")), PcOptions(fw_cfg=files)) as machine:

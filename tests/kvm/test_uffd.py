@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import until
 
 from kvmhost.bitmap import pack
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
@@ -205,7 +205,7 @@ def test_pagemap_is_exact_after_uffd_let_go() -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_stopping_while_guests_fault(until: Callable[..., None]) -> None:
+def test_stopping_while_guests_fault() -> None:
     # Often: a fault that queues while the registration goes away is a narrow window.
     for _ in range(100):
         with touch_machine("auto", pages=8000) as machine:

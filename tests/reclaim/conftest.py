@@ -6,25 +6,16 @@ import contextlib
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from kvmhost.control.client import Client
 from kvmhost.control.paths import RUNTIME_DIR_ENV
 from kvmhost.errors import VmGoneError
 
 DEADLINE_S = 60
-
-
-def until(condition, what, seconds=DEADLINE_S):
-    """Wait until a condition holds and return what it returned."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
-    return found
 
 
 class Process:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from kvmhost.errors import VmGoneError
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
@@ -21,14 +22,6 @@ BUDGET = 24 * MIB
 #: The fault handler may be one run of pages late, and the tables are pinned.
 SLACK = 1 * MIB
 DEADLINE_S = 60
-
-
-def until(condition, what, seconds=DEADLINE_S):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.005)
-    return found
 
 
 def background_evictions(vm):

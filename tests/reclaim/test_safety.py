@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from kvmhost.control.client import Client
 from kvmhost.control.schema import LeaseRequest
@@ -24,14 +25,6 @@ MIB = 1 << 20
 BUDGET = 24 * MIB
 SLACK = 1 * MIB
 DEADLINE_S = 60
-
-
-def until(condition, what, seconds=DEADLINE_S):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.005)
-    return found
 
 
 def evictions(vm):

@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
+from waiting import until
 
 from kvmhost.control.paths import running_names
 from kvmhost.reclaim.control.client import DaemonClient
@@ -71,14 +71,6 @@ for line in sys.stdin:
         held[name] = (ControlServer(machine).start(), machine)
     print(name, flush=True)
 """
-
-
-def until(condition, what, seconds=DEADLINE_S):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-    return found
 
 
 class Fakes:

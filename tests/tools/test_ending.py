@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from kvmhost.errors import HostError
 from kvmhost.tools.ending import Ended, exit_code, guard, message_of
@@ -32,14 +33,6 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runtime"
     monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(folder))
     return folder
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -66,7 +59,7 @@ def test_a_signal_ends_run_and_leaves_no_socket(
     number: int, code: int, runtime: Path, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     vm = started("run", "hotcold", "--engine", "emulated", "--name", "ended", "--param", "epochs=0")
-    wait_until(lambda: runtime.is_dir() and any(runtime.glob("ended*.sock")), vm)
+    until(lambda: runtime.is_dir() and any(runtime.glob("ended*.sock")), process=vm)
     # Where the socket is there, the machine may not be: the signal waits for it.
     vm.send_signal(number)
     assert vm.wait(DEADLINE_S) == code

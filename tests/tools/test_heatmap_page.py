@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-import time
 
 import numpy as np
 import pytest
+from waiting import until
 
 from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.reclaim.draw.heatmapdata import RecordView
@@ -80,14 +80,6 @@ def shown(browser, page):
 def settle(browser):
     """Wait until what is in view has been drawn from its own tiles."""
     until(lambda: script(browser, "return document.getElementById('map').dataset.ready") == "1")
-
-
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.02)
-    return found
 
 
 def script(browser, text, *args):

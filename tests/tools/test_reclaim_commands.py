@@ -9,10 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
 import pytest
+from waiting import until
 
 from kvmhost.control.client import Client
 from kvmhost.control.paths import RUNTIME_DIR_ENV
@@ -21,14 +21,6 @@ from kvmhost.errors import VmGoneError
 pytestmark = [pytest.mark.requires_kvm, pytest.mark.requires_uffd]
 
 DEADLINE_S = 60
-
-
-def until(condition, what, seconds=DEADLINE_S):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-    return found
 
 
 def kvmhost(*words, code=0):

@@ -9,23 +9,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 
 import pytest
+from waiting import until
 
 from kvmhost.control.client import Client
 from kvmhost.errors import VmGoneError
 
 PARAMS = {"pages": 4096, "hot": 1024, "cold": 0, "scan_every": 0, "epochs": 0}
 _SIZE = ("LINES", "COLUMNS")
-
-
-def until(condition, what, seconds=40):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
-    return found
 
 
 @pytest.fixture

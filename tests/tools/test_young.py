@@ -8,10 +8,10 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
+from waiting import until
 
 from kvmhost.bitmap import unpack
 from kvmhost.control.client import Client
@@ -31,13 +31,6 @@ def kvmhost(*words, **options):
         timeout=60,
         **({"capture_output": True} | options),
     )
-
-
-def until(condition, what, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
+from waiting import until
 from young_model import SECOND, Window, write
 
 from kvmhost.control.client import Client
@@ -222,13 +222,6 @@ def test_a_cut_tail_is_a_warning(tmp_path, capsys):
 # -- on running VMs ---------------------------------------------------------------
 
 PARAMS = {"pages": 2048, "hot": 512, "cold": 0, "scan_every": 0, "epochs": 0}
-
-
-def until(condition, what, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import multiprocessing
 import time
 
 import pytest
+from waiting import until
 
 from kvmhost.control.client import Client
 from kvmhost.control.schema import LeaseRequest
@@ -25,13 +26,6 @@ def connect(serve):
     yield client
     for one in made:
         one.close()
-
-
-def until(condition, what, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 def refused(call, *args):

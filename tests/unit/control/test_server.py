@@ -10,10 +10,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from kvmhost.control.client import Client
 from kvmhost.control.server import ControlServer
@@ -56,13 +56,6 @@ def request(method, path, body=b"", *headers):
 def still_answers(server):
     with Client(server.path) as client:
         return client.state().name == server.name
-
-
-def until(condition, what, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

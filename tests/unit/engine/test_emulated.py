@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from waiting import until
 
 from kvmhost.boot.longmode import entry_state, lay_out_tables
 from kvmhost.devices.bus import Bus
@@ -116,10 +116,10 @@ def test_flush_rearms_under_a_running_vcpu(raw: Raw) -> None:
     assert not raw.is_accessed()
     thread.start()
     try:
-        wait_for(raw.is_accessed)
+        until(raw.is_accessed)
         raw.is_accessed(clear=True)
         raw.engine.flush_tlbs()  # of a vCPU that is running
-        wait_for(raw.is_accessed)
+        until(raw.is_accessed)
     finally:
         raw.vcpu.kick()
         thread.join(30)
@@ -138,13 +138,6 @@ def test_cached_translation_sets_nothing(raw: Raw) -> None:
     raw.engine.flush_tlbs()
     assert isinstance(raw.vcpu.run(), IoOut)
     assert raw.is_accessed()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 COUNTER, ROUNDS = 0x18_0000, 200_000

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until_async
 
 from kvmhost import trackers
 from kvmhost.bitmap import Provenance, YoungBitmap
@@ -262,22 +263,15 @@ def screen_text(app):
     }
 
 
-async def until(pilot, condition):
-    for _ in range(500):
-        await pilot.pause()
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("not in time")
-
-
 def drive(watchapp, fake, steps, size=(80, 24)):
     """Run the view with a pilot: ``steps(app, pilot)`` after its first tick."""
 
     async def run():
         app = watchapp.WatchApp(WatchSampler(fake), 0.01)
         async with app.run_test(size=size) as pilot:
-            await until(pilot, lambda: app.sample is not None and "0x0" in screen_text(app)["map"])
+            await until_async(
+                lambda: app.sample is not None and "0x0" in screen_text(app)["map"], pilot.pause
+            )
             await steps(app, pilot)
         return app
 
@@ -290,7 +284,7 @@ def test_everything_fits_the_terminal(watchapp, fake, size):
 
     async def steps(app, pilot):
         await pilot.press("space")
-        await until(pilot, lambda: "PAUSED" in screen_text(app)["head"])
+        await until_async(lambda: "PAUSED" in screen_text(app)["head"], pilot.pause)
         shown = screen_text(app)
         grid = app.grid()
         assert grid.start == 0
@@ -335,7 +329,7 @@ def test_zoom_move_mark_and_help(watchapp, fake):
         await pilot.press("m")
         fake.young[:] = False
         fake.young[150:300] = True
-        await until(pilot, lambda: "+100 -50 alike 25 %" in screen_text(app)["cell"])
+        await until_async(lambda: "+100 -50 alike 25 %" in screen_text(app)["cell"], pilot.pause)
         assert "+" in "".join(rows_of(types.SimpleNamespace(plain=screen_text(app)["map"])))
         await pilot.press("m")
         assert "alike" not in screen_text(app)["cell"]
@@ -353,12 +347,12 @@ def test_zoom_move_mark_and_help(watchapp, fake):
 def test_paused_nothing_is_harvested(watchapp, fake):
     async def steps(app, pilot):
         await pilot.press("p")
-        await until(pilot, lambda: "PAUSED" in screen_text(app)["head"])
+        await until_async(lambda: "PAUSED" in screen_text(app)["head"], pilot.pause)
         n = len(fake.harvests)
         await asyncio.sleep(0.1)
         assert len(fake.harvests) == n
         await pilot.press("p")
-        await until(pilot, lambda: len(fake.harvests) > n)
+        await until_async(lambda: len(fake.harvests) > n, pilot.pause)
 
     drive(watchapp, fake, steps)
 
@@ -368,12 +362,12 @@ def test_trackers_that_do_not_work_are_said_and_passed(watchapp, fake, monkeypat
 
     async def steps(app, pilot):
         await pilot.press("t")
-        await until(pilot, lambda: "pagemap (npt)" in screen_text(app)["head"])
+        await until_async(lambda: "pagemap (npt)" in screen_text(app)["head"], pilot.pause)
         await pilot.press("t")
-        await until(pilot, lambda: "dirty does not work" in screen_text(app)["head"])
+        await until_async(lambda: "dirty does not work" in screen_text(app)["head"], pilot.pause)
         for _ in range(len(trackers.NAMES) - 2):
             await pilot.press("t")
-        await until(pilot, lambda: "guestpt (npt)" in screen_text(app)["head"])
+        await until_async(lambda: "guestpt (npt)" in screen_text(app)["head"], pilot.pause)
 
     drive(watchapp, fake, steps)
 
@@ -383,10 +377,12 @@ def test_a_vm_that_goes_away_may_come_back(watchapp, fake, monkeypatch):
 
     async def steps(app, pilot):
         fake.gone = True
-        await until(pilot, lambda: "waiting for it to come back" in screen_text(app)["head"])
+        await until_async(
+            lambda: "waiting for it to come back" in screen_text(app)["head"], pilot.pause
+        )
         assert "0x0" in screen_text(app)["map"]
         fake.gone, fake.pid = False, 99
-        await until(pilot, lambda: "kvm" in screen_text(app)["head"])
+        await until_async(lambda: "kvm" in screen_text(app)["head"], pilot.pause)
         assert app.sample.state.pid == 99
 
     drive(watchapp, fake, steps)
