@@ -33,6 +33,7 @@ from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns
 from kvmhost.installing import install_hint
 from kvmhost.machine import Machine
+from kvmhost.pager.userfault import Userfault
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
 from kvmhost.tools.args import about, size_bytes
 from kvmhost.tools.parser import CommandParser
@@ -101,6 +102,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     engine = _engine_name(args.engine)
     check_target(args.output)
+    # Both halves need it: better told now than by a child after a while.
+    Userfault().close()
     share = 1 if engine == "kvm" else _EMULATED_SHARE
     settings = DemoSettings(args.mem, args.hot // min(share, 4), args.epochs // share, engine)
     if settings.budget_bytes < settings.hot_bytes:

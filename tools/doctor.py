@@ -7,10 +7,12 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvmhost.doctor import Finding, probe_host
 from kvmhost.reclaim.pressure import probe
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.verdicts import verdicts
 
 __all__ = ["main", "parser"]
 
@@ -18,8 +20,9 @@ EXIT_MISSING = 126
 
 _DESCRIPTION = """\
 Try everything that kvmhost uses: /dev/kvm and its capabilities, engines,
-trackers, userfaultfd, compression, memory cgroups, PSI. Each line says what was
-found and, where something does not work, what to do about it. Nothing is changed.
+trackers, userfaultfd, compression, memory cgroups, PSI. Each line is a verdict on
+one feature and says, where it does not work, why and what to do about it; --all
+lists everything that was tried. Nothing is changed.
 
 exit status: 0 if at least one engine works, 126 if none does
 """
@@ -32,7 +35,8 @@ def parser() -> CommandParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--all", action="store_true", help="list everything that was tried")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with both")
     return parser
 
 
@@ -42,13 +46,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings = [*probe_host(), *_pressure()]
     usable = any(f.works for f in findings if f.area == "engine")
     if arguments.json:
-        shown = [dataclasses.asdict(finding) for finding in findings]
-        print(json.dumps({"usable": usable, "findings": shown}, indent=2))
+        print(json.dumps(_report(usable, findings), indent=2))
+    elif not arguments.all:
+        for verdict in verdicts(findings):
+            print(verdict.line())
     elif sys.stdout.isatty():
         _print_table(findings)
     else:
         _print_plain(findings)
     return 0 if usable else EXIT_MISSING
+
+
+def _report(usable: bool, findings: list[Finding]) -> dict[str, Any]:
+    """Return what ``--json`` prints: features by name, and all findings."""
+    return {
+        "usable": usable,
+        "features": {
+            verdict.feature.replace(" ", "_"): {
+                "works": verdict.works,
+                "why": verdict.why,
+                "remedy": verdict.remedy,
+            }
+            for verdict in verdicts(findings)
+        },
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+    }
 
 
 def _pressure() -> list[Finding]:

@@ -42,6 +42,17 @@ static int offered_features(uint64_t *features)
 	return (api.features & WANTED) == WANTED ? 0 : -EOPNOTSUPP;
 }
 
+int kh_uffd_user_mode_only(void)
+{
+	/* Since commit 37cd0575b851 ("userfaultfd: add UFFD_USER_MODE_ONLY") (in v5.11). */
+	int uffd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | 1);
+
+	if (uffd < 0)
+		return 0;
+	close(uffd);
+	return 1;
+}
+
 int kh_uffd_open(uint64_t *features)
 {
 	struct uffdio_api api = { .api = UFFD_API };

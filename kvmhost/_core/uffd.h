@@ -18,6 +18,8 @@
  * the system call is allowed, EOPNOTSUPP where shmem write-protect is missing.
  */
 int kh_uffd_open(uint64_t *features);
+/* Whether a userfaultfd can be had that delivers faults of user mode alone. */
+int kh_uffd_user_mode_only(void);
 /* Register a range for KH_UFFD_* faults; may be called again to add a mode. */
 int kh_uffd_register(int uffd, uint64_t address, uint64_t n_bytes, int modes);
 int kh_uffd_unregister(int uffd, uint64_t address, uint64_t n_bytes);

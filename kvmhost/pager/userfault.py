@@ -101,12 +101,25 @@ def probe() -> str | None:
 
 
 def _unavailable(number: int) -> CapabilityError:
-    remedy = {
-        errno.EPERM: "run as root, or give access to /dev/userfaultfd",
-        errno.EACCES: "run as root, or give access to /dev/userfaultfd",
-        errno.ENOSYS: "use a kernel with CONFIG_USERFAULTFD",
-        errno.EOPNOTSUPP: "use Linux 5.19 or newer",
-    }.get(number, "see dmesg")
+    found = os.strerror(number)
+    if number in (errno.EPERM, errno.EACCES) and lib.kh_uffd_user_mode_only():
+        found += "; only faults of user mode are allowed, and KVM's are of kernel mode"
     return CapabilityError(
-        "userfaultfd", "missing and write-protect faults on shmem", os.strerror(number), remedy
+        "userfaultfd",
+        "missing and write-protect faults on shmem",
+        found,
+        _REMEDIES.get(number, "see dmesg"),
     )
+
+
+_ACCESS = (
+    "give your group /dev/userfaultfd with a udev rule "
+    '(KERNEL=="userfaultfd", GROUP="kvm", MODE="0660"), '
+    "or set sysctl vm.unprivileged_userfaultfd=1, or run as root"
+)
+_REMEDIES = {
+    errno.EPERM: _ACCESS,
+    errno.EACCES: _ACCESS,
+    errno.ENOSYS: "use a kernel with CONFIG_USERFAULTFD",
+    errno.EOPNOTSUPP: "use Linux 5.19 or newer",
+}

@@ -11,6 +11,7 @@ import pytest
 from kvmhost.doctor import Finding
 from kvmhost.reclaim.pressure import probe
 from kvmhost.tools import doctor
+from kvmhost.tools.verdicts import verdicts
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -56,7 +57,7 @@ def test_no_engine_is_126(
 ) -> None:
     nothing = [Finding("engine", name, False, "gone", "buy one") for name in ("kvm", "emulated")]
     monkeypatch.setattr(doctor, "probe_host", lambda: iter(nothing))
-    assert doctor.main([]) == 126
+    assert doctor.main(["--all"]) == 126
     assert "gone (buy one)" in capsys.readouterr().out
 
 
@@ -64,8 +65,47 @@ def test_table_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert doctor.main([]) == 0
+    assert doctor.main(["--all"]) == 0
     assert "emulated" in capsys.readouterr().out
+
+
+def test_a_verdict_for_each_feature(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--json"]) == 0
+    features = json.loads(capsys.readouterr().out)["features"]
+    names = {"run_kvm", "run_emulated", "reclaim", "cgroup_limits", "psi", "pictures", "records"}
+    assert names | {"tracker_guestpt", "tracker_pagemap", "tracker_uffd"} <= set(features)
+    assert all(set(found) == {"works", "why", "remedy"} for found in features.values())
+    assert all(found["remedy"] for found in features.values() if not found["works"])
+    doctor.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(features)
+    for line, (name, found) in zip(lines, features.items(), strict=True):
+        assert line.startswith(f"{name.replace('_', ' ')}: {'yes' if found['works'] else 'no, '}")
+
+
+def test_verdicts_name_the_cause_and_what_to_do() -> None:
+    need = "userfaultfd: need faults, found EPERM; run as root"
+    found = [
+        Finding("engine", "kvm", False, "/dev/kvm: Permission denied", "join kvm"),
+        Finding("engine", "emulated", True, "works"),
+        Finding("memory", "userfaultfd", False, "Operation not permitted", "add a udev rule"),
+        Finding("tracker", "uffd", False, need, "none needed"),
+        Finding("pressure", "PSI", True, "some avg10=0"),
+        Finding("pressure", "PSI trigger", False, "not allowed", "run as root"),
+        Finding("pressure", "cgroup v2 memory", False, "not mounted", "mount it"),
+        Finding("pressure", "cgroup v1 memory", True, "groups can be made"),
+    ]
+    lines = [verdict.line() for verdict in verdicts(found)]
+    assert lines[0] == "run kvm: no, because /dev/kvm: Permission denied; join kvm"
+    assert lines[1] == "run emulated: yes"
+    assert lines[2] == "reclaim: no, because Operation not permitted; add a udev rule"
+    assert lines[3] == (
+        "tracker uffd: no, because userfaultfd: need faults, found EPERM; run as root"
+    )
+    assert lines[4] == "cgroup limits: yes, groups can be made"
+    assert lines[5] == "psi: yes, totals only, no triggers: not allowed"
+    gone = [Finding("engine", name, False, "gone", "buy one") for name in ("kvm", "emulated")]
+    assert verdicts(gone)[2].line() == "reclaim: no, because no engine works; buy one"
 
 
 def test_help_names_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:

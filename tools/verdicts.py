@@ -1,0 +1,96 @@
+"""One verdict per feature of kvmhost, out of the findings of ``kvmhost doctor``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping, Sequence
+
+from kvmhost.doctor import Finding
+from kvmhost.installing import install_hint
+
+__all__ = ["Verdict", "verdicts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a feature works here.
+
+    :ivar why: how it works, or why it does not
+    :ivar remedy: what to do; empty where it works
+    """
+
+    feature: str
+    works: bool
+    why: str
+    remedy: str = ""
+
+    def line(self) -> str:
+        """Return the verdict as one line."""
+        if self.works:
+            return f"{self.feature}: yes, {self.why}" if self.why else f"{self.feature}: yes"
+        return f"{self.feature}: no, because {self.why}; {self.remedy or 'there is no remedy'}"
+
+
+def verdicts(findings: Sequence[Finding]) -> list[Verdict]:
+    """Return a verdict for each feature; the names are stable.
+
+    ``run kvm``, ``run emulated``, ``reclaim``, ``tracker NAME``, ``cgroup limits``,
+    ``psi``, ``pictures``, ``records``.
+    """
+    by_name = {(finding.area, finding.name): finding for finding in findings}
+    shown = [_of(by_name, f"run {name}", "engine", name) for name in ("kvm", "emulated")]
+    shown.append(_reclaim(by_name))
+    shown += [_tracker(finding) for finding in findings if finding.area == "tracker"]
+    shown += [_cgroups(by_name), _psi(by_name)]
+    shown.append(_package("pictures", "matplotlib", "plot"))
+    shown.append(_package("records", "zstandard", "record"))
+    return shown
+
+
+_Findings = Mapping[tuple[str, str], Finding]
+
+
+def _of(findings: _Findings, feature: str, area: str, name: str) -> Verdict:
+    finding = findings.get((area, name), Finding(area, name, False, "it was not tried"))
+    why = "" if finding.works and finding.found == "works" else finding.found
+    return Verdict(feature, bool(finding.works), why, "" if finding.works else finding.remedy)
+
+
+def _tracker(finding: Finding) -> Verdict:
+    feature = f"tracker {finding.name}"
+    if finding.works:
+        # What limits it stands in brackets, with a remedy: --all shows it.
+        return Verdict(feature, True, finding.found.partition(" (")[0])
+    why, _, remedy = finding.found.removeprefix(f"{finding.name}: ").partition("; ")
+    why = why.replace("need ", "it needs ", 1) if why.startswith("need ") else why
+    return Verdict(feature, False, why, remedy or finding.remedy)
+
+
+def _reclaim(findings: _Findings) -> Verdict:
+    """Evicting takes an engine, and a userfaultfd that brings pages back."""
+    engines = [_of(findings, "", "engine", name) for name in ("kvm", "emulated")]
+    if not any(engine.works for engine in engines):
+        return Verdict("reclaim", False, "no engine works", engines[0].remedy)
+    userfault = _of(findings, "reclaim", "memory", "userfaultfd")
+    return dataclasses.replace(userfault, why="" if userfault.works else userfault.why)
+
+
+def _cgroups(findings: _Findings) -> Verdict:
+    tried = [_of(findings, "cgroup limits", "pressure", f"cgroup {v} memory") for v in ("v2", "v1")]
+    return next((verdict for verdict in tried if verdict.works), tried[0])
+
+
+def _psi(findings: _Findings) -> Verdict:
+    read = _of(findings, "psi", "pressure", "PSI")
+    trigger = _of(findings, "psi", "pressure", "PSI trigger")
+    if not read.works:
+        return read
+    how = "totals and triggers" if trigger.works else f"totals only, no triggers: {trigger.why}"
+    return Verdict("psi", True, how)
+
+
+def _package(feature: str, module: str, extra: str) -> Verdict:
+    if importlib.util.find_spec(module) is not None:
+        return Verdict(feature, True, "")
+    return Verdict(feature, False, f"the package {module} is missing", install_hint(extra))
