@@ -6,12 +6,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.control.client import Client
-from kvmhost.errors import VmGoneError
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
 
@@ -33,12 +31,6 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
     with Client(args.vm) as client:
-        if args.stop:
-            client.pause()
-        n_bytes = client.snapshot(str(args.file.absolute()))
-        if args.stop:
-            # The VM may end before its answer is read.
-            with contextlib.suppress(VmGoneError):
-                client.stop()
+        n_bytes = client.snapshot(str(args.file.absolute()), args.stop)
     print(f"{args.file}: {n_bytes / (1 << 20):.1f} MiB of memory")
     return 0

@@ -208,14 +208,19 @@ class Client(Caller):
         """Return who looks after the VM; None: nobody."""
         return self._get("lease", schema.LeaseState).lease
 
-    def snapshot(self, path: str) -> int:
+    def snapshot(self, path: str, stop: bool = False) -> int:
         """Have the VM write itself into a file; it goes on running.
 
+        Waits however long that takes. If the client goes away meanwhile there is no file.
+
         :param path: absolute, as the VM sees it
+        :param stop: end the guest instead, where the snapshot was taken
         :return: bytes of memory in the file
         """
-        body = schema.encode(schema.SnapshotRequest(path))
-        answer = self._call("POST", "snapshot", content=body, headers=_JSON)
+        body = schema.encode(schema.SnapshotRequest(path, stop))
+        answer = self._call(
+            "POST", "snapshot", content=body, headers=_JSON, timeout=httpx.Timeout(None, connect=5)
+        )
         return self._read(answer, schema.SnapshotReport).memory_bytes
 
 

@@ -6,6 +6,7 @@ the server (:mod:`kvmhost.control.serving`) nothing of what is asked.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol, TypeVar
@@ -47,6 +48,7 @@ class Request:
 
     :param is_json: whether the body says that it is JSON
     :param lease: the token in the header ``X-Kvmhost-Lease``; empty: none
+    :param gone: set when nobody waits for the answer any more
     """
 
     method: str
@@ -56,6 +58,7 @@ class Request:
     is_json: bool
     peer: Peer
     lease: str = ""
+    gone: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
 
 class Problem(Exception):

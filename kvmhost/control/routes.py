@@ -29,6 +29,7 @@ import concurrent.futures
 import errno
 import functools
 import os
+import threading
 import typing
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -396,13 +397,24 @@ class Routes:
         if not path.is_absolute():
             raise Problem(400, "need an absolute path: the VM has its own directory", "path")
 
+        cancelled = threading.Event()
+
         def save() -> int:
             from kvmhost.machine.snapshot import save_machine
 
-            return save_machine(self._machine, path)
+            return save_machine(self._machine, path, cancelled=cancelled.is_set, stop=asked.stop)
 
-        async with self._paging:
-            return json_reply(schema.SnapshotReport(await self._work(save)))
+        async def watch() -> None:
+            await request.gone.wait()
+            cancelled.set()
+
+        watching = asyncio.create_task(watch())
+        try:
+            async with self._paging:
+                return json_reply(schema.SnapshotReport(await self._work(save)))
+        finally:
+            cancelled.set()
+            watching.cancel()
 
     async def _stop(self, request: Request) -> Reply:
         nothing_asked(request)

@@ -145,9 +145,13 @@ class LimitRequest(_Strict, frozen=True):
 
 
 class SnapshotRequest(_Strict, frozen=True):
-    """Body of ``POST /v1/snapshot``: where the VM writes the file, an absolute path."""
+    """Body of ``POST /v1/snapshot``: where the VM writes the file, an absolute path.
+
+    With ``stop`` the guest ends where the snapshot was taken; else it goes on.
+    """
 
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    stop: bool = False
 
 
 class PauseQuery(_Strict, frozen=True):

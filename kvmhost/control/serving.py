@@ -61,14 +61,18 @@ class _Connection(web.RequestHandler):
         self._serving = serving
         self._deadline: asyncio.TimerHandle | None = None
         self._held_back = False
+        #: Set when the client is gone, or the server stops.
+        self.gone = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._serving.note(self.gone)
         self.expect_request(self._serving.owner.request_deadline_s)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self.gone.set()
         self.request_came()
-        self._serving.forget(self.peer)
+        self._serving.forget(self.peer, self.gone)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -131,6 +135,8 @@ class _Serving:
         self._tasks: set[asyncio.Task[None]] = set()
         #: Accepted connections that are not lost yet, by process.
         self._open: collections.Counter[int] = collections.Counter()
+        #: Of each connection, what is set when nobody waits for its answers any more.
+        self._clients: set[asyncio.Event] = set()
 
     async def run(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -151,6 +157,8 @@ class _Serving:
         finally:
             self.loop.remove_reader(self._listener)
             self.loop.remove_reader(self._stop)
+            for gone in self._clients:
+                gone.set()
             self._server.pre_shutdown()
             await self._server.shutdown(timeout=2.0)
             self._handler.let_go()
@@ -199,8 +207,14 @@ class _Serving:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def forget(self, peer: Peer) -> None:
+    def note(self, gone: asyncio.Event) -> None:
+        """Set ``gone`` when the server stops."""
+        self._clients.add(gone)
+
+    def forget(self, peer: Peer, gone: asyncio.Event | None = None) -> None:
         """Count one connection less."""
+        if gone is not None:
+            self._clients.discard(gone)
         self._open[peer.pid] -= 1
         if not self._open[peer.pid]:
             del self._open[peer.pid]
@@ -233,14 +247,16 @@ class _Serving:
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         route = self._handler.find(request.method, request.path)
+        connection = typing.cast(_Connection, request.protocol)
         asked = Request(
             request.method,
             request.path,
             dict(request.query),
             await self._read_body(request),
             request.content_type == "application/json",
-            typing.cast(_Connection, request.protocol).peer,
+            connection.peer,
             request.headers.get(HEADER_PREFIX + "Lease", ""),
+            connection.gone,
         )
         try:
             reply = await route(asked)
