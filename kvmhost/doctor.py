@@ -166,9 +166,9 @@ def _trackers() -> Iterator[Finding]:
 
 def _ways() -> Iterator[Finding]:
     """Yield the ways to look at processes that are not ours."""
-    from kvmhost.process.methods import probe_ways
+    from kvmhost.process.methods import probe_methods
 
-    for name, support in probe_ways().items():
+    for name, support in probe_methods().items():
         remedy = "" if support.works else "none needed: young --pid takes another way"
         yield Finding("--pid", name, support.works, support.reason, remedy)
 

@@ -1,4 +1,4 @@
-"""Amounts with units, as they are written in a configuration and on a command line.
+"""Pages, and amounts with units as written in a configuration and on a command line.
 
 =========== ============================= ===========================================
 type        written                       value
@@ -18,7 +18,20 @@ import re
 from decimal import Decimal
 from typing import Any
 
-__all__ = ["Bytes", "Mark", "Seconds", "Share", "read_amount", "write_amount"]
+__all__ = [
+    "PAGE_BYTES",
+    "PAGE_SHIFT",
+    "Bytes",
+    "Mark",
+    "Seconds",
+    "Share",
+    "read_amount",
+    "write_amount",
+]
+
+#: A page of guest memory, and of the x86 host.
+PAGE_SHIFT = 12
+PAGE_BYTES = 1 << PAGE_SHIFT
 
 _BINARY = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)

@@ -9,10 +9,9 @@ from kvmhost.reclaim.account.decisions import Decisions
 from kvmhost.reclaim.host import Host
 from kvmhost.reclaim.pressure.limits import CpuShare, Rate
 from kvmhost.reclaim.settings.options import Config, Limits, VmOptions
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["DaemonContext", "cpu_limit", "rate_limit"]
-
-_PAGE_BYTES = 4096
 
 
 @dataclasses.dataclass
@@ -69,7 +68,7 @@ class DaemonContext:
 
 def rate_limit(limits: Limits) -> Rate:
     """Return the smaller of the page and byte rate limits, in pages."""
-    rates = [limits.pages_per_s, limits.bytes_per_s / _PAGE_BYTES]
+    rates = [limits.pages_per_s, limits.bytes_per_s / PAGE_BYTES]
     return Rate(min((rate for rate in rates if rate), default=0))
 
 

@@ -21,10 +21,10 @@ from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
 from kvmhost.reclaim.pressure.psi import SYSTEM_PSI, PsiMeter, PsiTrigger
 from kvmhost.reclaim.pressure.shares import Claim, share_budget, share_demand
 from kvmhost.reclaim.settings.options import PressureOptions
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["Host"]
 
-_PAGE_BYTES = 4096
 
 log = logging.getLogger("reclaim")
 
@@ -93,7 +93,7 @@ class Host(Closing):
                 text += f"{high / 2**20:.0f} MiB"
                 self._share_out(excess, EvictReason.CGROUP, text)
             if self.options.total_budget:
-                total = self.options.total_budget // _PAGE_BYTES
+                total = self.options.total_budget // PAGE_BYTES
                 self._parts = share_budget(total, self._claims)
 
     def _cgroup_excess(self) -> int:
@@ -104,7 +104,7 @@ class Host(Closing):
         if limit is None:
             return 0
         excess = self.cgroup_bytes - int(limit * self.options.cgroup_high)
-        return max(0, -(-excess // _PAGE_BYTES))
+        return max(0, -(-excess // PAGE_BYTES))
 
     def _share_out(self, pages: int, why: EvictReason, text: str) -> None:
         for vm, part in share_demand(pages, self._claims).items():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import typing
 from pathlib import Path
 
 from kvmhost.errors import ImageError, LayoutError
 from kvmhost.pager.options import CODECS, MAX_PREFETCH_PAGES, StoreOptions
+from kvmhost.units import Bytes
 
 if typing.TYPE_CHECKING:
     from kvmhost.boot.pcboot import Module
@@ -29,9 +29,6 @@ __all__ = [
     "store_options",
 ]
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-
 
 def about(docstring: str | None) -> str:
     """Return a module's docstring as the text of its command's help: without markup."""
@@ -43,10 +40,10 @@ def size_bytes(text: str) -> int:
 
     :raises argparse.ArgumentTypeError: for anything else
     """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"invalid size {text!r}; write 65536, 256M or 1G")
-    return int(match.group(1)) * _UNITS[match.group(2).upper()]
+    try:
+        return int(Bytes.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def mem_bytes(text: str) -> int:

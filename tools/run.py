@@ -17,7 +17,6 @@ from kvmhost.engine.cpumodel import CPU_MODELS
 from kvmhost.errors import LayoutError
 from kvmhost.machine import make_machine
 from kvmhost.machine.base import BaseMachine
-from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.tools.args import (
     add_machine_arguments,
     add_store_arguments,
@@ -32,6 +31,7 @@ from kvmhost.tools.args import (
 )
 from kvmhost.tools.ending import ENDING_SIGNALS, EXIT_FAILED
 from kvmhost.tools.parser import CommandParser
+from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.paths import NameLock

@@ -20,7 +20,6 @@ from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import (
     MMIO_BYTES,
     MMIO_GPA,
-    PAGE_BYTES,
     PARAMS_GPA,
     STACK_BYTES,
     STACKS_GPA,
@@ -28,6 +27,7 @@ from kvmhost.memory.layout import (
     TSS_GPA,
     TinyLayout,
 )
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["EntryState", "entry_state", "lay_out_tables", "write_tss"]
 

@@ -21,6 +21,7 @@ from kvmhost.boot.image import Image
 from kvmhost.errors import LayoutError
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import MMIO_GPA, PARAMS_GPA, TinyLayout
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["GuestResult", "read_result", "resolve_params", "write_params"]
 
@@ -77,7 +78,7 @@ def write_params(
     """Fill the parameter page."""
     start, end = layout.free_range
     if start <= image.end < end:
-        start = -(-image.end // 4096) * 4096
+        start = -(-image.end // PAGE_BYTES) * PAGE_BYTES
     head = struct.pack("<5Q", MAGIC, n_vcpus, start, end, MMIO_GPA)
     args = struct.pack(f"<{len(values)}Q", *values.values())
     memory[PARAMS_GPA : PARAMS_GPA + len(head)] = head

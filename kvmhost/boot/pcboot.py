@@ -14,8 +14,8 @@ from typing import Protocol
 
 from kvmhost.errors import ImageError
 from kvmhost.memory.guest import GuestMemory
-from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.memory.pclayout import EBDA_GPA, PcLayout
+from kvmhost.units import PAGE_BYTES
 
 __all__ = [
     "BootPlan",

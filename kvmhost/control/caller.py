@@ -45,7 +45,7 @@ class Caller(Closing):
         return self._read(self._call("GET", path), kind)
 
     def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        with self._gone():
+        with self._map_connection_errors():
             answer = self._http.request(method, path, **arguments)
         if answer.is_success:
             return answer
@@ -57,7 +57,7 @@ class Caller(Closing):
         raise ControlError(problem.status, field + problem.message)
 
     @contextlib.contextmanager
-    def _gone(self) -> Iterator[None]:
+    def _map_connection_errors(self) -> Iterator[None]:
         try:
             yield
         except httpcore.ConnectError as error:
@@ -76,4 +76,6 @@ class Caller(Closing):
         try:
             return schema.decode(answer.content, kind)
         except schema.SchemaError as error:
-            raise ControlError(answer.status_code, f"{self._name!r}: odd answer: {error}") from None
+            raise ControlError(
+                answer.status_code, f"{self._name!r}: malformed response: {error}"
+            ) from None

@@ -237,7 +237,7 @@ def _gfn_bytes(gfns: Gfns) -> bytes:
 def _header_number(vm: str, answer: httpx.Response, name: str) -> int:
     text = answer.headers.get(HEADER_PREFIX + name, "")
     if not text.isdigit():
-        raise ControlError(answer.status_code, f"VM {vm!r}: odd answer: {name} is {text!r}")
+        raise ControlError(answer.status_code, f"VM {vm!r}: malformed response: {name} is {text!r}")
     return int(text)
 
 
@@ -248,7 +248,7 @@ def _read_bitmap(vm: str, answer: httpx.Response) -> YoungBitmap:
     if len(answer.content) != size * 8 * (1 + coarse):
         raise ControlError(
             answer.status_code,
-            f"VM {vm!r}: odd answer: {len(answer.content)} bytes for {n_pages} pages",
+            f"VM {vm!r}: malformed response: {len(answer.content)} bytes for {n_pages} pages",
         )
     words = np.frombuffer(answer.content, dtype="<u8").astype(np.uint64)
     source = Provenance(

@@ -102,7 +102,7 @@ class Handler(Protocol):
     def problem_of(self, error: Exception) -> Problem:
         """Return the answer that an exception stands for."""
 
-    def let_go(self) -> None:
+    def cancel_timers(self) -> None:
         """Stop clocks and watches; the last call from the event loop."""
 
     def close(self) -> None:

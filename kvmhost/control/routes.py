@@ -61,8 +61,8 @@ from kvmhost.errors import (
     PagerError,
     PauseTimeout,
 )
-from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 from kvmhost.memory.pagelist import PageList, page_list
+from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine.base import BaseMachine
@@ -145,8 +145,8 @@ class Routes:
         for feed in self._feeds.values():
             feed.close()
 
-    def let_go(self) -> None:
-        """End pauses and lease; in the event loop."""
+    def cancel_timers(self) -> None:
+        """Cancel the timers of pauses and lease; in the event loop."""
         self._pauses.close()
         self._lease.close()
 
@@ -176,7 +176,7 @@ class Routes:
         machine = self._machine
         doing = await self._work(machine.describe_vcpus) if machine.still else {}
         vcpus = [
-            schema.VcpuState(v.index, v.exits, v.doorbells, v.doorbell_value, doing.get(v.index))
+            schema.VcpuStatus(v.index, v.exits, v.doorbells, v.doorbell_value, doing.get(v.index))
             for v in machine.vcpus
         ]
         return json_reply(
@@ -303,7 +303,9 @@ class Routes:
             )
             young = found.young
             if asked.format:
-                young = await self._work(lambda: self._feed(asked.format).through(found.young))
+                young = await self._work(
+                    lambda: self._feed(asked.format).harvest_via_model(found.young)
+                )
         old = self._totals
         self._totals = schema.HarvestTotals(
             old.harvests + 1,

@@ -42,7 +42,7 @@ __all__ = [
     "ResumeQuery",
     "RunState",
     "SchemaError",
-    "VcpuState",
+    "VcpuStatus",
     "VictimsReport",
     "VmState",
     "convert",
@@ -202,7 +202,7 @@ class ErrorReply(_Answer, frozen=True):
     error: ErrorInfo
 
 
-class VcpuState(_Answer, frozen=True):
+class VcpuStatus(_Answer, frozen=True):
     """One vCPU. ``epoch`` is the value of its last doorbell.
 
     ``doing`` is what it does and its registers, while the VM is paused; null else.
@@ -258,7 +258,7 @@ class VmState(_Answer, frozen=True):
     status: int | None
     error: str | None
     uptime_s: float
-    vcpus: list[VcpuState]
+    vcpus: list[VcpuStatus]
     exits: int
     doorbells: int
     mem_bytes: int

@@ -15,6 +15,7 @@ import logging
 import socket
 import struct
 import typing
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -24,10 +25,7 @@ from kvmhost.control import schema
 from kvmhost.control.handler import Handler, Peer, Problem, Reply, Request
 from kvmhost.control.schema import HEADER_PREFIX
 
-if typing.TYPE_CHECKING:
-    from kvmhost.control.server import SocketServer
-
-__all__ = ["peer_of", "serve"]
+__all__ = ["ServerSettings", "peer_of", "serve"]
 
 log = logging.getLogger("kvmhost.control")
 
@@ -39,7 +37,22 @@ _MAX_WAITING = 16
 _BACK_OFF_S = 0.5
 
 
-def serve(owner: SocketServer, listener: socket.socket, stop: socket.socket) -> None:
+class ServerSettings(typing.Protocol):
+    """What is served, and within which limits; a ``SocketServer`` is one."""
+
+    name: str
+    allowed_uids: frozenset[int]
+    max_connections: int
+    max_per_process: int
+    request_deadline_s: float
+    idle_s: float
+
+    @property
+    def make_handler(self) -> Callable[[], Handler]:
+        """Makes what answers the requests; called once."""
+
+
+def serve(owner: ServerSettings, listener: socket.socket, stop: socket.socket) -> None:
     """Serve until ``stop`` becomes readable; then finish what is in work and return."""
     asyncio.run(_Serving(owner, listener, stop).run())
 
@@ -129,7 +142,7 @@ class _Server(web.Server):
 class _Serving:
     """One run of the event loop."""
 
-    def __init__(self, owner: SocketServer, listener: socket.socket, stop: socket.socket) -> None:
+    def __init__(self, owner: ServerSettings, listener: socket.socket, stop: socket.socket) -> None:
         self.owner = owner
         self._listener, self._stop = listener, stop
         self._tasks: set[asyncio.Task[None]] = set()
@@ -161,7 +174,7 @@ class _Serving:
                 gone.set()
             self._server.pre_shutdown()
             await self._server.shutdown(timeout=2.0)
-            self._handler.let_go()
+            self._handler.cancel_timers()
             # Blocking calls into the machine end before the machine may be closed.
             await asyncio.to_thread(self._handler.close)
 

@@ -22,7 +22,7 @@ __all__ = [
     "FREE_PORT",
     "SERIAL_PORT",
     "Bus",
-    "Handler",
+    "BusDevice",
 ]
 
 SERIAL_PORT = 0x3F8
@@ -39,7 +39,7 @@ FREE_PORT = 0x5A8
 _UART_PORTS = 8
 
 
-class Handler(Protocol):
+class BusDevice(Protocol):
     """A device in Python; ``offset`` counts from the start of its range."""
 
     def read(self, offset: int, size: int) -> int:
@@ -53,7 +53,7 @@ class Handler(Protocol):
 class _Range:
     start: int
     end: int
-    handler: Handler | None
+    handler: BusDevice | None
 
 
 class Bus:
@@ -79,46 +79,46 @@ class Bus:
         self._claim_port(port, 4, None)
         self._add_core_port(port, 4, lib.KH_PORT_DOORBELL, None)
 
-    def add_port(self, port: int, n_ports: int, handler: Handler) -> None:
+    def add_port(self, port: int, n_ports: int, handler: BusDevice) -> None:
         """Put a Python device on the bus.
 
         :raises LayoutError: if another device has one of the ports
         """
         self._claim_port(port, n_ports, handler)
 
-    def add_mmio(self, gpa: int, n_bytes: int, handler: Handler) -> None:
+    def add_mmio(self, gpa: int, n_bytes: int, handler: BusDevice) -> None:
         """Put a Python device at a gpa range outside all memslots."""
         _claim(self._mmio, "MMIO", gpa, n_bytes, handler)
 
-    def port_handler(self, port: int) -> tuple[Handler, int] | None:
+    def port_handler(self, port: int) -> tuple[BusDevice, int] | None:
         """Return the device at a port and the offset in its range."""
         return _find(self._ports, port)
 
-    def mmio_handler(self, gpa: int) -> tuple[Handler, int] | None:
+    def mmio_handler(self, gpa: int) -> tuple[BusDevice, int] | None:
         """Return the device at a gpa and the offset in its range."""
         return _find(self._mmio, gpa)
 
-    def read_port(self, leaving: IoIn) -> bytes:
+    def read_port(self, vm_exit: IoIn) -> bytes:
         """Return what a guest reads; ones where nothing is, as on a real machine."""
-        found, size = self.port_handler(leaving.port), leaving.size
+        found, size = self.port_handler(vm_exit.port), vm_exit.size
         if found is None:
-            return b"\xff" * (size * leaving.count)
+            return b"\xff" * (size * vm_exit.count)
         device, offset = found
         mask = (1 << 8 * size) - 1
-        values = (device.read(offset, size) & mask for _ in range(leaving.count))
+        values = (device.read(offset, size) & mask for _ in range(vm_exit.count))
         return b"".join(value.to_bytes(size, "little") for value in values)
 
-    def write_port(self, leaving: IoOut) -> None:
+    def write_port(self, vm_exit: IoOut) -> None:
         """Give a device what a guest writes; where nothing is it goes nowhere."""
-        found, size = self.port_handler(leaving.port), leaving.size
+        found, size = self.port_handler(vm_exit.port), vm_exit.size
         if found is None:
             return
         device, offset = found
-        for start in range(0, leaving.count * size, size):
-            one = leaving.data[start : start + size]
+        for start in range(0, vm_exit.count * size, size):
+            one = vm_exit.data[start : start + size]
             device.write(offset, size, int.from_bytes(one, "little"))
 
-    def _claim_port(self, port: int, n_ports: int, handler: Handler | None) -> None:
+    def _claim_port(self, port: int, n_ports: int, handler: BusDevice | None) -> None:
         if not 0 <= port <= 0x10000 - n_ports:
             raise LayoutError(f"ports [{port:#x}, {port + n_ports:#x}) are outside [0, 0x10000)")
         _claim(self._ports, "port", port, n_ports, handler)
@@ -133,7 +133,9 @@ class Bus:
         self.core.n_ports += 1
 
 
-def _claim(ranges: list[_Range], kind: str, start: int, size: int, handler: Handler | None) -> None:
+def _claim(
+    ranges: list[_Range], kind: str, start: int, size: int, handler: BusDevice | None
+) -> None:
     for other in ranges:
         if start < other.end and other.start < start + size:
             raise LayoutError(
@@ -143,7 +145,7 @@ def _claim(ranges: list[_Range], kind: str, start: int, size: int, handler: Hand
     ranges.append(_Range(start, start + size, handler))
 
 
-def _find(ranges: list[_Range], at: int) -> tuple[Handler, int] | None:
+def _find(ranges: list[_Range], at: int) -> tuple[BusDevice, int] | None:
     for entry in ranges:
         if entry.start <= at < entry.end and entry.handler is not None:
             return entry.handler, at - entry.start

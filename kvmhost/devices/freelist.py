@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from kvmhost.errors import LayoutError
 from kvmhost.memory.guest import GuestMemory
-from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 __all__ = ["MAX_RANGES", "FreeList"]
 

@@ -110,11 +110,11 @@ class EmulatedVcpu:
                 if not self._go_in():
                     return Kicked()
                 try:
-                    leaving = self._once()
+                    vm_exit = self._once()
                 finally:
                     self._come_out()
-            if leaving is not None:
-                return leaving
+            if vm_exit is not None:
+                return vm_exit
 
     def kick(self) -> None:
         """Make :meth:`run` return ``Kicked``, before its next block or at its next call."""

@@ -8,7 +8,7 @@ runs again when the exit is answered; until all its accesses are known.
 from __future__ import annotations
 
 from kvmhost.exits import MmioRead, MmioWrite
-from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["Replay"]
 

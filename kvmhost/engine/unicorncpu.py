@@ -21,7 +21,7 @@ from kvmhost._ffi import ffi, lib
 from kvmhost.boot.longmode import EntryState
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory
-from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.units import PAGE_BYTES
 
 try:
     # Its type hints are incomplete: treat all of it as untyped.

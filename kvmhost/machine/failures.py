@@ -10,7 +10,7 @@ from kvmhost.exits import Exit, InternalError, MmioRead, MmioWrite, Shutdown
 from kvmhost.kvm.vcpu import KvmVcpu
 from kvmhost.machine.disasm import disassemble, hint
 from kvmhost.memory.guest import GuestMemory
-from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["internal_error", "outside_memory", "registers_line", "unexpected"]
 

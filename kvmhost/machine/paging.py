@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from kvmhost.errors import LostPageError, PagerError
 from kvmhost.memory.guest import GuestMemory
-from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
     from kvmhost.bitmap import YoungBitmap

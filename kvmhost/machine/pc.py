@@ -31,7 +31,7 @@ from kvmhost.boot.acpi import (
 from kvmhost.boot.firmware import lay_out_long_tables, write_firmware
 from kvmhost.boot.pcboot import BootRequest, Mode, Module, PcImage
 from kvmhost.devices import board
-from kvmhost.devices.bus import DEBUG_EXIT_PORT, Bus, Handler
+from kvmhost.devices.bus import DEBUG_EXIT_PORT, Bus, BusDevice
 from kvmhost.devices.clock import CMOS_PORT, Clock
 from kvmhost.devices.fwcfg import FWCFG_PORT, FWCFG_PORTS, MAX_CPUS, NB_CPUS, RAM_SIZE, FwCfg
 from kvmhost.engine.base import Vcpu
@@ -55,7 +55,7 @@ _ISA_LINES = 16
 _LOOK_S, _LOOK_MAX_S = 0.25, 2.0
 
 
-class Device(Handler, typing.Protocol):
+class SnapshotDevice(BusDevice, typing.Protocol):
     """A device that a snapshot can hold."""
 
     def save(self) -> dict[str, typing.Any]:
@@ -125,7 +125,7 @@ class PcMachine(BaseMachine):
         self._device_lock = threading.Lock()
         self._ending = ""
         #: Devices by name, for snapshots.
-        self.devices: dict[str, Device] = {}
+        self.devices: dict[str, SnapshotDevice] = {}
         if engine == "emulated":
             raise CapabilityError(
                 "machine pc", "the kvm engine", "--engine emulated", "use a host with /dev/kvm"
@@ -176,7 +176,7 @@ class PcMachine(BaseMachine):
         )
         files = {"etc/e820": e820} | dict(self._options.fw_cfg)
         echo = board.TestMemory(4)
-        ports: list[tuple[str, int, int, Device]] = [
+        ports: list[tuple[str, int, int, SnapshotDevice]] = [
             ("keyboard", 0x60, 1, board.Keyboard(reset)),
             ("clock", CMOS_PORT, 2, Clock(layout, self.n_vcpus)),
             ("delay", 0x80, 1, board.Scratch()),
@@ -290,7 +290,7 @@ class PcMachine(BaseMachine):
 class _At:
     """A device seen from another port: offsets count on from ``start``."""
 
-    def __init__(self, device: Handler, start: int) -> None:
+    def __init__(self, device: BusDevice, start: int) -> None:
         self._device, self._start = device, start
 
     def read(self, offset: int, size: int) -> int:

@@ -260,10 +260,10 @@ class Runner:
         step = Step.GO_ON
         try:
             while self._park(vcpu.index):
-                leaving = vcpu.run()
-                if isinstance(leaving, Kicked):
+                vm_exit = vcpu.run()
+                if isinstance(vm_exit, Kicked):
                     continue
-                step = self._on_exit(vcpu, leaving)
+                step = self._on_exit(vcpu, vm_exit)
                 if step is Step.HOLD:
                     self._hold(vcpu.index)
                 elif step in (Step.END, Step.END_ALL):

@@ -38,10 +38,11 @@ from typing import Annotated
 import msgspec
 
 from kvmhost.errors import ImageError, LayoutError
-from kvmhost.machine.vcpustate import BoardState, VcpuState
-from kvmhost.memory.chunks import CHUNK_PAGES, ChunkRange, chunk_ranges, crc32c
-from kvmhost.memory.layout import PAGE_BYTES, TinyLayout
+from kvmhost.machine.chunks import CHUNK_PAGES, ChunkRange, chunk_ranges, crc32c
+from kvmhost.machine.vcpustate import BoardState, SavedVcpu
+from kvmhost.memory.layout import TinyLayout
 from kvmhost.memory.pclayout import PcLayout
+from kvmhost.units import PAGE_BYTES
 
 __all__ = [
     "HEAD",
@@ -94,7 +95,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ended: list[_Count]
     statuses: dict[_Count, _Status]
     doorbells: list[_Count]
-    vcpus: list[VcpuState]
+    vcpus: list[SavedVcpu]
     board: BoardState | None
     serial: dict[str, _Field]
     devices: dict[str, dict[str, _Field]]

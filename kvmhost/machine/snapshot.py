@@ -32,11 +32,7 @@ from kvmhost.errors import CapabilityError, ImageError, IoctlError, KvmHostError
 from kvmhost.kvm.msrs import MsrReport, readable_msrs
 from kvmhost.machine import snapfile
 from kvmhost.machine.base import BaseMachine
-from kvmhost.machine.pc import PcMachine, PcOptions
-from kvmhost.machine.snapfile import TABLE_ENTRY, State
-from kvmhost.machine.tiny import Machine
-from kvmhost.machine.vcpustate import load_board, load_vcpu, save_board, save_vcpu
-from kvmhost.memory.chunks import (
+from kvmhost.machine.chunks import (
     CHUNK_BYTES,
     ChunkRange,
     ChunkReader,
@@ -44,7 +40,12 @@ from kvmhost.memory.chunks import (
     chunk_ranges,
     crc32c,
 )
-from kvmhost.memory.layout import IMAGE_GPA, PAGE_BYTES
+from kvmhost.machine.pc import PcMachine, PcOptions
+from kvmhost.machine.snapfile import TABLE_ENTRY, State
+from kvmhost.machine.tiny import Machine
+from kvmhost.machine.vcpustate import load_board, load_vcpu, save_board, save_vcpu
+from kvmhost.memory.layout import IMAGE_GPA
+from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
     from kvmhost.pager.pager import Pager

@@ -20,7 +20,7 @@ from kvmhost.kvm.msrs import MAX_MSRS, MsrReport, load_msrs, read_msrs
 if typing.TYPE_CHECKING:
     from kvmhost.kvm.vm import Vm
 
-__all__ = ["BoardState", "VcpuState", "load_board", "load_vcpu", "save_board", "save_vcpu"]
+__all__ = ["BoardState", "SavedVcpu", "load_board", "load_vcpu", "save_board", "save_vcpu"]
 
 #: Structures of a vCPU in the order of restoring; MSRs come before the last.
 _ORDER = ("regs", "sregs", "xsave", "xcrs", "debugregs", "lapic", "vcpu_events")
@@ -36,7 +36,7 @@ _Unsigned = Annotated[int, msgspec.Meta(ge=0)]
 _Msrs = Annotated[dict[_Index, _Unsigned], msgspec.Meta(max_length=MAX_MSRS)]
 
 
-class VcpuState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SavedVcpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One vCPU. The bytes are base64 in JSON; ``lapic`` is for VMs with an irqchip."""
 
     cpuid: Raw
@@ -60,7 +60,7 @@ class BoardState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clock_ns: _Unsigned
 
 
-def save_vcpu(core: KvmVcpu, msrs: list[int], irqchip: bool) -> VcpuState:
+def save_vcpu(core: KvmVcpu, msrs: list[int], irqchip: bool) -> SavedVcpu:
     """Return the state of a vCPU that does not run.
 
     :param msrs: what to look for, see :func:`~kvmhost.kvm.msrs.readable_msrs`
@@ -69,7 +69,7 @@ def save_vcpu(core: KvmVcpu, msrs: list[int], irqchip: bool) -> VcpuState:
     parts = {
         name: bytes(getattr(core, f"get_{name}")()) for name in _ORDER if irqchip or name != "lapic"
     }
-    return VcpuState(
+    return SavedVcpu(
         cpuid=bytes(core.get_cpuid()),
         lapic=parts.pop("lapic", None),
         mp_state=core.get_mp_state(),
@@ -79,7 +79,7 @@ def save_vcpu(core: KvmVcpu, msrs: list[int], irqchip: bool) -> VcpuState:
     )
 
 
-def load_vcpu(core: KvmVcpu, state: VcpuState, irqchip: bool) -> tuple[MsrReport, list[str]]:
+def load_vcpu(core: KvmVcpu, state: SavedVcpu, irqchip: bool) -> tuple[MsrReport, list[str]]:
     """Put a state into a fresh vCPU.
 
     :return: what became of the MSRs, and what else this host does otherwise

@@ -18,7 +18,7 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.closing import Closing
 from kvmhost.errors import LayoutError
 from kvmhost.files import os_errors
-from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
     import numpy as np

@@ -19,6 +19,7 @@ import dataclasses
 from typing import Protocol
 
 from kvmhost.errors import LayoutError
+from kvmhost.units import PAGE_BYTES
 
 __all__ = [
     "HIGH_GPA",
@@ -28,8 +29,6 @@ __all__ = [
     "MIN_BYTES",
     "MMIO_BYTES",
     "MMIO_GPA",
-    "PAGE_BYTES",
-    "PAGE_SHIFT",
     "PARAMS_GPA",
     "STACKS_GPA",
     "STACK_BYTES",
@@ -38,9 +37,6 @@ __all__ = [
     "Layout",
     "TinyLayout",
 ]
-
-PAGE_SHIFT = 12
-PAGE_BYTES = 1 << PAGE_SHIFT
 
 PARAMS_GPA = 0x1000
 TSS_GPA = 0x2000

@@ -23,7 +23,8 @@ import functools
 from pathlib import Path
 
 from kvmhost.errors import LayoutError
-from kvmhost.memory.layout import HIGH_GPA, LOW_END_GPA, PAGE_BYTES
+from kvmhost.memory.layout import HIGH_GPA, LOW_END_GPA
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["EBDA_GPA", "FIRMWARE_GPA", "MapEntry", "MapType", "PcLayout"]
 

@@ -27,6 +27,7 @@ from kvmhost.mmu.radix import RadixTable
 from kvmhost.mmu.stage2 import Stage2Table
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tdp import TdpTable
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["FORMATS", "Feed"]
 
@@ -53,7 +54,7 @@ class Feed(Closing):
         self._n_blocks = -(-max(slot.gfn_end for slot in slots) // _BLOCK)
         self._blocks = np.zeros(self._n_blocks, dtype=np.uint8)
         # Room for every level, in full: what is not used costs nothing.
-        self.table = _make(self.name, (self._n_blocks + 64) * 2 * 4096)
+        self.table = _make(self.name, (self._n_blocks + 64) * 2 * PAGE_BYTES)
         self.table.set_slots(slots)
         self._slots = slots
 
@@ -68,7 +69,7 @@ class Feed(Closing):
             marked += self.table.mark_young(slot_start, n_pages, words)
         return marked
 
-    def through(self, bitmap: YoungBitmap) -> YoungBitmap:
+    def harvest_via_model(self, bitmap: YoungBitmap) -> YoungBitmap:
         """Feed a harvest and have the walker harvest it: what the format makes of it.
 
         Nothing stays young in the table; the window is the tracker's. The provenance names

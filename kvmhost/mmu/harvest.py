@@ -1,6 +1,6 @@
 """Test-and-clear over a range, in its two forms, for every table that C walks.
 
-:class:`Harvester` is what a table that this layer owns and a guest's live table have
+:class:`WalkedTable` is what a table that this layer owns and a guest's live table have
 in common: both are walked by the same C code (``_core/mmu_harvest.c``), which takes no
 lock and flushes no TLB.
 """
@@ -21,7 +21,7 @@ from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, unpack
 from kvmhost.errors import KvmHostError, LayoutError
 from kvmhost.mmu.memslots import MemSlots
 
-__all__ = ["Handle", "Harvester", "Hold", "words_pointer"]
+__all__ = ["Handle", "Hold", "WalkedTable", "words_pointer"]
 
 _STATS = (
     "tables",
@@ -89,7 +89,7 @@ def words_pointer(words: Words | None) -> Any:
     return ffi.NULL if words is None else ffi.cast("uint64_t *", words.ctypes.data)
 
 
-class Harvester:
+class WalkedTable:
     """Harvests over a table.
 
     Counters of all walks add up in :meth:`stats`; ``bad_pointers`` counts entries that

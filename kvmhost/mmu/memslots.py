@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 from kvmhost.errors import LayoutError
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["MemSlot", "MemSlots", "Piece"]
 
@@ -69,7 +70,7 @@ class MemSlots:
         two slots overlap in gfn, or if a slot number occurs twice in an address space
     """
 
-    def __init__(self, slots: Iterable[MemSlot] = (), *, page_bytes: int = 4096) -> None:
+    def __init__(self, slots: Iterable[MemSlot] = (), *, page_bytes: int = PAGE_BYTES) -> None:
         self.page_bytes = page_bytes
         self._by_gfn = sorted(slots, key=lambda s: (s.as_id, s.gfn_start))
         self._gfn_keys = [(s.as_id, s.gfn_start) for s in self._by_gfn]

@@ -1,6 +1,6 @@
 """MMU notifiers: how the owner of memory tells secondary MMUs what it does with it.
 
-:class:`MemoryMap` is the side of ``mm/mmu_notifier.c``: it has subscribers and calls them.
+:class:`AddressSpace` is the side of ``mm/mmu_notifier.c``: it has subscribers and calls them.
 :class:`VmNotifier` is the side of ``virt/kvm/kvm_main.c``: it finds the gfns of a range of
 hva in its memslots and works on its tables. Several VMs may subscribe to one memory.
 
@@ -25,7 +25,7 @@ from kvmhost.bitmap import Words
 from kvmhost.errors import KvmHostError
 from kvmhost.mmu.table import Mmu
 
-__all__ = ["MemoryMap", "Notifier", "VmNotifier"]
+__all__ = ["AddressSpace", "Notifier", "VmNotifier"]
 
 
 class Notifier(Protocol):
@@ -53,7 +53,7 @@ class Notifier(Protocol):
         """Let go of everything: the memory is going away."""
 
 
-class MemoryMap:
+class AddressSpace:
     """Memory with subscribers. A call reaches all who were subscribed when it began."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class MemoryMap:
     def test_clear_young(self, start: int, end: int, bitmap: Words, *, fallback: bool) -> bool:
         """Age a range everywhere by bitmap.
 
-        :param bitmap: in the form of :meth:`~kvmhost.mmu.harvest.Harvester.test_clear_young`.
+        :param bitmap: in the form of :meth:`~kvmhost.mmu.harvest.WalkedTable.test_clear_young`.
             Each subscriber flips bits, so a page that two of them find young flips back:
             as in 2023, the caller of one bitmap has one subscriber in mind
         :param fallback: age by :meth:`Notifier.clear_young` where a subscriber cannot batch

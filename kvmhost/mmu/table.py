@@ -16,7 +16,7 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Words, n_words
 from kvmhost.errors import LayoutError
 from kvmhost.mmu.formats import Entry, Format, by_name
-from kvmhost.mmu.harvest import Handle, Harvester, words_pointer
+from kvmhost.mmu.harvest import Handle, WalkedTable, words_pointer
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 
 __all__ = ["Mmu"]
@@ -52,7 +52,7 @@ _IDS = {
 }
 
 
-class Mmu(Harvester):
+class Mmu(WalkedTable):
     """A secondary MMU: an arena of tables, its roots, memslots, and the operations.
 
     A gfn counts base pages of the table; a pfn counts 4 KiB frames. Ranges are

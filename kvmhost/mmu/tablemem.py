@@ -7,10 +7,9 @@ from typing import Any
 
 from kvmhost._ffi import ffi
 from kvmhost.errors import LayoutError
+from kvmhost.units import PAGE_BYTES
 
-__all__ = ["PAGE_BYTES", "TableMemory"]
-
-PAGE_BYTES = 4096
+__all__ = ["TableMemory"]
 
 
 class TableMemory:

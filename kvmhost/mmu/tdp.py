@@ -24,10 +24,11 @@ from typing import Any
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.errors import LayoutError
 from kvmhost.memory.guest import GuestMemory
-from kvmhost.mmu.harvest import Handle, Harvester
+from kvmhost.mmu.harvest import Handle, WalkedTable
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tablemem import TableMemory
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["LiveTable", "TdpTable"]
 
@@ -49,7 +50,7 @@ class TdpTable(Mmu):
         super().__init__(layout, levels=levels, **fields)
 
 
-class LiveTable(Harvester):
+class LiveTable(WalkedTable):
     """A table that something else owns and hardware changes, walked where it lies.
 
     The usual case: a guest's own tables, laid out by the VMM in guest memory, with the
@@ -91,7 +92,7 @@ class LiveTable(Harvester):
     ) -> None:
         if table_format not in _FORMATS:
             raise LayoutError(f"table format {table_format!r}: need one of {sorted(_FORMATS)}")
-        if root_pa % 4096 or root_pa not in memory:
+        if root_pa % PAGE_BYTES or root_pa not in memory:
             raise LayoutError(f"root table at {root_pa:#x} is unaligned or outside the memory")
         self.memory = memory
         self.table_format = table_format
@@ -106,4 +107,4 @@ class LiveTable(Harvester):
             root_pa=root_pa,
             levels=levels,
         )
-        super().__init__(Handle(out[0]), slots, 4096)
+        super().__init__(Handle(out[0]), slots, PAGE_BYTES)

@@ -28,7 +28,6 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import YoungBitmap, sub_words
 from kvmhost.errors import CapabilityError, IoctlError, LostPageError, PagerError
 from kvmhost.memory.guest import GuestMemory, pieces
-from kvmhost.memory.layout import PAGE_SHIFT
 from kvmhost.memory.pagelist import PageList, page_list
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.hostswap import swap_refusal
@@ -42,6 +41,7 @@ from kvmhost.pager.results import (
 )
 from kvmhost.pager.storefile import StoreFile
 from kvmhost.pager.userfault import Userfault
+from kvmhost.units import PAGE_SHIFT
 
 __all__ = ["Gfns", "Pager"]
 
@@ -248,7 +248,7 @@ class Pager:
         Who asks for any of that waits for the end. Faults are served as ever, within the
         limit: no thread that touches guest memory waits for the one that froze it.
 
-        :return: the C pager, for :mod:`kvmhost.memory.chunks`
+        :return: the C pager, for :mod:`kvmhost.machine.chunks`
         """
         lib.kh_pager_freeze(self._core)
         try:
@@ -258,7 +258,7 @@ class Pager:
 
     @property
     def core(self) -> Any:
-        """The C pager, for :mod:`kvmhost.memory.chunks`."""
+        """The C pager, for :mod:`kvmhost.machine.chunks`."""
         return self._core
 
     def shrink(self) -> int:

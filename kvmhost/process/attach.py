@@ -23,9 +23,9 @@ from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.closing import Closing
 from kvmhost.control.schema import HarvestCost, MemoryMap, RegionInfo
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError, VmGoneError
-from kvmhost.memory.layout import PAGE_BYTES
-from kvmhost.process.foreign import Way, check_part, open_way
+from kvmhost.process.foreign import Method, check_part, open_method
 from kvmhost.process.procmaps import Mapping, choose_mapping, shared_mappings, shared_ranges
+from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
     from kvmhost.mmu.feed import Feed
@@ -80,7 +80,7 @@ class Attached(Closing):
         self.pid, self.proc = pid, proc
         self.vm = f"pid {pid}"
         self.pidfd = self.pagemap_fd = -1
-        self._way: Way | None = None
+        self._method: Method | None = None
         self._feeds: dict[str, Feed] = {}
         try:
             # First the descriptor that stays this process's, whatever becomes of the pid.
@@ -96,7 +96,7 @@ class Attached(Closing):
 
     def state(self) -> AttachedState:
         """Return what is known of the process."""
-        return AttachedState(self._image, None if self._way is None else self._way.name)
+        return AttachedState(self._image, None if self._method is None else self._method.name)
 
     def memory(self) -> MemoryMap:
         """Return the mapping as one memory region from gfn 0 on."""
@@ -129,12 +129,12 @@ class Attached(Closing):
         check_part(self.mapping, gfn_start, count, mask)
         self._check_there()
         try:
-            found = self._use(tracker).look(gfn_start, count, clear, mask)
+            found = self._use(tracker).harvest(gfn_start, count, clear, mask)
         except (IoctlError, CapabilityError, OSError):
             self._check_there()
             raise
         self._check_there()
-        return self._feed(table_format).through(found) if table_format else found
+        return self._feed(table_format).harvest_via_model(found) if table_format else found
 
     def harvest_timed(
         self,
@@ -177,10 +177,10 @@ class Attached(Closing):
             self._feeds[table_format] = Feed(table_format, [_Slot(self.mapping)])
         return self._feeds[table_format]
 
-    def _use(self, name: str) -> Way:
-        if self._way is None or name not in ("auto", self._way.name):
-            self._way = open_way(name, self)
-        return self._way
+    def _use(self, name: str) -> Method:
+        if self._method is None or name not in ("auto", self._method.name):
+            self._method = open_method(name, self)
+        return self._method
 
     def _ended(self, wait_ms: int = 0) -> bool:
         poll = select.poll()

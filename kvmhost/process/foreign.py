@@ -1,7 +1,7 @@
-"""Ways to learn which pages of another process's mapping were touched, from outside.
+"""Methods to learn which pages of another process's mapping were touched, from outside.
 
 ========== ============================================ ============== ===================
-way        how                                          sees           changes there
+method        how                                          sees           changes there
 ========== ============================================ ============== ===================
 idle       the kernel's idle flags, by pfn              reads, writes  idle flags
 pageout    ``process_madvise(MADV_PAGEOUT)`` takes the  reads, writes  the page table; with
@@ -52,11 +52,12 @@ from kvmhost.process.procmaps import Mapping, shared_ranges
 from kvmhost.suggest import unknown_name
 from kvmhost.trackers.base import check_mask, check_range
 from kvmhost.trackers.pagescan import Bits, has_soft_dirty, new_scanner, page_states, scans
+from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
     from kvmhost.trackers.idle import IdleTracker
 
-__all__ = ["WAYS", "SoftDirty", "Target", "Way", "Written", "check_part", "open_way"]
+__all__ = ["METHODS", "Method", "SoftDirty", "Target", "Written", "check_part", "open_method"]
 
 _FAULT_AROUND = Path("/sys/kernel/debug/fault_around_bytes")
 _FAULT_AROUND_DEFAULT = 64 << 10
@@ -74,7 +75,7 @@ class Target(Protocol):
     proc: Path
 
 
-class Way(Protocol):
+class Method(Protocol):
     """Looks at one mapping. Ranges are pages of it."""
 
     name: ClassVar[str]
@@ -82,10 +83,10 @@ class Way(Protocol):
     def begin(self) -> None:
         """Begin the first window.
 
-        :raises CapabilityError: if this way does not work here; says why
+        :raises CapabilityError: if this method does not work here; says why
         """
 
-    def look(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
+    def harvest(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
         """Return which pages of a range were touched, and begin a new window with ``clear``."""
 
 
@@ -99,18 +100,18 @@ class Present:
         self._scanner = None
         if scans(target.pagemap_fd):
             self._scanner = new_scanner(target.mapping.n_pages)
-        around = 1 if target.mapping.quiet else _fault_around_bytes() // 4096
+        around = 1 if target.mapping.quiet else _fault_around_bytes() // PAGE_BYTES
         self._around = max(around, 1)
 
     def begin(self) -> None:
         """Nothing to do: the window began with the process."""
 
-    def look(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
+    def harvest(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
         """Return the pages that are there."""
-        present, coarse = self._look_all(first, n_pages)
+        present, coarse = self._present_pages(first, n_pages)
         return _bitmap(self.name, first, n_pages, present, coarse, 0)
 
-    def _look_all(self, first: int, n_pages: int) -> tuple[Words, Words]:
+    def _present_pages(self, first: int, n_pages: int) -> tuple[Words, Words]:
         """Look at a range bit by bit, a chunk at a time: booleans of all of it are large."""
         present, coarse = np.zeros((2, n_words(n_pages)), dtype=np.uint64)
         for start, count in _chunks(n_pages):
@@ -131,7 +132,7 @@ class Present:
         start = max(first - reach, 0)
         end = min(first + n_pages + reach, target.mapping.n_pages)
         states = page_states(
-            target.pagemap_fd, target.mapping.start + start * 4096, end - start, self._scanner
+            target.pagemap_fd, target.mapping.start + start * PAGE_BYTES, end - start, self._scanner
         )
         near = np.diff(np.flatnonzero(states.present)) <= reach
         crowded = np.append(near, False) | np.insert(near, 0, False)
@@ -170,10 +171,10 @@ class Pageout(Present):
             ) from error
         self._last_ns = time.monotonic_ns()
 
-    def look(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
+    def harvest(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
         """Return the pages that came back; take them out with ``clear``."""
         # All first: what is taken out is missing as a neighbour.
-        present, coarse = self._look_all(first, n_pages)
+        present, coarse = self._present_pages(first, n_pages)
         coarse |= sub_words(self._stuck, self._target.mapping.n_pages, first, n_pages) & present
         if clear:
             self._take_all_out(first, n_pages, present if mask is None else present & mask)
@@ -223,7 +224,7 @@ class Pageout(Present):
 
     def _left(self, first: int, chosen: Bits) -> Bits:
         target = self._target
-        address = target.mapping.start + first * 4096
+        address = target.mapping.start + first * PAGE_BYTES
         return page_states(target.pagemap_fd, address, chosen.size, self._scanner).present & chosen
 
     def _ask(self, first: int, chosen: Bits) -> None:
@@ -237,8 +238,8 @@ class Pageout(Present):
         # Some part is locked or of huge pages: ask for the others, part by part.
         mapping, done = self._target.mapping, False
         for start, end in shared_ranges(self._target.proc / str(self._target.pid) / "maps"):
-            low = max((start - mapping.start) // 4096, first) - first
-            high = min((end - mapping.start) // 4096, first + chosen.size) - first
+            low = max((start - mapping.start) // PAGE_BYTES, first) - first
+            high = min((end - mapping.start) // PAGE_BYTES, first + chosen.size) - first
             if low < high:
                 done |= self._refusal(first + low, chosen[low:high]) is None
         if not done:
@@ -256,7 +257,7 @@ class Pageout(Present):
 
     def _ask_range(self, first: int, chosen: Bits) -> None:
         words = pack(chosen)
-        address = self._target.mapping.start + first * 4096
+        address = self._target.mapping.start + first * PAGE_BYTES
         # SAFETY: words lives until the call returns.
         result = lib.kh_foreign_pageout(
             self._target.pidfd, address, chosen.size, ffi.from_buffer("uint64_t[]", words)
@@ -280,7 +281,7 @@ class Written:
         :raises CapabilityError: if the owner did not register it, or without PAGEMAP_SCAN
         """
         try:
-            self.look(0, self._target.mapping.n_pages, True, None)
+            self.harvest(0, self._target.mapping.n_pages, True, None)
         except IoctlError as error:
             raise CapabilityError(
                 "written",
@@ -290,13 +291,13 @@ class Written:
                 "only the process itself can register one; use --tracker pageout",
             ) from error
 
-    def look(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
+    def harvest(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
         """Return the pages that were written; with ``clear`` protect them again."""
         target = self._target
         if clear and mask is not None:
             raise LayoutError("written: a harvest that clears takes no mask")
         words = np.zeros(n_words(n_pages), dtype=np.uint64)
-        address = target.mapping.start + first * 4096
+        address = target.mapping.start + first * PAGE_BYTES
         # SAFETY: words lives until the call returns.
         out = ffi.from_buffer("uint64_t[]", words)
         result = lib.kh_scanner_written(
@@ -330,7 +331,7 @@ class SoftDirty:
         self._clear_all()
         self._last_ns = time.monotonic_ns()
 
-    def look(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
+    def harvest(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
         """Return the pages that were written."""
         target, total = self._target, self._target.mapping.n_pages
         # SAFETY: the array lives until the call returns. Bits are only ever added.
@@ -370,14 +371,14 @@ class Idle:
         )
         self._tracker.start()
 
-    def look(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
+    def harvest(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
         """Return the pages that are not idle."""
         assert self._tracker is not None, "begin() comes first"
         return self._tracker.harvest(first, n_pages, clear, mask)
 
 
-#: Ways by name, the one that says most first.
-WAYS: dict[str, Callable[[Target], Way]] = {
+#: Methods by name, the one that says most first.
+METHODS: dict[str, Callable[[Target], Method]] = {
     Idle.name: Idle,
     Pageout.name: Pageout,
     Written.name: Written,
@@ -388,28 +389,28 @@ WAYS: dict[str, Callable[[Target], Way]] = {
 _AUTO = (Idle.name, Pageout.name)
 
 
-def open_way(name: str, target: Target) -> Way:
-    """Return a way that has begun its first window.
+def open_method(name: str, target: Target) -> Method:
+    """Return a method that has begun its first window.
 
-    :param name: one of :data:`WAYS`, or ``auto``
+    :param name: one of :data:`METHODS`, or ``auto``
     :raises LayoutError: for an unknown name
     :raises CapabilityError: if it does not work here; for ``auto`` with every reason
     """
-    if name not in ("auto", *WAYS):
-        raise LayoutError(unknown_name("tracker for another process", name, ("auto", *WAYS)))
+    if name not in ("auto", *METHODS):
+        raise LayoutError(unknown_name("tracker for another process", name, ("auto", *METHODS)))
     refused = []
     for candidate in _AUTO if name == "auto" else (name,):
-        way = WAYS[candidate](target)
+        method = METHODS[candidate](target)
         try:
-            way.begin()
+            method.begin()
         except CapabilityError as error:
             if name != "auto":
                 raise
             refused.append(f"{candidate}: {error.found}")
             continue
-        return way
+        return method
     raise CapabilityError(
-        "attach", "a way to see reads from outside", "; ".join(refused),
+        "attach", "a method to see reads from outside", "; ".join(refused),
         "use --tracker present, or --tracker written where the process tracks writes",
     )  # fmt: skip
 
@@ -433,9 +434,9 @@ def _chunks(n_pages: int) -> Iterator[tuple[int, int]]:
 
 
 def _bitmap(
-    way: str, first: int, n_pages: int, young: Words, coarse: Words | None, since_ns: int
+    method: str, first: int, n_pages: int, young: Words, coarse: Words | None, since_ns: int
 ) -> YoungBitmap:
-    source = Provenance(way, "host-process", since_ns, time.monotonic_ns())
+    source = Provenance(method, "host-process", since_ns, time.monotonic_ns())
     marked = coarse if coarse is not None and coarse.any() else None
     return YoungBitmap(first, n_pages, young, marked, source)
 

@@ -9,16 +9,17 @@ from pathlib import Path
 
 from kvmhost._ffi import ffi
 from kvmhost.errors import CapabilityError
-from kvmhost.process.foreign import WAYS, SoftDirty, Target, Way, Written
+from kvmhost.process.foreign import METHODS, Method, SoftDirty, Target, Written
 from kvmhost.process.procmaps import Mapping
 from kvmhost.trackers.base import Support
 from kvmhost.trackers.pagescan import has_soft_dirty, scans
+from kvmhost.units import PAGE_BYTES
 
-__all__ = ["probe_ways"]
+__all__ = ["probe_methods"]
 
 
-def probe_ways() -> dict[str, Support]:
-    """Try each way on a page of this process; say which works, and why one does not.
+def probe_methods() -> dict[str, Support]:
+    """Try each method on a page of this process; say which works, and why one does not.
 
     ``written`` works if the process that is looked at has registered its memory as well.
     """
@@ -29,16 +30,16 @@ def probe_ways() -> dict[str, Support]:
         with ffi.from_buffer(page) as view:
             here = _Here(int(ffi.cast("uintptr_t", view)))
             try:
-                for name, way in WAYS.items():
-                    found[name] = _try(way, here)
+                for name, method in METHODS.items():
+                    found[name] = _try(method, here)
             finally:
                 here.close()
     return found
 
 
-def _try(way: Callable[[Target], Way], here: _Here) -> Support:
+def _try(method: Callable[[Target], Method], here: _Here) -> Support:
     try:
-        used = way(here)
+        used = method(here)
         if isinstance(used, Written):
             works = scans(here.pagemap_fd)
             reason = "of processes that register their memory" if works else "no PAGEMAP_SCAN"
@@ -58,7 +59,7 @@ class _Here:
 
     def __init__(self, address: int) -> None:
         self.pid, self.proc = os.getpid(), Path("/proc")
-        self.mapping = Mapping(address, address + 4096, 0, "00:01", 0, "/memfd:probe")
+        self.mapping = Mapping(address, address + PAGE_BYTES, 0, "00:01", 0, "/memfd:probe")
         self.pidfd = os.pidfd_open(self.pid)
         self.pagemap_fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
 

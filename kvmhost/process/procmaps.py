@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 
 from kvmhost.errors import CapabilityError, LayoutError
-from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["Mapping", "choose_mapping", "shared_mappings", "shared_ranges"]
 

@@ -25,8 +25,9 @@ from kvmhost.engine.base import Engine, RearmKind, Vcpu
 from kvmhost.errors import CapabilityError, UnexpectedExit
 from kvmhost.exits import IoOut, Kicked
 from kvmhost.memory.guest import GuestMemory, Region
-from kvmhost.memory.layout import IMAGE_GPA, PAGE_BYTES, PAGE_SHIFT, TinyLayout
+from kvmhost.memory.layout import IMAGE_GPA, TinyLayout
 from kvmhost.mmu.tdp import LiveTable
+from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 __all__ = ["calibrated_rearm"]
 

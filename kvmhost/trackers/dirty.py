@@ -28,6 +28,7 @@ from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.kvm.caps import Cap
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_range, harvest_pieces
+from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
     from kvmhost.engine.base import Engine
@@ -47,7 +48,7 @@ class DirtyTracker:
     name: ClassVar[str] = "dirty"
     info: ClassVar[TrackerInfo] = TrackerInfo(
         sees=("writes",),
-        granularity_bytes=4096,
+        granularity_bytes=PAGE_BYTES,
         provenance="KVM's dirty log of the memslots, or the vCPUs' dirty rings",
         guest_cost="one write fault a cleared page",
         staleness="none: a write is in the window that ends with the clearing after it; with rings "

@@ -23,6 +23,7 @@ from kvmhost.memory.guest import GuestMemory, pieces
 from kvmhost.mmu.tdp import LiveTable
 from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_range
 from kvmhost.trackers.calibration import calibrated_rearm
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["GuestptTracker"]
 
@@ -38,7 +39,7 @@ class GuestptTracker:
     name: ClassVar[str] = "guestpt"
     info: ClassVar[TrackerInfo] = TrackerInfo(
         sees=("reads", "writes"),
-        granularity_bytes=4096,
+        granularity_bytes=PAGE_BYTES,
         provenance="accessed bit of the leaf entry in the guest's own page table",
         guest_cost="one fault a re-armed page where KVM shadows, a TLB miss elsewhere",
         staleness="a touch between the clearing of a bit and its re-arming is not seen; "

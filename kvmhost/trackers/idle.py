@@ -33,6 +33,7 @@ from kvmhost.bitmap import Provenance, Words, YoungBitmap, pack, unpack
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.memory.guest import GfnRange, Region, pieces
 from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_mask, check_range
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["IDLE_BITMAP", "IdleFiles", "IdleTracker", "PageFiles"]
 
@@ -155,7 +156,7 @@ class IdleTracker:
     name: ClassVar[str] = "idle"
     info: ClassVar[TrackerInfo] = TrackerInfo(
         sees=("reads", "writes"),
-        granularity_bytes=4096,
+        granularity_bytes=PAGE_BYTES,
         provenance="idle flag of the page, which every mapping's accessed bits clear",
         guest_cost="none where the CPU sets accessed bits again by itself",
         staleness="a touch through a translation that the CPU has cached is not seen; a page "
@@ -192,7 +193,7 @@ class IdleTracker:
             files = cls.open_files()
         except CapabilityError as error:
             return Support(False, str(error))
-        region = Region(0, 4096)
+        region = Region(0, PAGE_BYTES)
         try:
             region.alias[0] = 1
             pfn = files.pfns(region.alias_address, 1)
@@ -220,7 +221,7 @@ class IdleTracker:
             for first in range(start, start + count, _CHUNK_PAGES):
                 n = min(_CHUNK_PAGES, start + count - first)
                 here = slice(first - gfn_start, first - gfn_start + n)
-                address = region.guest_address + (first - region.gfn) * 4096
+                address = region.guest_address + (first - region.gfn) * PAGE_BYTES
                 young[here], coarse[here] = self._chunk(address, wanted[here], clear)
         window_start, self._last_ns = self._last_ns, time.monotonic_ns()
         provenance = Provenance(self.name, self.table_format, window_start, self._last_ns)

@@ -37,6 +37,7 @@ from kvmhost.trackers.base import (
     harvest_pieces,
 )
 from kvmhost.trackers.pagescan import PageStates, new_scanner, page_states, scans
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["PagemapTracker"]
 
@@ -51,7 +52,7 @@ class PagemapTracker:
     name: ClassVar[str] = "pagemap"
     info: ClassVar[TrackerInfo] = TrackerInfo(
         sees=("reads", "writes"),
-        granularity_bytes=4096,
+        granularity_bytes=PAGE_BYTES,
         provenance="host PTE of the guest mapping, present again after a zap",
         guest_cost="one host fault a cleared page",
         staleness="a touch between the scan and the zap of the same page is not seen",
@@ -80,7 +81,7 @@ class PagemapTracker:
     @classmethod
     def probe(cls, engine: str = "auto") -> Support:
         """Scan the mapping of a page of its own; tell which way and how fine."""
-        region = Region(0, 4096)
+        region = Region(0, PAGE_BYTES)
         try:
             fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -113,7 +114,7 @@ class PagemapTracker:
 
         def piece(region: Region, start: int, count: int, wanted: Words | None) -> Words:
             nonlocal coarse
-            address = region.guest_address + (start - region.gfn) * 4096
+            address = region.guest_address + (start - region.gfn) * PAGE_BYTES
             young, huge = np.zeros(n_words(count), dtype=np.uint64), self._clean_words(count)
             found = self._harvest_mapping(address, count, clear, wanted, young, huge)
             if found & lib.KH_PAGES_HUGE:
@@ -137,7 +138,7 @@ class PagemapTracker:
         check_range(gfn_start, n_pages)
         found = np.zeros((3, n_pages), dtype=bool)
         for region, start, count in pieces(self._memory.regions, gfn_start, n_pages):
-            address = region.guest_address + (start - region.gfn) * 4096
+            address = region.guest_address + (start - region.gfn) * PAGE_BYTES
             bits = page_states(self._fd, address, count, self._scanner if self.scans else None)
             here = slice(start - gfn_start, start - gfn_start + count)
             found[:, here] = bits.present, bits.huge, bits.swapped

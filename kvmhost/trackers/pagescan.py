@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import n_words, unpack
-from kvmhost.memory.layout import PAGE_BYTES
+from kvmhost.units import PAGE_BYTES
 
 __all__ = [
     "PLAIN_PAGEMAP_ENV",

@@ -26,6 +26,7 @@ from kvmhost.errors import CapabilityError, KvmHostError
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.pager.userfault import Userfault
 from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_range, harvest_pieces
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["AccessOrder", "UffdTracker"]
 
@@ -62,7 +63,7 @@ class UffdTracker:
     name: ClassVar[str] = "uffd"
     info: ClassVar[TrackerInfo] = TrackerInfo(
         sees=("reads", "writes", "order"),
-        granularity_bytes=4096,
+        granularity_bytes=PAGE_BYTES,
         provenance="minor or missing fault on the guest mapping, delivered by userfaultfd",
         guest_cost="one fault a cleared page, answered by another thread",
         staleness="none: clearing and zapping a page are one step for the thread that maps it",

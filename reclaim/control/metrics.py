@@ -22,10 +22,10 @@ from prometheus_client.registry import Collector
 
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.vm.session import Session
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["PER_HOST", "PER_VM", "Family", "Metrics", "names"]
 
-_PAGE_BYTES = 4096
 
 #: Values by the label that a family has besides ``vm``.
 Values = dict[str, float]
@@ -99,8 +99,8 @@ def _promotion_step(session: Session) -> float:
 
 
 PER_VM = (
-    _gauge("vm_resident_bytes", "resident memory", lambda s: s.pages.n_resident * _PAGE_BYTES),
-    _gauge("vm_size_bytes", "all memory", lambda s: s.pages.n_pages * _PAGE_BYTES),
+    _gauge("vm_resident_bytes", "resident memory", lambda s: s.pages.n_resident * PAGE_BYTES),
+    _gauge("vm_size_bytes", "all memory", lambda s: s.pages.n_pages * PAGE_BYTES),
     _gauge(
         "vm_budget_bytes",
         "limit on resident memory; 0 if none",

@@ -42,6 +42,7 @@ from kvmhost.reclaim.control.paths import socket_of
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.settings.config import to_toml
 from kvmhost.reclaim.vm.session import Session
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["DaemonServer"]
 
@@ -49,7 +50,6 @@ _TEXT = "text/plain"
 _MAX_BODY_BYTES = 128 << 10
 #: How long a request may wait for the running pass.
 _WAIT_S = 20.0
-_PAGE_BYTES = 4096
 
 
 class DaemonServer(SocketServer):
@@ -100,7 +100,7 @@ class _Routes:
         """Return the error response for an exception."""
         return problem_of(error)
 
-    def let_go(self) -> None:
+    def cancel_timers(self) -> None:
         """There is no clock to stop."""
 
     def close(self) -> None:
@@ -197,7 +197,7 @@ def _vm_status(session: Session) -> answers.VmStatus:
         vm=session.vm,
         policy=session.driver.policy.name,
         passes=session.passes,
-        resident_bytes=session.pages.n_resident * _PAGE_BYTES,
+        resident_bytes=session.pages.n_resident * PAGE_BYTES,
         budget_bytes=budget.max_bytes if budget else 0,
         evicted_pages=sum(dict(session.totals.evicted).values()),
         refaulted_pages=session.totals.refaulted,

@@ -13,10 +13,10 @@ from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.files import replacing
 from kvmhost.installing import install_hint
 from kvmhost.reclaim.draw.heatmap import Heatmap
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["PICTURE_KINDS", "need_plotting", "render_heatmap"]
 
-_PAGE_BYTES = 4096
 #: A gamma below 1 separates a cold page that was touched once from an untouched one.
 _GAMMA = 0.45
 #: Suffixes of files that can be drawn.
@@ -64,7 +64,7 @@ def render_heatmap(heatmap: Heatmap, path: Path) -> None:
     _draw_marks(axes, heatmap)
     unit, size = ("GiB", 2**30) if heatmap.n_pages >= 1 << 21 else ("MiB", 2**20)
     other = axes.secondary_yaxis(
-        1.0, functions=(lambda gfn: gfn * _PAGE_BYTES / size, lambda m: m * size / _PAGE_BYTES)
+        1.0, functions=(lambda gfn: gfn * PAGE_BYTES / size, lambda m: m * size / PAGE_BYTES)
     )
     other.set_ylabel(f"guest physical address ({unit})")
     bar = picture.colorbar(mesh, ax=axes, pad=0.02, extend="min")

@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 
 from kvmhost.errors import LayoutError
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["DEFAULT_HIGH", "DEFAULT_LOW", "Budget"]
 
 #: Marks as shares of the budget, where none are given.
 DEFAULT_HIGH, DEFAULT_LOW = 0.95, 0.85
-
-_PAGE_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Budget:
     low_bytes: int
 
     def __post_init__(self) -> None:
-        if self.max_bytes < _PAGE_BYTES:
+        if self.max_bytes < PAGE_BYTES:
             raise LayoutError(f"budget of {self.max_bytes} bytes: less than a page")
         if not 0 < self.low_bytes <= self.high_bytes <= self.max_bytes:
             raise LayoutError(
@@ -57,6 +56,6 @@ class Budget:
 
     def excess_pages(self, resident_pages: int) -> int:
         """Return how many pages have to go now; 0 up to the high mark."""
-        if resident_pages * _PAGE_BYTES <= self.high_bytes:
+        if resident_pages * PAGE_BYTES <= self.high_bytes:
             return 0
-        return resident_pages - self.low_bytes // _PAGE_BYTES
+        return resident_pages - self.low_bytes // PAGE_BYTES

@@ -26,6 +26,7 @@ import dataclasses
 
 from kvmhost.reclaim.account.decisions import EvictReason
 from kvmhost.reclaim.pressure.budget import Budget
+from kvmhost.units import PAGE_BYTES
 
 __all__ = [
     "BudgetController",
@@ -36,7 +37,6 @@ __all__ = [
     "largest",
 ]
 
-_PAGE_BYTES = 4096
 #: Half-life of the promotion rate; initial and smallest step of PromotionController.
 _RATE_HALF_LIFE_S = 30.0
 _FIRST_STEP, _LEAST_STEP = 0.1, 0.001
@@ -87,9 +87,9 @@ class BudgetController:
         """Demand the pages above the low mark once the high mark is exceeded."""
         budget, resident = self.budget, facts.resident
         pages = budget.excess_pages(resident)
-        required = max(0, min(pages, resident - budget.high_bytes // _PAGE_BYTES))
+        required = max(0, min(pages, resident - budget.high_bytes // PAGE_BYTES))
         text = (
-            f"resident {resident * _PAGE_BYTES >> 20} MiB is above the high mark of "
+            f"resident {resident * PAGE_BYTES >> 20} MiB is above the high mark of "
             f"{budget.high_bytes >> 20} MiB, down to {budget.low_bytes >> 20} MiB"
         )
         return Demand(pages, required, EvictReason.BUDGET, text)

@@ -26,7 +26,6 @@ __all__ = ["BATCH_PAGES", "Evictor"]
 
 #: Evictions per request. At about 20 us per page, a stop takes effect within 50 ms.
 BATCH_PAGES = 2048
-_PAGE_BYTES = 4096
 
 
 class Evictor:

@@ -36,10 +36,10 @@ from kvmhost.reclaim.vm.pages import ResidencyChanges, VmPages
 from kvmhost.reclaim.vm.policydriver import PolicyDriver, make_policy
 from kvmhost.reclaim.vm.target import PassTarget, ReclaimTarget, stalled_ns
 from kvmhost.reclaim.vm.totals import Totals
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["GuestEnded", "Session", "VmPaused"]
 
-_PAGE_BYTES = 4096
 #: The first passes protect everything: too little is known about the pages.
 _LEARNING_PASSES = 3
 #: A shared limit is set again if it changed by more than 1/64.
@@ -161,7 +161,7 @@ class Session:
         return PassReport(
             vm=self.vm,
             number=self.passes,
-            resident_bytes=self.pages.n_resident * _PAGE_BYTES,
+            resident_bytes=self.pages.n_resident * PAGE_BYTES,
             young_pages=young_pages,
             generations=self.driver.policy.sizes(self.pages.candidates),
             wanted_pages=target.demand.pages,
@@ -270,11 +270,11 @@ class Session:
     def _set_budget(self) -> None:
         """Apply the smaller of the VM's own budget and its part of the shared budget."""
         part = self.context.host.budget_pages(self.vm)
-        own = self.options.budget.of(self.pages.n_memory * _PAGE_BYTES)
+        own = self.options.budget.of(self.pages.n_memory * PAGE_BYTES)
         sizes = [own] if own else []
         if part is not None:
-            sizes.append(part * _PAGE_BYTES)
-        size = max(min(sizes), _PAGE_BYTES) if sizes else 0
+            sizes.append(part * PAGE_BYTES)
+        size = max(min(sizes), PAGE_BYTES) if sizes else 0
         if not size:
             self.budget = None
             return
@@ -316,6 +316,6 @@ class Session:
         budget = self.budget
         if self.dry_run or budget is None or self.passes <= _LEARNING_PASSES:
             return 0
-        if self.pages.n_resident <= budget.max_bytes // _PAGE_BYTES:
+        if self.pages.n_resident <= budget.max_bytes // PAGE_BYTES:
             return 0
         return self.evictor.shrink(budget, self.passes)

@@ -31,6 +31,7 @@ from kvmhost.reclaim.watch.map import (
     size_text,
     sparkline,
 )
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["MOST_SHARE", "Pace", "WatchApp"]
 
@@ -38,7 +39,6 @@ __all__ = ["MOST_SHARE", "Pace", "WatchApp"]
 MOST_SHARE = 0.04
 _LONGEST_S = 60.0
 _RETRY_S = 2.0
-_PAGE_BYTES = 4096
 _KEYS = "arrows  + - zoom  0 all  space pause  m mark  v view  t tracker  ? help  q quit"
 _HELP = """\
 Each cell is a range of guest pages, left to right and top to bottom.
@@ -367,7 +367,7 @@ class WatchApp(App[None]):
     def _figures(self, sample: Sample) -> Text:
         width = max(self.size.width - 2, 40)
         text = Text(no_wrap=True, overflow="crop")
-        head = f"wss of {RECENT} ticks {size_text(sample.wss_pages * _PAGE_BYTES):>10}  "
+        head = f"wss of {RECENT} ticks {size_text(sample.wss_pages * PAGE_BYTES):>10}  "
         text.append(head)
         text.append(sparkline(list(self.sampler.history), width - len(head)), "color(37)")
         text.append("\n").append_text(self._generations(sample, width)).append("\n")
@@ -376,7 +376,7 @@ class WatchApp(App[None]):
             f"{name} {'-' if rate is None else f'{rate:,.0f}'}/s"
             for name, rate in (("evictions", sample.evictions), ("faults", sample.faults))
         ]
-        evicted = size_text(sample.evicted_pages * _PAGE_BYTES)
+        evicted = size_text(sample.evicted_pages * PAGE_BYTES)
         text.append(f"pressure {stall}   {'   '.join(rates)}   evicted {evicted}\n")
         text.append(
             f"harvest {sample.harvest_ms:.2f} ms, re-arm {sample.rearm_ms:.2f} ms   "
@@ -398,7 +398,7 @@ class WatchApp(App[None]):
         column = min(max((width - 13) // max(len(shown), 1), 7), 16)
         for each in shown:
             names.append(each.label.ljust(column)[:column], "color(250)")
-            size = size_text(each.pages * _PAGE_BYTES).replace(" ", "").replace("iB", "")
+            size = size_text(each.pages * PAGE_BYTES).replace(" ", "").replace("iB", "")
             blocks = bar(each.pages / total, max(column - 7, 0)).rstrip()
             sizes.append(blocks, "color(71)").append(size.rjust(6 if blocks else 1))
             sizes.append(" " * max(column - len(blocks) - (6 if blocks else len(size)), 0))

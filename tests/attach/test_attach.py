@@ -17,7 +17,7 @@ from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
 from kvmhost.process import foreign
 from kvmhost.process.attach import Attached
 from kvmhost.process.foreign import SoftDirty
-from kvmhost.process.methods import probe_ways
+from kvmhost.process.methods import probe_methods
 from kvmhost.process.procmaps import Mapping, choose_mapping, shared_mappings
 from kvmhost.trackers.idle import IDLE_BITMAP
 
@@ -212,22 +212,22 @@ class FakeProcess:
 def test_soft_dirty_bits_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This kernel may have none: the bits come from a file with the kernel's layout."""
     process = FakeProcess(tmp_path, 300)
-    way = SoftDirty(process)
+    method = SoftDirty(process)
     monkeypatch.setattr(foreign, "has_soft_dirty", lambda: False)
     with pytest.raises(CapabilityError, match="CONFIG_MEM_SOFT_DIRTY"):
-        way.begin()
+        method.begin()
     monkeypatch.setattr(foreign, "has_soft_dirty", lambda: True)
     cleared = process.proc / "7" / "clear_refs"
-    way.begin()
+    method.begin()
     assert cleared.read_text() == "4\n"
     process.write([1, 70, 299])
-    assert way.look(0, 300, False, None).gfns().tolist() == [1, 70, 299]
-    assert way.look(50, 100, True, None).gfns().tolist() == [70]
+    assert method.harvest(0, 300, False, None).gfns().tolist() == [1, 70, 299]
+    assert method.harvest(50, 100, True, None).gfns().tolist() == [70]
     # The kernel forgot them all at that; what was not asked for is still known.
     process.write([2])
-    assert way.look(0, 300, True, None).gfns().tolist() == [1, 2, 299]
+    assert method.harvest(0, 300, True, None).gfns().tolist() == [1, 2, 299]
     process.write([])
-    assert way.look(0, 300, True, None).count() == 0
+    assert method.harvest(0, 300, True, None).count() == 0
     os.close(process.pagemap_fd)
 
 
@@ -374,8 +374,8 @@ def test_mappings_are_parsed_and_put_together(tmp_path: Path) -> None:
 def test_probes_say_what_attaching_then_does(toucher: Callable) -> None:
     victim = toucher(64)
     victim.tell("p 0")
-    found = probe_ways()
-    assert set(found) == set(foreign.WAYS)
+    found = probe_methods()
+    assert set(found) == set(foreign.METHODS)
     for name, support in found.items():
         assert support.reason
         with Attached(victim.pid) as attached:

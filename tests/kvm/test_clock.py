@@ -9,10 +9,10 @@ import pytest
 
 from kvmhost.bitmap import YoungBitmap, pack
 from kvmhost.memory.guest import GuestMemory, Region
-from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager.pager import Pager
 from kvmhost.pager.results import PageState
 from kvmhost.pager.userfault import Userfault
+from kvmhost.units import PAGE_BYTES
 
 pytestmark = pytest.mark.requires_uffd
 

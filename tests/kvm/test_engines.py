@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from waiting import until
 
-from kvmhost.devices.bus import Handler
+from kvmhost.devices.bus import BusDevice
 from kvmhost.errors import GuestTimeout, UnexpectedExit
 from kvmhost.guests import image_path
 from kvmhost.guests.build import CFLAGS, SOURCES
 from kvmhost.machine import Machine
-from kvmhost.memory.layout import MMIO_GPA, PAGE_BYTES
+from kvmhost.memory.layout import MMIO_GPA
+from kvmhost.units import PAGE_BYTES
 
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
 pytestmark = [pytest.mark.parametrize("engine", ENGINES), pytest.mark.usefixtures("nothing_left")]
@@ -71,12 +72,12 @@ def run(machine: Machine) -> int:
     return machine.wait(timeout=60)
 
 
-def on_port(machine: Machine, device: Handler) -> Machine:
+def on_port(machine: Machine, device: BusDevice) -> Machine:
     machine.bus.add_port(0x200, 8, device)
     return machine
 
 
-def on_mmio(machine: Machine, device: Handler) -> Machine:
+def on_mmio(machine: Machine, device: BusDevice) -> Machine:
     machine.bus.add_mmio(MMIO_GPA, 2 * PAGE_BYTES, device)
     return machine
 

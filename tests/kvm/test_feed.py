@@ -45,7 +45,7 @@ def test_all_formats_agree_with_the_tracker_and_the_prediction(engine: str, trac
             used.rearm(START - 500, PAGES + 1000, own)
             assert own.gfns().tolist() == touch_gfns(machine.params, epoch).tolist()
             for name, feed in feeds.items():
-                found = feed.through(own)
+                found = feed.harvest_via_model(own)
                 assert np.array_equal(found.words, own.words), name
                 assert found.provenance.tracker == tracker
                 assert found.provenance.table_format == f"{name}-model"

@@ -12,8 +12,8 @@ from kvmhost.devices.freelist import MAX_RANGES
 from kvmhost.errors import LostPageError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
-from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager.results import EvictOutcome, PageState
+from kvmhost.units import PAGE_BYTES
 
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
 START, PAGES = 2048, 3000

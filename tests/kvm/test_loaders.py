@@ -105,9 +105,9 @@ def test_single_steps_follow_the_code(tmp_path: Path) -> None:
         machine.start(paused=True)
         seen = []
         for _ in range(4):
-            leaving = machine.single_step()
-            assert isinstance(leaving, Debug)
-            seen.append((leaving.pc - BASE, machine.vcpus[0].registers()["rax"]))
+            vm_exit = machine.single_step()
+            assert isinstance(vm_exit, Debug)
+            seen.append((vm_exit.pc - BASE, machine.vcpus[0].registers()["rax"]))
         assert seen == [(1, 1), (2, 2), (3, 3), (7, 3)]
         machine.resume()
         assert machine.wait(20) == 11

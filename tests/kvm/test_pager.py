@@ -14,9 +14,10 @@ from waiting import until
 from kvmhost.errors import LayoutError, LostPageError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
-from kvmhost.memory.layout import PAGE_BYTES, PARAMS_GPA
+from kvmhost.memory.layout import PARAMS_GPA
 from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.results import EvictOutcome, PageState
+from kvmhost.units import PAGE_BYTES
 
 pytestmark = pytest.mark.requires_uffd
 

@@ -14,9 +14,11 @@ from kvmhost.errors import IoctlError, LostPageError, PagerError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.guest import GuestMemory
-from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
-from kvmhost.pager import EvictOutcome, Pager, PageState, Userfault
 from kvmhost.pager.options import StoreOptions
+from kvmhost.pager.pager import Pager
+from kvmhost.pager.results import EvictOutcome, PageState
+from kvmhost.pager.userfault import Userfault
+from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 pytestmark = pytest.mark.requires_uffd
 

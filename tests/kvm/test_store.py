@@ -19,12 +19,12 @@ import pytest
 from kvmhost.errors import CapabilityError, LayoutError, LostPageError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
-from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.hostswap import swap_refusal
 from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.results import EvictOutcome, PageState
 from kvmhost.pager.storefile import HEADER_BYTES, StoreFile
+from kvmhost.units import PAGE_BYTES
 
 pytestmark = pytest.mark.requires_uffd
 

@@ -16,7 +16,7 @@ LINKED = ("guests", "reclaim", "tools")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 #: Package: what it must not import.
 FORBIDDEN = {
-    "kvmhost": {"reclaim", "tools"},
+    "kvmhost": {"guests", "reclaim", "tools"},
     "reclaim": {"tools"},
     "guests": {"reclaim", "tools"},
     "tools": set(),
@@ -101,3 +101,16 @@ def test_only_one_module_imports_the_extension_and_one_unicorn() -> None:
     assert extension == {"kvmhost/_ffi.py"}
     naming = [name_of(path) for path in MODULES if 'import_module("unicorn")' in path.read_text()]
     assert naming == ["kvmhost/engine/unicorncpu.py"]
+
+
+def test_one_module_defines_the_page_size() -> None:
+    names = {"PAGE_BYTES", "PAGE_SHIFT", "PAGE_SIZE"}
+    defining = {
+        name_of(path)
+        for path in MODULES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and target.id.lstrip("_") in names
+    }
+    assert defining == {"kvmhost/units.py"}

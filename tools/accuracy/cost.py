@@ -8,10 +8,10 @@ from typing import Any
 
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
-from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.tools.accuracy.kinds import START_GFN, TrackerKind
 from kvmhost.tools.throughput import Kept, ThroughputPlan, measure_steps, paired_rates
 from kvmhost.trackers import Tracker
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["HOT_SHARE", "measure"]
 

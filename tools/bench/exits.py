@@ -138,7 +138,7 @@ def _coalesced(count: int) -> float:
         with CoalescedRing(vm, core) as ring:
             start = time.perf_counter()
             seen = 0
-            while isinstance(leaving := core.run(), IoOut) and leaving.port != EXIT_PORT:
+            while isinstance(vm_exit := core.run(), IoOut) and vm_exit.port != EXIT_PORT:
                 seen += 1 + ring.drain()
             seen += ring.drain()
             seconds = time.perf_counter() - start
@@ -151,10 +151,10 @@ def _to_the_end(machine: Machine) -> float:
     assert isinstance(machine.engine, KvmEngine)
     core = machine.engine.cores[0]
     start = time.perf_counter()
-    leaving = core.run(machine.bus.core)
+    vm_exit = core.run(machine.bus.core)
     seconds = time.perf_counter() - start
-    if not isinstance(leaving, IoOut) or leaving.port != EXIT_PORT:
-        raise RuntimeError(f"the guest did not come to its end: {leaving}")
+    if not isinstance(vm_exit, IoOut) or vm_exit.port != EXIT_PORT:
+        raise RuntimeError(f"the guest did not come to its end: {vm_exit}")
     return seconds
 
 

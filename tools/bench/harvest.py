@@ -19,7 +19,6 @@ from typing import Any
 from kvmhost.errors import LayoutError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
-from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.suggest import unknown_name
 from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, TrackerKind, probe_kinds
 from kvmhost.tools.args import about, count, seconds, share, size_bytes
@@ -27,6 +26,7 @@ from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.throughput import ThroughputPlan, measure_steps, paired_rates
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["LOST_BOUND", "hot_machine", "main", "parser", "run"]
 

@@ -28,7 +28,6 @@ import numpy.typing as npt
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory
-from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.pager import Pager
@@ -36,6 +35,7 @@ from kvmhost.pager.results import EvictOutcome
 from kvmhost.pager.userfault import Userfault
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["contents", "main", "parser", "run_codecs", "run_faults", "run_overhead"]
 

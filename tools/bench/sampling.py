@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvmhost.errors import CapabilityError, LayoutError
-from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.suggest import unknown_name
 from kvmhost.tools.accuracy import doorbells
 from kvmhost.tools.accuracy.kinds import KINDS, AccuracyWorkload, TrackerKind, probe_kinds
@@ -25,6 +24,7 @@ from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.throughput import Kept, ThroughputPlan, paired_rates
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, period_of
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["main", "parser", "run"]
 

@@ -26,12 +26,13 @@ from kvmhost.errors import KvmHostError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.guest import Region
-from kvmhost.memory.layout import PAGE_BYTES, TinyLayout
+from kvmhost.memory.layout import TinyLayout
 from kvmhost.tools.args import about, count, size_bytes
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
 from kvmhost.trackers import NAMES, Tracker, probe_all
 from kvmhost.trackers.pagescan import scans
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["main", "parser", "run"]
 

@@ -112,9 +112,9 @@ class Tiny:
 
     def out(self) -> int:
         """Run to the next port write; return its value."""
-        leaving = self.run()
-        assert isinstance(leaving, IoOut), leaving
-        return leaving.value
+        vm_exit = self.run()
+        assert isinstance(vm_exit, IoOut), vm_exit
+        return vm_exit.value
 
     def close(self) -> None:
         for vcpu in self.vcpus:

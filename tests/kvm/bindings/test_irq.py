@@ -232,8 +232,8 @@ def test_task_priority_is_reported_and_kept_in_memory(tiny: Maker) -> None:
     with_apic(guest)
     guest.vcpu.tpr_access_reporting(True)
     # The write of the port may be first where instructions are emulated by the batch.
-    reported = [leaving for leaving in (guest.run(), guest.run()) if isinstance(leaving, TprAccess)]
-    assert [leaving.is_write for leaving in reported] == [True]
+    reported = [vm_exit for vm_exit in (guest.run(), guest.run()) if isinstance(vm_exit, TprAccess)]
+    assert [vm_exit.is_write for vm_exit in reported] == [True]
     guest.vcpu.tpr_access_reporting(False)
     assert guest.vcpu.get_lapic().regs.raw().cast("I")[0x80 // 4] == 0x50
     guest.memory[0x7000:0x7001] = b"\x60"

@@ -185,9 +185,9 @@ def test_hypercalls_of_level_three_are_answered_without_an_exit(user: Maker) -> 
     for instruction in ("0f 01 c1", "0f 01 d9"):
         machine, vcpu, _ = user(bytes.fromhex("b8 0c 00 00 00" + instruction) + OUT64)
         machine.engine.vm.enable_cap(Cap.EXIT_HYPERCALL, 1 << 12)
-        leaving = vcpu.run()
-        if isinstance(leaving, IoOut):
-            assert leaving.value == 0xFFFFFFFF  # -KVM_EPERM
+        vm_exit = vcpu.run()
+        if isinstance(vm_exit, IoOut):
+            assert vm_exit.value == 0xFFFFFFFF  # -KVM_EPERM
             return
     pytest.fail("neither instruction was answered")
 

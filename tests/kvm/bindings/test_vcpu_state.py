@@ -293,9 +293,9 @@ def test_a_waiting_processor_is_made_to_run(tiny: Maker) -> None:
     assert guest.vcpu.get_mp_state() == lib.KVM_MP_STATE_RUNNABLE
     assert second.get_mp_state() == lib.KVM_MP_STATE_UNINITIALIZED
     second.set_mp_state(lib.KVM_MP_STATE_RUNNABLE)
-    leaving = second.run()
-    assert isinstance(leaving, IoOut)
-    assert leaving.value == 5
+    vm_exit = second.run()
+    assert isinstance(vm_exit, IoOut)
+    assert vm_exit.value == 5
 
 
 @pytest.mark.requires_cap("IRQCHIP")

@@ -112,13 +112,13 @@ def test_any_requests() -> None:
             for request in asked:
                 check(routes, request, loop.run_until_complete(ask(routes, request)))
 
-        async def let_go() -> None:
-            routes.let_go()
+        async def cancel_timers() -> None:
+            routes.cancel_timers()
 
         try:
             some()
         finally:
-            loop.run_until_complete(let_go())
+            loop.run_until_complete(cancel_timers())
             routes.close()
             loop.close()
         assert machine.error is None

@@ -66,8 +66,8 @@ def test_stops_exactly_at_port_instructions(raw: Raw) -> None:
     assert raw.vcpu.registers()["rbx"] == 0
     assert raw.vcpu.run() == IoIn(0x81, 1)
     raw.vcpu.complete_read(b"\x5a")
-    leaving = raw.vcpu.run()
-    assert isinstance(leaving, Shutdown)
+    vm_exit = raw.vcpu.run()
+    assert isinstance(vm_exit, Shutdown)
     registers = raw.vcpu.registers()
     assert (registers["rax"], registers["rbx"]) == (0x5A, 1)
     assert registers["rip"] == IMAGE_GPA + 6
@@ -91,9 +91,9 @@ def test_unanswered_read_is_all_ones(raw: Raw) -> None:
     b"\xeb\xf4",
 )
 def test_new_port_instruction_over_old_code_is_told(raw: Raw) -> None:
-    leaving: Exit = raw.vcpu.run()
-    assert isinstance(leaving, InternalError)
-    assert leaving.suberror == 1
+    vm_exit: Exit = raw.vcpu.run()
+    assert isinstance(vm_exit, InternalError)
+    assert vm_exit.suberror == 1
 
 
 @code(SPIN)

@@ -67,7 +67,7 @@ class FakeVcpu:
 def make(*vcpus: FakeVcpu, on_exit: Callable[..., Step] | None = None) -> Runner:
     return Runner(
         list(vcpus),  # type: ignore[arg-type]
-        on_exit or (lambda vcpu, leaving: Step.HOLD),
+        on_exit or (lambda vcpu, vm_exit: Step.HOLD),
         lambda vcpu, error: None,
     )
 
@@ -166,7 +166,7 @@ def test_a_doorbell_that_comes_as_stepping_ends_holds_nobody() -> None:
     vcpu = FakeVcpu()
     left, go_on = threading.Event(), threading.Event()
 
-    def on_exit(vcpu: FakeVcpu, leaving: Exit) -> Step:
+    def on_exit(vcpu: FakeVcpu, vm_exit: Exit) -> Step:
         left.set()
         assert go_on.wait(SOON)
         return Step.HOLD

@@ -17,13 +17,13 @@ from kvmhost.memory.layout import (
     MIN_BYTES,
     MMIO_BYTES,
     MMIO_GPA,
-    PAGE_BYTES,
     PARAMS_GPA,
     STACKS_GPA,
     TSS_BYTES,
     TSS_GPA,
     TinyLayout,
 )
+from kvmhost.units import PAGE_BYTES
 
 SIZES = st.one_of(
     st.integers(MIN_BYTES, 64 << 20),

@@ -38,7 +38,7 @@ def test_what_is_fed_is_harvested(table_format: str) -> None:
                 gfns = np.arange(start, start + n_pages)
                 bits = (rng.random(n_pages) < density) & in_slots(gfns)
                 fed = YoungBitmap(start, n_pages, pack(bits), None, SOURCE)
-                found = feed.through(fed)
+                found = feed.harvest_via_model(fed)
                 assert found == fed
                 assert found.coarse is None
                 name = "npt" if table_format == "tdp" else table_format
@@ -68,21 +68,21 @@ def test_coarse_blocks_are_huge_leaves_until_they_are_told_apart(table_format: s
     with Feed(table_format, SLOTS) as feed:
         block = pack((np.arange(3000) >= 512) & (np.arange(3000) < 1024))
         coarse = YoungBitmap(0, 3000, block, block)
-        found = feed.through(coarse)
+        found = feed.harvest_via_model(coarse)
         leaf = feed.table.leaf(600)
         assert leaf is not None
         assert leaf[0] == 2
         assert found == coarse
         assert np.flatnonzero(found.coarse_as_bool()).tolist() == list(range(512, 1024))
         fine = YoungBitmap.from_gfns(0, 3000, [600, 601])
-        found = feed.through(fine)
+        found = feed.harvest_via_model(fine)
         leaf = feed.table.leaf(600)
         assert leaf is not None
         assert leaf[0] == 1
         assert found == fine
         assert found.coarse is None
         # Small leaves stay; what the tracker says of them is passed on.
-        found = feed.through(coarse)
+        found = feed.harvest_via_model(coarse)
         assert found == coarse
         assert np.array_equal(found.coarse, block)
 
@@ -90,7 +90,7 @@ def test_coarse_blocks_are_huge_leaves_until_they_are_told_apart(table_format: s
 def test_coarse_bits_of_a_part_of_a_block_are_passed_on() -> None:
     with Feed("ept", SLOTS) as feed:
         part = YoungBitmap.from_gfns(500, 40, range(510, 526))
-        found = feed.through(dataclasses.replace(part, coarse=part.words))
+        found = feed.harvest_via_model(dataclasses.replace(part, coarse=part.words))
         assert found == part
         assert np.array_equal(found.coarse, part.words)
 
@@ -98,7 +98,7 @@ def test_coarse_bits_of_a_part_of_a_block_are_passed_on() -> None:
 def test_pages_outside_slots_do_not_get_in() -> None:
     with Feed("radix", SLOTS) as feed:
         fed = YoungBitmap.from_gfns(2990, 3000, [2999, 3000, 4000, 5002, 5003])
-        assert feed.through(fed).gfns().tolist() == [2999, 5003]
+        assert feed.harvest_via_model(fed).gfns().tolist() == [2999, 5003]
 
 
 def test_memory_is_what_page_tables_cost() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kvmhost.errors import KvmHostError
 from kvmhost.mmu.memslots import MemSlot, MemSlots
-from kvmhost.mmu.notifier import MemoryMap, VmNotifier
+from kvmhost.mmu.notifier import AddressSpace, VmNotifier
 from kvmhost.mmu.soft import SoftEngine, Trace
 from kvmhost.mmu.table import Mmu
 
@@ -29,7 +29,7 @@ def vm(table_format="npt", slots=None, **fields):
 @pytest.mark.parametrize("table_format", FORMATS)
 def test_a_fault_that_races_an_invalidation_retries(table_format):
     table, notifier = vm(table_format)
-    memory = MemoryMap()
+    memory = AddressSpace()
     memory.subscribe(notifier)
     with table:
         seq = table.fault_begin()
@@ -117,7 +117,7 @@ def test_change_pte_could_never_find_an_entry(table_format):
 def test_several_vms_on_one_memory_are_all_told():
     first, a = vm("npt")
     second, b = vm("radix", slots=[MemSlot(5, 7, 256, HVA, huge=False)])
-    memory = MemoryMap()
+    memory = AddressSpace()
     memory.subscribe(a)
     memory.subscribe(b)
     with first, second:
@@ -149,7 +149,7 @@ def test_every_subscriber_gets_its_end_also_when_a_start_fails():
         def invalidate_range_end(self, start, end):
             ended.append((start, end))
 
-    memory = MemoryMap()
+    memory = AddressSpace()
     memory.subscribe(notifier)
     memory.subscribe(Broken())
     with table:
@@ -172,7 +172,7 @@ def test_clear_flush_young_flushes_only_what_was_young():
 
 def test_fallback():
     table, notifier = vm(batches=False)
-    memory = MemoryMap()
+    memory = AddressSpace()
     memory.subscribe(notifier)
     bitmap = np.array([0b11], dtype=np.uint64)
     with table:
@@ -194,7 +194,7 @@ def test_fallback():
 @pytest.mark.parametrize("table_format", FORMATS)
 def test_release_while_walks_and_vcpus_run(table_format):
     table, notifier = vm(table_format)
-    memory = MemoryMap()
+    memory = AddressSpace()
     memory.subscribe(notifier)
     stop = threading.Event()
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
-from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.reclaim.policy.base import Policy
 from kvmhost.reclaim.policy.belady import belady
 from kvmhost.reclaim.policy.registry import create
 from kvmhost.tools.bench.reclaim.inprocess import Reclaimer, check
 from kvmhost.tools.bench.reclaim.workloads import WORKLOADS, guest_params
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["POLICIES", "booted", "cost", "run"]
 

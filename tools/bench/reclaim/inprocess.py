@@ -15,10 +15,10 @@ import numpy as np
 from kvmhost.bitmap import Words, YoungBitmap, n_words, pack
 from kvmhost.errors import KvmHostError
 from kvmhost.machine import Machine
-from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
 from kvmhost.pager.results import EvictOutcome, PageState
 from kvmhost.reclaim.policy.base import Gfns, Mask, Policy
 from kvmhost.reclaim.policy.replay import WRONG_WITHIN
+from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 __all__ = ["Pass", "Reclaimer", "check"]
 

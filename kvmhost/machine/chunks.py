@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.errors import LayoutError, PagerError
 from kvmhost.memory.guest import GuestMemory
-from kvmhost.memory.layout import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
     from kvmhost.pager.pager import Pager
