@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from fake_vm import FakeVm
 from young_model import SECOND, Window, write
 
 from kvmhost.reclaim.record.reader import YoungRecord
+from kvmhost.reclaim.vm import worker as worker_module
 
 
 @pytest.fixture
@@ -26,3 +28,14 @@ def make_record(tmp_path):
     yield run
     for record in opened:
         record.close()
+
+
+@pytest.fixture
+def vms(monkeypatch):
+    found = {}
+
+    def connect(name):
+        return found.setdefault(name, FakeVm(name))
+
+    monkeypatch.setattr(worker_module, "Client", connect)
+    return found

@@ -1,0 +1,155 @@
+"""A VM of plain Python behind the methods of a control client, and daemons over it.
+
+tests/reclaim/test_control_contract.py runs the same tests over this fake and over the
+client of a real VM.
+"""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+
+from kvmhost.bitmap import YoungBitmap
+from kvmhost.control import schema
+from kvmhost.reclaim.context import DaemonContext
+from kvmhost.reclaim.daemon import Daemon
+from kvmhost.reclaim.settings.config import load
+from kvmhost.reclaim.settings.options import Config
+from kvmhost.reclaim.vm.session import Session
+from kvmhost.units import Bytes, Mark, Seconds
+
+N, N_PINNED = 1000, 10
+
+
+BUDGET = {
+    "budget": Mark(size=Bytes(500 * 4096)),
+    "high": Mark(size=Bytes(450 * 4096)),
+    "low": Mark(size=Bytes(400 * 4096)),
+}
+
+
+def config(vm=None, **sections) -> Config:
+    """Options by section; a budget of 500 pages with marks at 450 and 400."""
+    return load(None, {"defaults": BUDGET | (vm or {})} | sections)
+
+
+class FakeVm:
+    """A guest of N pages, the first ten pinned; touches what ``touches`` says each window."""
+
+    def __init__(self, name="fake"):
+        self.vm = name
+        self.here = np.ones(N, bool)
+        self.touches = lambda window: range(100)
+        self.window = 0
+        self.asked, self.victims, self.limit = [], None, None
+        self.full_after, self.shrunk = N, 0
+        self.trouble = {}
+        self.paused = self.given_back = False
+        self.lease_asked, self.latency_ns, self.renewed = None, 0, 0
+
+    def _meet(self, what):
+        problem = self.trouble.get(what)
+        if problem:
+            raise problem
+
+    def memory(self):
+        self._meet("memory")
+        regions = [schema.RegionInfo(0, 0, N * 4096, 0, N, 0)]
+        return schema.MemoryMap(4096, N, regions, [schema.PageRange(0, N_PINNED)])
+
+    def take_lease(self, asked):
+        self._meet("lease")
+        self.lease_asked = asked
+
+    def lease(self):
+        self.renewed += 1
+        asked = self.lease_asked
+        if asked is None or self.given_back:
+            return None
+        return schema.LeaseInfo(asked.holder, 1, asked.socket, asked.ttl_s, 0.0, 0.0)
+
+    def give_back_lease(self):
+        self.given_back = True
+
+    def counters(self):
+        pager = {"latency_sum_ns": self.latency_ns, "latency_ns": [0, 1]}
+        return schema.Counters(None, None, pager)
+
+    def set_limit(self, n_bytes):
+        self._meet("limit")
+        self.limit = n_bytes
+        return n_bytes
+
+    def shrink(self, n_bytes):
+        self.shrunk += 1
+        evicted = np.flatnonzero(self.here)[n_bytes // 4096 :]
+        self.here[evicted] = False
+        return len(evicted)
+
+    def harvest_timed(
+        self, gfn_start, n_pages, *, tracker, clear=True, rearm="young", fraction=None, mask=None
+    ):
+        self._meet("harvest")
+        self.asked.append((gfn_start, n_pages, tracker, clear, rearm))
+        young = list(self.touches(self.window))
+        self.window += 1
+        self.here[young] = True
+        return YoungBitmap.from_gfns(0, N, young), schema.HarvestCost(3000, 2000)
+
+    def harvest(self, gfn_start, n_pages, **how):
+        """A look between two windows: nothing was touched since the last one began."""
+        return YoungBitmap.from_gfns(0, N, [])
+
+    def resident(self, gfn_start, n_pages):
+        return self.here.copy()
+
+    def evict(self, gfns, each=False):
+        self._meet("evict")
+        outcomes = np.where(self.here[gfns], 0, 2).astype(np.uint8)
+        outcomes[gfns < N_PINNED] = 1
+        outcomes[self.full_after :] = 3
+        self.here[gfns[outcomes == 0]] = False
+        names = ("done", "pinned", "absent", "full")
+        codes = outcomes.tolist()
+        counts = {names[code]: codes.count(code) for code in {0, *codes}}
+        return schema.EvictReport(len(gfns), counts, outcomes.tobytes() if each else None)
+
+    def set_victims(self, gfns):
+        self.victims = gfns
+        return len(gfns)
+
+    def state(self):
+        self._meet("state")
+        return types.SimpleNamespace(running=True, paused=self.paused, vcpus=[0])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+
+def make_session(vm, *, policy=None, **options):
+    return Session(vm, DaemonContext.of(config(options)), policy)
+
+
+class Events(list):
+    """Collects reports; calls a function after each."""
+
+    def __init__(self, then=lambda event: None):
+        super().__init__()
+        self._then = then
+
+    def __call__(self, event):
+        self.append(event)
+        self._then(event)
+
+    def of(self, kind):
+        return [event for event in self if isinstance(event, kind)]
+
+
+def make_daemon(vms, report, **daemon):
+    """A daemon of some VMs, with passes a millisecond apart."""
+    options = {"vms": vms, "interval": Seconds(0.001)} | daemon
+    return Daemon(DaemonContext.of(config(daemon=options)), report)
