@@ -22,8 +22,8 @@ from kvmhost.control.server import ControlServer
 from kvmhost.errors import ControlError, KvmHostError, LayoutError, PagerError, VmGoneError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
+from kvmhost.machine.chunks import CHUNK_PAGES, ChunkReader, chunk_ranges
 from kvmhost.machine.snapshot import restore_machine, save_machine
-from kvmhost.memory.chunks import CHUNK_PAGES, ChunkReader, chunk_ranges
 from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.results import PageState
 
