@@ -190,7 +190,7 @@ class Daemon:
         if trigger_events & (select.POLLERR | select.POLLNVAL):
             log.warning("the pressure trigger was removed with its cgroup")
             host.close()
-        fired = bool(trigger_events & select.POLLPRI)
+        fired = bool(trigger_events & select.POLLPRI) and host.trigger_counts()
         host.update(fired)
         if fired:
             with self._lock:

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable
 
 from kvmhost.closing import Closing
+from kvmhost.errors import CapabilityError
 from kvmhost.reclaim.account.decisions import EvictReason
 from kvmhost.reclaim.errors import ReclaimError
-from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
+from kvmhost.reclaim.pressure.cgroup import CgroupLimit, MemoryCgroup
 from kvmhost.reclaim.pressure.controllers import Demand
 from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
 from kvmhost.reclaim.pressure.psi import SYSTEM_PSI, PsiMeter, PsiTrigger
@@ -34,7 +35,8 @@ class Host(Closing):
 
     :param trigger: creates the trigger from its text and path; None disables it
     :raises ReclaimError: if a file that the options name cannot be used
-    :raises CapabilityError: if the cgroup has no memory controller
+    :raises CapabilityError: if the cgroup has no memory controller, or neither it nor a cgroup
+        above it has a limit
     """
 
     def __init__(
@@ -53,14 +55,26 @@ class Host(Closing):
         #: Share of time stalled in the last interval; None if not measured.
         self.stall: float | None = None
         self.trigger_fired = 0
+        #: Usage, limit and path of the cgroup with the tightest limit.
         self.cgroup_bytes = self.cgroup_limit_bytes = 0
+        self._cgroup_path = options.cgroup
         path = SYSTEM_PSI if options.psi in ("system", "vm") else options.psi
         wanted = options.psi != "vm" and (options.psi_target > 0 or options.psi != "system")
         self._meter = PsiMeter(path, files, clock) if wanted else None
         self._cgroup = MemoryCgroup.at(options.cgroup, files) if options.cgroup else None
+        if self._cgroup is not None:
+            self._tightest(self._cgroup, options.cgroup_high)
         self.trigger: PsiTrigger | None = None
         if options.psi_trigger and trigger is not None:
             self.trigger = trigger(options.psi_trigger, path)
+
+    def trigger_counts(self) -> bool:
+        """Return whether the trigger's event is about stall since it was armed."""
+        try:
+            return self.trigger is not None and self.trigger.counts()
+        except ReclaimError as error:
+            log.warning("pressure: %s", error)
+            return False
 
     def update(self, fired: bool = False) -> None:
         """Read the pressure files and distribute the pages to evict over the VMs.
@@ -74,7 +88,7 @@ class Host(Closing):
                 self.stall = self._meter.share()
             excess = self._cgroup_excess()
             self.problem = ""
-        except ReclaimError as error:
+        except (ReclaimError, CapabilityError) as error:
             excess = 0
             if str(error) != self.problem:
                 log.warning("pressure: %s", error)
@@ -89,7 +103,7 @@ class Host(Closing):
                 self._share_out(int(total * step), EvictReason.TRIGGER, text)
             if excess:
                 high = self.options.cgroup_high * self.cgroup_limit_bytes
-                text = f"{self.options.cgroup} is at {self.cgroup_bytes >> 20} MiB, above "
+                text = f"{self._cgroup_path} is at {self.cgroup_bytes >> 20} MiB, above "
                 text += f"{high / 2**20:.0f} MiB"
                 self._share_out(excess, EvictReason.CGROUP, text)
             if self.options.total_budget:
@@ -97,14 +111,27 @@ class Host(Closing):
                 self._parts = share_budget(total, self._claims)
 
     def _cgroup_excess(self) -> int:
+        """Return the pages above the mark of the tightest limit, and remember that limit."""
         if self._cgroup is None:
             return 0
-        limit = self._cgroup.limit_bytes()
-        self.cgroup_bytes, self.cgroup_limit_bytes = self._cgroup.needed_bytes(), limit or 0
-        if limit is None:
-            return 0
-        excess = self.cgroup_bytes - int(limit * self.options.cgroup_high)
+        share = self.options.cgroup_high
+        tightest = self._tightest(self._cgroup, share)
+        self.cgroup_bytes, self.cgroup_limit_bytes = tightest.needed_bytes, tightest.limit_bytes
+        self._cgroup_path = tightest.path
+        excess = tightest.excess_bytes(share)
         return max(0, -(-excess // PAGE_BYTES))
+
+    @staticmethod
+    def _tightest(cgroup: MemoryCgroup, share: float) -> CgroupLimit:
+        tightest = cgroup.tightest(share)
+        if tightest is None:
+            raise CapabilityError(
+                f"cgroup {cgroup.path}",
+                "a memory limit, its own or of a cgroup above it",
+                "none",
+                "set memory.max (version 1: memory.limit_in_bytes), or name another cgroup",
+            )
+        return tightest
 
     def _share_out(self, pages: int, why: EvictReason, text: str) -> None:
         for vm, part in share_demand(pages, self._claims).items():

@@ -9,7 +9,13 @@ usage, highest usage    memory.usage_in_bytes,      memory.current, memory.peak
                         memory.max_usage_in_bytes   (since Linux 5.19)
 processes killed        memory.oom_control:         memory.events: oom_kill
                         oom_kill (Linux 4.13)
+limits of the hierarchy memory.limit_in_bytes of    memory.max and memory.high of
+                        each level, and memory.stat each level
+                        hierarchical_memory_limit
 ======================= =========================== ==============================
+
+A cgroup is held to the limits of all cgroups above it as well; the one with the least
+memory left (:meth:`MemoryCgroup.tightest`) is what its processes will meet first.
 
 A parent is looked for at the mount's root, then at this process's own cgroup and
 what is above it; the first where a child with a memory limit can be made is taken.
@@ -33,7 +39,7 @@ from kvmhost.errors import CapabilityError
 from kvmhost.reclaim.errors import KernelFileError
 from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
 
-__all__ = ["MemoryCgroup", "Parent", "find_parent"]
+__all__ = ["CgroupLimit", "MemoryCgroup", "Parent", "find_parent"]
 
 #: How long a cgroup may stay busy after its last process has been reaped.
 _REMOVE_S = 5.0
@@ -48,6 +54,9 @@ class _Names:
     usage: str
     peak: str
     events: str
+    #: Files of which each limits memory.
+    limits: tuple[str, ...]
+    inactive_file: str
 
 
 _NAMES = {
@@ -57,9 +66,38 @@ _NAMES = {
         "memory.usage_in_bytes",
         "memory.max_usage_in_bytes",
         "memory.oom_control",
+        ("memory.limit_in_bytes",),
+        "total_inactive_file",
     ),
-    2: _Names("memory.max", "memory.swap.max", "memory.current", "memory.peak", "memory.events"),
+    2: _Names(
+        "memory.max",
+        "memory.swap.max",
+        "memory.current",
+        "memory.peak",
+        "memory.events",
+        ("memory.max", "memory.high"),
+        "inactive_file",
+    ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class CgroupLimit:
+    """A limit that a cgroup is held to, and the usage that counts against it.
+
+    :ivar path: cgroup that has the limit: the one asked about, or one above it
+    :ivar file: control file that has it
+    :ivar needed_bytes: that cgroup's usage, as :meth:`MemoryCgroup.needed_bytes` has it
+    """
+
+    path: str
+    file: str
+    limit_bytes: int
+    needed_bytes: int
+
+    def excess_bytes(self, share: float = 1.0) -> int:
+        """Return how far the usage is above a share of the limit; negative below it."""
+        return self.needed_bytes - int(self.limit_bytes * share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +196,52 @@ class MemoryCgroup(Closing):
 
     def limit_bytes(self) -> int | None:
         """Return the limit; None: there is none."""
-        text = self._read(self._names.limit).strip()
+        return self._limit_in(self._names.limit)
+
+    def tightest(self, share: float = 1.0) -> CgroupLimit | None:
+        """Return the limit with the least memory left, of this cgroup and all above it.
+
+        :param share: the part of each limit that may be used
+        :return: None if there is no limit up to the root, as far as it can be seen
+        """
+        limits = [limit for group in self._upwards() for limit in group._own_limits()]
+        limits += self._limit_out_of_sight(limits)
+        return max(limits, key=lambda limit: limit.excess_bytes(share), default=None)
+
+    def _upwards(self) -> Iterator[MemoryCgroup]:
+        """Yield this cgroup and those above it whose limits count for it."""
+        path = self.path.rstrip("/")
+        while self._files.exists(posixpath.join(path, self._names.usage)):
+            yield MemoryCgroup(path, self.version, self._files)
+            path = posixpath.dirname(path)
+            # Before Linux 5.11 version 1 could leave a hierarchy's limits to each level.
+            switch = posixpath.join(path, "memory.use_hierarchy")
+            if self._files.exists(switch) and self._files.read(switch).strip() == "0":
+                return
+
+    def _own_limits(self) -> list[CgroupLimit]:
+        found = []
+        for name in self._names.limits:
+            if self._files.exists(posixpath.join(self.path, name)):
+                limit = self._limit_in(name)
+                if limit is not None:
+                    found.append(CgroupLimit(self.path, name, limit, self.needed_bytes()))
+        return found
+
+    def _limit_out_of_sight(self, seen: list[CgroupLimit]) -> list[CgroupLimit]:
+        """Return the limit of a cgroup above the mount, which a container does not see."""
+        if self.version == 2:
+            return []
+        lowest = min((limit.limit_bytes for limit in seen), default=1 << 62)
+        hierarchical = self._statistic("hierarchical_memory_limit")
+        if hierarchical is None or hierarchical >= lowest:
+            return []
+        top = list(self._upwards())[-1]
+        file = "memory.stat hierarchical_memory_limit"
+        return [CgroupLimit(top.path, file, hierarchical, top.needed_bytes())]
+
+    def _limit_in(self, name: str) -> int | None:
+        text = self._read(name).strip()
         # Version 1 says "none" with the largest multiple of the page size.
         return None if text == "max" or int(text) >= 1 << 62 else int(text)
 
@@ -168,12 +251,18 @@ class MemoryCgroup(Closing):
 
     def needed_bytes(self) -> int:
         """Return the usage without file pages that the kernel drops before it kills."""
-        key = "inactive_file" if self.version == 2 else "total_inactive_file"
+        inactive = self._statistic(self._names.inactive_file)
+        return max(0, self.usage_bytes() - (inactive or 0))
+
+    def _statistic(self, key: str) -> int | None:
+        """Return a line of ``memory.stat``; None if the file or the line is missing."""
+        if not self._files.exists(posixpath.join(self.path, "memory.stat")):
+            return None
         for line in self._read("memory.stat").splitlines():
             name, _, value = line.partition(" ")
             if name == key:
-                return max(0, self.usage_bytes() - int(value))
-        return self.usage_bytes()
+                return int(value)
+        return None
 
     def peak_bytes(self) -> int | None:
         """Return the highest usage so far; None where the kernel does not keep it."""

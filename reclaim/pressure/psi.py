@@ -10,6 +10,10 @@ stall in a window reaches the threshold, at most once a window. It lives as long
 descriptor. Its string has to end in a newline or NUL, and without CAP_SYS_RESOURCE
 the window has to be a multiple of 2 s.
 
+The first event after arming can be about stall from before: the kernel's window begins
+with a total that is updated only while a trigger exists. So the total is read at arming,
+and an event counts only once the total has grown by the threshold since.
+
 Source: Documentation/accounting/psi.rst, Linux v6.12.
 """
 
@@ -122,8 +126,11 @@ class PsiTrigger(Closing):
         value = f"{kind} {stall_us} {window_us}\n"
         self.path = path
         self.fd = -1
+        self._kind, self._stall_us = kind, stall_us
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            #: Total at arming; None once stall since then has been enough for an event.
+            self._armed_us: int | None = self._total_us()
             os.write(self.fd, value.encode())
         except OSError as error:
             self.close()
@@ -132,6 +139,8 @@ class PsiTrigger(Closing):
     def fired(self, timeout_s: float = 0.0) -> bool:
         """Wait until it fires, or the time is over.
 
+        An event about stall from before arming is taken from the kernel and is none.
+
         :raises KernelFileError: ``ENODEV`` if its cgroup is gone
         """
         poll = select.poll()
@@ -139,7 +148,24 @@ class PsiTrigger(Closing):
         events = poll.poll(timeout_s * 1e3)
         if any(event & (select.POLLERR | select.POLLNVAL) for _, event in events):
             raise KernelFileError(self.path, errno.ENODEV)
-        return bool(events)
+        return bool(events) and self.counts()
+
+    def counts(self) -> bool:
+        """Return whether an event that was polled is about stall since arming.
+
+        :raises KernelFileError: if the file cannot be read
+        """
+        if self._armed_us is not None and self._total_us() - self._armed_us >= self._stall_us:
+            self._armed_us = None
+        return self._armed_us is None
+
+    def _total_us(self) -> int:
+        try:
+            text = os.pread(self.fd, 4096, 0).decode()
+        except OSError as error:
+            raise KernelFileError(self.path, error.errno or 0) from error
+        psi = parse_psi(text, self.path)
+        return psi.some_us if self._kind == "some" else psi.full_us
 
     def close(self) -> None:
         """Remove the trigger. Idempotent."""

@@ -10,7 +10,7 @@ import pytest
 
 from kvmhost.errors import CapabilityError
 from kvmhost.reclaim.errors import KernelFileError, ReclaimError
-from kvmhost.reclaim.pressure.cgroup import MemoryCgroup, Parent, find_parent
+from kvmhost.reclaim.pressure.cgroup import CgroupLimit, MemoryCgroup, Parent, find_parent
 from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
 
 V1_MOUNT = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
@@ -192,3 +192,59 @@ def test_errors_pickle_and_are_both_kinds():
     assert isinstance(error, OSError)
     assert (error.interface, error.errno, error.value) == ("/x/memory.max", errno.EBUSY, "5")
     assert str(error) == "/x/memory.max (writing '5'): Device or resource busy"
+
+
+NO_LIMIT_V1 = "9223372036854771712\n"
+
+
+def levels(kernel, mount, names, **values):
+    """Put a chain of cgroups below a mount: by file, one text per level."""
+    path = mount
+    for number, name in enumerate(["", *names]):
+        path = f"{path}/{name}" if name else path
+        for file, texts in values.items():
+            if texts[number] is not None:
+                kernel.put(f"{path}/memory.{file}", texts[number])
+    return path
+
+
+def test_v1_takes_the_tightest_limit_up_the_hierarchy(v1):
+    stat = "total_inactive_file 10\nhierarchical_memory_limit 400\n"
+    path = levels(
+        v1, "/sys/fs/cgroup/memory", ["top", "vm"],
+        limit_in_bytes=[NO_LIMIT_V1, "400\n", NO_LIMIT_V1],
+        usage_in_bytes=["9000\n", "390\n", "50\n"], stat=[None, stat, stat],
+        use_hierarchy=["1\n", "1\n", "1\n"],
+    )  # fmt: skip
+    limit = MemoryCgroup.at(path, v1).tightest()
+    above = "/sys/fs/cgroup/memory/top"
+    assert limit == CgroupLimit(above, "memory.limit_in_bytes", 400, 380)
+    assert limit.excess_bytes(0.9) == 20
+    # Levels that do not share a hierarchy do not limit each other.
+    v1.put(f"{above}/memory.use_hierarchy", "0\n")
+    v1.put(f"{path}/memory.stat", "total_inactive_file 10\n")
+    assert MemoryCgroup.at(path, v1).tightest() is None
+
+
+def test_v1_a_limit_above_what_a_container_sees(v1):
+    """The mount's root is a cgroup inside the host's hierarchy, of which only stat tells."""
+    path = levels(
+        v1, "/sys/fs/cgroup/memory", ["vm"], limit_in_bytes=[NO_LIMIT_V1, "900\n"],
+        usage_in_bytes=["700\n", "50\n"], stat=[None, "hierarchical_memory_limit 600\n"],
+    )  # fmt: skip
+    limit = MemoryCgroup.at(path, v1).tightest()
+    assert (limit.path, limit.limit_bytes) == ("/sys/fs/cgroup/memory", 600)
+    assert (limit.needed_bytes, "hierarchical" in limit.file) == (700, True)
+
+
+def test_v2_high_and_max_of_every_level_count(v2):
+    path = levels(
+        v2, "/sys/fs/cgroup", ["a", "b"], max=[None, "1000\n", "max\n"],
+        high=[None, "max\n", "60\n"], current=[None, "900\n", "50\n"],
+    )  # fmt: skip
+    group = MemoryCgroup.at(path, v2)
+    assert group.tightest() == CgroupLimit(path, "memory.high", 60, 50)
+    v2.put(f"{path}/memory.high", "max\n")
+    assert group.tightest() == CgroupLimit("/sys/fs/cgroup/a", "memory.max", 1000, 900)
+    v2.put("/sys/fs/cgroup/a/memory.max", "max\n")
+    assert group.tightest() is None

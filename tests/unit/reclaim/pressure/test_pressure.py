@@ -121,6 +121,22 @@ def test_the_kernel_takes_a_trigger_and_refuses_a_wrong_one(tmp_path):
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+def test_an_event_about_stall_from_before_arming_does_not_count(tmp_path):
+    path = tmp_path / "memory"
+    path.write_text(psi_text(98_000_000))
+    with PsiTrigger("some 150ms in 2s", str(path)) as trigger:
+        # What was written went over the beginning of this file; the kernel's does not change.
+        path.write_text(psi_text(98_009_000))
+        assert not trigger.counts()
+        path.write_text(psi_text(98_150_000))
+        assert trigger.counts()
+        # From here on the kernel's own window is right.
+        path.write_text(psi_text(98_150_001))
+        assert trigger.counts()
+        path.write_text("no numbers")
+        assert trigger.counts()
+
+
 # -- limits -------------------------------------------------------------------
 
 
@@ -326,15 +342,41 @@ def test_cgroup_version_1_and_no_limit(tree):
     tree("/cg/memory.usage_in_bytes", str(100 << 20))
     tree("/cg/memory.limit_in_bytes", str(9223372036854771712))
     tree("/cg/memory.stat", f"total_inactive_file {6 << 20}\n")
+    with pytest.raises(CapabilityError, match="a memory limit, its own or of a cgroup above it"):
+        Host(PressureOptions(cgroup="/cg"), tree.files, Clock())
+    tree("/cg/memory.limit_in_bytes", str(94 << 20))
     host = Host(PressureOptions(cgroup="/cg"), tree.files, Clock())
     host.claim("a", Claim(1, 0, 9000, 20000))
     host.update()
-    assert host.demand("a") is None
-    tree("/cg/memory.limit_in_bytes", str(94 << 20))
-    host.update()
     assert host.demand("a").pages > 0
+    tree("/cg/memory.limit_in_bytes", str(9223372036854771712))
+    host.update()
+    assert host.demand("a") is None
+    assert "a memory limit" in host.problem
     with pytest.raises(CapabilityError, match=r"memory\.current"):
         Host(PressureOptions(cgroup="/none"), tree.files)
+
+
+def test_a_limit_above_the_cgroup_counts_with_the_usage_there(tree):
+    """The VM uses 50 of its 200 MiB; its siblings fill the 140 MiB that are above them all."""
+    for path, usage, limit in (
+        ("/top", 139, 140),
+        ("/top/vms", 139, None),
+        ("/top/vms/a", 50, 200),
+    ):
+        tree(f"{path}/memory.current", str(usage << 20))
+        tree(f"{path}/memory.max", "max" if limit is None else str(limit << 20))
+        tree(f"{path}/memory.high", "max")
+    host = Host(PressureOptions(cgroup="/top/vms/a"), tree.files, Clock())
+    host.claim("a", Claim(1, 0, 9000, 50000))
+    host.update()
+    demand = host.demand("a")
+    assert demand.pages == 13 << 8  # 139 - 0.9 * 140 MiB
+    assert demand.text.startswith("/top is at 139 MiB")
+    assert (host.cgroup_bytes, host.cgroup_limit_bytes) == (139 << 20, 140 << 20)
+    tree("/top/vms/memory.high", str(100 << 20))
+    host.update()
+    assert host.demand("a").text.startswith("/top/vms is at 139 MiB, above 90 MiB")
 
 
 def test_a_trigger_demands_a_step_of_all(tree):
