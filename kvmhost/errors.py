@@ -192,7 +192,7 @@ class ControlError(KvmHostError):
         self.status, self.problem = status, problem
 
     def __str__(self) -> str:
-        return f"{self.problem} (HTTP {self.status})"
+        return self.problem
 
 
 class PauseTimeout(KvmHostError):

@@ -1,12 +1,18 @@
-"""Progress on a terminal and none in a pipe; tables that read well in both."""
+"""Progress on a terminal and none in a pipe; tables that are readable in both."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-__all__ = ["Progress", "show_table"]
+__all__ = ["Progress", "show_table", "working"]
+
+#: A terminal shows what a command works on after this time, and how long, this often.
+_SHOW_AFTER_S, _SHOW_EVERY_S = 1.0, 1.0
+_CLEAR_LINE = "\r\x1b[K"
 
 
 class Progress:
@@ -23,6 +29,37 @@ class Progress:
         """Show one step, with the seconds since the start."""
         if self._on:
             print(f"[{time.monotonic() - self._start:5.1f} s] {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """Show ``text`` and the elapsed seconds while the body runs, on a terminal only.
+
+    Nothing is shown if the body takes less than a second. The line is removed at the end.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    ended = threading.Event()
+    thread = threading.Thread(target=_show_elapsed, args=(text, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _show_elapsed(text: str, ended: threading.Event) -> None:
+    start_s = time.monotonic()
+    if ended.wait(_SHOW_AFTER_S):
+        return
+    while True:
+        elapsed_s = time.monotonic() - start_s
+        print(f"{_CLEAR_LINE}[{elapsed_s:5.1f} s] {text}", end="", file=sys.stderr, flush=True)
+        if ended.wait(_SHOW_EVERY_S):
+            break
+    print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
 
 
 def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -28,7 +28,7 @@ class Caller(Closing):
     :param timeout_s: for an answer
     """
 
-    def __init__(self, name: str, path: Path, timeout_s: float = 60.0) -> None:
+    def __init__(self, name: str, path: Path, timeout_s: float = schema.CLIENT_TIMEOUT_S) -> None:
         self.path = path
         self._name = name
         self._http = httpx.Client(
@@ -65,12 +65,13 @@ class Caller(Closing):
         except httpcore.TimeoutException as error:
             raise VmGoneError(self._name, f"no answer in time at {self.path}") from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise VmGoneError(self._name, f"hung up ({error})") from error
+            raise VmGoneError(self._name, f"hung up ({_reason(error)})") from error
 
     def _nothing_answers(self, error: Exception) -> str:
         """Say that nothing answers, and which socket there is of a similar name."""
         there = (path.stem for path in self.path.parent.glob("*.sock") if path != self.path)
-        return f"nothing answers at {self.path} ({error}){did_you_mean(self.path.stem, there)}"
+        hint = did_you_mean(self.path.stem, there)
+        return f"nothing answers at {self.path} ({_reason(error)}){hint}"
 
     def _read(self, answer: httpx.Response, kind: type[T]) -> T:
         try:
@@ -79,3 +80,13 @@ class Caller(Closing):
             raise ControlError(
                 answer.status_code, f"{self._name!r}: malformed response: {error}"
             ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return what the operating system said, without the number of its error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 __all__ = [
+    "CLIENT_TIMEOUT_S",
     "HEADER_PREFIX",
     "Counters",
     "ErrorInfo",
@@ -408,6 +409,9 @@ class HarvestCost(msgspec.Struct, frozen=True):
 
 
 # -- coding -------------------------------------------------------------------
+
+#: How long a client waits for the response to one request.
+CLIENT_TIMEOUT_S = 60.0
 
 T = TypeVar("T")
 

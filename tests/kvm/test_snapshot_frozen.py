@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kvmhost.memory.chunks import CHUNK_PAGES, ChunkReader, chunk_ranges
 
 from kvmhost.control.client import Client
 from kvmhost.control.server import ControlServer

@@ -173,6 +173,25 @@ def test_heatmap_shows_progress_on_a_terminal(vm, tmp_path):
         os.close(slave)
 
 
+def test_snapshot_of_a_stopped_vm_says_what_it_waits_for(vm):
+    """On a terminal; the client's timeout bounds the wait."""
+    pid = vm.state().pid
+    master, slave = pty.openpty()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        words = [sys.executable, "-m", "kvmhost", "young", "snapshot", "v"]
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=slave)
+        shown = b""
+        while b"waiting for v to answer, at most 60 s" not in shown:
+            shown += os.read(master, 4096)
+        os.kill(pid, signal.SIGCONT)
+        assert process.wait(120) == 0
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        os.close(master)
+        os.close(slave)
+
+
 def test_heatmap_of_a_vm_that_ends_has_what_there_was(vm, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "x.png"

@@ -25,6 +25,7 @@ from kvmhost.machine import Machine
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.progress import working
 
 __all__ = ["main", "parser", "run"]
 
@@ -182,7 +183,8 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Print the figures as a table, or as JSON."""
     options = parser().parse_args(argv)
-    result = run(options.count, options.repeats)
+    with working("bench exits"):
+        result = run(options.count, options.repeats)
     if options.json:
         print(json.dumps(result, indent=2))
         return 0

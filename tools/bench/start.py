@@ -24,6 +24,7 @@ from kvmhost.errors import CapabilityError
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.progress import working
 
 __all__ = ["main", "parser", "run"]
 
@@ -167,7 +168,8 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Print the figures as text, or as JSON."""
     options = parser().parse_args(argv)
-    result = run(options.repeats, options.engine, options.image, options.qemu)
+    with working("bench start"):
+        result = run(options.repeats, options.engine, options.image, options.qemu)
     print(json.dumps(result, indent=2) if options.json else _text(result))
     return 0
 

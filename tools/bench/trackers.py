@@ -30,6 +30,7 @@ from kvmhost.memory.layout import TinyLayout
 from kvmhost.tools.args import about, count, size_bytes
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.progress import working
 from kvmhost.trackers import NAMES, Tracker, probe_all
 from kvmhost.trackers.pagescan import scans
 from kvmhost.units import PAGE_BYTES
@@ -231,7 +232,8 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Print the figures as tables, or as JSON."""
     options = parser().parse_args(argv)
-    result = run(options.mem, options.repeats)
+    with working("bench trackers"):
+        result = run(options.mem, options.repeats)
     if options.json:
         print(json.dumps(result, indent=2))
         return 0

@@ -21,6 +21,7 @@ from kvmhost.mmu.tdp import LiveTable
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.progress import working
 
 __all__ = ["interleaved", "main", "parser", "run"]
 
@@ -118,7 +119,8 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures as a table, or as JSON."""
     options = parser().parse_args(argv)
-    result = run(options.entries, options.repeats)
+    with working("bench walk"):
+        result = run(options.entries, options.repeats)
     if options.json:
         print(json.dumps(result, indent=2))
         return 0

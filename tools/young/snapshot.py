@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import YoungBitmap
-from kvmhost.control.schema import HarvestCost, MemoryMap
+from kvmhost.control.schema import CLIENT_TIMEOUT_S, HarvestCost, MemoryMap
 from kvmhost.files import replacing
 from kvmhost.tools.args import seconds, share
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.progress import working
 from kvmhost.tools.young.common import (
     add_vm_arguments,
     check_out,
@@ -40,26 +41,30 @@ def main(argv: Sequence[str]) -> int:
     if args.out is not None:
         check_out(args.out, _BITMAP_KINDS)
     with open_source(args) as vm:
-        memory = vm.memory()
+        waiting = f"waiting for {vm.vm} to answer, at most {CLIENT_TIMEOUT_S:g} s per request"
+        with working(waiting):
+            memory, tracker = vm.memory(), vm.state().tracker
         gfn_start, n_pages = range_of(args.range, memory)
         window_s = args.window
-        tracker = vm.state().tracker
         is_new = tracker is None or args.tracker not in ("auto", tracker)
         # What was ever touched has no window.
         if window_s is None and is_new and args.tracker != "present":
             window_s = _FIRST_WINDOW_S
         if window_s is not None:
-            vm.harvest(gfn_start, n_pages, tracker=args.tracker)
-            time.sleep(window_s)
-        bitmap, cost = vm.harvest_timed(
-            gfn_start,
-            n_pages,
-            tracker=args.tracker,
-            clear=args.clear,
-            rearm=args.rearm,
-            fraction=args.fraction,
-            table_format=args.format,
-        )
+            with working(waiting):
+                vm.harvest(gfn_start, n_pages, tracker=args.tracker)
+            with working(f"waiting for the end of a window of {window_s:g} s"):
+                time.sleep(window_s)
+        with working(waiting):
+            bitmap, cost = vm.harvest_timed(
+                gfn_start,
+                n_pages,
+                tracker=args.tracker,
+                clear=args.clear,
+                rearm=args.rearm,
+                fraction=args.fraction,
+                table_format=args.format,
+            )
     if args.out is not None:
         _write_bitmap(bitmap, args.out)
     if args.json:

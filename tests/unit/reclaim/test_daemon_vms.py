@@ -97,7 +97,7 @@ def test_refusals_are_retried_and_then_given_up(vms):
     events = Events()
     assert not make_daemon(["a"], events).run()
     assert [e.number for e in events.of(PassReport)] == [1]
-    assert events[-1] == Dropped("a", "busy (HTTP 409)", failed=True)
+    assert events[-1] == Dropped("a", "busy", failed=True)
     assert vm.window == 1 + 5
 
 
