@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.control.client import DaemonClient
@@ -22,13 +24,18 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if args.what == "show":
         with _daemon(args.daemon, args.vm) as daemon:
-            if sys.stdout.isatty():
-                print(_HEADER)
-            print(daemon.show_lru_gen(args.vm), end="")
+            text = daemon.show_lru_gen(args.vm)
+        if args.json:
+            print(json.dumps({"vms": _as_data(text)}))
+            return 0
+        if sys.stdout.isatty():
+            print(_HEADER)
+        print(text, end="")
         return 0
     text = sys.stdin.read() if args.command == "-" else args.command
     with _daemon(args.daemon, _vm_of(text)) as daemon:
-        print(f"{daemon.run_lru_gen(text)} pages evicted")
+        n_pages = daemon.run_lru_gen(text)
+    print(json.dumps({"evicted_pages": n_pages}) if args.json else f"{n_pages} pages evicted")
     return 0
 
 
@@ -52,7 +59,23 @@ def parser() -> CommandParser:
     run.add_argument("command", metavar="COMMAND")
     for one in (show, run):
         one.add_argument("--daemon", metavar="NAME", help="which daemon (default: the VM's own)")
+        one.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _as_data(text: str) -> list[dict[str, Any]]:
+    """Return what the text of ``show`` says, by VM."""
+    vms: list[dict[str, Any]] = []
+    for line in text.splitlines():
+        words = line.split()
+        if words[0] == "memcg":
+            vms.append({"number": int(words[1]), "vm": words[2], "generations": []})
+        elif words[0] != "node":
+            seq, age_ms, anon_pages, file_pages = map(int, words)
+            vms[-1]["generations"].append(
+                {"seq": seq, "age_ms": age_ms, "anon_pages": anon_pages, "file_pages": file_pages}
+            )
+    return vms
 
 
 def _vm_of(text: str) -> str | None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def parser() -> CommandParser:
         "file", metavar="FILE", type=Path, help="file to write, whole or not at all"
     )
     parser.add_argument("--stop", action="store_true", help="end the VM when the file is written")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -32,5 +34,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     with Client(args.vm) as client:
         n_bytes = client.snapshot(str(args.file.absolute()), args.stop)
+    if args.json:
+        print(json.dumps({"file": str(args.file), "memory_bytes": n_bytes, "stopped": args.stop}))
+        return 0
     print(f"{args.file}: {n_bytes / (1 << 20):.1f} MiB of memory")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,18 +38,22 @@ def main(argv: Sequence[str]) -> int:
         raise LayoutError(f"--share {args.share:g}: need 0 to 100")
     with open_record(args.file) as record:
         first, end = windows_of(record, args.windows)
-        what = _write(args, record, first, end)
-    print(f"{args.out}: {what}")
+        gfns = _write(args, record, first, end)
+    if args.json:
+        shown = {"file": str(args.out), "format": args.format, "windows": end - first}
+        print(json.dumps(shown if gfns is None else shown | {"gfns": gfns}))
+    else:
+        print(f"{args.out}: {f'{end - first} windows' if gfns is None else f'{gfns} gfns'}")
     return 0
 
 
-def _write(args: argparse.Namespace, record: YoungRecord, first: int, end: int) -> str:
+def _write(args: argparse.Namespace, record: YoungRecord, first: int, end: int) -> int | None:
+    """Write the file; return how many gfns it lists, None for formats of windows."""
     from kvmhost.reclaim.exchange import damon, dirty, text
 
-    windows = f"{end - first} windows"
     if args.format == "dirty":
         dirty.export(record, args.out, first, end)
-        return windows
+        return None
     with replacing(args.out) as file:
         if args.format in ("damon", "damon-json"):
             damon.export(record, file, first, end, compress=args.format == "damon")
@@ -57,8 +62,8 @@ def _write(args: argparse.Namespace, record: YoungRecord, first: int, end: int) 
         else:
             gfns = text.working_set_gfns(record, first, end, args.share / 100)
             text.export_gfns(gfns, file, binary=args.format == "gfns-bin")
-            return f"{gfns.size} gfns"
-    return windows
+            return int(gfns.size)
+    return None
 
 
 def parser() -> CommandParser:
@@ -86,4 +91,5 @@ def parser() -> CommandParser:
         metavar="PERCENT",
         help="gfns: only what was young in so many of the windows (default: any)",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

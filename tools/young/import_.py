@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"kvmhost young import: {args.files[0]}: {found.remark}", file=sys.stderr)
     with os_errors(args.out):
         windows = write_record(found, args.out, origin)
-    print(f"{args.out}: {windows} windows")
+    if args.json:
+        shown = {"file": str(args.out), "format": args.format, "windows": windows}
+        print(json.dumps(shown | {"n_pages": found.n_pages, "remark": found.remark}))
+    else:
+        print(f"{args.out}: {windows} windows")
     return 0
 
 
@@ -97,4 +102,5 @@ def parser() -> CommandParser:
     parser.add_argument(
         "--interval", type=seconds, default=1.0, metavar="SECONDS", help="dirty files: a window"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

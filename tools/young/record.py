@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import json
 import signal
 import sys
 import threading
@@ -35,12 +36,20 @@ def main(argv: Sequence[str]) -> int:
         _counter(args.count, len(places)) as advance,
         concurrent.futures.ThreadPoolExecutor(len(places)) as pool,
     ):
-        jobs = [pool.submit(_record, vm, path, plan, stop, advance) for vm, path in places.items()]
+        jobs = [
+            pool.submit(_record, vm, path, plan, stop, advance, args.json)
+            for vm, path in places.items()
+        ]
     return max(job.result() for job in jobs)
 
 
 def _record(
-    vm: str, path: Path, plan: object, stop: threading.Event, advance: Callable[[], None]
+    vm: str,
+    path: Path,
+    plan: object,
+    stop: threading.Event,
+    advance: Callable[[], None],
+    as_json: bool,
 ) -> int:
     from kvmhost.reclaim.record.recorder import RecordingPlan, record_vm
 
@@ -58,6 +67,12 @@ def _record(
             file=sys.stderr,
         )
         return 1
+    if as_json:
+        shown = {"vm": vm, "file": str(path), "windows": ended.windows, "reason": ended.reason}
+        counts = {"total_windows": ended.total_windows, "late_windows": ended.late}
+        # One write: the other VMs' threads print too.
+        sys.stdout.write(json.dumps(shown | counts) + "\n")
+        return 0
     late = f", {ended.late} of them late" if ended.late else ""
     total = f" ({ended.total_windows} in all)" if ended.total_windows != ended.windows else ""
     print(f"{path}: {ended.windows} windows of {vm}{total}{late}; {ended.reason}")
@@ -153,4 +168,5 @@ def parser() -> CommandParser:
         help="from this gfn up to before that one; 0x for hex (default: all memory)",
     )
     parser.add_argument("--append", action="store_true", help="go on with a record that is there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per VM and line")
     return parser
