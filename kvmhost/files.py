@@ -10,10 +10,11 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvmhost.errors import HostError
+from kvmhost.errors import HostError, LayoutError
 
 __all__ = [
     "TEMPORARY",
+    "NamelessFile",
     "check_target",
     "new_directory",
     "os_errors",
@@ -67,6 +68,77 @@ def write_file(path: Path, raw: bytes, *, sync: bool = True) -> None:
     """Write a file whole or not at all; see :func:`replacing`."""
     with replacing(path, sync=sync) as file:
         file.write(raw)
+
+
+class NamelessFile:
+    """A file without a name until it is complete: whatever ends the process, it is gone.
+
+    For what holds guest memory: mode 0600, and no link is followed. Where the file system
+    has no O_TMPFILE it has a temporary name meanwhile.
+
+    :raises HostError: if the system refuses
+    :raises LayoutError: if what is at ``path`` already is not a regular file
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._name = path, path.name
+        self._hidden: str | None = None
+        self.fd = self._folder = -1
+        try:
+            with os_errors(path):
+                self._folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._refuse_special()
+                self.fd = self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _refuse_special(self) -> None:
+        try:
+            there = os.lstat(self._name, dir_fd=self._folder)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISREG(there.st_mode):
+            raise LayoutError(f"{self._path}: exists and is not a regular file")
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC
+        try:
+            return os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=self._folder)
+        except OSError as error:
+            # EISDIR comes from kernels that do not know the flag.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EISDIR):
+                raise
+        self._hidden = f"{TEMPORARY}{os.urandom(6).hex()}"
+        return os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._folder)
+
+    def commit(self) -> None:
+        """Bring it to the disk and give it its name, in the place of what has that now.
+
+        :raises HostError: if it cannot be written or named
+        """
+        with os_errors(self._path):
+            os.fsync(self.fd)
+            folder = self._folder
+            if self._hidden is None:
+                hidden = f"{TEMPORARY}{os.urandom(6).hex()}"
+                # A name of its own first: a link cannot take the place of another file.
+                os.link(f"/proc/self/fd/{self.fd}", hidden, dst_dir_fd=folder)
+                self._hidden = hidden
+            os.replace(self._hidden, self._name, src_dir_fd=folder, dst_dir_fd=folder)
+            self._hidden = None
+            sync_directory(self._path.parent)
+
+    def close(self) -> None:
+        """Close it; without :meth:`commit` nothing is left. Idempotent."""
+        if self._hidden is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._hidden, dir_fd=self._folder)
+            self._hidden = None
+        for fd in (self.fd, self._folder):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._folder = -1
 
 
 @contextlib.contextmanager

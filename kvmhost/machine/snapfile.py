@@ -24,10 +24,7 @@ written as version 1 is refused by its number.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
-import secrets
 import stat
 import struct
 import typing
@@ -50,7 +47,6 @@ __all__ = [
     "MAX_STATE_BYTES",
     "TABLE_ENTRY",
     "VERSION",
-    "NewFile",
     "State",
     "check_mem_bytes",
     "encode_state",
@@ -150,79 +146,6 @@ def pack_head(state: bytes, n_pages: int, table: bytes) -> bytes:
 def memory_offset(state_bytes: int) -> int:
     """Return where memory starts in the file."""
     return -(-(HEAD.size + state_bytes) // PAGE_BYTES) * PAGE_BYTES
-
-
-class NewFile:
-    """A file without a name until it is complete: whatever ends the process, it is gone.
-
-    Mode 0600. Where the file system has no O_TMPFILE it has a hidden name meanwhile.
-
-    :raises LayoutError: if it cannot be made, or what is there already is no regular file
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._name = path.name
-        self._hidden: str | None = None
-        self.fd = self._folder = -1
-        try:
-            self._folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            self._refuse_special(path)
-            self.fd = self._open()
-        except OSError as error:
-            self.close()
-            raise LayoutError(f"{path}: {error.strerror}") from error
-        except BaseException:
-            self.close()
-            raise
-
-    def _refuse_special(self, path: Path) -> None:
-        try:
-            there = os.lstat(self._name, dir_fd=self._folder)
-        except FileNotFoundError:
-            return
-        if not stat.S_ISREG(there.st_mode):
-            raise LayoutError(f"{path}: exists and is not a regular file")
-
-    def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CLOEXEC
-        try:
-            return os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=self._folder)
-        except OSError as error:
-            # EISDIR comes from kernels that do not know the flag.
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EISDIR):
-                raise
-        self._hidden = _hidden_name()
-        return os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._folder)
-
-    def commit(self) -> None:
-        """Bring it to the disk and give it its name, in the place of what has that now.
-
-        :raises OSError: if it cannot be written or named
-        """
-        os.fsync(self.fd)
-        folder = self._folder
-        if self._hidden is None:
-            hidden = _hidden_name()
-            # A name of its own first: a link cannot take the place of another file.
-            os.link(f"/proc/self/fd/{self.fd}", hidden, dst_dir_fd=folder)
-            self._hidden = hidden
-        os.replace(self._hidden, self._name, src_dir_fd=folder, dst_dir_fd=folder)
-        self._hidden = None
-
-    def close(self) -> None:
-        """Close it; without :meth:`commit` nothing is left. Idempotent."""
-        if self._hidden is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._hidden, dir_fd=self._folder)
-            self._hidden = None
-        for fd in (self.fd, self._folder):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self._folder = -1
-
-
-def _hidden_name() -> str:
-    return f".snapshot-{secrets.token_hex(8)}"
 
 
 # -- reading --------------------------------------------------------------------

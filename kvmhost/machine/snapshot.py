@@ -29,6 +29,7 @@ from kvmhost.boot.image import Image, Segment
 from kvmhost.boot.pcboot import BootPlan, BootRequest, Chunk, Mode, PcEntry
 from kvmhost.engine.kvm import KvmEngine
 from kvmhost.errors import CapabilityError, ImageError, IoctlError, KvmHostError, LayoutError
+from kvmhost.files import NamelessFile, os_errors
 from kvmhost.kvm.msrs import MsrReport, readable_msrs
 from kvmhost.machine import snapfile
 from kvmhost.machine.base import BaseMachine
@@ -76,24 +77,21 @@ def save_machine(
     :return: bytes of memory in the file
     :raises CapabilityError: if the machine does not run on KVM
     :raises PauseTimeout: if a vCPU does not stop in time
-    :raises LayoutError: if the file cannot be written
+    :raises HostError: if the file cannot be written
+    :raises LayoutError: if something that is not a regular file has its name
     :raises PagerError: if a page is lost; names its gfn
     """
     engine = _kvm_engine(machine)
     pager = _pager(machine)
     snapfile.check_mem_bytes(machine.layout.mem_bytes)
-    file = snapfile.NewFile(path)
+    file = NamelessFile(path)
     with contextlib.closing(file):
         msrs = _msrs(machine, engine)
         with machine.stopped_vcpus():
             machine.settle()
-            try:
+            with os_errors(path):
                 n_pages = _write(file.fd, machine, engine, pager, msrs, cancelled)
-                file.commit()
-            except OSError as error:
-                if isinstance(error, KvmHostError):
-                    raise
-                raise LayoutError(f"{path}: {error.strerror}") from error
+            file.commit()
             if stop:
                 machine.stop()
     return n_pages * PAGE_BYTES
@@ -142,11 +140,8 @@ def _pager(machine: BaseMachine) -> Pager | None:
 
 def _msrs(machine: BaseMachine, engine: KvmEngine) -> list[int]:
     """Find out which MSRs there are, while the guest runs but for one call."""
-    machine.pause()
-    try:
+    with machine.stopped_vcpus():
         cpuid = bytes(engine.cores[0].get_cpuid())
-    finally:
-        machine.resume()
     return readable_msrs(cpuid, isinstance(machine, PcMachine))
 
 

@@ -16,19 +16,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kvmhost.memory.chunks import CHUNK_PAGES, ChunkReader, chunk_ranges
+from waiting import until
 
 from kvmhost.control.client import Client
 from kvmhost.control.server import ControlServer
-from kvmhost.errors import ControlError, KvmHostError, LayoutError, PagerError, VmGoneError
+from kvmhost.errors import (
+    ControlError,
+    HostError,
+    KvmHostError,
+    LayoutError,
+    PagerError,
+    VmGoneError,
+)
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.machine.chunks import CHUNK_PAGES, ChunkReader, chunk_ranges
 from kvmhost.machine.snapshot import restore_machine, save_machine
 from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.results import PageState
-
-Until = Callable[..., None]
 
 #: gfns that hold data in these tests; the guest has its pages below them.
 FIRST, END = 0x1000, 0x2800
@@ -121,7 +126,7 @@ def test_a_store_that_is_too_small_refuses_the_restore(machine: Machine, tmp_pat
 
 @pytest.mark.requires_kvm
 @pytest.mark.requires_uffd
-def test_everybody_at_once(machine: Machine, tmp_path: Path, until: Until) -> None:
+def test_everybody_at_once(machine: Machine, tmp_path: Path) -> None:
     """Evictions, restores, drops, limits and touches do not show in the file."""
     pager = machine.open_pager()
     pager.set_limit(3000)
@@ -179,7 +184,7 @@ def test_everybody_at_once(machine: Machine, tmp_path: Path, until: Until) -> No
     "engine", [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
 )
 @pytest.mark.requires_uffd
-def test_a_frozen_read_of_a_running_guest(engine: str, until: Until) -> None:
+def test_a_frozen_read_of_a_running_guest(engine: str) -> None:
     """Each engine: pages read under a freeze are those that the paused guest has."""
     params = {"start_gfn": 0x800, "pages": 1000, "epochs": 1 << 30}
     with Machine(image_path("touch"), mem_bytes=16 << 20, engine=engine, params=params) as machine:
@@ -218,7 +223,7 @@ def read_all(machine: Machine, core: object) -> dict[int, bytes]:
 
 @pytest.mark.requires_kvm
 @pytest.mark.requires_uffd
-def test_a_guest_that_checks_its_bytes(tmp_path: Path, until: Until) -> None:
+def test_a_guest_that_checks_its_bytes(tmp_path: Path) -> None:
     """Saved live and again and again, restored under the limit: every byte is right."""
     params = {"start_gfn": 1024, "pages": 6000, "hot": 500, "scan_every": 2, "epochs": 0}
     with Machine(
@@ -249,7 +254,7 @@ def test_a_guest_that_checks_its_bytes(tmp_path: Path, until: Until) -> None:
 
 @pytest.mark.requires_kvm
 @pytest.mark.requires_uffd
-def test_a_freeze_holds_back_whoever_changes_pages(machine: Machine, until: Until) -> None:
+def test_a_freeze_holds_back_whoever_changes_pages(machine: Machine) -> None:
     pager = machine.open_pager()
     pager.evict([FIRST])
     done: list[str] = []
@@ -357,7 +362,7 @@ def test_a_full_disk_leaves_no_file_and_a_running_vm(machine: Machine, tmp_path:
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, old[1]))
     try:
-        with pytest.raises(LayoutError, match=os.strerror(errno.EFBIG)):
+        with pytest.raises(HostError, match=os.strerror(errno.EFBIG)):
             save_machine(machine, tmp_path / "x.snap")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -403,7 +408,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.requires_kvm
 @pytest.mark.parametrize("how", ["client", "server"])
 def test_a_client_that_goes_away_ends_the_saving(
-    how: str, machine: Machine, runtime: Path, until: Until, monkeypatch: pytest.MonkeyPatch
+    how: str, machine: Machine, runtime: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began, ended = threading.Event(), threading.Event()
 
@@ -435,16 +440,14 @@ def test_a_client_that_goes_away_ends_the_saving(
 
 @pytest.mark.requires_kvm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_vm_that_ends_leaves_no_half_file(
-    number: signal.Signals, runtime: Path, until: Until
-) -> None:
+def test_a_vm_that_ends_leaves_no_half_file(number: signal.Signals, runtime: Path) -> None:
     folder = runtime / "files"
     folder.mkdir()
     words = "--name end --mem 600M --param start_gfn=4096 --param pages=140000 --param epochs=0"
     kvmhost = [sys.executable, "-m", "kvmhost"]
     with subprocess.Popen([*kvmhost, "run", "touch", *words.split()]) as vm:
         try:
-            with connected("end", until) as client:
+            with connected("end") as client:
                 until(lambda: client.state().doorbells > 0, "an epoch", 300)
             command = [*kvmhost, "snapshot", "end", str(folder / "x.snap")]
             with subprocess.Popen(
@@ -464,7 +467,7 @@ def test_a_vm_that_ends_leaves_no_half_file(
 
 
 @contextlib.contextmanager
-def connected(name: str, until: Until) -> Iterator[Client]:
+def connected(name: str) -> Iterator[Client]:
     def answers() -> bool:
         with contextlib.suppress(VmGoneError), Client(name) as client:
             client.state()
@@ -501,6 +504,7 @@ import os, sys
 from pathlib import Path
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
+from kvmhost.machine.chunks import CHUNK_PAGES, ChunkReader, chunk_ranges
 from kvmhost.machine.snapshot import restore_machine, save_machine
 import numpy as np
 group, path = Path(sys.argv[1]), Path(sys.argv[2])
