@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from kvmhost.errors import HostError
+from kvmhost.errors import ControlError, HostError
 from kvmhost.tools.ending import Ended, exit_code, guard, message_of
 
 DEADLINE_S = 60.0
@@ -188,3 +188,17 @@ def test_memory_sizes_out_of_range_are_wrong_usage(size: str) -> None:
     assert "mem" in done.stderr.splitlines()[-1]
     assert "-0x" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("status", "code"), [(501, 126), (400, 2), (409, 1)])
+def test_a_refusal_of_the_vm_has_its_code_in_record(
+    status: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zstandard")
+    from kvmhost.tools.young import record
+
+    def refusing(name: str) -> None:
+        raise ControlError(status, "no")
+
+    monkeypatch.setattr(record, "Client", refusing)
+    assert record.main(["vm", "-o", str(tmp_path / "r")]) == code

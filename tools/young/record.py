@@ -15,6 +15,7 @@ from pathlib import Path
 from kvmhost.control.client import Client
 from kvmhost.errors import ControlError, LayoutError, VmGoneError
 from kvmhost.tools.args import count, seconds
+from kvmhost.tools.ending import exit_code
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import gfn_range
 
@@ -59,7 +60,7 @@ def _record(
             ended = record_vm(client, path, plan, stop, advance)
     except (VmGoneError, ControlError) as error:
         print(f"{path}: {error}", file=sys.stderr)
-        return 1
+        return exit_code(error)
     except OSError as error:
         print(
             f"{path}: {error.strerror or error}; what was whole is kept, "
