@@ -59,8 +59,12 @@ def main(argv: Sequence[str]) -> int:
 def pages() -> dict[str, Path]:
     """Return the files of pages by name, and of examples as ``examples/NAME``."""
     found = {path.stem: path for path in sorted(FOLDER.glob("*.md"))}
-    examples = sorted(path for path in FOLDER.glob("examples/*") if path.is_file())
-    return found | {f"examples/{path.name.removesuffix('.md')}": path for path in examples}
+    examples = sorted(path for path in FOLDER.glob("examples/**/*") if _is_page(path))
+    return found | {str(path.relative_to(FOLDER)).removesuffix(".md"): path for path in examples}
+
+
+def _is_page(path: Path) -> bool:
+    return path.is_file() and path.suffix in (".c", ".md", ".py", ".toml")
 
 
 def _list() -> str:
@@ -73,8 +77,8 @@ def _list() -> str:
 def _title(path: Path) -> str:
     """Return the first line that says something: a heading, or the start of a docstring."""
     for line in path.read_text().splitlines():
-        title = line.strip('#/*"%; \t')
-        if title and not line.startswith("#!"):
+        title = line.strip('#/*"% \t')
+        if title and title != "[markdown]":
             return title
     return ""
 

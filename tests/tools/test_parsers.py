@@ -165,6 +165,8 @@ def test_documents(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["docs"]) == 0
     listed = capsys.readouterr().out
     assert "  architecture" in listed
+    assert "  examples/own_policy/kvmhost_fifo.py  A policy that evicts" in listed
+    assert "  A look at a record\n" in listed
     assert main(["docs", "architecture", "--path"]) == 0
     path = Path(capsys.readouterr().out.strip())
     assert main(["docs", "architecture.md"]) == 0
