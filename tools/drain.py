@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from kvmhost.control import schema
 from kvmhost.control.client import Client
+from kvmhost.errors import LayoutError
 from kvmhost.tools.args import seconds
 from kvmhost.tools.parser import CommandParser
 
@@ -20,7 +21,18 @@ def main(argv: Sequence[str]) -> int:
     """Run the command: 0 if all pages came back, 1 if one did not."""
     args = parser().parse_args(argv)
     with Client(args.vm, timeout_s=args.timeout) as client:
-        report = client.drain()
+        lease = client.state().lease
+        if lease is not None and not args.force:
+            raise LayoutError(
+                f"{args.vm} is managed by {lease.holder} (process {lease.pid}), which would evict "
+                "again: stop it, or drain all the same with --force"
+            )
+        report = client.drain(force=args.force)
+        lease = client.state().lease
+    if lease is not None:
+        print(
+            f"kvmhost drain: {lease.holder} (process {lease.pid}) may evict again", file=sys.stderr
+        )
     if args.json:
         sys.stdout.write(schema.encode(report).decode() + "\n")
     else:
@@ -49,6 +61,9 @@ def parser() -> CommandParser:
         default=600.0,
         metavar="SECONDS",
         help="give up after this time; the VM goes on draining (default: 600)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="also while a daemon manages the VM and evicts again"
     )
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     return parser

@@ -153,9 +153,14 @@ class Client(Caller):
         answer = self._call("POST", "restore", content=body, headers=_JSON)
         return self._read(answer, schema.RestoreReport).restored
 
-    def drain(self) -> schema.RestoreReport:
-        """Bring everything back, lift the limit and forget the victims; the VM runs on."""
-        return self._read(self._call("POST", "drain"), schema.RestoreReport)
+    def drain(self, force: bool = False) -> schema.RestoreReport:
+        """Bring everything back, lift the limit and forget the victims; the VM runs on.
+
+        :param force: also while another holds the lease, who may evict again
+        :raises ControlError: 423 if another holds it and ``force`` is False
+        """
+        params = {"force": "true"} if force else {}
+        return self._read(self._call("POST", "drain", params=params), schema.RestoreReport)
 
     def set_limit(self, resident_max_bytes: int) -> int:
         """Limit the resident bytes, 0 for no limit; return what is in force now."""

@@ -112,6 +112,16 @@ class Lease:
             if token == self._token:
                 self._renew()
 
+    def check_free(self, token: str, force: bool) -> None:
+        """Refuse what a holder would undo, unless it is forced or the holder asks for it.
+
+        :raises Problem: 423 if another holds the lease
+        """
+        if self._held is not None and token != self._token and not force:
+            raise Problem(
+                LOCKED, f"VM {self._vm!r} is managed by {self._holder()}, which may evict again"
+            )
+
     def close(self) -> None:
         """Forget the holder. Idempotent."""
         self._drop()

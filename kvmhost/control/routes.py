@@ -349,7 +349,10 @@ class Routes:
         return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
 
     async def _drain(self, request: Request) -> Reply:
-        nothing_asked(request)
+        query = schema.decode_query(request.query, schema.DrainQuery)
+        if request.body:
+            raise Problem(400, "takes no body", "body")
+        self._lease.check_free(request.lease, query.force)
         if not self._machine.has_pager:
             return json_reply(schema.RestoreReport(0))
         async with self._paging:

@@ -186,6 +186,15 @@ class NoQuery(_Strict, frozen=True):
     """Nothing may be asked."""
 
 
+class DrainQuery(_Strict, frozen=True):
+    """What a drain may be asked for.
+
+    :ivar force: also while a daemon holds the lease, which may evict again
+    """
+
+    force: bool = False
+
+
 # -- answers ------------------------------------------------------------------
 
 

@@ -53,6 +53,8 @@ class PassReport:
         )
         forced = f", forced {self.forced_pages}" if self.forced_pages else ""
         why = f" ({self.why})" if self.why and self.wanted_pages else ""
+        if self.holding:
+            why += " while holding back" if self.evicted_pages else ", holding back"
         return (
             f"{self.vm} pass {self.number}: resident {self.resident_bytes / 2**20:.1f} MiB, "
             f"young {self.young_pages}, generations {generations}, "

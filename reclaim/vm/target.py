@@ -56,6 +56,9 @@ class ReclaimTarget:
         pages, limited_by = demand.pages, ""
         if self.backoff.holding and demand.required < pages:
             pages, limited_by = demand.required, "holding back"
+            if pages:
+                why = demand.why.name.lower() if demand.why else "demand"
+                limited_by += f", but evicting {pages} pages that the {why} makes mandatory"
         granted = self._context.rate.take(pages)
         if granted < pages:
             limited_by = f"the limit of {self._context.rate.per_s:.0f} pages per second"

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvmhost.control.client import Client
 from kvmhost.control.paths import RUNTIME_DIR_ENV
+from kvmhost.control.schema import LeaseRequest
 from kvmhost.control.server import ControlServer
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
@@ -48,6 +50,28 @@ def test_drain_of_a_running_vm(vm: Machine, capsys: pytest.CaptureFixture[str]) 
         assert vm.open_pager().counters()["evicted_pages"] == 0
         assert main(["drain", "a"]) == 0
         assert capsys.readouterr().out == "0 pages came back\n"
+    finally:
+        server.close()
+
+
+def test_drain_beside_a_daemon_says_so_and_needs_force(
+    vm: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = ControlServer(vm).start()
+    try:
+        vm.step_by_doorbell()
+        vm.run_epoch()
+        vm.open_pager().evict(np.arange(1024, 1024 + PAGES))
+        evicted = vm.open_pager().counters()["evicted_pages"]
+        with Client(server.path) as daemon:
+            daemon.take_lease(LeaseRequest("reclaimd"))
+            assert main(["drain", "a"]) == 2
+            assert "managed by reclaimd (process" in capsys.readouterr().err
+            assert vm.open_pager().counters()["evicted_pages"] == evicted
+            assert main(["drain", "a", "--force"]) == 0
+        shown = capsys.readouterr()
+        assert shown.out == f"{evicted} pages came back\n"
+        assert "may evict again" in shown.err
     finally:
         server.close()
 

@@ -11,6 +11,7 @@ import pytest
 
 from kvmhost.bitmap import pack
 from kvmhost.control.client import Client
+from kvmhost.control.schema import LeaseRequest
 from kvmhost.errors import (
     CapabilityError,
     ControlError,
@@ -176,6 +177,20 @@ def test_drain_brings_all_back_and_lifts_the_limit(vm, machine):
     assert vm.state().limit_bytes == 0
     assert machine.open_pager().limit_pages == 0
     assert vm.drain().restored == 0
+
+
+def test_drain_beside_a_lease_holder_needs_force(vm, machine, serve):
+    vm.evict([7, 9])
+    holder = Client(vm.path)
+    with holder:
+        holder.take_lease(LeaseRequest("keeper"))
+        with pytest.raises(ControlError, match=r"managed by keeper .* may evict again") as caught:
+            vm.drain()
+        assert caught.value.status == 423
+        assert machine.open_pager().out == {7, 9}
+        assert holder.drain().restored == 2
+        vm.evict([7])
+        assert vm.drain(force=True).restored == 1
 
 
 def test_drain_of_a_vm_that_never_evicted_makes_no_pager(vm, machine):

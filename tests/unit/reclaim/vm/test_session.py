@@ -193,7 +193,11 @@ def test_what_comes_back_makes_it_hold_back_and_say_so(vm):
     kinds = [d.kind for d in mine.context.decisions.last(1000)]
     assert "hold" in kinds
     # While it holds back it goes down to the high mark only.
-    assert any(0 < r.evicted_pages < r.wanted_pages for r in reports if r.holding)
+    both = [r for r in reports if r.holding and 0 < r.evicted_pages < r.wanted_pages]
+    assert all("(budget) while holding back" in report.line() for report in both)
+    assert both
+    spared = mine.totals.spared
+    assert any("holding back, but evicting" in why and "budget" in why for why in spared)
 
 
 def test_every_decision_has_its_reason(vm):
