@@ -7,6 +7,7 @@ are 64 bits wide and little-endian. Bits at and after ``n_pages`` are 0.
 from __future__ import annotations
 
 import dataclasses
+import html
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Provenance:
     window_end_ns: int = 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class YoungBitmap:
     """Which pages of ``[gfn_start, gfn_start + n_pages)`` were young.
 
@@ -71,6 +72,34 @@ class YoungBitmap:
                     f"bitmap {name}: shape {words.shape} for {self.n_pages} pages, "
                     f"need ({n_words(self.n_pages)},)"
                 )
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        """Return :meth:`as_bool`, for ``np.asarray``.
+
+        :raises ValueError: for ``copy=False``: bits have to be unpacked
+        """
+        if copy is False:
+            raise ValueError("a YoungBitmap holds bits: an array of its pages is a copy")
+        return self.as_bool() if dtype is None else self.as_bool().astype(dtype)
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        end, source = self.gfn_start + self.n_pages, self.provenance
+        window_ms = (source.window_end_ns - source.window_start_ns) / 1e6
+        rows = {
+            "gfns": f"[{self.gfn_start:#x}, {end:#x})",
+            "young": f"{self.count()} of {self.n_pages} pages",
+            "coarse": f"{int(self.coarse_as_bool().sum())} pages",
+            "tracker": source.tracker,
+            "table format": source.table_format,
+            "window": f"{window_ms:.1f} ms" if source.window_start_ns else "since the start",
+        }
+        body = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items()
+        )
+        return f"<table>{body}</table>"
 
     @classmethod
     def from_gfns(

@@ -120,14 +120,23 @@ _REMEDIES = {
 
 
 class CapabilityError(KvmHostError):
-    """The host or the kernel lacks something; says what to do about it."""
+    """The host or the kernel lacks something; the message ends with a remedy.
+
+    :param name: what does not work, for example ``tracker idle``
+    :param needed: what it needs
+    :param found: what is there instead: a noun, or a clause that begins with ``which``
+    :param remedy: what to do, as an imperative
+    """
 
     def __init__(self, name: str, needed: str, found: str, remedy: str) -> None:
         super().__init__(name, needed, found, remedy)
         self.name, self.needed, self.found, self.remedy = name, needed, found, remedy
 
     def __str__(self) -> str:
-        return f"{self.name}: need {self.needed}, found {self.found}; {self.remedy}"
+        found = self.found if self.found.startswith("which ") else f"found {self.found}"
+        text = f"{self.name} needs {self.needed}"
+        text += f", {found}" if self.found else ""
+        return f"{text}; {self.remedy}" if self.remedy else text
 
 
 class LayoutError(KvmHostError, ValueError):

@@ -88,7 +88,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, HostError):
         return Problem(400 if error.is_bad_path else 507, str(error))
     if isinstance(error, CapabilityError):
-        return Problem(501, str(error), error.name)
+        return Problem(501, str(error))
     if isinstance(error, IoctlError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
         return Problem(507, str(error))
     if isinstance(error, PauseTimeout):

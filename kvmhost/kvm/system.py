@@ -169,7 +169,7 @@ def probe() -> str | None:
 
 
 def _unavailable(found: str, remedy: str) -> CapabilityError:
-    return CapabilityError("kvm", "a usable /dev/kvm", found, remedy)
+    return CapabilityError("engine kvm", "a usable /dev/kvm", found, remedy)
 
 
 def _open_remedy(error: OSError) -> str:

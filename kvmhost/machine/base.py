@@ -133,6 +133,23 @@ class BaseMachine(Closing, abc.ABC):
             raise
         self.runner = Runner(self.vcpus, self._handle_exit, self._on_error)
 
+    def __repr__(self) -> str:
+        name = f" {self.name!r}" if self.name else ""
+        plural = "s" if self.n_vcpus > 1 else ""
+        return (
+            f"<{type(self).__name__}{name} {self.image.path}: {self.n_vcpus} vCPU{plural}, "
+            f"{self.layout.mem_bytes >> 20} MiB, engine {self.engine.name}, {self._run_state()}>"
+        )
+
+    def _run_state(self) -> str:
+        if self._closed:
+            return "closed"
+        if not self._started_ns:
+            return "not started"
+        if not self.running:
+            return "ended"
+        return "paused" if self.paused else "running"
+
     # -- what a kind of machine provides ---------------------------------------
 
     @abc.abstractmethod

@@ -71,6 +71,9 @@ class Region:
         # SAFETY: an address only; the mapping belongs to self.alias and lives until close().
         self.alias_address = int(ffi.cast("uintptr_t", ffi.from_buffer(self.alias)))
 
+    def __repr__(self) -> str:
+        return f"<Region gpa [{self.gpa:#x}, {self.end:#x})>"
+
     @property
     def end(self) -> int:
         """Guest physical address after the last byte."""
@@ -139,6 +142,10 @@ class GuestMemory(Closing):
     def of_size(cls, n_bytes: int, gpa: int = 0) -> GuestMemory:
         """Make one region at ``gpa``."""
         return cls([Region(gpa, n_bytes)])
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"[{region.gpa:#x}, {region.end:#x})" for region in self.regions)
+        return f"<GuestMemory gpa {held}>"
 
     @property
     def n_pages(self) -> int:

@@ -163,7 +163,7 @@ class Pageout(Present):
             self._take_all_out(0, self._target.mapping.n_pages, None)
         except IoctlError as error:
             raise CapabilityError(
-                "pageout",
+                "tracker pageout",
                 "process_madvise(MADV_PAGEOUT)",
                 error.strerror or "",
                 "needs Linux 5.10, CAP_SYS_NICE (run as root), and memory that is neither locked "
@@ -189,7 +189,7 @@ class Pageout(Present):
         swaps = (self._target.proc / "swaps").read_text().splitlines()[1:]
         if swaps:
             raise CapabilityError(
-                "pageout",
+                "tracker pageout",
                 "a host without swap",
                 f"{len(swaps)} in /proc/swaps",
                 "pages would be written there; use --tracker present, or idle",
@@ -284,7 +284,7 @@ class Written:
             self.harvest(0, self._target.mapping.n_pages, True, None)
         except IoctlError as error:
             raise CapabilityError(
-                "written",
+                "tracker written",
                 f"an asynchronous userfaultfd of process {self._target.pid} on the mapping, "
                 "and PAGEMAP_SCAN",
                 error.strerror or "",
@@ -325,7 +325,7 @@ class SoftDirty:
         """
         if not has_soft_dirty():
             raise CapabilityError(
-                "soft-dirty", "soft-dirty bits", "none on a page just written",
+                "tracker soft-dirty", "soft-dirty bits", "none on a page just written",
                 "use a kernel with CONFIG_MEM_SOFT_DIRTY, or --tracker pageout",
             )  # fmt: skip
         self._clear_all()

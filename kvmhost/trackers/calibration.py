@@ -110,6 +110,6 @@ def _young_after_touches(vcpu: Vcpu, table: LiveTable) -> int:
 
 def _unsupported(engine: str, found: str) -> CapabilityError:
     return CapabilityError(
-        "guestpt", "accessed bits in the guest's tables", f"engine {engine}: {found}",
+        "tracker guestpt", "accessed bits in the guest's tables", f"engine {engine}: {found}",
         "use --tracker pagemap",
     )  # fmt: skip

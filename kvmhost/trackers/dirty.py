@@ -152,7 +152,7 @@ class DirtyTracker:
 def _kvm_engine(engine: Engine) -> KvmEngine:
     if engine.name != "kvm":
         raise CapabilityError(
-            "dirty", "KVM's dirty log", f"engine {engine.name}", "use --engine kvm"
+            "tracker dirty", "KVM's dirty log", f"engine {engine.name}", "use --engine kvm"
         )
     return typing.cast("KvmEngine", engine)
 
@@ -183,5 +183,8 @@ def _protect_by_hand(engine: KvmEngine) -> None:
         engine.vm.enable_cap(Cap.MANUAL_DIRTY_LOG_PROTECT2, lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
     except IoctlError as error:
         raise CapabilityError(
-            "dirty", "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", str(error), "use Linux 5.2 or newer"
+            "tracker dirty",
+            "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
+            str(error),
+            "use Linux 5.2 or newer",
         ) from error

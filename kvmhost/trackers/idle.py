@@ -103,7 +103,9 @@ class IdleFiles:
         out = ffi.from_buffer("uint64_t[]", found, require_writable=True)
         result = lib.kh_pagemap_pfns(self._pagemap, address, n_pages, out)
         if result == -errno.EPERM:
-            raise CapabilityError("idle", "pfns in pagemap", "zeros", "run with CAP_SYS_ADMIN")
+            raise CapabilityError(
+                "tracker idle", "pfns in pagemap", "zeros", "run with CAP_SYS_ADMIN"
+            )
         check(result, "pread(pagemap)", address=address, pages=n_pages)
         return found
 
@@ -299,7 +301,10 @@ def _open(path: Path, mode: int) -> int:
     try:
         return os.open(path, mode)
     except OSError as error:
-        remedy = "run as root" if error.errno in (errno.EACCES, errno.EPERM) else ""
-        if path == IDLE_BITMAP and not remedy:
-            remedy = "use a kernel with CONFIG_IDLE_PAGE_TRACKING, or another tracker"
-        raise CapabilityError("idle", str(path), error.strerror or "", remedy) from error
+        found, remedy = f"which fails with {error.strerror}", "use --tracker pagemap"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            found, remedy = "which this user may not open", "run as root or use --tracker pagemap"
+        elif error.errno == errno.ENOENT:
+            found = "which does not exist"
+            remedy = "enable CONFIG_IDLE_PAGE_TRACKING or use --tracker pagemap"
+        raise CapabilityError("tracker idle", str(path), found, remedy) from error

@@ -68,7 +68,7 @@ class PagemapTracker:
             self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CapabilityError(
-                "pagemap", "/proc/self/pagemap", error.strerror or "", "mount /proc"
+                "tracker pagemap", "/proc/self/pagemap", error.strerror or "", "mount /proc"
             ) from error
         self.scans = scans(self._fd)
         self._scanner = new_scanner(self._memory.n_pages)

@@ -405,8 +405,12 @@ def test_what_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     support = IdleTracker.probe()
     assert not support.works
     assert str(tmp_path / "none") in support.reason
-    with pytest.raises(CapabilityError, match="No such file"):
+    with pytest.raises(CapabilityError) as caught:
         IdleFiles(tmp_path / "none")
+    assert str(caught.value) == (
+        f"tracker idle needs {tmp_path / 'none'}, which does not exist; "
+        "enable CONFIG_IDLE_PAGE_TRACKING or use --tracker pagemap"
+    )
 
 
 def test_doctor_tells_what_this_kernel_lacks() -> None:

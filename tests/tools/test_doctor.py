@@ -84,7 +84,7 @@ def test_a_verdict_for_each_feature(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verdicts_name_the_cause_and_what_to_do() -> None:
-    need = "userfaultfd: need faults, found EPERM; run as root"
+    need = "userfaultfd needs faults, found EPERM; run as root"
     found = [
         Finding("engine", "kvm", False, "/dev/kvm: Permission denied", "join kvm"),
         Finding("engine", "emulated", True, "works"),
@@ -100,7 +100,7 @@ def test_verdicts_name_the_cause_and_what_to_do() -> None:
     assert lines[1] == "run emulated: yes"
     assert lines[2] == "reclaim: no, because Operation not permitted; add a udev rule"
     assert lines[3] == (
-        "tracker uffd: no, because userfaultfd: need faults, found EPERM; run as root"
+        "tracker uffd: no, because userfaultfd needs faults, found EPERM; run as root"
     )
     assert lines[4] == "cgroup limits: yes, groups can be made"
     assert lines[5] == "psi: yes, totals only, no triggers: not allowed"

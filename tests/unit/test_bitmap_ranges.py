@@ -6,7 +6,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmhost.bitmap import clear_words, n_words, pack, place_words, sub_words, unpack
+from kvmhost.bitmap import (
+    Provenance,
+    YoungBitmap,
+    clear_words,
+    n_words,
+    pack,
+    place_words,
+    sub_words,
+    unpack,
+)
 
 
 @given(st.integers(1, 400), st.data())
@@ -44,3 +53,17 @@ def test_clearing_takes_those_of_the_range(n_pages: int, data: st.DataObject) ->
     expected = before.copy()
     expected[first : first + part.size] &= ~part
     assert np.array_equal(words, pack(expected))
+
+
+def test_a_bitmap_is_an_array_of_its_pages_and_shows_itself() -> None:
+    source = Provenance("guestpt", "npt", 1_000_000, 3_500_000)
+    young = YoungBitmap.from_gfns(0x100, 70, [0x100, 0x145], provenance=source)
+    pages = np.asarray(young)
+    assert pages.dtype == bool
+    assert pages.shape == (70,)
+    assert np.flatnonzero(pages).tolist() == [0, 69]
+    assert np.asarray(young, dtype=np.uint8).sum() == 2
+    assert repr(young) == "YoungBitmap([0x100, 0x146), 2 young, guestpt/npt)"
+    page = young._repr_html_()
+    assert "<th>young</th><td>2 of 70 pages</td>" in page
+    assert "<th>window</th><td>2.5 ms</td>" in page
