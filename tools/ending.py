@@ -39,6 +39,7 @@ from kvmhost.errors import (
     VmGoneError,
 )
 from kvmhost.reclaim.errors import ConfigError, KernelFileError, ReclaimError
+from kvmhost.tools.stuck import DeadlineFile, deadline_stderr
 
 __all__ = [
     "ENDING_SIGNALS",
@@ -68,15 +69,22 @@ class Ended(KeyboardInterrupt):
         self.number = number
 
 
-def guard(name: str, command: Callable[[], int]) -> int:
+def guard(name: str, command: Callable[[], int], deadline_s: float | None = None) -> int:
     """Run a command and return its exit code; what ends it early is one line.
 
     :param name: what the line begins with, such as ``kvmhost run``
+    :param deadline_s: for each write to standard output or error, for a command that must
+        end although nobody reads them; None: as long as it takes
     """
+    with contextlib.nullcontext() if deadline_s is None else deadline_stderr():
+        return _guard(name, command, deadline_s)
+
+
+def _guard(name: str, command: Callable[[], int], deadline_s: float | None) -> int:
     if not _open_standard_streams():
         print(f"{name}: standard output is closed; use >/dev/null to discard it", file=sys.stderr)
         return EXIT_FAILED
-    with _ending_signals(), _recorded_stdout():
+    with _ending_signals(), _recorded_stdout(deadline_s):
         try:
             status = _run(name, command)
         except KeyboardInterrupt as error:
@@ -173,7 +181,7 @@ def _end(number: int, frame: FrameType | None) -> typing.NoReturn:
     raise Ended(number)
 
 
-class _Output(io.FileIO):
+class _Output(DeadlineFile):
     """Standard output that remembers a failed write: argparse and others ignore it."""
 
     failure: OSError | None = None
@@ -181,21 +189,21 @@ class _Output(io.FileIO):
     def write(self, data: typing.Any) -> int:
         """Write; keep the error."""
         try:
-            return super().write(data) or 0
+            return super().write(data)
         except OSError as error:
             self.failure = error
             raise
 
 
 @contextlib.contextmanager
-def _recorded_stdout() -> Iterator[None]:
+def _recorded_stdout(deadline_s: float | None) -> Iterator[None]:
     """Have failed writes to the process's own standard output remembered."""
     before = sys.stdout
     if not isinstance(before, io.TextIOWrapper) or before is not sys.__stdout__:
         yield
         return
     before.flush()
-    raw = _Output(before.fileno(), "w", closefd=False)
+    raw = _Output(before.fileno(), deadline_s)
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(raw), before.encoding, before.errors, line_buffering=raw.isatty()
     )

@@ -10,6 +10,7 @@ from kvmhost import __version__
 from kvmhost.suggest import unknown_name
 from kvmhost.tools.commands import COMMANDS
 from kvmhost.tools.ending import EXIT_USAGE, guard
+from kvmhost.tools.stuck import DEADLINE_S
 
 __all__ = ["main", "reclaimd", "run_command"]
 
@@ -46,7 +47,9 @@ def reclaimd() -> int:
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Run one subcommand; every error that is one of ours becomes an exit code."""
-    return guard(f"kvmhost {name}", lambda: _command(name)(arguments))
+    # A VM must stop when it is told to, whoever reads what it prints.
+    deadline_s = DEADLINE_S if name == "run" else None
+    return guard(f"kvmhost {name}", lambda: _command(name)(arguments), deadline_s)
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:

@@ -136,24 +136,38 @@ def _run_machine(
         status = machine.wait(args.timeout)
         if args.json:
             print(json.dumps(_report(machine, status)))
-        return _with_lost_output(args, machine, status)
+        machine.serial.flush()
+        return status or (EXIT_FAILED if _lost_bytes(args, machine) else 0)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
         # Before the server ends, and with it the pauses of its clients: no guest code now.
         machine.runner.request_stop()
-        machine.serial.flush()
+        machine.serial.flush(stall_s=0.2, total_s=0.5)
+        _tell_lost(args, machine)
         if server is not None:
             server.close()
 
 
-def _with_lost_output(args: argparse.Namespace, machine: BaseMachine, status: int) -> int:
-    """Return 1 instead of 0 if the guest wrote what its output's file or pipe did not take."""
-    machine.serial.flush()
-    lost = machine.serial.lost_bytes
-    if not lost or args.serial in ("pty", "null"):
-        return status
-    print(f"kvmhost run: {lost} bytes of the guest's output could not be written", file=sys.stderr)
-    return status or EXIT_FAILED
+def _lost_bytes(args: argparse.Namespace, machine: BaseMachine) -> int:
+    """Return how much of the guest's output was not written, where somebody was to get it."""
+    if args.serial in ("pty", "null"):
+        return 0
+    serial = machine.serial
+    return serial.lost_bytes + serial.flush(stall_s=0, total_s=0)
+
+
+def _tell_lost(args: argparse.Namespace, machine: BaseMachine) -> None:
+    """Say how much of the guest's output was lost, and why."""
+    lost = _lost_bytes(args, machine)
+    if args.serial == "pty" and (lost := machine.serial.lost_bytes):
+        why = "nobody read the pseudo-terminal"
+    elif error := machine.serial.write_error:
+        why = os.strerror(error)
+    else:
+        why = "its reader does not read"
+    if lost:
+        text = f"kvmhost run: {lost} bytes of the guest's output could not be written: {why}"
+        print(text, file=sys.stderr)
 
 
 def _pc_options(args: argparse.Namespace) -> PcOptions | None:

@@ -1,18 +1,16 @@
 /*
- * A 16550A UART: registers, FIFO, interrupt, loopback; output gathers by the line.
+ * A 16550A UART: registers, FIFO, interrupt, loopback; output goes to a sink by the line.
  * Transmission takes no time. Source: National Semiconductor PC16550D data sheet.
  */
 #include "serial.h"
 
-#include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
-#include <unistd.h>
 
 #define LINE_BYTES 4096
 #define INPUT_BYTES 4096
+#define LAST_NS 100000000ull	/* for output that nobody flushed before the end */
 
 enum { THR = 0, IER = 1, IIR = 2, LCR = 3, MCR = 4, LSR = 5, MSR = 6, SCR = 7 };
 
@@ -37,17 +35,16 @@ enum { THR = 0, IER = 1, IIR = 2, LCR = 3, MCR = 4, LSR = 5, MSR = 6, SCR = 7 };
 struct kh_serial {
 	pthread_mutex_t lock;
 	pthread_cond_t drained;	/* the guest has read input, or nobody waits any more */
-	int fd;
+	struct kh_sink *sink;	/* NULL: nobody gets the output */
 	int vm_fd;		/* for KVM_IRQ_LINE; -1: no interrupt */
 	uint32_t irq, irq_level;
 	int closing;
-	uint32_t used;
+	uint32_t unsent;	/* bytes since the sink was told to write */
 	uint64_t log_size;
 	struct kh_serial_counts counts;
 	struct kh_serial_state now;
 	uint32_t in_head, in_used;
 	char *log;
-	char line[LINE_BYTES];
 	uint8_t input[INPUT_BYTES];
 };
 
@@ -58,13 +55,18 @@ struct kh_serial *kh_serial_new(int fd, uint64_t log_size)
 	if (!serial)
 		return NULL;
 	serial->log = calloc(1, log_size ? log_size : 1);
-	if (!serial->log) {
+	serial->sink = fd >= 0 ? kh_sink_new(fd) : NULL;
+	if (!serial->log || (fd >= 0 && !serial->sink)) {
+		int error = errno;
+
+		kh_sink_free(serial->sink);
+		free(serial->log);
 		free(serial);
+		errno = error;
 		return NULL;
 	}
 	pthread_mutex_init(&serial->lock, NULL);
 	pthread_cond_init(&serial->drained, NULL);
-	serial->fd = fd;
 	serial->vm_fd = -1;
 	serial->log_size = log_size;
 	serial->now.divisor = 12;
@@ -73,28 +75,10 @@ struct kh_serial *kh_serial_new(int fd, uint64_t log_size)
 	return serial;
 }
 
-/* The reader may be slow or gone: wait for it a while, then count what it missed. */
-static void flush_locked(struct kh_serial *serial)
+static void publish(struct kh_serial *serial)
 {
-	uint32_t done = 0;
-
-	while (serial->fd >= 0 && done < serial->used) {
-		ssize_t n = write(serial->fd, serial->line + done, serial->used - done);
-
-		if (n > 0) {
-			done += n;
-		} else if (n < 0 && errno == EAGAIN) {
-			struct pollfd wait = { .fd = serial->fd, .events = POLLOUT };
-
-			if (poll(&wait, 1, 1000) <= 0)
-				break;
-		} else if (n < 0 && errno != EINTR) {
-			break;
-		}
-	}
-	if (serial->fd >= 0)
-		serial->counts.lost += serial->used - done;
-	serial->used = 0;
+	serial->unsent = 0;
+	kh_sink_publish(serial->sink);
 }
 
 static void transmit(struct kh_serial *serial, uint8_t byte)
@@ -102,9 +86,12 @@ static void transmit(struct kh_serial *serial, uint8_t byte)
 	serial->counts.bytes++;
 	if (serial->counts.logged < serial->log_size)
 		serial->log[serial->counts.logged++] = byte;
-	serial->line[serial->used++] = byte;
-	if (byte == '\n' || serial->now.unbuffered || serial->used == LINE_BYTES)
-		flush_locked(serial);
+	if (!serial->sink)
+		return;
+	kh_sink_put(serial->sink, (const char *)&byte, 1);
+	serial->unsent++;
+	if (byte == '\n' || serial->now.unbuffered || serial->unsent == LINE_BYTES)
+		publish(serial);
 }
 
 static uint32_t trigger_level(const struct kh_serial *serial)
@@ -271,6 +258,9 @@ static uint8_t read_locked(struct kh_serial *serial, uint32_t offset)
 
 void kh_serial_out(struct kh_serial *serial, uint32_t offset, uint8_t value)
 {
+	/* Before the lock: nobody else waits for a reader because this one does. */
+	if (serial->sink && (offset & 7) == THR)
+		kh_sink_wait_room(serial->sink);
 	pthread_mutex_lock(&serial->lock);
 	write_locked(serial, offset & 7, value);
 	update_irq(serial);
@@ -290,10 +280,16 @@ uint8_t kh_serial_in(struct kh_serial *serial, uint32_t offset)
 
 void kh_serial_write(struct kh_serial *serial, const uint8_t *data, uint64_t n_bytes)
 {
-	pthread_mutex_lock(&serial->lock);
-	for (uint64_t i = 0; i < n_bytes; i++)
-		transmit(serial, data[i]);
-	pthread_mutex_unlock(&serial->lock);
+	for (uint64_t done = 0; done < n_bytes;) {
+		uint64_t end = n_bytes - done < LINE_BYTES ? n_bytes : done + LINE_BYTES;
+
+		if (serial->sink)
+			kh_sink_wait_room(serial->sink);
+		pthread_mutex_lock(&serial->lock);
+		while (done < end)
+			transmit(serial, data[done++]);
+		pthread_mutex_unlock(&serial->lock);
+	}
 }
 
 uint64_t kh_serial_receive(struct kh_serial *serial, const uint8_t *data, uint64_t n_bytes)
@@ -371,8 +367,27 @@ void kh_serial_load(struct kh_serial *serial, const struct kh_serial_state *from
 void kh_serial_flush(struct kh_serial *serial)
 {
 	pthread_mutex_lock(&serial->lock);
-	flush_locked(serial);
+	if (serial->sink)
+		publish(serial);
 	pthread_mutex_unlock(&serial->lock);
+}
+
+uint64_t kh_serial_drain(struct kh_serial *serial, uint64_t timeout_ns)
+{
+	return serial->sink ? kh_sink_drain(serial->sink, timeout_ns) : 0;
+}
+
+void kh_serial_stop_output(struct kh_serial *serial)
+{
+	if (serial->sink)
+		kh_sink_stop(serial->sink);
+}
+
+struct kh_sink_counts kh_serial_output(struct kh_serial *serial)
+{
+	struct kh_sink_counts none = { 0 };
+
+	return serial->sink ? kh_sink_counts(serial->sink) : none;
 }
 
 uint64_t kh_serial_read_log(struct kh_serial *serial, char *buffer, uint64_t size)
@@ -401,6 +416,8 @@ void kh_serial_free(struct kh_serial *serial)
 	if (!serial)
 		return;
 	kh_serial_flush(serial);
+	kh_serial_drain(serial, LAST_NS);
+	kh_sink_free(serial->sink);
 	pthread_cond_destroy(&serial->drained);
 	pthread_mutex_destroy(&serial->lock);
 	free(serial->log);

@@ -6,6 +6,7 @@
 #define KVMHOST_SERIAL_H
 
 #include "compat.h"
+#include "sink.h"
 
 #define KH_SERIAL_INPUT 4096
 
@@ -14,7 +15,6 @@ struct kh_serial;
 /* What a serial line has done so far. */
 struct kh_serial_counts {
 	uint64_t bytes;		/* transmitted by the guest */
-	uint64_t lost;		/* bytes that the host's descriptor did not take */
 	uint64_t logged;	/* bytes in the log */
 };
 
@@ -32,7 +32,7 @@ struct kh_serial *kh_serial_new(int fd, uint64_t log_size);
 /* Register access; the offset counts from the base port, modulo 8. */
 void kh_serial_out(struct kh_serial *serial, uint32_t offset, uint8_t value);
 uint8_t kh_serial_in(struct kh_serial *serial, uint32_t offset);
-/* Transmit bytes, as a guest does. */
+/* Transmit bytes, as a guest does; waits a moment for a reader, see sink.h. */
 void kh_serial_write(struct kh_serial *serial, const uint8_t *data, uint64_t n_bytes);
 /* Give input to the guest; waits while its buffer is full. Returns what it took. */
 uint64_t kh_serial_receive(struct kh_serial *serial, const uint8_t *data, uint64_t n_bytes);
@@ -46,7 +46,14 @@ void kh_serial_set_unbuffered(struct kh_serial *serial, int on);
 uint64_t kh_serial_save(struct kh_serial *serial, struct kh_serial_state *out, uint8_t *input);
 void kh_serial_load(struct kh_serial *serial, const struct kh_serial_state *from,
 		    const uint8_t *input, uint64_t n_bytes);
+/* Have written what waits for the end of its line; does not wait. */
 void kh_serial_flush(struct kh_serial *serial);
+/* Wait until what was flushed is written, at most so long. Returns bytes that wait. */
+uint64_t kh_serial_drain(struct kh_serial *serial, uint64_t timeout_ns);
+/* Write no more; what waits is dropped. */
+void kh_serial_stop_output(struct kh_serial *serial);
+/* What became of the output. */
+struct kh_sink_counts kh_serial_output(struct kh_serial *serial);
 /* Copy up to size bytes of the log (the first bytes sent) out. */
 uint64_t kh_serial_read_log(struct kh_serial *serial, char *buffer, uint64_t size);
 struct kh_serial_counts kh_serial_counts(struct kh_serial *serial);

@@ -222,7 +222,12 @@ class Routes:
         if machine.has_pager:
             pager = await self._work(lambda: machine.open_pager().counters())
         counts = schema.MachineCounters(
-            machine.exits, machine.doorbells, machine.uptime_s, machine.memory.resident_bytes()
+            machine.exits,
+            machine.doorbells,
+            machine.uptime_s,
+            machine.memory.resident_bytes(),
+            machine.serial.n_bytes,
+            machine.serial.lost_bytes,
         )
         return json_reply(schema.Counters(counts, self._totals, pager))
 

@@ -381,12 +381,17 @@ class SnapshotReport(_Answer, frozen=True):
 
 
 class MachineCounters(_Answer, frozen=True):
-    """Counts since the start of the VM."""
+    """Counts since the start of the VM.
+
+    ``serial_lost_bytes`` are those of ``serial_bytes`` that were dropped because nobody read them.
+    """
 
     exits: int
     doorbells: int
     uptime_s: float
     resident_bytes: int
+    serial_bytes: int = 0
+    serial_lost_bytes: int = 0
 
 
 class HarvestTotals(_Answer, frozen=True):

@@ -31,6 +31,8 @@ __all__ = ["Console", "open_console"]
 
 ESCAPE, QUIT = b"\x01", b"x"
 _CHUNK_BYTES = 1024
+#: For the input thread: it waits in read() if another process took the input first.
+_JOIN_S = 1.0
 
 
 class Console(Closing):
@@ -106,12 +108,14 @@ class Console(Closing):
             self._serial.stop_input()
             os.write(self._wake[1], b"x")
             if self._thread is not threading.current_thread():
-                self._thread.join()
-            for fd in self._wake:
-                os.close(fd)
+                self._thread.join(_JOIN_S)
+            if not self._thread.is_alive():
+                for fd in self._wake:
+                    os.close(fd)
             self._thread = None
         if self._saved is not None:
-            termios.tcsetattr(0, termios.TCSADRAIN, self._saved)
+            # Not TCSADRAIN: it waits for a terminal that was stopped with Ctrl-S.
+            termios.tcsetattr(0, termios.TCSANOW, self._saved)
             self._saved = None
         for fd in self._owned:
             os.close(fd)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from kvmhost._ffi import ffi, lib
+from kvmhost.errors import HostError
 
 __all__ = ["Serial"]
 
+#: How long C waits before Python looks for signals.
+_SLICE_NS = 20_000_000
 _REGISTERS = (
     "divisor", "ier", "fcr", "lcr", "mcr", "scratch", "modem", "overrun", "tx_pending",
 )  # fmt: skip
@@ -17,8 +21,14 @@ _REGISTERS = (
 class Serial:
     """Where a guest's output goes, and its input comes from.
 
-    :param fd: descriptor that gets the output, line by line; -1 for none
+    Output is written by a thread out of a buffer of a mebibyte. A guest that is so far
+    ahead of its reader waits for a moment, then what finds no room is dropped and
+    counted: no vCPU stands still because nobody reads.
+
+    :param fd: descriptor that gets the output, line by line; -1 for none. A duplicate is
+        written to until :meth:`close`
     :param log_bytes: how many bytes from the start are kept for :meth:`text`
+    :raises HostError: if the descriptor is not open, or there is no memory
     """
 
     def __init__(self, fd: int = -1, log_bytes: int = 1 << 16) -> None:
@@ -26,7 +36,7 @@ class Serial:
         # SAFETY: freed by ffi.gc when this object and every bus that holds it are gone.
         self.core = ffi.gc(lib.kh_serial_new(fd, log_bytes), lib.kh_serial_free)
         if self.core == ffi.NULL:
-            raise MemoryError(f"serial log of {log_bytes} bytes")
+            raise HostError(f"serial port on descriptor {fd}", ffi.errno)
 
     def write(self, data: bytes) -> None:
         """Transmit bytes, as a guest does."""
@@ -74,9 +84,24 @@ class Serial:
         raw = ffi.new("struct kh_serial_state *", registers)
         lib.kh_serial_load(self.core, raw, waiting, len(waiting))
 
-    def flush(self) -> None:
-        """Send what waits for the end of its line."""
+    def flush(self, stall_s: float = 1.0, total_s: float = 10.0) -> int:
+        """Send what waits for the end of its line, and wait until all is written.
+
+        :param stall_s: give up once the descriptor took nothing for so long
+        :param total_s: give up after so long in any case
+        :return: bytes that are not written yet
+        """
         lib.kh_serial_flush(self.core)
+        deadline = time.monotonic() + total_s
+        while lib.kh_serial_drain(self.core, _SLICE_NS):
+            blocked_s = lib.kh_serial_output(self.core).blocked_ns / 1e9
+            if blocked_s >= stall_s or time.monotonic() >= deadline:
+                break
+        return int(lib.kh_serial_output(self.core).waiting)
+
+    def close(self) -> None:
+        """Write no more, and let the descriptor go; what is not written counts as lost."""
+        lib.kh_serial_stop_output(self.core)
 
     def text(self) -> str:
         """Return what the guest has sent, up to the size of the log."""
@@ -91,5 +116,10 @@ class Serial:
 
     @property
     def lost_bytes(self) -> int:
-        """Bytes that the descriptor did not take."""
-        return int(lib.kh_serial_counts(self.core).lost)
+        """Bytes that were dropped: nobody read them in time, or they could not be written."""
+        return int(lib.kh_serial_output(self.core).dropped)
+
+    @property
+    def write_error(self) -> int:
+        """The last errno that writing gave; 0: none."""
+        return int(lib.kh_serial_output(self.core).error)

@@ -528,6 +528,9 @@ class BaseMachine(Closing, abc.ABC):
         self._closed = True
         if hasattr(self, "runner"):
             self.stop()
+        if hasattr(self, "serial"):
+            self.serial.flush(stall_s=0.2, total_s=0.5)
+            self.serial.close()
         if self._harvester is not None:
             self._harvester.stop()
         with self._vcpu_access:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -226,3 +227,25 @@ def test_stops_in_the_middle_of_everything(engine: str, make_vm: Make, tmp_path:
         assert not machine.running
         assert machine.error is None
         machine.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_guest_prints_on_and_pauses_though_nobody_reads(
+    engine: str, make_vm: Make, until: Callable[..., None]
+) -> None:
+    reader, writer = os.pipe()
+    params = {"port": 0x3F8, "count": 1 << 40}
+    machine = make_vm(
+        image_path("portout"), mem_bytes=4 * MIB, engine=engine, console_fd=writer, params=params
+    )
+    machine.serial.write(b"x" * (2 * lib.KH_SINK_BYTES))  # pipe and buffer are full
+    machine.start()
+    for _ in range(3):
+        seen = machine.serial.lost_bytes
+        until(lambda seen=seen: machine.serial.lost_bytes > seen, "the guest prints on")
+        machine.pause(SOON)
+        machine.resume()
+    machine.stop()
+    machine.close()
+    os.close(reader)
+    os.close(writer)

@@ -119,6 +119,7 @@ class FakeMachine:
         self.params = {"seed": 1}
         self.vcpus = [types.SimpleNamespace(index=0, exits=3, doorbells=2, doorbell_value=1)]
         self.exits, self.doorbells, self.uptime_s = 3, 2, 1.5
+        self.serial = types.SimpleNamespace(n_bytes=27, lost_bytes=4)
         self.running, self.status, self.error = True, None, None
         self.pauses = 0
         self.tracker = None

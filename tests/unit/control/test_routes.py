@@ -80,6 +80,8 @@ def test_harvest_clears_and_rearms_what_it_cleared(vm, machine):
     assert vm.harvest().count() == 0
     assert vm.counters().harvest.harvests == 2
     assert vm.counters().harvest.young == 3
+    machine = vm.counters().machine
+    assert (machine.serial_bytes, machine.serial_lost_bytes) == (27, 4)
 
 
 def test_harvest_without_clear_changes_nothing(vm, machine):

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import pty
 import threading
+import tty
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvmhost._ffi import lib
 from kvmhost.devices.serial import Serial
+from kvmhost.errors import HostError
 
+KH_SINK_BYTES: int = lib.KH_SINK_BYTES
 THR, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
 
 
@@ -92,7 +102,6 @@ def test_stopped_input_lets_the_sender_go() -> None:
 
 def test_output_goes_by_the_line_unless_told_otherwise() -> None:
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)
     serial = Serial(writer)
     serial.write(b"one\ntw")
     assert os.read(reader, 100) == b"one\n"
@@ -133,3 +142,125 @@ def test_any_accesses_keep_the_state_whole(steps: list[Access | bytes]) -> None:
     assert other.save() == state
     for register in (IER, LCR, MCR, SCR, MSR, IIR, LSR, THR):
         assert other.read(register) == serial.read(register)
+
+
+def full_pipe() -> tuple[int, int]:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+def full_pty() -> tuple[int, int]:
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)
+    os.set_blocking(ours, False)
+    return theirs, ours
+
+
+LINE = b"0123456789abcde\n"
+FAR_AHEAD = LINE * (4 * KH_SINK_BYTES // len(LINE))
+
+
+@pytest.mark.parametrize("make", [full_pipe, full_pty])
+def test_nobody_waits_for_a_reader_and_what_is_dropped_is_counted(
+    make: Callable[[], tuple[int, int]],
+) -> None:
+    reader, writer = make()
+    serial = Serial(writer)
+    done = threading.Event()
+
+    def guest() -> None:
+        for at in range(0, len(FAR_AHEAD), 4096):
+            serial.write(FAR_AHEAD[at : at + 4096])
+        done.set()
+
+    threading.Thread(target=guest, daemon=True).start()
+    assert done.wait(120), "the guest waits for a reader"
+    left = serial.flush(stall_s=0.05, total_s=60)
+    assert 0 < left <= KH_SINK_BYTES
+    assert serial.n_bytes == len(FAR_AHEAD)
+    assert serial.lost_bytes >= len(FAR_AHEAD) - KH_SINK_BYTES - (1 << 16)
+    lost = serial.lost_bytes
+    serial.close()
+    assert serial.lost_bytes == lost + left
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_reader_that_comes_late_gets_the_first_mebibyte() -> None:
+    reader, writer = full_pipe()
+    serial = Serial(writer)
+    serial.write(LINE * 100)
+    assert serial.flush(stall_s=0, total_s=0) == 1600
+    got = b""
+    while not got.endswith(LINE * 100):
+        got += os.read(reader, 1 << 16)
+    assert set(got.partition(LINE)[0]) == set(b"x")
+    assert serial.flush() == 0
+    assert serial.lost_bytes == 0
+    serial.close()
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_reader_that_is_only_slower_gets_everything() -> None:
+    reader, writer = os.pipe()
+    serial = Serial(writer)
+    got = bytearray()
+
+    def read() -> None:
+        while data := os.read(reader, 1 << 14):
+            got.extend(data)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for at in range(0, len(FAR_AHEAD), 1 << 16):
+        serial.write(FAR_AHEAD[at : at + (1 << 16)])
+    serial.flush(stall_s=60, total_s=120)
+    serial.close()
+    os.close(writer)
+    thread.join(120)
+    assert (bytes(got) == FAR_AHEAD, serial.lost_bytes) == (True, 0)
+    os.close(reader)
+
+
+def read_to_the_end(fd: int) -> None:
+    while os.read(fd, 1 << 16):
+        pass
+
+
+def test_closing_ends_a_write_that_is_stuck() -> None:
+    """A terminal takes a part and waits in write() for the rest; a pipe waits in poll()."""
+    ours, theirs = pty.openpty()
+    serial = Serial(theirs)
+    serial.write(b"x" * 100_000)
+    assert serial.flush(stall_s=0.05, total_s=60) > 0
+    closing = threading.Thread(target=serial.close)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
+    os.close(theirs)  # the last one: no duplicate is left
+    with pytest.raises(OSError, match="Input/output error"):
+        read_to_the_end(ours)
+    os.close(ours)
+
+
+def test_what_the_descriptor_refuses_is_counted_with_its_reason() -> None:
+    with Path("/dev/full").open("wb") as full:
+        serial = Serial(full.fileno())
+        serial.write(LINE)
+        assert serial.flush() == 0
+        assert (serial.lost_bytes, serial.write_error) == (len(LINE), errno.ENOSPC)
+        serial.close()
+
+
+def test_a_descriptor_that_is_not_open() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.close(writer)
+    with pytest.raises(HostError, match="Bad file descriptor"):
+        Serial(writer)

@@ -1,0 +1,104 @@
+"""Standard output and error of a command that must end although nobody reads them.
+
+A write to a pipe or terminal that is full waits for its reader; ``kvmhost run`` has
+a ``--timeout`` and signals to obey meanwhile. So a thread writes, and whoever prints
+waits for it a second at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import queue
+import signal
+import sys
+import threading
+import typing
+from collections.abc import Iterator
+
+__all__ = ["DEADLINE_S", "DeadlineFile", "deadline_stderr"]
+
+#: Seconds for a write.
+DEADLINE_S = 1.0
+
+
+class DeadlineFile(io.FileIO):
+    """A descriptor whose writes end in time; it is left open.
+
+    A write that is late goes on in its thread; those after it fail at once until it is through.
+
+    :param deadline_s: for a write; None: as long as it takes
+    :param drop: lose what cannot be written, instead of raising ``TimeoutError``
+    """
+
+    def __init__(self, fd: int, deadline_s: float | None = DEADLINE_S, drop: bool = False) -> None:
+        super().__init__(fd, "w", closefd=False)
+        self._deadline_s, self._drop = deadline_s, drop
+        self._asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._late = False
+
+    def write(self, data: typing.Any) -> int:
+        """Write all of it, or raise what the descriptor or the deadline has against it."""
+        if self._deadline_s is None:
+            return super().write(data) or 0
+        whole = bytes(data)
+        try:
+            failure = self._write(whole)
+        except queue.Empty:
+            failure = TimeoutError(errno.ETIMEDOUT, "its reader does not read")
+        if failure is not None and not self._drop:
+            raise failure
+        return len(whole)
+
+    def _write(self, data: bytes) -> OSError | None:
+        if self._late:
+            self._done.get_nowait()
+        if self._thread is None:
+            self._start()
+        # Also if a signal ends the wait below: then the answer is for nobody.
+        self._late = True
+        self._asked.put(data)
+        failure = self._done.get(timeout=self._deadline_s)
+        self._late = False
+        return failure
+
+    def _start(self) -> None:
+        # A daemon: the interpreter does not wait for it at the end. Signals are for main.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._thread = threading.Thread(target=self._serve, name="output", daemon=True)
+            self._thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _serve(self) -> None:
+        while True:
+            left, failure = memoryview(self._asked.get()), None
+            while left and failure is None:
+                try:
+                    left = left[os.write(self.fileno(), left) :]
+                except OSError as error:
+                    failure = error
+            self._done.put(failure)
+
+
+@contextlib.contextmanager
+def deadline_stderr() -> Iterator[None]:
+    """Have messages to the process's own standard error dropped if nobody reads them."""
+    before = sys.stderr
+    if not isinstance(before, io.TextIOWrapper) or before is not sys.__stderr__:
+        yield
+        return
+    raw = DeadlineFile(before.fileno(), drop=True)
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(raw), before.encoding, "backslashreplace", line_buffering=True
+    )
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = before
