@@ -24,7 +24,7 @@ from kvmhost.reclaim.record.meta import MAX_PAGES
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import Cost
 
-__all__ = ["INDEX_FILE", "export", "read", "read_files"]
+__all__ = ["INDEX_FILE", "export", "read", "read_any", "read_files"]
 
 INDEX_FILE = "index.json"
 _NAME = re.compile(r"[\w.-]{1,80}")
@@ -113,6 +113,15 @@ def read(directory: Path) -> Imported:
         index.gfn_start, index.n_pages, _indexed(index, directory), index.page_bytes,
         index.name, index.interval_ns,
     )  # fmt: skip
+
+
+def read_any(
+    paths: Sequence[Path], gfn_start: int = 0, n_pages: int | None = None, interval_s: float = 1.0
+) -> Imported:
+    """Read a directory with an index, or single bitmaps."""
+    if paths[0].is_dir():
+        return read(paths[0])
+    return read_files(paths, gfn_start, n_pages, interval_s)
 
 
 def read_files(

@@ -35,7 +35,7 @@ from kvmhost.reclaim.record.clock import interval_s
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import Cost
 
-__all__ = ["export_gfns", "export_ranges", "read", "working_set_gfns"]
+__all__ = ["export_gfns", "export_ranges", "export_working_set", "read", "working_set_gfns"]
 
 _HEAD = "# kvmhost young ranges:"
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|\d{1,19}")
@@ -98,6 +98,21 @@ def export_gfns(gfns: npt.NDArray[np.int64], out: IO[bytes], *, binary: bool = F
         return
     for at in range(0, gfns.size, 4096):
         out.write("".join(f"{gfn:#x}\n" for gfn in gfns[at : at + 4096].tolist()).encode())
+
+
+def export_working_set(
+    record: YoungRecord,
+    out: IO[bytes],
+    first: int,
+    end: int,
+    *,
+    min_share: float = 0.0,
+    binary: bool = False,
+) -> int:
+    """Write the working set of some windows; return the number of gfns."""
+    gfns = working_set_gfns(record, first, end, min_share)
+    export_gfns(gfns, out, binary=binary)
+    return int(gfns.size)
 
 
 def read(path: Path) -> Imported:

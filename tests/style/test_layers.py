@@ -113,7 +113,7 @@ LAYERS = {
         {"heatmaptiles"},
         {"heatmaphtml"},
     ),
-    "reclaim/exchange": ({"common"}, {"damon", "dirty", "text"}),
+    "reclaim/exchange": ({"common"}, {"damon", "dirty", "registry", "text"}),
     "reclaim/policy": (
         {"base", "lru_gen_filter", "lru_gen_tiers"},
         {"age", "classic", "lru_gen", "random", "registry", "replay"},

@@ -6,26 +6,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
-from kvmhost.files import check_target, replacing
+from kvmhost.files import check_target
+from kvmhost.reclaim.exchange.registry import EXPORTS, export
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import open_record, window_range, windows_of
 
-if TYPE_CHECKING:
-    from kvmhost.reclaim.record.reader import YoungRecord
-
-__all__ = ["FORMATS", "main", "parser"]
-
-FORMATS = {
-    "damon": "DAMON's record as damo writes it: damo report access --input OUT",
-    "damon-json": "the same as plain JSON",
-    "dirty": "a directory of KVM dirty bitmaps with an index",
-    "ranges": "plain text: ranges of gfns by window",
-    "gfns": "the working set as a list, what was young most often first: for prefetch",
-    "gfns-bin": "the same as little-endian 64-bit numbers",
-}
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         raise LayoutError(f"--share {args.share:g}: need 0 to 100")
     with open_record(args.file) as record:
         first, end = windows_of(record, args.windows)
-        gfns = _write(args, record, first, end)
+        gfns = export(args.format, record, args.out, first, end, min_share=args.share / 100)
     if args.json:
         shown = {"file": str(args.out), "format": args.format, "windows": end - first}
         print(json.dumps(shown if gfns is None else shown | {"gfns": gfns}))
@@ -47,36 +35,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _write(args: argparse.Namespace, record: YoungRecord, first: int, end: int) -> int | None:
-    """Write the file; return how many gfns it lists, None for formats of windows."""
-    from kvmhost.reclaim.exchange import damon, dirty, text
-
-    if args.format == "dirty":
-        dirty.export(record, args.out, first, end)
-        return None
-    with replacing(args.out) as file:
-        if args.format in ("damon", "damon-json"):
-            damon.export(record, file, first, end, compress=args.format == "damon")
-        elif args.format == "ranges":
-            text.export_ranges(record, file, first, end)
-        else:
-            gfns = text.working_set_gfns(record, first, end, args.share / 100)
-            text.export_gfns(gfns, file, binary=args.format == "gfns-bin")
-            return int(gfns.size)
-    return None
-
-
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
-    width = max(map(len, FORMATS))
+    width = max(map(len, EXPORTS))
     parser = CommandParser(
         prog="kvmhost young export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write a record, or some of its windows, in a format of other programs:\n\n"
-        + "\n".join(f"  {name:<{width}}  {about}" for name, about in FORMATS.items()),
+        + "\n".join(f"  {name:<{width}}  {known.about}" for name, known in EXPORTS.items()),
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a record of young record")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="see above")
+    parser.add_argument("--format", choices=EXPORTS, required=True, help="see above")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="to write")
     parser.add_argument(
         "--windows",

@@ -7,24 +7,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
 from kvmhost.files import check_target, os_errors
+from kvmhost.reclaim.exchange.registry import IMPORTS, read
 from kvmhost.tools.args import seconds
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import gfn_range
 
-if TYPE_CHECKING:
-    from kvmhost.reclaim.exchange.common import Imported
-
 __all__ = ["main", "parser"]
-
-FORMATS = {
-    "damon": "DAMON's record: JSON, or that in a zlib stream",
-    "dirty": "KVM dirty bitmaps: a directory with an index, or files, a window each",
-    "ranges": "plain text: ranges of gfns by window, or a list of gfns",
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,14 +24,22 @@ def main(argv: Sequence[str]) -> int:
     if args.out.exists():
         raise LayoutError(f"{args.out}: there already; remove it, or take another name")
     check_target(args.out)
-    if args.format != "damon" and (args.range is not None or args.target is not None):
+    if "target" not in IMPORTS[args.format].takes and (
+        args.range is not None or args.target is not None
+    ):
         raise LayoutError(f"{args.format}: takes no --range and no --target")
-    if len(args.files) > 1 and args.format != "dirty":
-        raise LayoutError(f"{args.format}: one file makes a record, {len(args.files)} were given")
     from kvmhost.reclaim.exchange.common import write_record
 
     origin = f"{args.format} {args.files[0].name}"
-    found = _read(args)
+    found = read(
+        args.format,
+        args.files,
+        gfn_start=args.gfn_start,
+        n_pages=args.pages,
+        interval_s=args.interval,
+        target=args.target,
+        gfn_range=args.range,
+    )
     if found.remark:
         print(f"kvmhost young import: {args.files[0]}: {found.remark}", file=sys.stderr)
     with os_errors(args.out):
@@ -53,18 +52,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace) -> Imported:
-    from kvmhost.reclaim.exchange import damon, dirty, text
-
-    if args.format == "damon":
-        return damon.read(args.files[0], target=args.target, gfn_range=args.range)
-    if args.format == "ranges":
-        return text.read(args.files[0])
-    if args.files[0].is_dir():
-        return dirty.read(args.files[0])
-    return dirty.read_files(args.files, args.gfn_start, args.pages, args.interval)
-
-
 def _number(text: str) -> int:
     value = int(text, 0)
     if not 0 <= value < 1 << 52:
@@ -74,15 +61,15 @@ def _number(text: str) -> int:
 
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
-    width = max(map(len, FORMATS))
+    width = max(map(len, IMPORTS))
     parser = CommandParser(
         prog="kvmhost young import",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make a record out of what other programs wrote:\n\n"
-        + "\n".join(f"  {name:<{width}}  {about}" for name, about in FORMATS.items()),
+        + "\n".join(f"  {name:<{width}}  {known.about}" for name, known in IMPORTS.items()),
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="to read")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="see above")
+    parser.add_argument("--format", choices=IMPORTS, required=True, help="see above")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the record")
     parser.add_argument(
         "--gfn-start", type=_number, default=0, metavar="GFN", help="dirty files: of bit 0"

@@ -17,7 +17,7 @@ from young_model import histories, write
 
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.errors import RecordError
-from kvmhost.reclaim.exchange import damon, dirty, text
+from kvmhost.reclaim.exchange import damon, dirty, registry, text
 from kvmhost.reclaim.exchange.common import write_record
 from kvmhost.reclaim.record.meta import COLUMNS
 from kvmhost.reclaim.record.reader import YoungRecord
@@ -231,3 +231,20 @@ def test_other_files_of_damo_are_named_with_the_way_to_convert(head, kind, tmp_p
     with pytest.raises(RecordError, match=f"{kind}.*damo convert_record_format") as caught:
         damon.read(tmp_path / "f")
     assert caught.value.offset == 0
+
+
+@pytest.mark.parametrize("name", ["damon", "damon-json", "dirty", "ranges"])
+def test_every_format_of_windows_is_written_and_read_by_name(make_record, tmp_path, name):
+    record = make_record([[1, 2, 3], [2], []])
+    assert registry.export(name, record, tmp_path / "out", 0, 3) is None
+    found = registry.read(name.removesuffix("-json"), [tmp_path / "out"])
+    assert [w.bitmap.gfns().tolist() for w in found.windows] == [[1, 2, 3], [2], []]
+
+
+def test_working_sets_are_counted_and_one_file_makes_a_record(make_record, tmp_path):
+    record = make_record([[1, 2, 3], [2]])
+    assert registry.export("gfns", record, tmp_path / "g", 0, 2, min_share=0.6) == 1
+    assert (tmp_path / "g").read_text() == "0x2\n"
+    with pytest.raises(LayoutError, match="2 were given"):
+        registry.read("ranges", [tmp_path / "g", tmp_path / "g"])
+    assert registry.IMPORTS.keys() <= registry.EXPORTS.keys()
