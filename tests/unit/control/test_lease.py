@@ -81,10 +81,13 @@ def test_a_holder_that_hangs_is_noticed_in_the_log(connect, caplog):
 
 def test_every_request_renews(connect, caplog):
     first, second = connect(), connect()
-    first.take_lease(LeaseRequest("lively", ttl_s=1.0))
-    for _ in range(30):
+    first.take_lease(LeaseRequest("lively", ttl_s=3600))
+    for _ in range(3):
+        until(lambda: second.lease().silent_s > 0.05, "the holder is silent for a while")
+        asked_s = time.monotonic()
         first.resident()
-        time.sleep(0.05)
+        # The silence counts from that request on, which came after asked_s.
+        assert second.lease().silent_s <= time.monotonic() - asked_s
     assert second.lease().holder == "lively"
     assert caplog.text == ""
 
