@@ -98,33 +98,29 @@ static int read_one_by_one(struct packing *to, int memfd, uint64_t page, uint32_
 	return 0;
 }
 
-/* Pages [first, end) of the chunk, all in the memfd, if they are anywhere. */
+/*
+ * Pages [first, end) of the chunk, all in the memfd, if they are anywhere. Where data ends
+ * is not asked: SEEK_HOLE would walk through all data behind it. A hole reads as zeros.
+ */
 static int read_memfd(struct packing *to, int memfd, uint64_t page, uint32_t first, uint32_t end,
 		      uint32_t *bad)
 {
-	while (first < end) {
-		/* The next data; what is in the host's swap counts as data. */
-		off_t data = lseek(memfd, (page + first) * KH_PAGE_BYTES, SEEK_DATA), hole;
-		uint64_t n_bytes;
-		const char *from = packing_end(to);
+	/* The first data; what is in the host's swap counts as data. */
+	off_t data = first < end ? lseek(memfd, (page + first) * KH_PAGE_BYTES, SEEK_DATA) : -1;
+	const char *from = packing_end(to);
 
-		if (data < 0)
-			return errno == ENXIO ? 0 : -errno;
-		if ((uint64_t)data / KH_PAGE_BYTES >= page + end)
-			return 0;
-		first = data / KH_PAGE_BYTES - page;
-		hole = lseek(memfd, data, SEEK_HOLE);
-		if (hole < 0)
-			return -errno;
-		hole = (hole + KH_PAGE_BYTES - 1) / KH_PAGE_BYTES - page;
-		if (hole > end)
-			hole = end;
-		n_bytes = (hole - first) * (uint64_t)KH_PAGE_BYTES;
-		if (read_fully(memfd, packing_end(to), n_bytes, (page + first) * KH_PAGE_BYTES))
-			return read_one_by_one(to, memfd, page, first, hole, bad);
-		for (; first < hole; first++, from += KH_PAGE_BYTES)
-			keep(to, first, from);
-	}
+	if (first == end || (data < 0 && errno == ENXIO))
+		return 0;
+	if (data < 0)
+		return -errno;
+	if ((uint64_t)data / KH_PAGE_BYTES >= page + end)
+		return 0;
+	first = data / KH_PAGE_BYTES - page;
+	if (read_fully(memfd, packing_end(to), (end - first) * (uint64_t)KH_PAGE_BYTES,
+		       (page + first) * KH_PAGE_BYTES))
+		return read_one_by_one(to, memfd, page, first, end, bad);
+	for (; first < end; first++, from += KH_PAGE_BYTES)
+		keep(to, first, from);
 	return 0;
 }
 

@@ -56,7 +56,7 @@ __all__ = ["restore_machine", "save_machine"]
 #: Memory is written in pieces of about this size; three are in memory at a time.
 _PIECE_BYTES = 4 << 20
 #: How far the disk may be behind. Bounds what the file takes of the page cache.
-_BEHIND_BYTES = 64 << 20
+_BEHIND_BYTES, _BEHIND_STEP_BYTES = 64 << 20, 16 << 20
 
 log = logging.getLogger("kvmhost.snapshot")
 
@@ -241,9 +241,10 @@ def _pieces(chunks: list[ChunkRange]) -> Iterator[list[ChunkRange]]:
 
 
 def _write_piece(fd: int, data: memoryview, offset: int) -> None:
-    if data:
-        _write_at(fd, data, offset)
-        check(lib.kh_write_behind(fd, offset, len(data), _BEHIND_BYTES), "sync_file_range")
+    _write_at(fd, data, offset)
+    start, end = (at - at % _BEHIND_STEP_BYTES for at in (offset, offset + len(data)))
+    if start < end:
+        check(lib.kh_write_behind(fd, start, end - start, _BEHIND_BYTES), "sync_file_range")
 
 
 def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "exits": "port exits in the C loop and in Python against a minimal C loop",
     "harvest": "trackers on a 1 GiB guest: scan, re-arm, and what the guest pays",
     "sampling": "re-arming only a fraction of the pages: what the guest keeps, how stale it gets",
+    "snapshot": "saving a VM that evicts beside cp of the same bytes",
     "start": "kvmhost run hello: wall time of the whole process",
     "trackers": "pagemap and dirty against the bare kernel calls; memory of each tracker",
     "pager": "codecs, fault-in and eviction beside a minimal C pager, memory taken",

@@ -62,6 +62,11 @@ BOUNDS = {
     "pager.overhead_percent": Bound(
         "memory of a VM process per GiB of guest, page tables included", 0.5, "%"
     ),
+    "snapshot.speed_of_cp_fsync": Bound(
+        "live snapshot of an evicting VM, speed relative to cp and fsync of the same bytes",
+        0.7,
+        least=True,
+    ),
     "start.hello_s": Bound("`kvmhost run hello`, whole process", 0.25, "s"),
     "start.image_beyond_python_s": Bound(
         "multiboot image that prints and exits, beyond Python's own start", 0.15, "s"

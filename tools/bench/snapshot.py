@@ -1,0 +1,163 @@
+"""``kvmhost bench snapshot``: saving a VM that evicts, beside ``cp`` of the same bytes.
+
+The guest writes and checks pages all the time and has twice the memory that its resident limit
+allows. In turns, in one run: a live snapshot (pause, state, memory from memfd and store,
+file on the disk, resume), then ``cp`` of the file that came out, which is in the page
+cache, to another name in the same directory, and fsync of that. Ratios above 1 mean that
+the snapshot was faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvmhost.guests import image_path
+from kvmhost.machine import Machine
+from kvmhost.machine.snapshot import restore_machine, save_machine
+from kvmhost.pager.pager import Pager
+from kvmhost.tools.args import about, count, size_bytes
+from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.parser import CommandParser
+from kvmhost.units import PAGE_BYTES
+
+__all__ = ["main", "parser", "run"]
+
+_START_GFN = 4096
+_WARM_UP_S = 300.0
+
+
+def run(mem_bytes: int, repeats: int, directory: Path | None = None) -> dict[str, Any]:
+    """Measure; times in seconds, each a median.
+
+    :param mem_bytes: guest memory; half of what the guest uses may be resident
+    :raises GuestError: if the guest finds a wrong byte
+    """
+    n_pages = mem_bytes // PAGE_BYTES - 2 * _START_GFN
+    limit = n_pages // 2
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        with _evicting_guest(mem_bytes, n_pages, limit) as (machine, pager):
+            turns = [_turn(machine, Path(folder)) for _ in range(repeats)]
+            counters = pager.counters()
+        start = time.monotonic()
+        restore_machine(Path(folder) / "vm.snap").close()
+        restored_s = time.monotonic() - start
+    save, cp, synced, n_bytes = zip(*turns, strict=True)
+    return {
+        "repeats": repeats,
+        "mem_bytes": mem_bytes,
+        "resident_max_bytes": limit * PAGE_BYTES,
+        "evicted_bytes": counters["evicted_pages"] * PAGE_BYTES,
+        "fault_ins": counters["fault_ins"],
+        "file_bytes": n_bytes[-1],
+        "save_s": statistics.median(save),
+        "cp_s": statistics.median(cp),
+        "cp_fsync_s": statistics.median(synced),
+        "restore_s": restored_s,
+        "save_mib_per_s": statistics.median(
+            n / s / (1 << 20) for n, s in zip(n_bytes, save, strict=True)
+        ),
+        "speed_of_cp": statistics.median(c / s for c, s in zip(cp, save, strict=True)),
+        "speed_of_cp_fsync": statistics.median(c / s for c, s in zip(synced, save, strict=True)),
+    }
+
+
+@contextlib.contextmanager
+def _evicting_guest(mem_bytes: int, n_pages: int, limit: int) -> Iterator[tuple[Machine, Pager]]:
+    params = {"start_gfn": _START_GFN, "pages": n_pages, "hot": limit // 4, "epochs": 0}
+    params |= {"scan_every": 4, "scan_epochs": 1}
+    with Machine(
+        image_path("hotcold"), mem_bytes=mem_bytes, engine="kvm", params=params
+    ) as machine:
+        pager = machine.open_pager()
+        pager.set_limit(limit)
+        machine.start()
+        deadline = time.monotonic() + _WARM_UP_S
+        # Until the guest has been everywhere, and comes back to what was evicted.
+        while time.monotonic() < deadline:
+            counters = pager.counters()
+            if counters["evicted_pages"] > n_pages - limit - 64 and counters["fault_ins"] > limit:
+                break
+            _raise_error(machine)
+            time.sleep(0.05)
+        yield machine, pager
+        _raise_error(machine)
+
+
+def _raise_error(machine: Machine) -> None:
+    if machine.error is not None:
+        raise machine.error
+
+
+def _turn(machine: Machine, folder: Path) -> tuple[float, float, float, int]:
+    file, copy = folder / "vm.snap", folder / "copy"
+    # What is freed here may be discarded on the disk, at somebody's next fsync.
+    for old in (file, copy):
+        old.unlink(missing_ok=True)
+    os.sync()
+    start = time.monotonic()
+    save_machine(machine, file)
+    saved = time.monotonic() - start
+    with machine.stopped_vcpus():
+        _read_through(file)
+        start = time.monotonic()
+        subprocess.run(["cp", str(file), str(copy)], check=True)
+        copied = time.monotonic() - start
+        fd = os.open(copy, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+        synced = time.monotonic() - start
+    return saved, copied, synced, file.stat().st_size
+
+
+def _read_through(file: Path) -> None:
+    with file.open("rb", buffering=0) as source:
+        while source.read(1 << 20):
+            continue
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(prog="kvmhost bench snapshot", description=about(__doc__))
+    parser.add_argument(
+        "--mem", type=size_bytes, default=512 << 20, metavar="SIZE", help="guest memory"
+    )
+    parser.add_argument("--repeats", type=count, default=5, help="how often (default: 5)")
+    parser.add_argument(
+        "--directory", type=Path, help="where the files are written (default: $TMPDIR)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parser().parse_args(argv)
+    result = run(args.mem, args.repeats, args.directory)
+    print(json.dumps(result, indent=2) if args.json else _text(result))
+    return 0
+
+
+def _text(result: dict[str, Any]) -> str:
+    mib = 1 << 20
+    return "\n".join(
+        [
+            f"guest: {result['mem_bytes'] / mib:.0f} MiB, resident at most "
+            f"{result['resident_max_bytes'] / mib:.0f} MiB, evicted "
+            f"{result['evicted_bytes'] / mib:.0f} MiB, {result['fault_ins']} fault-ins",
+            f"live snapshot:  {result['save_s']:.3f} s median of {result['repeats']}, "
+            f"{result['file_bytes'] / mib:.0f} MiB, {result['save_mib_per_s']:.0f} MiB/s",
+            f"cp:             {result['cp_s']:.3f} s; with fsync {result['cp_fsync_s']:.3f} s",
+            f"restore:        {result['restore_s']:.3f} s, under the same limit",
+            f"speed of the snapshot relative to cp with fsync: {result['speed_of_cp_fsync']:.2f} "
+            f"({BOUNDS['snapshot.speed_of_cp_fsync']}); without: {result['speed_of_cp']:.2f}",
+        ]
+    )
