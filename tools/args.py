@@ -231,6 +231,13 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
         help="with a page that is touched, bring back up to so many after it that were "
         f"evicted together with it, at most {MAX_PREFETCH_PAGES} (default: 0)",
     )
+    parser.add_argument(
+        "--memory-wait",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a fault waits for memory on the host before the VM ends (default: 60)",
+    )
 
 
 def _store_path(text: str) -> Path | None:
@@ -246,6 +253,7 @@ def store_options(args: argparse.Namespace) -> StoreOptions:
         codec=args.codec,
         path=args.store,
         limit_bytes=args.store_limit,
+        memory_wait_s=args.memory_wait,
         refuse_incompressible=args.refuse_incompressible,
         prefetch_pages=args.prefetch,
     )

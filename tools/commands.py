@@ -13,6 +13,7 @@ COMMANDS = {
     "young": ("young", "look at young bitmaps of a running VM"),
     "reclaimd": ("reclaimd", "keep VMs under a memory budget by evicting cold pages"),
     "drain": ("drain", "bring every evicted page of a VM back, and lift its limit"),
+    "limit": ("limit", "limit the resident memory of a running VM, and shrink it now"),
     "page": ("page", "all that is known of one page, and why it was taken or not"),
     "lru_gen": ("lru_gen", "show generations, age and evict, as the kernel's file does"),
     "demo": ("demo", "the whole path: boot, harvest, reclaim under a limit, look"),

@@ -131,7 +131,7 @@ static int read_stored(struct kh_pager *pager, struct packing *to, uint64_t inde
 	int result;
 
 	kh_pager_lock_page(pager, index + i);
-	switch (pager->state[index + i]) {
+	switch (kh_pager_state_of(pager, index + i)) {
 	case KH_PAGE_EVICTED:
 		result = kh_store_get(&pager->store, index + i, at);
 		break;
@@ -149,7 +149,7 @@ static int read_stored(struct kh_pager *pager, struct packing *to, uint64_t inde
 
 static int is_in_memfd(const struct kh_pager *pager, uint64_t index)
 {
-	uint8_t state = __atomic_load_n(&pager->state[index], __ATOMIC_ACQUIRE);
+	uint8_t state = kh_pager_state_of(pager, index);
 
 	return state != KH_PAGE_EVICTED && state != KH_PAGE_LOST;
 }
@@ -248,8 +248,6 @@ static int fill_page(struct kh_pager *pager, int memfd, uint64_t offset, uint64_
 
 	if (resident) {
 		result = write_fully(memfd, data, KH_PAGE_BYTES, offset);
-		if (!result && pager->state[index] != KH_PAGE_RESIDENT)
-			COUNT(pager, resident_pages);
 		if (!result)
 			kh_pager_set_state(pager, index, KH_PAGE_RESIDENT);
 		return result;
@@ -264,7 +262,6 @@ static int fill_page(struct kh_pager *pager, int memfd, uint64_t offset, uint64_
 		return -EIO;
 	}
 	kh_pager_set_state(pager, index, KH_PAGE_EVICTED);
-	COUNT(pager, evicted_pages);
 	return 0;
 }
 
@@ -282,7 +279,7 @@ static int fill_pager(struct kh_pager *pager, int memfd, uint64_t page, uint64_t
 			continue;
 		*bad = i;
 		kh_pager_lock_page(pager, index + i);
-		result = pager->state[index + i] == KH_PAGE_EVICTED ? -EEXIST :
+		result = kh_pager_state_of(pager, index + i) == KH_PAGE_EVICTED ? -EEXIST :
 			 fill_page(pager, memfd, (page + i) * KH_PAGE_BYTES, index + i, data,
 				   resident);
 		kh_pager_unlock_page(pager, index + i);

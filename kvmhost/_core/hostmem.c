@@ -106,6 +106,32 @@ int kh_resident(uint64_t address, uint64_t n_pages, uint64_t *words)
 	return 0;
 }
 
+static void set_bits(uint64_t *words, uint64_t from, uint64_t to)
+{
+	for (; from < to; from++)
+		words[from / 64] |= 1ull << (from % 64);
+}
+
+int kh_held(int fd, uint64_t offset, uint64_t n_pages, uint64_t *words)
+{
+	off_t end = offset + (n_pages << PAGE_SHIFT), data = offset, hole;
+
+	while (data < end) {
+		data = lseek(fd, data, SEEK_DATA);
+		if (data < 0)
+			return errno == ENXIO ? 0 : -errno;
+		if (data >= end)
+			return 0;
+		hole = lseek(fd, data, SEEK_HOLE);
+		if (hole < 0)
+			return errno == ENXIO ? 0 : -errno;
+		hole = hole < end ? hole : end;
+		set_bits(words, (data - offset) >> PAGE_SHIFT, (hole - offset) >> PAGE_SHIFT);
+		data = hole;
+	}
+	return 0;
+}
+
 int kh_punch(int fd, uint64_t offset, uint64_t n_bytes)
 {
 	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, n_bytes) ? -errno

@@ -22,7 +22,13 @@ int64_t kh_zap(uint64_t address, uint64_t n_pages, const uint64_t *words, uint64
 /* Punch a range out of a memfd: it reads as zeros, and takes no memory. */
 int kh_punch(int fd, uint64_t offset, uint64_t n_bytes);
 
-/* Set the bit of every page that the memfd behind a mapping holds, by mincore. */
+/*
+ * Set the bit of every page of [offset, offset + n_pages * 4096) that a memfd holds,
+ * in memory or in swap, by SEEK_DATA.
+ */
+int kh_held(int fd, uint64_t offset, uint64_t n_pages, uint64_t *words);
+
+/* Set the bit of every page that is in memory, by mincore on a mapping: not in swap. */
 int kh_resident(uint64_t address, uint64_t n_pages, uint64_t *words);
 
 #endif

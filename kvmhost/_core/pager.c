@@ -9,7 +9,9 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-/* What there is a page: 10 bytes and 3 bits, and nothing of it is touched before it is used. */
+#define DEFAULT_MEMORY_WAIT_NS (60 * 1000000000ull)
+
+/* What there is a page: 10 bytes and 5 bits, and nothing of it is touched before it is used. */
 static int make_tables(struct kh_pager *pager, const struct kh_codec *codec, int store_fd)
 {
 	uint64_t n_words = pager->max_pages / 64 + 1;
@@ -18,8 +20,14 @@ static int make_tables(struct kh_pager *pager, const struct kh_codec *codec, int
 	pager->state = calloc(pager->max_pages + 1, 1);
 	pager->resident = calloc(n_words, sizeof(uint64_t));
 	pager->pinned = calloc(n_words, sizeof(uint64_t));
+	pager->refused = calloc(n_words, sizeof(uint64_t));
+	pager->passed = calloc(n_words, sizeof(uint64_t));
+	pager->mixed = calloc((pager->max_pages / KH_PIECE_PAGES + 2 * KH_MAX_REGIONS) / 64 + 1,
+			      sizeof(uint64_t));
 	pager->history = calloc(n_words, sizeof(struct kh_history));
-	if (!pager->state || !pager->resident || !pager->pinned || !pager->history)
+	pager->run_pages = aligned_alloc(64, KH_RUN_PAGES * KH_PAGE_BYTES);
+	if (!pager->state || !pager->resident || !pager->pinned || !pager->refused ||
+	    !pager->passed || !pager->mixed || !pager->history || !pager->run_pages)
 		return -ENOMEM;
 	return result;
 }
@@ -39,6 +47,8 @@ struct kh_pager *kh_pager_new(int uffd, uint64_t n_pages, const struct kh_codec 
 	pager->uffd = uffd;
 	pager->stop_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pager->failure_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	pager->pipe[0] = pager->pipe[1] = pager->pagemap = -1;
+	pager->memory_wait_ns = DEFAULT_MEMORY_WAIT_NS;
 	pager->max_pages = n_pages;
 	pthread_mutex_init(&pager->evict_lock, NULL);
 	pthread_cond_init(&pager->thawed, NULL);
@@ -71,20 +81,24 @@ int64_t kh_pager_add_region(struct kh_pager *pager, int memfd, uint64_t guest, u
 static int take_stock(struct kh_pager *pager, const struct kh_pager_region *region)
 {
 	uint64_t n_words = (region->n_pages + 63) / 64;
-	uint64_t *words = calloc(n_words, sizeof(*words));
+	uint64_t *held = calloc(2 * n_words, sizeof(*held)), *in_memory = held + n_words;
 	int result;
 
-	if (!words)
+	if (!held)
 		return -ENOMEM;
-	result = kh_resident(region->alias, region->n_pages, words);
+	result = kh_held(region->memfd, 0, region->n_pages, held);
+	if (!result)
+		result = kh_resident(region->alias, region->n_pages, in_memory);
 	for (uint64_t i = 0; !result && i < region->n_pages; i++) {
-		int resident = words[i / 64] >> (i % 64) & 1;
+		uint64_t index = region->first + i;
+		int there = kh_bit(in_memory, i) &&
+			    !(pager->swap_fake && kh_bit(pager->swap_fake, index));
 
-		kh_pager_set_state(pager, region->first + i,
-				   resident ? KH_PAGE_RESIDENT : KH_PAGE_FRESH);
-		pager->counters.resident_pages += resident;
+		kh_pager_set_state(pager, index, !kh_bit(held, i) ? KH_PAGE_FRESH
+						 : there	    ? KH_PAGE_RESIDENT
+								    : KH_PAGE_SWAPPED);
 	}
-	free(words);
+	free(held);
 	return result;
 }
 
@@ -126,19 +140,27 @@ static int take_all_stock(struct kh_pager *pager)
 {
 	int result = 0;
 
-	__atomic_store_n(&pager->counters.resident_pages, 0, __ATOMIC_RELAXED);
+	/* All begin as resident. */
+	memset(pager->state, KH_PAGE_RESIDENT, pager->n_pages);
+	__atomic_store_n(&pager->counters.resident_pages, pager->n_pages, __ATOMIC_RELAXED);
+	__atomic_store_n(&pager->counters.swapped_pages, 0, __ATOMIC_RELAXED);
 	for (uint32_t i = 0; !result && i < pager->n_regions; i++)
 		result = take_stock(pager, &pager->regions[i]);
+	if (result)
+		__atomic_store_n(&pager->counters.resident_pages, 0, __ATOMIC_RELAXED);
 	return result;
 }
 
-int kh_pager_arm(struct kh_pager *pager)
+int kh_pager_arm(struct kh_pager *pager, int split_all)
 {
 	int result = 0;
 
 	/* Who drops pages meanwhile would have them counted wrongly. */
 	kh_pager_lock_unfrozen(pager);
 	if (kh_pager_is_armed(pager))
+		goto out;
+	result = kh_huge_init(pager, split_all);
+	if (result)
 		goto out;
 	/* Faults that come from here on wait until serve() sees that all is armed. */
 	result = register_all(pager);
@@ -166,7 +188,13 @@ void kh_pager_free(struct kh_pager *pager)
 		close(pager->stop_event);
 	if (pager->failure_event >= 0)
 		close(pager->failure_event);
+	kh_huge_destroy(pager);
 	kh_store_destroy(&pager->store);
+	free(pager->run_pages);
+	free(pager->refused);
+	free(pager->passed);
+	free(pager->mixed);
+	free(pager->swap_fake);
 	free(pager->state);
 	free(pager->resident);
 	free(pager->pinned);
@@ -194,6 +222,11 @@ void kh_pager_set_prefetch(struct kh_pager *pager, uint32_t n_pages)
 	__atomic_store_n(&pager->prefetch_pages, n_pages, __ATOMIC_RELAXED);
 }
 
+void kh_pager_set_memory_wait(struct kh_pager *pager, uint64_t ns)
+{
+	__atomic_store_n(&pager->memory_wait_ns, ns, __ATOMIC_RELAXED);
+}
+
 int kh_pager_lost_errno(struct kh_pager *pager)
 {
 	return __atomic_load_n(&pager->lost_errno, __ATOMIC_RELAXED);
@@ -204,27 +237,13 @@ void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages)
 	/* After this nobody evicts for the limit that was. */
 	kh_pager_lock_unfrozen(pager);
 	__atomic_store_n(&pager->limit_pages, resident_pages, __ATOMIC_RELAXED);
+	kh_pager_new_round(pager);
 	pthread_mutex_unlock(&pager->evict_lock);
 }
 
 uint64_t kh_pager_limit(struct kh_pager *pager)
 {
 	return __atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED);
-}
-
-int64_t kh_pager_shrink(struct kh_pager *pager)
-{
-	uint64_t limit = __atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED);
-	int64_t done = 0, went = 1;
-
-	/* The guest may fault pages in meanwhile; it does not keep this going for ever. */
-	while (limit && went > 0 && done < (int64_t)pager->n_pages &&
-	       __atomic_load_n(&pager->counters.resident_pages, __ATOMIC_RELAXED) > limit) {
-		kh_pager_wait_thawed(pager);
-		went = kh_pager_direct_evict(pager);
-		done += went;
-	}
-	return done;
 }
 
 int kh_pager_set_victims(struct kh_pager *pager, const uint32_t *index, uint64_t n)
@@ -258,7 +277,7 @@ int kh_pager_pin(struct kh_pager *pager, uint64_t index, uint64_t n_pages, int p
 	for (uint64_t i = index; i < index + n_pages; i++) {
 		kh_pager_lock_page(pager, i);
 		if (pinned)
-			result |= pager->state[i] == KH_PAGE_EVICTED;
+			result |= kh_pager_state_of(pager, i) == KH_PAGE_EVICTED;
 		if (pinned)
 			kh_bit_set(pager->pinned, i);
 		else
@@ -276,7 +295,7 @@ static int restore_page(struct kh_pager *pager, uint64_t index)
 	int result = -ENOENT;
 
 	kh_pager_lock_page(pager, index);
-	if (pager->state[index] == KH_PAGE_EVICTED)
+	if (kh_pager_state_of(pager, index) == KH_PAGE_EVICTED)
 		result = kh_pager_bring_back(pager, index, address);
 	if (!result)
 		COUNT(pager, restored_pages);
@@ -291,14 +310,14 @@ int kh_pager_restore(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
 	if (index > pager->n_pages || n_pages > pager->n_pages - index)
 		return -ERANGE;
 	for (uint64_t i = index; i < index + n_pages; i++) {
-		if (pager->state[i] != KH_PAGE_EVICTED)
+		if (kh_pager_state_of(pager, i) != KH_PAGE_EVICTED)
 			continue;
 		kh_pager_wait_thawed(pager);
 		if (!restore_page(pager, i))
 			result->restored++;
-		else if (pager->state[i] == KH_PAGE_LOST)
+		else if (kh_pager_state_of(pager, i) == KH_PAGE_LOST)
 			result->lost++;
-		else if (pager->state[i] == KH_PAGE_EVICTED)
+		else if (kh_pager_state_of(pager, i) == KH_PAGE_EVICTED)
 			result->left++;
 	}
 	return 0;
@@ -308,7 +327,8 @@ int kh_pager_state(struct kh_pager *pager, uint64_t index, uint64_t n_pages, uin
 {
 	if (index > pager->n_pages || n_pages > pager->n_pages - index)
 		return -ERANGE;
-	memcpy(states, pager->state + index, n_pages);
+	for (uint64_t i = 0; i < n_pages; i++)
+		states[i] = kh_pager_state_of(pager, index + i);
 	return 0;
 }
 
@@ -340,8 +360,26 @@ uint64_t kh_pager_stored_bytes(struct kh_pager *pager, uint64_t index)
 	return n_bytes;
 }
 
-void kh_pager_inject(struct kh_pager *pager, uint64_t failing_stores, uint64_t failing_loads)
+void kh_pager_inject(struct kh_pager *pager, const struct kh_injection *failures)
 {
-	__atomic_store_n(&pager->store.failing_stores, failing_stores, __ATOMIC_RELAXED);
-	__atomic_store_n(&pager->store.failing_loads, failing_loads, __ATOMIC_RELAXED);
+	__atomic_store_n(&pager->store.failing_stores, failures->stores, __ATOMIC_RELAXED);
+	__atomic_store_n(&pager->store.failing_loads, failures->loads, __ATOMIC_RELAXED);
+	__atomic_store_n(&pager->failing_fills, failures->fills, __ATOMIC_RELAXED);
+	__atomic_store_n(&pager->failing_splits, failures->splits, __ATOMIC_RELAXED);
+}
+
+int kh_pager_fake_swap(struct kh_pager *pager, uint64_t index, uint64_t n_pages, int swapped)
+{
+	if (index > pager->n_pages || n_pages > pager->n_pages - index)
+		return -ERANGE;
+	pthread_mutex_lock(&pager->evict_lock);
+	if (!pager->swap_fake)
+		pager->swap_fake = calloc(pager->max_pages / 64 + 1, sizeof(uint64_t));
+	for (uint64_t i = index; pager->swap_fake && i < index + n_pages; i++)
+		if (swapped)
+			kh_bit_set(pager->swap_fake, i);
+		else
+			kh_bit_clear(pager->swap_fake, i);
+	pthread_mutex_unlock(&pager->evict_lock);
+	return pager->swap_fake ? 0 : -ENOMEM;
 }

@@ -16,6 +16,7 @@
 #define KH_PAGE_EVICTED 1	/* only in the store */
 #define KH_PAGE_LOST 2		/* the store could not give it back: the VM must stop */
 #define KH_PAGE_FRESH 3		/* never touched: in neither */
+#define KH_PAGE_SWAPPED 4	/* the memfd's, in the host's swap */
 
 /* Outcome of one eviction. */
 #define KH_EVICT_DONE 0
@@ -24,12 +25,14 @@
 #define KH_EVICT_FULL 3		/* the store's limit is reached */
 #define KH_EVICT_REFUSED 4	/* does not compress, and policy keeps such pages */
 #define KH_EVICT_ERROR 5	/* a system call or the codec failed */
-#define KH_EVICT_OUTCOMES 6
+#define KH_EVICT_STAYED 6	/* in a huge page that was not split; its bytes are there */
+#define KH_EVICT_OUTCOMES 7
 
 #define KH_LATENCY_BUCKETS 40	/* bucket b: [2^b, 2^(b+1)) ns */
 
 struct kh_pager_counters {
-	uint64_t resident_pages;	/* pages in the memfds, exact once armed */
+	uint64_t resident_pages;	/* pages in the memfds; counted once armed */
+	uint64_t swapped_pages;		/* pages of theirs that were seen in the host's swap */
 	uint64_t evicted_pages;		/* pages in the store now */
 	uint64_t same_filled_pages;	/* of these, kept as one word */
 	uint64_t raw_pages;		/* of these, kept uncompressed */
@@ -47,6 +50,11 @@ struct kh_pager_counters {
 	uint64_t wp_faults;		/* writes that met an eviction */
 	uint64_t wakes;			/* faults that found their page back */
 	uint64_t over_limit;		/* faults served above the limit, nothing to evict */
+	uint64_t split_pieces;		/* of 2 MiB that were huge pages before an eviction */
+	uint64_t stayed_pages;		/* punched, and seen to be still there */
+	uint64_t memory_waits;		/* faults that found no memory on the host */
+	uint64_t memory_evictions;	/* pages that went to make some */
+	uint64_t pending_faults;	/* faults that wait for memory now */
 	uint64_t errors;
 	uint64_t lost_pages;
 	uint64_t disk_full;		/* evictions that the store's file had no room for */
@@ -60,6 +68,12 @@ struct kh_restore_result {
 	uint64_t restored;	/* came back */
 	uint64_t lost;		/* the store could not give them */
 	uint64_t left;		/* still in the store: the host had no memory for them */
+};
+
+/* What was done to make the resident limit hold. */
+struct kh_shrink_result {
+	uint64_t evicted;
+	uint64_t over_pages;	/* resident above the limit still; 0: it holds */
 };
 
 /* What became of the pages of a range that the guest declared free. */
@@ -83,8 +97,9 @@ int64_t kh_pager_add_region(struct kh_pager *pager, int memfd, uint64_t guest, u
 /*
  * Register both mappings for missing and write-protect faults. An error leaves
  * nothing registered, and who waited for a page goes on: it may be tried again.
+ * split_all: memory may hold huge pages of other sizes than 2 MiB, which nothing tells.
  */
-int kh_pager_arm(struct kh_pager *pager);
+int kh_pager_arm(struct kh_pager *pager, int split_all);
 /*
  * Serve faults until kh_pager_stop; 0, or -errno if the userfaultfd broke. A page
  * that cannot be brought back ends nothing here: guest threads that wait for it
@@ -105,13 +120,18 @@ void kh_pager_free(struct kh_pager *pager);
 void kh_pager_set_store(struct kh_pager *pager, uint64_t limit_bytes, int refuse_raw);
 /* Bring back up to so many of the pages after a touched one that went together with it. */
 void kh_pager_set_prefetch(struct kh_pager *pager, uint32_t n_pages);
+/* How long a fault waits for memory on the host before it counts as failed. */
+void kh_pager_set_memory_wait(struct kh_pager *pager, uint64_t ns);
 /* Errno of the last page that was lost: EBADMSG for a checksum, EIO for a read. */
 int kh_pager_lost_errno(struct kh_pager *pager);
 /* Resident limit in pages (0: none), held by the fault handler itself. */
 void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages);
 uint64_t kh_pager_limit(struct kh_pager *pager);
-/* Evict, as the fault handler would, until the limit holds; returns how many went. */
-int64_t kh_pager_shrink(struct kh_pager *pager);
+/*
+ * Evict, as the fault handler would, until the limit holds, or every page that may
+ * go was tried.
+ */
+void kh_pager_shrink(struct kh_pager *pager, struct kh_shrink_result *result);
 /* What the fault handler evicts first at the limit, in this order. */
 int kh_pager_set_victims(struct kh_pager *pager, const uint32_t *index, uint64_t n);
 /* Begin a new window: these pages were young in the last one. */
@@ -138,7 +158,15 @@ void kh_pager_counters(struct kh_pager *pager, struct kh_pager_counters *counter
 /* Bytes that page i takes in the store (8 for a same-filled one, 0 for none). */
 uint64_t kh_pager_stored_bytes(struct kh_pager *pager, uint64_t index);
 
-/* Fault injection for tests: make the next n stores, or loads, fail. */
-void kh_pager_inject(struct kh_pager *pager, uint64_t failing_stores, uint64_t failing_loads);
+/* Fault injection for tests: how many of the next of each fail. */
+struct kh_injection {
+	uint64_t stores;
+	uint64_t loads;
+	uint64_t fills;		/* of a missing page, for want of memory */
+	uint64_t splits;	/* huge pages are not noticed */
+};
+void kh_pager_inject(struct kh_pager *pager, const struct kh_injection *failures);
+/* For tests: have pages taken to be in the host's swap, or no longer. */
+int kh_pager_fake_swap(struct kh_pager *pager, uint64_t index, uint64_t n_pages, int swapped);
 
 #endif

@@ -44,6 +44,22 @@ static uint64_t take_bits(uint64_t bits, uint64_t base, uint32_t *index, uint64_
 	return found;
 }
 
+/* Which of 64 pages may not go, could not in this round, or cannot before a write. */
+static uint64_t not_now(const struct kh_pager *pager, uint64_t word)
+{
+	return __atomic_load_n(&pager->pinned[word], __ATOMIC_RELAXED) |
+	       __atomic_load_n(&pager->passed[word], __ATOMIC_RELAXED) |
+	       __atomic_load_n(&pager->refused[word], __ATOMIC_RELAXED);
+}
+
+void kh_pager_new_round(struct kh_pager *pager)
+{
+	for (uint64_t word = 0; word <= pager->n_pages / 64; word++)
+		__atomic_store_n(&pager->passed[word], 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&pager->space_freed, 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&pager->lap, 0, __ATOMIC_RELAXED);
+}
+
 /* Once around, from the hand on; the hand stops behind the last page taken. */
 static uint64_t sweep(struct kh_pager *pager, int limit, uint32_t *index, uint64_t n)
 {
@@ -53,7 +69,7 @@ static uint64_t sweep(struct kh_pager *pager, int limit, uint32_t *index, uint64
 	/* The first word twice: what is before the hand comes last. */
 	for (uint64_t step = 0; step <= n_words && found < n; step++) {
 		uint64_t bits = __atomic_load_n(&pager->resident[word], __ATOMIC_RELAXED) &
-				~__atomic_load_n(&pager->pinned[word], __ATOMIC_RELAXED) & from;
+				~not_now(pager, word) & from;
 
 		if (bits && limit < KH_HISTORY_WINDOWS)
 			bits &= cold_mask(&pager->history[word], limit);
@@ -88,7 +104,8 @@ uint64_t kh_pager_choose(struct kh_pager *pager, uint32_t *index, uint64_t n)
 		uint32_t page = pager->victims[pager->next_victim++];
 
 		/* Young since the daemon named it: leave it to the clock. */
-		if (kh_bit(pager->resident, page) && !kh_bit(pager->pinned, page) &&
+		if (kh_bit(pager->resident, page) &&
+		    !(not_now(pager, page / 64) >> (page % 64) & 1) &&
 		    !kh_pager_is_young(pager, page))
 			index[found++] = page;
 	}
@@ -136,6 +153,6 @@ int kh_pager_note_young(struct kh_pager *pager, uint64_t index, uint64_t n_pages
 		window[0] = (window[0] & ~mask) |
 			    (bits_at(words, n_pages, (int64_t)(base - index)) & mask);
 	}
-	__atomic_store_n(&pager->lap, 0, __ATOMIC_RELAXED);
+	kh_pager_new_round(pager);
 	return 0;
 }

@@ -6,8 +6,8 @@
 
 #include <unistd.h>
 
-static int protect_run(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
-		       uint64_t n_pages, int protect)
+int kh_pager_protect(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
+		     uint64_t n_pages, int protect)
 {
 	uint64_t offset = (first - region->first) * KH_PAGE_BYTES, n_bytes = n_pages * KH_PAGE_BYTES;
 	int guest = kh_uffd_write_protect(pager->uffd, region->guest + offset, n_bytes, protect);
@@ -16,73 +16,111 @@ static int protect_run(struct kh_pager *pager, const struct kh_pager_region *reg
 	return guest ? guest : alias;
 }
 
-static int punch(const struct kh_pager_region *region, uint64_t first, uint64_t n_pages)
+static char *run_page(const struct kh_pager *pager, uint64_t i)
 {
-	off_t offset = (first - region->first) * KH_PAGE_BYTES;
-
-	return kh_punch(region->memfd, offset, n_pages * KH_PAGE_BYTES);
+	return pager->run_pages + i * KH_PAGE_BYTES;
 }
 
-static int store_page(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t index)
+static int store_page(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t index,
+		      char *page)
 {
-	char page[KH_PAGE_BYTES] __attribute__((aligned(64)));
 	off_t offset = (index - region->first) * KH_PAGE_BYTES;
 
-	if (pread(region->memfd, page, sizeof(page), offset) != sizeof(page))
+	if (pread(region->memfd, page, KH_PAGE_BYTES, offset) != KH_PAGE_BYTES)
 		return KH_EVICT_ERROR;
 	return kh_store_put(&pager->store, index, page, pager->batch);
 }
 
-/* Punch the pages of a run that are in the store; cancel where that fails. */
+/* Which pages of a run the memfd holds, and which of these are in memory; 64 at most. */
+static int look_at_run(const struct kh_pager *pager, const struct kh_pager_region *region,
+		       uint64_t first, uint64_t n_pages, uint64_t *held, uint64_t *in_memory)
+{
+	uint64_t offset = (first - region->first) * KH_PAGE_BYTES;
+	int result;
+
+	*held = *in_memory = 0;
+	result = kh_held(region->memfd, offset, n_pages, held);
+	if (!result)
+		result = kh_resident(region->alias + offset, n_pages, in_memory);
+	for (uint64_t i = 0; pager->swap_fake && i < n_pages; i++)
+		if (kh_bit(pager->swap_fake, first + i))
+			*in_memory &= ~(1ull << i);
+	return result;
+}
+
+/*
+ * Punch pages that are in the store, and see that they are gone. What is still there
+ * is zeroed now: it gets its bytes back.
+ */
+static void commit_pages(struct kh_pager *pager, const struct kh_pager_region *region,
+			 uint64_t first, uint64_t from, uint64_t to, uint8_t *outcome)
+{
+	uint64_t offset = (first + from - region->first) * KH_PAGE_BYTES, stayed = 0;
+	int failed = kh_punch(region->memfd, offset, (to - from) * KH_PAGE_BYTES);
+
+	/* Unseen: taken for being there, so that nothing is lost. */
+	if (kh_held(region->memfd, offset, to - from, &stayed))
+		stayed = ~0ull;
+	for (uint64_t i = from; i < to; i++) {
+		if (stayed >> (i - from) & 1) {
+			ssize_t written = pwrite(region->memfd, run_page(pager, i), KH_PAGE_BYTES,
+						 offset + (i - from) * KH_PAGE_BYTES);
+
+			outcome[i] = failed ? KH_EVICT_ERROR : KH_EVICT_STAYED;
+			if (!failed)
+				COUNT(pager, stayed_pages);
+			if (written == KH_PAGE_BYTES) {
+				kh_store_drop(&pager->store, first + i);
+				continue;
+			}
+		}
+		kh_pager_set_state(pager, first + i, KH_PAGE_EVICTED);
+		kh_pager_forget_history(pager, first + i);
+		COUNT(pager, evictions);
+	}
+}
+
 static void commit_run(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
 		       uint64_t n_pages, uint8_t *outcome)
 {
-	for (uint64_t i = 0, j; i < n_pages; i = j) {
-		int failed;
-
+	for (uint64_t i = 0, j; i < n_pages; i = j + 1) {
 		for (j = i; j < n_pages && outcome[j] == KH_EVICT_DONE; j++)
 			;
-		if (j == i) {
-			j++;
-			continue;
-		}
-		failed = punch(region, first + i, j - i);
-		for (uint64_t k = i; k < j; k++) {
-			if (failed) {
-				kh_store_drop(&pager->store, first + k);
-				outcome[k] = KH_EVICT_ERROR;
-				continue;
-			}
-			kh_pager_set_state(pager, first + k, KH_PAGE_EVICTED);
-			kh_pager_forget_history(pager, first + k);
-			COUNT(pager, evictions);
-			COUNT(pager, evicted_pages);
-			UNCOUNT(pager, resident_pages);
-		}
+		if (j > i)
+			commit_pages(pager, region, first, i, j, outcome);
 	}
+}
+
+/* A page as it is found: the host may have swapped it out or in, and tells nobody. */
+static int sort_out_page(struct kh_pager *pager, uint64_t index, int held, int in_memory)
+{
+	uint8_t state = kh_pager_state_of(pager, index);
+
+	int pinned = kh_bit(pager->pinned, index);
+
+	if (state == KH_PAGE_EVICTED || state == KH_PAGE_LOST)
+		return pinned ? KH_EVICT_PINNED : KH_EVICT_ABSENT;
+	kh_pager_set_state(pager, index, !held ? KH_PAGE_FRESH
+					 : in_memory ? KH_PAGE_RESIDENT
+						     : KH_PAGE_SWAPPED);
+	if (pinned)
+		return KH_EVICT_PINNED;
+	if (!held || !in_memory)
+		return KH_EVICT_ABSENT;
+	return kh_bit(pager->refused, index) ? KH_EVICT_REFUSED : KH_EVICT_DONE;
 }
 
 static void sort_out(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
 		     uint64_t n_pages, uint8_t *outcome)
 {
-	uint64_t resident = 0;
-	int known = !kh_resident(region->alias + (first - region->first) * KH_PAGE_BYTES, n_pages,
-				 &resident);
+	uint64_t held, in_memory;
+	int failed = look_at_run(pager, region, first, n_pages, &held, &in_memory);
 
-	for (uint64_t i = 0; i < n_pages; i++) {
-		if (kh_bit(pager->pinned, first + i))
-			outcome[i] = KH_EVICT_PINNED;
-		else if (pager->state[first + i] != KH_PAGE_RESIDENT)
-			outcome[i] = KH_EVICT_ABSENT;
-		else if (known && !(resident >> i & 1))
-			outcome[i] = KH_EVICT_ABSENT;
-		else
-			outcome[i] = known ? KH_EVICT_DONE : KH_EVICT_ERROR;
-	}
+	for (uint64_t i = 0; i < n_pages; i++)
+		outcome[i] = failed ? KH_EVICT_ERROR
+				    : sort_out_page(pager, first + i, held >> i & 1,
+						    in_memory >> i & 1);
 }
-
-#define TABLE_BYTES (2ull << 20)	/* what one page of the kernel's page tables maps */
-#define TABLE_PAGES (TABLE_BYTES / KH_PAGE_BYTES)
 
 /* Whether none of the pages is in a bitmap. */
 static int is_clear(const uint64_t *words, uint64_t first, uint64_t n_pages)
@@ -112,14 +150,14 @@ static int is_clear(const uint64_t *words, uint64_t first, uint64_t n_pages)
 static void give_back_table(const struct kh_pager_region *region, uint64_t first, uint64_t mapping,
 			    const uint64_t *keep)
 {
-	uint64_t address = (mapping + (first - region->first) * KH_PAGE_BYTES) & ~(TABLE_BYTES - 1);
+	uint64_t address = (mapping + (first - region->first) * KH_PAGE_BYTES) & ~(KH_PIECE_BYTES - 1);
 	uint64_t page;
 
-	if (address < mapping || address + TABLE_BYTES > mapping + region->n_pages * KH_PAGE_BYTES)
+	if (address < mapping || address + KH_PIECE_BYTES > mapping + region->n_pages * KH_PAGE_BYTES)
 		return;
 	page = region->first + (address - mapping) / KH_PAGE_BYTES;
-	if (is_clear(keep, page, TABLE_PAGES))
-		madvise((void *)address, TABLE_BYTES, MADV_DONTNEED);
+	if (is_clear(keep, page, KH_PIECE_PAGES))
+		madvise((void *)address, KH_PIECE_BYTES, MADV_DONTNEED);
 }
 
 /* Not while neighbours still go: the tables would only be made again. */
@@ -128,7 +166,7 @@ static void give_back_tables(struct kh_pager *pager, uint64_t next_run)
 	uint64_t first = pager->last_run - 1;
 	const struct kh_pager_region *region;
 
-	if (pager->last_run && (next_run - 1) / TABLE_PAGES != first / TABLE_PAGES) {
+	if (pager->last_run && (next_run - 1) / KH_PIECE_PAGES != first / KH_PIECE_PAGES) {
 		region = kh_pager_region_of(pager, first);
 		give_back_table(region, first, region->alias, pager->pinned);
 		give_back_table(region, first, region->guest, pager->resident);
@@ -137,13 +175,62 @@ static void give_back_tables(struct kh_pager *pager, uint64_t next_run)
 }
 
 /*
- * Evict up to KH_RUN_PAGES neighbours. A write that comes in between meets the
- * write protection, sends a message, and its handler waits for the stripe: it
- * then finds the page evicted (and faults it in) or still there.
+ * Lift the protection, but not of pages that do not compress: the next write to one
+ * sends a message, and until then there is no use in trying it again.
+ */
+static void lift_run(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
+		     uint64_t n_pages)
+{
+	for (uint64_t i = 0, j; i < n_pages; i = j + 1) {
+		for (j = i; j < n_pages && !kh_bit(pager->refused, first + j); j++)
+			;
+		if (j > i)
+			kh_pager_protect(pager, region, first + i, j - i, 0);
+	}
+}
+
+static void store_and_punch(struct kh_pager *pager, const struct kh_pager_region *region,
+			    uint64_t first, uint64_t n_pages, int in_huge_page, uint8_t *outcome)
+{
+	int failed = kh_pager_protect(pager, region, first, n_pages, 1);
+
+	for (uint64_t i = 0; i < n_pages; i++) {
+		if (outcome[i] != KH_EVICT_DONE)
+			continue;
+		outcome[i] = failed	    ? KH_EVICT_ERROR
+			     : in_huge_page ? KH_EVICT_STAYED
+					    : store_page(pager, region, first + i,
+							 run_page(pager, i));
+		if (outcome[i] == KH_EVICT_REFUSED)
+			kh_bit_set(pager->refused, first + i);
+	}
+	commit_run(pager, region, first, n_pages, outcome);
+	/* Also drops the markers that the protection left where pages went. */
+	lift_run(pager, region, first, n_pages);
+	give_back_tables(pager, first + 1);
+}
+
+static void count_outcomes(struct kh_pager *pager, uint64_t first, uint64_t n_pages,
+			   const uint8_t *outcome)
+{
+	for (uint64_t i = 0; i < n_pages; i++) {
+		COUNT(pager, outcomes[outcome[i]]);
+		if (outcome[i] == KH_EVICT_ERROR)
+			COUNT(pager, errors);
+		if (outcome[i] != KH_EVICT_DONE)
+			kh_bit_set(pager->passed, first + i);
+	}
+}
+
+/*
+ * Evict up to KH_RUN_PAGES neighbours of one piece. A write that comes in between
+ * meets the write protection, sends a message, and its handler waits for the stripe:
+ * it then finds the page evicted (and faults it in) or still there.
  */
 static void evict_run(struct kh_pager *pager, uint64_t first, uint64_t n_pages, uint8_t *outcome)
 {
 	const struct kh_pager_region *region = kh_pager_region_of(pager, first);
+	int in_huge_page = kh_huge_hold(pager, region, first, n_pages) != 0;
 	uint64_t wanted = 0;
 
 	for (uint64_t i = 0; i < n_pages; i++)
@@ -151,32 +238,28 @@ static void evict_run(struct kh_pager *pager, uint64_t first, uint64_t n_pages, 
 	sort_out(pager, region, first, n_pages, outcome);
 	for (uint64_t i = 0; i < n_pages; i++)
 		wanted += outcome[i] == KH_EVICT_DONE;
-	if (wanted) {
-		int failed = protect_run(pager, region, first, n_pages, 1);
-
-		for (uint64_t i = 0; i < n_pages; i++)
-			if (outcome[i] == KH_EVICT_DONE)
-				outcome[i] = failed ? KH_EVICT_ERROR
-						    : store_page(pager, region, first + i);
-		commit_run(pager, region, first, n_pages, outcome);
-		/* Also drops the markers that the protection left where pages went. */
-		protect_run(pager, region, first, n_pages, 0);
-		give_back_tables(pager, first + 1);
-	}
+	if (wanted)
+		store_and_punch(pager, region, first, n_pages, in_huge_page, outcome);
 	for (uint64_t i = 0; i < n_pages; i++)
 		kh_pager_unlock_page(pager, first + i);
-	for (uint64_t i = 0; i < n_pages; i++) {
-		COUNT(pager, outcomes[outcome[i]]);
-		if (outcome[i] == KH_EVICT_ERROR)
-			COUNT(pager, errors);
-	}
+	kh_huge_release(pager);
+	count_outcomes(pager, first, n_pages, outcome);
 }
 
-/* Neighbours at index[0], index[0] + 1, ... within one region. */
+/* Pages from a page on to the end of its piece. */
+static uint64_t room_in_piece(const struct kh_pager_region *region, uint64_t index)
+{
+	uint64_t room = KH_PIECE_PAGES - (index - region->first) % KH_PIECE_PAGES;
+	uint64_t rest = region->first + region->n_pages - index;
+
+	return room < rest ? room : rest;
+}
+
+/* Neighbours at index[0], index[0] + 1, ... within one piece of a region. */
 static uint64_t run_length(const struct kh_pager *pager, const uint32_t *index, uint64_t n)
 {
 	const struct kh_pager_region *region = kh_pager_region_of(pager, index[0]);
-	uint64_t length = 1, room = region->first + region->n_pages - index[0];
+	uint64_t length = 1, room = room_in_piece(region, index[0]);
 
 	while (length < n && length < KH_RUN_PAGES && length < room &&
 	       index[length] == index[0] + length)
@@ -229,63 +312,107 @@ int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n
 	return done;
 }
 
-int64_t kh_pager_direct_evict(struct kh_pager *pager)
+uint64_t kh_pager_evict_some(struct kh_pager *pager, uint64_t *went)
 {
 	uint32_t index[KH_RUN_PAGES];
 	uint8_t outcome[KH_RUN_PAGES];
-	int64_t done = 0;
+	uint64_t tried;
 
 	pthread_mutex_lock(&pager->evict_lock);
-	/* The limit may have been lifted meanwhile: then what is there stays. */
-	if (__atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED))
-		done = evict_locked(pager, index, kh_pager_choose(pager, index, KH_RUN_PAGES),
-				    outcome);
+	tried = kh_pager_choose(pager, index, KH_RUN_PAGES);
+	*went = evict_locked(pager, index, tried, outcome);
 	pthread_mutex_unlock(&pager->evict_lock);
-	__atomic_fetch_add(&pager->counters.direct_evictions, done, __ATOMIC_RELAXED);
-	return done;
+	return tried;
+}
+
+int kh_pager_is_over(const struct kh_pager *pager)
+{
+	uint64_t limit = __atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED);
+
+	return limit && __atomic_load_n(&pager->counters.resident_pages, __ATOMIC_RELAXED) > limit;
+}
+
+void kh_pager_shrink(struct kh_pager *pager, struct kh_shrink_result *result)
+{
+	uint64_t tried = 1, resident, limit;
+
+	*result = (struct kh_shrink_result){ 0 };
+	kh_pager_lock_unfrozen(pager);
+	kh_pager_new_round(pager);
+	kh_pager_look_at_swapped(pager);
+	pthread_mutex_unlock(&pager->evict_lock);
+	/* The guest may fault pages in meanwhile; it does not keep this going for ever. */
+	while (tried && kh_pager_is_over(pager) && result->evicted < pager->n_pages) {
+		uint64_t went;
+
+		kh_pager_wait_thawed(pager);
+		tried = kh_pager_evict_some(pager, &went);
+		result->evicted += went;
+	}
+	__atomic_fetch_add(&pager->counters.direct_evictions, result->evicted, __ATOMIC_RELAXED);
+	limit = __atomic_load_n(&pager->limit_pages, __ATOMIC_RELAXED);
+	resident = __atomic_load_n(&pager->counters.resident_pages, __ATOMIC_RELAXED);
+	result->over_pages = limit && resident > limit ? resident - limit : 0;
 }
 
 /* ---- pages that the guest has no more use for ------------------------- */
 
-static void forget_page(struct kh_pager *pager, uint64_t index)
+static void forget_page(struct kh_pager *pager, uint64_t index, int stayed)
 {
-	uint8_t state = pager->state[index];
+	uint8_t state = kh_pager_state_of(pager, index);
 
 	COUNT(pager, dropped_pages);
 	kh_pager_forget_history(pager, index);
 	if (!kh_pager_is_armed(pager))
 		return;
 	kh_store_drop(&pager->store, index);
-	if (state == KH_PAGE_EVICTED || state == KH_PAGE_LOST) {
+	if (state == KH_PAGE_EVICTED || state == KH_PAGE_LOST)
 		COUNT(pager, dropped_evicted_pages);
-		UNCOUNT(pager, evicted_pages);
-	} else if (state == KH_PAGE_RESIDENT) {
-		UNCOUNT(pager, resident_pages);
+	if (stayed)
+		COUNT(pager, stayed_pages);
+	/* What stayed is zeroed, as it should be, and takes memory as before. */
+	kh_pager_set_state(pager, index, stayed ? KH_PAGE_RESIDENT : KH_PAGE_FRESH);
+	kh_bit_clear(pager->refused, index);
+}
+
+/* Drop pages that are either all pinned or all not. */
+static void drop_pages(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
+		       uint64_t n_pages, struct kh_drop_result *result)
+{
+	uint64_t offset = (first - region->first) * KH_PAGE_BYTES, stayed = 0;
+
+	if (kh_bit(pager->pinned, first)) {
+		result->pinned += n_pages;
+		return;
 	}
-	kh_pager_set_state(pager, index, KH_PAGE_FRESH);
+	if (kh_punch(region->memfd, offset, n_pages * KH_PAGE_BYTES)) {
+		result->failed += n_pages;
+		return;
+	}
+	kh_held(region->memfd, offset, n_pages, &stayed);
+	for (uint64_t i = 0; i < n_pages; i++)
+		forget_page(pager, first + i, stayed >> i & 1);
+	result->dropped += n_pages;
 }
 
 /* Neighbours, as in evict_run: a fault on one of them waits until all are gone. */
-static void drop_run(struct kh_pager *pager, uint64_t first, uint64_t n_pages,
-		     struct kh_drop_result *result)
+static void drop_run(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
+		     uint64_t n_pages, struct kh_drop_result *result)
 {
-	const struct kh_pager_region *region = kh_pager_region_of(pager, first);
-
+	if (kh_pager_is_armed(pager))
+		/* Else pages beside them would be left in folios of any size. */
+		(void)kh_huge_hold(pager, region, first, n_pages);
 	for (uint64_t i = first; i < first + n_pages; i++)
 		kh_pager_lock_page(pager, i);
 	for (uint64_t i = first, run; i < first + n_pages; i += run) {
-		int pinned = kh_bit(pager->pinned, i), failed;
-
 		for (run = 1; i + run < first + n_pages; run++)
-			if (kh_bit(pager->pinned, i + run) != pinned)
+			if (kh_bit(pager->pinned, i + run) != kh_bit(pager->pinned, i))
 				break;
-		failed = pinned ? 0 : punch(region, i, run);
-		for (uint64_t j = i; !pinned && !failed && j < i + run; j++)
-			forget_page(pager, j);
-		*(pinned ? &result->pinned : failed ? &result->failed : &result->dropped) += run;
+		drop_pages(pager, region, i, run, result);
 	}
 	for (uint64_t i = first; i < first + n_pages; i++)
 		kh_pager_unlock_page(pager, i);
+	kh_huge_release(pager);
 }
 
 int kh_pager_drop(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
@@ -298,10 +425,10 @@ int kh_pager_drop(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
 		const struct kh_pager_region *region = kh_pager_region_of(pager, i);
 
 		run = index + n_pages - i < KH_RUN_PAGES ? index + n_pages - i : KH_RUN_PAGES;
-		if (i + run > region->first + region->n_pages)
-			run = region->first + region->n_pages - i;
+		if (run > room_in_piece(region, i))
+			run = room_in_piece(region, i);
 		kh_pager_lock_unfrozen(pager);
-		drop_run(pager, i, run, result);
+		drop_run(pager, region, i, run, result);
 		pthread_mutex_unlock(&pager->evict_lock);
 	}
 	return 0;
@@ -309,19 +436,27 @@ int kh_pager_drop(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
 
 /* ---- the host's swap --------------------------------------------------- */
 
+static void note_swapped(struct kh_pager *pager, uint64_t index)
+{
+	kh_pager_lock_page(pager, index);
+	if (kh_pager_is_armed(pager) && kh_pager_state_of(pager, index) == KH_PAGE_RESIDENT)
+		kh_pager_set_state(pager, index, KH_PAGE_SWAPPED);
+	kh_pager_unlock_page(pager, index);
+}
+
 /*
  * The kernel passes over pages that more than one mapping holds: the alias lets
- * go of them first. What has left the page cache is in the swap.
+ * go of them first. What the memfd holds outside of memory is in the swap.
  */
 static void pageout_run(struct kh_pager *pager, uint64_t first, uint64_t n_pages, uint8_t *outcome)
 {
 	const struct kh_pager_region *region = kh_pager_region_of(pager, first);
 	uint64_t offset = (first - region->first) * KH_PAGE_BYTES, n_bytes = n_pages * KH_PAGE_BYTES;
-	uint64_t before = 0, after = 0;
-	int failed = kh_resident(region->alias + offset, n_pages, &before) ||
+	uint64_t held, before, after;
+	int failed = look_at_run(pager, region, first, n_pages, &held, &before) ||
 		     madvise((void *)(region->alias + offset), n_bytes, MADV_DONTNEED) ||
 		     madvise((void *)(region->guest + offset), n_bytes, MADV_PAGEOUT) ||
-		     kh_resident(region->alias + offset, n_pages, &after);
+		     look_at_run(pager, region, first, n_pages, &held, &after);
 
 	for (uint64_t i = 0; i < n_pages; i++) {
 		if (failed)
@@ -330,8 +465,28 @@ static void pageout_run(struct kh_pager *pager, uint64_t first, uint64_t n_pages
 			outcome[i] = KH_EVICT_ABSENT;
 		else
 			outcome[i] = after >> i & 1 ? KH_EVICT_REFUSED : KH_EVICT_DONE;
-		if (outcome[i] == KH_EVICT_DONE)
-			COUNT(pager, paged_out_pages);
+		if (outcome[i] != KH_EVICT_DONE)
+			continue;
+		COUNT(pager, paged_out_pages);
+		note_swapped(pager, first + i);
+	}
+}
+
+void kh_pager_look_at_swapped(struct kh_pager *pager)
+{
+	if (!__atomic_load_n(&pager->counters.swapped_pages, __ATOMIC_RELAXED))
+		return;
+	for (uint64_t i = 0; i < pager->n_pages; i++) {
+		const struct kh_pager_region *region = kh_pager_region_of(pager, i);
+		uint64_t held, in_memory;
+
+		if (kh_pager_state_of(pager, i) != KH_PAGE_SWAPPED)
+			continue;
+		kh_pager_lock_page(pager, i);
+		if (!look_at_run(pager, region, i, 1, &held, &in_memory) &&
+		    kh_pager_state_of(pager, i) == KH_PAGE_SWAPPED)
+			(void)sort_out_page(pager, i, held & 1, in_memory & 1);
+		kh_pager_unlock_page(pager, i);
 	}
 }
 

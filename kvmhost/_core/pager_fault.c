@@ -8,7 +8,10 @@
 #include <unistd.h>
 
 #define MESSAGES 16
-#define ENOMEM_TRIES 8
+/* Batches of pages that one fault at the limit tries before it goes on above it. */
+#define LIMIT_BATCHES 8
+#define FIRST_PAUSE_NS 1000000ull
+#define LONGEST_PAUSE_NS 100000000ull
 
 /* Index of the page at a faulting address, in either mapping; -1 if in none. */
 static int64_t index_at(const struct kh_pager *pager, uint64_t address)
@@ -25,7 +28,7 @@ static int64_t index_at(const struct kh_pager *pager, uint64_t address)
 	return -1;
 }
 
-static uint64_t now_ns(void)
+uint64_t kh_now_ns(void)
 {
 	struct timespec now;
 
@@ -48,22 +51,39 @@ static int has_room(struct kh_pager *pager)
 	return !limit || __atomic_load_n(&pager->counters.resident_pages, __ATOMIC_RELAXED) < limit;
 }
 
+/* Pages that could not go may go now, if a round has tried all and the store has room again. */
+static void end_round(struct kh_pager *pager)
+{
+	pthread_mutex_lock(&pager->evict_lock);
+	if (__atomic_load_n(&pager->space_freed, __ATOMIC_RELAXED))
+		kh_pager_new_round(pager);
+	pthread_mutex_unlock(&pager->evict_lock);
+}
+
 static void hold_limit(struct kh_pager *pager)
 {
-	if (!has_room(pager) && !kh_pager_direct_evict(pager))
+	uint64_t tried, went;
+
+	for (int batch = 0; batch < LIMIT_BATCHES && !has_room(pager); batch++) {
+		tried = kh_pager_evict_some(pager, &went);
+		__atomic_fetch_add(&pager->counters.direct_evictions, went, __ATOMIC_RELAXED);
+		if (went)
+			return;
+		if (!tried) {
+			end_round(pager);
+			break;
+		}
+	}
+	if (!has_room(pager))
 		COUNT(pager, over_limit);
 }
 
-/* Fill a page without waking its waiters; a memory shortage may pass. */
+/* Fill a page without waking its waiters. */
 static int fill(struct kh_pager *pager, uint64_t address, const void *page)
 {
-	int result = -ENOMEM;
-
-	for (int tries = 0; result == -ENOMEM && tries < ENOMEM_TRIES; tries++) {
-		result = page ? kh_uffd_copy(pager->uffd, address, page)
-			      : kh_uffd_zero(pager->uffd, address);
-	}
-	return result;
+	if (kh_take_injected(&pager->failing_fills))
+		return -ENOMEM;
+	return page ? kh_uffd_copy(pager->uffd, address, page) : kh_uffd_zero(pager->uffd, address);
 }
 
 int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address)
@@ -81,9 +101,8 @@ int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address
 	if (result)
 		return result;
 	kh_store_drop(&pager->store, index);
+	__atomic_store_n(&pager->space_freed, 1, __ATOMIC_RELAXED);
 	kh_pager_set_state(pager, index, KH_PAGE_RESIDENT);
-	COUNT(pager, resident_pages);
-	UNCOUNT(pager, evicted_pages);
 	/* Last: who waited finds state and counters as they are now. */
 	return kh_uffd_wake(pager->uffd, address);
 }
@@ -92,6 +111,7 @@ static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
 {
 	int result = fill(pager, address, NULL);
 
+	/* Whatever the state was: the memfd holds the page, and in memory. */
 	if (!result || result == -EEXIST)
 		kh_pager_set_state(pager, index, KH_PAGE_RESIDENT);
 	if (result == -EEXIST) {
@@ -103,7 +123,6 @@ static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
 		return result;
 	kh_pager_mark_young(pager, index);
 	COUNT(pager, zero_fills);
-	COUNT(pager, resident_pages);
 	return kh_uffd_wake(pager->uffd, address);
 }
 
@@ -124,7 +143,7 @@ static void prefetch(struct kh_pager *pager, uint64_t index, int batch)
 
 		kh_pager_lock_page(pager, i);
 		other = kh_store_batch(&pager->store, i);
-		more = pager->state[i] == KH_PAGE_EVICTED &&
+		more = kh_pager_state_of(pager, i) == KH_PAGE_EVICTED &&
 		       (other == batch || other < 0 || batch < 0) &&
 		       !kh_pager_bring_back(pager, i, address);
 		if (more)
@@ -146,22 +165,22 @@ static int serve_evicted(struct kh_pager *pager, uint64_t index, uint64_t addres
 	if (result)
 		UNCOUNT(pager, fault_ins);
 	else
-		count_latency(pager, now_ns() - start_ns);
+		count_latency(pager, kh_now_ns() - start_ns);
 	return result;
 }
 
 static int serve_missing(struct kh_pager *pager, uint64_t index, uint64_t address)
 {
-	uint64_t start_ns = now_ns();
+	uint64_t start_ns = kh_now_ns();
 	int evicted, batch, result;
 
 	hold_limit(pager);
 	kh_pager_lock_page(pager, index);
-	evicted = pager->state[index] == KH_PAGE_EVICTED;
+	evicted = kh_pager_state_of(pager, index) == KH_PAGE_EVICTED;
 	batch = evicted ? kh_store_batch(&pager->store, index) : -1;
 	if (evicted)
 		result = serve_evicted(pager, index, address, start_ns);
-	else if (pager->state[index] == KH_PAGE_LOST)
+	else if (kh_pager_state_of(pager, index) == KH_PAGE_LOST)
 		result = -EBADMSG;
 	else
 		result = first_touch(pager, index, address);
@@ -178,21 +197,63 @@ static int serve_wp(struct kh_pager *pager, uint64_t index, uint64_t address)
 
 	kh_pager_lock_page(pager, index);
 	COUNT(pager, wp_faults);
+	/* Written, it may compress. */
+	kh_bit_clear(pager->refused, index);
 	result = kh_uffd_write_protect(pager->uffd, address, KH_PAGE_BYTES, 0);
 	kh_pager_unlock_page(pager, index);
 	return result;
+}
+
+/*
+ * A fault for which the host has no memory: pages that nobody touches make some. None
+ * of this ends the VM; the fault is tried again.
+ */
+static int make_memory(struct kh_pager *pager)
+{
+	uint64_t went;
+
+	if (!kh_pager_evict_some(pager, &went))
+		end_round(pager);
+	__atomic_fetch_add(&pager->counters.memory_evictions, went, __ATOMIC_RELAXED);
+	return went > 0;
+}
+
+static int serve_missing_or_make_memory(struct kh_pager *pager, uint64_t index, uint64_t address)
+{
+	int result = serve_missing(pager, index, address);
+
+	if (result == -ENOMEM && make_memory(pager))
+		result = serve_missing(pager, index, address);
+	return result;
+}
+
+/* Try a fault again later; there is room, or no message would have been read. */
+static void keep_pending(struct kh_pager *pager, uint64_t address)
+{
+	uint64_t now = kh_now_ns();
+
+	COUNT(pager, memory_waits);
+	pager->pending[pager->n_pending++] = (struct kh_pending){ address, now, now + FIRST_PAUSE_NS,
+								  FIRST_PAUSE_NS };
+	__atomic_store_n(&pager->counters.pending_faults, pager->n_pending, __ATOMIC_RELAXED);
 }
 
 static int serve_message(struct kh_pager *pager, const struct uffd_msg *message)
 {
 	uint64_t address = message->arg.pagefault.address & ~(KH_PAGE_BYTES - 1ull);
 	int64_t index = index_at(pager, address);
+	int result;
 
 	if (message->event != UFFD_EVENT_PAGEFAULT || index < 0)
 		return 0;
 	if (message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP)
 		return serve_wp(pager, index, address);
-	return serve_missing(pager, index, address);
+	result = serve_missing_or_make_memory(pager, index, address);
+	if (result == -ENOMEM) {
+		keep_pending(pager, address);
+		return 0;
+	}
+	return result;
 }
 
 static void raise_event(int event)
@@ -227,10 +288,11 @@ static int is_alias(const struct kh_pager *pager, uint64_t address)
  * A thread of the VMM may hold the interpreter lock, and everything would wait
  * for it: better SIGBUS than that, or than made-up data.
  */
-static void give_up(struct kh_pager *pager, const struct uffd_msg *message, int error)
+static void give_up(struct kh_pager *pager, uint64_t address, int error)
 {
-	uint64_t address = message->arg.pagefault.address & ~(KH_PAGE_BYTES - 1ull);
-
+	/* The mapping is on its way out; nobody waits there any more. */
+	if (error == -ENOENT || error == -ESRCH)
+		return;
 	COUNT(pager, errors);
 	if (is_alias(pager, address))
 		kh_uffd_poison(pager->uffd, address);
@@ -247,30 +309,70 @@ static int read_messages(struct kh_pager *pager)
 	for (uint64_t i = 0; i < got / sizeof(*messages); i++) {
 		int result = serve_message(pager, &messages[i]);
 
-		/* ENOENT: the mapping is on its way out; nobody waits there any more. */
-		if (result && result != -ENOENT && result != -ESRCH)
-			give_up(pager, &messages[i], result);
+		if (result)
+			give_up(pager, messages[i].arg.pagefault.address & ~(KH_PAGE_BYTES - 1ull),
+				result);
 	}
 	return 0;
 }
 
+/* Try one pending fault again; whether it is pending no more. */
+static int retry(struct kh_pager *pager, struct kh_pending *fault)
+{
+	uint64_t wait_ns = __atomic_load_n(&pager->memory_wait_ns, __ATOMIC_RELAXED);
+	uint64_t index = index_at(pager, fault->address);
+	int result = serve_missing_or_make_memory(pager, index, fault->address);
+
+	if (result == -ENOMEM && kh_now_ns() - fault->since_ns < wait_ns) {
+		fault->pause_ns = fault->pause_ns * 2 < LONGEST_PAUSE_NS ? fault->pause_ns * 2
+									 : LONGEST_PAUSE_NS;
+		fault->next_ns = kh_now_ns() + fault->pause_ns;
+		return 0;
+	}
+	if (result)
+		give_up(pager, fault->address, result);
+	return 1;
+}
+
+/* Returns how many ms there are to the next try, or -1 if nothing is pending. */
+static int retry_pending(struct kh_pager *pager)
+{
+	uint64_t next_ns = UINT64_MAX, now = kh_now_ns();
+
+	for (uint32_t i = 0; i < pager->n_pending;) {
+		if (now >= pager->pending[i].next_ns && retry(pager, &pager->pending[i])) {
+			pager->pending[i] = pager->pending[--pager->n_pending];
+			continue;
+		}
+		if (pager->pending[i].next_ns < next_ns)
+			next_ns = pager->pending[i].next_ns;
+		i++;
+	}
+	__atomic_store_n(&pager->counters.pending_faults, pager->n_pending, __ATOMIC_RELAXED);
+	if (!pager->n_pending)
+		return -1;
+	now = kh_now_ns();
+	return now < next_ns ? (next_ns - now) / 1000000 + 1 : 0;
+}
+
 static int serve_until_stop(struct kh_pager *pager)
 {
-	struct pollfd wait[2] = {
-		{ .fd = pager->uffd, .events = POLLIN },
-		{ .fd = pager->stop_event, .events = POLLIN },
-	};
-
 	for (;;) {
-		int result;
+		int pause_ms = pager->n_pending ? retry_pending(pager) : -1, result;
+		/* Faults that cannot be kept wait where they are. */
+		struct pollfd wait[2] = {
+			{ .fd = pager->stop_event, .events = POLLIN },
+			{ .fd = pager->n_pending + MESSAGES <= KH_MAX_PENDING ? pager->uffd : -1,
+			  .events = POLLIN },
+		};
 
-		if (poll(wait, 2, -1) < 0 && errno != EINTR)
+		if (poll(wait, 2, pause_ms) < 0 && errno != EINTR)
 			return -errno;
-		if (wait[1].revents)
+		if (wait[0].revents)
 			return 0;
-		if (!wait[0].revents)
+		if (!wait[1].revents)
 			continue;
-		if (wait[0].revents & (POLLERR | POLLNVAL))
+		if (wait[1].revents & (POLLERR | POLLNVAL))
 			return -EIO;
 		result = read_messages(pager);
 		if (result)

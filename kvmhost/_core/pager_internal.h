@@ -1,7 +1,7 @@
 /*
  * The pager's own structures. pager.c has its life and its settings,
- * pager_evict.c how pages go, pager_fault.c how they come back,
- * pager_clock.c who goes when nobody was named.
+ * pager_evict.c how pages go, pager_huge.c what is done before about huge pages,
+ * pager_fault.c how pages come back, pager_clock.c who goes when nobody was named.
  */
 #ifndef KVMHOST_PAGER_INTERNAL_H
 #define KVMHOST_PAGER_INTERNAL_H
@@ -16,6 +16,10 @@
 /* Pages that one eviction step holds locked; a fault on them waits that long. */
 #define KH_RUN_PAGES 16
 #define KH_HISTORY_WINDOWS 8
+#define KH_MAX_PENDING 256
+/* What one page of the kernel's page tables maps, and the largest folio of shared memory. */
+#define KH_PIECE_BYTES (2ull << 20)
+#define KH_PIECE_PAGES (KH_PIECE_BYTES / KH_PAGE_BYTES)
 
 struct kh_pager_region {
 	int memfd;
@@ -31,6 +35,14 @@ struct kh_pager_region {
  */
 struct kh_history {
 	uint64_t window[KH_HISTORY_WINDOWS];
+};
+
+/* A fault for which there was no memory. */
+struct kh_pending {
+	uint64_t address;
+	uint64_t since_ns;
+	uint64_t next_ns;	/* when it is tried again */
+	uint64_t pause_ns;
 };
 
 /*
@@ -57,6 +69,16 @@ struct kh_pager {
 	uint8_t *state;		/* KH_PAGE_* */
 	uint64_t *resident;	/* bitmap: state is KH_PAGE_RESIDENT */
 	uint64_t *pinned;	/* bitmap */
+	uint64_t *refused;	/* bitmap: did not compress, and stays write-protected since */
+	uint64_t *passed;	/* bitmap: could not go, in this round of the clock hand */
+	int space_freed;	/* since the last round: what could not go may go now */
+	uint64_t *mixed;	/* bitmap: pieces that may have folios of any size */
+	uint64_t *swap_fake;	/* bitmap, for tests; or NULL */
+	uint64_t scratch;	/* address space for one piece, and its alignment */
+	uint64_t mapped_piece;	/* first page of the one there, plus 1 */
+	int pipe[2];		/* holds a reference to a page of the piece that is worked on */
+	int pagemap;
+	char *run_pages;	/* contents of the run that is evicted */
 	struct kh_history *history;
 	pthread_mutex_t evict_lock;
 	pthread_cond_t thawed;
@@ -73,6 +95,11 @@ struct kh_pager {
 	uint32_t prefetch_pages;
 	int lost_errno;
 	uint64_t limit_pages;
+	uint64_t memory_wait_ns;
+	uint64_t failing_fills;
+	uint64_t failing_splits;
+	struct kh_pending pending[KH_MAX_PENDING];	/* of the thread that serves faults */
+	uint32_t n_pending;
 	struct kh_pager_counters counters;
 };
 
@@ -117,8 +144,36 @@ static inline int kh_bit(const uint64_t *words, uint64_t bit)
 	return __atomic_load_n(&words[bit / 64], __ATOMIC_RELAXED) >> (bit % 64) & 1;
 }
 
+static inline uint8_t kh_pager_state_of(const struct kh_pager *pager, uint64_t index)
+{
+	return __atomic_load_n(&pager->state[index], __ATOMIC_ACQUIRE);
+}
+
+/* The counter of the pages in a state, or NULL. */
+static inline uint64_t *kh_pager_gauge(struct kh_pager *pager, uint8_t state)
+{
+	switch (state) {
+	case KH_PAGE_RESIDENT:
+		return &pager->counters.resident_pages;
+	case KH_PAGE_EVICTED:
+	case KH_PAGE_LOST:
+		return &pager->counters.evicted_pages;
+	case KH_PAGE_SWAPPED:
+		return &pager->counters.swapped_pages;
+	}
+	return NULL;
+}
+
+/* The caller holds the page's stripe. */
 static inline void kh_pager_set_state(struct kh_pager *pager, uint64_t index, uint8_t state)
 {
+	uint64_t *from = kh_pager_gauge(pager, kh_pager_state_of(pager, index));
+	uint64_t *to = kh_pager_gauge(pager, state);
+
+	if (from != to && from)
+		__atomic_fetch_sub(from, 1, __ATOMIC_RELAXED);
+	if (from != to && to)
+		__atomic_fetch_add(to, 1, __ATOMIC_RELAXED);
 	__atomic_store_n(&pager->state[index], state, __ATOMIC_RELEASE);
 	if (state == KH_PAGE_RESIDENT)
 		kh_bit_set(pager->resident, index);
@@ -143,13 +198,38 @@ static inline int kh_pager_is_young(const struct kh_pager *pager, uint64_t index
  */
 void kh_pager_lock_unfrozen(struct kh_pager *pager);
 void kh_pager_wait_thawed(struct kh_pager *pager);
-/* Evict a few pages to stay under the limit; returns how many went. */
-int64_t kh_pager_direct_evict(struct kh_pager *pager);
+/*
+ * Evict a few pages that the clock hand or the daemon chose; with *went, how many.
+ * Returns how many were tried: 0 if there is none left to try.
+ */
+uint64_t kh_pager_evict_some(struct kh_pager *pager, uint64_t *went);
+/* Pages that could not go are tried again. The caller holds evict_lock. */
+void kh_pager_new_round(struct kh_pager *pager);
+/* Whether there are more resident pages than the limit allows. */
+int kh_pager_is_over(const struct kh_pager *pager);
+/* Pages seen in swap may be back by now: nobody tells. The caller holds evict_lock. */
+void kh_pager_look_at_swapped(struct kh_pager *pager);
+/* Protect pages of one region in both mappings, or lift that. */
+int kh_pager_protect(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
+		     uint64_t n_pages, int protect);
+
+/* What is needed to tell huge pages; at arming. */
+int kh_huge_init(struct kh_pager *pager, int split_all);
+void kh_huge_destroy(struct kh_pager *pager);
+/*
+ * See to it that pages of one piece are in no huge page, and that none becomes one
+ * before kh_huge_release. 0, or -errno: they must not be punched. The caller holds
+ * evict_lock and no stripe.
+ */
+int kh_huge_hold(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
+		 uint64_t n_pages);
+void kh_huge_release(struct kh_pager *pager);
 /* Next pages for the fault handler to evict; the caller holds evict_lock. */
 uint64_t kh_pager_choose(struct kh_pager *pager, uint32_t *index, uint64_t n);
 /* A page is evicted: its past counts no more. */
 void kh_pager_forget_history(struct kh_pager *pager, uint64_t index);
 /* Copy an evicted page in at an address of either mapping. The caller holds its stripe. */
 int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address);
+uint64_t kh_now_ns(void);
 
 #endif

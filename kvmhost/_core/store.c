@@ -70,7 +70,7 @@ static int is_same_filled(const uint64_t *words)
 	return 1;
 }
 
-static int take_injected(uint64_t *failures)
+int kh_take_injected(uint64_t *failures)
 {
 	uint64_t left = __atomic_load_n(failures, __ATOMIC_RELAXED);
 
@@ -145,7 +145,7 @@ int kh_store_put(struct kh_store *store, uint64_t index, const void *page, uint3
 	struct record record;
 	int n_bytes;
 
-	if (take_injected(&store->failing_stores))
+	if (kh_take_injected(&store->failing_stores))
 		return KH_EVICT_ERROR;
 	if (is_same_filled(page)) {
 		memcpy(&store->entry[index], page, sizeof(uint64_t));
@@ -184,7 +184,7 @@ int kh_store_get(struct kh_store *store, uint64_t index, void *page)
 
 	if (!is_same(store, index) && !entry)
 		return -ENOENT;
-	if (take_injected(&store->failing_loads))
+	if (kh_take_injected(&store->failing_loads))
 		return -EBADMSG;
 	if (is_same(store, index)) {
 		uint64_t *words = page;

@@ -45,6 +45,8 @@ void kh_store_drop(struct kh_store *store, uint64_t index);
 uint64_t kh_store_bytes(const struct kh_store *store, uint64_t index);
 /* Batch of a page, or -1 if that is not known: same-filled pages have no room for it. */
 int kh_store_batch(const struct kh_store *store, uint64_t index);
+/* Count one injected failure down; whether there was one. */
+int kh_take_injected(uint64_t *failures);
 void kh_store_destroy(struct kh_store *store);
 
 #endif

@@ -130,6 +130,28 @@ int kh_uffd_copy(int uffd, uint64_t address, const void *page)
 	return retry_ioctl(uffd, UFFDIO_COPY, &argument);
 }
 
+int kh_uffd_copy_range(int uffd, uint64_t address, const void *pages, uint64_t n_bytes,
+		       uint64_t *done)
+{
+	*done = 0;
+	while (*done < n_bytes) {
+		struct uffdio_copy argument = {
+			.dst = address + *done,
+			.src = (uintptr_t)pages + *done,
+			.len = n_bytes - *done,
+			.mode = UFFDIO_COPY_MODE_DONTWAKE,
+		};
+		int error = ioctl(uffd, UFFDIO_COPY, &argument) ? errno : 0;
+
+		/* An error after some pages is told as EAGAIN, and again by the next call. */
+		if (argument.copy > 0)
+			*done += argument.copy;
+		else if (error != EAGAIN && error != EINTR)
+			return -error;
+	}
+	return 0;
+}
+
 int kh_uffd_zero(int uffd, uint64_t address)
 {
 	struct uffdio_zeropage argument = { .range = { .start = address, .len = PAGE_BYTES },

@@ -27,6 +27,9 @@ int kh_uffd_unregister(int uffd, uint64_t address, uint64_t n_bytes);
 int kh_uffd_write_protect(int uffd, uint64_t address, uint64_t n_bytes, int protect);
 /* Fill one missing page and wake nobody yet; EEXIST where another thread was faster. */
 int kh_uffd_copy(int uffd, uint64_t address, const void *page);
+/* Fill missing pages in a row; *done tells how many bytes are filled also where it fails. */
+int kh_uffd_copy_range(int uffd, uint64_t address, const void *pages, uint64_t n_bytes,
+		       uint64_t *done);
 int kh_uffd_zero(int uffd, uint64_t address);
 /* Map a page that the memfd holds, and wake; EEXIST if it is mapped, EFAULT if it is a hole. */
 int kh_uffd_continue(int uffd, uint64_t address);

@@ -168,11 +168,11 @@ class Client(Caller):
         answer = self._call("PUT", "limit", content=body, headers=_JSON)
         return self._read(answer, schema.LimitState).resident_max_bytes
 
-    def shrink(self, resident_max_bytes: int) -> int:
-        """Set the limit and evict at once what is above it; return how many pages went."""
+    def shrink(self, resident_max_bytes: int) -> schema.LimitState:
+        """Set the limit and evict at once what is above it; the answer says what is left."""
         body = schema.encode(schema.LimitRequest(resident_max_bytes, shrink=True))
         answer = self._call("PUT", "limit", content=body, headers=_JSON)
-        return self._read(answer, schema.LimitState).shrunk_pages
+        return self._read(answer, schema.LimitState)
 
     def set_victims(self, gfns: Gfns) -> int:
         """Name the pages that go first at the limit, best ones first."""

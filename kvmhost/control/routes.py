@@ -374,10 +374,11 @@ class Routes:
         async with self._paging:
             await self._work(lambda: self._machine.open_pager().set_limit(n_pages))
             self._limit_bytes = n_pages * PAGE_BYTES
-            shrunk = (
-                await self._work(lambda: self._machine.open_pager().shrink()) if asked.shrink else 0
-            )
-        return json_reply(schema.LimitState(self._limit_bytes, shrunk))
+            if not asked.shrink:
+                return json_reply(schema.LimitState(self._limit_bytes, 0))
+            shrunk = await self._work(lambda: self._machine.open_pager().shrink())
+            state = schema.LimitState(self._limit_bytes, shrunk.evicted, shrunk.over_pages)
+        return json_reply(state)
 
     async def _put_victims(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)

@@ -353,11 +353,13 @@ class RestoreReport(_Answer, frozen=True):
 class LimitState(_Answer, frozen=True):
     """Answer of ``PUT /v1/limit``: what is in force, rounded down to pages.
 
-    ``shrunk_pages`` went to make it hold.
+    With ``shrink``: ``shrunk_pages`` went to make it hold; ``over_pages`` are resident
+    above it still, since nothing else could go.
     """
 
     resident_max_bytes: int
     shrunk_pages: int
+    over_pages: int = 0
 
 
 class VictimsReport(_Answer, frozen=True):

@@ -12,7 +12,7 @@ import contextlib
 import mmap
 import os
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.closing import Closing
@@ -137,6 +137,8 @@ class GuestMemory(Closing):
         for below, above in zip(self.regions, self.regions[1:], strict=False):
             if below.end > above.gpa:
                 raise LayoutError(f"regions overlap at {above.gpa:#x}")
+        #: Whether parts of memory were punched: that leaves huge pages in folios of all sizes.
+        self.was_punched = False
 
     @classmethod
     def of_size(cls, n_bytes: int, gpa: int = 0) -> GuestMemory:
@@ -194,10 +196,22 @@ class GuestMemory(Closing):
         return view.reshape(shape)
 
     def resident(self) -> npt.NDArray[np.bool_]:
-        """Return which pages the memfds hold now: shape ``(n_pages,)``, by region.
+        """Return which pages are in memory now: shape ``(n_pages,)``, by region.
 
-        Reads mincore(2) on the alias and so touches nothing.
+        Reads mincore(2) on the alias and so touches nothing. Pages in the host's swap
+        are not resident, but :meth:`held`.
         """
+        return self._by_region(
+            "mincore", lambda r, words: lib.kh_resident(r.alias_address, r.n_pages, words)
+        )
+
+    def held(self) -> npt.NDArray[np.bool_]:
+        """Return which pages the memfds hold, in memory or in swap: shape ``(n_pages,)``."""
+        return self._by_region("lseek", lambda r, words: lib.kh_held(r.memfd, 0, r.n_pages, words))
+
+    def _by_region(
+        self, name: str, call: Callable[[Region, typing.Any], int]
+    ) -> npt.NDArray[np.bool_]:
         import numpy as np
 
         from kvmhost.bitmap import n_words, unpack
@@ -205,13 +219,7 @@ class GuestMemory(Closing):
         parts = []
         for region in self.regions:
             words = np.zeros(n_words(region.n_pages), dtype=np.uint64)
-            check(
-                lib.kh_resident(
-                    region.alias_address, region.n_pages, ffi.from_buffer("uint64_t[]", words)
-                ),
-                "mincore",
-                gpa=region.gpa,
-            )
+            check(call(region, ffi.from_buffer("uint64_t[]", words)), name, gpa=region.gpa)
             parts.append(unpack(words, region.n_pages))
         return np.concatenate(parts)
 
@@ -221,6 +229,9 @@ class GuestMemory(Closing):
 
     def punch(self, gfn: int, n_pages: int, pinned: Iterable[tuple[int, int]] = ()) -> int:
         """Forget the contents of pages: they read as zeros. Only while no pager is about.
+
+        Pages of a huge page that somebody holds a reference to are zeroed, and their
+        memory is not given back.
 
         :param pinned: gpa ranges ``(gpa, n_bytes)`` that stay
         :return: pages forgotten
@@ -236,6 +247,7 @@ class GuestMemory(Closing):
                 for part in ((start, min(end, low)), (max(start, high), end))
                 if part[0] < part[1]
             ]
+        self.was_punched = True
         for start, end in pieces_left:
             offset = (start - region.gfn) << PAGE_SHIFT
             check(

@@ -8,12 +8,13 @@ from pathlib import Path
 from kvmhost.errors import LayoutError
 from kvmhost.suggest import unknown_name
 
-__all__ = ["CODECS", "MAX_PREFETCH_PAGES", "StoreOptions"]
+__all__ = ["CODECS", "MAX_MEMORY_WAIT_S", "MAX_PREFETCH_PAGES", "StoreOptions"]
 
 #: ``auto`` is the first of the others that can be had, in an order that was measured:
 #: see docs/pager.md and ``kvmhost bench pager``.
 CODECS = ("auto", "lz4", "zstd", "none")
 MAX_PREFETCH_PAGES = 64
+MAX_MEMORY_WAIT_S = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class StoreOptions:
     :ivar refuse_incompressible: keep pages that do not compress resident
     :ivar prefetch_pages: bring back up to so many pages after a touched one that were
         evicted together with it; 0: none
+    :ivar memory_wait_s: how long a fault waits for memory on the host before the VM ends
     :raises LayoutError: for a codec or a number that there is not
     """
 
@@ -33,6 +35,7 @@ class StoreOptions:
     limit_bytes: int = 0
     refuse_incompressible: bool = False
     prefetch_pages: int = 0
+    memory_wait_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -41,3 +44,7 @@ class StoreOptions:
             raise LayoutError(f"prefetch of {self.prefetch_pages} pages: 0 to {MAX_PREFETCH_PAGES}")
         if self.limit_bytes < 0:
             raise LayoutError(f"store limit of {self.limit_bytes} bytes")
+        if not 0 < self.memory_wait_s <= MAX_MEMORY_WAIT_S:
+            raise LayoutError(
+                f"wait for memory of {self.memory_wait_s:g} s: above 0, up to {MAX_MEMORY_WAIT_S}"
+            )

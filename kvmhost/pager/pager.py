@@ -31,6 +31,7 @@ from kvmhost.memory.guest import GuestMemory, pieces
 from kvmhost.memory.pagelist import PageList, page_list
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.hostswap import swap_refusal
+from kvmhost.pager.hugepages import has_odd_sizes
 from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.results import (
     DropResult,
@@ -38,6 +39,7 @@ from kvmhost.pager.results import (
     EvictResult,
     PageState,
     RestoreResult,
+    ShrinkResult,
 )
 from kvmhost.pager.storefile import StoreFile
 from kvmhost.pager.userfault import Userfault
@@ -97,6 +99,7 @@ class Pager:
             self._core, self.options.limit_bytes, int(self.options.refuse_incompressible)
         )
         lib.kh_pager_set_prefetch(self._core, self.options.prefetch_pages)
+        lib.kh_pager_set_memory_wait(self._core, int(self.options.memory_wait_s * 1e9))
         self._threads: list[threading.Thread] = []
         self._arming = threading.Lock()
         self._armed = False
@@ -127,7 +130,8 @@ class Pager:
                 return
             self._userfault.claim("pager")
             self._start_threads()
-            result = lib.kh_pager_arm(self._core)
+            odd_sizes = self._memory.was_punched or has_odd_sizes()
+            result = lib.kh_pager_arm(self._core, int(odd_sizes))
             if result < 0:
                 self._userfault.release("pager", self._memory.regions)
                 raise IoctlError("UFFDIO_REGISTER", -result)
@@ -261,14 +265,16 @@ class Pager:
         """The C pager, for :mod:`kvmhost.machine.chunks`."""
         return self._core
 
-    def shrink(self) -> int:
-        """Evict until the limit of :meth:`set_limit` holds; return how many pages went.
+    def shrink(self) -> ShrinkResult:
+        """Evict until the limit of :meth:`set_limit` holds, or every page was tried.
 
         A limit alone acts at the next fault: pages that are resident already stay.
         Who goes is chosen as the fault handler does it.
         """
         self.arm()
-        return int(lib.kh_pager_shrink(self._core))
+        result = ffi.new("struct kh_shrink_result *")
+        lib.kh_pager_shrink(self._core, result)
+        return ShrinkResult(int(result.evicted), int(result.over_pages))
 
     def set_victims(self, gfns: Gfns) -> None:
         """Name the pages that go first when the limit is reached, best ones first."""
@@ -300,8 +306,10 @@ class Pager:
     def states(self) -> npt.NDArray[np.uint8]:
         """Return every page's :class:`PageState`, by region: shape ``(n_pages,)``."""
         if not self.armed:
-            resident = self._memory.resident()
-            return np.where(resident, PageState.RESIDENT, PageState.FRESH).astype(np.uint8)
+            states = np.full(self._memory.n_pages, PageState.FRESH, dtype=np.uint8)
+            states[self._memory.held()] = PageState.SWAPPED
+            states[self._memory.resident()] = PageState.RESIDENT
+            return states
         states = np.zeros(self._memory.n_pages, dtype=np.uint8)
         buffer = ffi.from_buffer("uint8_t[]", states, require_writable=True)
         check(lib.kh_pager_state(self._core, 0, states.size, buffer), "kh_pager_state")
@@ -337,9 +345,23 @@ class Pager:
         shown["latency_ns"] = [int(raw.latency[b]) for b in range(lib.KH_LATENCY_BUCKETS)]
         return shown
 
-    def inject_failures(self, stores: int = 0, loads: int = 0) -> None:
-        """Make the next stores, or loads, of the store fail. For tests."""
-        lib.kh_pager_inject(self._core, stores, loads)
+    def inject_failures(
+        self, stores: int = 0, loads: int = 0, fills: int = 0, splits: int = 0
+    ) -> None:
+        """Make the next of each fail, and no others. For tests.
+
+        :param stores: the store does not take a page
+        :param loads: it does not give one back
+        :param fills: the host has no memory for a page
+        :param splits: a huge page is not noticed before pages of it are punched
+        """
+        failures = {"stores": stores, "loads": loads, "fills": fills, "splits": splits}
+        lib.kh_pager_inject(self._core, ffi.new("struct kh_injection *", failures))
+
+    def fake_swap(self, gfn: int, n_pages: int = 1, swapped: bool = True) -> None:
+        """Have pages taken to be in the host's swap, or no longer. For tests."""
+        index = self._memory.index_of_gfn(gfn)
+        check(lib.kh_pager_fake_swap(self._core, index, n_pages, swapped), "fake_swap", gfn=gfn)
 
     def stop(self) -> None:
         """End the fault handler. Nothing may wait for a page any more. Idempotent."""
@@ -370,6 +392,11 @@ class Pager:
             self._on_failure(self._failure(number))
 
     def _failure(self, number: int) -> PagerError:
+        if number == errno.ENOMEM:
+            return PagerError(
+                "the host has no memory for a guest page: a fault waited for "
+                f"{self.options.memory_wait_s:g} s, and no page could be evicted to make some"
+            )
         lost = self.lost_gfns()
         if lost:
             return LostPageError(lost, self.lost_reason())

@@ -8,7 +8,14 @@ import enum
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DropResult", "EvictOutcome", "EvictResult", "PageState", "RestoreResult"]
+__all__ = [
+    "DropResult",
+    "EvictOutcome",
+    "EvictResult",
+    "PageState",
+    "RestoreResult",
+    "ShrinkResult",
+]
 
 
 class PageState(enum.IntEnum):
@@ -18,6 +25,7 @@ class PageState(enum.IntEnum):
     EVICTED = 1  # in the store only
     LOST = 2  # the store could not give it back; the VM stops
     FRESH = 3  # never touched
+    SWAPPED = 4  # the memfd's, seen in the host's swap
 
 
 class EvictOutcome(enum.IntEnum):
@@ -29,6 +37,7 @@ class EvictOutcome(enum.IntEnum):
     FULL = 3  # the store's limit is reached
     REFUSED = 4  # does not compress
     ERROR = 5  # a system call or the store failed
+    STAYED = 6  # in a huge page that could not be split; its bytes are there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +66,17 @@ class RestoreResult:
     restored: int
     lost: int
     left: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkResult:
+    """What was done to make the resident limit hold.
+
+    ``over_pages`` are resident above it still, since nothing else could go; 0: it holds.
+    """
+
+    evicted: int
+    over_pages: int
 
 
 @dataclasses.dataclass(frozen=True)

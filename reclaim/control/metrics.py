@@ -154,6 +154,20 @@ PER_VM = (
         "name",
     ),
     _gauge("vm_store_bytes", "contents of evicted pages in the VM's store", _pager("store_bytes")),
+    _gauge(
+        "vm_store_held_bytes",
+        "memory or file blocks that the VM's store takes for them",
+        _pager("store_held_bytes"),
+    ),
+    _gauge(
+        "vm_over_budget_pages",
+        "pages above the budget that the VM could not evict when it was last told to",
+        lambda s: s.evictor.over_pages,
+    ),
+    _gauge("vm_swapped_pages", "pages that the VM saw in the host's swap", _pager("swapped_pages")),
+    _gauge(
+        "vm_pending_faults", "faults that wait for memory on the host", _pager("pending_faults")
+    ),
     _gauge("vm_stored_pages", "pages that are evicted now", _pager("evicted_pages")),
     _counter("vm_passes", "passes", lambda s: s.totals.passes),
     _counter(
@@ -208,6 +222,13 @@ PER_VM = (
     _counter(
         "vm_direct_evictions", "evictions by the VM's fault handler", _pager("direct_evictions")
     ),
+    _counter(
+        "vm_stayed_pages",
+        "pages that stayed in memory when they were punched",
+        _pager("stayed_pages"),
+    ),
+    _counter("vm_memory_waits", "faults that found no memory on the host", _pager("memory_waits")),
+    _counter("vm_over_limit", "faults served above the VM's limit", _pager("over_limit")),
     _counter(
         "vm_lost_pages", "evicted pages that the store failed to return", _pager("lost_pages")
     ),

@@ -7,6 +7,7 @@ refuses and those that a dry run only simulates.
 from __future__ import annotations
 
 import collections
+import logging
 import threading
 
 import numpy as np
@@ -23,6 +24,8 @@ from kvmhost.reclaim.vm.policydriver import PolicyDriver
 from kvmhost.reclaim.vm.totals import Totals
 
 __all__ = ["BATCH_PAGES", "Evictor"]
+
+log = logging.getLogger("reclaim")
 
 #: Evictions per request. At about 20 us per page, a stop takes effect within 50 ms.
 BATCH_PAGES = 2048
@@ -46,6 +49,8 @@ class Evictor:
         self._client, self._context = client, context
         self._pages, self._driver, self._history, self._totals = pages, driver, history, totals
         self._dry_run = context.config.daemon.dry_run
+        #: Pages above the budget that the VM could not evict, at the last shrink.
+        self.over_pages = 0
 
     def evict(
         self,
@@ -123,7 +128,9 @@ class Evictor:
 
     def shrink(self, budget: Budget, passes: int) -> int:
         """Make the VM shrink to its budget, choosing pages itself; return pages evicted."""
-        pages = self._client.shrink(budget.max_bytes)
+        state = self._client.shrink(budget.max_bytes)
+        pages = state.shrunk_pages
+        self._note_over(state.over_pages, budget)
         self._context.rate.charge(pages)
         if pages:
             self._totals.evicted[EvictReason.FORCED] += pages
@@ -136,6 +143,17 @@ class Evictor:
                 pages=pages,
             )
         return pages
+
+    def _note_over(self, pages: int, budget: Budget) -> None:
+        """Log that the VM cannot get under its budget, once until it can."""
+        if pages and not self.over_pages:
+            log.warning(
+                "%s: %d pages above the budget of %d MiB: nothing else can be evicted",
+                self._client.vm,
+                pages,
+                budget.max_bytes >> 20,
+            )
+        self.over_pages = pages
 
     def set_victims(self, n: int) -> int:
         """Send the VM's fault handler the pages to evict first at the limit."""

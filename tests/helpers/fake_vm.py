@@ -43,7 +43,7 @@ class FakeVm:
         self.touches = lambda window: range(100)
         self.window = 0
         self.asked, self.victims, self.limit = [], None, None
-        self.full_after, self.shrunk = N, 0
+        self.full_after, self.shrunk, self.over_pages = N, 0, 0
         self.trouble = {}
         self.paused = self.given_back = False
         self.lease_asked, self.latency_ns, self.renewed = None, 0, 0
@@ -85,7 +85,7 @@ class FakeVm:
         self.shrunk += 1
         evicted = np.flatnonzero(self.here)[n_bytes // 4096 :]
         self.here[evicted] = False
-        return len(evicted)
+        return schema.LimitState(n_bytes, len(evicted), self.over_pages)
 
     def harvest_timed(
         self, gfn_start, n_pages, *, tracker, clear=True, rearm="young", fraction=None, mask=None

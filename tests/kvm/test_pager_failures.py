@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from waiting import until
 
 from kvmhost._ffi import lib
-from kvmhost.errors import IoctlError, LostPageError, PagerError
+from kvmhost.errors import IoctlError, LayoutError, LostPageError, PagerError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.guest import GuestMemory
@@ -153,3 +154,179 @@ def test_guest_that_touches_fresh_memory_outlives_arming_that_fails() -> None:
             assert machine.wait(GENEROUS_S) == 0
         finally:
             other.close()
+
+
+# -- no memory on the host -------------------------------------------------------
+
+
+def test_a_fault_without_memory_evicts_waits_and_is_served(world: World) -> None:
+    pages = world.fill(range(64))
+    world.pager.evict(range(16))
+    world.pager.inject_failures(fills=5)
+    np.testing.assert_array_equal(in_thread(world.read, 3), pages[3])
+    counters = world.pager.counters()
+    assert counters["memory_waits"] == 1
+    assert counters["memory_evictions"] >= 16
+    assert (counters["lost_pages"], counters["errors"]) == (0, 0)
+    until(lambda: world.pager.counters()["pending_faults"] == 0, "none waits")
+    assert not world.failures
+    for gfn in range(64):
+        np.testing.assert_array_equal(in_thread(world.read, gfn), pages[gfn])
+
+
+def test_faults_that_wait_for_memory_hold_up_no_other(world: World) -> None:
+    pages = world.fill(range(16))
+    world.pager.evict(range(16))
+    world.pager.inject_failures(fills=1 << 40)
+    readers = [threading.Thread(target=world.read, args=(gfn,)) for gfn in range(4)]
+    for reader in readers:
+        reader.start()
+    until(lambda: world.pager.counters()["pending_faults"] == 4, "all four wait")
+    assert world.pager.restore(8).left == 1
+    world.pager.inject_failures()
+    np.testing.assert_array_equal(in_thread(world.read, 9), pages[9])
+    for reader in readers:
+        reader.join(GENEROUS_S)
+        assert not reader.is_alive()
+    assert not world.failures
+
+
+def test_a_fault_that_waited_too_long_ends_the_vm_and_says_why() -> None:
+    world = World(options=StoreOptions(memory_wait_s=0.05))
+    try:
+        world.fill(range(16))
+        world.pager.evict(range(16))
+        world.pager.inject_failures(fills=1 << 40)
+        with pytest.raises(OSError, match="Bad address"):
+            world.read(3)
+        assert world.told.wait(GENEROUS_S)
+        assert "no memory for a guest page: a fault waited for 0.05 s" in str(world.failures[0])
+        assert not isinstance(world.failures[0], LostPageError)
+        assert world.pager.state(3) is PageState.EVICTED
+    finally:
+        world.close()
+
+
+def test_a_wait_for_memory_that_is_none_is_refused() -> None:
+    for seconds in (0, -1, 1e9):
+        with pytest.raises(LayoutError, match="wait for memory"):
+            StoreOptions(memory_wait_s=seconds)
+
+
+# -- the host's swap --------------------------------------------------------------
+
+
+def test_pages_in_swap_are_neither_fresh_nor_resident_when_the_pager_arms(world: World) -> None:
+    pages = world.fill(range(8))
+    world.pager.fake_swap(2, 3)
+    world.pager.arm()
+    states = world.pager.states()[:9].tolist()
+    swapped, resident = PageState.SWAPPED, PageState.RESIDENT
+    assert states == [resident] * 2 + [swapped] * 3 + [resident] * 3 + [PageState.FRESH]
+    counters = world.pager.counters()
+    assert (counters["resident_pages"], counters["swapped_pages"]) == (5, 3)
+    assert world.pager.evict(range(8)).by_name() | {"absent": 0} == {
+        "done": 5, "absent": 0, "pinned": 0, "full": 0, "refused": 0, "error": 0, "stayed": 0
+    }  # fmt: skip
+    world.pager.fake_swap(2, 3, swapped=False)  # the guest touched them: nobody tells
+    assert world.pager.evict([2]).count(EvictOutcome.DONE) == 1
+    for gfn in range(8):
+        np.testing.assert_array_equal(in_thread(world.read, gfn), pages[gfn])
+    assert world.pager.counters()["swapped_pages"] == 2
+
+
+def test_a_page_that_the_host_swapped_out_counts_as_resident_no_longer_than_to_its_eviction(
+    world: World,
+) -> None:
+    world.fill(range(64))
+    world.pager.arm()
+    world.pager.set_limit(40)
+    world.pager.fake_swap(0, 32)
+    shrunk = world.pager.shrink()
+    counters = world.pager.counters()
+    # 32 are in swap; the other 32 are under the limit.
+    assert (counters["resident_pages"], counters["swapped_pages"]) == (32, 32)
+    assert shrunk.over_pages == 0
+    assert shrunk.evicted <= 16
+    world.pager.fake_swap(0, 32, swapped=False)  # all come back from swap by themselves
+    assert world.pager.shrink().over_pages == 0
+    counters = world.pager.counters()
+    assert counters["swapped_pages"] == 0
+    assert counters["resident_pages"] <= 40 < counters["resident_pages"] + counters["evicted_pages"]
+
+
+def test_a_page_that_is_put_in_beside_the_pager_is_counted_once(world: World) -> None:
+    """What a fault finds is what holds, whatever the state was."""
+    world.pager.arm()
+    (region,) = world.memory.regions
+    os.pwrite(region.memfd, b"x" * PAGE_BYTES, 5 * PAGE_BYTES)
+    assert world.pager.state(5) is PageState.FRESH
+    os.pwrite(region.memfd, b"y" * PAGE_BYTES, 6 * PAGE_BYTES)
+    for _ in range(2):
+        assert world.pager.evict([5, 6]).count(EvictOutcome.DONE) == 2
+        assert bytes(in_thread(world.read, 5)) == b"x" * PAGE_BYTES
+        assert bytes(in_thread(world.read, 6)) == b"y" * PAGE_BYTES
+    assert world.pager.counters()["resident_pages"] == 2
+
+
+# -- the limit ----------------------------------------------------------------------
+
+
+def noise(world: World, gfns: range) -> np.ndarray:
+    pages = np.random.default_rng(1).integers(0, 1 << 63, (len(gfns), 512)).astype(np.uint64)
+    world.memory.array(gfns[0] << PAGE_SHIFT, pages.shape, "<u8")[:] = pages
+    return pages
+
+
+@pytest.fixture
+def picky() -> Iterator[World]:
+    """A pager that does not store what does not compress."""
+    made = World(1024, StoreOptions(refuse_incompressible=True))
+    yield made
+    made.close()
+
+
+def test_pages_that_refuse_do_not_end_the_search(picky: World) -> None:
+    noise(picky, range(300))
+    picky.fill(range(300, 1000))
+    picky.pager.arm()
+    picky.pager.set_limit(400)
+    shrunk = picky.pager.shrink()
+    assert shrunk.over_pages == 0
+    assert shrunk.evicted >= 600
+    # Those that refused are still there, and were asked once.
+    assert (picky.pager.states()[:300] == PageState.RESIDENT).all()
+    assert picky.pager.counters()["outcomes"]["refused"] <= 300
+    assert picky.pager.shrink().evicted == 0
+    picky.pager.set_limit(100)
+    assert picky.pager.shrink().over_pages == 200
+    assert picky.pager.counters()["outcomes"]["refused"] == 300
+    assert picky.pager.shrink().over_pages == 200
+    assert picky.pager.counters()["outcomes"]["refused"] == 300
+
+
+def test_a_page_that_refused_is_asked_again_once_it_is_written(picky: World) -> None:
+    pages = noise(picky, range(32))
+    assert picky.pager.evict(range(32)).count(EvictOutcome.REFUSED) == 32
+    picky.pager.set_limit(10)
+    assert (picky.pager.shrink().evicted, picky.pager.shrink().over_pages) == (0, 22)
+    for gfn in (3, 17):
+        in_thread(lambda gfn=gfn: picky.memory.array(gfn << PAGE_SHIFT, 512, "<u8").fill(7))
+        pages[gfn] = 7
+    assert (picky.pager.shrink().evicted, picky.pager.shrink().over_pages) == (2, 20)
+    for gfn in range(32):
+        np.testing.assert_array_equal(in_thread(picky.read, gfn), pages[gfn])
+
+
+def test_faults_at_the_limit_go_on_past_pages_that_refuse(picky: World) -> None:
+    noise(picky, range(400))
+    pages = picky.fill(range(400, 1000))
+    picky.pager.evict(range(400, 1000))
+    picky.pager.set_limit(500)
+    for gfn in range(400, 1000):
+        np.testing.assert_array_equal(in_thread(picky.read, gfn), pages[gfn - 400])
+    counters = picky.pager.counters()
+    assert counters["resident_pages"] <= 500
+    assert counters["outcomes"]["refused"] <= 400
+    # A fault tries 128 pages at most, and each refuses once.
+    assert counters["over_limit"] <= 4

@@ -77,7 +77,7 @@ LAYERS = {
         {"feed"},
     ),
     "kvmhost/pager": (
-        {"hostswap", "options", "results", "storefile", "userfault"},
+        {"hostswap", "hugepages", "options", "results", "storefile", "userfault"},
         {"codec"},
         {"pager"},
     ),

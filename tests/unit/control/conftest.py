@@ -13,7 +13,13 @@ from kvmhost.control.server import ControlServer
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import TinyLayout
-from kvmhost.pager.results import EvictOutcome, EvictResult, PageState, RestoreResult
+from kvmhost.pager.results import (
+    EvictOutcome,
+    EvictResult,
+    PageState,
+    RestoreResult,
+    ShrinkResult,
+)
 from kvmhost.trackers.harvesting import Harvester
 
 GFN_HIGH = 0x4000
@@ -71,7 +77,7 @@ class FakePager:
         raise CapabilityError("host swap", "free swap space", "none", "add swap, or evict")
 
     def shrink(self):
-        return 7
+        return ShrinkResult(7, over_pages=2)
 
     def set_limit(self, pages):
         self.limit_pages = pages

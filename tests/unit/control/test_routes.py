@@ -237,7 +237,8 @@ def test_limit_and_victims(vm, machine):
     assert vm.state().limit_bytes == 10 * 4096
     assert vm.set_victims(np.array([9, 8, 7])) == 3
     assert machine._pager.victims == [9, 8, 7]
-    assert vm.shrink(5 * 4096) == 7
+    state = vm.shrink(5 * 4096)
+    assert (state.resident_max_bytes, state.shrunk_pages, state.over_pages) == (5 * 4096, 7, 2)
     assert machine._pager.limit_pages == 5
     assert vm.set_limit(0) == 0
     assert refused(vm.set_limit, 100).status == 400

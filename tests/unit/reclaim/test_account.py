@@ -173,6 +173,7 @@ def fake_session(vm="a"):
         stall=0.25,
         history=None,
         counters=schema.Counters(None, None, pager),
+        evictor=types.SimpleNamespace(over_pages=3),
         driver=types.SimpleNamespace(policy=types.SimpleNamespace(counters=lambda: {"max_seq": 6})),
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 
+import msgspec
 import numpy as np
 import pytest
 from fake_vm import FakeVm, N, config, make_session
@@ -75,6 +77,21 @@ def test_a_vm_that_is_young_everywhere_is_shrunk_by_its_own_choice(vm):
     shrunk = vm.shrunk
     assert [mine.run_pass().forced_pages for _ in range(3)] == [0, 0, 0]
     assert vm.shrunk == shrunk
+
+
+def test_a_budget_that_the_vm_cannot_reach_is_logged_once(vm, caplog):
+    vm.touches, vm.over_pages = lambda window: range(N), 7
+    mine = make_session(vm, policy=SparesAllWhileYoung(N))
+    shrink = vm.shrink
+    vm.shrink = lambda n_bytes: msgspec.structs.replace(shrink(n_bytes), shrunk_pages=0)
+    with caplog.at_level(logging.WARNING, "reclaim"):
+        for _ in range(6):
+            vm.here[:] = True
+            mine.run_pass()
+    assert vm.shrunk > 1
+    (line,) = [r.getMessage() for r in caplog.records if "above the budget" in r.getMessage()]
+    assert "7 pages above the budget" in line
+    assert mine.evictor.over_pages == 7
 
 
 def test_pages_that_come_back_are_counted_and_protected(vm):
