@@ -31,9 +31,12 @@ unsigned int kh_epoch_enter(struct kh_epoch *epoch)
 		uint64_t empty = 0;
 		uint64_t now = __atomic_load_n(&epoch->now, __ATOMIC_ACQUIRE);
 
+		/* [publish] */
 		if (__atomic_compare_exchange_n(&epoch->slots[slot % KH_EPOCH_SLOTS].epoch, &empty,
-						now, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+						now, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+			__atomic_thread_fence(__ATOMIC_SEQ_CST); /* [reader fence] */
 			return slot % KH_EPOCH_SLOTS;
+		}
 		if (slot - slot_hint >= KH_EPOCH_SLOTS)
 			sched_yield();
 	}
@@ -44,7 +47,9 @@ static uint64_t oldest_reader(struct kh_epoch *epoch)
 {
 	uint64_t oldest = UINT64_MAX;
 
+	__atomic_thread_fence(__ATOMIC_SEQ_CST); /* [writer fence] */
 	for (int i = 0; i < KH_EPOCH_SLOTS; i++) {
+		/* [scan] */
 		uint64_t seen = __atomic_load_n(&epoch->slots[i].epoch, __ATOMIC_SEQ_CST);
 
 		if (seen && seen < oldest)

@@ -3,9 +3,13 @@
  *
  * A reader publishes the epoch in which it entered. Who unlinks something
  * retires it with the epoch of that moment and moves the epoch on; it is freed
- * once every reader that is still inside entered later. Sequential consistency
- * between a reader's slot and the unlinking store is what makes this sound:
- * either the reclaimer sees the slot, or the reader sees the unlinked entry.
+ * once every reader that is still inside entered later. Two full fences make this
+ * sound, one between a reader's store to its slot and its loads, one between the
+ * unlinking store and the loads of the slots: either the reclaimer sees the slot,
+ * or the reader sees that the entry is gone. Without the reader's, C11 lets its
+ * acquire loads go before the store of its slot, and so do arm64 and powerpc; on
+ * x86 the compare-and-swap is a full fence by itself. The steps in brackets are
+ * those of the model in kvmhost/mmu/epochs.py.
  */
 #ifndef KVMHOST_MMU_EPOCH_INTERNAL_H
 #define KVMHOST_MMU_EPOCH_INTERNAL_H

@@ -32,13 +32,11 @@ const struct kh_slot *kh_slot_find(const struct kh_mmu *mmu, uint32_t as_id, uin
 	return &array->slots[lo];
 }
 
-static void free_slots(void *owner, void *slots, uint64_t argument)
-{
-	(void)owner;
-	(void)argument;
-	free(slots);
-}
-
+/*
+ * As kvm_swap_active_memslots() in virt/kvm/kvm_main.c: the new slots are published,
+ * then a grace period passes. A fault looks its slot up and maps within one epoch, so
+ * once this returns nobody maps by the old slots, and what is unmapped stays so.
+ */
 int kh_mmu_set_slots(struct kh_mmu *mmu, const struct kh_slot *slots, uint32_t n_slots)
 {
 	struct kh_slot_array *fresh = malloc(sizeof(*fresh) + n_slots * sizeof(*slots));
@@ -51,7 +49,8 @@ int kh_mmu_set_slots(struct kh_mmu *mmu, const struct kh_slot *slots, uint32_t n
 		memcpy(fresh->slots, slots, n_slots * sizeof(*slots));
 	old = __atomic_exchange_n(&mmu->slots, fresh, __ATOMIC_SEQ_CST);
 	if (old)
-		kh_epoch_retire(&mmu->epoch, old, 0, free_slots);
+		kh_epoch_synchronize(&mmu->epoch);
+	free(old);
 	return 0;
 }
 

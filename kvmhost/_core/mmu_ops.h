@@ -64,7 +64,10 @@ struct kh_mmu_stats {
 };
 
 int kh_mmu_open(struct kh_mmu **mmu, const struct kh_mmu_config *config);
-/* Replace the memslots: sorted by (as_id, gfn_start), not overlapping. */
+/*
+ * Replace the memslots: sorted by (as_id, gfn_start), not overlapping. Waits until no
+ * fault uses the old ones; not from inside an epoch.
+ */
 int kh_mmu_set_slots(struct kh_mmu *mmu, const struct kh_slot *slots, uint32_t n_slots);
 void kh_mmu_get_stats(struct kh_mmu *mmu, struct kh_mmu_stats *stats);
 

@@ -139,6 +139,9 @@ class Mmu(WalkedTable):
     def set_slots(self, slots: MemSlots) -> None:
         """Replace the memslots; what goes or moves is unmapped.
 
+        Waits until no fault uses the old slots, as KVM's synchronize_srcu() does: none
+        can map a page again that is unmapped here. Not inside of :meth:`epoch`.
+
         A page of a slot is backed by the frame ``hva >> 12`` (a made-up identity, cut to
         what the format's leaves can hold), so a huge leaf needs hva and gfn aligned alike.
 

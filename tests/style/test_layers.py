@@ -71,7 +71,7 @@ LAYERS = {
     "kvmhost/memory": ({"layout"}, {"guest", "pclayout"}, {"pagelist"}),
     "kvmhost/mmu": (
         {"explorer", "formats", "memslots", "tablemem", "tlb"},
-        {"flush", "harvest", "races"},
+        {"epochs", "flush", "harvest", "races"},
         {"table"},
         {"notifier", "radix", "soft", "stage2", "tdp"},
         {"feed"},
