@@ -1,1 +1,1 @@
-"""Which pages go: policies behind one protocol."""
+"""Policies, which select the pages to evict, behind one protocol."""

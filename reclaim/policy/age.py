@@ -1,16 +1,16 @@
-"""Evicts pages that were cold for N harvests; N follows from a promotion rate.
+"""Evict pages that were cold for N harvests, where N follows from a promotion rate.
 
-As in software-defined far memory (Lagar-Cavilla and others, ASPLOS 2019). Two
-histograms are kept by age, in harvests: how many pages are that cold, and how many
-touches of the running minute met a page that cold, which would have been a promotion
-(a fault) under any N up to that age. At the end of each minute the lowest N is found
-under which promotions would have stayed within the target, a share of the working set
-a minute. The N that is used next is a high percentile of those of the last hour, so
-that one quiet minute changes little; and never less than the last minute's own, so that
-a burst acts at once.
+As in software-defined far memory (Lagar-Cavilla and others, ASPLOS 2019). The policy
+keeps two histograms over age, in harvests: the number of pages of that age, and the
+number of touches in the current minute that hit a page of that age. Such a touch would
+have been a promotion (a fault) under any N up to that age. At the end of each minute the
+policy determines the lowest N under which promotions would have stayed within the
+target, a share of the working set per minute. It then uses a high percentile of the
+values of the last hour, so that one quiet minute has little effect, but never less than
+the value of the last minute, so that a burst takes effect immediately.
 
-An N that was found too low shows in the histogram also for pages that did go: their age
-counts on while they are away.
+The age of an evicted page continues to increase, so the histogram also shows promotions
+of evicted pages when N was too low.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kvmhost.reclaim.policy.base import (
 
 __all__ = ["MAX_AGE", "AgePolicy"]
 
-#: Ages are told apart up to here; no page is evicted with less certainty than it gives.
+#: The largest age that is counted separately; older pages have this age.
 MAX_AGE = 255
 _MINUTE_NS = 60_000_000_000
 _MINUTES_KEPT = 60
@@ -44,12 +44,12 @@ Histogram = npt.NDArray[np.int64]
 
 
 class AgePolicy:
-    """Ages in harvests over the pages ``[0, n_pages)``.
+    """Tracks the age of the pages ``[0, n_pages)`` in harvests.
 
-    :param target_percent: promotions a minute, as a share of the working set
-    :param percentile: of the last hour's thresholds, which one is used
-    :param first_harvests: the threshold before the first minute is over
-    :param min_harvests: never evict what is colder for less
+    :param target_percent: promotions per minute, as a share of the working set
+    :param percentile: percentile of the last hour's thresholds to use
+    :param first_harvests: the threshold during the first minute
+    :param min_harvests: minimum of the threshold
     :raises LayoutError: for values outside their ranges, or no pages
     """
 
@@ -78,7 +78,7 @@ class AgePolicy:
             )
         self.target_percent, self.percentile = target_percent, percentile
         self.min_harvests, self.threshold = min_harvests, first_harvests
-        #: Harvests since a page was last young, also while it is away.
+        #: Harvests since a page was last young, including while it is evicted.
         self.idle = np.zeros(n_pages, dtype=np.uint8)
         self.promotions: Histogram = np.zeros(MAX_AGE + 1, dtype=np.int64)
         self._minute_start_ns: int | None = None
@@ -88,19 +88,19 @@ class AgePolicy:
 
     @property
     def n_pages(self) -> int:
-        """Pages it knows of."""
+        """Number of pages that the policy covers."""
         return self.idle.size
 
     def plan(self, tables_young: Words | None = None) -> HarvestPlan:
-        """Ask for everything."""
+        """Request all pages."""
         return Everything
 
     def refaulted(self, gfns: Gfns, now_ns: int) -> None:
-        """Count; the harvest that follows finds the pages young, and so promoted."""
+        """Count the pages; the next harvest finds them young and counts promotions."""
         self._counts["refaulted"] += int(gfns.size)
 
     def age(self, young: Words, now_ns: int) -> None:
-        """Count the touches by the age that they met, and age the others by one.
+        """Count the touched pages by their age, and increment the age of the others.
 
         :raises LayoutError: if the bitmap has another size
         """
@@ -117,14 +117,14 @@ class AgePolicy:
             self._minute_start_ns = now_ns
 
     def cold_ages(self, pages: Mask) -> Histogram:
-        """Return how many of the pages are of each age: shape ``(MAX_AGE + 1,)``."""
+        """Return the number of pages of each age: shape ``(MAX_AGE + 1,)``."""
         return np.bincount(self.idle[pages], minlength=MAX_AGE + 1)
 
     def _end_minute(self, took_ns: int) -> None:
         working_set = int(self._touched_this_minute.sum())
         allowed = working_set * self.target_percent / 100 * (took_ns / _MINUTE_NS)
         self._best.append(self._lowest_threshold(allowed))
-        # The rank of the percentile, rounded up: a burst in the hour is not smoothed away.
+        # The rank of the percentile is rounded up so that a burst in the hour still counts.
         rank = math.ceil(self.percentile / 100 * len(self._best))
         guarded = sorted(self._best)[max(rank, 1) - 1]
         self.threshold = max(guarded, self._best[-1])
@@ -134,7 +134,7 @@ class AgePolicy:
         self._touched_this_minute[:] = False
 
     def _lowest_threshold(self, allowed: float) -> int:
-        """Return the lowest N under which no more than so many touches were promotions."""
+        """Return the lowest N under which at most ``allowed`` touches were promotions."""
         met = self.promotions[::-1].cumsum()[::-1]
         within = np.flatnonzero(met[self.min_harvests :] <= allowed)
         return self.min_harvests + int(within[0]) if within.size else MAX_AGE
@@ -150,23 +150,23 @@ class AgePolicy:
         return pages[coldest_first[: max(n, 0)]]
 
     def evicted(self, gfns: Gfns, now_ns: int) -> None:
-        """Count them; their age goes on."""
+        """Count the pages; their age continues to increase."""
         self._counts["evicted"] += int(gfns.size)
 
     def sizes(self, pages: Mask) -> list[tuple[int, int]]:
-        """Return pages as generations, those idle for longest first; the number is -age."""
+        """Return the pages of each age as a generation, the oldest first; its number is -age."""
         check_mask(pages, self.n_pages)
         ages = self.cold_ages(pages)
         return [(-int(age), int(ages[age])) for age in np.flatnonzero(ages)[::-1]]
 
     def counters(self) -> dict[str, float]:
-        """Return threshold and counts; promotions and working set are the last minute's."""
+        """Return threshold and counts; promotions and working set are of the last minute."""
         return {"threshold_harvests": self.threshold, **self._counts}
 
     def explain(self, gfn: int) -> dict[str, int | float | str]:
         """Return a page's age and the threshold.
 
-        :raises LayoutError: for a gfn outside
+        :raises LayoutError: if the gfn is out of range
         """
         if not 0 <= gfn < self.n_pages:
             raise LayoutError(f"gfn {gfn:#x} outside [0, {self.n_pages:#x})")

@@ -1,21 +1,21 @@
-"""What every policy does: it is told what pages did, and says which should go.
+"""The protocol of policies: take notifications about pages, select pages to evict.
 
-A policy sees pages as gfns from 0 up to a fixed end. It acts on nothing, knows no VM,
-reads no clock and no file: the same calls give the same answers, so that a recorded
-run can be replayed (:mod:`kvmhost.reclaim.policy.replay`). What it says is an opinion that
-others may drop.
+A policy sees pages as gfns from 0 up to a fixed end. It performs no eviction, holds no
+reference to a VM, and reads neither clocks nor files: the same calls give the same
+results, so that a recorded run can be replayed (:mod:`kvmhost.reclaim.policy.replay`).
+Its selection is advice, which the caller may ignore.
 
-One pass, in this order:
+One pass calls, in this order:
 
 1. :meth:`Policy.plan`: which accessed bits the coming harvest should clear;
-2. :meth:`Policy.refaulted`: pages that came in since the pass before, for the first
-   time or back; a policy that wants to tell these apart remembers what went;
+2. :meth:`Policy.refaulted`: pages that became resident since the previous pass, for the
+   first time or again; a policy that distinguishes the two remembers evicted pages;
 3. :meth:`Policy.age` with the harvest;
-4. :meth:`Policy.victims`, as often as pages have to go; what the caller did about the
-   answer comes back through :meth:`Policy.evicted`.
+4. :meth:`Policy.victims`, each time pages must be evicted; the caller reports the pages
+   that it evicted through :meth:`Policy.evicted`.
 
-Bitmaps of the young are 64-bit words as in :mod:`kvmhost.bitmap`, from gfn 0 on. Sets
-of pages that the caller keeps anyway are boolean arrays of shape ``(n_pages,)``.
+Young bitmaps are 64-bit words as in :mod:`kvmhost.bitmap`, starting at gfn 0. Other sets
+of pages are boolean arrays of shape ``(n_pages,)``.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ Gfns = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HarvestPlan:
-    """What a policy wants of the next harvest.
+    """What a policy requests from the next harvest.
 
-    A caller that cannot do it clears everything in one batch: that costs more and
-    teaches a policy more, never less.
+    A caller that does not support this clears all pages in one batch, which costs more
+    and gives the policy at least the same information.
 
-    :param pages: test and clear these only; None: all pages
+    :param pages: test and clear only these; None: all pages
     :param batched: False asks for one page at a time under the MMU lock
     """
 
@@ -65,15 +65,15 @@ Everything = HarvestPlan()
 
 
 class Probe(Protocol):
-    """Looks at accessed bits of single pages between two harvests, and clears them.
+    """Tests and clears accessed bits of individual pages between two harvests.
 
-    Who offers it sees to re-arming.
+    The implementation is responsible for re-arming.
     """
 
     def clear_young(self, pages: Words) -> Words:
-        """Test and clear the pages of a bitmap in one batch, without a lock.
+        """Test and clear the pages of a bitmap in one batch, without the MMU lock.
 
-        :return: same shape; which of them were young
+        :return: same shape; the pages that were young
         """
 
     def clear_flush_young(self, gfn: int) -> bool:
@@ -81,50 +81,50 @@ class Probe(Protocol):
 
 
 class Policy(Protocol):
-    """Decides which pages go first. Times are of one monotonic clock, in ns."""
+    """Selects the pages to evict first. Times are of one monotonic clock, in ns."""
 
     name: str
 
     @property
     def n_pages(self) -> int:
-        """Pages it knows of: gfns from 0 up to this."""
+        """Number of pages that the policy covers, from gfn 0."""
 
     def plan(self, tables_young: Words | None = None) -> HarvestPlan:
-        """Say what the next harvest should clear.
+        """Return which accessed bits the next harvest should clear.
 
-        :param tables_young: one bit a 512-page table, set where the walker's non-leaf
-            accessed bits say that something below may be young; None: not known
+        :param tables_young: one bit per table of 512 pages, set where the walker's non-leaf
+            accessed bits show that an entry below may be young; None: unknown
         """
 
     def refaulted(self, gfns: Gfns, now_ns: int) -> None:
-        """Take note that these pages came in (back, or for the first time)."""
+        """Record that these pages became resident, again or for the first time."""
 
     def age(self, young: Words, now_ns: int) -> None:
-        """Take one harvest: the pages that were touched since they were last cleared."""
+        """Process one harvest: the pages that were touched since they were last cleared."""
 
     def victims(self, n: int, candidates: Mask, now_ns: int, probe: Probe | None = None) -> Gfns:
-        """Return up to ``n`` of the candidates, the best to evict first.
+        """Return up to ``n`` of the candidates, best victim first.
 
-        Fewer come back where the policy protects the rest.
+        Returns fewer if the policy protects the rest.
         """
 
     def evicted(self, gfns: Gfns, now_ns: int) -> None:
-        """Take note that these pages went."""
+        """Record that these pages were evicted."""
 
     def sizes(self, pages: Mask) -> list[tuple[int, int]]:
-        """Return (generation, how many of the pages are in it), the oldest first."""
+        """Return (generation, number of the given pages in it), the oldest first."""
 
     def counters(self) -> Mapping[str, float]:
-        """Return what it counted and how its controllers stand, by name."""
+        """Return counters and the state of controllers, by name."""
 
     def explain(self, gfn: int) -> Mapping[str, int | float | str]:
-        """Return what it knows of one page, by name."""
+        """Return the state that the policy keeps for one page, by name."""
 
 
 def check_mask(mask: Mask, n_pages: int) -> None:
-    """Refuse what is no boolean array over all pages.
+    """Check that a mask is a boolean array over all pages.
 
-    :raises LayoutError: for another shape or type
+    :raises LayoutError: if its shape or type differs
     """
     if mask.shape != (n_pages,) or mask.dtype != np.bool_:
         raise LayoutError(
@@ -133,9 +133,9 @@ def check_mask(mask: Mask, n_pages: int) -> None:
 
 
 def check_words(words: Words, n_pages: int) -> None:
-    """Refuse what is no bitmap over all pages.
+    """Check that words are a bitmap over all pages.
 
-    :raises LayoutError: for another shape or type
+    :raises LayoutError: if its shape or type differs
     """
     if words.shape != (n_words(n_pages),) or words.dtype != np.uint64:
         raise LayoutError(

@@ -1,9 +1,9 @@
-"""The fewest refaults possible, from a trace whose future is known.
+"""The minimum of refaults, computed from a trace whose future is known.
 
-Belady's rule, in the model of :mod:`kvmhost.reclaim.policy.replay`: after each window, of the
-resident pages beyond the budget those go whose next touch is furthest away. A window
-touches its pages all at once, so that which of equals goes makes no difference.
-Needs the whole trace, and is no policy that could run.
+Belady's rule, in the model of :mod:`kvmhost.reclaim.policy.replay`: after each window, the
+resident pages in excess of the budget are evicted whose next touch is furthest in the
+future. A window touches all its pages at once, so the choice between pages with the same
+next touch makes no difference. It needs the whole trace and cannot run on a live VM.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEVER = np.iinfo(np.int32).max
 
 
 def belady(windows: Sequence[tuple[int, Words]], n_pages: int, budget_pages: int) -> ReplayResult:
-    """Replay a trace under the optimum.
+    """Replay a trace under the optimal policy.
 
     :raises LayoutError: as :func:`~kvmhost.reclaim.policy.replay.replay`
     """
@@ -33,9 +33,9 @@ def belady(windows: Sequence[tuple[int, Words]], n_pages: int, budget_pages: int
 
 
 class Belady:
-    """The optimum as a policy for one replay of the trace that it was made from.
+    """The optimal policy for one replay of the trace that it was created from.
 
-    Takes four bytes for each touch of the trace.
+    Uses four bytes of memory for each touch of the trace.
     """
 
     name = "belady"
@@ -43,7 +43,7 @@ class Belady:
     def __init__(self, windows: Sequence[Words], n_pages: int) -> None:
         self._n_pages = n_pages
         self._window = -1
-        #: By window: the pages touched, and when each is touched next.
+        #: For each window: the pages touched, and the window that touches each of them next.
         self._touches: list[tuple[Gfns, npt.NDArray[np.int32]]] = []
         coming = np.full(n_pages, _NEVER, dtype=np.int32)
         for number in range(len(windows) - 1, -1, -1):
@@ -55,18 +55,18 @@ class Belady:
 
     @property
     def n_pages(self) -> int:
-        """Pages of the trace."""
+        """Number of pages of the trace."""
         return self._n_pages
 
     def plan(self, tables_young: Words | None = None) -> HarvestPlan:
-        """Ask for everything."""
+        """Request all pages."""
         return Everything
 
     def refaulted(self, gfns: Gfns, now_ns: int) -> None:
-        """Nothing to note: it knew."""
+        """Do nothing: the trace already contains these touches."""
 
     def age(self, young: Words, now_ns: int) -> None:
-        """Go on to the next window."""
+        """Advance to the next window."""
         self._window += 1
         gfns, coming = self._touches[self._window]
         self._next[gfns] = coming
@@ -77,14 +77,14 @@ class Belady:
         return pages[np.argsort(_NEVER - self._next[pages], kind="stable")[: max(n, 0)]]
 
     def evicted(self, gfns: Gfns, now_ns: int) -> None:
-        """Nothing to note."""
+        """Do nothing."""
 
     def sizes(self, pages: Mask) -> list[tuple[int, int]]:
         """Return all pages as one generation."""
         return [(0, int(pages.sum()))]
 
     def counters(self) -> dict[str, float]:
-        """Return the window that it is in."""
+        """Return the current window."""
         return {"window": self._window}
 
     def explain(self, gfn: int) -> dict[str, int | float | str]:

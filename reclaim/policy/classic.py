@@ -1,18 +1,20 @@
-"""Active and inactive lists, one page at a time: reclaim before generations.
+"""Active and inactive lists, scanned page by page: reclaim before multi-generational LRU.
 
-The "off" of the figures of 2023, for comparison and never as a default. Nothing is
-harvested ahead. When pages have to go, the inactive list is scanned from its tail: each
-page is tested and cleared on its own, under the MMU lock and with a flush
-(``clear_flush_young``). A young one becomes active, an old one goes. The active list is
-deactivated from its tail, in batches of 32, while the inactive one is low. A page that
-comes back is active at once if fewer pages went since than are active.
+This is the "off" case of the 2023 measurements. It serves as a baseline and is never the
+default. Nothing is harvested in advance. When pages must be evicted, the inactive list is
+scanned from its tail: each page is tested and cleared individually, under the MMU lock
+and with a flush (``clear_flush_young``). A young page is activated, an old page is
+evicted. While the inactive list is low, the active list is deactivated from its tail in
+batches of 32. A page that refaults is activated immediately if fewer pages were evicted
+since its eviction than are active.
 
-Where the caller has no probe, everything is harvested, and the harvested bits answer.
+Without a probe, all pages are harvested, and the harvested bits are used for the tests.
 
 After ``shrink_active_list`` and ``shrink_inactive_list`` (mm/vmscan.c) and
 ``workingset_refault`` (mm/workingset.c), Linux v6.12, as they treat anonymous pages
-without swap read-ahead. Departs from them: an order number a page stands for the lists;
-the scan goes on until enough are found, where the kernel raises its priority by steps.
+without swap read-ahead. Departs from them: one order number per page represents the
+lists; the scan continues until enough pages are found, while the kernel raises the scan
+priority in steps.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ _OFF, _INACTIVE, _ACTIVE, _GONE = 0, 1, 2, 3
 class Classic:
     """Two lists over the pages ``[0, n_pages)``.
 
-    :param probes: the caller will hand a probe to :meth:`victims`; else everything is
-        harvested ahead, and the harvested bits answer the tests
+    :param probes: the caller passes a probe to :meth:`victims`; otherwise all pages are
+        harvested in advance, and the tests use the harvested bits
     :raises LayoutError: if there are no pages
     """
 
@@ -54,12 +56,12 @@ class Classic:
             raise LayoutError(f"{n_pages} pages: need one or more")
         self.probes = probes
         self.state = np.zeros(n_pages, dtype=np.uint8)
-        #: Place in its list, the tail lowest; of a page that went: the non-resident age then.
+        #: Position in its list, lowest at the tail; of an evicted page: its non-resident age.
         self.order = np.zeros(n_pages, dtype=np.uint32)
         self._next = 1
         self._nonresident_age = 0
         self._young: Words = np.zeros(n_words(n_pages), dtype=np.uint64)
-        # How many times as long the active list may be (inactive_is_low).
+        # Largest ratio of the active list to the inactive list (inactive_is_low).
         self._ratio = max(1, math.isqrt(10 * n_pages >> 18))
         self._counts = dict.fromkeys(
             ("tested", "activated", "deactivated", "refaulted", "evicted"), 0
@@ -67,11 +69,11 @@ class Classic:
 
     @property
     def n_pages(self) -> int:
-        """Pages it knows of."""
+        """Number of pages that the policy covers."""
         return self.state.size
 
     def plan(self, tables_young: Words | None = None) -> HarvestPlan:
-        """Ask for nothing: pages are tested when their turn comes, if there is a probe."""
+        """Request no pages if there is a probe, which tests pages as the scan reaches them."""
         if not self.probes:
             return Everything
         return HarvestPlan(np.zeros_like(self._young), batched=False)
@@ -87,7 +89,7 @@ class Classic:
         self._add(gfns, np.where(soon, _ACTIVE, _INACTIVE).astype(np.uint8))
 
     def age(self, young: Words, now_ns: int) -> None:
-        """Remember bits that somebody harvested, for the tests to come.
+        """Keep harvested bits for later tests.
 
         :raises LayoutError: if the bitmap has another size
         """
@@ -95,7 +97,7 @@ class Classic:
         self._young = self._young | young
 
     def victims(self, n: int, candidates: Mask, now_ns: int, probe: Probe | None = None) -> Gfns:
-        """Scan the lists for ``n`` pages; those left at the end of two rounds stay.
+        """Scan the lists for ``n`` pages, in at most two rounds.
 
         :raises LayoutError: if the mask has another size
         """
@@ -125,8 +127,8 @@ class Classic:
         while first < active.size and n_inactive * self._ratio < active.size - first:
             batch = active[first : first + SWAP_CLUSTER_MAX]
             for gfn in batch:
-                # Cleared, so that only a touch from now on counts; what it was does not
-                # save a page from being deactivated.
+                # The bit is cleared so that only later touches count; a page is deactivated
+                # whether it was young or not.
                 self._test(int(gfn), probe)
             self._add(batch, np.full(batch.size, _INACTIVE, dtype=np.uint8))
             self._counts["deactivated"] += int(batch.size)
@@ -153,7 +155,7 @@ class Classic:
         return gfns[np.argsort(self.order[gfns], kind="stable")]
 
     def evicted(self, gfns: Gfns, now_ns: int) -> None:
-        """Note at which non-resident age pages went."""
+        """Record the non-resident age at which pages were evicted."""
         self.state[gfns] = _GONE
         first = self._nonresident_age + 1
         self.order[gfns] = np.arange(first, first + gfns.size, dtype=np.uint32)
@@ -161,19 +163,19 @@ class Classic:
         self._counts["evicted"] += int(gfns.size)
 
     def sizes(self, pages: Mask) -> list[tuple[int, int]]:
-        """Return the lists as generations: 0 is inactive, or not known yet; 1 is active."""
+        """Return the lists as generations: 0 is inactive or not yet seen, 1 is active."""
         check_mask(pages, self.n_pages)
         n_active = int((pages & (self.state == _ACTIVE)).sum())
         return [(0, int(pages.sum()) - n_active), (1, n_active)]
 
     def counters(self) -> dict[str, float]:
-        """Return what the scans did."""
+        """Return the counters of the scans."""
         return {**self._counts, "active": int((self.state == _ACTIVE).sum())}
 
     def explain(self, gfn: int) -> dict[str, int | float | str]:
         """Return which list a page is on.
 
-        :raises LayoutError: for a gfn outside
+        :raises LayoutError: if the gfn is out of range
         """
         if not 0 <= gfn < self.n_pages:
             raise LayoutError(f"gfn {gfn:#x} outside [0, {self.n_pages:#x})")

@@ -1,36 +1,37 @@
-"""Multi-generational LRU over harvested bitmaps, after the kernel's ``lru_gen``.
+"""Multi-generational LRU over harvested bitmaps, modelled on the kernel's ``lru_gen``.
 
-Every page is in a generation, from ``max_seq``, the youngest, to ``min_seq``. An aging
-pass opens a new youngest generation; where more than ``n_generations`` would be open,
-the two oldest become one. Eviction takes from the oldest on, and never from the two
-youngest.
+Every page is in a generation between ``max_seq``, the youngest, and ``min_seq``. An aging
+pass opens a new youngest generation; if more than ``n_generations`` would be open, the
+two oldest are merged. Eviction starts at the oldest generation and never takes pages
+from the two youngest.
 
-What an aging pass does with a page that it finds young depends on how often it was
-found so. Sixteen windows are remembered a page. A page that is seen for the first time
-in them goes to the third-youngest generation only: it is not the next to go, but it has
-to be seen again to be protected. Where the pages seen twice would fill more than their
-share of memory with protected pages, it takes more windows than two. So a scan, or a
-working set larger than the memory, cannot fill the protected generations.
+An aging pass promotes a young page according to its history, which covers the last
+sixteen windows. A page that was young in one of them only is promoted to the
+third-youngest generation: it is not evicted next, but it must be found young again to be
+protected. If the pages found young twice would exceed the share of memory that protected
+pages may take, more than two windows are required. So neither a scan nor a working set
+larger than the memory can fill the protected generations.
 
-Pages have tiers by the number of windows that saw them, and a controller protects
-tiers whose pages come back more than those of the first (:mod:`.lru_gen_tiers`), but
-not those of their pages that are overdue: missing for twice their mean interval.
-Within what is not protected the oldest generation goes first, within it the least
-seen, and among equals a lot decides; then what is protected goes, the least seen first.
+The tier of a page follows from the number of windows in which it was young. A controller
+protects tiers whose pages refault more than those of the first tier
+(:mod:`.lru_gen_tiers`), except for overdue pages, which were not young for twice their
+mean interval. Unprotected pages are evicted first: the oldest generation first, within a
+generation the pages young in the fewest windows, and in random order among equals.
+Pages of protected tiers follow, those young in the fewest windows first.
 
-With a caller that can probe (``probes``), a sweep looks only into tables that were
-dense in young entries (:mod:`.lru_gen_filter`). Pages of other tables are tested when
-their eviction comes up: what is young then is kept, its neighbours in the same 64 are
-tested with it, and a table in which that finds many is swept again.
+If the caller can probe (``probes``), an aging sweep visits only tables that were dense in
+young entries (:mod:`.lru_gen_filter`). Pages of other tables are tested when they are
+selected for eviction: a young page is kept, the other pages of its aligned group of 64
+are tested as well, and a table in which this finds many young pages is swept again.
 
 Source: mm/vmscan.c, mm/workingset.c, Documentation/admin-guide/mm/multigen_lru.rst,
-Linux v6.12; that a first access only marks a page is newer (v6.14).
+Linux v6.12; that the first access only marks a page is from v6.14.
 
-Departs from the kernel: one list entry a page is a number in an array, so that aging
-is a few passes over an array and no list is moved. A generation is a harvest; the
-kernel ages when it runs short of old pages. There is one type of pages. A protected
-page stays where it is and is passed over, instead of being moved up. How many pages
-the protected generations may hold adapts to how many have to go. The filter is exact.
+Departs from the kernel: an array element per page replaces list entries, so that aging
+is a few passes over an array. Each harvest opens a generation; the kernel ages when it
+runs short of old pages. There is one type of pages. A page of a protected tier is
+skipped, not moved to the next generation. The limit on pages in protected generations
+adapts to the number of pages to evict. The filter is exact.
 """
 
 from __future__ import annotations
@@ -58,34 +59,34 @@ from kvmhost.reclaim.policy.lru_gen_tiers import IS_OVERDUE, N_TIERS, TIER_OF, T
 
 __all__ = ["MAX_GENERATIONS", "MIN_GENERATIONS", "PROTECTED", "Caps", "LruGen"]
 
-#: Of which two are protected; as MAX_NR_GENS, Linux v6.12, include/linux/mmzone.h.
+#: Two of them are protected; as MAX_NR_GENS, Linux v6.12, include/linux/mmzone.h.
 MIN_GENERATIONS = 4
 MAX_GENERATIONS = 128
 #: The youngest generations, which are never evicted; MIN_NR_GENS.
 PROTECTED = 2
 
 _WINDOWS = 16
-#: The window of the last pass in a history.
+#: The bit of the last pass in a history.
 _NOW = 1 << 15
-#: A page that is back after more generations was no mistake (lru_gen_test_recent()).
+#: A refault after more generations does not count as a mistake (lru_gen_test_recent()).
 _RECENT = 32
-#: Seen in fewer windows than this, pages are not told apart: a scan sees every page once.
+#: Pages young in fewer windows than this are equal: a scan makes every page young once.
 _TELLING = 2
 _PROTECTED_KEY = np.uint32(1 << 31)
-#: Bits of the shadow of a page that went; the tier that it had is below them.
+#: Flag bits of the shadow of an evicted page; the bits below hold its tier.
 _GONE = np.uint8(0x80)
 _TIER_BITS = np.uint8(0x0F)
-#: Share of the pages that the protected generations may hold: at most, and at least.
+#: Limits of the share of pages that the protected generations may hold: highest and lowest.
 _MOST_PROTECTED, _LEAST_PROTECTED = 0.5, 1 / 64
 
 _NONE: Gfns = np.empty(0, dtype=np.int64)
 
 
 class Caps(enum.IntFlag):
-    """What can be switched off, as in /sys/kernel/mm/lru_gen/enabled.
+    """Components that can be disabled, as in /sys/kernel/mm/lru_gen/enabled.
 
-    ``SPTE_WALK`` is the proposal of 2023: tests go to the secondary MMU in batches
-    without its lock, instead of page by page under it.
+    ``SPTE_WALK`` is the proposal of 2023: the secondary MMU is tested in batches without
+    its lock, not page by page under it.
     """
 
     CORE = 0x1
@@ -98,15 +99,15 @@ class Caps(enum.IntFlag):
 class LruGen:
     """Generations over the pages ``[0, n_pages)`` of one VM.
 
-    A new one knows nothing: all pages are in one generation, which becomes old
-    enough for eviction after two aging passes.
+    Initially all pages are in one generation, which becomes old enough for eviction
+    after two aging passes.
 
     :param n_generations: 4 to 128
-    :param seed: of the lot among equals; None: by gfn
-    :param min_ttl_ms: never evict what was seen within so many milliseconds
-    :param caps: what is switched on, see :class:`Caps`; may be changed at any time
-    :param probes: the caller will hand a probe to :meth:`victims`
-    :raises LayoutError: for values outside these, or no pages
+    :param seed: of the random order among equals; None: order by gfn
+    :param min_ttl_ms: never evict a page that was young within this time
+    :param caps: enabled components, see :class:`Caps`; may be changed at any time
+    :param probes: the caller passes a probe to :meth:`victims`
+    :raises LayoutError: for values outside these ranges, or no pages
     """
 
     name = "lru_gen"
@@ -129,9 +130,9 @@ class LruGen:
             raise LayoutError(f"{n_pages} pages: need one or more")
         self.n_generations, self.min_ttl_ms, self.probes = n_generations, min_ttl_ms, probes
         self.min_seq = self.max_seq = 0
-        #: Generations behind the youngest; of a page that went: since when.
+        #: Generations behind the youngest; of an evicted page: when it was evicted.
         self.behind = np.zeros(n_pages, dtype=np.uint8)
-        #: A bit a window, the last one on top.
+        #: One bit per window, the last window in the most significant bit.
         self.history = np.zeros(n_pages, dtype=np.uint16)
         self.shadow = np.zeros(n_pages, dtype=np.uint8)
         self.tiers = Tiers()
@@ -143,7 +144,8 @@ class LruGen:
         self.caps = Caps(caps)
         self._share = _MOST_PROTECTED
         self._enough = 2
-        #: Came in since the last pass; came in before it, with accessed bits not cleared yet.
+        #: Pages that became resident since the last pass; those that became resident before
+        #: it, and whose accessed bits were not cleared yet.
         self._arrived: Gfns = _NONE
         self._known_young: Gfns = _NONE
         self._spared: npt.NDArray[np.uint8] | None = None
@@ -157,12 +159,12 @@ class LruGen:
 
     @property
     def n_pages(self) -> int:
-        """Pages it knows of."""
+        """Number of pages that the policy covers."""
         return self.behind.size
 
     @property
     def caps(self) -> Caps:
-        """What is switched on."""
+        """The enabled components."""
         return self._caps
 
     @caps.setter
@@ -180,10 +182,11 @@ class LruGen:
     # -- aging -----------------------------------------------------------------
 
     def plan(self, tables_young: Words | None = None) -> HarvestPlan:
-        """Ask for the tables that the filter lets through, or for everything.
+        """Request the tables that pass the filter, or all pages.
 
-        With :attr:`Caps.NONLEAF_YOUNG` off, ``tables_young`` is not looked at; without
-        :attr:`Caps.MM_WALK` nothing is swept, and eviction's probe has to find out.
+        Without :attr:`Caps.NONLEAF_YOUNG`, ``tables_young`` is ignored; without
+        :attr:`Caps.MM_WALK` nothing is swept, and young pages are found only by the probe
+        during eviction.
         """
         batched = bool(self._caps & Caps.SPTE_WALK)
         self._swept = np.ones(self.filter.n_tables, dtype=bool)
@@ -200,7 +203,7 @@ class LruGen:
         return HarvestPlan(self.filter.pages(self._swept), batched=batched)
 
     def full_plan(self) -> HarvestPlan:
-        """Ask for everything once, in place of :meth:`plan` (``full_scan``)."""
+        """Request all pages once, in place of :meth:`plan` (``full_scan``)."""
         self._swept = np.ones(self.filter.n_tables, dtype=bool)
         return HarvestPlan(None, batched=bool(self._caps & Caps.SPTE_WALK))
 
@@ -215,7 +218,7 @@ class LruGen:
         self._open_generation(now_ns)
         self.history >>= 1
         seen = unpack(young, self.n_pages)
-        # Somebody touched what came in, whether it was swept or not.
+        # Pages that became resident were touched, whether they were swept or not.
         seen[self._arrived] = True
         self._known_young, self._arrived = self._arrived, _NONE
         pages = np.flatnonzero(seen)
@@ -237,14 +240,14 @@ class LruGen:
         self.tiers.carry_over(self.n_pages)
 
     def _promote(self, pages: Gfns) -> None:
-        """Move pages seen often enough to the youngest generation, others to the third."""
+        """Promote pages young in enough windows to the youngest generation, others to the third."""
         enough = _refs(self.history[pages]) >= self._enough
         third = min(PROTECTED, self.max_seq - self.min_seq)
         self.behind[pages] = np.where(enough, 0, np.minimum(self.behind[pages], third))
         self._counts["promoted"] += int(enough.sum())
 
     def _threshold(self, refs: npt.NDArray[np.uint8]) -> int:
-        """Return in how many windows a page was seen that deserves protection: 2 or more."""
+        """Return the number of windows, 2 or more, in which a protected page was young."""
         resident = self.n_pages - int(np.count_nonzero(self.shadow & _GONE))
         room = int(resident * self._share)
         by_refs = np.bincount(refs, minlength=_WINDOWS + 1)
@@ -253,7 +256,7 @@ class LruGen:
         return int(fitting[0]) + 2 if fitting.size else _WINDOWS + 1
 
     def refaulted(self, gfns: Gfns, now_ns: int) -> None:
-        """Take pages in, and count those that had gone not long ago."""
+        """Add resident pages, and count those that were evicted recently."""
         shadow = self.shadow[gfns]
         back = (shadow & _GONE) != 0
         recent = back & (self.behind[gfns] < _RECENT)
@@ -266,7 +269,7 @@ class LruGen:
     # -- eviction --------------------------------------------------------------
 
     def victims(self, n: int, candidates: Mask, now_ns: int, probe: Probe | None = None) -> Gfns:
-        """Return up to ``n`` candidates; see the module for the order.
+        """Return up to ``n`` candidates in the order that the module describes.
 
         :raises LayoutError: if the mask has another size
         """
@@ -282,7 +285,7 @@ class LruGen:
         return chosen
 
     def _choose(self, n: int, candidates: Mask, now_ns: int) -> Gfns:
-        # Half as wide as flatnonzero has them: this is where the policy needs most memory.
+        # 32 bits, half the width of flatnonzero's result: memory use peaks here.
         pages = np.flatnonzero(candidates & self._old_enough(now_ns)).astype(np.uint32)
         behind = np.minimum(self.behind[pages], self.max_seq - self.min_seq)
         key = self._keys(pages, behind)
@@ -297,10 +300,10 @@ class LruGen:
     def _keys(
         self, pages: npt.NDArray[np.uint32], behind: npt.NDArray[np.uint8]
     ) -> npt.NDArray[np.uint32]:
-        """Return numbers by which pages are to go, the lowest first.
+        """Return the sort keys of eviction; pages with the lowest keys are evicted first.
 
-        Among equals the lot decides, by blocks of 64: neighbours go together, and the same
-        blocks stay, so that a scan finds a part of memory there and not none of it.
+        The random order among equals is by blocks of 64: neighbours are evicted together,
+        and the same blocks stay resident, so that a repeated scan hits a part of memory.
         """
         known, shift = _key_parts(self.tiers.last_evictable())
         history = self.history[pages]
@@ -311,22 +314,23 @@ class LruGen:
         return key
 
     def _old_enough(self, now_ns: int) -> Mask:
-        """Return the pages outside the protected generations, and unseen for ``min_ttl_ms``."""
+        """Return the pages outside protected generations that were not young for ``min_ttl_ms``."""
         if self.max_seq - self.min_seq < PROTECTED:
             return np.zeros(self.n_pages, dtype=bool)
         since_ns = now_ns - self.min_ttl_ms * 1_000_000
         recent = sum(time_ns > since_ns for time_ns in self._pass_times_ns)
         if recent > _WINDOWS:
-            # Beyond what is remembered a window: a page is two behind when it is seen.
+            # A page found young once is promoted to two generations behind the youngest.
             return self.behind >= min(recent + PROTECTED, 255)
         old: Mask = self.behind >= PROTECTED
         return old & (self.history < 1 << (_WINDOWS - recent)) if recent else old
 
     def _find_young(self, chosen: Gfns, tested: Mask, probe: Probe) -> bool:
-        """Test victims just before they go, promote the young; say whether there were any.
+        """Test victims before eviction, promote young ones; return whether there were any.
 
-        No page is tested twice. One that was young has a window more, and may still be
-        the best to go: a page seen twice is not spared at the cost of one seen always.
+        No page is tested twice. A young victim gains one window in its history and may
+        still be the best victim: a page young in two windows must not displace one that
+        is young in all.
         """
         fresh = chosen[~tested[chosen]]
         tested[fresh] = True
@@ -343,7 +347,7 @@ class LruGen:
     def _test_batch(self, fresh: Gfns, tested: Mask, probe: Probe) -> Gfns:
         asked = np.zeros(self.n_pages, dtype=bool)
         asked[fresh] = True
-        # What came in since the last pass is young for that, and known: only clear it.
+        # Pages that became resident since the last pass are known to be young: only clear.
         asked[self._known_young] = True
         self._known_young = _NONE
         found = unpack(probe.clear_young(pack(asked)), self.n_pages)
@@ -351,7 +355,7 @@ class LruGen:
         return self._look_around(young, asked, tested, probe) if young.size else young
 
     def _look_around(self, young: Gfns, asked: Mask, tested: Mask, probe: Probe) -> Gfns:
-        """Test the other pages of the 64 that each young victim is in."""
+        """Test the other pages in the aligned group of 64 of each young victim."""
         around = np.zeros(n_words(self.n_pages), dtype=np.uint64)
         around[np.unique(young // 64)] = np.uint64(2**64 - 1)
         if self.n_pages % 64:
@@ -367,9 +371,10 @@ class LruGen:
         return both
 
     def _adapt(self, wanted: int, found: int, n_candidates: int) -> None:
-        """Let the protected generations have less where they are in the way, slowly more else.
+        """Shrink the limit of protected generations if too few victims were found, else grow it.
 
-        Who asks for more than half of what there is asks for a list, not for room.
+        A request for more than half of the candidates asks for an ordering rather than for
+        free memory, and does not change the limit.
         """
         if found < wanted <= n_candidates / 2:
             self._counts["short"] += wanted - found
@@ -378,7 +383,7 @@ class LruGen:
             self._share = min(self._share * 1.05, _MOST_PROTECTED)
 
     def evicted(self, gfns: Gfns, now_ns: int) -> None:
-        """Leave a shadow: the page's tier, and from now on its time away."""
+        """Store a shadow entry with the page's tier and the generation of its eviction."""
         tiers = TIER_OF[self.history[gfns]]
         self.shadow[gfns] = _GONE | tiers
         self.behind[gfns] = 0
@@ -389,7 +394,7 @@ class LruGen:
             self._spared = None
 
     def up_to(self, seq: int, candidates: Mask) -> Gfns:
-        """Return the candidates in the generations up to one, the oldest first.
+        """Return the candidates in generations up to ``seq``, the oldest first.
 
         :raises LayoutError: if the mask has another size, or ``seq`` is protected
         """
@@ -401,17 +406,17 @@ class LruGen:
         pages = np.flatnonzero(candidates & (self.behind >= self.max_seq - seq))
         return pages[np.argsort(255 - self.behind[pages], kind="stable")]
 
-    # -- what it knows ---------------------------------------------------------
+    # -- inspection ------------------------------------------------------------
 
     def sizes(self, pages: Mask) -> list[tuple[int, int]]:
-        """Return (sequence number, how many of the pages are there), the oldest first."""
+        """Return (sequence number, number of the given pages), the oldest first."""
         check_mask(pages, self.n_pages)
         oldest = self.max_seq - self.min_seq
         counts = np.bincount(np.minimum(self.behind[pages], oldest), minlength=oldest + 1)
         return [(self.max_seq - i, int(counts[i])) for i in range(oldest, -1, -1)]
 
     def counters(self) -> dict[str, float]:
-        """Return sequence numbers, counts, and how the controllers stand."""
+        """Return sequence numbers, counters and the state of the controllers."""
         shown: dict[str, float] = {"min_seq": self.min_seq, "max_seq": self.max_seq}
         shown.update(self._counts)
         shown["protected_share"] = self._share
@@ -429,7 +434,7 @@ class LruGen:
     def explain(self, gfn: int) -> dict[str, int | float | str]:
         """Return a page's generation, windows and tier.
 
-        :raises LayoutError: for a gfn outside
+        :raises LayoutError: if the gfn is out of range
         """
         if not 0 <= gfn < self.n_pages:
             raise LayoutError(f"gfn {gfn:#x} outside [0, {self.n_pages:#x})")
@@ -462,10 +467,10 @@ _REFS = (
 
 @functools.lru_cache(maxsize=N_TIERS)
 def _key_parts(last_evictable: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
-    """Return, by history, a page's part of its key, and where its generation belongs in it.
+    """Return, for each history, its part of the key and the shift of the generation.
 
-    From the top: what is protected, windows seen, generation; what is not, generation,
-    windows seen. The 15 bits below are the lot's.
+    From the most significant bit: protected, windows, generation; unprotected: generation,
+    windows. The low 15 bits hold the random order.
     """
     refs = _REFS.astype(np.uint32)
     protected = (last_evictable < TIER_OF) & ~IS_OVERDUE
@@ -478,7 +483,7 @@ def _key_parts(last_evictable: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray
 
 
 def _lowest(key: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.int64]:
-    """Return the indexes of the ``n`` lowest keys, ascending; equals in their order."""
+    """Return the indexes of the ``n`` lowest keys, ascending, in a stable order."""
     if 4 * n < key.size:
         limit = _nth_lowest(key, n)
         near = np.flatnonzero(key <= limit)
@@ -487,9 +492,9 @@ def _lowest(key: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.int64]:
 
 
 def _nth_lowest(key: npt.NDArray[np.uint32], n: int) -> int:
-    """Return the ``n``-th lowest key, from 1 on.
+    """Return the ``n``-th lowest key, counted from 1.
 
-    By counting, in two halves of the key: a partition is slow where most keys are equal.
+    Counts in two halves of the key, because a partition is slow if most keys are equal.
     """
     top = key >> np.uint32(16)
     up_to = np.cumsum(np.bincount(top))

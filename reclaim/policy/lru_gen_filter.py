@@ -1,14 +1,14 @@
-"""Which leaf tables an aging sweep should look into.
+"""Select the leaf tables that an aging sweep visits.
 
-As in the kernel (mm/vmscan.c), two filters take turns: the sweep of a generation looks
-into the tables that the filter of that generation lets through, and notes the tables
-that it finds dense in young entries in the other one, for the next sweep; so does the
-look-around of eviction. A table is dense if it has one young entry for each cache line
-of entries on average (``suitable_to_scan``: 64 bytes hold eight).
+As in the kernel (mm/vmscan.c), two filters alternate: the sweep of a generation visits
+the tables that pass the filter of that generation, and adds tables that are dense in
+young entries to the other filter, which the next sweep uses; the look-around of eviction
+also adds tables. A table is dense if it has at least one young entry per cache line of
+entries on average (``suitable_to_scan``: 64 bytes hold eight entries).
 
-Departs from the kernel: a guest's tables are known by number, so that one bit a table
-stands where the kernel hashes pointers of many processes into a Bloom filter. It is
-smaller, and it never says yes for no.
+Departs from the kernel: the tables of a guest are numbered, so one bit per table replaces
+the Bloom filter into which the kernel hashes pointers of many processes. It is smaller
+and has no false positives.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Bits = npt.NDArray[np.bool_]
 def suitable_to_scan(
     total: npt.NDArray[np.int64] | int, young: npt.NDArray[np.int64] | int
 ) -> npt.NDArray[np.bool_] | bool:
-    """Return whether there is a young entry a cache line, on average."""
+    """Return whether there is at least one young entry per cache line on average."""
     return young * _ENTRIES_A_CACHE_LINE >= total
 
 
@@ -39,28 +39,28 @@ class TableFilter:
     def __init__(self, n_pages: int) -> None:
         self.n_pages = n_pages
         self.n_tables = -(-n_pages // TABLE_PAGES)
-        # None until there was a sweep to learn from: then everything passes.
+        # None before the first sweep: every table passes.
         self._filters: list[Bits | None] = [None, None]
         sizes = np.full(self.n_tables, TABLE_PAGES, dtype=np.int64)
         sizes[-1] = n_pages - TABLE_PAGES * (self.n_tables - 1)
         self._sizes = sizes
 
     def tables(self, seq: int) -> Bits:
-        """Return which tables the sweep of a generation looks into."""
+        """Return the tables that the sweep of a generation visits."""
         passing = self._filters[seq % 2]
         return np.ones(self.n_tables, dtype=bool) if passing is None else passing
 
     def learn(self, seq: int, swept: Bits, young: Words) -> None:
-        """Note what the sweep of a generation found, for the next one.
+        """Record the result of a generation's sweep for the next sweep.
 
-        Tables that it did not look into do not pass next time, unless
-        :meth:`admit` lets them in.
+        Tables that were not visited do not pass the next time unless :meth:`admit` adds
+        them.
         """
         counts = young_a_table(young, self.n_pages)
         self._filters[(seq + 1) % 2] = swept & suitable_to_scan(self._sizes, counts)
 
     def admit(self, seq: int, tables: npt.NDArray[np.int64]) -> None:
-        """Let tables into the next sweep, because eviction found them dense."""
+        """Add tables to the next sweep, because eviction found them dense."""
         waiting = self._filters[(seq + 1) % 2]
         if waiting is not None:
             waiting[tables] = True

@@ -1,32 +1,33 @@
 """The text interface of lru_gen, in the syntax of /sys/kernel/debug/lru_gen.
 
-Read, it shows each VM (where the kernel has a memory cgroup) with its generations, the
-oldest first: sequence number, age in milliseconds, anonymous pages, file pages. All pages
-of a guest count as anonymous, and there is one node, 0::
+Reading it shows each VM (in place of the kernel's memory cgroup) with its generations,
+the oldest first: sequence number, age in milliseconds, anonymous pages, file pages. All
+pages of a guest count as anonymous, and there is one node, 0::
 
     memcg     1 vm1
      node     0
               4      12043        8190          0
               5       2007         310          0
 
-Written, it takes commands, separated by commas, semicolons or line ends; ``vm`` is the
-number or the name that is shown:
+Commands are written to it, separated by commas, semicolons or newlines; ``vm`` is the
+number or the name of a VM:
 
 ``+ vm node seq [can_swap [full_scan]]``
-    open a generation after ``seq``, which has to be the youngest; an older one is passed
-    over silently. ``full_scan`` sweeps what the filter would skip.
+    open a generation after ``seq``, which must be the youngest; an older ``seq`` is
+    silently ignored. ``full_scan`` also sweeps the tables that the filter would skip.
 ``- vm node seq [swappiness [nr]]``
-    evict the generations up to ``seq``, at most ``nr`` pages. Swappiness 0 spares
-    anonymous pages, which are all there are.
+    evict the generations up to ``seq``, at most ``nr`` pages. Swappiness 0 excludes
+    anonymous pages, and so all pages.
 
-Every command of a text is parsed before the first one runs.
+All commands of a text are parsed before the first one runs.
 
-As for the kernel, ``can_swap`` is a swappiness of which any but 0 means yes, ``full_scan`` is
-any number, and ``max`` is a swappiness (since "mm: use SWAPPINESS_ANON_ONLY in MGLRU", v6.16).
+As in the kernel, ``can_swap`` is a swappiness and any value but 0 is true, ``full_scan``
+is any number, and ``max`` is a swappiness (since "mm: use SWAPPINESS_ANON_ONLY in MGLRU",
+v6.16).
 
 Source: Documentation/admin-guide/mm/multigen_lru.rst and lru_gen_seq_write(), mm/vmscan.c,
-Linux v6.12. Departs from it: the name is taken as well as the number; aging does not
-refuse when all generations are open, since the two oldest become one.
+Linux v6.12. Departs from it: the name is accepted as well as the number; aging does not
+fail when all generations are open, because the two oldest are merged.
 """
 
 from __future__ import annotations
@@ -77,22 +78,22 @@ Command = AgeCommand | EvictCommand
 
 
 class Work(Protocol):
-    """What commands make their caller do to the VM."""
+    """Operations on the VM that a command requests from its caller."""
 
     def age(self, full_scan: bool) -> None:
-        """Harvest and have the policy age by it."""
+        """Harvest, and pass the result to the policy."""
 
     def candidates(self) -> Mask:
         """Return the pages that may be evicted."""
 
     def evict(self, gfns: Gfns) -> int:
-        """Evict pages, tell the policy, and return how many went."""
+        """Evict pages, notify the policy, and return the number evicted."""
 
 
 def show(number: int, name: str, policy: LruGen, pages: Mask, now_ns: int) -> str:
     """Return the generations of one VM as text.
 
-    :param pages: those that count, in general the resident ones
+    :param pages: the pages to count, usually the resident pages
     """
     lines = [f"memcg {number:5} {name}", f" node {0:5}"]
     for seq, n_pages in policy.sizes(pages):
@@ -104,7 +105,7 @@ def show(number: int, name: str, policy: LruGen, pages: Mask, now_ns: int) -> st
 def parse(text: str) -> list[Command]:
     """Parse commands.
 
-    :raises LayoutError: naming the command, the field and what it should be
+    :raises LayoutError: names the command, the field and the accepted values
     """
     commands = []
     for number, part in enumerate(re.split(r"[,;\n]", text), 1):
@@ -147,7 +148,7 @@ def _number(where: str, field: str, word: str) -> int:
     if word == "max" and field in ("can_swap", "swappiness"):
         return MAX_SWAPPINESS
     if not re.fullmatch(r"[0-9]{1,18}", word):
-        raise LayoutError(f"{where}: {field} {word!r} is no number of 0 or more")
+        raise LayoutError(f"{where}: {field} {word!r} is not a number of 0 or more")
     return int(word)
 
 
@@ -158,7 +159,7 @@ def _at_most(where: str, field: str, value: int, most: int) -> int:
 
 
 def run(command: Command, policy: LruGen, work: Work) -> int:
-    """Run one command on a VM's policy; return how many pages went.
+    """Run one command on a VM's policy; return the number of pages evicted.
 
     :raises LayoutError: if the generation does not exist yet, or is protected
     """

@@ -1,13 +1,14 @@
-"""Which tiers of pages eviction should spare, learned from refaults.
+"""Select the tiers that eviction protects, from the refaults of each tier.
 
-After the controller of the kernel's multi-generational LRU (mm/vmscan.c, Linux v6.12):
-its proportional part is the share of what a tier lost (evicted, or protected from it)
-that came back; its integral part the moving average of that over the generations that
-went before, by halves. The set point is the first tier. A tier that refaults clearly
-more than the first is protected, and so are those above it.
+Modelled on the controller of the kernel's multi-generational LRU (mm/vmscan.c, Linux
+v6.12): its proportional term is the refaulted share of the pages that a tier lost
+(evicted) or would have lost (protected); its integral term is the exponential moving
+average of that share over previous generations, with a factor of one half. The set point
+is the first tier. A tier that refaults clearly more than the first is protected, and so
+are the tiers above it.
 
-A page's tier is the logarithm of the number of windows that saw it, of those that are
-remembered: 0; 1; 2 to 3; 4 to 7; 8 and more.
+The tier of a page is the logarithm of the number of windows in its history in which it
+was young: 0; 1; 2 to 3; 4 to 7; 8 or more.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ import numpy.typing as npt
 
 __all__ = ["IS_OVERDUE", "MIN_LRU_BATCH", "N_TIERS", "TIER_OF", "Tiers"]
 
-#: Evidence below so many refaults is none; BITS_PER_LONG, as in the kernel.
+#: Fewer refaults than this are not significant; BITS_PER_LONG, as in the kernel.
 MIN_LRU_BATCH = 64
 N_TIERS = 5
-#: Gains of the first tier and of the others: a margin of 2:3 (since Linux v6.11).
+#: Gains of the first tier and of the others: a ratio of 2:3 (since Linux v6.11).
 _GAIN_FIRST, _GAIN_OTHER = 2, 3
 
-#: A generation, as evidence, is one page in so many.
+#: The averages are updated after one in this number of pages was evicted.
 _GENERATION_SHARE = 32
 
 Counts = npt.NDArray[np.int64]
 
 
 def _tiers_of_histories() -> npt.NDArray[np.uint8]:
-    """order_base_2(windows seen + 1) for each 16-bit history, at most the last tier."""
+    """Return order_base_2(windows + 1) for each 16-bit history, at most the last tier."""
     bits = np.unpackbits(np.arange(1 << 16, dtype="<u2").view(np.uint8)).reshape(-1, 16)
     refs = bits.sum(axis=1)
     tiers = np.ceil(np.log2(refs + 1)).astype(np.uint8)
@@ -43,7 +44,11 @@ TIER_OF = _tiers_of_histories()
 
 
 def _overdue_histories() -> npt.NDArray[np.bool_]:
-    """Not seen for twice the mean interval, or missing after (nearly) every window before."""
+    """Return which histories are overdue.
+
+    That is, the page was not young for twice its mean interval, or it was not young in the
+    last windows after being young in (nearly) every window before.
+    """
     histories = np.arange(1 << 16, dtype="<u2")
     refs = np.unpackbits(histories.view(np.uint8)).reshape(-1, 16).sum(axis=1, dtype=np.int64)
     idle = 16 - np.ceil(np.log2(histories.astype(np.float64) + 1)).astype(np.int64)
@@ -51,12 +56,12 @@ def _overdue_histories() -> npt.NDArray[np.bool_]:
     return overdue
 
 
-#: By history. Whatever such a page was, it may have ceased to be it: no tier protects it.
+#: By history. The access pattern of an overdue page may have changed: no tier protects it.
 IS_OVERDUE = _overdue_histories()
 
 
 class Tiers:
-    """Counts by tier, and the decision that follows from them."""
+    """Counts by tier, and the protection that follows from them."""
 
     def __init__(self) -> None:
         self.avg_refaulted: Counts = np.zeros(N_TIERS, dtype=np.int64)
@@ -66,22 +71,22 @@ class Tiers:
         self.protected: Counts = np.zeros(N_TIERS, dtype=np.int64)
 
     def note_refaulted(self, tiers: npt.NDArray[np.uint8]) -> None:
-        """Count pages that came back, by their tier when they went."""
+        """Count refaulted pages by the tier that they had when they were evicted."""
         self.refaulted += _count(tiers)
 
     def note_evicted(self, tiers: npt.NDArray[np.uint8]) -> None:
-        """Count pages that went."""
+        """Count evicted pages."""
         self.evicted += _count(tiers)
 
     def note_protected(self, tiers: npt.NDArray[np.uint8]) -> None:
-        """Count pages that would have gone had their tier not been protected."""
+        """Count pages that were not evicted because their tier is protected."""
         self.protected += _count(tiers)
 
     def carry_over(self, n_pages: int) -> None:
-        """Fold the counts into the averages, once as many pages went as make a generation.
+        """Update the averages from the counts once enough pages were evicted.
 
-        With a harvest a generation few pages go in each, too few to be evidence: one is
-        taken to be a 32nd of the pages.
+        Each harvest opens a generation, and too few pages are evicted in one to be
+        significant: the counts are carried over once they cover a 32nd of the pages.
         """
         if int(self.evicted.sum()) * _GENERATION_SHARE < n_pages:
             return

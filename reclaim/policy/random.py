@@ -1,4 +1,4 @@
-"""Random victims: what a policy has to beat."""
+"""Random victims: the baseline that other policies must beat."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Random"]
 
 
 class Random:
-    """Evicts any candidate, all equally likely; the same seed gives the same ones.
+    """Evicts candidates with equal probability; the same seed gives the same victims.
 
     :raises LayoutError: if there are no pages
     """
@@ -28,18 +28,18 @@ class Random:
 
     @property
     def n_pages(self) -> int:
-        """Pages it knows of."""
+        """Number of pages that the policy covers."""
         return self._n_pages
 
     def plan(self, tables_young: Words | None = None) -> HarvestPlan:
-        """Ask for everything, as others do; it is not used."""
+        """Request all pages, as other policies do; the result is not used."""
         return Everything
 
     def refaulted(self, gfns: Gfns, now_ns: int) -> None:
-        """Nothing to note."""
+        """Do nothing."""
 
     def age(self, young: Words, now_ns: int) -> None:
-        """Nothing to note."""
+        """Do nothing."""
 
     def victims(self, n: int, candidates: Mask, now_ns: int, probe: Probe | None = None) -> Gfns:
         """Draw ``n`` of the candidates.
@@ -51,7 +51,7 @@ class Random:
         return self._chance.permutation(pages)[: max(n, 0)]
 
     def evicted(self, gfns: Gfns, now_ns: int) -> None:
-        """Count them."""
+        """Count the pages."""
         self._evicted += int(gfns.size)
 
     def sizes(self, pages: Mask) -> list[tuple[int, int]]:
@@ -60,9 +60,9 @@ class Random:
         return [(0, int(pages.sum()))]
 
     def counters(self) -> dict[str, float]:
-        """Return how many went."""
+        """Return the number of evicted pages."""
         return {"evicted": self._evicted}
 
     def explain(self, gfn: int) -> dict[str, int | float | str]:
-        """Return nothing: it knows nothing of a page."""
+        """Return nothing: the policy keeps no state per page."""
         return {}

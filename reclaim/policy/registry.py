@@ -1,9 +1,9 @@
-"""Policies by name: the built-in ones, and those that other packages offer.
+"""Policies by name: the built-in policies, and those of other packages.
 
-A package offers a policy under the entry point group ``kvmhost.policies``: the name is
-the policy's, the object a class or function that takes the number of pages and options
-by keyword, and returns a :class:`~kvmhost.reclaim.policy.base.Policy`. docs/policies.md has an
-example.
+A package provides a policy under the entry point group ``kvmhost.policies``: the name of
+the entry point is the name of the policy, the object is a class or function that takes
+the number of pages and keyword options and returns a
+:class:`~kvmhost.reclaim.policy.base.Policy`. docs/policies.md has an example.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ Factory = Callable[..., Policy]
 
 @dataclasses.dataclass(frozen=True)
 class Offer:
-    """A policy that can be asked for, or why it cannot.
+    """A policy that can be created, or the reason why not.
 
-    :param source: where it comes from: built in, or package and version
-    :param reason: why it does not work; "" if it does
+    :param source: "built in", or package and version
+    :param reason: why it cannot be created; "" if it can
     """
 
     name: str
@@ -58,15 +58,15 @@ class Offer:
 
     @property
     def works(self) -> bool:
-        """Whether it can be made."""
+        """Whether the policy can be created."""
         return not self.reason
 
 
 def offers() -> dict[str, Offer]:
-    """Return every policy by name, the built-in ones first.
+    """Return all policies by name, the built-in policies first.
 
-    A plug-in that takes the name of another one does not get it; one that cannot be
-    loaded is listed with its error.
+    A plug-in cannot replace a policy of the same name; a plug-in that cannot be loaded is
+    listed with its error.
     """
     found = {name: Offer(name, "built in", target) for name, target in BUILT_IN.items()}
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
@@ -81,11 +81,11 @@ def offers() -> dict[str, Offer]:
 
 
 def create(name: str, n_pages: int, options: Mapping[str, Any] | None = None) -> Policy:
-    """Make a policy.
+    """Create a policy.
 
-    :param options: by name, as its class takes them; see :func:`options_of`
-    :raises LayoutError: for an unknown name, an option that it does not take, values that
-        it refuses, or a plug-in that does not work
+    :param options: keyword arguments of its class; see :func:`options_of`
+    :raises LayoutError: for an unknown name, an unknown option, a rejected value, or a
+        plug-in that does not work
     """
     offer = _working(name)
     factory = _load(offer.target)
@@ -123,7 +123,7 @@ def _working(name: str) -> Offer:
 def _checked(offer: Offer) -> Offer:
     try:
         factory: object = _load(offer.target)
-    # Whatever a plug-in's import raises, others have to go on.
+    # An exception of any kind in a plug-in's import must not affect other policies.
     except Exception as error:  # noqa: BLE001
         return dataclasses.replace(offer, reason=f"{type(error).__name__}: {error}")
     if not callable(factory):
@@ -141,7 +141,7 @@ def _load(target: str) -> Factory:
 
 
 def _parameters(factory: Factory) -> dict[str, Any]:
-    """Names and defaults of what a factory takes besides the number of pages."""
+    """Return names and defaults of a factory's parameters after the number of pages."""
     parameters = list(inspect.signature(factory).parameters.values())[1:]
     named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     return {p.name: p.default for p in named}

@@ -1,20 +1,20 @@
-"""What would a policy have done: a recorded run, played again under a budget.
+"""Replay a recorded run through a policy under a budget.
 
-The model of one window, which is also the model of Belady's optimum
+The model of one window, which is also the model of Belady's optimal policy
 (:mod:`kvmhost.reclaim.policy.belady`):
 
-1. every page that was young in the window is touched once: it is resident, or comes
-   in, which is a refault if it went before;
-2. the policy gets its pass, with the accessed bits that its plan asked for; bits that
-   it left stay set, and its probe finds them;
-3. what is resident beyond the budget goes: the policy's victims, and where it protects
-   too much, pages by a fixed rule (forced, as a VM does at its limit): those seen in
-   the fewest of the last eight windows, then by gfn.
+1. every page that was young in the window is touched once: it is resident or becomes
+   resident, which is a refault if it was evicted before;
+2. the policy runs one pass with the accessed bits that its plan requested; other bits
+   stay set, and the policy's probe finds them;
+3. pages in excess of the budget are evicted: the policy's victims and, if the policy
+   protects too many pages, further pages by a fixed rule (forced, as a VM does at its
+   limit): those young in the fewest of the last eight windows, then by gfn.
 
-So a window may use more than the budget while it lasts. The order of touches inside
-a window is not known to a bitmap, and nothing here depends on it.
+So resident memory may exceed the budget during a window. A bitmap does not contain the
+order of touches within a window, and the result does not depend on it.
 
-A refault within :data:`WRONG_WITHIN` windows of the eviction makes it a wrong one.
+An eviction is wrong if the page refaults within :data:`WRONG_WITHIN` windows.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from kvmhost.reclaim.policy.base import Gfns, Mask, Policy, check_words
 
 __all__ = ["TABLE_PAGES", "WRONG_WITHIN", "ReplayResult", "Windows", "replay", "tables_of"]
 
-#: Pages that one leaf table maps.
+#: Pages mapped by one leaf table.
 TABLE_PAGES = 512
-#: An eviction that is undone within so many windows was wrong.
+#: An eviction is wrong if the page refaults within this number of windows.
 WRONG_WITHIN = 4
 
 #: (end of the window in ns, its young pages as words from gfn 0), in order of time.
@@ -43,16 +43,16 @@ Windows = Iterable[tuple[int, Words]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReplayResult:
-    """What happened, in pages.
+    """The result of a replay, in pages.
 
-    :param first_touches: came in for the first time, which no policy can save
-    :param wrong_evictions: came back within :data:`WRONG_WITHIN` windows
-    :param forced_evictions: part of the evictions; not the policy's choice
-    :param probed_pages: accessed bits looked at between harvests
-    :param planned_pages: accessed bits that the policy's plans asked for
+    :param first_touches: became resident for the first time, which no policy can avoid
+    :param wrong_evictions: refaulted within :data:`WRONG_WITHIN` windows
+    :param forced_evictions: the part of the evictions that the policy did not select
+    :param probed_pages: accessed bits tested between harvests
+    :param planned_pages: accessed bits that the policy's plans requested
     :param resident: after each window, ``int64``
     :param refaults_by_window: ``int64``
-    :param policy_ns: processor time inside the policy; the one field that a clock made
+    :param policy_ns: processor time inside the policy; the only field that is measured
     """
 
     policy: str
@@ -72,16 +72,16 @@ class ReplayResult:
 
     @property
     def hit_ratio(self) -> float:
-        """Share of the touches, first ones left out, that found their page resident."""
+        """Share of touches, except first touches, that found their page resident."""
         return 1 - self.refaults / max(self.touches - self.first_touches, 1)
 
 
 def replay(windows: Windows, policy: Policy, budget_pages: int) -> ReplayResult:
-    """Play windows to a policy that has to keep to a budget.
+    """Replay windows through a policy under a budget.
 
     :param windows: see :data:`Windows`; any iterable, read once
-    :param policy: a fresh one, for as many pages as the words have bits for
-    :raises LayoutError: if words do not fit the policy's pages, or times go back
+    :param policy: a new policy, for as many pages as the words have bits
+    :raises LayoutError: if words do not fit the policy's pages, or times are not ascending
     """
     if budget_pages < 1:
         raise LayoutError(f"replay: a budget of {budget_pages} pages")
@@ -92,23 +92,23 @@ def replay(windows: Windows, policy: Policy, budget_pages: int) -> ReplayResult:
 
 
 def tables_of(words: Words) -> Words:
-    """Return one bit a table of 512 pages: whether any of its pages has its bit set."""
+    """Return one bit per table of 512 pages: whether the bit of any of its pages is set."""
     padded = np.zeros(-(-words.size // 8) * 8, dtype=np.uint64)
     padded[: words.size] = words
     return pack(np.any(padded.reshape(-1, 8) != 0, axis=1))
 
 
 class _Run:
-    """One replay: pages as they are, their accessed bits, and the counts so far."""
+    """One replay: the state of the pages, their accessed bits, and the counts so far."""
 
     def __init__(self, policy: Policy, budget_pages: int) -> None:
         n_pages = policy.n_pages
         self.policy, self.budget_pages, self.n_pages = policy, budget_pages, n_pages
         self.resident: Mask = np.zeros(n_pages, dtype=bool)
         self.accessed: Words = np.zeros(n_words(n_pages), dtype=np.uint64)
-        #: Window of the last eviction, for pages that are out; -1: never went.
+        #: Window of the last eviction of pages that are not resident; -1: never evicted.
         self.went = np.full(n_pages, -1, dtype=np.int32)
-        #: A bit for each of the last eight windows.
+        #: One bit for each of the last eight windows.
         self.seen = np.zeros(n_pages, dtype=np.uint8)
         self.number = 0
         self.now_ns = -1
@@ -169,7 +169,7 @@ class _Run:
                 f"{self.policy.name}: {victims.size} victims of {excess}, or twice one"
             )
         if not self.resident[victims].all():
-            raise LayoutError(f"{self.policy.name}: a victim that was no candidate")
+            raise LayoutError(f"{self.policy.name}: a victim was not a candidate")
         return victims
 
     def _evict(self, victims: Gfns, excess: int) -> None:
@@ -187,7 +187,7 @@ class _Run:
         self.resident[gfns] = False
         self.went[gfns] = self.number
         self.counts["evictions"] += gfns.size
-        # A page that is not there has no accessed bit.
+        # A page that is not resident has no accessed bit.
         gone = np.zeros(self.n_pages, dtype=bool)
         gone[gfns] = True
         self.accessed &= ~pack(gone)

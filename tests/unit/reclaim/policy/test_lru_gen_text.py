@@ -46,13 +46,13 @@ def test_parse():
         ),
         ("- vm 0 1 2 3 4", r"6 fields, need - vm node seq \[swappiness \[nr\]\]"),
         ("+ vm 1 1", "node 1, there is only node 0"),
-        ("+ vm 0 -1", "seq '-1' is no number of 0 or more"),
+        ("+ vm 0 -1", "seq '-1' is not a number of 0 or more"),
         ("+ vm 0 x", "seq 'x' is no number"),
         ("+ vm 0 1 201", "can_swap 201, need 0 to 200"),
         ("+ vm 0 1 1 max", "full_scan 'max' is no number"),
         ("- vm 0 1 201", "swappiness 201, need 0 to 200"),
         ("- vm 0 1 200 many", "nr 'many' is no number"),
-        ("- vm 0 " + "9" * 30, "is no number of 0 or more"),
+        ("- vm 0 " + "9" * 30, "is not a number of 0 or more"),
     ],
 )
 def test_errors_name_command_and_field(text, problem):
