@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from kvmhost._ffi import lib
 from kvmhost.engine.kvm import KvmEngine
@@ -56,7 +57,7 @@ def in_threads(*works: Callable[[], object]) -> None:
 
 
 @pytest.mark.requires_kvm
-def test_a_kick_in_the_middle_of_a_kick(make_vm: Make, until: Callable[..., None]) -> None:
+def test_a_kick_in_the_middle_of_a_kick(make_vm: Make) -> None:
     """A raises the flag and is preempted; B's kick is consumed whole; A goes on."""
     machine = endless(make_vm, "kvm")
     machine.start()
@@ -87,7 +88,7 @@ def no_queued_signals() -> Iterator[None]:
 
 @pytest.mark.requires_kvm
 @pytest.mark.usefixtures("no_queued_signals")
-def test_pauses_with_no_room_for_queued_signals(make_vm: Make, until: Callable[..., None]) -> None:
+def test_pauses_with_no_room_for_queued_signals(make_vm: Make) -> None:
     machine = endless(make_vm, "kvm", n_vcpus=2)
     machine.start()
     for _ in range(20):
@@ -123,7 +124,7 @@ def test_a_kick_where_the_signal_was_ignored() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_pause_before_start(engine: str, make_vm: Make, until: Callable[..., None]) -> None:
+def test_pause_before_start(engine: str, make_vm: Make) -> None:
     machine = endless(make_vm, engine)
     machine.pause(SOON)
     assert machine.still
@@ -192,9 +193,7 @@ class Storm:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_everything_at_once(
-    engine: str, make_vm: Make, tmp_path: Path, until: Callable[..., None]
-) -> None:
+def test_everything_at_once(engine: str, make_vm: Make, tmp_path: Path) -> None:
     machine = endless(make_vm, engine, n_vcpus=2)
     machine.start()
     in_threads(*Storm(machine, tmp_path, 120).all())
@@ -230,9 +229,7 @@ def test_stops_in_the_middle_of_everything(engine: str, make_vm: Make, tmp_path:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_guest_prints_on_and_pauses_though_nobody_reads(
-    engine: str, make_vm: Make, until: Callable[..., None]
-) -> None:
+def test_a_guest_prints_on_and_pauses_though_nobody_reads(engine: str, make_vm: Make) -> None:
     reader, writer = os.pipe()
     params = {"port": 0x3F8, "count": 1 << 40}
     machine = make_vm(
