@@ -16,18 +16,15 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from kvmhost.control.client import Client
-from kvmhost.errors import CapabilityError, GuestError, KvmHostError, LayoutError
+from kvmhost.errors import CapabilityError, KvmHostError, LayoutError
 from kvmhost.files import check_target
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns
@@ -36,6 +33,15 @@ from kvmhost.machine import Machine
 from kvmhost.pager.userfault import Userfault
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
 from kvmhost.tools.args import about, size_bytes
+from kvmhost.tools.demo.processes import (
+    exit_status,
+    more_harvests,
+    open_log,
+    start_daemon,
+    start_vm,
+    wait_until,
+)
+from kvmhost.tools.demo.settings import START_GFN, DemoSettings
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress, show_table
 from kvmhost.trackers import NAMES, describe, probe_all
@@ -43,58 +49,8 @@ from kvmhost.trackers import NAMES, describe, probe_all
 __all__ = ["main", "parser"]
 
 _MIB = 1 << 20
-_START_GFN = 1024
-#: Beside guest memory and the store: interpreter, page tables, KVM's or the emulator's memory.
-_PROCESS_BYTES = {"kvm": 46 * _MIB, "emulated": 70 * _MIB}
 #: An emulated guest is about ten times slower: less to do in the same time.
 _EMULATED_SHARE = 10
-#: What a page of this guest takes in the store, compressed, about a tenth.
-_STORE_SHARE = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class DemoSettings:
-    """The guest of the demo, in pages and epochs."""
-
-    mem_bytes: int
-    hot_bytes: int
-    epochs: int
-    engine: str
-    seed: int = 1
-
-    @property
-    def pages(self) -> int:
-        """Pages that the guest owns: nearly all of its memory."""
-        return (self.mem_bytes * 15 // 16) // 4096 - _START_GFN
-
-    @property
-    def touched_bytes(self) -> int:
-        """What the guest touches over its run."""
-        return self.pages * 4096
-
-    @property
-    def limit_bytes(self) -> int:
-        """Half of what it touches."""
-        return self.touched_bytes // 2
-
-    @property
-    def budget_bytes(self) -> int:
-        """Resident guest memory that leaves room under the limit for store and process."""
-        room = self.limit_bytes - _PROCESS_BYTES[self.engine] - self.touched_bytes * _STORE_SHARE
-        return int(room / (1 - _STORE_SHARE)) // 4096 * 4096
-
-    def params(self, epochs: int | None = None) -> dict[str, int]:
-        """Parameters of the guest."""
-        return {
-            "start_gfn": _START_GFN,
-            "pages": self.pages,
-            "hot": self.hot_bytes // 4096,
-            "cold": 16,
-            "scan_every": 200 if self.engine == "kvm" else 40,
-            "scan_epochs": 64 if self.engine == "kvm" else 16,
-            "epochs": self.epochs if epochs is None else epochs,
-            "seed": self.seed,
-        }
 
 
 def main(argv: Sequence[str]) -> int:
@@ -183,9 +139,9 @@ def _accuracy(settings: DemoSettings, name: str, epochs: int) -> dict[str, typin
         for epoch in range(epochs):
             machine.run_epoch()
             start = time.perf_counter_ns()
-            young = tracker.harvest(_START_GFN, settings.pages)
+            young = tracker.harvest(START_GFN, settings.pages)
             cost.append((time.perf_counter_ns() - start) / settings.pages)
-            tracker.rearm(_START_GFN, settings.pages, young)
+            tracker.rearm(START_GFN, settings.pages, young)
             expected = hotcold_gfns(machine.params, epoch)
             right += int(np.isin(young.gfns(), expected).sum())
             reported += young.count()
@@ -205,15 +161,15 @@ def _throughput(settings: DemoSettings, seconds: float = 2.0) -> dict[str, float
     """Epochs a second of one VM, in turn without and with the daemon, no limit set."""
     rates: dict[bool, list[float]] = {False: [], True: []}
     # No scans: a window with one would be compared with a window without.
-    with _vm(settings, "free", epochs=0, scan_every=0) as vm:
-        _wait(lambda: vm.client.state().doorbells > 2, vm, "the first epochs")
+    with start_vm(settings, "free", epochs=0, scan_every=0) as vm:
+        wait_until(lambda: vm.client.state().doorbells > 2, vm, "the first epochs")
         for with_daemon in (False, True, False, True):
             with contextlib.ExitStack() as stack:
                 if with_daemon:
                     budget = settings.mem_bytes
-                    stack.enter_context(_daemon("free", budget, 1.0, _logs(vm.directory)))
+                    stack.enter_context(start_daemon("free", budget, 1.0, open_log(vm.directory)))
                     passes = vm.client.counters().harvest.harvests
-                    _wait(_more_harvests(vm, passes), vm, "a pass")
+                    wait_until(more_harvests(vm, passes), vm, "a pass")
                 start, first = time.perf_counter(), vm.client.state().doorbells
                 time.sleep(seconds)
                 done = vm.client.state().doorbells - first
@@ -233,8 +189,8 @@ def _picture(settings: DemoSettings, path: Path) -> str | None:
         need_plotting()
     except CapabilityError:
         return None
-    with _vm(settings, "picture", epochs=0) as vm:
-        _wait(lambda: vm.client.state().doorbells > 2, vm, "the first epochs")
+    with start_vm(settings, "picture", epochs=0) as vm:
+        wait_until(lambda: vm.client.state().doorbells > 2, vm, "the first epochs")
         heatmap = live_heatmap(vm.client, interval_s=0.08, count=70)
         render_heatmap(heatmap, path)
     return str(path)
@@ -265,9 +221,9 @@ def _limited(settings: DemoSettings, progress: Progress) -> dict[str, typing.Any
 
 def _without_daemon(settings: DemoSettings, group: MemoryCgroup) -> dict[str, typing.Any]:
     before = group.oom_kills()
-    with _vm(settings, "doomed", epochs=settings.epochs, group=group) as vm:
+    with start_vm(settings, "doomed", epochs=settings.epochs, group=group) as vm:
         vm.client.resume()
-        status = vm.process.wait(timeout=120)
+        status = vm.wait_for_end()
     return {"status": status, "oom_kills": group.oom_kills() - before}
 
 
@@ -275,20 +231,22 @@ def _with_daemon(settings: DemoSettings, group: MemoryCgroup | None) -> dict[str
     before = group.oom_kills() if group else 0
     peak = 0
     with (
-        _vm(settings, "kept", epochs=settings.epochs, group=group) as vm,
-        _daemon("kept", settings.budget_bytes, 0.25, _logs(vm.directory)) as daemon,
+        start_vm(settings, "kept", epochs=settings.epochs, group=group) as vm,
+        start_daemon("kept", settings.budget_bytes, 0.25, open_log(vm.directory)) as daemon,
     ):
-        _wait(lambda: vm.client.state().limit_bytes > 0, vm, "the daemon's limit")
+        wait_until(lambda: vm.client.state().limit_bytes > 0, vm, "the daemon's limit")
         start = time.monotonic()
         vm.client.resume()
-        while vm.process.poll() is None and time.monotonic() - start < 240:
-            with contextlib.suppress(KvmHostError):
-                peak = max(peak, vm.client.state().resident_bytes)
-            time.sleep(0.2)
+
+        def note_peak() -> None:
+            nonlocal peak
+            peak = max(peak, vm.client.state().resident_bytes)
+
+        vm.wait_for_end(note_peak)
         seconds = time.monotonic() - start
         report = vm.report()
         # It ends by itself, with 0, when its only VM is gone.
-        daemon_status = daemon.wait(timeout=30)
+        daemon_status = exit_status(daemon, "the daemon")
     pager = report["pager"] or {}
     stored = pager.get("evicted_pages", 0) - pager.get("same_filled_pages", 0)
     return {
@@ -307,121 +265,6 @@ def _with_daemon(settings: DemoSettings, group: MemoryCgroup | None) -> dict[str
         "same_filled_pages": pager.get("same_filled_pages", 0),
         "daemon_status": daemon_status,
     }
-
-
-# -- processes ---------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Vm:
-    """A VM process of the demo and a client of it."""
-
-    process: subprocess.Popen[bytes]
-    client: Client
-    directory: Path
-
-    def report(self) -> dict[str, typing.Any]:
-        """Return what ``run --json`` printed; the VM has ended."""
-        self.process.wait(timeout=30)
-        text = (self.directory / "report.json").read_text()
-        if not text.strip():
-            errors = (self.directory / "vm.log").read_text()
-            raise GuestError(f"the VM ended with {self.process.returncode}: {errors[-500:]}")
-        report: dict[str, typing.Any] = json.loads(text)
-        return report
-
-
-@contextlib.contextmanager
-def _vm(
-    settings: DemoSettings,
-    name: str,
-    *,
-    epochs: int,
-    group: MemoryCgroup | None = None,
-    **params: int,
-) -> Iterator[_Vm]:
-    """Start a VM process, paused if it goes into a cgroup or is to end by itself."""
-    words = [sys.executable, "-m", "kvmhost", "run", "hotcold", "--name", name, "--json"]
-    words += ["--engine", settings.engine, "--mem", str(settings.mem_bytes)]
-    if epochs:
-        words.append("--paused")
-    for key, value in (settings.params(epochs) | params).items():
-        words += ["--param", f"{key}={value}"]
-    with (
-        tempfile.TemporaryDirectory(prefix="kvmhost-demo-") as folder,
-        contextlib.ExitStack() as stack,
-    ):
-        directory = Path(folder)
-        report = stack.enter_context((directory / "report.json").open("wb"))
-        log = stack.enter_context((directory / "vm.log").open("wb"))
-        # The child waits for a line, so that it is in its cgroup before it allocates.
-        gate = ["sh", "-c", 'read -r _ && exec "$@"', "sh", *words]
-        process = subprocess.Popen(gate, stdin=subprocess.PIPE, stdout=report, stderr=log)
-        stack.callback(_end, process)
-        if group is not None:
-            group.add_pid(process.pid)
-        assert process.stdin is not None
-        process.stdin.write(b"\n")
-        process.stdin.close()
-        vm = _Vm(process, stack.enter_context(_connect(name, process)), directory)
-        yield vm
-
-
-@contextlib.contextmanager
-def _connect(name: str, process: subprocess.Popen[bytes]) -> Iterator[Client]:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            client = Client(name)
-            client.state()
-            break
-        except KvmHostError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-    with client:
-        yield client
-
-
-@contextlib.contextmanager
-def _daemon(
-    name: str, budget_bytes: int, interval_s: float, log: typing.BinaryIO
-) -> Iterator[subprocess.Popen[bytes]]:
-    words = [sys.executable, "-m", "kvmhost", "reclaimd", name]
-    words += ["--budget", str(budget_bytes), "--interval", str(interval_s)]
-    with log, contextlib.ExitStack() as stack:
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
-        stack.callback(_end, process)
-        yield process
-
-
-def _logs(directory: Path) -> typing.BinaryIO:
-    return (directory / "reclaimd.log").open("ab")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that this demo started, gently first."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _more_harvests(vm: _Vm, than: int) -> Callable[[], bool]:
-    return lambda: vm.client.counters().harvest.harvests > than
-
-
-def _wait(condition: Callable[[], bool], vm: _Vm, what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        if vm.process.poll() is not None:
-            raise GuestError(f"the VM ended with {vm.process.returncode} before {what}")
-        if time.monotonic() > deadline:
-            raise GuestError(f"not within 60 s: {what}")
-        time.sleep(0.05)
 
 
 # -- the table -----------------------------------------------------------------------

@@ -1,0 +1,185 @@
+"""VM and daemon processes of the demo: started, watched for progress, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kvmhost.control.client import Client
+from kvmhost.errors import GuestError, GuestTimeout, KvmHostError
+from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
+from kvmhost.tools.demo.settings import DemoSettings
+
+__all__ = [
+    "DemoVm",
+    "exit_status",
+    "more_harvests",
+    "open_log",
+    "start_daemon",
+    "start_vm",
+    "wait_until",
+]
+
+#: A process that does nothing for this long hangs: generous, for slow and loaded hosts.
+_STUCK_S = 180.0
+
+
+@dataclasses.dataclass
+class DemoVm:
+    """A VM process of the demo and a client of it."""
+
+    process: subprocess.Popen[bytes]
+    client: Client
+    directory: Path
+
+    def wait_for_end(self, each: Callable[[], None] = lambda: None) -> int:
+        """Wait until the VM ends, for as long as its guest makes progress; return its status.
+
+        :param each: called about five times a second
+        :raises GuestTimeout: if the guest does nothing for :data:`_STUCK_S`
+        """
+        done, since_s = -1, time.monotonic()
+        while self.process.poll() is None:
+            # The VM may end between two requests.
+            with contextlib.suppress(KvmHostError):
+                each()
+                now = self._work_done()
+                if now != done:
+                    done, since_s = now, time.monotonic()
+            if time.monotonic() - since_s > _STUCK_S:
+                raise GuestTimeout(_STUCK_S)
+            time.sleep(0.2)
+        return self.process.returncode
+
+    def _work_done(self) -> int:
+        """Return a number that grows while the guest touches memory."""
+        counters = self.client.counters()
+        pager = counters.pager or {}
+        faults = pager.get("fault_ins", 0) + pager.get("evictions", 0)
+        return int(counters.machine.doorbells + counters.machine.resident_bytes + faults)
+
+    def report(self) -> dict[str, typing.Any]:
+        """Return what ``run --json`` printed; the VM has ended."""
+        exit_status(self.process, "the VM")
+        text = (self.directory / "report.json").read_text()
+        if not text.strip():
+            errors = (self.directory / "vm.log").read_text()
+            raise GuestError(f"the VM ended with {self.process.returncode}: {errors[-500:]}")
+        report: dict[str, typing.Any] = json.loads(text)
+        return report
+
+
+@contextlib.contextmanager
+def start_vm(
+    settings: DemoSettings,
+    name: str,
+    *,
+    epochs: int,
+    group: MemoryCgroup | None = None,
+    **params: int,
+) -> Iterator[DemoVm]:
+    """Start a VM process, paused if it goes into a cgroup or is to end by itself."""
+    words = [sys.executable, "-m", "kvmhost", "run", "hotcold", "--name", name, "--json"]
+    words += ["--engine", settings.engine, "--mem", str(settings.mem_bytes)]
+    if epochs:
+        words.append("--paused")
+    for key, value in (settings.params(epochs) | params).items():
+        words += ["--param", f"{key}={value}"]
+    with (
+        tempfile.TemporaryDirectory(prefix="kvmhost-demo-") as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        directory = Path(folder)
+        report = stack.enter_context((directory / "report.json").open("wb"))
+        log = stack.enter_context((directory / "vm.log").open("wb"))
+        # The child waits for a line, so that it is in its cgroup before it allocates.
+        gate = ["sh", "-c", 'read -r _ && exec "$@"', "sh", *words]
+        process = subprocess.Popen(gate, stdin=subprocess.PIPE, stdout=report, stderr=log)
+        stack.callback(_end, process)
+        if group is not None:
+            group.add_pid(process.pid)
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        vm = DemoVm(process, stack.enter_context(_connect(name, process)), directory)
+        yield vm
+
+
+@contextlib.contextmanager
+def _connect(name: str, process: subprocess.Popen[bytes]) -> Iterator[Client]:
+    deadline = time.monotonic() + _STUCK_S
+    while True:
+        try:
+            client = Client(name)
+            client.state()
+            break
+        except KvmHostError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+    with client:
+        yield client
+
+
+@contextlib.contextmanager
+def start_daemon(
+    name: str, budget_bytes: int, interval_s: float, log: typing.BinaryIO
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a daemon for one VM; it is ended with the context."""
+    words = [sys.executable, "-m", "kvmhost", "reclaimd", name]
+    words += ["--budget", str(budget_bytes), "--interval", str(interval_s)]
+    with log, contextlib.ExitStack() as stack:
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+        stack.callback(_end, process)
+        yield process
+
+
+def open_log(directory: Path) -> typing.BinaryIO:
+    """Open the daemon's log, to append."""
+    return (directory / "reclaimd.log").open("ab")
+
+
+def exit_status(process: subprocess.Popen[bytes], what: str) -> int:
+    """Return the status of a process that is about to end."""
+    try:
+        return process.wait(timeout=_STUCK_S)
+    except subprocess.TimeoutExpired as error:
+        raise GuestError(f"{what} did not end within {_STUCK_S:g} s") from error
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that this demo started, gently first."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def more_harvests(vm: DemoVm, than: int) -> Callable[[], bool]:
+    """Return the condition that the VM was harvested more often."""
+    return lambda: vm.client.counters().harvest.harvests > than
+
+
+def wait_until(condition: Callable[[], bool], vm: DemoVm, what: str) -> None:
+    """Wait for a condition while the VM lives.
+
+    :raises GuestError: if the VM ends before, or nothing happens for too long
+    """
+    deadline = time.monotonic() + _STUCK_S
+    while not condition():
+        if vm.process.poll() is not None:
+            raise GuestError(f"the VM ended with {vm.process.returncode} before {what}")
+        if time.monotonic() > deadline:
+            raise GuestError(f"not within {_STUCK_S:g} s: {what}")
+        time.sleep(0.05)

@@ -1,0 +1,59 @@
+"""The guest of the demo, its limit and its budget."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["START_GFN", "DemoSettings"]
+
+_MIB = 1 << 20
+START_GFN = 1024
+#: Beside guest memory and the store: interpreter, page tables, KVM's or the emulator's memory.
+_PROCESS_BYTES = {"kvm": 46 * _MIB, "emulated": 70 * _MIB}
+#: What a page of this guest takes in the store, compressed, about a tenth.
+_STORE_SHARE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoSettings:
+    """The guest of the demo, in pages and epochs."""
+
+    mem_bytes: int
+    hot_bytes: int
+    epochs: int
+    engine: str
+    seed: int = 1
+
+    @property
+    def pages(self) -> int:
+        """Pages that the guest owns: nearly all of its memory."""
+        return (self.mem_bytes * 15 // 16) // 4096 - START_GFN
+
+    @property
+    def touched_bytes(self) -> int:
+        """What the guest touches over its run."""
+        return self.pages * 4096
+
+    @property
+    def limit_bytes(self) -> int:
+        """Half of what it touches."""
+        return self.touched_bytes // 2
+
+    @property
+    def budget_bytes(self) -> int:
+        """Resident guest memory that leaves room under the limit for store and process."""
+        room = self.limit_bytes - _PROCESS_BYTES[self.engine] - self.touched_bytes * _STORE_SHARE
+        return int(room / (1 - _STORE_SHARE)) // 4096 * 4096
+
+    def params(self, epochs: int | None = None) -> dict[str, int]:
+        """Parameters of the guest."""
+        return {
+            "start_gfn": START_GFN,
+            "pages": self.pages,
+            "hot": self.hot_bytes // 4096,
+            "cold": 16,
+            "scan_every": 200 if self.engine == "kvm" else 40,
+            "scan_epochs": 64 if self.engine == "kvm" else 16,
+            "epochs": self.epochs if epochs is None else epochs,
+            "seed": self.seed,
+        }
