@@ -1,9 +1,10 @@
-"""Output files: written whole or not at all, with errors that name the file."""
+"""Files: written whole or not at all, read only where they are regular and bounded."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import stat
 import typing
@@ -17,7 +18,9 @@ __all__ = [
     "NamelessFile",
     "check_target",
     "new_directory",
+    "open_regular",
     "os_errors",
+    "read_regular",
     "replacing",
     "sync_directory",
     "write_file",
@@ -160,6 +163,49 @@ def new_directory(path: Path) -> Iterator[Path]:
 
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def open_regular(path: str | Path) -> int:
+    """Open a regular file for reading and return its descriptor.
+
+    A FIFO in its place does not make the caller wait, and a device is not read.
+
+    :raises OSError: if it cannot be opened; ``EINVAL`` if it is not a regular file
+    """
+    # O_NONBLOCK: opening a FIFO for reading returns at once; regular files ignore it.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_regular(path: str | Path, most_bytes: int) -> bytes:
+    """Read a whole regular file.
+
+    :raises OSError: as :func:`open_regular`; ``EFBIG`` if it has more than ``most_bytes``,
+        before anything of it is read
+    """
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        raw = b"" if size > most_bytes else _read_up_to(file, most_bytes + 1)
+    if size > most_bytes or len(raw) > most_bytes:
+        raise OSError(errno.EFBIG, f"Larger than {most_bytes} bytes", str(path))
+    return raw
+
+
+def _read_up_to(file: io.FileIO, most_bytes: int) -> bytes:
+    parts, left = [], most_bytes
+    while left and (part := file.read(min(left, 1 << 24))):
+        parts.append(part)
+        left -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def check_target(path: Path) -> None:

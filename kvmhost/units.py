@@ -9,16 +9,21 @@ type        written                       value
 `Mark`      ``90%``, ``80M``              a share of something, or bytes
 =========== ============================= ===========================================
 
-Each is written back by ``str()`` so that reading that gives the same value again.
+Each is written back by ``str()`` so that reading that gives the same value again. Each is
+bounded where it is read, so that arithmetic on it neither overflows nor becomes infinite:
+sizes to the 52 bits of a physical address, times to a day, shares to 10,000 times 100 %.
 """
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
+    "MAX_BYTES",
+    "MAX_SECONDS",
+    "MAX_SHARE",
     "PAGE_BYTES",
     "PAGE_SHIFT",
     "Bytes",
@@ -33,11 +38,18 @@ __all__ = [
 PAGE_SHIFT = 12
 PAGE_BYTES = 1 << PAGE_SHIFT
 
+#: The largest size, time and share that are read.
+MAX_BYTES = 1 << 52
+MAX_SECONDS = 86400
+MAX_SHARE = 10_000
+#: No amount is longer when written; digits without end would cost time of their square.
+_MAX_CHARACTERS = 64
+
 _BINARY = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_TIME = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(us|ms|s|min|h)?")
+_SIZE = re.compile(r"([0-9]+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(us|ms|s|min|h)?")
 _SECONDS = {"us": "0.000001", "ms": "0.001", "s": "1", "min": "60", "h": "3600"}
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%|(\d+)/(\d+)")
+_SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%|([0-9]+)/([0-9]+)")
 
 
 class Bytes(int):
@@ -50,11 +62,12 @@ class Bytes(int):
         :raises ValueError: for anything else
         """
         if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
-            return cls(given)
-        match = _SIZE.fullmatch(given.strip()) if isinstance(given, str) else None
+            return cls(_at_most(given, MAX_BYTES, "size", "4096T"))
+        match = _match(_SIZE, given)
         if match is None:
-            raise ValueError(f"invalid size {given!r}; write 65536, 256M or 1G")
-        return cls(int(match[1]) << _BINARY[match[2].upper()])
+            raise ValueError(f"invalid size {_shown(given)}; write 65536, 256M or 1G")
+        size = int(match[1]) << _BINARY[match[2].upper()]
+        return cls(_at_most(size, MAX_BYTES, "size", "4096T"))
 
     def __str__(self) -> str:
         for letter, bits in reversed(_BINARY.items()):
@@ -73,10 +86,11 @@ class Seconds(float):
         :param bare: take a number without a unit as seconds
         :raises ValueError: for anything else
         """
-        match = _TIME.fullmatch(given.strip()) if isinstance(given, str) else None
+        match = _match(_TIME, given)
         if match is None or not (match[2] or bare):
-            raise ValueError(f"invalid time {given!r}; write 50ms, 1s or 2min")
-        return cls(Decimal(match[1]) * Decimal(_SECONDS[match[2] or "s"]))
+            raise ValueError(f"invalid time {_shown(given)}; write 50ms, 1s or 2min")
+        seconds = Decimal(match[1]) * Decimal(_SECONDS[match[2] or "s"])
+        return cls(_at_most(seconds, MAX_SECONDS, "time", "24h"))
 
     def __str__(self) -> str:
         return f"{Decimal(repr(float(self))).normalize():f}s"
@@ -91,13 +105,12 @@ class Share(float):
 
         :raises ValueError: for anything else
         """
-        match = _SHARE.fullmatch(given.strip()) if isinstance(given, str) else None
+        match = _match(_SHARE, given)
         if match is None or (match[3] and not int(match[3])):
-            raise ValueError(f"invalid share {given!r}; write for example 90% or 1/8")
-        if match[3]:
-            return cls(int(match[2]) / int(match[3]))
+            raise ValueError(f"invalid share {_shown(given)}; write for example 90% or 1/8")
         # In decimals: what is written back has to read as the same number.
-        return cls(Decimal(match[1]) / 100)
+        share = int(match[2]) / int(match[3]) if match[3] else Decimal(match[1]) / 100
+        return cls(_at_most(share, MAX_SHARE, "share", f"{100 * MAX_SHARE}%"))
 
     def __str__(self) -> str:
         return f"{(Decimal(repr(float(self))) * 100).normalize():f}%"
@@ -119,7 +132,7 @@ class Mark:
             return cls(size=Bytes.parse(given))
         share = Share.parse(given)
         if not 0 < share <= 1:
-            raise ValueError(f"{given!r}: need a share above 0 and up to 100%")
+            raise ValueError(f"{_shown(given)}: need a share above 0 and up to 100%")
         return cls(share=share)
 
     def of(self, total_bytes: int) -> int:
@@ -137,6 +150,31 @@ class Mark:
 
     def __hash__(self) -> int:
         return hash((self.size, self.share))
+
+
+_N = TypeVar("_N", bound="int | float | Decimal")
+
+
+def _match(pattern: re.Pattern[str], given: object) -> re.Match[str] | None:
+    """Match a text of a bounded length; None for anything else."""
+    if not isinstance(given, str) or len(given) > _MAX_CHARACTERS:
+        return None
+    return pattern.fullmatch(given.strip())
+
+
+def _at_most(value: _N, most: int, what: str, written: str) -> _N:
+    if value > most:
+        raise ValueError(f"{what} is too large: at most {written}")
+    return value
+
+
+def _shown(given: object) -> str:
+    """Return a value for a message, cut short; the decimals of a large int are never made."""
+    if isinstance(given, int) and abs(given) > MAX_BYTES:
+        return f"of {given.bit_length()} bits"
+    text = given[:_MAX_CHARACTERS] if isinstance(given, str) else given
+    shown = repr(text)[: _MAX_CHARACTERS + 2]
+    return f"{shown}..." if isinstance(given, str) and len(given) > _MAX_CHARACTERS else shown
 
 
 _KINDS = (Bytes, Seconds, Share, Mark)

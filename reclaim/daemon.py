@@ -236,6 +236,10 @@ class Daemon:
             notice = Notice(text)
         except (ReclaimError, KvmHostError) as error:
             notice = Notice(f"not reloaded: {error}", failed=True)
+        # A file that somebody edits must not end a daemon that runs: whatever else goes
+        # wrong, plug-ins included, leaves the options as they are.
+        except Exception as error:  # noqa: BLE001
+            notice = Notice(f"not reloaded: {type(error).__name__}: {error}", failed=True)
         self.context.decisions.add(DecisionKind.RELOAD, notice.text)
         self._report_event(notice)
         self._notifier.ready(self._status())

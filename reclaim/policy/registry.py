@@ -63,11 +63,20 @@ class Offer:
 
 
 def offers() -> dict[str, Offer]:
-    """Return all policies by name, the built-in policies first.
+    """Return all policies by name, the built-in policies first; imports all plug-ins.
 
     A plug-in cannot replace a policy of the same name; a plug-in that cannot be loaded is
     listed with its error.
     """
+    found = _listed()
+    return {
+        name: _checked(offer) if offer.works and name not in BUILT_IN else offer
+        for name, offer in found.items()
+    }
+
+
+def _listed() -> dict[str, Offer]:
+    """Return every policy by name, with no plug-in imported."""
     found = {name: Offer(name, "built in", target) for name, target in BUILT_IN.items()}
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
         source = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown package"
@@ -76,7 +85,7 @@ def offers() -> dict[str, Offer]:
             shown = f"{point.name}@{source.split()[0]}"
             found[shown] = Offer(shown, source, point.value, f"the name is taken ({taken})")
         else:
-            found[point.name] = _checked(Offer(point.name, source, point.value))
+            found[point.name] = Offer(point.name, source, point.value)
     return found
 
 
@@ -110,11 +119,15 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def _working(name: str) -> Offer:
-    all_offers = offers()
-    if name not in all_offers:
-        works = [offer.name for offer in all_offers.values() if offer.works]
-        raise LayoutError(unknown_name("policy", name, works))
-    offer = all_offers[name]
+    """Return the policy of a name; of all plug-ins no other one is imported."""
+    if name in BUILT_IN:
+        return Offer(name, "built in", BUILT_IN[name])
+    listed = _listed()
+    if name not in listed:
+        names = [offer.name for offer in listed.values() if offer.works]
+        raise LayoutError(unknown_name("policy", name, names))
+    offer = listed[name]
+    offer = _checked(offer) if offer.works else offer
     if not offer.works:
         raise LayoutError(f"policy {name!r} ({offer.source}): {offer.reason}")
     return offer

@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from kvmhost.files import read_regular
 from kvmhost.reclaim.errors import KernelFileError
 
 __all__ = ["KernelFiles"]
+
+#: The kernel's files that are read here have some kilobytes.
+_MAX_BYTES = 16 << 20
 
 
 class KernelFiles:
@@ -23,9 +27,12 @@ class KernelFiles:
         self.root = Path(root)
 
     def read(self, path: str) -> str:
-        """Return a file's text."""
+        """Return a file's text.
+
+        :raises KernelFileError: if it cannot be read, or is no regular file
+        """
         try:
-            return self._at(path).read_text()
+            return read_regular(self._at(path), _MAX_BYTES).decode("utf-8", "replace")
         except OSError as error:
             raise KernelFileError(path, error.errno or 0) from error
 

@@ -29,11 +29,13 @@ import msgspec
 
 from kvmhost.control.schema import SchemaError, convert
 from kvmhost.errors import LayoutError
+from kvmhost.files import read_regular
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.pressure.budget import Budget
+from kvmhost.reclaim.settings.lines import line_of, outside_strings
 from kvmhost.reclaim.settings.options import Config, VmOptions
 from kvmhost.suggest import unknown_name
-from kvmhost.units import read_amount, write_amount
+from kvmhost.units import MAX_SECONDS, read_amount, write_amount
 
 __all__ = ["Flags", "Option", "budget_of", "load", "options", "read_flag", "to_toml"]
 
@@ -152,55 +154,48 @@ def to_toml(config: Config) -> str:
 _ANY_MEMORY_BYTES = 1 << 52
 
 
+#: A file of several thousand tables [vm.NAME] has less.
+_MAX_FILE_BYTES = 1 << 20
+_MAX_PARTS = 64
+_LONG_NUMBER = re.compile(r"[0-9_]{400}")
+
+
 class _Where:
     """Finds the line of a key, to be named in an error."""
 
     def __init__(self, file: str, text: str) -> None:
-        self._file, self._lines = file, text.splitlines()
+        self._file, self._text = file, text
 
     def error(self, keys: tuple[str, ...], problem: str) -> ConfigError:
         """Return the error that names a key and its line."""
-        return ConfigError(self._file, self._line_of(keys), ".".join(keys), problem)
-
-    def _line_of(self, keys: tuple[str, ...]) -> int:
-        """Return the line on which a key's value begins; 0 if the file does not have it.
-
-        The shortest beginning of the file that has the key ends with its value, and the
-        longest one before it that can be read at all ends before that.
-        """
-        before = 0
-        if not keys:
-            return 0
-        for n in range(1, len(self._lines) + 1):
-            try:
-                raw = tomllib.loads("\n".join(self._lines[:n]))
-            except tomllib.TOMLDecodeError:
-                continue
-            if _has(raw, keys):
-                return before + 1
-            before = n
-        return 0
-
-
-def _has(raw: Any, keys: tuple[str, ...]) -> bool:
-    for key in keys:
-        if not isinstance(raw, dict) or key not in raw:
-            return False
-        raw = raw[key]
-    return True
+        return ConfigError(self._file, line_of(self._text, keys), ".".join(keys), problem)
 
 
 def _read(path: str | Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return text, tomllib.loads(text)
+        text = read_regular(path, _MAX_FILE_BYTES).decode()
     except OSError as error:
         raise ConfigError(str(path), 0, "", error.strerror or str(error)) from error
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), 0, "", f"no UTF-8 at byte {error.start}") from None
+    _check_shape(text, path)
+    try:
+        return text, tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line (\d+)", str(error))
         raise ConfigError(str(path), int(line[1]) if line else 0, "", str(error)) from None
+    except RecursionError:
+        raise ConfigError(str(path), 0, "", "arrays or tables are nested too deeply") from None
+
+
+def _check_shape(text: str, path: str | Path) -> None:
+    """Refuse what is no configuration and costs a parser time of the square of its length."""
+    for number, line in enumerate(outside_strings(text).splitlines(), 1):
+        if line.count(".") > _MAX_PARTS:
+            problem = f"a key or number with more than {_MAX_PARTS} dots"
+            raise ConfigError(str(path), number, "", problem)
+        if _LONG_NUMBER.search(line):
+            raise ConfigError(str(path), number, "", "a number has too many digits")
 
 
 def _section(
@@ -213,6 +208,9 @@ def _section(
 ) -> T:
     if not isinstance(raw, dict):
         raise where.error(keys, "is a section")
+    for key, value in raw.items():
+        if any("\0" in text for text in _texts(value)):
+            raise where.error((*keys, key), "has a NUL character")
     try:
         given = convert(raw, kind, read_amount)
     except SchemaError as error:
@@ -220,6 +218,14 @@ def _section(
         raise where.error((*keys, inside) if inside else keys, error.problem) from None
     values = {key: getattr(given, key) for key in raw} | dict(flags)
     return msgspec.structs.replace(base if base is not None else kind(), **values)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts of an option's value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        yield from (text for text in value if isinstance(text, str))
 
 
 def _check(config: Config, where: _Where) -> None:
@@ -250,6 +256,9 @@ def _check(config: Config, where: _Where) -> None:
             raise where.error(("pressure", share), "more than 100%")
     if config.daemon.interval <= 0:
         raise where.error(("daemon", "interval"), "need more than 0s")
+    if 3 * config.daemon.interval > MAX_SECONDS:
+        problem = "need at most 8h: a lease of three intervals is at most 24h"
+        raise where.error(("daemon", "interval"), problem)
     if pressure.psi_trigger:
         from kvmhost.reclaim.pressure.psi import parse_trigger
 

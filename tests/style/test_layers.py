@@ -131,7 +131,7 @@ LAYERS = {
         {"clock", "writer"},
         {"frames", "recorder"},
     ),
-    "reclaim/settings": ({"options"}, {"config"}),
+    "reclaim/settings": ({"options", "lines"}, {"config"}),
     "reclaim/vm": (
         {"pages", "target", "totals"},
         {"policydriver"},

@@ -9,6 +9,7 @@ import threading
 import time
 import types
 
+import pytest
 from fake_vm import Events, FakeVm, N, config, make_daemon
 
 from kvmhost.reclaim.account.events import Notice, PassReport
@@ -43,9 +44,18 @@ def test_a_reload_changes_what_it_can_and_says_what_it_cannot(vms):
     assert vms["a"].given_back
 
 
-def test_a_reload_of_a_bad_file_leaves_everything_as_it_was(vms):
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ConfigError("x.toml", 3, "daemon.interval", "invalid time '5'"), "x.toml:3: daemon.inter"),
+        (OSError(5, "Input/output error"), "OSError: [Errno 5]"),
+        (OverflowError("int too large to convert to float"), "OverflowError: int too large"),
+        (RecursionError("too deep"), "RecursionError: too deep"),
+    ],
+)
+def test_a_reload_that_fails_leaves_everything_as_it_was(vms, error, text):
     def reread():
-        raise ConfigError("x.toml", 3, "daemon.interval", "invalid time '5'")
+        raise error
 
     def then(event):
         if isinstance(event, PassReport) and event.number == 2:
@@ -59,7 +69,7 @@ def test_a_reload_of_a_bad_file_leaves_everything_as_it_was(vms):
     before = daemon.context.config
     assert daemon.run()
     assert events.of(Notice)[0].failed
-    assert "x.toml:3: daemon.interval" in events.of(Notice)[0].text
+    assert text in events.of(Notice)[0].text
     assert daemon.context.config is before
 
 

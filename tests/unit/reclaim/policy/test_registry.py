@@ -80,6 +80,18 @@ def test_the_documented_example_works_as_a_plug_in(installed):
     assert (result.evictions, result.refaults, result.forced_evictions) == (3, 1, 0)
 
 
+def test_only_the_plug_in_that_is_asked_for_is_imported(installed):
+    installed("kvmhost_wanted", example(), "wanted = kvmhost_wanted:Fifo")
+    installed("kvmhost_other", example(), "other = kvmhost_other:Fifo")
+    with pytest.raises(LayoutError, match=r"there are: lru_gen, .*other, wanted"):
+        registry.create("absent", 8)
+    registry.create("lru_gen", 8)
+    assert not {"kvmhost_wanted", "kvmhost_other"} & set(sys.modules)
+    registry.create("wanted", 8)
+    assert "kvmhost_wanted" in sys.modules
+    assert "kvmhost_other" not in sys.modules
+
+
 def test_a_plug_in_cannot_take_a_name_and_a_broken_one_harms_nobody(installed):
     installed("kvmhost_thief", "class Mine: pass", "lru_gen = kvmhost_thief:Mine")
     installed("kvmhost_broken", "raise RuntimeError('no hardware')", "broken = kvmhost_broken:X")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
+import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.settings import lines
 from kvmhost.reclaim.settings.config import budget_of, load, options, read_flag, to_toml
-from kvmhost.units import Bytes, Mark, Seconds, Share
+from kvmhost.units import MAX_BYTES, MAX_SECONDS, Bytes, Mark, Seconds, Share
 
 GOOD = """\
 # how this host is run
@@ -121,6 +125,81 @@ def test_what_is_wrong_is_named_with_file_line_and_key(file, line, key, text, pr
     assert str(error).startswith(f"{path}:{line}: " if line else f"{path}: ")
 
 
+DIGITS = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "text", "problem"),
+    [
+        (2, "defaults.budget", f'[defaults]\nbudget = "{DIGITS}"', "invalid size"),
+        (2, "defaults.budget", '[defaults]\nbudget = "4097T"', "at most 4096T"),
+        (2, "defaults.budget", f"[defaults]\nbudget = {1 << 60}", "at most 4096T"),
+        (2, "", f"[defaults]\nbudget = {'9' * 5000}", "too many digits"),
+        (2, "daemon.interval", f'[daemon]\ninterval = "{DIGITS}h"', "invalid time"),
+        (2, "daemon.interval", '[daemon]\ninterval = "25h"', "at most 24h"),
+        (3, "daemon.interval", '[defaults]\nbudget = "1M"\ndaemon.interval = "9h"', None),
+        (4, "daemon.interval", '[defaults]\nbudget="1M"\n[daemon]\ninterval="9h"', "at most 8h"),
+        (2, "pressure.psi_target", f'[pressure]\npsi_target = "{DIGITS}/1"', "invalid share"),
+        (2, "pressure.psi_target", '[pressure]\npsi_target = "99999999/1"', "too large"),
+        (2, "pressure.psi_trigger", f'[pressure]\npsi_trigger="some {DIGITS}ms in 2s"', "time"),
+        (2, "pressure.cgroup", '[pressure]\ncgroup = "a\\u0000b"', "NUL"),
+        (0, "", "a = " + "[" * 100_000, "nested too deeply"),
+        (1, "", "[" + ".".join("a" * 2000) + "]", "more than 64 dots"),
+    ],
+)
+def test_amounts_and_shapes_are_bounded(file, line, key, text, problem):
+    if problem is None:  # A dotted key in another table is one of that table.
+        key, problem = "defaults.daemon", "unknown field"
+    path = file(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert (caught.value.line, caught.value.key) == (line, key)
+    assert problem in caught.value.problem
+    assert len(str(caught.value)) < 400
+
+
+def test_the_line_of_an_error_costs_time_in_proportion_to_the_file(file, monkeypatch):
+    text = "\n".join(f'[vm.a{i}]\nbudget = "1M"' for i in range(3000)) + "\n[vm.z]\nbudgett = 1\n"
+    path = file(text)
+    read = []
+    loads = lines.tomllib.loads
+    monkeypatch.setattr(lines.tomllib, "loads", lambda part: read.append(len(part)) or loads(part))
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert (caught.value.line, caught.value.key) == (6002, "vm.z.budgett")
+    # The file once to read it, and once more, in parts, to find the line.
+    assert sum(read) <= 2 * len(text)
+
+
+_KEYS = st.sampled_from(["a", "b", "c d", "e.f", '"', "#", "[x]"])
+_VALUES = st.recursive(
+    st.integers(-5, 5) | st.booleans() | st.sampled_from(["", "x = 1", "[a]", "a\n[b]\n#", '"""']),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(_KEYS, inside, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(_KEYS, _VALUES, min_size=1, max_size=4), st.booleans())
+def test_the_line_of_any_key_is_found(raw, long_texts):
+    text = tomli_w.dumps(raw, multiline_strings=long_texts)
+    split = text.splitlines()
+    for key in raw:
+        line = lines.line_of(text, [key])
+        assert line, text
+        # The file up to before that line does not have the key yet, or not all of its value.
+        before = tomllib.loads("\n".join(split[: line - 1]))
+        assert key not in before
+    assert lines.line_of(text, ["absent"]) == 0
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    path = tmp_path / "reclaimd.toml"
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="Not a regular file"):
+        load(path)
+
+
 def test_no_file_and_no_text(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         load(tmp_path / "none.toml")
@@ -160,13 +239,13 @@ def test_flags_take_a_number_of_seconds_and_files_do_not():
 
 
 @settings(deadline=None)
-@given(st.integers(0, 1 << 60))
+@given(st.integers(0, MAX_BYTES))
 def test_sizes_read_back(n):
     assert Bytes.parse(str(Bytes(n))) == n
 
 
 @settings(deadline=None)
-@given(st.decimals(0, 10**6, places=6, allow_nan=False))
+@given(st.decimals(0, MAX_SECONDS, places=6, allow_nan=False))
 def test_times_and_shares_read_back(value):
     for text, kind in ((f"{value}s", Seconds), (f"{value}ms", Seconds), (f"{value}%", Share)):
         amount = kind.parse(text)
