@@ -216,7 +216,8 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
         type=size_bytes,
         default=0,
         metavar="SIZE",
-        help="what evicted pages may take, compressed; a full store refuses (default: no limit)",
+        help="memory, or bytes of the file, that the store may hold, at least 32K; a full store "
+        "refuses (default: no limit)",
     )
     parser.add_argument(
         "--refuse-incompressible",

@@ -213,7 +213,7 @@ void kh_pager_free(struct kh_pager *pager)
 
 void kh_pager_set_store(struct kh_pager *pager, uint64_t limit_bytes, int refuse_raw)
 {
-	__atomic_store_n(&pager->store.limit_bytes, limit_bytes, __ATOMIC_RELAXED);
+	__atomic_store_n(&pager->store.slab.limit_bytes, limit_bytes, __ATOMIC_RELAXED);
 	pager->store.refuse_raw = refuse_raw;
 }
 
@@ -320,6 +320,7 @@ int kh_pager_restore(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
 		else if (kh_pager_state_of(pager, i) == KH_PAGE_EVICTED)
 			result->left++;
 	}
+	kh_pager_tidy_all(pager);
 	return 0;
 }
 

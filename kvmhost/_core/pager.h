@@ -57,6 +57,7 @@ struct kh_pager_counters {
 	uint64_t pending_faults;	/* faults that wait for memory now */
 	uint64_t errors;
 	uint64_t lost_pages;
+	uint64_t moved_records;		/* of the store, to empty chunks that held little */
 	uint64_t disk_full;		/* evictions that the store's file had no room for */
 	uint64_t outcomes[KH_EVICT_OUTCOMES];
 	uint64_t latency_sum_ns;	/* handling time of all fault-ins together */
@@ -116,7 +117,7 @@ void kh_pager_wait_serving(struct kh_pager *pager);
 void kh_pager_stop(struct kh_pager *pager);
 void kh_pager_free(struct kh_pager *pager);
 
-/* Store limit in bytes (0: none); what to do with pages that do not compress. */
+/* Limit on what the store holds, in bytes (0: none); what to do with pages that do not compress. */
 void kh_pager_set_store(struct kh_pager *pager, uint64_t limit_bytes, int refuse_raw);
 /* Bring back up to so many of the pages after a touched one that went together with it. */
 void kh_pager_set_prefetch(struct kh_pager *pager, uint32_t n_pages);

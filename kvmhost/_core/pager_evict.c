@@ -273,6 +273,10 @@ static int64_t evict_locked(struct kh_pager *pager, const uint32_t *index, uint6
 	int64_t done = 0;
 
 	pager->batch++;
+	/* At the limit of the store, that makes room. */
+	if (__atomic_load_n(&pager->store.slab.limit_bytes, __ATOMIC_RELAXED))
+		while (kh_pager_tidy_locked(pager))
+			;
 	for (uint64_t i = 0, length; i < n; i += length) {
 		length = run_length(pager, index + i, n - i);
 		evict_run(pager, index[i], length, outcome + i);
@@ -431,6 +435,7 @@ int kh_pager_drop(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
 		drop_run(pager, region, i, run, result);
 		pthread_mutex_unlock(&pager->evict_lock);
 	}
+	kh_pager_tidy_all(pager);
 	return 0;
 }
 

@@ -359,6 +359,8 @@ static int serve_until_stop(struct kh_pager *pager)
 {
 	for (;;) {
 		int pause_ms = pager->n_pending ? retry_pending(pager) : -1, result;
+		/* Between faults: the store gives back what nothing lies in any more. */
+		int untidy = kh_pager_tidy(pager);
 		/* Faults that cannot be kept wait where they are. */
 		struct pollfd wait[2] = {
 			{ .fd = pager->stop_event, .events = POLLIN },
@@ -366,7 +368,7 @@ static int serve_until_stop(struct kh_pager *pager)
 			  .events = POLLIN },
 		};
 
-		if (poll(wait, 2, pause_ms) < 0 && errno != EINTR)
+		if (poll(wait, 2, untidy ? 0 : pause_ms) < 0 && errno != EINTR)
 			return -errno;
 		if (wait[0].revents)
 			return 0;

@@ -1,7 +1,8 @@
 /*
  * The pager's own structures. pager.c has its life and its settings,
  * pager_evict.c how pages go, pager_huge.c what is done before about huge pages,
- * pager_fault.c how pages come back, pager_clock.c who goes when nobody was named.
+ * pager_tidy.c what is done about a sparse store, pager_fault.c how pages come back,
+ * pager_clock.c who goes when nobody was named.
  */
 #ifndef KVMHOST_PAGER_INTERNAL_H
 #define KVMHOST_PAGER_INTERNAL_H
@@ -212,6 +213,12 @@ void kh_pager_look_at_swapped(struct kh_pager *pager);
 /* Protect pages of one region in both mappings, or lift that. */
 int kh_pager_protect(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
 		     uint64_t n_pages, int protect);
+
+/* Move a few records out of sparse chunks; whether there is more to do. Takes evict_lock. */
+int kh_pager_tidy(struct kh_pager *pager);
+void kh_pager_tidy_all(struct kh_pager *pager);
+/* The same with evict_lock held, and no stripe. */
+int kh_pager_tidy_locked(struct kh_pager *pager);
 
 /* What is needed to tell huge pages; at arming. */
 int kh_huge_init(struct kh_pager *pager, int split_all);

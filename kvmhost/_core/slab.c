@@ -97,9 +97,21 @@ static uint32_t find_chunk(struct kh_slab *slab)
 	return slab->n_chunks++;
 }
 
+static void add(uint64_t *total, int64_t n_bytes)
+{
+	__atomic_fetch_add(total, n_bytes, __ATOMIC_RELAXED);
+}
+
+static int is_at_limit(const struct kh_slab *slab)
+{
+	uint64_t limit = __atomic_load_n(&slab->limit_bytes, __ATOMIC_RELAXED);
+
+	return limit && slab->chunk_bytes + CHUNK_BYTES > limit;
+}
+
 static uint32_t new_chunk(struct kh_slab *slab, uint32_t class)
 {
-	uint32_t number = find_chunk(slab);
+	uint32_t number = is_at_limit(slab) ? NO_CHUNK : find_chunk(slab);
 	struct kh_slab_chunk *chunk;
 
 	if (number == NO_CHUNK)
@@ -108,12 +120,17 @@ static uint32_t new_chunk(struct kh_slab *slab, uint32_t class)
 	*chunk = (struct kh_slab_chunk){ .class = class, .n_slots = CHUNK_STEPS / (class + 1) };
 	for (int i = 0; i < chunk->n_slots; i++)
 		chunk->free[i / 64] |= 1ull << (i % 64);
-	slab->chunk_bytes += CHUNK_BYTES;
+	if (slab->fd < 0 &&
+	    /* All of it at once: a fault for each of its pages costs more than to pack one. */
+	    madvise(kh_slab_address(slab, number * CHUNK_STEPS), CHUNK_BYTES,
+		    MADV_POPULATE_WRITE) && errno == ENOMEM) {
+		/* Touched without that, it would end in the hands of the OOM killer. */
+		slab->chunks[number].next = slab->empty;
+		slab->empty = number;
+		return NO_CHUNK;
+	}
+	add(&slab->chunk_bytes, CHUNK_BYTES);
 	link_chunk(slab, number);
-	if (slab->fd < 0)
-		/* All of it at once: a fault for each of its pages costs more than to pack one. */
-		(void)madvise(kh_slab_address(slab, number * CHUNK_STEPS), CHUNK_BYTES,
-			      MADV_POPULATE_WRITE);
 	return number;
 }
 
@@ -121,7 +138,7 @@ static void return_chunk(struct kh_slab *slab, uint32_t number)
 {
 	uint64_t first = number * CHUNK_STEPS;
 
-	slab->chunk_bytes -= CHUNK_BYTES;
+	add(&slab->chunk_bytes, -(int64_t)CHUNK_BYTES);
 	if (slab->fd < 0)
 		madvise(kh_slab_address(slab, first), CHUNK_BYTES, MADV_DONTNEED);
 	else
@@ -144,22 +161,35 @@ static int take_slot(struct kh_slab_chunk *chunk)
 	return word * 64 + bit;
 }
 
+/* Take a slot of a chunk that has one free. */
+static int64_t take_from(struct kh_slab *slab, uint32_t number)
+{
+	struct kh_slab_chunk *chunk = &slab->chunks[number];
+	int64_t slot = number * CHUNK_STEPS + take_slot(chunk) * (chunk->class + 1ull);
+
+	add(&slab->slot_bytes, (chunk->class + 1ull) * KH_SLAB_STEP);
+	if (slab->slot_bytes > slab->pass_mark)
+		slab->pass_mark = slab->slot_bytes;
+	if (chunk->used == chunk->n_slots)
+		unlink_chunk(slab, number);
+	return slot;
+}
+
 int64_t kh_slab_take(struct kh_slab *slab, uint64_t n_bytes)
 {
 	uint32_t class = (n_bytes - 1) / KH_SLAB_STEP, number;
-	int64_t slot = -ENOMEM;
+	int64_t slot;
 
 	pthread_mutex_lock(&slab->lock);
+	slot = is_at_limit(slab) ? -ENOSPC : -ENOMEM;
 	number = slab->partial[class];
 	if (number == NO_CHUNK)
 		number = new_chunk(slab, class);
-	if (number != NO_CHUNK) {
-		struct kh_slab_chunk *chunk = &slab->chunks[number];
-
-		slot = number * CHUNK_STEPS + take_slot(chunk) * (class + 1ull);
-		if (chunk->used == chunk->n_slots)
-			unlink_chunk(slab, number);
-	}
+	/* Rather a slot that is too large than none. */
+	while (number == NO_CHUNK && ++class < KH_SLAB_CLASSES)
+		number = slab->partial[class];
+	if (number != NO_CHUNK)
+		slot = take_from(slab, number);
 	pthread_mutex_unlock(&slab->lock);
 	return slot;
 }
@@ -174,6 +204,7 @@ void kh_slab_give(struct kh_slab *slab, uint64_t slot)
 	chunk = &slab->chunks[number];
 	i = slot % CHUNK_STEPS / (chunk->class + 1u);
 	chunk->free[i / 64] |= 1ull << (i % 64);
+	add(&slab->slot_bytes, -(int64_t)((chunk->class + 1ull) * KH_SLAB_STEP));
 	if (chunk->used-- == chunk->n_slots)
 		link_chunk(slab, number);
 	if (!chunk->used) {
@@ -193,6 +224,79 @@ char *kh_slab_address(const struct kh_slab *slab, uint64_t slot)
 uint64_t kh_slab_offset(uint64_t slot)
 {
 	return FILE_HEADER_BYTES + slot * KH_SLAB_STEP;
+}
+
+/* Not worth a pass: what a few chunks of each size keep free. */
+#define SPARE_BYTES (16 * CHUNK_BYTES)
+
+int kh_slab_is_sparse(struct kh_slab *slab)
+{
+	int sparse;
+
+	pthread_mutex_lock(&slab->lock);
+	/* A quarter of what there was is gone: not one pass after the other for nothing. */
+	sparse = slab->pass_chunk ||
+		 (slab->chunk_bytes > 2 * slab->slot_bytes +
+			      (is_at_limit(slab) ? 0 : SPARE_BYTES) &&
+		  slab->slot_bytes <= slab->pass_mark / 4 * 3);
+	if (sparse && !slab->pass_chunk) {
+		memset(slab->pass_target, 0, sizeof(slab->pass_target));
+		slab->pass_chunk = slab->n_chunks;
+		slab->pass_slot = 0;
+	}
+	pthread_mutex_unlock(&slab->lock);
+	return sparse;
+}
+
+/* Next slot in use of a chunk, or -1. */
+static int64_t next_used(struct kh_slab *slab, uint32_t number)
+{
+	const struct kh_slab_chunk *chunk = &slab->chunks[number];
+
+	if (!chunk->used || chunk->used * 2 > chunk->n_slots)
+		return -1;
+	for (uint32_t i = slab->pass_slot; i < chunk->n_slots; i++)
+		if (!(chunk->free[i / 64] >> (i % 64) & 1)) {
+			slab->pass_slot = i + 1;
+			return number * CHUNK_STEPS + i * (chunk->class + 1ull);
+		}
+	return -1;
+}
+
+int64_t kh_slab_next_move(struct kh_slab *slab)
+{
+	int64_t slot = -1;
+
+	pthread_mutex_lock(&slab->lock);
+	while (slab->pass_chunk) {
+		slot = next_used(slab, slab->pass_chunk - 1);
+		if (slot >= 0)
+			break;
+		slab->pass_chunk--;
+		slab->pass_slot = 0;
+	}
+	if (slot < 0)
+		slab->pass_mark = slab->slot_bytes;
+	pthread_mutex_unlock(&slab->lock);
+	return slot;
+}
+
+int64_t kh_slab_take_before(struct kh_slab *slab, uint64_t slot)
+{
+	uint32_t number = slot / CHUNK_STEPS, class;
+	int64_t taken = -ENOENT;
+
+	pthread_mutex_lock(&slab->lock);
+	class = slab->chunks[number].class;
+	for (uint32_t i = slab->pass_target[class]; taken < 0 && i < number; i++) {
+		const struct kh_slab_chunk *chunk = &slab->chunks[i];
+
+		slab->pass_target[class] = i;
+		if (chunk->used && chunk->used < chunk->n_slots && chunk->class == class)
+			taken = take_from(slab, i);
+	}
+	pthread_mutex_unlock(&slab->lock);
+	return taken;
 }
 
 void kh_slab_destroy(struct kh_slab *slab)

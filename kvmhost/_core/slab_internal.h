@@ -5,7 +5,8 @@
  * Pages come and go for as long as a VM lives, in all sizes and no order; a
  * general allocator fragments under that by half. Here a chunk holds slots of
  * one size, a freed slot is used again by the next page of that size, and a
- * chunk without used slots goes back to the system. What is known of a chunk
+ * chunk without used slots goes back to the system. Chunks that hold little are
+ * emptied into others of their size, by a pass. What is known of a chunk
  * stands beside it, so that nothing is read from a file to find room in it.
  */
 #ifndef KVMHOST_SLAB_INTERNAL_H
@@ -31,16 +32,29 @@ struct kh_slab {
 	char **blocks;			/* memory that chunks are cut from */
 	uint64_t max_blocks;
 	uint64_t chunk_bytes;		/* behind the chunks in use */
+	uint64_t slot_bytes;		/* of these, in slots in use */
+	uint64_t limit_bytes;		/* on chunk_bytes; 0: none */
+	/* The pass that empties sparse chunks, from the last chunk down. */
+	uint32_t pass_chunk;		/* the one it is at, plus 1; 0: no pass */
+	uint32_t pass_slot;
+	uint32_t pass_target[KH_SLAB_CLASSES];	/* chunks below have no room */
+	uint64_t pass_mark;		/* most slot_bytes since the last pass */
 };
 
 /* Room for n_pages pages, whatever they compress to. */
 int kh_slab_init(struct kh_slab *slab, uint64_t n_pages, int fd);
-/* A slot for 1 to KH_SLAB_MAX_BYTES bytes: its number, or -ENOMEM. */
+/* A slot for 1 to KH_SLAB_MAX_BYTES bytes: its number; -ENOMEM, or -ENOSPC at the limit. */
 int64_t kh_slab_take(struct kh_slab *slab, uint64_t n_bytes);
 void kh_slab_give(struct kh_slab *slab, uint64_t slot);
 /* Where a slot is: its address in memory, its offset in the file. */
 char *kh_slab_address(const struct kh_slab *slab, uint64_t slot);
 uint64_t kh_slab_offset(uint64_t slot);
+/* Whether so much is held for so little that a pass is due, or one is under way. */
+int kh_slab_is_sparse(struct kh_slab *slab);
+/* Next slot that a pass is to move, from a chunk of which half or more is free; -1: done. */
+int64_t kh_slab_next_move(struct kh_slab *slab);
+/* A slot of the same size in a chunk before; -ENOENT if there is none. */
+int64_t kh_slab_take_before(struct kh_slab *slab, uint64_t slot);
 void kh_slab_destroy(struct kh_slab *slab);
 
 #endif

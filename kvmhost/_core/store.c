@@ -15,6 +15,7 @@
 /* A page in its slot. */
 struct record {
 	uint64_t checksum;
+	uint64_t index;		/* whose page this is, for who moves it */
 	char content[KH_PAGE_BYTES];
 };
 
@@ -81,18 +82,6 @@ int kh_take_injected(uint64_t *failures)
 	return 0;
 }
 
-/* Add to the bytes used unless that passes the limit. */
-static int reserve(struct kh_store *store, uint64_t n_bytes)
-{
-	uint64_t used = __atomic_add_fetch(&store->used_bytes, n_bytes, __ATOMIC_RELAXED);
-	uint64_t limit = __atomic_load_n(&store->limit_bytes, __ATOMIC_RELAXED);
-
-	if (!limit || used <= limit)
-		return 1;
-	__atomic_sub_fetch(&store->used_bytes, n_bytes, __ATOMIC_RELAXED);
-	return 0;
-}
-
 /* A file that takes only a part has no room either: the rest would not have fitted. */
 static int write_record(struct kh_store *store, uint64_t slot, const struct record *record,
 			uint64_t n_bytes)
@@ -119,21 +108,20 @@ static int put_record(struct kh_store *store, uint64_t index, struct record *rec
 {
 	uint64_t n_bytes = RECORD_HEAD + content_bytes;
 	int64_t slot;
-	int outcome = KH_EVICT_ERROR;
+	int outcome;
 
-	if (!reserve(store, content_bytes))
-		return KH_EVICT_FULL;
 	record->checksum = kh_coder_checksum(&store->coder, record->content, content_bytes, index);
+	record->index = index;
 	slot = kh_slab_take(&store->slab, n_bytes);
-	if (slot >= 0) {
-		outcome = write_record(store, slot, record, n_bytes);
-		if (outcome != KH_EVICT_DONE)
-			kh_slab_give(&store->slab, slot);
-	}
+	/* At the limit, and where the host has no memory for the store. */
+	if (slot < 0)
+		return KH_EVICT_FULL;
+	outcome = write_record(store, slot, record, n_bytes);
 	if (outcome != KH_EVICT_DONE) {
-		__atomic_sub_fetch(&store->used_bytes, content_bytes, __ATOMIC_RELAXED);
+		kh_slab_give(&store->slab, slot);
 		return outcome;
 	}
+	__atomic_add_fetch(&store->used_bytes, content_bytes, __ATOMIC_RELAXED);
 	store->entry[index] = make_entry(slot, content_bytes, batch % KH_BATCHES);
 	if (content_bytes == KH_PAGE_BYTES)
 		__atomic_fetch_add(&store->raw_pages, 1, __ATOMIC_RELAXED);
@@ -202,6 +190,44 @@ int kh_store_get(struct kh_store *store, uint64_t index, void *page)
 		return kh_coder_unpack(&store->coder, record->content, n_bytes, page, KH_PAGE_BYTES);
 	memcpy(page, record->content, KH_PAGE_BYTES);
 	return 0;
+}
+
+int64_t kh_store_owner(const struct kh_store *store, uint64_t slot)
+{
+	uint64_t index;
+
+	if (store->slab.fd < 0) {
+		memcpy(&index, kh_slab_address(&store->slab, slot) + offsetof(struct record, index),
+		       sizeof(index));
+		return index;
+	}
+	if (pread(store->slab.fd, &index, sizeof(index),
+		  kh_slab_offset(slot) + offsetof(struct record, index)) != sizeof(index))
+		return -1;
+	return index;
+}
+
+/* The bytes as they are: a damaged record stays one. */
+int kh_store_move(struct kh_store *store, uint64_t index, uint64_t slot)
+{
+	uint64_t entry = store->entry[index];
+	const struct record *record;
+	struct record room;
+	int64_t target;
+
+	if (is_same(store, index) || !entry || slot_of(entry) != slot)
+		return 0;
+	record = find_record(store, entry, &room);
+	target = record ? kh_slab_take_before(&store->slab, slot) : -1;
+	if (target < 0)
+		return 0;
+	if (write_record(store, target, record, RECORD_HEAD + bytes_of(entry)) != KH_EVICT_DONE) {
+		kh_slab_give(&store->slab, target);
+		return 0;
+	}
+	store->entry[index] = make_entry(target, bytes_of(entry), entry >> BATCH_SHIFT);
+	kh_slab_give(&store->slab, slot);
+	return 1;
 }
 
 void kh_store_drop(struct kh_store *store, uint64_t index)

@@ -15,7 +15,6 @@
 struct kh_store {
 	uint64_t *entry;	/* fill word, or slot, bytes and batch; 0: nothing */
 	uint64_t *same;		/* bitmap: entry is the fill word */
-	uint64_t limit_bytes;
 	uint64_t used_bytes;
 	uint64_t same_filled_pages;
 	uint64_t raw_pages;
@@ -41,6 +40,13 @@ int kh_store_put(struct kh_store *store, uint64_t index, const void *page, uint3
  */
 int kh_store_get(struct kh_store *store, uint64_t index, void *page);
 void kh_store_drop(struct kh_store *store, uint64_t index);
+/* Whose page lies in a slot, as far as can be read: to be checked under that page's lock. */
+int64_t kh_store_owner(const struct kh_store *store, uint64_t slot);
+/*
+ * Move a page out of a slot, if it lies there, to a chunk before; whether it was moved.
+ * The caller holds the page's lock.
+ */
+int kh_store_move(struct kh_store *store, uint64_t index, uint64_t slot);
 /* Bytes of a page's content: 8 if same-filled, 0 if it is not there. */
 uint64_t kh_store_bytes(const struct kh_store *store, uint64_t index);
 /* Batch of a page, or -1 if that is not known: same-filled pages have no room for it. */

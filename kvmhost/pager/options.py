@@ -15,6 +15,8 @@ __all__ = ["CODECS", "MAX_MEMORY_WAIT_S", "MAX_PREFETCH_PAGES", "StoreOptions"]
 CODECS = ("auto", "lz4", "zstd", "none")
 MAX_PREFETCH_PAGES = 64
 MAX_MEMORY_WAIT_S = 86_400
+#: The store takes memory in chunks of this size.
+MIN_LIMIT_BYTES = 32768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class StoreOptions:
     """Options of the pager's store.
 
     :ivar path: file that holds the evicted pages; None: memory
-    :ivar limit_bytes: what the contents may take, compressed; 0: no limit
+    :ivar limit_bytes: memory, or bytes of the file, that the store may hold; 0: no limit
     :ivar refuse_incompressible: keep pages that do not compress resident
     :ivar prefetch_pages: bring back up to so many pages after a touched one that were
         evicted together with it; 0: none
@@ -42,8 +44,10 @@ class StoreOptions:
             raise LayoutError(unknown_name("codec", self.codec, CODECS))
         if not 0 <= self.prefetch_pages <= MAX_PREFETCH_PAGES:
             raise LayoutError(f"prefetch of {self.prefetch_pages} pages: 0 to {MAX_PREFETCH_PAGES}")
-        if self.limit_bytes < 0:
-            raise LayoutError(f"store limit of {self.limit_bytes} bytes")
+        if self.limit_bytes and self.limit_bytes < MIN_LIMIT_BYTES:
+            raise LayoutError(
+                f"store limit of {self.limit_bytes} bytes: 0, or at least {MIN_LIMIT_BYTES}"
+            )
         if not 0 < self.memory_wait_s <= MAX_MEMORY_WAIT_S:
             raise LayoutError(
                 f"wait for memory of {self.memory_wait_s:g} s: above 0, up to {MAX_MEMORY_WAIT_S}"

@@ -192,7 +192,7 @@ def test_pages_swapped_in_the_file_are_found_out(tmp_path: Path) -> None:
         assert machine.open_pager().evict(gfns).count(EvictOutcome.DONE) == 2
         stored = path.read_bytes()
         slot = 4160
-        first, second = (stored[HEADER_BYTES + i * slot :][:4104] for i in range(2))
+        first, second = (stored[HEADER_BYTES + i * slot :][:4112] for i in range(2))
         assert bytes(pages[0].tobytes()) in first
         assert bytes(pages[1].tobytes()) in second
         with path.open("r+b") as file:
