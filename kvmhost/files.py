@@ -1,4 +1,9 @@
-"""Files: written whole or not at all, read only where they are regular and bounded."""
+"""Files: written whole or not at all, read only where they are regular and bounded.
+
+What is written came out of a guest: its memory, or which of it was touched when. New files
+have mode 0600 unless the caller says otherwise, paths are followed as
+:mod:`kvmhost.ownership` does it, and nothing is written into a file of another user.
+"""
 
 from __future__ import annotations
 
@@ -12,65 +17,113 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvmhost.errors import HostError, LayoutError
+from kvmhost.ownership import (
+    Located,
+    check_own_file,
+    is_trusted,
+    locate,
+    open_folder,
+    why_not_private,
+)
 
 __all__ = [
+    "PRIVATE",
     "TEMPORARY",
     "NamelessFile",
     "check_target",
     "new_directory",
+    "open_log",
     "open_regular",
     "os_errors",
+    "own_directory",
     "read_regular",
     "replacing",
-    "sync_directory",
     "write_file",
 ]
 
 #: What the name of a file or directory begins with until it is whole.
 TEMPORARY = ".tmp-"
+#: Mode of what holds guest memory, young bitmaps, or pictures of them.
+PRIVATE = 0o600
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, sync: bool = True) -> Iterator[typing.IO[bytes]]:
+def replacing(
+    path: Path, *, sync: bool = True, mode: int = PRIVATE, follow_last: bool = True
+) -> Iterator[typing.IO[bytes]]:
     """Write a file through a temporary one beside it and a rename.
 
     A reader sees the old contents or the new ones. If anything fails, the temporary file
-    is removed and what was at ``path`` stays. A symbolic link stays a link, its target is
-    replaced. A device or a pipe is written in place: a rename would remove it.
+    is removed and what was at ``path`` stays. A symbolic link of this user or root stays a
+    link, its target is replaced. A device or a pipe is written in place: a rename would
+    remove it. A file of this user keeps its mode.
 
     :param sync: also have the contents on the disk before the rename
+    :param mode: of a new file, before the umask
+    :param follow_last: else a link at ``path`` itself is replaced
     :raises HostError: if the system refuses to create, write or rename the file
+    :raises LayoutError: for a link of another user on the way, or another user's pipe
     """
-    with os_errors(path):
-        target = path.resolve()
-        if _is_special(target):
-            with target.open("wb", buffering=0) as file:
-                yield typing.cast("typing.IO[bytes]", file)
+    with os_errors(path), _located(path, follow_last) as place:
+        folder, name, there, _ = place
+        if _is_special(place):
+            with os.fdopen(_open_special(path, place), "wb", buffering=0) as special:
+                yield typing.cast("typing.IO[bytes]", special)
             return
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        fd, partial = _open_beside(target)
+        fd, partial = _open_beside(folder, mode)
         try:
             with os.fdopen(fd, "wb") as file:
                 yield file
                 file.flush()
-                if target.exists():
-                    os.fchmod(fd, stat.S_IMODE(target.stat().st_mode))
+                if there is not None and _is_own_file(there):
+                    os.fchmod(fd, stat.S_IMODE(there.st_mode))
                 if sync:
                     os.fsync(fd)
-            partial.replace(target)
+            os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+                os.unlink(partial, dir_fd=folder)
             raise
         if sync:
-            sync_directory(target.parent)
+            _sync(folder)
 
 
-def write_file(path: Path, raw: bytes, *, sync: bool = True) -> None:
+def write_file(
+    path: Path, raw: bytes, *, sync: bool = True, mode: int = PRIVATE, follow_last: bool = True
+) -> None:
     """Write a file whole or not at all; see :func:`replacing`."""
-    with replacing(path, sync=sync) as file:
+    with replacing(path, sync=sync, mode=mode, follow_last=follow_last) as file:
         file.write(raw)
+
+
+def open_log(path: Path, *, keep: bool, follow_last: bool = False) -> int:
+    """Open a file that is written bit by bit while others may read it.
+
+    :param keep: append to what it holds; else it is emptied
+    :param follow_last: follow a link of this user or root in the last component
+    :return: a descriptor for writing, in append mode
+    :raises HostError: if the system refuses
+    :raises LayoutError: if what is there is a link, another user's, or writable by others
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
+    with os_errors(path), _located(path, follow_last) as place:
+        folder, name, there, _ = place
+        if there is None:
+            created = flags | os.O_CREAT | os.O_EXCL
+            return os.open(name, created, PRIVATE, dir_fd=folder)
+        if _is_special(place):
+            return _open_special(path, place)
+        if stat.S_ISLNK(there.st_mode):
+            raise LayoutError(f"{path}: is a symbolic link, which is not followed here")
+        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        try:
+            check_own_file(path, os.fstat(fd), readable=True)
+            if not keep:
+                os.ftruncate(fd, 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
 
 class NamelessFile:
@@ -89,7 +142,7 @@ class NamelessFile:
         self.fd = self._folder = -1
         try:
             with os_errors(path):
-                self._folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._folder = open_folder(path.parent)
                 self._refuse_special()
                 self.fd = self._open()
         except BaseException:
@@ -130,7 +183,7 @@ class NamelessFile:
                 self._hidden = hidden
             os.replace(self._hidden, self._name, src_dir_fd=folder, dst_dir_fd=folder)
             self._hidden = None
-            sync_directory(self._path.parent)
+            _sync(folder)
 
     def close(self) -> None:
         """Close it; without :meth:`commit` nothing is left. Idempotent."""
@@ -148,20 +201,25 @@ class NamelessFile:
 def new_directory(path: Path) -> Iterator[Path]:
     """Fill a directory under a temporary name beside it and rename it; nothing is replaced.
 
+    It has mode 0700.
+
     :raises HostError: if the system refuses, or something is at ``path`` already
+    :raises LayoutError: for a link of another user on the way
     """
-    with os_errors(path):
-        if os.path.lexists(path):
+    with os_errors(path), _located(path, follow_last=False) as place:
+        folder, name, there, _ = place
+        if there is not None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         partial = path.with_name(f"{TEMPORARY}{os.urandom(6).hex()}")
-        partial.mkdir()
+        os.mkdir(partial.name, 0o700, dir_fd=folder)
         try:
             yield partial
-            partial.rename(path)
+            os.rename(partial.name, name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             import shutil
 
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                shutil.rmtree(partial.name, dir_fd=folder)
             raise
 
 
@@ -208,32 +266,36 @@ def _read_up_to(file: io.FileIO, most_bytes: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def own_directory(path: Path) -> None:
+    """Make a directory with mode 0700, or make sure that one is there and is private.
+
+    :raises HostError: if it cannot be made
+    :raises LayoutError: if it is a link, another user's, or others can write to it
+    """
+    with os_errors(path), _located(path, follow_last=False) as place:
+        folder, name, there, _ = place
+        if there is None:
+            os.mkdir(name, 0o700, dir_fd=folder)
+        there = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        problem = "is not a directory" if not stat.S_ISDIR(there.st_mode) else ""
+        problem = problem or why_not_private(there)
+        if problem:
+            raise LayoutError(f"{path}: {problem}")
+
+
 def check_target(path: Path) -> None:
     """Refuse a place where no file can be written, before any work is done for it.
 
     :raises HostError: if it is a directory, or its directory is missing or read-only
+    :raises LayoutError: as :func:`replacing`
     """
-    with os_errors(path):
-        target = path.resolve()
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if _is_special(target):
+    with os_errors(path), _located(path, follow_last=True) as place:
+        if _is_special(place):
+            _check_special(path, place)
             return
-        fd, partial = _open_beside(target)
+        fd, partial = _open_beside(place.folder, PRIVATE)
         os.close(fd)
-        partial.unlink()
-
-
-def sync_directory(path: Path) -> None:
-    """Have the names in a directory on the disk, where its file system can do that."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS):
-            raise
-    finally:
-        os.close(fd)
+        os.unlink(partial, dir_fd=place.folder)
 
 
 @contextlib.contextmanager
@@ -252,16 +314,68 @@ def os_errors(what: object) -> Iterator[None]:
         raise HostError(str(what), error.errno) from error
 
 
-def _is_special(path: Path) -> bool:
+@contextlib.contextmanager
+def _located(path: Path, follow_last: bool) -> Iterator[Located]:
+    """Follow a path; close its folder in the end."""
+    place = locate(path, follow_last=follow_last)
     try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
+        yield place
+    finally:
+        os.close(place.folder)
+
+
+def _is_own_file(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+
+
+def _is_special(place: Located) -> bool:
+    """Whether what is there is written in place: a device, a pipe, an open descriptor.
+
+    :raises IsADirectoryError: if it is a directory
+    """
+    if place.status is None:
         return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    kind = stat.S_IFMT(place.status.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return place.by_kernel or kind not in (stat.S_IFREG, stat.S_IFLNK)
 
 
-def _open_beside(target: Path) -> tuple[int, Path]:
-    """Create a hidden temporary file in the target's directory, with the umask's mode."""
-    partial = target.with_name(f"{TEMPORARY}{os.urandom(6).hex()}")
+def _check_special(path: Path, place: Located) -> None:
+    """Refuse a pipe that another user made, lest he reads what is written.
+
+    What is reached through a descriptor of this process was given to it by its caller.
+    """
+    assert place.status is not None
+    uid = place.status.st_uid
+    if stat.S_ISFIFO(place.status.st_mode) and not place.by_kernel and not is_trusted(uid):
+        raise LayoutError(f"{path}: is a pipe of uid {uid}; take another name")
+
+
+def _open_special(path: Path, place: Located) -> int:
+    _check_special(path, place)
+    nofollow = 0 if place.by_kernel else os.O_NOFOLLOW
+    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY | nofollow
+    return os.open(place.name, flags, dir_fd=place.folder)
+
+
+def _open_beside(folder: int, mode: int) -> tuple[int, str]:
+    """Create a hidden temporary file in a folder."""
+    partial = f"{TEMPORARY}{os.urandom(6).hex()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    return os.open(partial, flags, 0o666), partial
+    return os.open(partial, flags, mode, dir_fd=folder), partial
+
+
+def _sync(folder: int) -> None:
+    """Have the names in a folder on the disk, where its file system can do that."""
+    try:
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+    except PermissionError:
+        return  # A folder that may be written and not read.
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):
+            raise
+    finally:
+        os.close(fd)

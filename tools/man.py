@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kvmhost import __version__
 from kvmhost.errors import LayoutError
+from kvmhost.files import write_file
 from kvmhost.tools import ending
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
@@ -112,7 +113,7 @@ def _write(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in pages().items():
-            (folder / f"{name}.1").write_text(text)
+            write_file(folder / f"{name}.1", text.encode(), sync=False, mode=0o666)
     except OSError as error:
         raise LayoutError(f"{error.filename or folder}: {error.strerror}") from error
     print(f"{folder}: {len(pages())} pages")

@@ -1,5 +1,7 @@
 #include "codec_internal.h"
 
+#include <sys/random.h>
+
 typedef int (*lz4_compress_fn)(const char *source, char *target, int source_bytes,
 			       int target_bytes, int acceleration);
 typedef int (*lz4_decompress_fn)(const char *source, char *target, int source_bytes,
@@ -12,13 +14,26 @@ typedef void *(*zstd_new_fn)(void);
 typedef size_t (*zstd_free_fn)(void *context);
 typedef uint64_t (*checksum_fn)(const void *bytes, size_t n_bytes, uint64_t seed);
 
+static int make_key(uint64_t *key)
+{
+	ssize_t got;
+
+	do
+		got = getrandom(key, sizeof(*key), 0);
+	while (got < 0 && errno == EINTR);
+	return got == sizeof(*key) ? 0 : got < 0 ? -errno : -EIO;
+}
+
 int kh_coder_init(struct kh_coder *coder, const struct kh_codec *codec)
 {
+	int result;
+
 	coder->codec = *codec;
 	coder->packer = coder->unpacker = NULL;
 	pthread_mutex_init(&coder->unpack_lock, NULL);
-	if (codec->kind != KH_CODEC_ZSTD)
-		return 0;
+	result = make_key(&coder->key);
+	if (result || codec->kind != KH_CODEC_ZSTD)
+		return result;
 	coder->packer = ((zstd_new_fn)codec->new_packer)();
 	coder->unpacker = ((zstd_new_fn)codec->new_unpacker)();
 	return coder->packer && coder->unpacker ? 0 : -ENOMEM;
@@ -66,10 +81,20 @@ int kh_coder_unpack(struct kh_coder *coder, const void *source, int packed_bytes
 	return unpacked == (size_t)n_bytes ? 0 : -EBADMSG;
 }
 
+/* Spreads every bit over all: splitmix64's last steps (Steele, Lea, Flood 2014). */
+static uint64_t spread(uint64_t x)
+{
+	x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+	x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+	return x ^ x >> 31;
+}
+
 uint64_t kh_coder_checksum(const struct kh_coder *coder, const void *bytes, uint64_t n_bytes,
-			   uint64_t seed)
+			   uint64_t page, uint64_t batch)
 {
 	checksum_fn checksum = (checksum_fn)coder->codec.checksum;
 
-	return checksum ? checksum(bytes, n_bytes, seed) : 0;
+	if (!checksum)
+		return 0;
+	return checksum(bytes, n_bytes, spread(spread(coder->key ^ page) ^ batch));
 }

@@ -39,6 +39,11 @@ static uint64_t bytes_of(uint64_t entry)
 	return entry >> SLOT_BITS & ((1ull << BYTES_BITS) - 1);
 }
 
+static uint64_t batch_of(uint64_t entry)
+{
+	return entry >> BATCH_SHIFT;
+}
+
 static int is_same(const struct kh_store *store, uint64_t index)
 {
 	return __atomic_load_n(&store->same[index / 64], __ATOMIC_RELAXED) >> (index % 64) & 1;
@@ -52,7 +57,9 @@ int kh_store_init(struct kh_store *store, uint64_t n_pages, const struct kh_code
 
 	store->entry = calloc(n_pages + 1, sizeof(*store->entry));
 	store->same = calloc(n_pages / 64 + 1, sizeof(*store->same));
-	return slab || coder || !store->entry || !store->same ? -ENOMEM : 0;
+	if (slab || !store->entry || !store->same)
+		return -ENOMEM;
+	return coder;
 }
 
 void kh_store_destroy(struct kh_store *store)
@@ -110,7 +117,8 @@ static int put_record(struct kh_store *store, uint64_t index, struct record *rec
 	int64_t slot;
 	int outcome;
 
-	record->checksum = kh_coder_checksum(&store->coder, record->content, content_bytes, index);
+	record->checksum = kh_coder_checksum(&store->coder, record->content, content_bytes, index,
+					     batch % KH_BATCHES);
 	record->index = index;
 	slot = kh_slab_take(&store->slab, n_bytes);
 	/* At the limit, and where the host has no memory for the store. */
@@ -184,7 +192,8 @@ int kh_store_get(struct kh_store *store, uint64_t index, void *page)
 	record = find_record(store, entry, &room);
 	if (!record)
 		return -EIO;
-	if (record->checksum != kh_coder_checksum(&store->coder, record->content, n_bytes, index))
+	if (record->checksum !=
+	    kh_coder_checksum(&store->coder, record->content, n_bytes, index, batch_of(entry)))
 		return -EBADMSG;
 	if (n_bytes != KH_PAGE_BYTES)
 		return kh_coder_unpack(&store->coder, record->content, n_bytes, page, KH_PAGE_BYTES);
@@ -225,7 +234,7 @@ int kh_store_move(struct kh_store *store, uint64_t index, uint64_t slot)
 		kh_slab_give(&store->slab, target);
 		return 0;
 	}
-	store->entry[index] = make_entry(target, bytes_of(entry), entry >> BATCH_SHIFT);
+	store->entry[index] = make_entry(target, bytes_of(entry), batch_of(entry));
 	kh_slab_give(&store->slab, slot);
 	return 1;
 }
@@ -254,5 +263,5 @@ uint64_t kh_store_bytes(const struct kh_store *store, uint64_t index)
 
 int kh_store_batch(const struct kh_store *store, uint64_t index)
 {
-	return is_same(store, index) ? -1 : (int)(store->entry[index] >> BATCH_SHIFT);
+	return is_same(store, index) ? -1 : (int)batch_of(store->entry[index]);
 }

@@ -3,7 +3,8 @@
  * or in a file. The caller holds the page's lock; the totals lock themselves.
  *
  * What is kept of a page is led by a checksum that also covers whose page it
- * is: what comes back is what went, or an error.
+ * is and which eviction put it there, under a random key of this store: what
+ * comes back is what was put, or an error, also if someone rewrote the file.
  */
 #ifndef KVMHOST_STORE_INTERNAL_H
 #define KVMHOST_STORE_INTERNAL_H
@@ -29,7 +30,7 @@ struct kh_store {
 #define KH_PAGE_BYTES 4096
 #define KH_BATCHES 2048		/* evictions made together have the same number, modulo this */
 
-/* store_fd: the file, or -1 for memory. 0 or -ENOMEM; destroy is right after both. */
+/* store_fd: the file, or -1 for memory. 0 or an error; destroy is right after both. */
 int kh_store_init(struct kh_store *store, uint64_t n_pages, const struct kh_codec *codec,
 		  int store_fd);
 /* Keep a page: KH_EVICT_DONE, _FULL, _REFUSED or _ERROR; unless done, nothing changed. */

@@ -22,10 +22,12 @@ import threading
 import tty
 import typing
 from collections.abc import Callable
+from pathlib import Path
 
 from kvmhost.closing import Closing
 from kvmhost.devices.serial import Serial
-from kvmhost.errors import LayoutError
+from kvmhost.errors import HostError, LayoutError
+from kvmhost.files import open_log
 
 __all__ = ["Console", "open_console"]
 
@@ -163,9 +165,9 @@ def open_console(
     if word.startswith("file:"):
         path = word.removeprefix("file:")
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise LayoutError(f"--serial {word}: {error.strerror}") from error
+            fd = open_log(Path(path), keep=False, follow_last=True)
+        except (HostError, LayoutError) as error:
+            raise LayoutError(f"--serial {word}: {error}") from error
         return Console(fd, -1, (fd,))
     raise LayoutError(f"--serial {word!r}: need stdio, file:PATH, pty or null")
 

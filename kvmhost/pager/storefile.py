@@ -1,73 +1,95 @@
-"""The file of a store: made for one VM, never written over if it is anything else."""
+"""The file of a store: made anew for one VM, readable by nobody else, never reused."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
-import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvmhost.errors import LayoutError
+from kvmhost.ownership import check_own_file, locate, same_file
 
 __all__ = ["HEADER_BYTES", "StoreFile"]
 
 #: What is before the first slot; see ``FILE_HEADER_BYTES`` in ``slab.c``.
 HEADER_BYTES = 4096
 _MAGIC = b"kvmhost store of evicted pages\n"
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class StoreFile:
-    """An open, locked, empty store file; it goes away with :meth:`close`.
+    """An open, locked, empty store file with mode 0600; :meth:`close` removes it.
 
-    The pages of a VM that is gone are of no use to anybody: a store file that no
-    process holds is begun anew. Any other file that is there already is left alone.
+    The file is created here, so that no other process has it open. What a killed VM of
+    this user left under the name is removed first; anything else that is there is refused
+    and left alone: another user's file could be open for reading and writing elsewhere.
 
-    :raises LayoutError: if the file cannot be made, is held, or is something else
+    :raises LayoutError: if the file cannot be created, is in use, or something else has
+        its name
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = _open(path)
+        self.fd = self._folder = -1
         try:
-            _take(self.fd, path)
+            with _store_errors(path):
+                self._folder, self._name, _, _ = locate(path, follow_last=False)
+                self._remove_leftover()
+                self._create()
         except BaseException:
-            os.close(self.fd)
+            self.close()
             raise
 
     def close(self) -> None:
         """Remove the file. Idempotent."""
-        if self.fd < 0:
+        if self.fd >= 0 and same_file(self.fd, self._name, self._folder):
+            os.unlink(self._name, dir_fd=self._folder)
+        for fd in (self.fd, self._folder):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._folder = -1
+
+    def _remove_leftover(self) -> None:
+        try:
+            fd = os.open(self._name, _FLAGS, dir_fd=self._folder)
+        except FileNotFoundError:
             return
-        self.path.unlink(missing_ok=True)
-        os.close(self.fd)
-        self.fd = -1
+        try:
+            status = os.fstat(fd)
+            check_own_file(self.path, status)
+            self._take_lock(fd)
+            if status.st_size and os.pread(fd, len(_MAGIC), 0) != _MAGIC:
+                raise LayoutError(f"{self.path}: exists and is not a store; take another name")
+            if same_file(fd, self._name, self._folder):
+                os.unlink(self._name, dir_fd=self._folder)
+        finally:
+            os.close(fd)
 
-
-def _open(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        return os.open(path, flags, 0o600)
-    except OSError as error:
-        raise LayoutError(f"store file {path}: {error.strerror}") from error
-
-
-def _take(fd: int, path: Path) -> None:
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise LayoutError(f"store file {path}: not a regular file")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno != errno.EWOULDBLOCK:
-            raise
-        raise LayoutError(f"store file {path}: another VM uses it") from error
-    if status.st_size and os.pread(fd, len(_MAGIC), 0) != _MAGIC:
-        raise LayoutError(f"store file {path}: exists and is no store; take another name")
-    try:
-        os.ftruncate(fd, 0)
+    def _create(self) -> None:
+        flags = _FLAGS | os.O_CREAT | os.O_EXCL
+        self.fd = os.open(self._name, flags, 0o600, dir_fd=self._folder)
+        # The umask may have taken more away.
+        os.fchmod(self.fd, 0o600)
+        self._take_lock(self.fd)
         header = _MAGIC + f"process {os.getpid()}\n".encode()
-        if os.pwrite(fd, header, 0) != len(header):
+        if os.pwrite(self.fd, header, 0) != len(header):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _take_lock(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LayoutError(f"{self.path}: another VM uses it") from None
+
+
+@contextlib.contextmanager
+def _store_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except LayoutError as error:
+        raise LayoutError(f"store file {error}") from None
     except OSError as error:
         raise LayoutError(f"store file {path}: {error.strerror}") from error

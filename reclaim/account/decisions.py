@@ -24,6 +24,8 @@ import msgspec
 import numpy as np
 
 from kvmhost.closing import Closing
+from kvmhost.errors import HostError, LayoutError
+from kvmhost.files import open_log
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.policy.base import Gfns
 
@@ -114,7 +116,8 @@ class Decisions(Closing):
     """The latest decisions, and an optional file of all of them. Thread-safe.
 
     :param capacity: decisions kept in memory
-    :param path: file to which each is appended as a line of JSON; empty for none
+    :param path: file to which each is appended as a line of JSON; empty for none. It is
+        made with mode 0600; a link, and a file of another user, are refused
     :raises ConfigError: if the file cannot be opened
     """
 
@@ -131,11 +134,9 @@ class Decisions(Closing):
         self.write_errors = 0
         if path:
             try:
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-                self._fd = os.open(Path(path), flags, 0o600)
-            except OSError as error:
-                problem = f"{path}: {error.strerror}"
-                raise ConfigError("flags", 0, "account.decisions_file", problem) from error
+                self._fd = open_log(Path(path), keep=True)
+            except (HostError, LayoutError) as error:
+                raise ConfigError("flags", 0, "account.decisions_file", str(error)) from error
 
     def add(
         self,

@@ -145,8 +145,8 @@ def _read(fd: int, most_bytes: int) -> bytes:
 
 
 def write_file(path: Path, raw: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file of a record whole or not at all; no link is followed.
 
     :raises HostError: if it cannot be written; what was there stays
     """
-    files.write_file(path, raw, sync=False)
+    files.write_file(path, raw, sync=False, follow_last=False)

@@ -28,6 +28,7 @@ import numpy as np
 
 from kvmhost.bitmap import Words
 from kvmhost.closing import Closing
+from kvmhost.files import open_log
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record.chunks import unzstd, write_file, zstd
 from kvmhost.reclaim.record.meta import COLUMNS, MAX_PAGES, MAX_WINDOWS, N_BUCKETS
@@ -103,7 +104,7 @@ class JournalWriter(Closing):
             self._next += 1
         write_file(path, raw)
         self._path, self._size = path, len(raw)
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._fd = open_log(path, keep=True)
 
     def append(self, entry: JournalEntry, n_pages: int) -> None:
         """Append the next window's entry."""

@@ -19,6 +19,7 @@ import dataclasses
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ import numpy.typing as npt
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.closing import Closing
 from kvmhost.errors import LayoutError, NameInUseError
+from kvmhost.files import own_directory
+from kvmhost.ownership import check_own_file, open_folder
 from kvmhost.reclaim.record import meta as recordmeta
 from kvmhost.reclaim.record.chunks import (
     TEMPORARY,
@@ -145,8 +148,11 @@ class RecordWriter(Closing):
         :param session: where the bits come from now; None: as before
         :raises NameInUseError: if another process is writing it
         :raises RecordError: if it is damaged
+        :raises LayoutError: if it is another user's, others can write to it, or a part of
+            it is a link
         """
         path = Path(path)
+        _check_own(path)
         lock_fd = _lock(path)
         try:
             with YoungRecord(path) as record:
@@ -451,21 +457,36 @@ def _entry_of(record: YoungRecord, window: int, chunk_pages: int) -> tuple[Journ
 def _make_skeleton(path: Path, meta: RecordMeta) -> int:
     """Make an empty record beside its place and rename it there; return its lock."""
     with contextlib.ExitStack() as undo:
+        os.close(open_folder(path.parent))
         beside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
         undo.callback(shutil.rmtree, beside, ignore_errors=True)
-        beside.chmod(0o755)
         for name in recordmeta.array_metadata(meta):
-            (beside / name).parent.mkdir(exist_ok=True)
+            (beside / name).parent.mkdir(mode=0o700, exist_ok=True)
         bucket = encode_array(recordmeta.UPPER, "<i8")
         write_file(beside / "bucket" / "0", bucket)
         _write_metadata(beside, meta)
         JournalWriter(beside / JOURNAL_FILE, 0).close()
-        (beside / LOCK_FILE).touch()
         lock_fd = _lock(beside)
         undo.callback(os.close, lock_fd)
         beside.rename(path)
         undo.pop_all()
     return lock_fd
+
+
+def _check_own(path: Path) -> None:
+    """Refuse a record in which another user could have put, or can put, something.
+
+    What a copy or an archive of a record may hold is looked at too: a link in a file's
+    place would have something outside of the record written.
+    """
+    if path.is_dir():
+        own_directory(path)
+    for part in path.rglob("*"):
+        status = part.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            own_directory(part)
+        else:
+            check_own_file(part, status, readable=True)
 
 
 def _write_metadata(path: Path, meta: RecordMeta, everywhere: bool = True) -> None:
@@ -480,7 +501,8 @@ def _write_metadata(path: Path, meta: RecordMeta, everywhere: bool = True) -> No
 
 
 def _lock(path: Path) -> int:
-    fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path / LOCK_FILE, flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -22,13 +22,15 @@ from kvmhost.machine import Machine
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.hostswap import swap_refusal
 from kvmhost.pager.options import StoreOptions
-from kvmhost.pager.results import EvictOutcome, PageState
+from kvmhost.pager.results import EvictOutcome, PageState, RestoreResult
 from kvmhost.pager.storefile import HEADER_BYTES, StoreFile
 from kvmhost.units import PAGE_BYTES
 
 pytestmark = pytest.mark.requires_uffd
 
 GFN = 0x400
+#: Of a page that is kept as it is: checksum, index and page.
+RECORD_BYTES = 16 + PAGE_BYTES
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
 
 
@@ -202,6 +204,59 @@ def test_pages_swapped_in_the_file_are_found_out(tmp_path: Path) -> None:
             file.write(first)
         result = machine.open_pager().restore(GFN, 2)
         assert (result.restored, result.lost, result.left) == (0, 2, 0)
+
+
+def one_record(path: Path, page: np.ndarray) -> tuple[bytes, RestoreResult]:
+    """Evict a page into a file, have the caller's record put there, and restore."""
+    with idle_machine(StoreOptions(codec="none", path=path)) as machine:
+        gfns = put(machine, page)
+        assert machine.open_pager().evict(gfns).count(EvictOutcome.DONE) == 1
+        record = path.read_bytes()[HEADER_BYTES:][:RECORD_BYTES]
+        return record, machine.open_pager().restore(GFN, 1)
+
+
+def test_nobody_else_can_make_a_record_that_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one with a checksum of his own, nor one from another VM's store."""
+    xxhash = pytest.importorskip("xxhash")
+    path = tmp_path / "store"
+    page = np.random.default_rng(1).integers(0, 1 << 63, (1, 512)).astype(np.uint64)
+    records = []
+    for _ in range(2):
+        record, result = one_record(path, page)
+        assert result.restored == 1
+        records.append(record)
+    assert records[0][8:] == records[1][8:] == GFN.to_bytes(8, "little") + page.tobytes()
+    assert records[0][:8] != records[1][:8], "the checksum has no key"
+    forged = (~page).tobytes()
+    checksums = [xxhash.xxh3_64_intdigest(forged, seed).to_bytes(8, "little") for seed in (0, GFN)]
+    for fake in [
+        *(checksum + GFN.to_bytes(8, "little") + forged for checksum in checksums),
+        records[0],
+    ]:
+        with idle_machine(StoreOptions(codec="none", path=path)) as machine:
+            machine.open_pager().evict(put(machine, page))
+            with path.open("r+b") as file:
+                file.seek(HEADER_BYTES)
+                file.write(fake)
+            result = machine.open_pager().restore(GFN, 1)
+            assert (result.restored, result.lost) == (0, 1)
+
+
+def test_an_old_record_of_the_same_page_does_not_pass(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    pages = np.random.default_rng(1).integers(0, 1 << 63, (2, 1, 512)).astype(np.uint64)
+    with idle_machine(StoreOptions(codec="none", path=path)) as machine:
+        pager = machine.open_pager()
+        pager.evict(put(machine, pages[0]))
+        old = path.read_bytes()[HEADER_BYTES:][:RECORD_BYTES]
+        assert pager.restore(GFN, 1).restored == 1
+        pager.evict(put(machine, pages[1]))
+        with path.open("r+b") as file:
+            file.seek(HEADER_BYTES)
+            file.write(old)
+        assert pager.restore(GFN, 1).lost == 1
 
 
 @pytest.mark.parametrize("codec_name", ["lz4", "zstd", "none"])

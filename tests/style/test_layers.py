@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Package: its modules and subpackages, from the lowest layer to the highest.
 LAYERS = {
     "kvmhost": (
-        {"_core", "closing", "errors", "exits", "installing", "suggest", "units"},
-        {"_ffi", "bitmap", "files"},
+        {"_core", "closing", "errors", "exits", "installing", "printable", "suggest", "units"},
+        {"_ffi", "bitmap", "ownership"},
+        {"files"},
         {"kvm", "memory"},
         {"boot", "devices", "mmu", "pager"},
         {"engine"},

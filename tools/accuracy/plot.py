@@ -46,7 +46,7 @@ def draw(report: Report, path: Path) -> None:
     if costly:
         _draw_throughput(rows[1][0], report)
         _draw_costs(rows[1][1], report)
-    with replacing(path) as file:
+    with replacing(path, mode=0o666) as file:
         figure.savefig(file, format="png")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from kvmhost.bitmap import YoungBitmap, n_words
 from kvmhost.errors import LayoutError
+from kvmhost.files import own_directory
 from kvmhost.suggest import unknown_name
 from kvmhost.tools.args import add_machine_arguments, count, find_image, parse_params
 from kvmhost.tools.parser import CommandParser
@@ -136,7 +137,7 @@ def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], lis
     if unknown:
         raise LayoutError(unknown_name("tracker", unknown[0], NAMES))
     params = {"epochs": 0} | parse_params(args.param)
-    place.mkdir(exist_ok=True)
+    own_directory(place)
     paths, tables = [], set()
     for name in names:
         machine = Machine(

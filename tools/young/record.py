@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kvmhost.control.client import Client
 from kvmhost.errors import ControlError, LayoutError, VmGoneError
+from kvmhost.files import own_directory
 from kvmhost.tools.args import count, seconds
 from kvmhost.tools.ending import exit_code
 from kvmhost.tools.parser import CommandParser
@@ -95,10 +96,7 @@ def _places(args: argparse.Namespace) -> dict[str, Path]:
     if there and not args.append:
         raise LayoutError(f"{', '.join(there)}: there already; take another, or --append to it")
     if len(vms) > 1:
-        try:
-            args.out.mkdir(exist_ok=True)
-        except OSError as error:
-            raise LayoutError(f"{args.out}: no directory can be made: {error.strerror}") from None
+        own_directory(args.out)
     return places
 
 

@@ -151,7 +151,7 @@ def plot(report: Mapping[str, Sequence[Row]], path: Path) -> None:
         else:
             axis.set(ylabel="of no limit", title="guests: throughput, higher is better")
     axes[0].legend(fontsize="small", ncols=6, loc="upper left")
-    with replacing(path) as file:
+    with replacing(path, mode=0o666) as file:
         figure.savefig(file, format=path.suffix[1:] or "png", dpi=110)
 
 
