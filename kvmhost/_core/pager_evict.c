@@ -361,6 +361,20 @@ void kh_pager_shrink(struct kh_pager *pager, struct kh_shrink_result *result)
 
 /* ---- pages that the guest has no more use for ------------------------- */
 
+/* The alias of a lost page that was touched is SIGBUS: from here on it is memory again. */
+static void unpoison(struct kh_pager *pager, uint64_t index)
+{
+	const struct kh_pager_region *region = kh_pager_region_of(pager, index);
+	uint64_t offset = (index - region->first) * KH_PAGE_BYTES;
+	void *page = (void *)(region->alias + offset);
+
+	if (mmap(page, KH_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE,
+		 region->memfd, offset) == MAP_FAILED ||
+	    kh_uffd_register(pager->uffd, region->alias + offset, KH_PAGE_BYTES,
+			     KH_UFFD_MISSING | KH_UFFD_WP))
+		COUNT(pager, errors);
+}
+
 static void forget_page(struct kh_pager *pager, uint64_t index, int stayed)
 {
 	uint8_t state = kh_pager_state_of(pager, index);
@@ -372,6 +386,8 @@ static void forget_page(struct kh_pager *pager, uint64_t index, int stayed)
 	kh_store_drop(&pager->store, index);
 	if (state == KH_PAGE_EVICTED || state == KH_PAGE_LOST)
 		COUNT(pager, dropped_evicted_pages);
+	if (state == KH_PAGE_LOST)
+		unpoison(pager, index);
 	if (stayed)
 		COUNT(pager, stayed_pages);
 	/* What stayed is zeroed, as it should be, and takes memory as before. */

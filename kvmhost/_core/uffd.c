@@ -167,11 +167,37 @@ int kh_uffd_continue(int uffd, uint64_t address)
 	return retry_ioctl(uffd, UFFDIO_CONTINUE, &argument);
 }
 
+static int is_plain;
+
+void kh_uffd_force_plain(int plain)
+{
+	__atomic_store_n(&is_plain, plain, __ATOMIC_RELAXED);
+}
+
+/* A page of a file that has none: a touch of it is behind the end of the file. */
+static int map_nothing(int uffd, uint64_t address)
+{
+	int fd = memfd_create("lost", MFD_CLOEXEC), error = 0;
+
+	if (fd < 0)
+		return -errno;
+	if (mmap((void *)address, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd,
+		 0) == MAP_FAILED)
+		error = -errno;
+	close(fd);
+	/* Who waits in the mapping that was there does not notice by itself. */
+	return error ? error : kh_uffd_wake(uffd, address);
+}
+
 int kh_uffd_poison(int uffd, uint64_t address)
 {
 	struct uffdio_poison argument = { .range = { .start = address, .len = PAGE_BYTES } };
+	int result = -EINVAL;
 
-	return retry_ioctl(uffd, UFFDIO_POISON, &argument);
+	if (!__atomic_load_n(&is_plain, __ATOMIC_RELAXED))
+		result = retry_ioctl(uffd, UFFDIO_POISON, &argument);
+	/* Unknown to the kernel. */
+	return result == -EINVAL || result == -ENOTTY ? map_nothing(uffd, address) : result;
 }
 
 int kh_uffd_wake(int uffd, uint64_t address)

@@ -33,8 +33,13 @@ int kh_uffd_copy_range(int uffd, uint64_t address, const void *pages, uint64_t n
 int kh_uffd_zero(int uffd, uint64_t address);
 /* Map a page that the memfd holds, and wake; EEXIST if it is mapped, EFAULT if it is a hole. */
 int kh_uffd_continue(int uffd, uint64_t address);
-/* Make a missing page one whose touch is SIGBUS. */
+/*
+ * Make a missing page one whose touch is SIGBUS, and wake who waits for it. Where the
+ * kernel cannot, the page of the mapping is replaced by one of an empty file.
+ */
 int kh_uffd_poison(int uffd, uint64_t address);
+/* Have kh_uffd_poison do without UFFDIO_POISON, as it does before Linux 6.6. For tests. */
+void kh_uffd_force_plain(int plain);
 int kh_uffd_wake(int uffd, uint64_t address);
 
 #endif

@@ -11,7 +11,10 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import Region
 
-__all__ = ["Userfault", "probe"]
+__all__ = ["PLAIN_USERFAULT_ENV", "Userfault", "probe"]
+
+#: Set: what a kernel without UFFDIO_POISON does.
+PLAIN_USERFAULT_ENV = "KVMHOST_PLAIN_USERFAULT"
 
 
 class Userfault:
@@ -22,6 +25,7 @@ class Userfault:
     """
 
     def __init__(self) -> None:
+        lib.kh_uffd_force_plain(bool(os.environ.get(PLAIN_USERFAULT_ENV)))
         features = ffi.new("uint64_t *")
         fd = lib.kh_uffd_open(features)
         if fd < 0:

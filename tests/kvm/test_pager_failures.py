@@ -18,7 +18,7 @@ from kvmhost.memory.guest import GuestMemory
 from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.pager import Pager
 from kvmhost.pager.results import EvictOutcome, PageState
-from kvmhost.pager.userfault import Userfault
+from kvmhost.pager.userfault import PLAIN_USERFAULT_ENV, Userfault
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 pytestmark = pytest.mark.requires_uffd
@@ -70,6 +70,15 @@ def world() -> Iterator[World]:
     made = World()
     yield made
     made.close()
+
+
+@pytest.fixture(params=["poison", "plain"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As the kernel is, and as one before 6.6, without UFFDIO_POISON."""
+    if request.param == "plain":
+        monkeypatch.setenv(PLAIN_USERFAULT_ENV, "1")
+    yield
+    lib.kh_uffd_force_plain(0)
 
 
 def in_thread(call, *arguments):
@@ -330,3 +339,61 @@ def test_faults_at_the_limit_go_on_past_pages_that_refuse(picky: World) -> None:
     assert counters["outcomes"]["refused"] <= 400
     # A fault tries 128 pages at most, and each refuses once.
     assert counters["over_limit"] <= 4
+
+
+# -- older kernels ------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("kernel")
+def test_the_vmms_touch_of_a_lost_page_is_an_error_and_no_hang() -> None:
+    world = World()
+    try:
+        pages = world.fill(range(8))
+        world.pager.evict(range(8))
+        world.pager.inject_failures(loads=1)
+
+        def touch() -> str:
+            try:
+                return str(world.read(3))
+            except OSError as error:
+                return str(error.strerror)
+
+        assert in_thread(touch) == in_thread(touch) == "Bad address"
+        for gfn in (2, 4):
+            np.testing.assert_array_equal(in_thread(world.read, gfn), pages[gfn])
+        assert world.told.wait(GENEROUS_S)
+        # Declared free, it is as good as new, and evicted and brought back as any other.
+        assert world.pager.drop(3).dropped == 1
+        assert not in_thread(world.read, 3).any()
+        pages[3] = world.fill(range(3, 4))
+        assert world.pager.evict([3]).count(EvictOutcome.DONE) == 1
+        np.testing.assert_array_equal(in_thread(world.read, 3), pages[3])
+    finally:
+        world.close()
+
+
+@pytest.mark.requires_kvm
+def test_a_vm_ends_though_no_signal_reaches_the_vcpu_that_waits_for_a_lost_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As before Linux 6.2, where KVM's fault-in does not see signals."""
+    params = {"start_gfn": 0x800, "pages": 500, "epochs": 0}
+    with Machine(image_path("touch"), mem_bytes=16 << 20, engine="kvm", params=params) as machine:
+        machine.memory.array(0x800 << PAGE_SHIFT, (500, 512), "<u8")[:] = 5
+        machine.open_pager().evict(range(0x800, 0x800 + 500))
+        machine.open_pager().inject_failures(loads=1)
+        (vcpu,) = machine.vcpus
+        real_kick, abandon = vcpu.kick, machine.paging.abandon
+        monkeypatch.setattr(vcpu, "kick", lambda: None)
+
+        def let_go() -> None:
+            """The signal is seen once the wait for the page is over."""
+            monkeypatch.setattr(vcpu, "kick", real_kick)
+            abandon()
+
+        monkeypatch.setattr(machine.paging, "abandon", let_go)
+        machine.start()
+        with pytest.raises(LostPageError):
+            machine.wait(GENEROUS_S)
+        machine.stop()
+        assert not machine.running
