@@ -61,6 +61,8 @@ _WRITE_BACK, _WRITE_PROTECT = 0x0606_0606_0606_0606, 0x0505_0505_0505_0505
 _FIXED_MTRRS = {0x250: _WRITE_BACK, 0x258: _WRITE_BACK} | dict.fromkeys(
     range(0x268, 0x270), _WRITE_PROTECT
 )
+#: Vendor of leaf 0: ebx, ecx, edx.
+_INTEL = struct.unpack("<3I", b"Genu" + b"ntel" + b"ineI")
 _MICROCODE, _AMD_REVISION, _INTEL_REVISION = 0x8B, 0x0100_0065, 1 << 32
 
 
@@ -74,10 +76,11 @@ def pc_cpuid(supported: bytes, index: int, n_vcpus: int, model: str = "plain") -
     if model == "plain":
         entries = list(_plain(entries))
     out, count = b"", 0
+    intel = any(entry[0] == 0 and entry[4:7] == _INTEL for entry in entries)
     for entry in entries:
         if entry[0] in (0xB, 0x1F):
             continue
-        out += _CPUID_ENTRY.pack(*_identify(entry, index, n_vcpus, model))
+        out += _CPUID_ENTRY.pack(*_identify(entry, index, n_vcpus, model, intel))
         count += 1
     bits = _id_bits(n_vcpus)
     for sub, shift, number, kind in ((0, 0, 1, 1), (1, bits, n_vcpus, 2)):
@@ -116,6 +119,7 @@ def _id_bits(n_vcpus: int) -> int:
 def _plain(entries: list[_Entry]) -> Iterator[_Entry]:
     """Reduce what KVM supports to the model; leaves that KVM does not have are added."""
     seen = set()
+    vendor = next((registers[1:] for function, _, _, *registers in entries if not function), None)
     for function, sub, flags, *registers in entries:
         limit = _MAX_EXTENDED if function >= 0x8000_0000 else _MAX_BASIC
         if function > limit and not 0x4000_0000 <= function < 0x4000_0010:
@@ -125,6 +129,8 @@ def _plain(entries: list[_Entry]) -> Iterator[_Entry]:
         seen.add(function)
         if function in (0, 0x8000_0000):
             registers[0] = limit
+            # Intel's own leaf 0x80000000 has no vendor; the model names it in both.
+            registers[1:] = vendor or registers[1:]
         mask = _MASKS.get(function, (0,) * 4 if function in _VALUES else (_ALL,) * 4)
         values = _VALUES.get(function, (0,) * 4)
         eax, ebx, ecx, edx = (
@@ -139,7 +145,7 @@ def _plain(entries: list[_Entry]) -> Iterator[_Entry]:
         yield function, 0, 0, eax, ebx, ecx, edx
 
 
-def _identify(entry: _Entry, index: int, n_vcpus: int, model: str) -> _Entry:
+def _identify(entry: _Entry, index: int, n_vcpus: int, model: str, intel: bool) -> _Entry:
     """Put in which processor of how many it is."""
     function, sub, flags, eax, ebx, ecx, edx = entry
     bits = _id_bits(n_vcpus)
@@ -151,7 +157,8 @@ def _identify(entry: _Entry, index: int, n_vcpus: int, model: str) -> _Entry:
     elif function == 4 and eax & 0x1F:
         eax = eax & 0x3FFF | min((1 << bits) - 1, 63) << 26
     elif function == 0x8000_0001:
-        ecx = ecx | 2 if n_vcpus > 1 else ecx & ~2  # CmpLegacy
+        # CmpLegacy; Linux ignores the topology of an Intel processor that has it.
+        ecx = ecx | 2 if n_vcpus > 1 and not intel else ecx & ~2
     elif function == 0x8000_0008:
         ecx = ecx & ~0xF0FF | min(n_vcpus - 1, 255) | bits << 12
     elif function == 0x8000_001E:

@@ -76,3 +76,15 @@ def test_what_firmware_leaves(
     msrs = firmware_msrs(pc_cpuid(supported(vendor), 0, 1), low_end)
     assert (msrs[0x200], msrs[0x201], msrs[0x2FF], msrs[0x8B]) == (base, mask, 0xC06, revision)
     assert msrs[0x26F] == 0x0505_0505_0505_0505
+
+
+def test_an_intel_processor_names_its_vendor_twice_and_has_no_legacy_topology() -> None:
+    table = bytearray(supported(INTEL))
+    # As Intel's own: leaf 0x80000000 has no vendor.
+    for at in range(8, len(table), _ENTRY.size):
+        if struct.unpack_from("<I", table, at)[0] == 0x8000_0000:
+            struct.pack_into("<3I", table, at + 16, 0, 0, 0)
+    found = leaves(pc_cpuid(bytes(table), 0, 3))
+    assert found[0, 0][1:] == found[0x8000_0000, 0][1:] == INTEL
+    assert not found[0x8000_0001, 0][2] & 2
+    assert leaves(pc_cpuid(supported(AMD), 0, 3))[0x8000_0001, 0][2] & 2
