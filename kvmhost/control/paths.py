@@ -3,6 +3,9 @@
 Each VM has ``NAME.sock`` and ``NAME.lock`` in the runtime directory. The lock is
 an flock(2) that lives as long as the VM's process does, however that ends; so a
 socket whose lock is free is a leftover, and is removed by the next VM of the name.
+
+The directory is opened once and used by its descriptor: whatever its path leads to later,
+nothing outside of it is removed or followed.
 """
 
 from __future__ import annotations
@@ -11,18 +14,21 @@ import contextlib
 import fcntl
 import os
 import re
-import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from kvmhost.errors import CapabilityError, LayoutError, NameInUseError
+from kvmhost.ownership import check_own_file, open_folder, open_private_folder, same_file
 
 __all__ = [
     "RUNTIME_DIR_ENV",
     "NameLock",
     "check_name",
+    "files_in",
     "lock_path",
+    "open_runtime_dir",
     "running_names",
     "runtime_dir",
     "socket_path",
@@ -43,21 +49,42 @@ def runtime_dir() -> Path:
     directory specification has it), else ``kvmhost-UID`` in the directory for
     temporary files.
 
-    :raises CapabilityError: if it belongs to someone else, or others may write in it
+    :raises CapabilityError: if another user can change what is in it, or in a directory
+        above it
     """
     path = _chosen_dir()
     try:
-        path.mkdir(mode=0o700, parents=RUNTIME_DIR_ENV in os.environ, exist_ok=True)
-        status = path.stat() if RUNTIME_DIR_ENV in os.environ else path.lstat()
+        _make(path)
+        os.close(open_private_folder(path))
+    except LayoutError as error:
+        raise _unusable(path, str(error)) from error
     except OSError as error:
-        raise _unusable(path, error.strerror or str(error)) from error
-    if not stat.S_ISDIR(status.st_mode):
-        raise _unusable(path, "no directory")
-    if status.st_uid != os.geteuid():
-        raise _unusable(path, f"one that belongs to uid {status.st_uid}")
-    if status.st_mode & 0o022:
-        raise _unusable(path, f"mode {stat.S_IMODE(status.st_mode):o}")
+        raise _unusable(path, f"{path}: {error.strerror}") from error
     return path
+
+
+@contextlib.contextmanager
+def open_runtime_dir() -> Iterator[int]:
+    """Open the directory of :func:`runtime_dir`.
+
+    :return: its descriptor (``O_PATH``), open in the body
+    :raises CapabilityError: as :func:`runtime_dir`
+    """
+    folder = _open_private(runtime_dir())
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def files_in(folder: int, pattern: re.Pattern[str]) -> list[str]:
+    """Return the names in an open directory that match as a whole, sorted."""
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        with os.scandir(fd) as entries:
+            return sorted(entry.name for entry in entries if pattern.fullmatch(entry.name))
+    finally:
+        os.close(fd)
 
 
 def check_name(name: str) -> str:
@@ -108,25 +135,33 @@ def running_names() -> list[str]:
 
     Other services have their files there too, under names that no VM can have.
     """
-    locks = [path for path in runtime_dir().glob("*.lock") if _NAME.fullmatch(path.stem)]
-    return sorted(path.stem for path in locks if _is_held(path))
+    with open_runtime_dir() as folder:
+        locks = files_in(folder, re.compile(rf"{_NAME.pattern}\.lock"))
+        return [lock.removesuffix(".lock") for lock in locks if _is_held(lock, folder)]
 
 
 class NameLock:
     """Holds a VM's name until :meth:`release` or the end of the process.
 
     :param path: the lock file, for what is no VM
+    :ivar folder: descriptor of its directory, as long as the name is held
     :raises NameInUseError: if another process holds it
-    :raises LayoutError: for a bad name
+    :raises LayoutError: for a bad name, or a lock file that is not this user's alone
+    :raises CapabilityError: if its directory is not this user's alone
     """
 
     def __init__(self, name: str, path: Path | None = None) -> None:
         self.name, self.path = name, path or lock_path(name)
-        self._fd = -1
-        # A holder removes its lock file at the end; a lock on a removed file is none.
-        while self._fd < 0 or not _is_same_file(self._fd, self.path):
-            self.release()
-            self._fd = _lock(self.path, name)
+        self._fd = self.folder = -1
+        try:
+            self.folder = _open_private(self.path.parent)
+            # A holder removes its lock file at the end; a lock on a removed file is none.
+            while self._fd < 0 or not same_file(self._fd, self.path.name, self.folder):
+                self._close_file()
+                self._fd = _lock(self.path, self.folder, name)
+        except BaseException:
+            self._close()
+            raise
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
@@ -137,12 +172,25 @@ class NameLock:
 
     def release(self) -> None:
         """Give the name back and remove the lock file. Idempotent."""
-        if self._fd < 0:
-            return
-        if _is_same_file(self._fd, self.path):
-            self.path.unlink(missing_ok=True)
-        os.close(self._fd)
-        self._fd = -1
+        if self._fd >= 0 and same_file(self._fd, self.path.name, self.folder):
+            self.remove(self.path.name)
+        self._close()
+
+    def remove(self, name: str) -> None:
+        """Remove a file beside the lock, if it is there; links are not followed."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.folder)
+
+    def _close_file(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _close(self) -> None:
+        self._close_file()
+        if self.folder >= 0:
+            os.close(self.folder)
+            self.folder = -1
 
     def __enter__(self) -> NameLock:
         return self
@@ -167,18 +215,46 @@ def _chosen_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"kvmhost-{os.geteuid()}"
 
 
+def _make(path: Path) -> None:
+    """Make a directory with mode 0700, and those above it for an explicit one."""
+    if path.is_dir():
+        return
+    if RUNTIME_DIR_ENV in os.environ and not path.parent.exists():
+        _make(path.parent)
+    # The parent is opened by the rules for private ones: no link of another user, and no
+    # directory that another user can exchange, so that nothing is made elsewhere.
+    parent = open_folder(path.parent, private=True)
+    try:
+        os.mkdir(path.name, 0o700, dir_fd=parent)
+    except FileExistsError:
+        pass  # Another process made it meanwhile, or it is no directory: opening says so.
+    finally:
+        os.close(parent)
+
+
+def _open_private(path: Path) -> int:
+    try:
+        return open_private_folder(path)
+    except LayoutError as error:
+        raise _unusable(path, str(error)) from error
+    except OSError as error:
+        raise _unusable(path, f"{path}: {error.strerror}") from error
+
+
 def _unusable(path: Path, found: str) -> CapabilityError:
     return CapabilityError(
         "runtime directory",
-        f"{path} of uid {os.geteuid()} that others cannot write to",
+        f"{path} of uid {os.geteuid()} that nobody else can change",
         found,
         f"set {RUNTIME_DIR_ENV} to a directory of your own",
     )
 
 
-def _lock(path: Path, name: str) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def _lock(path: Path, folder: int, name: str) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path.name, flags, 0o600, dir_fd=folder)
     try:
+        check_own_file(path, os.fstat(fd), readable=True)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise NameInUseError(name, _closing_pid(fd)) from None
@@ -194,15 +270,9 @@ def _closing_pid(fd: int) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _is_same_file(fd: int, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(fd), path.lstat())
-    return False
-
-
-def _is_held(path: Path) -> bool:
+def _is_held(lock: str, folder: int) -> bool:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder)
     except OSError:
         return False
     try:

@@ -83,7 +83,7 @@ class SocketServer:
         if self._listener is not None:
             raise KvmHostError("the control server has been started before")
         # We hold the lock, so whatever lies there is a dead VM's.
-        self.path.unlink(missing_ok=True)
+        self._lock.remove(self.path.name)
         self._listener = _listen(self.path, self.max_connections)
         self._wake, ours = socket.socketpair()
         self._thread = threading.Thread(
@@ -103,7 +103,7 @@ class SocketServer:
             self._listener.close()
         # Not only with a listener: a signal may have come between bind and its noting.
         if self._lock.held:
-            self.path.unlink(missing_ok=True)
+            self._lock.remove(self.path.name)
         self._lock.release()
 
     def _run(self, listener: socket.socket, stop: socket.socket) -> None:
@@ -169,9 +169,9 @@ def _listen(path: Path, backlog: int) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.ExitStack() as undo:
         undo.callback(listener.close)
-        # The mode of a socket file is set before it listens: until then nobody gets in.
+        # The mode that the socket has before bind(2) is the file's: unix_bind(), Linux.
+        os.fchmod(listener.fileno(), 0o600)
         listener.bind(str(path))
-        path.chmod(0o600)
         listener.listen(backlog)
         listener.setblocking(False)
         undo.pop_all()

@@ -7,9 +7,16 @@ as the process tells a socket in use from a leftover.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from kvmhost.control.paths import NameLock, check_name, runtime_dir
+from kvmhost.control.paths import (
+    NameLock,
+    check_name,
+    files_in,
+    open_runtime_dir,
+    runtime_dir,
+)
 from kvmhost.errors import LayoutError, NameInUseError
 
 __all__ = ["daemon_names", "lock_daemon", "socket_of", "sweep"]
@@ -40,16 +47,20 @@ def lock_daemon(name: str) -> NameLock:
 
 def daemon_names() -> list[str]:
     """Return the names of the daemons whose sockets are there, sorted; some may be dead."""
-    found = runtime_dir().glob(f"{_PREFIX}*.sock")
-    return sorted(path.stem.removeprefix(_PREFIX) for path in found)
+    with open_runtime_dir() as folder:
+        found = files_in(folder, re.compile(rf"{re.escape(_PREFIX)}.*\.sock"))
+    return [name.removeprefix(_PREFIX).removesuffix(".sock") for name in found]
 
 
 def sweep() -> None:
     """Remove what daemons left behind that were killed."""
-    for lock in runtime_dir().glob(f"{_PREFIX}*.lock"):
+    directory = runtime_dir()
+    with open_runtime_dir() as folder:
+        locks = files_in(folder, re.compile(rf"{re.escape(_PREFIX)}.*\.lock"))
+    for lock in locks:
         try:
-            held = NameLock(lock.stem, lock)
+            held = NameLock(lock.removesuffix(".lock"), directory / lock)
         except NameInUseError:
             continue
-        lock.with_suffix(".sock").unlink(missing_ok=True)
+        held.remove(f"{held.name}.sock")
         held.release()
