@@ -4,6 +4,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define PAGE_SHIFT 12
@@ -22,6 +23,25 @@ int kh_map(int fd, uint64_t n_bytes, uint64_t *address)
 int kh_unmap(uint64_t address, uint64_t n_bytes)
 {
 	return munmap((void *)(uintptr_t)address, n_bytes) ? -errno : 0;
+}
+
+int kh_guest_copy(uint64_t address, uint8_t *buffer, uint64_t n_bytes, int write)
+{
+	uint64_t done = 0;
+
+	while (done < n_bytes) {
+		struct iovec here = { buffer + done, n_bytes - done };
+		struct iovec guest = { (void *)(uintptr_t)(address + done), n_bytes - done };
+		ssize_t n = write ? process_vm_writev(getpid(), &here, 1, &guest, 1, 0)
+				  : process_vm_readv(getpid(), &here, 1, &guest, 1, 0);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n < 0 ? -errno : -EFAULT;
+		done += n;
+	}
+	return 0;
 }
 
 static int test_bit(const uint64_t *words, uint64_t bit)

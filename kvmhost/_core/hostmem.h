@@ -19,6 +19,13 @@ int kh_unmap(uint64_t address, uint64_t n_bytes);
  */
 int64_t kh_zap(uint64_t address, uint64_t n_pages, const uint64_t *words, uint64_t gap_pages);
 
+/*
+ * Copy bytes out of (or, with write, into) a mapping of this process as a vCPU would access
+ * it: a page that is out comes back, and a limit on resident pages holds. A page that cannot
+ * come back is -EFAULT, where an access of the caller's own would be a signal.
+ */
+int kh_guest_copy(uint64_t address, uint8_t *buffer, uint64_t n_bytes, int write);
+
 /* Punch a range out of a memfd: it reads as zeros, and takes no memory. */
 int kh_punch(int fd, uint64_t offset, uint64_t n_bytes);
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvmhost.errors import LayoutError
-from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.dma import GuestDma
 
 __all__ = ["FWCFG_PORT", "FwCfg", "check_name"]
 
@@ -38,7 +38,7 @@ class FwCfg:
         self,
         items: Mapping[int, bytes],
         files: Mapping[str, bytes] | None = None,
-        memory: GuestMemory | None = None,
+        memory: GuestDma | None = None,
     ) -> None:
         self._memory = memory
         known = _ID_TRADITIONAL | (_ID_DMA if memory else 0)
@@ -92,9 +92,9 @@ class FwCfg:
         self._at = min(self._at + n_bytes, len(item))
         return data.ljust(n_bytes, b"\0")
 
-    def _transfer(self, memory: GuestMemory, gpa: int) -> None:
+    def _transfer(self, memory: GuestDma, gpa: int) -> None:
         try:
-            control, n_bytes, address = struct.unpack(">IIQ", memory[gpa : gpa + 16])
+            control, n_bytes, address = struct.unpack(">IIQ", memory.read(gpa, 16))
         except LayoutError:
             return  # No descriptor there: nowhere to report it to.
         if control & _SELECT:
@@ -104,14 +104,20 @@ class FwCfg:
             failed = not self._copy_out(memory, address, n_bytes)
         elif control & _SKIP:
             self._at = min(self._at + n_bytes, len(self._items.get(self._key, b"")))
-        memory[gpa : gpa + 4] = (_ERROR if failed else 0).to_bytes(4, "big")
+        memory.write(gpa, (_ERROR if failed else 0).to_bytes(4, "big"))
 
-    def _copy_out(self, memory: GuestMemory, gpa: int, n_bytes: int) -> bool:
+    def _copy_out(self, memory: GuestDma, gpa: int, n_bytes: int) -> bool:
+        """Copy what is left of the item; zeros follow, which cost nothing by their number."""
         try:
-            memory.region_at(gpa, n_bytes)
+            memory.check(gpa, n_bytes)
         except LayoutError:
             return False
-        memory[gpa : gpa + n_bytes] = self._take(n_bytes)
+        item = self._items.get(self._key, b"")
+        data = memoryview(item)[self._at : self._at + n_bytes]
+        memory.write(gpa, data)
+        if n_bytes > len(data):
+            memory.zero(gpa + len(data), n_bytes - len(data))
+        self._at += len(data)
         return True
 
 

@@ -41,6 +41,7 @@ from kvmhost.exits import Exit, InternalError, IoIn, IoOut, MmioRead, MmioWrite
 from kvmhost.machine.base import BaseMachine
 from kvmhost.machine.failures import internal_error, registers_line
 from kvmhost.machine.runner import Step
+from kvmhost.memory.dma import GuestDma
 from kvmhost.memory.pclayout import PcLayout
 
 __all__ = ["DEFAULT_MEM_BYTES", "PcMachine", "PcOptions"]
@@ -175,6 +176,7 @@ class PcMachine(BaseMachine):
             for entry in layout.memory_map()
         )
         files = {"etc/e820": e820} | dict(self._options.fw_cfg)
+        dma = GuestDma(self.memory, self.drop, layout.pinned_ranges)
         echo = board.TestMemory(4)
         ports: list[tuple[str, int, int, SnapshotDevice]] = [
             ("keyboard", 0x60, 1, board.Keyboard(reset)),
@@ -184,7 +186,7 @@ class PcMachine(BaseMachine):
             ("smi", SMI_PORT, 2, board.SmiCommand(power, ACPI_ENABLE, ACPI_DISABLE)),
             ("test ports", TEST_IO_PORT, 4, echo),
             ("test flush", TEST_FLUSH_PORT, 4, board.Scratch(0)),
-            ("fw_cfg", FWCFG_PORT, FWCFG_PORTS, FwCfg(items, files, self.memory)),
+            ("fw_cfg", FWCFG_PORT, FWCFG_PORTS, FwCfg(items, files, dma)),
             ("power", PM_EVENT_PORT, 12, power),
             ("pci", 0xCF8, 8, board.PciConfig(reset)),
             ("test lines", TEST_IRQ_PORT, _ISA_LINES, board.TestIrqs(self.pc_engine.set_line)),

@@ -24,6 +24,7 @@ with atheris.instrument_imports(include=["kvmhost.boot", "kvmhost.devices"]):
     from kvmhost.devices.fwcfg import FwCfg
     from kvmhost.devices.serial import Serial
     from kvmhost.errors import ImageError
+    from kvmhost.memory.dma import GuestDma
     from kvmhost.memory.guest import GuestMemory
     from kvmhost.memory.pclayout import PcLayout
 
@@ -69,7 +70,7 @@ def serial(data: bytes) -> None:
 
 def fwcfg(data: bytes) -> None:
     """Six bytes a step: offset, size and direction, value; the tail is a DMA descriptor."""
-    device = FwCfg({5: b"\1\0"}, {"opt/a": b"abc"}, MEMORY)
+    device = FwCfg({5: b"\1\0"}, {"opt/a": b"abc"}, GuestDma(MEMORY, MEMORY.punch))
     MEMORY[0x100:0x110] = data[-16:].ljust(16, b"\0")
     for at in range(0, len(data) - 5, 6):
         offset, kind, value = struct.unpack_from("<BBI", data, at)

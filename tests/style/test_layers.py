@@ -69,7 +69,7 @@ LAYERS = {
         {"pc", "tiny"},
         {"factory", "snapshot"},
     ),
-    "kvmhost/memory": ({"layout"}, {"guest", "pclayout"}, {"pagelist"}),
+    "kvmhost/memory": ({"layout"}, {"guest", "pclayout"}, {"pagelist", "dma"}),
     "kvmhost/mmu": (
         {"explorer", "formats", "memslots", "tablemem", "tlb"},
         {"epochs", "flush", "harvest", "races"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from kvmhost.devices import board
 from kvmhost.devices.clock import Clock
 from kvmhost.devices.fwcfg import FwCfg
 from kvmhost.errors import LayoutError
+from kvmhost.memory.dma import GuestDma
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.pclayout import PcLayout
 
@@ -47,6 +49,10 @@ def test_bad_names_are_refused(name: str) -> None:
         FwCfg({}, {name: b""})
 
 
+def dma_of(memory: GuestMemory) -> GuestDma:
+    return GuestDma(memory, memory.punch)
+
+
 def dma(device: FwCfg, memory: GuestMemory, control: int, n_bytes: int, gpa: int) -> int:
     memory[0x100:0x110] = struct.pack(">IIQ", control, n_bytes, gpa)
     device.write(4, 4, 0)
@@ -56,7 +62,7 @@ def dma(device: FwCfg, memory: GuestMemory, control: int, n_bytes: int, gpa: int
 
 def test_dma() -> None:
     with GuestMemory.of_size(MIB) as memory:
-        device = FwCfg({7: b"0123456789"}, {}, memory)
+        device = FwCfg({7: b"0123456789"}, {}, dma_of(memory))
         assert item(device, 1, 1) == b"\x03"
         assert device.read(4, 4) | device.read(8, 4) << 32 == int.from_bytes(b"QEMU CFG", "little")
         assert dma(device, memory, 7 << 16 | 8 | 4, 2, 0) == 0  # select, skip two
@@ -64,6 +70,39 @@ def test_dma() -> None:
         assert bytes(memory[0x2000:0x2006]) == b"2345\0\0"
         assert dma(device, memory, 2, 4, MIB - 2) == 1  # outside memory
         assert dma(device, memory, 16, 4, 0x2000) == 1  # nothing can be written
+
+
+def test_dma_of_more_than_an_item_has_takes_no_memory() -> None:
+    with GuestMemory.of_size(64 * MIB) as memory:
+        device = FwCfg({7: b"0123456789"}, {}, dma_of(memory))
+        memory[MIB : 62 * MIB] = b"\xff" * (61 * MIB)
+        held = memory.resident_bytes()
+        tracemalloc.start()
+        try:
+            assert dma(device, memory, 7 << 16 | 8 | 2, 60 * MIB, MIB + 5) == 0
+            assert tracemalloc.get_traced_memory()[1] < MIB
+        finally:
+            tracemalloc.stop()
+        # Before it is read: reading a hole of a memfd fills it.
+        assert memory.resident_bytes() < held - 50 * MIB
+        assert bytes(memory[MIB : MIB + 16]) == b"\xff" * 5 + b"0123456789\0"
+        zeros = bytes(memory[MIB + 16 : 61 * MIB + 5])
+        assert zeros.count(0) == len(zeros)
+        assert bytes(memory[61 * MIB + 5 : 61 * MIB + 6]) == b"\xff"
+
+
+def test_zeroing_keeps_what_is_beside_it_and_clears_pinned_pages() -> None:
+    with GuestMemory.of_size(MIB) as memory:
+        pinned = [(0x8000, 0x1000), (0x3800, 0x1000)]
+        guest = GuestDma(memory, lambda gfn, n: memory.punch(gfn, n, pinned), pinned)
+        for gpa, n_bytes in ((0x1234, 0xF000), (0x3FFF, 2), (0x2000, 0x1000), (0x10, 0x20), (5, 0)):
+            memory[0:0x20000] = b"\xff" * 0x20000
+            guest.zero(gpa, n_bytes)
+            want = b"\xff" * gpa + bytes(n_bytes) + b"\xff" * (0x20000 - gpa - n_bytes)
+            assert bytes(memory[0:0x20000]) == want
+        for gpa, n_bytes in ((MIB - 1, 2), (MIB, 1), (-1, 1)):
+            with pytest.raises(LayoutError):
+                guest.zero(gpa, n_bytes)
 
 
 @settings(max_examples=200, deadline=None)
@@ -78,7 +117,7 @@ def test_dma() -> None:
 )
 def test_any_accesses_to_fw_cfg(steps: list[tuple[bool, int, int, int]], descriptor: bytes) -> None:
     with GuestMemory.of_size(MIB) as memory:
-        device = FwCfg({5: b"\1\0"}, {"opt/a": b"abc"}, memory)
+        device = FwCfg({5: b"\1\0"}, {"opt/a": b"abc"}, dma_of(memory))
         memory[0x100:0x110] = descriptor
         for is_write, offset, size, value in steps:
             if is_write:
