@@ -209,17 +209,16 @@ int kh_minor_start(struct kh_minor *minor)
 	memset(minor->young, 0, (minor->n_pages + 63) / 64 * sizeof(*minor->young));
 	minor->used = 0;
 	result = start_thread(minor);
-	for (uint32_t i = 0; !result && i < minor->n_regions; i++) {
-		const struct region *region = &minor->regions[i];
-
-		result = kh_uffd_register(minor->uffd, region->address,
-					  region->n_pages * PAGE_BYTES,
+	/* All of it before the first zap: a refusal leaves the host's PTEs as they are. */
+	for (uint32_t i = 0; !result && i < minor->n_regions; i++)
+		result = kh_uffd_register(minor->uffd, minor->regions[i].address,
+					  minor->regions[i].n_pages * PAGE_BYTES,
 					  KH_UFFD_MISSING | KH_UFFD_MINOR);
-		if (!result) {
-			int64_t calls = kh_zap(region->address, region->n_pages, NULL, 0);
+	for (uint32_t i = 0; !result && i < minor->n_regions; i++) {
+		int64_t calls = kh_zap(minor->regions[i].address, minor->regions[i].n_pages,
+				       NULL, 0);
 
-			result = calls < 0 ? (int)calls : 0;
-		}
+		result = calls < 0 ? (int)calls : 0;
 	}
 	if (result)
 		kh_minor_stop(minor);

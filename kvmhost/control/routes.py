@@ -26,12 +26,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import os
 import threading
 import typing
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,15 @@ from kvmhost.errors import (
     PauseTimeout,
 )
 from kvmhost.memory.pagelist import PageList, page_list
+from kvmhost.trackers.base import check_range
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine.base import BaseMachine
     from kvmhost.mmu.feed import Feed
-    from kvmhost.pager.results import EvictResult
+    from kvmhost.pager.results import EvictResult, ShrinkResult
 
 __all__ = ["Routes", "problem_of"]
-
-#: A bitmap of so many pages (a terabyte of guest) is the largest one answered.
-MAX_BITMAP_PAGES = 1 << 28
 
 Answering = Callable[..., Awaitable[Reply]]
 
@@ -294,7 +293,9 @@ class Routes:
             raise Problem(400, f"goes with rearm=sample, not {asked.rearm}", "fraction")
         gfn_start, n_pages = self._range(asked)
         mask = _mask(request.body, n_pages) if request.body else None
-        async with self._harvesting:
+        async with self._turn(self._harvesting, request):
+            # First: what cannot be fed must not have been cleared.
+            feed = await self._work(lambda: self._feed(asked.format)) if asked.format else None
             found = await self._work(
                 lambda: self._machine.harvest(
                     gfn_start,
@@ -307,10 +308,8 @@ class Routes:
                 )
             )
             young = found.young
-            if asked.format:
-                young = await self._work(
-                    lambda: self._feed(asked.format).harvest_via_model(found.young)
-                )
+            if feed is not None:
+                young = await self._work(lambda: feed.harvest_via_model(found.young))
         old = self._totals
         self._totals = schema.HarvestTotals(
             old.harvests + 1,
@@ -334,7 +333,7 @@ class Routes:
     async def _evict(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.EvictQuery)
         pages = self._gfns(request, schema.EvictRequest)
-        async with self._paging:
+        async with self._turn(self._paging, request):
             result = await self._work(lambda: self._run_evict(asked, pages))
         each = result.outcomes.tobytes() if asked.each else None
         return json_reply(schema.EvictReport(int(pages.gfns.size), result.by_name(), each))
@@ -347,7 +346,7 @@ class Routes:
         schema.decode_query(request.query, schema.NoQuery)
         asked = schema.decode(request.body, schema.RestoreRequest)
         self._machine.memory.region_at(asked.gfn << PAGE_SHIFT, asked.n_pages << PAGE_SHIFT)
-        async with self._paging:
+        async with self._turn(self._paging, request):
             result = await self._work(
                 lambda: self._machine.open_pager().restore(asked.gfn, asked.n_pages)
             )
@@ -360,7 +359,7 @@ class Routes:
         self._lease.check_free(request.lease, query.force)
         if not self._machine.has_pager:
             return json_reply(schema.RestoreReport(0))
-        async with self._paging:
+        async with self._turn(self._paging, request):
             result = await self._work(lambda: self._machine.open_pager().drain())
             self._limit_bytes = 0
         return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
@@ -371,19 +370,27 @@ class Routes:
         n_pages = asked.resident_max_bytes // PAGE_BYTES
         if asked.resident_max_bytes and not n_pages:
             raise Problem(400, f"less than a page of {PAGE_BYTES} bytes", "resident_max_bytes")
-        async with self._paging:
-            await self._work(lambda: self._machine.open_pager().set_limit(n_pages))
+        async with self._turn(self._paging, request):
+            shrunk = await self._work(lambda: self._run_limit(n_pages, asked.shrink))
             self._limit_bytes = n_pages * PAGE_BYTES
-            if not asked.shrink:
-                return json_reply(schema.LimitState(self._limit_bytes, 0))
-            shrunk = await self._work(lambda: self._machine.open_pager().shrink())
-            state = schema.LimitState(self._limit_bytes, shrunk.evicted, shrunk.over_pages)
-        return json_reply(state)
+        if shrunk is None:
+            return json_reply(schema.LimitState(self._limit_bytes, 0))
+        return json_reply(schema.LimitState(self._limit_bytes, shrunk.evicted, shrunk.over_pages))
+
+    def _run_limit(self, n_pages: int, shrink: bool) -> ShrinkResult | None:
+        """Set the limit, and shrink to it if asked to; the one before stays on error."""
+        pager = self._machine.open_pager()
+        pager.set_limit(n_pages)
+        try:
+            return pager.shrink() if shrink else None
+        except KvmHostError:
+            pager.set_limit(self._limit_bytes // PAGE_BYTES)
+            raise
 
     async def _put_victims(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)
         pages = self._gfns(request, schema.GfnList)
-        async with self._paging:
+        async with self._turn(self._paging, request):
             await self._work(lambda: self._machine.open_pager().set_victims(pages))
         return json_reply(schema.VictimsReport(int(pages.gfns.size)))
 
@@ -421,7 +428,7 @@ class Routes:
 
         watching = asyncio.create_task(watch())
         try:
-            async with self._paging:
+            async with self._turn(self._paging, request):
                 return json_reply(schema.SnapshotReport(await self._work(save)))
         finally:
             cancelled.set()
@@ -457,12 +464,20 @@ class Routes:
         # Shielded by the executor itself: a client that hangs up leaves the call to end.
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
+    @contextlib.asynccontextmanager
+    async def _turn(self, lock: asyncio.Lock, request: Request) -> AsyncIterator[None]:
+        """Wait for a turn. What a client asked for that has left meanwhile is not begun."""
+        async with lock:
+            if request.gone.is_set():
+                raise Problem(503, "the client left before its turn")
+            yield
+
     def _range(self, asked: schema.RangeQuery) -> tuple[int, int]:
+        gfn_end = self._machine.memory.gfn_end
         n_pages = asked.n_pages
         if n_pages is None:
-            n_pages = max(0, self._machine.memory.gfn_end - asked.gfn_start)
-        if n_pages > MAX_BITMAP_PAGES:
-            raise Problem(400, f"{n_pages} pages: at most {MAX_BITMAP_PAGES}", "n_pages")
+            n_pages = max(0, gfn_end - asked.gfn_start)
+        check_range(asked.gfn_start, n_pages, gfn_end)
         return asked.gfn_start, n_pages
 
     def _gfns(self, request: Request, kind: type[schema.GfnList]) -> PageList:
@@ -477,6 +492,9 @@ class Routes:
             raise Problem(400, f"{len(body)} bytes: no whole number of 64-bit gfns", "body")
         else:
             gfns = np.frombuffer(body, dtype="<u8").astype(np.int64)
+        if gfns.size > self._machine.memory.n_pages:
+            most = self._machine.memory.n_pages
+            raise Problem(400, f"{gfns.size} pages: the VM has {most}", "gfns")
         return page_list(self._machine.memory, gfns)
 
 
@@ -505,7 +523,6 @@ def _bitmap(bitmap: YoungBitmap, cost: schema.HarvestCost | None = None) -> Repl
     }
     if cost is not None:
         values |= {"Harvest-Ns": cost.harvest_ns, "Rearm-Ns": cost.rearm_ns}
-    body = bitmap.words.astype("<u8", copy=False).tobytes()
-    if bitmap.coarse is not None:
-        body += bitmap.coarse.astype("<u8", copy=False).tobytes()
+    parts = [bitmap.words] if bitmap.coarse is None else [bitmap.words, bitmap.coarse]
+    body = b"".join(words.astype("<u8", copy=False).data for words in parts)
     return Reply(body, BINARY, {HEADER_PREFIX + name: str(v) for name, v in values.items()})

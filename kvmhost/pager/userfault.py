@@ -69,16 +69,26 @@ class Userfault:
                 silenced = [region for region in regions if region.gpa in self._quiet]
                 self._quiet.clear()
                 for region in silenced:
-                    self.silence_fault_around(region)
+                    self._silence(region)
 
     def silence_fault_around(self, region: Region) -> None:
         """Register a region's guest mapping for write-protect faults only.
 
         No page is protected, so no message comes. But the kernel no longer maps
         the neighbours of a faulting page, which makes host PTEs exact at 4 KiB.
+        While there is a reader this takes effect when it is released.
         Source: uffd_disable_fault_around(), include/linux/userfaultfd_k.h, v6.12.
         """
+        with self._claiming:
+            self._silence(region)
+
+    def _silence(self, region: Region) -> None:
         if region.gpa in self._quiet:
+            return
+        if self._reader:
+            # Its registration turns fault-around off as well, and would be replaced by
+            # this one. release() registers for write-protection what is noted here.
+            self._quiet.add(region.gpa)
             return
         check(
             lib.kh_uffd_register(self.fd, region.guest_address, region.n_bytes, lib.KH_UFFD_WP),

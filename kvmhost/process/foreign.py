@@ -50,7 +50,7 @@ from kvmhost.bitmap import (
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.process.procmaps import Mapping, shared_ranges
 from kvmhost.suggest import unknown_name
-from kvmhost.trackers.base import check_mask, check_range
+from kvmhost.trackers.base import check_mask
 from kvmhost.trackers.pagescan import Bits, has_soft_dirty, new_scanner, page_states, scans
 from kvmhost.units import PAGE_BYTES
 
@@ -420,12 +420,11 @@ def check_part(mapping: Mapping, first: int, n_pages: int, mask: Words | None) -
 
     :raises LayoutError: if so
     """
-    check_range(first, n_pages)
-    check_mask(mask, n_pages)
-    if first + n_pages > mapping.n_pages:
+    if first < 0 or n_pages < 0 or first + n_pages > mapping.n_pages:
         raise LayoutError(
             f"pages [{first:#x}, {first + n_pages:#x}): the mapping has {mapping.n_pages:#x}"
         )
+    check_mask(mask, n_pages)
 
 
 def _chunks(n_pages: int) -> Iterator[tuple[int, int]]:

@@ -109,13 +109,19 @@ class Tracker(Protocol):
         """Let go of what the tracker holds. Idempotent."""
 
 
-def check_range(gfn_start: int, n_pages: int) -> None:
-    """Refuse what is no range of gfns.
+def check_range(gfn_start: int, n_pages: int, gfn_end: int) -> None:
+    """Refuse what is no range of a VM's gfns, before anything is allocated for it.
 
-    :raises LayoutError: for a negative start or length, or an end beyond 2**52
+    :param gfn_end: the first gfn above all memory
+    :raises LayoutError: for a negative start or length, or an end beyond ``gfn_end``
     """
-    if gfn_start < 0 or n_pages < 0 or gfn_start + n_pages > 1 << 52:
+    if gfn_start < 0 or n_pages < 0:
         raise LayoutError(f"harvest: bad range of {n_pages} pages from gfn {gfn_start:#x}")
+    if gfn_start + n_pages > gfn_end:
+        raise LayoutError(
+            f"{n_pages} pages from gfn {gfn_start:#x}: memory ends at gfn {gfn_end:#x}",
+            field="n_pages" if gfn_start <= gfn_end else "gfn_start",
+        )
 
 
 def check_mask(mask: Words | None, n_pages: int) -> None:
@@ -140,7 +146,7 @@ def harvest_pieces(
         all); returns the piece's bits
     :raises LayoutError: if range or mask do not fit
     """
-    check_range(gfn_start, n_pages)
+    check_range(gfn_start, n_pages, memory.gfn_end)
     check_mask(mask, n_pages)
     found: Words | None = None
     for region, start, count in pieces(memory.regions, gfn_start, n_pages):

@@ -109,7 +109,7 @@ class DirtyTracker:
 
     def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
         """Nothing: a cleared page is armed. Pages that were not cleared stay as they are."""
-        check_range(gfn_start, n_pages)
+        check_range(gfn_start, n_pages, self._memory.gfn_end)
 
     def stop(self) -> None:
         """Switch logging off; pages become writable again at their next fault. Idempotent."""

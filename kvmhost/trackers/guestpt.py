@@ -96,7 +96,7 @@ class GuestptTracker:
 
         Lockless: vCPUs run on.
         """
-        check_range(gfn_start, n_pages)
+        check_range(gfn_start, n_pages, self._memory.gfn_end)
         bitmap = self.table.harvest(gfn_start, n_pages, clear, mask)
         if clear and self.rearm_kind is not RearmKind.NONE:
             words = bitmap.words if mask is None else bitmap.words & mask
@@ -110,7 +110,7 @@ class GuestptTracker:
         Only pages that were cleared are re-armed, unless the whole range is asked for:
         zapping others would cost the guest a fault for nothing.
         """
-        check_range(gfn_start, n_pages)
+        check_range(gfn_start, n_pages, self._memory.gfn_end)
         if self.rearm_kind is RearmKind.TLB_FLUSH:
             self._engine.flush_tlbs()
         for region, start, count in pieces(self._memory.regions, gfn_start, n_pages):

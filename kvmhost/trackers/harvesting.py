@@ -15,8 +15,8 @@ from collections.abc import Callable
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.errors import LayoutError
 from kvmhost.trackers import registry
-from kvmhost.trackers.base import TrackedVm, Tracker
-from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler
+from kvmhost.trackers.base import TrackedVm, Tracker, check_mask, check_range
+from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler, period_of
 
 __all__ = ["REARM", "Harvest", "Harvester"]
 
@@ -51,7 +51,10 @@ class Harvester:
         return None if self._tracker is None else self._tracker.name
 
     def use(self, name: str = "auto") -> Tracker:
-        """Return a started tracker; another one in use is stopped first.
+        """Return a started tracker; then another one that was in use is stopped.
+
+        The other one is stopped last, so that it goes on, with all that it has seen, if
+        the new one cannot start.
 
         :param name: one of :data:`~kvmhost.trackers.registry.NAMES`, or ``auto``
         :raises CapabilityError: if it does not work here
@@ -59,18 +62,19 @@ class Harvester:
         """
         with self._lock:
             wanted = registry.resolve(name, self._vm)
-            if self._tracker is not None and self._tracker.name != wanted:
-                self._tracker.stop()
-                self._tracker = None
-            if self._tracker is None:
-                tracker = registry.create(wanted, self._vm)
-                try:
-                    tracker.start()
-                except BaseException:
-                    tracker.stop()
-                    raise
-                self._tracker = tracker
-            return self._tracker
+            before = self._tracker
+            if before is not None and before.name == wanted:
+                return before
+            tracker = registry.create(wanted, self._vm)
+            try:
+                tracker.start()
+            except BaseException:
+                tracker.stop()
+                raise
+            self._tracker = tracker
+            if before is not None:
+                before.stop()
+            return tracker
 
     def harvest(
         self,
@@ -90,10 +94,16 @@ class Harvester:
             ``sample``, clear and re-arm a ``fraction`` only, other pages at each harvest
         :param fraction: with ``sample``, from 1/65536 to 1; None: a default that was measured
         :raises CapabilityError: if the tracker does not work here
-        :raises LayoutError: if an argument is wrong
+        :raises LayoutError: if an argument is wrong; then the tracker in use and what it has
+            seen stay as they are
         """
         if rearm not in REARM:
             raise LayoutError(f"harvest: rearm {rearm!r}: need one of {', '.join(REARM)}")
+        if fraction is not None:
+            period_of(fraction)
+        check_range(gfn_start, n_pages, self._vm.memory.gfn_end)
+        check_mask(mask, n_pages)
+        # Nothing below refuses arguments: another tracker may be stopped, and bits be cleared.
         with self._lock:
             wanted = self.tracker_name if tracker == "auto" else tracker
             source = self.use(wanted or "auto")

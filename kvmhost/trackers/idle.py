@@ -215,7 +215,7 @@ class IdleTracker:
         self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
     ) -> YoungBitmap:
         """Return the pages that are not idle, and make them idle with ``clear``."""
-        check_range(gfn_start, n_pages)
+        check_range(gfn_start, n_pages, self._gfn_end)
         check_mask(mask, n_pages)
         wanted = np.ones(n_pages, dtype=bool) if mask is None else unpack(mask, n_pages)
         young, coarse = np.zeros(n_pages, dtype=bool), np.zeros(n_pages, dtype=bool)
@@ -232,7 +232,7 @@ class IdleTracker:
 
     def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
         """Nothing: a page that was made idle is armed as far as the kernel can."""
-        check_range(gfn_start, n_pages)
+        check_range(gfn_start, n_pages, self._gfn_end)
 
     def stop(self) -> None:
         """Close the files. Idempotent."""

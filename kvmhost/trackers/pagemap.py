@@ -131,11 +131,11 @@ class PagemapTracker:
 
     def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
         """Nothing: a cleared page is armed. Pages that were not cleared stay as they are."""
-        check_range(gfn_start, n_pages)
+        check_range(gfn_start, n_pages, self._memory.gfn_end)
 
     def states(self, gfn_start: int, n_pages: int) -> PageStates:
         """Return which pages of a range are mapped, swapped or absent; changes nothing."""
-        check_range(gfn_start, n_pages)
+        check_range(gfn_start, n_pages, self._memory.gfn_end)
         found = np.zeros((3, n_pages), dtype=bool)
         for region, start, count in pieces(self._memory.regions, gfn_start, n_pages):
             address = region.guest_address + (start - region.gfn) * PAGE_BYTES

@@ -144,7 +144,7 @@ class UffdTracker:
 
     def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
         """Nothing: a cleared page is armed. Pages that were not cleared stay as they are."""
-        check_range(gfn_start, n_pages)
+        check_range(gfn_start, n_pages, self._memory.gfn_end)
 
     def take_order(self) -> AccessOrder:
         """Return the log of first touches, oldest first, and empty it."""
@@ -170,9 +170,12 @@ class UffdTracker:
         return {name: int(getattr(raw, name)) for name, _ in ffi.typeof(raw[0]).fields}
 
     def stop(self) -> None:
-        """Unregister, end the thread, give the userfaultfd back. Idempotent."""
+        """Unregister, end the thread, give the userfaultfd back. Idempotent.
+
+        Fault-around stays off where another tracker asked for that meanwhile.
+        """
         lib.kh_minor_stop(self._core)
-        self._userfault.release(_READER)
+        self._userfault.release(_READER, self._memory.regions)
 
     def _gfns_of(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         firsts = np.cumsum([0] + [region.n_pages for region in self._memory.regions])

@@ -102,7 +102,7 @@ class FakeHarvester(Harvester):
     """The real order of a harvest, on the fake trackers of a machine."""
 
     def __init__(self, machine):
-        super().__init__(None, machine.note_young)
+        super().__init__(types.SimpleNamespace(memory=machine.memory), machine.note_young)
         self._machine = machine
 
     @property
