@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.guests.build import compile_pc_guest, pc_sources
@@ -186,7 +187,7 @@ def nothing_left() -> Iterator[None]:
     """Fail if the test leaves descriptors, threads, processes or mappings behind."""
     before = footprint()
     yield
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + DEADLINE_S
     while (after := footprint()) != before and time.monotonic() < deadline:
         time.sleep(0.01)  # a thread that has been told to end
     assert after == before

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.bitmap import n_words, pack
 from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
@@ -333,7 +333,7 @@ def test_without_permission(toucher: Callable) -> None:
     # Imported before the change of user: the project may lie where only root can read.
     code = "import numpy, kvmhost.process.attach\n" + code
     command = [sys.executable, "-c", code, str(victim.pid)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert "run as the user of that process" in done.stdout, done.stderr
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 
 def kvmhost(*words: str, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kvmhost", "young", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, **options)
 
 
 def test_snapshot_of_a_process(toucher: Callable, tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_process_that_ends_meanwhile(toucher: Callable) -> None:
     while done.poll() is None and opened not in _targets(fds):
         pass
     victim.end()
-    assert "has ended" in done.communicate(timeout=60)[1]
+    assert "has ended" in done.communicate(timeout=DEADLINE_S)[1]
     assert done.returncode == 1
 
 

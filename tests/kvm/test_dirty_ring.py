@@ -6,6 +6,7 @@ import errno
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.bitmap import n_words, pack
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
@@ -127,7 +128,7 @@ def test_no_write_is_lost_while_the_guest_runs_free(n_vcpus: int) -> None:
         machine.step_by_doorbell(False)
         while machine.running:
             seen |= used.harvest(START, pages).as_bool()
-        assert machine.wait(60) == 0
+        assert machine.wait(DEADLINE_S) == 0
         seen |= used.harvest(START, pages).as_bool()
         expected = np.unique(
             np.concatenate([touch_gfns(machine.params, epoch) for epoch in range(epochs)])

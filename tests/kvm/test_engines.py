@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.devices.bus import BusDevice
 from kvmhost.errors import GuestTimeout, UnexpectedExit
@@ -69,7 +69,7 @@ class Recorder:
 
 def run(machine: Machine) -> int:
     machine.start()
-    return machine.wait(timeout=60)
+    return machine.wait(DEADLINE_S)
 
 
 def on_port(machine: Machine, device: BusDevice) -> Machine:
@@ -120,7 +120,7 @@ def test_hotcold_finds_one_wrong_byte(engine: str, make_vm: Make) -> None:
     gpa = (1024 + 77) * PAGE_BYTES + 123
     machine.memory[gpa : gpa + 1] = bytes([machine.memory[gpa : gpa + 1][0] ^ 1])
     machine.step_by_doorbell(False)
-    assert machine.wait(timeout=60) == 1
+    assert machine.wait(DEADLINE_S) == 1
     assert machine.result().gfn == 1024 + 77
 
 
@@ -192,7 +192,7 @@ def test_kick_before_run_is_not_lost(
         until(lambda wanted=wanted: len(returned) >= wanted, f"return {wanted}")
         if wanted < 200:
             vcpu.kick()
-    thread.join(30)
+    thread.join(DEADLINE_S)
     assert not thread.is_alive()
     assert set(returned) == {"Kicked"}
 
@@ -205,7 +205,7 @@ def test_storm_of_pauses_changes_nothing(engine: str, make_vm: Make) -> None:
         params={"epochs": 6, "pages": 1000, "hot": 100},
     )
     machine.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + DEADLINE_S
     while machine.running and time.monotonic() < deadline:
         machine.pause()
         machine.engine.flush_tlbs()
@@ -213,7 +213,7 @@ def test_storm_of_pauses_changes_nothing(engine: str, make_vm: Make) -> None:
         machine.engine.flush_tlbs()
         machine.vcpus[0].kick()
         time.sleep(0.001)  # else the guest gets nothing done
-    assert machine.wait(timeout=30) == 0
+    assert machine.wait(DEADLINE_S) == 0
 
 
 def test_timeout_is_told(engine: str, make_vm: Make) -> None:
@@ -395,7 +395,7 @@ def test_string_output_of_an_evicted_page(
     assert machine.run_epoch()
     assert machine.open_pager().evict([machine.result().gfn]).count(0) == 1
     machine.step_by_doorbell(False)
-    assert machine.wait(timeout=60) == 0
+    assert machine.wait(DEADLINE_S) == 0
     assert machine.console_text() == "abcdefghijklmnopqrstuvwxyz" * 2
 
 

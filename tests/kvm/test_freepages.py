@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.devices.bus import FREE_PORT
 from kvmhost.devices.freelist import MAX_RANGES
@@ -45,7 +46,7 @@ def test_without_a_pager_the_memory_goes_back(engine: str) -> None:
         assert not machine.has_pager
         while machine.run_epoch():
             pass
-        assert machine.wait(30) == 0
+        assert machine.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.requires_uffd
@@ -55,7 +56,7 @@ def test_pages_declared_free_while_others_are_evicted(engine: str, n_vcpus: int)
     with freepages(engine, n_vcpus) as machine:
         machine.open_pager().set_limit(1200)
         machine.start()
-        assert machine.wait(50) == 0, machine.result()
+        assert machine.wait(DEADLINE_S) == 0, machine.result()
         counters = machine.open_pager().counters()
         assert counters["dropped_pages"] > PAGES
         assert counters["dropped_evicted_pages"] > 100
@@ -74,7 +75,7 @@ def test_all_evicted_between_declaration_and_check() -> None:
             more = machine.run_epoch()
             result = machine.open_pager().evict(np.arange(START, START + PAGES))
             assert result.count(EvictOutcome.ERROR) == 0
-        assert machine.wait(30) == 0, machine.result()
+        assert machine.wait(DEADLINE_S) == 0, machine.result()
 
 
 @pytest.mark.requires_uffd

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.boot.image import Image
 from kvmhost.boot.loaders import load_image
@@ -32,7 +33,7 @@ def run(path: Path, loader: str = "auto") -> int:
     assert not isinstance(image, Image)
     with PcMachine(image) as machine:
         machine.start()
-        return machine.wait(20)
+        return machine.wait(DEADLINE_S)
 
 
 def elf32(code: bytes, *notes: bytes) -> bytes:
@@ -94,7 +95,7 @@ def test_bare_code_in_a_tiny_machine_runs_at_level_3(tmp_path: Path) -> None:
     assert isinstance(image, Image)
     with Machine(image, mem_bytes=4 << 20, engine="kvm") as machine:
         machine.start()
-        assert machine.wait(20) == 3 << 1 | 1
+        assert machine.wait(DEADLINE_S) == 3 << 1 | 1
 
 
 def test_single_steps_follow_the_code(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_single_steps_follow_the_code(tmp_path: Path) -> None:
             seen.append((vm_exit.pc - BASE, machine.vcpus[0].registers()["rax"]))
         assert seen == [(1, 1), (2, 2), (3, 3), (7, 3)]
         machine.resume()
-        assert machine.wait(20) == 11
+        assert machine.wait(DEADLINE_S) == 11
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
@@ -118,7 +119,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "kvmhost", "run", *words],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
         stdin=subprocess.DEVNULL,
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.boot.image import read_image
 from kvmhost.boot.loaders import load_image
@@ -58,7 +59,7 @@ def test_tiny_guests_of_two_vcpus(times: int) -> None:
     def once() -> None:
         with Machine(image, mem_bytes=8 * MIB, n_vcpus=2, engine="kvm") as machine:
             machine.start()
-            assert machine.wait(30) == 0
+            assert machine.wait(DEADLINE_S) == 0
             assert machine.console_text().count("hello from") == 2
 
     repeat(times, once, 8 * MIB)
@@ -73,6 +74,6 @@ def test_pc_guests_of_two_vcpus(times: int, pc_guest: Callable[[str], Path]) -> 
     def once() -> None:
         with PcMachine(image, n_vcpus=2) as machine:
             machine.start()
-            assert machine.wait(30) == 5
+            assert machine.wait(DEADLINE_S) == 5
 
     repeat(times, once, 8 * MIB)

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.errors import LayoutError, LostPageError
 from kvmhost.guests import image_path
@@ -91,7 +91,7 @@ def test_writes_that_race_an_eviction_find_their_data() -> None:
         machine.start()
         until(lambda: machine.doorbells >= 2, "the first epoch")
         hot = START + PAGES // 8 + np.arange(64)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + DEADLINE_S
         while machine.open_pager().counters()["wp_faults"] < 20:
             machine.open_pager().evict(hot)
             assert machine.running, machine.console_text()
@@ -106,7 +106,7 @@ def test_guest_ends_well_with_everything_evicted_between_epochs(engine: str) -> 
             result = machine.open_pager().evict(range(0x100, machine.memory.gfn_end))
             assert result.count(EvictOutcome.DONE) > 90
             assert result.count(EvictOutcome.ERROR) == 0
-        assert machine.wait(30) == 0
+        assert machine.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.requires_kvm
@@ -153,7 +153,7 @@ def test_shrinking_evicts_what_was_not_young_first() -> None:
         assert machine.memory.resident()[hot].all()
         while machine.run_epoch():
             pass
-        assert machine.wait(30) == 0
+        assert machine.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.requires_kvm
@@ -199,7 +199,7 @@ def test_alias_access_faults_an_evicted_page_in(engine: str) -> None:
         del words
         while machine.run_epoch():
             pass
-        assert machine.wait(30) == 0
+        assert machine.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.requires_kvm
@@ -260,7 +260,7 @@ def test_full_store_refuses_and_loses_nothing() -> None:
             result = machine.open_pager().evict(START + np.arange(2000))
             assert result.count(EvictOutcome.FULL) > 1000
             assert machine.open_pager().counters()["store_bytes"] <= 64 << 10
-        assert machine.wait(30) == 0
+        assert machine.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.requires_kvm
@@ -276,7 +276,7 @@ def test_store_that_fails_to_take_a_page_leaves_it_resident() -> None:
         assert machine.memory.resident()[START : START + 10].all()
         while machine.run_epoch():
             pass
-        assert machine.wait(30) == 0
+        assert machine.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.requires_kvm
@@ -288,7 +288,7 @@ def test_store_that_cannot_give_a_page_back_stops_the_vm() -> None:
         machine.open_pager().inject_failures(loads=1)
         machine.step_by_doorbell(False)
         with pytest.raises(LostPageError, match=r"machine check: .* gfn 0x") as caught:
-            machine.wait(30)
+            machine.wait(DEADLINE_S)
         assert machine.open_pager().counters()["lost_pages"] == 1
         assert machine.open_pager().lost_gfns() == caught.value.gfns
         assert machine.open_pager().state(caught.value.gfns[0]) is PageState.LOST

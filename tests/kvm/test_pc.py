@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.boot.loaders import load_image
 from kvmhost.boot.pcboot import Module
@@ -231,7 +231,11 @@ def ours(image: Path, n_vcpus: int, words: list[str]) -> tuple[int, str]:
         str(n_vcpus),
     ]
     done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        [*command, *words],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        stdin=subprocess.DEVNULL,
     )
     return done.returncode, done.stdout
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.boot.loaders import load_image
 from kvmhost.errors import CapabilityError, ImageError
@@ -41,7 +41,7 @@ def saved(pc_guest: Guest, tmp_path: Path) -> Path:
         until(lambda: machine.console_text().count("\n") >= 5, "five rounds")
         assert save_machine(machine, path) > 0
         # The one that was saved goes on as well.
-        assert machine.wait(30) == 1
+        assert machine.wait(DEADLINE_S) == 1
         assert machine.console_text().endswith("round 0x13\n")
     return path
 
@@ -50,7 +50,7 @@ def test_a_guest_goes_on_where_it_was_more_than_once(saved: Path) -> None:
     for _ in range(2):
         with restore_machine(saved) as machine:
             machine.start()
-            assert machine.wait(30) == 1
+            assert machine.wait(DEADLINE_S) == 1
             rounds = [int(line.split()[1], 16) for line in machine.console_text().splitlines()]
             assert rounds == list(range(rounds[0], 20))
             assert rounds[0] >= 4
@@ -64,7 +64,7 @@ def test_a_snapshot_of_a_restored_machine(saved: Path, tmp_path: Path) -> None:
         save_machine(machine, second)
     with restore_machine(second) as machine:
         machine.start()
-        assert machine.wait(30) == 1
+        assert machine.wait(DEADLINE_S) == 1
 
 
 def test_memory_is_sparse(saved: Path) -> None:
@@ -84,7 +84,7 @@ def test_devices_and_waiting_input(pc_guest: Guest, tmp_path: Path) -> None:
         assert machine.options.fw_cfg == files
         machine.start()
         machine.serial.receive(b"over there\n\n")
-        assert machine.wait(30) == 1
+        assert machine.wait(DEADLINE_S) == 1
         assert machine.console_text() == "got over there\ngot \n"
 
 
@@ -97,11 +97,11 @@ def test_a_tiny_guest(tmp_path: Path) -> None:
             assert machine.run_epoch()
         save_machine(machine, path)
         machine.step_by_doorbell(False)
-        assert machine.wait(60) == 0
+        assert machine.wait(DEADLINE_S) == 0
     with restore_machine(path) as machine:
         assert machine.doorbells == 20
         machine.start()
-        assert machine.wait(60) == 0
+        assert machine.wait(DEADLINE_S) == 0
         assert machine.doorbells == 200
 
 
@@ -278,7 +278,7 @@ def test_the_commands(pc_guest: Guest, tmp_path: Path, monkeypatch: pytest.Monke
             command = [*kvmhost, "snapshot", "snap", str(path), "--stop"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             assert done.returncode == 0, done.stderr
-            first.wait(60)
+            first.wait(DEADLINE_S)
         finally:
             if first.poll() is None:
                 os.kill(first.pid, signal.SIGKILL)
@@ -287,4 +287,4 @@ def test_the_commands(pc_guest: Guest, tmp_path: Path, monkeypatch: pytest.Monke
     assert done.returncode == 1, done.stderr
     assert done.stdout == "got hello\ngot \n"
     both = [*kvmhost, "run", image, "--restore", str(path)]
-    assert subprocess.run(both, capture_output=True, timeout=60).returncode == 2
+    assert subprocess.run(both, capture_output=True, timeout=DEADLINE_S).returncode == 2

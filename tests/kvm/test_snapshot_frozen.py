@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.control.client import Client
 from kvmhost.control.server import ControlServer
@@ -428,8 +428,8 @@ def test_a_client_that_goes_away_ends_the_saving(
                 client.send_signal(signal.SIGINT)
             else:
                 server.close()
-            assert ended.wait(60)
-            client.communicate(timeout=60)
+            assert ended.wait(DEADLINE_S)
+            client.communicate(timeout=DEADLINE_S)
             assert client.returncode != 0
         if how == "client":
             with Client("gone") as other:
@@ -455,8 +455,8 @@ def test_a_vm_that_ends_leaves_no_half_file(number: signal.Signals, runtime: Pat
             ) as saving:
                 until(lambda: being_written(vm.pid, folder) or saving.poll() is not None, "writing")
                 vm.send_signal(number)
-                vm.wait(60)
-                saving.communicate(timeout=60)
+                vm.wait(DEADLINE_S)
+                saving.communicate(timeout=DEADLINE_S)
         finally:
             if vm.poll() is None:
                 vm.kill()
@@ -550,7 +550,7 @@ def test_a_vm_beyond_its_cgroup_is_saved_and_restored(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout == "saved and restored\n"
     finally:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + DEADLINE_S
         while True:
             try:
                 group.rmdir()

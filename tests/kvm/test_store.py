@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.errors import CapabilityError, LayoutError, LostPageError
 from kvmhost.guests import image_path
@@ -107,7 +108,7 @@ def test_a_guest_that_checks_its_bytes_runs_on_either_store(
     ) as machine:
         machine.open_pager().set_limit(600)
         machine.start()
-        assert machine.wait(50) == 0
+        assert machine.wait(DEADLINE_S) == 0
         assert machine.open_pager().counters()["fault_ins"] > 200
 
 
@@ -176,7 +177,7 @@ def test_corrupted_store_file_is_a_machine_check_with_the_gfn(tmp_path: Path, en
         damage(path, HEADER_BYTES, path.stat().st_size - HEADER_BYTES)
         machine.step_by_doorbell(False)
         with pytest.raises(LostPageError, match=r"gfn 0x.*checksum does not fit in") as caught:
-            machine.wait(30)
+            machine.wait(DEADLINE_S)
         assert set(caught.value.gfns) <= set(gone.gfns.tolist())
         assert str(path) in str(caught.value)
         # Not one wrong byte was shown: a guest that found one would have said so.
@@ -340,7 +341,7 @@ def test_guest_under_a_limit_outlives_a_full_disk(small_disk: Path) -> None:
     ) as machine:
         machine.open_pager().set_limit(500)
         machine.start()
-        assert machine.wait(50) == 0
+        assert machine.wait(DEADLINE_S) == 0
         counters = machine.open_pager().counters()
         assert counters["disk_full"] > 0
         assert counters["lost_pages"] == 0
@@ -490,7 +491,7 @@ def test_guest_with_prefetch_finds_its_bytes() -> None:
     ) as machine:
         machine.open_pager().set_limit(1000)
         machine.start()
-        assert machine.wait(50) == 0
+        assert machine.wait(DEADLINE_S) == 0
         counters = machine.open_pager().counters()
         assert counters["prefetched_pages"] > 1000
         machine.stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.bitmap import pack
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
@@ -67,7 +67,7 @@ def test_two_vcpus_on_the_same_pages() -> None:
         machine.start()
         while machine.running:
             used.harvest(0, machine.memory.gfn_end)
-        assert machine.wait(60) == 0
+        assert machine.wait(DEADLINE_S) == 0
         assert used.counters()["errors"] == 0
 
 
@@ -152,7 +152,7 @@ def test_no_touch_is_lost_while_the_guest_runs_free() -> None:
         machine.step_by_doorbell(False)
         while machine.running:
             seen |= used.harvest(START, pages).as_bool()
-        assert machine.wait(60) == 0
+        assert machine.wait(DEADLINE_S) == 0
         seen |= used.harvest(START, pages).as_bool()
         expected = np.unique(
             np.concatenate([touch_gfns(machine.params, epoch) for epoch in range(epochs)])

@@ -7,6 +7,7 @@ from decimal import ROUND_FLOOR, Decimal, localcontext
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns, hotcold_written_gfns, zipf_ranks, zipf_sums
@@ -110,7 +111,7 @@ def test_zipf_draws_have_the_frequencies_of_zipf() -> None:
 def test_parameters_that_do_not_fit_are_refused(engine: str, bad: dict[str, int]) -> None:
     with hotcold(engine, **bad) as machine:
         machine.start()
-        assert machine.wait(timeout=30) == 2
+        assert machine.wait(DEADLINE_S) == 2
         assert "do not fit" in machine.console_text()
 
 
@@ -131,6 +132,6 @@ def test_results_count_touches_and_name_a_wrong_word(engine: str) -> None:
         machine.memory[first_hot + 8 : first_hot + 9] = wrong
         assert not machine.run_epoch()
         result = machine.result()
-        assert (machine.wait(10), result.status, result.gfn) == (1, 1, START + PAGES // 4)
+        assert (machine.wait(DEADLINE_S), result.status, result.gfn) == (1, 1, START + PAGES // 4)
         assert (result.epoch, result.word, result.touches) == (3, 1, PAGES + 720)
         assert result.expected ^ result.found == 1

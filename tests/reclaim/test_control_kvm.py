@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.bitmap import pack
 from kvmhost.control.client import Client
@@ -124,7 +125,7 @@ def test_clients_that_come_and_go_leave_nothing_in_the_vm(hotcold):
             peer.connect(str(vm.client.path))
             peer.sendall(b"POST /v1/evict HTTP/1.1\r\nContent-Length: 8\r\n\r\n12")
         with socket.socket(socket.AF_UNIX) as peer:
-            peer.settimeout(20)
+            peer.settimeout(DEADLINE_S)
             peer.connect(str(vm.client.path))
             peer.sendall(b"\0\1\2garbage\r\n\r\n")
             assert peer.recv(100).startswith(b"HTTP/1.")

@@ -10,12 +10,10 @@ import sys
 import threading
 
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.control.paths import running_names
 from kvmhost.reclaim.control.client import DaemonClient
-
-DEADLINE_S = 60
 
 #: VMs without a guest behind real control servers: names in, one a line; "-NAME" ends one.
 FAKES = """
@@ -226,7 +224,7 @@ def test_the_daemons_socket_refuses_nonsense_and_answers_on(start, fakes):
 
     def ask(raw):
         with socket.socket(socket.AF_UNIX) as peer:
-            peer.settimeout(20)
+            peer.settimeout(DEADLINE_S)
             peer.connect(str(client.path))
             peer.sendall(raw)
             data = b""
@@ -266,7 +264,7 @@ def test_the_daemons_socket_refuses_nonsense_and_answers_on(start, fakes):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(DEADLINE_S)
         assert problems == []
         assert 'vms = [\n    "vm1",\n]' in client.config()
     light.say("-vm1")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import DEADLINE_S
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
@@ -20,7 +21,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
         "1",
         *words,
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
 
 
 @pytest.mark.requires_kvm

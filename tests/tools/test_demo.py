@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE_S
 
 SMALL = ["--mem", "224M", "--hot", "16M", "--epochs", "60", "--json"]
 
@@ -59,14 +60,14 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
         text=True,
     ) as process:
         # Once its first VM runs, which is when there is something to leave behind.
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + DEADLINE_S
         while left_behind() == before:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         try:
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=DEADLINE_S)
         finally:
             process.kill()
     assert process.returncode == 130, errors
@@ -75,6 +76,8 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_too_small_is_refused() -> None:
-    done = subprocess.run(command("--mem", "64M"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command("--mem", "64M"), capture_output=True, text=True, timeout=DEADLINE_S
+    )
     assert done.returncode == 2
     assert "give more memory or a smaller --hot" in done.stderr

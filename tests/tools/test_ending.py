@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.errors import ControlError, HostError
 from kvmhost.tools.ending import Ended, exit_code, guard, message_of
 
-DEADLINE_S = 60.0
 KVMHOST = [sys.executable, "-m", "kvmhost"]
 
 
@@ -25,7 +24,9 @@ def shell(script: str, **names: str) -> subprocess.CompletedProcess[str]:
     """Run a script in which ``$K`` is the command."""
     words = ["bash", "-c", 'K() { "$PYTHON" -m kvmhost "$@"; }; ' + script]
     environment = os.environ | {"PYTHON": sys.executable} | names
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=DEADLINE_S, env=environment
+    )
 
 
 @pytest.fixture

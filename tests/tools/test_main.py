@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost import __version__
 from kvmhost.errors import (
@@ -27,7 +28,7 @@ def kvmhost(*words: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "kvmhost", *words],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
     )
 
 

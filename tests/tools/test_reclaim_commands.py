@@ -12,15 +12,13 @@ import sys
 import urllib.request
 
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.control.client import Client
 from kvmhost.control.paths import RUNTIME_DIR_ENV
 from kvmhost.errors import VmGoneError
 
 pytestmark = [pytest.mark.requires_kvm, pytest.mark.requires_uffd]
-
-DEADLINE_S = 60
 
 
 def kvmhost(*words, code=0):
@@ -147,7 +145,7 @@ def test_aging_by_command(pair):
 
 def test_metrics_on_the_loopback_and_decisions_in_the_file(pair):
     directory, port = pair
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=DEADLINE_S) as answer:
         text = answer.read().decode()
     assert re.search(r'reclaimd_vm_evicted_pages_total\{vm="vm1",why="budget"\} [1-9]', text)
     assert re.search(r'reclaimd_vm_fault_in_seconds_count\{vm="vm1"\} [1-9]', text)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.guests import image_path
 from kvmhost.guests.build import compile_guest
@@ -168,14 +169,14 @@ def test_a_signal_ends_it_and_leaves_nothing(
 ) -> None:
     words = ("touch", "--engine", engine, "--param", "epochs=0", "--name", "stopme")
     with subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE_S
         while not (runtime / "stopme.sock").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(number)
         try:
-            _, errors = process.communicate(timeout=20)
+            _, errors = process.communicate(timeout=DEADLINE_S)
         finally:
             process.kill()
     assert process.returncode == 128 + number
@@ -186,7 +187,7 @@ def test_second_vm_of_a_name_is_refused(runtime: Path) -> None:
     words = ("touch", "--param", "epochs=0", "--name", "twin")
     with subprocess.Popen(command(*words)) as first:
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + DEADLINE_S
             while not (runtime / "twin.sock").exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -196,10 +197,10 @@ def test_second_vm_of_a_name_is_refused(runtime: Path) -> None:
             assert first.poll() is None
         finally:
             first.send_signal(signal.SIGINT)
-            first.wait(20)
+            first.wait(DEADLINE_S)
     # A socket that a killed VM left is no obstacle.
     with subprocess.Popen(command(*words)) as killed:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE_S
         while not (runtime / "twin.sock").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -213,7 +214,7 @@ def test_closed_output_does_not_hang_or_trace() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        command("hello"), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=30
+        command("hello"), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S
     )
     os.close(writer)
     assert "Traceback" not in done.stderr
@@ -227,7 +228,9 @@ def test_import_cost_of_a_plain_run() -> None:
         "heavy = {'numpy', 'unicorn', 'aiohttp', 'httpx', 'rich', 'matplotlib', 'asyncio'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE_S
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.control.client import Client
 from kvmhost.errors import VmGoneError
@@ -40,7 +40,7 @@ def vm(tmp_path, monkeypatch):
     yield process
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-    process.wait(20)
+    process.wait(DEADLINE_S)
 
 
 class Terminal:
@@ -56,7 +56,7 @@ class Terminal:
         # What somebody else's terminal left there would count as the size of this one.
         left = {name: value for name, value in os.environ.items() if name not in _SIZE}
         command = ["tmux", "-S", self.socket, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=left)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=left)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -140,7 +140,7 @@ def test_a_vm_that_ends_is_said_and_the_view_stays(vm, terminal):
     watch(screen, "v", "--interval", "0.2")
     screen.shows("own cost")
     vm.send_signal(signal.SIGTERM)
-    vm.wait(20)
+    vm.wait(DEADLINE_S)
     lines = screen.shows("VM 'v'")
     assert any("0x0" in line for line in lines)
     screen.keys("q")
@@ -151,7 +151,7 @@ def test_no_such_vm_and_no_terminal(tmp_path, monkeypatch, terminal):
     monkeypatch.setenv("KVMHOST_RUNTIME_DIR", str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-m", "kvmhost", "young", "watch", "v"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=DEADLINE_S,
     )  # fmt: skip
     assert done.returncode == 2
     assert "needs a terminal" in done.stderr

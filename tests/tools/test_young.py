@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.bitmap import unpack
 from kvmhost.control.client import Client
@@ -28,7 +28,7 @@ def kvmhost(*words, **options):
     return subprocess.run(
         [sys.executable, "-m", "kvmhost", *words],
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
         **({"capture_output": True} | options),
     )
 
@@ -52,7 +52,7 @@ def vm(tmp_path, monkeypatch):
     yield client
     client.close()
     process.send_signal(signal.SIGTERM)
-    process.wait(20)
+    process.wait(DEADLINE_S)
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_heatmap_of_a_vm_that_ends_has_what_there_was(vm, tmp_path):
     )
     until(lambda: vm.counters().harvest.harvests > 5, "some windows")
     vm.stop()
-    stdout, _ = process.communicate(timeout=60)
+    stdout, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0
     assert "windows of v" in stdout
     assert out.exists()

@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 from young_model import SECOND, Window, write
 
 from kvmhost.control.client import Client
@@ -252,7 +252,7 @@ def start_vm(tmp_path, monkeypatch):
     for process, client in started:
         client.close()
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(DEADLINE_S)
 
 
 def recorder(*words):
@@ -297,7 +297,7 @@ def test_record_a_vm_and_go_on(start_vm, tmp_path, young):
     busy = young("record", "v", "-o", out, "--append", "--count", "1", code=2)
     assert "another process is writing this record" in busy
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=30)
+    said, errors = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, errors) == (0, "")
     assert "in all)" in said
     assert "; stopped" in said
@@ -316,7 +316,7 @@ def test_record_several_vms_until_one_ends(start_vm, tmp_path):
     seen = windows_in(out / "b")
     until(lambda: windows_in(out / "b") > seen + 2, "the other goes on")
     process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=30)
+    said, errors = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, errors) == (0, "")
     assert f"{out / 'a'}: " in said
     assert "the VM is gone" in said

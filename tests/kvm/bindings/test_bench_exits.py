@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.engine.kvm import KvmEngine
 from kvmhost.guests import image_path
@@ -36,7 +37,7 @@ def test_writes_that_end_in_the_kernel_are_no_exits(kernel: bool) -> None:
         if kernel:
             machine.engine.vm.ioeventfd(bell, PORT, 4, port=True)
         machine.start()
-        assert machine.wait(timeout=60) == 0
+        assert machine.wait(DEADLINE_S) == 0
         assert machine.vcpus[0].exits == (1 if kernel else COUNT + 1)
         assert counter.writes == (0 if kernel else COUNT)
         if kernel:

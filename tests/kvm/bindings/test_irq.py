@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost._ffi import lib
 from kvmhost.errors import IoctlError
@@ -262,7 +263,7 @@ def halt(guest: Any) -> Any:
         while not stats.read()["blocking"].value:
             pass
     guest.vcpu.kick()
-    thread.join(30)
+    thread.join(DEADLINE_S)
     return ended[0]
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import time
 
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.control.client import Client
 from kvmhost.control.schema import LeaseRequest
@@ -114,7 +114,7 @@ def test_a_holder_that_is_killed_loses_it_at_once(connect, caplog):
     process = spawn.Process(target=_hold, args=(ready,))
     process.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(DEADLINE_S)
         vm = connect()
         assert vm.lease().pid == process.pid
         process.kill()
@@ -123,7 +123,7 @@ def test_a_holder_that_is_killed_loses_it_at_once(connect, caplog):
         assert "has ended" in caplog.text
     finally:
         process.kill()
-        process.join(20)
+        process.join(DEADLINE_S)
         process.close()
 
 

@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.bitmap import pack
 from kvmhost.control.client import Client
@@ -289,18 +290,18 @@ def test_state_answers_while_a_harvest_hangs(vm, machine):
 
     def hold():
         inside.set()
-        assert leave.wait(20)
+        assert leave.wait(DEADLINE_S)
 
     machine.hold = hold
     thread = threading.Thread(target=vm.harvest)
     thread.start()
     try:
-        assert inside.wait(10)
+        assert inside.wait(DEADLINE_S)
         assert vm.state().running
         assert vm.page(5).gfn == 5
     finally:
         leave.set()
-        thread.join(20)
+        thread.join(DEADLINE_S)
     assert vm.counters().harvest.harvests == 1
 
 
@@ -334,6 +335,6 @@ def test_curl(serve):
         ["curl", "-sS", "--unix-socket", str(path), "http://vm/v1/state"],
         capture_output=True,
         check=True,
-        timeout=20,
+        timeout=DEADLINE_S,
     )
     assert b'"name":"fake"' in run.stdout

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.control.client import Client
 from kvmhost.control.server import ControlServer
@@ -22,7 +22,7 @@ from kvmhost.errors import LayoutError, NameInUseError
 
 def connect(server):
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    peer.settimeout(20)
+    peer.settimeout(DEADLINE_S)
     peer.connect(str(server.path))
     return peer
 
@@ -175,7 +175,7 @@ def test_many_clients_come_and_go(serve):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(DEADLINE_S)
     assert problems == []
 
 
@@ -197,7 +197,7 @@ def test_another_user_gets_nothing_even_with_an_open_socket_file(serve, machine)
     code = """
 import os, socket, sys
 os.fchdir(int(sys.argv[1])); os.setgid(65534); os.setuid(65534)
-s = socket.socket(socket.AF_UNIX); s.settimeout(20); s.connect("fake.sock")
+s = socket.socket(socket.AF_UNIX); s.settimeout(60); s.connect("fake.sock")
 try:
     s.sendall(b"POST /v1/stop HTTP/1.1\\r\\nHost: vm\\r\\n\\r\\n")
     sys.exit(len(s.recv(100)))
@@ -210,7 +210,7 @@ except (BrokenPipeError, ConnectionResetError):
         run = subprocess.run(
             [sys.executable, "-S", "-c", code, str(fd)],
             pass_fds=[fd],
-            timeout=30,
+            timeout=DEADLINE_S,
             check=False,
             capture_output=True,
         )
@@ -256,7 +256,7 @@ def test_a_vm_that_nobody_asks_imports_no_web_server(machine, runtime):
         "print([m for m in ('aiohttp', 'asyncio', 'numpy', 'msgspec') if m in sys.modules])\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=DEADLINE_S
     )
     assert run.stdout == "[]\n"
 
@@ -296,7 +296,7 @@ def test_one_process_does_not_get_all_connections(serve):
             [sys.executable, "-c", other, str(server.path)],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=DEADLINE_S,
             check=True,
         )
         assert run.stdout == "fake\n"
@@ -335,7 +335,7 @@ def test_a_client_that_floods_holds_nobody_up(serve):
     finally:
         stop.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(DEADLINE_S)
     assert still_answers(server)
 
 
@@ -352,7 +352,7 @@ def test_who_reads_no_answers_is_not_read_on(serve):
         assert sent < 4 << 20
         assert still_answers(server)
         # It is read on as soon as it reads: nothing was lost.
-        peer.settimeout(20)
+        peer.settimeout(DEADLINE_S)
         assert peer.recv(65536).startswith(b"HTTP/1.1 200 OK")
 
 

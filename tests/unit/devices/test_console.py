@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.devices.console import open_console, unescape
 from kvmhost.devices.serial import Serial
@@ -65,7 +66,7 @@ def test_a_terminal_is_raw_until_the_escape_key(pc_guest: Callable[[str], Path])
             os.write(ours, b"abc\n")  # raw: no echo, no line editing
             assert read_until(ours, b"got abc").strip() == b"got abc"
             os.write(ours, b"\x01x")
-            assert process.wait(20) == 130
+            assert process.wait(DEADLINE_S) == 130
         finally:
             process.kill()
     assert termios.tcgetattr(theirs) == before
@@ -75,7 +76,7 @@ def test_a_terminal_is_raw_until_the_escape_key(pc_guest: Callable[[str], Path])
 
 def read_until(fd: int, wanted: bytes) -> bytes:
     got = b""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE_S
     while wanted not in got:
         assert time.monotonic() < deadline, got
         if select.select([fd], [], [], 1)[0]:
@@ -92,7 +93,7 @@ def test_pty_both_ways() -> None:
             serial.write(b"out\n")
             assert read_until(peer, b"out\n") == b"out"
             os.write(peer, b"in")
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + DEADLINE_S
             got = b""
             while got != b"in":
                 assert time.monotonic() < deadline

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import DEADLINE_S
 
 from kvmhost._ffi import lib
 from kvmhost.devices.serial import Serial
@@ -84,7 +85,7 @@ def test_a_full_buffer_holds_the_sender_until_the_guest_reads() -> None:
     while sender.is_alive() or serial.read(LSR) & 1:
         n_read += serial.read(LSR) & 1
         serial.read(THR)
-    sender.join(10)
+    sender.join(DEADLINE_S)
     assert taken == [5000]
     assert n_read >= 5000 - 1  # the last may have been read between the two looks
 
@@ -95,7 +96,7 @@ def test_stopped_input_lets_the_sender_go() -> None:
     sender = threading.Thread(target=lambda: taken.append(serial.receive(bytes(5000))))
     sender.start()
     serial.stop_input()
-    sender.join(10)
+    sender.join(DEADLINE_S)
     assert not sender.is_alive()
     assert taken[0] <= 4096
 
@@ -241,7 +242,7 @@ def test_closing_ends_a_write_that_is_stuck() -> None:
     assert serial.flush(stall_s=0.05, total_s=60) > 0
     closing = threading.Thread(target=serial.close)
     closing.start()
-    closing.join(60)
+    closing.join(DEADLINE_S)
     assert not closing.is_alive()
     os.close(theirs)  # the last one: no duplicate is left
     with pytest.raises(OSError, match="Input/output error"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from kvmhost.boot.longmode import entry_state, lay_out_tables
 from kvmhost.devices.bus import Bus
@@ -104,7 +104,7 @@ def test_kick_ends_a_spin_and_is_not_lost(raw: Raw) -> None:
     thread = threading.Thread(target=lambda: results.append(raw.vcpu.run()))
     thread.start()
     raw.vcpu.kick()
-    thread.join(30)
+    thread.join(DEADLINE_S)
     assert results == [Kicked()]
 
 
@@ -122,7 +122,7 @@ def test_flush_rearms_under_a_running_vcpu(raw: Raw) -> None:
         until(raw.is_accessed)
     finally:
         raw.vcpu.kick()
-        thread.join(30)
+        thread.join(DEADLINE_S)
     raw.is_accessed(clear=True)
     raw.engine.flush_tlbs()  # of one that stands still
     assert not raw.is_accessed()
@@ -158,6 +158,6 @@ def test_locked_instructions_of_two_vcpus_add_up(raw: Raw) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=DEADLINE_S)
     assert [end.port for end in ends if isinstance(end, IoOut)] == [0x5A4] * 2
     assert int(raw.memory.array(COUNTER, 1, "<u4")[0]) == 2 * ROUNDS

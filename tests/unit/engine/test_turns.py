@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost.engine.turns import Turns
 
@@ -14,7 +15,7 @@ def in_threads(*works: object) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=DEADLINE_S)
         assert not thread.is_alive()
 
 
@@ -40,11 +41,11 @@ def test_the_holder_is_interrupted_for_who_waits() -> None:
     def holder() -> None:
         with turns.turn(leave.set):
             held.set()
-            assert leave.wait(30), "nobody interrupted"
+            assert leave.wait(DEADLINE_S), "nobody interrupted"
             order.append("holder")
 
     def waiter() -> None:
-        assert held.wait(30)
+        assert held.wait(DEADLINE_S)
         with turns.turn(lambda: None):
             order.append("waiter")
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from waiting import DEADLINE_S
 
 ROOT = pathlib.Path(__file__).parents[3]
 CORE = ROOT / "kvmhost" / "_core"
@@ -31,7 +32,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.mark.parametrize("where", ["memory", "file"])
 def test_what_comes_back_is_what_went(plain: pathlib.Path, where: str) -> None:
-    done = subprocess.run([plain, where, "0.7"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([plain, where, "0.7"], capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import DEADLINE_S
 
 from kvmhost.bitmap import pack
 from kvmhost.control import schema
@@ -271,6 +272,6 @@ def test_systemd_finds_no_fault_in_the_unit(kind, tmp_path):
         env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -11,6 +11,7 @@ import types
 
 import pytest
 from fake_vm import Events, FakeVm, N, config, make_daemon
+from waiting import DEADLINE_S
 
 from kvmhost.reclaim.account.events import Notice, PassReport
 from kvmhost.reclaim.context import DaemonContext
@@ -89,7 +90,7 @@ def test_a_pass_that_hangs_starves_the_watchdog(vms, monkeypatch):
     def counters():
         if len(fed) >= 3:
             inside.set()
-            hang.wait(20)
+            hang.wait(DEADLINE_S)
         return FakeVm.counters(vm)
 
     vm.counters = counters
@@ -98,8 +99,8 @@ def test_a_pass_that_hangs_starves_the_watchdog(vms, monkeypatch):
     thread = threading.Thread(target=daemon.run)
     thread.start()
     try:
-        assert inside.wait(20)
-        deadline = time.monotonic() + 20
+        assert inside.wait(DEADLINE_S)
+        deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
             before = len(fed)
             time.sleep(0.3)
@@ -109,7 +110,7 @@ def test_a_pass_that_hangs_starves_the_watchdog(vms, monkeypatch):
     finally:
         hang.set()
         daemon.stop()
-        thread.join(20)
+        thread.join(DEADLINE_S)
 
 
 def test_a_signal_in_the_main_thread_ends_it(vms):

@@ -9,6 +9,7 @@ import types
 import weakref
 
 from fake_vm import Events, FakeVm, make_daemon
+from waiting import DEADLINE_S
 
 from kvmhost.errors import ControlError, VmGoneError
 from kvmhost.reclaim.account.events import Dropped, PassReport
@@ -181,11 +182,11 @@ def test_a_long_rest_keeps_the_lease(vms):
     thread = threading.Thread(target=daemon.run)
     thread.start()
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + DEADLINE_S
         while vms["a"].renewed < 5 and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:
         daemon.stop()
-        thread.join(20)
+        thread.join(DEADLINE_S)
     assert vms["a"].renewed >= 5
     assert vms["a"].window == 1

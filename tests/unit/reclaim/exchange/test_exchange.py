@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
+from waiting import DEADLINE_S
 from young_model import histories, write
 
 from kvmhost.errors import LayoutError
@@ -116,7 +117,7 @@ def test_damo_reads_it(make_record, tmp_path):
         damon.export(record, file, compress=True)
     done = subprocess.run(
         [damo, "report", "access", "--input", str(tmp_path / "damon.data")],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=DEADLINE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "addr 64.000 KiB" in done.stdout.replace("  ", " ")

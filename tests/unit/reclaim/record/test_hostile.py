@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import DEADLINE_S
 from young_model import Window, write
 
 from kvmhost.bitmap import YoungBitmap
@@ -184,7 +185,7 @@ def under_a_limit(path):
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", HOSTILE, str(path)],
-        capture_output=True, text=True, timeout=60, env=env,
+        capture_output=True, text=True, timeout=DEADLINE_S, env=env,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import DEADLINE_S
 
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.settings import lines
@@ -214,7 +215,7 @@ def test_every_option_is_a_flag_and_is_described():
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=DEADLINE_S,
     )
     for option in options():
         assert option.about
