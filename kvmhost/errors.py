@@ -10,24 +10,29 @@
     ├─ ImageError (also ValueError): file, offset, field
     ├─ PagerError: eviction or fault-in failed; no data was lost
     │  └─ LostPageError: the store cannot give pages back; the guest has stopped
-    ├─ ControlError: a VM answered a request with an error status
+    ├─ StateError (also RuntimeError): what was asked is closed, not started, or over
+    ├─ ControlError: a VM refused a request for a reason that only a socket has
     ├─ PauseTimeout: vCPUs did not stop in time; nothing is paused
     ├─ NameInUseError (also ValueError): a VM of that name runs already
     ├─ VmGoneError (also ConnectionError): no VM answers there, or it went away
-    └─ GuestError
-       ├─ UnexpectedExit: the decoded exit
-       └─ GuestTimeout
+    ├─ GuestError
+    │  ├─ UnexpectedExit: the decoded exit
+    │  └─ GuestTimeout
+    └─ ReclaimError: the errors of :mod:`kvmhost.reclaim.errors`
 
-Every one of them survives pickling, so that it can cross a process boundary.
+Every one of them survives pickling, so that it can cross a process boundary. Those of
+:data:`BY_KIND` also cross a control socket: a client raises what the machine raised.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = [
+    "BY_KIND",
     "CapabilityError",
     "ControlError",
     "GuestError",
@@ -41,8 +46,11 @@ __all__ = [
     "NameInUseError",
     "PagerError",
     "PauseTimeout",
+    "StateError",
     "UnexpectedExit",
     "VmGoneError",
+    "fields_of",
+    "from_fields",
 ]
 
 
@@ -147,7 +155,7 @@ class LayoutError(KvmHostError, ValueError):
 
     def __init__(self, problem: str, *, field: str = "") -> None:
         super().__init__(problem)
-        self.field = field
+        self.problem, self.field = problem, field
 
 
 class ImageError(KvmHostError, ValueError):
@@ -189,8 +197,28 @@ class LostPageError(PagerError):
         return f"machine check: the store cannot give back gfn {shown}{more}: {self.reason}"
 
 
+class StateError(KvmHostError, RuntimeError):
+    """An object is in a state in which it cannot do what was asked.
+
+    :param what: the object, for example ``machine 'a'``
+    :param state: ``is closed``, ``is not started``
+    :param remedy: what to do first, where that helps
+    """
+
+    def __init__(self, what: str, state: str = "is closed", remedy: str = "") -> None:
+        super().__init__(what, state, remedy)
+        self.what, self.state, self.remedy = what, state, remedy
+
+    def __str__(self) -> str:
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.what} {self.state}{remedy}"
+
+
 class ControlError(KvmHostError):
-    """A VM refused a control request.
+    """A VM refused a control request, for a reason that only a control socket has.
+
+    No such path, a lease that another holds, a body that is too large, a failure without
+    a class of its own. What the machine itself raised is raised as what it was.
 
     :param status: HTTP status code
     :param problem: the server's message
@@ -273,6 +301,70 @@ class GuestTimeout(GuestError):
 
     def __str__(self) -> str:
         return f"guest still running after {self.seconds:g} s"
+
+
+#: Errors that cross a control socket, by the name that the reply gives as ``kind``.
+BY_KIND: Mapping[str, type[KvmHostError]] = {
+    kind.__name__: kind
+    for kind in (
+        CapabilityError,
+        GuestError,
+        GuestTimeout,
+        HostError,
+        ImageError,
+        IoctlError,
+        LayoutError,
+        LostPageError,
+        PagerError,
+        PauseTimeout,
+        StateError,
+        UnexpectedExit,
+    )
+}
+
+#: Constructor arguments in order, by kind: the attributes that hold them.
+_FIELDS = {
+    "CapabilityError": ("name", "needed", "found", "remedy"),
+    "GuestTimeout": ("seconds",),
+    "HostError": ("what", "errno", "remedy"),
+    "ImageError": ("file", "field", "problem", "offset"),
+    "IoctlError": ("request", "errno", "arguments"),
+    "LayoutError": ("problem",),
+    "LostPageError": ("gfns", "reason"),
+    "PauseTimeout": ("vcpus", "seconds"),
+    "StateError": ("what", "state", "remedy"),
+    "UnexpectedExit": ("vcpu", "reason", "detail"),
+}
+
+
+def fields_of(error: KvmHostError) -> tuple[str, list[Any]]:
+    """Return kind and constructor arguments of an error, for :func:`from_fields`.
+
+    :return: of the nearest class in :data:`BY_KIND`; an empty kind if there is none
+    """
+    for base in type(error).__mro__:
+        if BY_KIND.get(base.__name__) is base:
+            names = _FIELDS.get(base.__name__)
+            values = [str(error)] if names is None else [getattr(error, name) for name in names]
+            return base.__name__, values
+    return "", []
+
+
+def from_fields(kind: str, values: list[Any], field: str = "") -> KvmHostError | None:
+    """Make an error from what :func:`fields_of` returned; None if that is not possible.
+
+    :param field: the argument that was wrong, of a ``LayoutError``
+    """
+    if kind not in BY_KIND or len(values) != len(_FIELDS.get(kind, ("problem",))):
+        return None
+    try:
+        made = BY_KIND[kind](*values)
+        str(made)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return None  # of a server that means something else by it
+    if isinstance(made, LayoutError):
+        made.field = field
+    return made
 
 
 def _show(value: Any) -> str:

@@ -234,7 +234,7 @@ class Daemon:
                 raise ReclaimError("reclaimd was started without a configuration file")
             text = self._apply(self._reread())
             notice = Notice(text)
-        except (ReclaimError, KvmHostError) as error:
+        except KvmHostError as error:
             notice = Notice(f"not reloaded: {error}", failed=True)
         # A file that somebody edits must not end a daemon that runs: whatever else goes
         # wrong, plug-ins included, leaves the options as they are.

@@ -2,9 +2,9 @@
 
 ::
 
-    ReclaimError
+    ReclaimError (a KvmHostError)
     ├─ KernelFileError (also OSError): interface, value written
-    ├─ RecordError (also ImageError): a record or an imported file is damaged; file, field, offset
+    ├─ RecordError (also ValueError): a record or an imported file is damaged; file, field, offset
     └─ ConfigError (also ValueError): file, line, key
 
 Each survives pickling. What a host lacks is a
@@ -16,12 +16,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from kvmhost.errors import ImageError
+from kvmhost.errors import KvmHostError
 
 __all__ = ["ConfigError", "KernelFileError", "ReclaimError", "RecordError"]
 
 
-class ReclaimError(Exception):
+class ReclaimError(KvmHostError):
     """Base of everything that reclaim raises on purpose."""
 
 
@@ -45,7 +45,7 @@ class KernelFileError(ReclaimError, OSError):
         return (type(self), (self.interface, self.errno, self.value))
 
 
-class RecordError(ReclaimError, ImageError):
+class RecordError(ReclaimError, ValueError):
     """A record, or a file to import, is damaged or is none; nothing of it was used.
 
     :param file: path of the file; for a record the one inside it
@@ -53,6 +53,14 @@ class RecordError(ReclaimError, ImageError):
     :param problem: what is wrong with it
     :param offset: byte offset in the file, where one is known
     """
+
+    def __init__(self, file: str, field: str, problem: str, offset: int | None = None) -> None:
+        super().__init__(file, field, problem, offset)
+        self.file, self.field, self.problem, self.offset = file, field, problem, offset
+
+    def __str__(self) -> str:
+        where = f" at offset {self.offset:#x}" if self.offset is not None else ""
+        return f"{self.file}: {self.field}{where}: {self.problem}"
 
 
 class ConfigError(ReclaimError, ValueError):

@@ -38,7 +38,7 @@ from kvmhost.errors import (
     NameInUseError,
     VmGoneError,
 )
-from kvmhost.reclaim.errors import ConfigError, KernelFileError, ReclaimError
+from kvmhost.reclaim.errors import ConfigError, KernelFileError, RecordError
 from kvmhost.tools.stuck import DeadlineFile, deadline_stderr
 
 __all__ = [
@@ -99,7 +99,7 @@ def _run(name: str, command: Callable[[], int]) -> int:
         return error.code if isinstance(error.code, int) else EXIT_FAILED
     except BrokenPipeError:
         return EXIT_FAILED
-    except (KvmHostError, ReclaimError) as error:
+    except KvmHostError as error:
         _tell(name, str(error))
         return exit_code(error)
     except (OSError, MemoryError) as error:
@@ -112,7 +112,7 @@ def exit_code(error: Exception) -> int:
     """Return the documented exit code of an error."""
     if isinstance(error, KernelFileError | CapabilityError):
         return EXIT_MISSING
-    if isinstance(error, ConfigError | ImageError | LayoutError | NameInUseError):
+    if isinstance(error, ConfigError | ImageError | LayoutError | NameInUseError | RecordError):
         return EXIT_USAGE
     if isinstance(error, GuestTimeout):
         return EXIT_TIMEOUT
@@ -120,7 +120,7 @@ def exit_code(error: Exception) -> int:
         return EXIT_FAILED
     if isinstance(error, ControlError):
         return _CODE_OF_STATUS.get(error.status, EXIT_FAILED)
-    if isinstance(error, KvmHostError | ReclaimError) and not isinstance(error, HostError):
+    if isinstance(error, KvmHostError) and not isinstance(error, HostError):
         return EXIT_OURS
     number = error.errno if isinstance(error, OSError) else None
     return EXIT_USAGE if HostError("", number or 0).is_bad_path else EXIT_FAILED

@@ -11,7 +11,7 @@ import msgspec
 
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Page
-from kvmhost.errors import ControlError, VmGoneError
+from kvmhost.errors import ControlError, LayoutError, VmGoneError
 from kvmhost.reclaim.account.decisions import Decision
 from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.control.schema import PageAnswer
@@ -72,7 +72,7 @@ def _ask_daemon(args: argparse.Namespace, name: str) -> tuple[PageAnswer | None,
             for vm in dict.fromkeys((args.vm, name)):
                 try:
                     return daemon.page(vm, args.gfn), ""
-                except ControlError as error:
+                except (ControlError, LayoutError) as error:
                     problem = str(error)
         return None, problem
     except VmGoneError as error:

@@ -13,10 +13,13 @@ import httpx
 from kvmhost.closing import Closing
 from kvmhost.control import schema
 from kvmhost.control.transport import UnixTransport
-from kvmhost.errors import ControlError, VmGoneError
+from kvmhost.errors import ControlError, KvmHostError, LayoutError, VmGoneError, from_fields
 from kvmhost.suggest import did_you_mean
 
 __all__ = ["Caller"]
+
+#: Status of a request with a wrong argument.
+_BAD_REQUEST = 400
 
 T = TypeVar("T")
 
@@ -53,8 +56,7 @@ class Caller(Closing):
             problem = schema.decode(answer.content, schema.ErrorReply).error
         except schema.SchemaError:
             raise ControlError(answer.status_code, answer.text[:200]) from None
-        field = f"{problem.field}: " if problem.field else ""
-        raise ControlError(problem.status, field + problem.message)
+        raise _error_of(problem)
 
     @contextlib.contextmanager
     def _map_connection_errors(self) -> Iterator[None]:
@@ -80,6 +82,17 @@ class Caller(Closing):
             raise ControlError(
                 answer.status_code, f"{self._name!r}: malformed response: {error}"
             ) from None
+
+
+def _error_of(problem: schema.ErrorInfo) -> KvmHostError:
+    """Return the error that the VM raised; a ``ControlError`` for what has no class there."""
+    made = from_fields(problem.kind, problem.arguments, problem.field)
+    if made is not None and str(made) == problem.message:
+        return made
+    field = f"{problem.field}: " if problem.field else ""
+    if problem.status == _BAD_REQUEST:
+        return LayoutError(field + problem.message, field=problem.field)
+    return ControlError(problem.status, field + problem.message)
 
 
 def _reason(error: Exception) -> str:

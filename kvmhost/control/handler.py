@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from kvmhost.control import schema
+from kvmhost.errors import KvmHostError, fields_of
 
 __all__ = [
     "BINARY",
@@ -66,11 +67,36 @@ class Problem(Exception):
 
     :param field: the field of the request that was wrong
     :param allow: methods for the header of status 405
+    :param error: what the machine raised, for a client to raise again
     """
 
-    def __init__(self, status: int, message: str, field: str = "", allow: str = "") -> None:
-        super().__init__(status, message)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        field: str = "",
+        allow: str = "",
+        error: KvmHostError | None = None,
+    ) -> None:
+        super().__init__(status, message, field, allow, error)
         self.status, self.message, self.field, self.allow = status, message, field, allow
+        self.error = error
+
+    def info(self) -> schema.ErrorInfo:
+        """Return the body of the answer."""
+        kind, values = fields_of(self.error) if self.error is not None else ("", [])
+        plain = [_plain(value) for value in values]
+        return schema.ErrorInfo(self.status, self.message, self.field, kind, plain)
+
+
+def _plain(value: Any) -> Any:
+    """Return an argument of an error as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    fits = isinstance(value, int) and -(1 << 63) <= value < 1 << 64
+    return value if value is None or fits or isinstance(value, str | float) else str(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,7 @@ from kvmhost.errors import (
     LayoutError,
     PagerError,
     PauseTimeout,
+    StateError,
 )
 from kvmhost.memory.pagelist import PageList, page_list
 from kvmhost.trackers.base import check_range
@@ -82,21 +83,23 @@ def problem_of(error: Exception) -> Problem:
         return error
     if isinstance(error, SchemaError):
         return Problem(400, error.problem, error.field)
-    if isinstance(error, LayoutError):
-        return Problem(400, str(error), error.field)
-    if isinstance(error, HostError):
-        return Problem(400 if error.is_bad_path else 507, str(error))
-    if isinstance(error, CapabilityError):
-        return Problem(501, str(error))
-    if isinstance(error, IoctlError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
-        return Problem(507, str(error))
-    if isinstance(error, PauseTimeout):
-        return Problem(503, str(error))
-    if isinstance(error, PagerError):
-        return Problem(409, str(error))
     if isinstance(error, KvmHostError):
-        return Problem(500, str(error))
+        return Problem(_status_of(error), str(error), getattr(error, "field", ""), error=error)
     return Problem(500, "internal error; see the VM's log")
+
+
+def _status_of(error: KvmHostError) -> int:
+    if isinstance(error, LayoutError):
+        return 400
+    if isinstance(error, HostError):
+        return 400 if error.is_bad_path else 507
+    if isinstance(error, CapabilityError):
+        return 501
+    if isinstance(error, IoctlError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
+        return 507
+    if isinstance(error, PauseTimeout):
+        return 503
+    return 409 if isinstance(error, PagerError | StateError) else 500
 
 
 class Routes:

@@ -199,11 +199,18 @@ class DrainQuery(_Strict, frozen=True):
 
 
 class ErrorInfo(_Answer, frozen=True, omit_defaults=True):
-    """Why a request failed."""
+    """Why a request failed.
+
+    ``kind`` is the class of the error that the VM raised, one of
+    :data:`kvmhost.errors.BY_KIND`, and ``arguments`` are what it was made of; empty for
+    what only a control socket refuses.
+    """
 
     status: int
     message: str
     field: str = ""
+    kind: str = ""
+    arguments: list[Any] = []
 
 
 class ErrorReply(_Answer, frozen=True):

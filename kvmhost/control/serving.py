@@ -320,9 +320,7 @@ def _response(reply: Reply) -> web.Response:
 
 
 def _error(problem: Problem) -> web.Response:
-    body = schema.encode(
-        schema.ErrorReply(schema.ErrorInfo(problem.status, problem.message, problem.field))
-    )
+    body = schema.encode(schema.ErrorReply(problem.info()))
     headers = {"Allow": problem.allow} if problem.allow else {}
     return web.Response(
         body=body, status=problem.status, content_type="application/json", headers=headers

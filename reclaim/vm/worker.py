@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from kvmhost.control.client import Client
-from kvmhost.errors import ControlError, KvmHostError, VmGoneError
+from kvmhost.errors import CapabilityError, ControlError, KvmHostError, VmGoneError
 from kvmhost.reclaim.account.decisions import DecisionKind
 from kvmhost.reclaim.account.events import Dropped, Event
 from kvmhost.reclaim.context import DaemonContext
@@ -23,7 +23,7 @@ _MIN_IDLE_SHARE = 0.1
 #: How often to retry a VM that does not exist yet.
 _RETRY_S = 0.1
 #: HTTP status: the VM has no pager; another daemon holds its lease.
-_NOT_IMPLEMENTED, _LOCKED = 501, 423
+_LOCKED = 423
 
 
 class VmWorker:
@@ -115,9 +115,12 @@ class VmWorker:
                 return self._drop("the guest has ended", failed=False)
             except VmGoneError as error:
                 return self._drop(error.problem, failed=False)
-            except ControlError as error:
+            except CapabilityError as error:
+                return self._drop(str(error), failed=True)
+            except KvmHostError as error:
                 refusals += 1
-                if error.status in (_NOT_IMPLEMENTED, _LOCKED) or refusals == _MAX_REFUSALS:
+                locked = isinstance(error, ControlError) and error.status == _LOCKED
+                if locked or refusals == _MAX_REFUSALS:
                     return self._drop(str(error), failed=True)
             self.pass_began_s = None
             last = self.context.config.daemon.passes

@@ -21,7 +21,7 @@ from textual.events import Resize
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from kvmhost.errors import ControlError, KvmHostError, VmGoneError
+from kvmhost.errors import CapabilityError, ControlError, KvmHostError, VmGoneError
 from kvmhost.reclaim.watch.data import RECENT, Sample, WatchSampler
 from kvmhost.reclaim.watch.map import (
     Grid,
@@ -201,7 +201,7 @@ class WatchApp(App[None]):
             self.problem = ""
         except VmGoneError as error:
             self.problem = f"{error}; waiting for it to come back, q quits"
-        except ControlError as error:
+        except (CapabilityError, ControlError) as error:
             self.problem = f"{error}; t takes the next tracker"
         except KvmHostError as error:
             self.problem = str(error)

@@ -12,7 +12,7 @@ from waiting import DEADLINE_S
 
 from kvmhost.bitmap import pack
 from kvmhost.control.client import Client
-from kvmhost.errors import ControlError
+from kvmhost.errors import LayoutError
 from kvmhost.guests.workloads import hotcold_gfns
 
 pytestmark = [pytest.mark.requires_kvm]
@@ -105,9 +105,8 @@ def test_bad_requests_leave_the_guest_alone(hotcold):
         lambda: vm.client.set_limit(5),
         lambda: vm.client.page(1 << 30),
     ):
-        with pytest.raises(ControlError) as caught:
+        with pytest.raises(LayoutError):
             call()
-        assert caught.value.status == 400
     assert vm.goes_on()
 
 
@@ -156,6 +155,5 @@ def test_sampled_harvests_of_a_running_guest(hotcold):
         assert young.count() >= 2048 * (3 - turn) // 4 - 256
     vm.client.harvest(HOT.start, 2048, rearm="sample", fraction=0.25)
     assert vm.client.harvest(HOT.start, 2048, clear=False).count() == 0
-    with pytest.raises(ControlError) as refused:
+    with pytest.raises(LayoutError, match="fraction"):
         vm.client.harvest(rearm="sample", fraction=2.0)
-    assert refused.value.status == 400

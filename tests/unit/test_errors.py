@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 import pickle
 
 import pytest
 
 from kvmhost import errors
+from kvmhost.control.caller import _error_of
+from kvmhost.control.handler import Problem
+from kvmhost.control.routes import problem_of
+from kvmhost.control.schema import ErrorReply, SchemaError, decode, encode
+from kvmhost.reclaim import errors as reclaim_errors
+from kvmhost.reclaim.record.writer import RecordInUseError
 
 SAMPLES = {
     "CapabilityError": errors.CapabilityError("kvm", "a device", "nothing", "load the module"),
@@ -24,16 +31,17 @@ SAMPLES = {
     "PauseTimeout": errors.PauseTimeout([0, 2], 1.5),
     "PagerError": errors.PagerError("store is full"),
     "LostPageError": errors.LostPageError([0x400, 0x401], "its checksum does not fit"),
+    "StateError": errors.StateError("machine 'a'", "is not started", "call start() first"),
     "UnexpectedExit": errors.UnexpectedExit(3, "triple fault", "rip=0x10"),
     "VmGoneError": errors.VmGoneError("vm0", "no socket"),
 }
 
 
 def test_there_is_a_sample_of_each() -> None:
-    assert set(SAMPLES) == set(errors.__all__)
+    assert set(SAMPLES) == set(errors.__all__) - {"BY_KIND", "fields_of", "from_fields"}
     defined = {name for name, kind in vars(errors).items() if inspect.isclass(kind)}
     assert {name for name in defined if issubclass(getattr(errors, name), Exception)} == set(
-        errors.__all__
+        SAMPLES
     )
 
 
@@ -57,3 +65,71 @@ def test_ioctl_error_is_an_os_error_with_its_arguments_in_hex() -> None:
 def test_builtin_bases() -> None:
     assert issubclass(errors.LayoutError, ValueError)
     assert issubclass(errors.ImageError, ValueError)
+
+
+OTHERS = [
+    errors.LayoutError("a gfn of no region", field="gfns[3]"),
+    reclaim_errors.ReclaimError("said"),
+    reclaim_errors.KernelFileError("/sys/x", errno.EACCES, "1"),
+    reclaim_errors.RecordError("vm.young/c/0", "chunk", "is missing", 64),
+    reclaim_errors.ConfigError("reclaimd.toml", 3, "daemon.interval", "is negative"),
+    RecordInUseError("vm.young"),
+]
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
+def test_the_errors_of_reclaim_are_in_the_tree_and_survive_pickling(error: Exception) -> None:
+    assert isinstance(error, errors.KvmHostError)
+    back = pickle.loads(pickle.dumps(error))
+    assert (type(back), str(back), vars(back)) == (type(error), str(error), vars(error))
+
+
+def test_what_is_no_host_error_survives_pickling_too() -> None:
+    for error in (SchemaError("wrong", "gfns[0]"), Problem(404, "no such path", "vm", "GET")):
+        back = pickle.loads(pickle.dumps(error))
+        assert (type(back), str(back), vars(back)) == (type(error), str(error), vars(error))
+
+
+def test_a_damaged_record_is_no_image() -> None:
+    assert not issubclass(reclaim_errors.RecordError, errors.ImageError)
+
+
+def over_the_socket(error: Exception) -> errors.KvmHostError:
+    """Return what a client raises where a machine raised this."""
+    reply = encode(ErrorReply(problem_of(error).info()))
+    return _error_of(decode(reply, ErrorReply).error)
+
+
+@pytest.mark.parametrize("name", sorted(errors.BY_KIND))
+def test_a_client_raises_what_the_machine_raised(name: str) -> None:
+    error = SAMPLES[name]
+    back = over_the_socket(error)
+    assert type(back) is type(error)
+    assert (str(back), vars(back)) == (str(error), vars(error))
+
+
+def test_the_wrong_argument_keeps_its_name_over_the_socket() -> None:
+    back = over_the_socket(errors.LayoutError("is in no region", field="gfns[3]"))
+    assert isinstance(back, errors.LayoutError)
+    assert (str(back), back.field) == ("is in no region", "gfns[3]")
+    back = over_the_socket(SchemaError("Expected `int`", "gfns[3]"))
+    assert isinstance(back, errors.LayoutError)
+    assert (str(back), back.field) == ("gfns[3]: Expected `int`", "gfns[3]")
+
+
+def test_what_only_a_socket_refuses_is_a_control_error() -> None:
+    for error in (Problem(404, "no such path"), Problem(423, "locked"), KeyError("a defect")):
+        back = over_the_socket(error)
+        assert type(back) is errors.ControlError
+        assert back.status in (404, 423, 500)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [("LostPageError", ["x", 1]), ("HostError", ["file", "x", ""]), ("Exception", []),
+     ("PauseTimeout", [1]), ("CapabilityError", ["a", "b", None, "c"])],
+)  # fmt: skip
+def test_a_kind_that_does_not_fit_is_a_control_error(kind: str, arguments: list[object]) -> None:
+    raw = {"error": {"status": 500, "message": "said", "kind": kind, "arguments": arguments}}
+    back = _error_of(decode(json.dumps(raw).encode(), ErrorReply).error)
+    assert (type(back), str(back)) == (errors.ControlError, "said")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kvmhost.control.client import Client
-from kvmhost.errors import ControlError, LayoutError, VmGoneError
+from kvmhost.errors import CapabilityError, ControlError, LayoutError, VmGoneError
 from kvmhost.files import own_directory
 from kvmhost.tools.args import count, seconds
 from kvmhost.tools.ending import exit_code
@@ -59,7 +59,7 @@ def _record(
     try:
         with Client(vm) as client:
             ended = record_vm(client, path, plan, stop, advance)
-    except (VmGoneError, ControlError) as error:
+    except (VmGoneError, ControlError, CapabilityError, LayoutError) as error:
         print(f"{path}: {error}", file=sys.stderr)
         return exit_code(error)
     except OSError as error:

@@ -11,7 +11,7 @@ import weakref
 from fake_vm import Events, FakeVm, make_daemon
 from waiting import DEADLINE_S
 
-from kvmhost.errors import ControlError, VmGoneError
+from kvmhost.errors import CapabilityError, ControlError, VmGoneError
 from kvmhost.reclaim.account.events import Dropped, PassReport
 from kvmhost.reclaim.pressure.limits import CpuShare
 from kvmhost.reclaim.vm import worker as worker_module
@@ -85,7 +85,7 @@ def test_wait_waits_until_it_is_there(vms, monkeypatch):
 
 def test_a_vm_without_a_pager_fails_at_once(vms):
     vms["a"] = FakeVm("a")
-    vms["a"].trouble["limit"] = ControlError(501, "userfaultfd: run as root")
+    vms["a"].trouble["limit"] = CapabilityError("userfaultfd", "it", "EPERM", "run as root")
     events = Events()
     assert not make_daemon(["a"], events).run()
     assert [e.failed for e in events] == [True]
