@@ -7,6 +7,7 @@ terminal it is formatted and shown by a pager, elsewhere it is printed as it is.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.suggest import unknown_name
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.terminal import unfiltered
 
 __all__ = ["main", "pages", "parser"]
 
@@ -92,5 +94,6 @@ def _show(path: Path) -> None:
     os.environ.setdefault("LESS", "-R")
     console = Console()
     markdown = path.suffix == ".md"
-    with console.pager(styles=True):
+    # Without a pager the text goes to standard output with its colours.
+    with contextlib.redirect_stdout(unfiltered(sys.stdout)), console.pager(styles=True):
         console.print(Markdown(path.read_text()) if markdown else Syntax.from_path(str(path)))

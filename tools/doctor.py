@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvmhost.doctor import Finding, probe_host
+from kvmhost.printable import printable
 from kvmhost.reclaim.pressure import probe
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.verdicts import verdicts
@@ -94,7 +95,7 @@ def _print_plain(findings: list[Finding]) -> None:
     for f in findings:
         remedy = f" ({f.remedy})" if f.remedy else ""
         start = f"{f.area:<{area_width}}  {f.name:<{name_width}}  {_mark(f):<3}"
-        print(f"{start}  {f.found}{remedy}")
+        print(f"{start}  {printable(f.found + remedy)}")
 
 
 def _print_table(findings: list[Finding]) -> None:
@@ -111,9 +112,9 @@ def _print_table(findings: list[Finding]) -> None:
     for f in findings:
         # Text, not markup: what the kernel says may hold brackets.
         mark = Text(_mark(f), style[f.works])
-        found = Text(f.found)
+        found = Text(printable(f.found))
         if f.remedy:
-            found.append(f"\n→ {f.remedy}", "yellow")
+            found.append(f"\n→ {printable(f.remedy)}", "yellow")
         table.add_row(f.area, f.name.removeprefix("KVM_CAP_"), mark, found)
     Console().print(table)
 

@@ -36,10 +36,13 @@ from kvmhost.errors import (
     KvmHostError,
     LayoutError,
     NameInUseError,
+    UnexpectedExit,
     VmGoneError,
 )
+from kvmhost.printable import printable, printable_lines
 from kvmhost.reclaim.errors import ConfigError, KernelFileError, RecordError
 from kvmhost.tools.stuck import DeadlineFile, deadline_stderr
+from kvmhost.tools.terminal import printable_streams
 
 __all__ = [
     "ENDING_SIGNALS",
@@ -84,7 +87,7 @@ def _guard(name: str, command: Callable[[], int], deadline_s: float | None) -> i
     if not _open_standard_streams():
         print(f"{name}: standard output is closed; use >/dev/null to discard it", file=sys.stderr)
         return EXIT_FAILED
-    with _ending_signals(), _recorded_stdout(deadline_s):
+    with _ending_signals(), _recorded_stdout(deadline_s), printable_streams():
         try:
             status = _run(name, command)
         except KeyboardInterrupt as error:
@@ -100,7 +103,7 @@ def _run(name: str, command: Callable[[], int]) -> int:
     except BrokenPipeError:
         return EXIT_FAILED
     except KvmHostError as error:
-        _tell(name, str(error))
+        _tell(name, str(error), _has_lines(error))
         return exit_code(error)
     except (OSError, MemoryError) as error:
         if error is not _failure_of_stdout():  # _flush tells of that
@@ -137,9 +140,15 @@ def message_of(error: OSError | MemoryError) -> str:
     return str(whole) if what else str(whole).removeprefix(": ")
 
 
-def _tell(name: str, text: str) -> None:
+def _has_lines(error: Exception) -> bool:
+    """Whether a message has lines of its own: registers and code, or a compiler's messages."""
+    return isinstance(error, UnexpectedExit) or isinstance(error.__cause__, RuntimeError)
+
+
+def _tell(name: str, text: str, has_lines: bool = False) -> None:
     with contextlib.suppress(OSError):
-        print(f"{name}: {text}", file=sys.stderr)
+        shown = printable_lines(text) if has_lines else printable(text)
+        print(f"{name}: {shown}", file=sys.stderr)
 
 
 def _open_standard_streams() -> bool:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from kvmhost import __version__
+from kvmhost.printable import printable
 from kvmhost.suggest import unknown_name
 from kvmhost.tools.commands import COMMANDS
 from kvmhost.tools.ending import EXIT_USAGE, guard
@@ -36,7 +37,7 @@ def _general(arguments: Sequence[str]) -> int:
     what = "option" if arguments[0].startswith("-") else "command"
     known = ("--help", "--version") if what == "option" else ("help", *COMMANDS)
     problem = unknown_name(what, arguments[0], known)
-    print(f"kvmhost: {problem}; see kvmhost --help", file=sys.stderr)
+    print(f"kvmhost: {printable(problem)}; see kvmhost --help", file=sys.stderr)
     return EXIT_USAGE
 
 

@@ -12,6 +12,7 @@ import msgspec
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Page
 from kvmhost.errors import ControlError, LayoutError, VmGoneError
+from kvmhost.printable import printable
 from kvmhost.reclaim.account.decisions import Decision
 from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.control.schema import PageAnswer
@@ -31,9 +32,9 @@ def main(argv: Sequence[str]) -> int:
         print(msgspec.json.encode(whole).decode())
         return 0
     for label, text in _lines(page, known):
-        print(f"{label:<12} {text}")
+        print(f"{label:<12} {printable(text)}")
     if problem:
-        print(f"kvmhost page: {problem}", file=sys.stderr)
+        print(f"kvmhost page: {printable(problem)}", file=sys.stderr)
     return 0
 
 

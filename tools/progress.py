@@ -8,6 +8,9 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
+from kvmhost.printable import printable
+from kvmhost.tools.terminal import unfiltered
+
 __all__ = ["Progress", "show_table", "working"]
 
 #: A terminal shows what a command works on after this time, and how long, this often.
@@ -28,7 +31,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Show one step, with the seconds since the start."""
         if self._on:
-            print(f"[{time.monotonic() - self._start:5.1f} s] {text}", file=sys.stderr)
+            print(f"[{time.monotonic() - self._start:5.1f} s] {printable(text)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -51,27 +54,30 @@ def working(text: str) -> Iterator[None]:
 
 
 def _show_elapsed(text: str, ended: threading.Event) -> None:
-    start_s = time.monotonic()
+    start_s, terminal = time.monotonic(), unfiltered(sys.stderr)
     if ended.wait(_SHOW_AFTER_S):
         return
     while True:
         elapsed_s = time.monotonic() - start_s
-        print(f"{_CLEAR_LINE}[{elapsed_s:5.1f} s] {text}", end="", file=sys.stderr, flush=True)
+        line = f"[{elapsed_s:5.1f} s] {printable(text)}"
+        print(f"{_CLEAR_LINE}{line}", end="", file=terminal, flush=True)
         if ended.wait(_SHOW_EVERY_S):
             break
-    print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
+    print(_CLEAR_LINE, end="", file=terminal, flush=True)
 
 
 def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print two columns: boxed on a terminal, plain lines in a pipe."""
     if not sys.stdout.isatty():
         for name, value in rows:
-            print(f"{name:28} {value}")
+            print(f"{printable(name):28} {printable(value)}")
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, show_header=False)
     for name, value in rows:
-        table.add_row(name, value)
+        # Text, not markup: a value may hold brackets.
+        table.add_row(Text(printable(name)), Text(printable(value)))
     Console().print(table)

@@ -18,6 +18,7 @@ from typing import Any
 
 from kvmhost import __version__
 from kvmhost.control.paths import NameLock
+from kvmhost.printable import printable
 from kvmhost.reclaim.account.events import Dropped, Event, Notice, PassReport
 from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.control.metrics import Metrics
@@ -30,6 +31,7 @@ from kvmhost.reclaim.sdnotify import SdNotifier
 from kvmhost.reclaim.settings.config import Option, load, options, read_flag, to_toml
 from kvmhost.reclaim.settings.options import Config, VmOptions
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.terminal import log_to_stderr
 
 __all__ = ["main", "parser"]
 
@@ -74,7 +76,7 @@ def _serve(config: Config, path: str | None, flags: dict[str, Any], lock: NameLo
         if config.daemon.metrics_port:
             stack.enter_context(_tcp(metrics, config.daemon.metrics_port))
         if sys.stderr.isatty():
-            print(f"daemon socket: {server.path}", file=sys.stderr)
+            print(f"daemon socket: {printable(server.path)}", file=sys.stderr)
         return _run(daemon)
 
 
@@ -125,10 +127,9 @@ class _Printer:
     def __init__(self, as_json: bool) -> None:
         self._as_json, self._silent = as_json, False
         self._lock = threading.Lock()
-        handler = _JsonHandler(self) if as_json else logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("reclaimd: %(message)s"))
-        for name in ("reclaim", "kvmhost"):
-            logging.getLogger(name).handlers = [handler]
+        log_to_stderr("reclaimd: %(message)s", "reclaim", "kvmhost")
+        for name in ("reclaim", "kvmhost") if as_json else ():
+            logging.getLogger(name).handlers = [_JsonHandler(self)]
 
     def tell(self, event: Event) -> None:
         """Write one event."""
@@ -136,7 +137,8 @@ class _Printer:
         if self._as_json:
             self.write(json.dumps({"event": _KINDS[type(event)]} | dataclasses.asdict(event)))
         else:
-            self.write(event.line(), sys.stderr if bad or isinstance(event, Notice) else sys.stdout)
+            to_stderr = bad or isinstance(event, Notice)
+            self.write(printable(event.line()), sys.stderr if to_stderr else sys.stdout)
 
     def write(self, line: str, stream: typing.TextIO | None = None) -> None:
         """Write one line. A log that nobody reads any more stops nothing."""

@@ -17,6 +17,7 @@ from kvmhost.engine.cpumodel import CPU_MODELS
 from kvmhost.errors import LayoutError
 from kvmhost.machine import make_machine
 from kvmhost.machine.base import BaseMachine
+from kvmhost.printable import printable
 from kvmhost.tools.args import (
     add_machine_arguments,
     add_store_arguments,
@@ -31,6 +32,7 @@ from kvmhost.tools.args import (
 )
 from kvmhost.tools.ending import ENDING_SIGNALS, EXIT_FAILED
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.terminal import log_to_stderr
 from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
@@ -44,6 +46,7 @@ __all__ = ["main", "parser"]
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(_join_append(argv))
+    log_to_stderr("%(message)s", "kvmhost")
     # Held back until everything that has to be taken down is known to be there. The
     # threads started meanwhile inherit the mask: only the main thread sees signals.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
@@ -83,10 +86,11 @@ def _boot(args: argparse.Namespace, image: Path, lock: NameLock | None) -> int:
     out = sys.stderr if args.json else sys.stdout
     with open_console(args.serial, out) as console:
         if console.name:
-            print(f"serial port: {console.name}", file=sys.stderr)
+            print(f"serial port: {printable(console.name)}", file=sys.stderr)
         with _make(args, image, console) as machine:
             for remark in machine.image.remarks:
-                print(f"kvmhost: {machine.image.path}: {remark}", file=sys.stderr)
+                shown = printable(f"{machine.image.path}: {remark}")
+                print(f"kvmhost: {shown}", file=sys.stderr)
             return _run_machine(args, machine, console, lock)
 
 
@@ -288,7 +292,7 @@ def _serve(machine: BaseMachine, lock: NameLock) -> ControlServer:
     server = ControlServer(machine, lock=lock)
     server.start()
     if sys.stderr.isatty():
-        print(f"control socket: {server.path}", file=sys.stderr)
+        print(f"control socket: {printable(server.path)}", file=sys.stderr)
     return server
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.control.client import Client
+from kvmhost.printable import printable
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
 
@@ -37,5 +38,5 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps({"file": str(args.file), "memory_bytes": n_bytes, "stopped": args.stop}))
         return 0
-    print(f"{args.file}: {n_bytes / (1 << 20):.1f} MiB of memory")
+    print(f"{printable(args.file)}: {n_bytes / (1 << 20):.1f} MiB of memory")
     return 0

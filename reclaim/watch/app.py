@@ -22,6 +22,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from kvmhost.errors import CapabilityError, ControlError, KvmHostError, VmGoneError
+from kvmhost.printable import printable
 from kvmhost.reclaim.watch.data import RECENT, Sample, WatchSampler
 from kvmhost.reclaim.watch.map import (
     Grid,
@@ -324,23 +325,23 @@ class WatchApp(App[None]):
     def _head(self) -> Text:
         text = Text(" ", no_wrap=True, overflow="ellipsis")
         if self.problem:
-            return text.append(_plain(self.problem), "bold color(203)")
+            return text.append(printable(self.problem), "bold color(203)")
         if self.sample is None:
             return text.append("asking the VM ...")
         state, sample = self.sample.state, self.sample
-        text.append(_plain(state.name), "bold")
+        text.append(printable(state.name), "bold")
         if self.paused:
             text.append("  PAUSED", "bold color(226)")
         elif state.paused:
             text.append("  VM paused", "bold color(226)")
         elif sample.peeking:
             text.append("  peeking", "color(226)")
-        text.append(f"  {_plain(sample.tracker)} ({_plain(sample.table_format)})")
+        text.append(f"  {printable(sample.tracker)} ({printable(sample.table_format)})")
         text.append(f"  {size_text(state.resident_bytes)} of {size_text(state.mem_bytes)}")
         if state.limit_bytes:
             text.append(f", limit {size_text(state.limit_bytes)}")
         image = state.image.rsplit("/", 1)[-1]
-        return text.append(f"  {_plain(image)}, {_plain(state.engine)}")
+        return text.append(f"  {printable(image)}, {printable(state.engine)}")
 
     def _cell(self, grid: Grid, young: npt.NDArray[np.bool_]) -> Text:
         low, high = grid.range_of(self.cursor_cell)
@@ -403,8 +404,3 @@ class WatchApp(App[None]):
             sizes.append(blocks, "color(71)").append(size.rjust(6 if blocks else 1))
             sizes.append(" " * max(column - len(blocks) - (6 if blocks else len(size)), 0))
         return names.append("\n").append_text(sizes)
-
-
-def _plain(text: str) -> str:
-    """Return text without anything that a terminal would obey."""
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -9,6 +9,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from kvmhost.printable import printable
 
 __all__ = ["show"]
 
@@ -30,7 +33,7 @@ def show(report: dict[str, Any]) -> None:
                 head, justify="left" if i < 1 or head in _WORDS else "right", overflow="fold"
             )
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         print(f"\n{title}\n", flush=True)
         if on_terminal:
             console.print(table)
@@ -40,7 +43,7 @@ def show(report: dict[str, Any]) -> None:
                 console.print(table)
             print("\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip()))
     for name, reason in report["missing"].items():
-        print(f"\nnot measured: {name}: {reason}")
+        print(f"\nnot measured: {printable(name)}: {printable(reason)}")
     print("\nall exact" if report["exact"] else "\nNOT EXACT")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
 from kvmhost.files import replacing
+from kvmhost.printable import printable
 from kvmhost.tools.args import count, seconds
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import (
@@ -56,7 +57,7 @@ def _draw_record(args: argparse.Namespace) -> int:
         if args.out.suffix.lower() == _PAGE:
             return _write_page(view, args)
         render_heatmap(heatmap_of(view, args.bins), args.out)
-        print(f"{args.out}: {view.n_windows} windows of {record.name or record.path}")
+        print(printable(f"{args.out}: {view.n_windows} windows of {record.name or record.path}"))
     return 0
 
 
@@ -73,7 +74,7 @@ def _write_page(view: RecordView, args: argparse.Namespace) -> int:
             "a part (--range, --windows) has them"
         )
     mib = args.out.stat().st_size / 2**20
-    print(f"{args.out}: {view.n_windows} windows, {text} ({mib:.1f} MiB)")
+    print(printable(f"{args.out}: {view.n_windows} windows, {text} ({mib:.1f} MiB)"))
     return 0
 
 
@@ -100,7 +101,7 @@ def _draw_live(args: argparse.Namespace) -> int:
             on_window=advance,
         )
     render_heatmap(heatmap, args.out)
-    print(f"{args.out}: {len(heatmap.columns)} windows of {vm.vm}")
+    print(printable(f"{args.out}: {len(heatmap.columns)} windows of {vm.vm}"))
     return 0
 
 

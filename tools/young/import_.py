@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvmhost.errors import LayoutError
 from kvmhost.files import check_target, os_errors
+from kvmhost.printable import printable
 from kvmhost.reclaim.exchange.registry import IMPORTS, read
 from kvmhost.tools.args import seconds
 from kvmhost.tools.parser import CommandParser
@@ -41,14 +42,15 @@ def main(argv: Sequence[str]) -> int:
         gfn_range=args.range,
     )
     if found.remark:
-        print(f"kvmhost young import: {args.files[0]}: {found.remark}", file=sys.stderr)
+        remark = printable(f"{args.files[0]}: {found.remark}")
+        print(f"kvmhost young import: {remark}", file=sys.stderr)
     with os_errors(args.out):
         windows = write_record(found, args.out, origin)
     if args.json:
         shown = {"file": str(args.out), "format": args.format, "windows": windows}
         print(json.dumps(shown | {"n_pages": found.n_pages, "remark": found.remark}))
     else:
-        print(f"{args.out}: {windows} windows")
+        print(f"{printable(args.out)}: {windows} windows")
     return 0
 
 

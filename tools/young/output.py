@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmhost.errors import LayoutError
+from kvmhost.printable import printable
 from kvmhost.tools.young.common import gfn_range
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def open_record(path: Path) -> YoungRecord:
 
     record = YoungRecord.open(path)
     if record.loss:
-        print(f"warning: {record.loss}", file=sys.stderr)
+        print(f"warning: {printable(record.loss)}", file=sys.stderr)
     return record
 
 
@@ -145,16 +146,16 @@ def show(table: Table, args: argparse.Namespace) -> None:
 def _show_text(table: Table) -> None:
     for name, value in table.facts.items():
         if not isinstance(value, list | dict):
-            print(f"{name.replace('_', ' '):24} {_cell(value, '')}")
+            print(f"{printable(name.replace('_', ' ')):24} {_cell(value, '')}")
     if table.rows:
         _show_rows(table)
     for note in table.notes:
-        print(note)
+        print(printable(note))
 
 
 def _show_rows(table: Table) -> None:
     picked = _picked(table.rows, table.shown_rows, table.closer_first)
-    cells = [[str(name) for name in table.columns]]
+    cells = [[printable(name) for name in table.columns]]
     for row in picked:
         cells.append(
             [
@@ -194,7 +195,7 @@ def _cell(value: Any, form: str) -> str:
         return f"{100 * value:.2f} %"
     if isinstance(value, float):
         return f"{value:.{3 if abs(value) < 10 else 1}f}"
-    return f"{value:,}" if isinstance(value, int) and form != "plain" else str(value)
+    return f"{value:,}" if isinstance(value, int) and form != "plain" else printable(value)
 
 
 def mib(pages: float, page_bytes: int) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, ControlError, LayoutError, VmGoneError
 from kvmhost.files import own_directory
+from kvmhost.printable import printable
 from kvmhost.tools.args import count, seconds
 from kvmhost.tools.ending import exit_code
 from kvmhost.tools.parser import CommandParser
@@ -60,11 +61,11 @@ def _record(
         with Client(vm) as client:
             ended = record_vm(client, path, plan, stop, advance)
     except (VmGoneError, ControlError, CapabilityError, LayoutError) as error:
-        print(f"{path}: {error}", file=sys.stderr)
+        print(printable(f"{path}: {error}"), file=sys.stderr)
         return exit_code(error)
     except OSError as error:
         print(
-            f"{path}: {error.strerror or error}; what was whole is kept, "
+            f"{printable(path)}: {printable(error.strerror or error)}; what was whole is kept, "
             "and --append goes on with it",
             file=sys.stderr,
         )
@@ -77,7 +78,8 @@ def _record(
         return 0
     late = f", {ended.late} of them late" if ended.late else ""
     total = f" ({ended.total_windows} in all)" if ended.total_windows != ended.windows else ""
-    print(f"{path}: {ended.windows} windows of {vm}{total}{late}; {ended.reason}")
+    ended_as = f"{ended.windows} windows of {vm}{total}{late}; {ended.reason}"
+    print(printable(f"{path}: {ended_as}"))
     return 0
 
 

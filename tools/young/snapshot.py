@@ -16,6 +16,7 @@ import numpy.typing as npt
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.control.schema import CLIENT_TIMEOUT_S, HarvestCost, MemoryMap
 from kvmhost.files import replacing
+from kvmhost.printable import printable
 from kvmhost.tools.args import seconds, share
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
@@ -166,11 +167,12 @@ def _print_snapshot(vm: str, bitmap: YoungBitmap, cost: HarvestCost, memory: Mem
     if source.window_start_ns:
         window = f", window {(source.window_end_ns - source.window_start_ns) / 1e9:.3f} s"
     print(
-        f"{vm}: {young} of {bitmap.n_pages} pages young "
+        f"{printable(vm)}: {young} of {bitmap.n_pages} pages young "
         f"({percent(young, bitmap.n_pages)}), {young * memory.page_bytes / 2**20:.1f} MiB"
     )
     coarse = ", coarse: bits stand for more than one page" if bitmap.coarse is not None else ""
-    print(f"tracker {source.tracker}, format {source.table_format}{window}{coarse}")
+    where = f"tracker {source.tracker}, format {source.table_format}"
+    print(f"{printable(where)}{window}{coarse}")
     print(f"harvest {cost.harvest_ns / 1e6:.2f} ms, re-arming {cost.rearm_ns / 1e6:.2f} ms")
     for region in _regions(bitmap, memory):
         pages = region["gfn_end"] - region["gfn_start"]

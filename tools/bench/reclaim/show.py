@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmhost.files import check_target, replacing
+from kvmhost.tools.terminal import unfiltered
 
 __all__ = ["need_file", "plot", "progress", "tables"]
 
@@ -17,7 +18,7 @@ Row = Mapping[str, Any]
 def progress(text: str) -> None:
     """Say on a terminal what is being measured."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{text}", end="", file=unfiltered(sys.stderr), flush=True)
 
 
 def need_file(path: Path) -> None:

@@ -294,7 +294,7 @@ def test_everything_fits_the_terminal(watchapp, fake, size):
         assert [at for at, cell in enumerate(cells) if cell == "█"] == [
             at for at in range(grid.n_cells()) if counts[at] == grid.cell_pages
         ]
-        assert "hot?[31m.elf" in shown["head"]
+        assert r"hot\u001b[31m.elf" in shown["head"]
         assert "limit 10.0 MiB" in shown["head"]
         assert "4.0 MiB" in shown["figures"]
         assert "evictions" in shown["figures"]
