@@ -33,7 +33,7 @@ def expect_epoch(machine: Machine, epoch: int, **how: str) -> None:
     assert young.coarse is None
 
 
-@pytest.mark.parametrize(("before", "refused"), itertools.permutations(TRACKERS, 2))
+@pytest.mark.parametrize(("before", "refused"), [*itertools.permutations(TRACKERS, 2)])
 def test_who_cannot_start_stops_nobody(
     before: str, refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from kvmhost.machine import Machine
 from kvmhost.tools.accuracy.kinds import KINDS, START_GFN
 from kvmhost.tools.bench import harvest, sampling
 from kvmhost.tools.main import run_command
-from kvmhost.tools.throughput import Plan, harvest_once, measure_steps, paired_rates
+from kvmhost.tools.throughput import ThroughputPlan, harvest_once, measure_steps, paired_rates
 
 MEM_BYTES = 16 << 20
 
@@ -46,7 +46,7 @@ def test_sampling_in_small(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.requires_kvm
 def test_steps_and_paired_rates_of_a_guest() -> None:
-    plans = [Plan(20), Plan(20, whole=True), Plan(20, period=4)]
+    plans = [ThroughputPlan(20), ThroughputPlan(20, whole=True), ThroughputPlan(20, period=4)]
     with harvest.hot_machine(KINDS["guestpt"], MEM_BYTES, 400) as machine:
         machine.run_epoch()
         tracker = machine.use_tracker("guestpt")
@@ -74,7 +74,7 @@ def test_a_sampled_harvest_clears_its_share(engine: str) -> None:
         left = []
         for turn in range(5):
             left.append(tracker.harvest(START_GFN, 1000, clear=False).count())
-            harvest_once(tracker, START_GFN, 1000, Plan(1, period=5), turn)
+            harvest_once(tracker, START_GFN, 1000, ThroughputPlan(1, period=5), turn)
         assert left[0] == 1000
         assert all(100 < a - b < 300 for a, b in itertools.pairwise(left))
         assert tracker.harvest(START_GFN, 1000).count() == 0
