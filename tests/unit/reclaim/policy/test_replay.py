@@ -144,7 +144,7 @@ def test_bad_input():
         def victims(self, n, candidates, now_ns, probe=None):
             return np.array([9])
 
-    with pytest.raises(LayoutError, match="no candidate"):
+    with pytest.raises(LayoutError, match="not a candidate"):
         replay([(1, words(0, 1, 2))], Absent(), 1)
 
 
