@@ -1,1 +1,1 @@
-"""What records say: working sets, ages, patterns, comparisons, predictions."""
+"""Analysis of records: working sets, ages, patterns, comparisons, predictions."""

@@ -1,11 +1,12 @@
-"""What a record says of its VM: working set, cold pages, promotions, reuse.
+"""Working set, cold pages, promotions and reuse of a recorded VM.
 
-All of this is computed from two histograms a window (:mod:`kvmhost.reclaim.record.summary`),
-which a record has for all its pages, and which are made anew from the bits for a part
-of them. A page is *cold* at a threshold of ``w`` windows if it was not young in the
-last ``w``; a *promotion* is a cold page that becomes young. Thresholds and windows are
-exact where they are among :data:`~kvmhost.reclaim.record.meta.UPPER` (1 to 64, then eight
-an octave); others are rounded to the nearest of these.
+All of these are computed from two histograms per window
+(:mod:`kvmhost.reclaim.record.summary`). A record stores them for all its pages; for a part
+of the pages they are computed again from the bits. A page is *cold* at a threshold of
+``w`` windows if it was not young in the last ``w`` windows; a *promotion* is a cold page
+that becomes young. Thresholds and windows are exact for the values in
+:data:`~kvmhost.reclaim.record.meta.UPPER` (1 to 64, then eight per octave); others are
+rounded to the nearest of these.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Histograms:
     """Rows of ``reuse`` and ``ages`` for some windows of a record.
 
     :param first: number of the first window
-    :param n_pages: shape ``(windows,)``: pages that were looked at
+    :param n_pages: shape ``(windows,)``: pages that were harvested
     :param seconds: end of each window, on the record's time axis
     :param interval_s: planned length of a window
     """
@@ -68,9 +69,9 @@ def histograms(
 ) -> Histograms:
     """Return the histograms of windows ``[first, end)``.
 
-    Ages count from the beginning of the record, also where ``first`` is later.
+    Ages count from the beginning of the record, even if ``first`` is later.
 
-    :param gfns: only pages ``[first gfn, end gfn)``; reads the bits
+    :param gfns: only pages ``[first gfn, end gfn)``, which reads the bits
     """
     end = len(record) if end is None else end
     if gfns is None:
@@ -86,14 +87,14 @@ def histograms(
 
 
 def nearest_window(windows: float) -> int:
-    """Return the number of windows nearest to this one for which counts are exact."""
+    """Return the nearest number of windows for which counts are exact."""
     if not windows >= 1:
         raise LayoutError(f"{windows:g} windows: need 1 or more")
     return int(UPPER[1:][np.abs(UPPER[1:] - windows).argmin()])
 
 
 def working_set(found: Histograms, windows: float) -> Counts:
-    """Return shape ``(windows,)``: pages young in the last so many windows."""
+    """Return shape ``(windows,)``: pages young in the last ``windows`` windows."""
     bucket = int(np.searchsorted(UPPER, nearest_window(windows)))
     pages: Counts = found.ages[:, 1 : bucket + 1].sum(axis=1)
     return pages
@@ -102,7 +103,7 @@ def working_set(found: Histograms, windows: float) -> Counts:
 def age_table(found: Histograms, at: int = -1) -> Counts:
     """Return shape ``(buckets,)``: pages by age at the end of one of the windows.
 
-    Bucket 0 has those that were not young yet.
+    Bucket 0 counts pages that were never young.
     """
     if not len(found):
         return np.zeros(UPPER.size, dtype=np.int64)
@@ -112,12 +113,12 @@ def age_table(found: Histograms, at: int = -1) -> Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """What it would mean to call pages cold after so many windows.
+    """The effect of treating pages as cold after a number of windows.
 
-    :param cold_pages: mean over the windows, among them those that were never young
-    :param never_pages: mean of those
-    :param promotions_per_min: pages that came back after having been cold
-    :param promotion_rate: promotions a minute, as a share of the working set
+    :param cold_pages: mean over the windows, including pages that were never young
+    :param never_pages: mean of the pages that were never young
+    :param promotions_per_min: cold pages that became young
+    :param promotion_rate: promotions per minute, as a share of the working set
     """
 
     windows: int
@@ -129,10 +130,10 @@ class Threshold:
 
 
 def promotion_curve(found: Histograms) -> list[Threshold]:
-    """Return what each threshold up to the record's length would mean.
+    """Return the effect of each threshold up to the record's length.
 
-    Only windows that begin late enough for a page to have become cold by the threshold
-    are counted: earlier ones would make long thresholds look free.
+    Only windows that begin late enough for a page to be cold by the threshold are counted;
+    in earlier windows long thresholds could not cause promotions.
     """
     curve = []
     minutes = found.interval_s / 60
@@ -164,9 +165,9 @@ def promotion_curve(found: Histograms) -> list[Threshold]:
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """The lowest threshold that keeps to a promotion target, and what it saves.
+    """The lowest threshold that meets a promotion target, and the memory it saves.
 
-    :param saved_pages: cold by it; those never young are in it
+    :param saved_pages: pages cold by it, including pages that were never young
     """
 
     target_rate: float
@@ -176,10 +177,10 @@ class Saving:
 
 
 def predict_saving(found: Histograms, target_rate: float = 0.002) -> Saving | None:
-    """Return what can be saved at a promotion target; None if no threshold keeps to it.
+    """Return the saving at a promotion target; None if no threshold meets it.
 
-    :param target_rate: promotions a minute, as a share of the working set; 0.2 % is what
-        software-defined far memory took (ASPLOS 2019)
+    :param target_rate: promotions per minute, as a share of the working set; 0.2 % is the
+        target of software-defined far memory (ASPLOS 2019)
     """
     for threshold in promotion_curve(found):
         if threshold.promotion_rate <= target_rate:
@@ -189,17 +190,17 @@ def predict_saving(found: Histograms, target_rate: float = 0.002) -> Saving | No
 
 
 def miss_ratio_curve(found: Histograms) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Estimate reuse distances, and with them the misses of a memory of any size.
+    """Estimate reuse distances, and from them the miss ratio of a memory of any size.
 
-    Between two touches of a page that are ``k`` windows apart, as many distinct pages
-    are touched as the working set over ``k`` windows has on average (the assumption of
-    average eviction times). So reuse times give reuse distances. A bitmap cannot tell
-    touches within one window apart: what is smaller than the working set of one
-    window is not resolved.
+    The number of distinct pages touched between two touches of a page that are ``k``
+    windows apart is taken to be the mean working set over ``k`` windows (the assumption of
+    average eviction times). So reuse times give reuse distances. A bitmap does not
+    distinguish touches within one window: sizes below the working set of one window are
+    not resolved.
 
-    :return: sizes in pages, ascending, and for each the share of the touches (a page
-        and window count once) that would miss in an LRU memory of that size; the first
-        touch of a page misses in any
+    :return: sizes in pages, ascending, and for each the share of touches (at most one per
+        page and window) that would miss in an LRU memory of that size; the first touch of
+        a page always misses
     """
     touches = max(int(found.reuse.sum()), 1)
     counts = found.reuse[:, 1:].sum(axis=0)
@@ -215,14 +216,14 @@ def miss_ratio_curve(found: Histograms) -> tuple[npt.NDArray[np.float64], npt.ND
 def _part(
     record: YoungRecord, first: int, end: int, gfns: tuple[int, int]
 ) -> tuple[Counts, Counts, Counts]:
-    """Make the histograms of a part of the pages, by their bits."""
+    """Compute the histograms of a part of the pages from their bits."""
     low, high = gfns
     if not record.gfn_start <= low < high <= record.gfn_end:
         raise LayoutError(
-            f"{record.path}: no gfns [{low:#x}, {high:#x}): "
-            f"there are [{record.gfn_start:#x}, {record.gfn_end:#x})"
+            f"{record.path}: gfns [{low:#x}, {high:#x}) are out of range: "
+            f"the record has [{record.gfn_start:#x}, {record.gfn_end:#x})"
         )
-    # Whole words are cut out; bits beside the range are masked away.
+    # Whole words are copied; bits outside the range are cleared.
     shift = (low - record.gfn_start) // 64
     words = n_words(high - record.gfn_start) - shift
     mask = np.full(words, ~np.uint64(0))

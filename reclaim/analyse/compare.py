@@ -1,21 +1,21 @@
-"""Two views of the same windows: where they differ, and what would explain it.
+"""Compare two views of the same windows, and classify their differences by cause.
 
-The windows of two records are held against each other in order. A page that only one
-of them has young is put down to the first cause that fits:
+The windows of two records are compared in order. A page that is young in only one of
+them is attributed to the first cause that applies:
 
 ======================  ===============================================================
 cause                   the page
 ======================  ===============================================================
-``outside``             is not in what the other one looked at
+``outside``             was not harvested in the other view
 ``coarse``              comes from a leaf larger than a page
-``tables``              holds the guest's page tables or parameters: walking them shows in
-                        the host's tables, and not in the guest's own
-``reads``               is missing from a view that sees only writes
-``early``, ``late``     is young in the other one a window later, or a window before:
-                        an access at the edge of a window, or one that showed late
-``around``              lies in an aligned 64 KiB in which the other one has a young
-                        page: fault-around, or a granularity above the page
-``unexplained``         is none of these
+``tables``              holds the guest's page tables or parameters: a page walk sets the
+                        accessed bit in the host's tables but not in the guest's own
+``reads``               is missing from a view that tracks only writes
+``early``, ``late``     is young in the other view one window later or earlier: an access
+                        at the edge of a window, or one that was reported late
+``around``              lies in an aligned 64 KiB in which the other view has a young
+                        page: fault-around, or a granularity above the page size
+``unexplained``         has none of these causes
 ======================  ===============================================================
 """
 
@@ -40,9 +40,9 @@ Bits = npt.NDArray[np.bool_]
 
 @dataclasses.dataclass(frozen=True)
 class TrackerView:
-    """What one tracker or table format saw, window by window.
+    """The windows of one tracker or table format.
 
-    :param only_writes: it does not see reads
+    :param only_writes: the tracker does not report reads
     """
 
     name: str
@@ -52,10 +52,10 @@ class TrackerView:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One window, or several together. ``extra`` and ``missing`` are pages by cause.
+    """The difference of one window, or of several. ``extra`` and ``missing`` are by cause.
 
-    :param extra: young here and not in the reference
-    :param missing: young in the reference and not here
+    :param extra: pages young in this view and not in the reference
+    :param missing: pages young in the reference and not in this view
     """
 
     windows: int
@@ -67,17 +67,17 @@ class Difference:
 
     @property
     def precision(self) -> float:
-        """Share of what was reported that the reference has too."""
+        """Share of the reported pages that are young in the reference."""
         return self.both_pages / self.pages if self.pages else 1.0
 
     @property
     def recall(self) -> float:
-        """Share of what the reference has that was reported."""
+        """Share of the pages young in the reference that were reported."""
         return self.both_pages / self.reference_pages if self.reference_pages else 1.0
 
     @property
     def jaccard(self) -> float:
-        """What is in both as a share of what is in either."""
+        """Pages young in both as a share of pages young in either."""
         either = self.pages + self.reference_pages - self.both_pages
         return self.both_pages / either if either else 1.0
 
@@ -85,7 +85,7 @@ class Difference:
 def compare_views(
     reference: TrackerView, other: TrackerView, tables: Sequence[tuple[int, int]] = ()
 ) -> Iterator[Difference]:
-    """Yield the difference of each window that both views have.
+    """Yield the difference of each window that is in both views.
 
     :param tables: ranges of gfns that hold the guest's page tables and parameters
     :raises LayoutError: if they have no pages in common
@@ -103,7 +103,7 @@ def compare_views(
 
 
 def total(parts: Iterable[Difference]) -> Difference:
-    """Add windows up."""
+    """Sum the differences of windows."""
     parts = list(parts)
 
     def causes(side: str) -> dict[str, int]:
@@ -121,11 +121,11 @@ def total(parts: Iterable[Difference]) -> Difference:
 
 
 def _aligned(a: YoungBitmap, b: YoungBitmap) -> tuple[Bits, Bits, Bits, Bits, Bits, Bits]:
-    """Return over the pages of both: their young bits, where each looked, coarse bits."""
+    """Return, over the pages of both: young bits, harvested pages, coarse bits."""
     start = min(a.gfn_start, b.gfn_start)
     end = max(a.gfn_start + a.n_pages, b.gfn_start + b.n_pages)
     if a.gfn_start + a.n_pages <= b.gfn_start or b.gfn_start + b.n_pages <= a.gfn_start:
-        raise LayoutError(f"compare: {a!r} and {b!r} have no page in common")
+        raise LayoutError(f"compare: {a!r} and {b!r} have no pages in common")
     shape = (2, end - start)
     young, seen, coarse = (np.zeros(shape, dtype=bool) for _ in range(3))
     for row, bitmap in enumerate((a, b)):
@@ -187,7 +187,7 @@ def _difference(
 
 
 def _spread(bits: Bits) -> Bits:
-    """Return what lies in an aligned 64 KiB with a set bit."""
+    """Return the pages of every aligned 64 KiB that contains a set bit."""
     padded = np.zeros(-(-bits.size // _AROUND_PAGES) * _AROUND_PAGES, dtype=bool)
     padded[: bits.size] = bits
     blocks = padded.reshape(-1, _AROUND_PAGES).any(axis=1)

@@ -1,4 +1,4 @@
-"""One page: where it is, and what a record knows of it."""
+"""One page: its addresses, and its history in a record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["GfnHistory", "Place", "Stretch", "find_place", "history_of", "place_
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A guest address in all its forms. ``hva`` is None where it is not known."""
+    """A guest address in all its forms. ``hva`` is None if it is unknown."""
 
     gfn: int
     gpa: int
@@ -29,7 +29,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Windows ``[first, end)`` in which a page was young throughout, or not once."""
+    """Windows ``[first, end)`` in which a page was young in all, or in none."""
 
     first: int
     end: int
@@ -40,10 +40,10 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class GfnHistory:
-    """What a record knows of a page.
+    """The history of one page in a record.
 
-    :param age_windows: windows since it was last young, the last one being 1; None: never
-    :param longest_idle: windows between two touches, at most
+    :param age_windows: windows since it was last young, 1 for the last window; None: never
+    :param longest_idle: the largest number of windows between two touches
     """
 
     gfn: int
@@ -59,7 +59,7 @@ class GfnHistory:
 
 
 def place_of_gfn(gfn: int, memslots: Sequence[Memslot], page_bytes: int = 4096) -> Place | None:
-    """Return where a gfn lies, None if it is in no memslot."""
+    """Return the addresses of a gfn, None if it is in no memslot."""
     for slot in memslots:
         if slot.gfn <= gfn < slot.gfn + slot.n_pages:
             offset = (gfn - slot.gfn) * page_bytes
@@ -74,7 +74,7 @@ def find_place(
     """Return all forms of an address.
 
     :param kind: ``gfn``, ``gpa``, ``hva`` or ``offset`` (in bytes, of ``slot``)
-    :raises LayoutError: if no memslot has it
+    :raises LayoutError: if it is in no memslot
     """
     inside = 0
     gfn: int | None = None
@@ -92,7 +92,7 @@ def find_place(
     found = None if gfn is None else place_of_gfn(gfn, memslots, page_bytes)
     if found is None:
         shown = ", ".join(_shown(one, page_bytes) for one in memslots) or "none"
-        raise LayoutError(f"{kind} {value:#x} is in no memslot; there are: {shown}")
+        raise LayoutError(f"{kind} {value:#x} is in no memslot; memslots: {shown}")
     return dataclasses.replace(
         found,
         gpa=found.gpa + inside,
@@ -104,7 +104,7 @@ def find_place(
 def history_of(record: YoungRecord, gfn: int) -> GfnHistory:
     """Return the history of a page.
 
-    :raises LayoutError: if the record does not have it
+    :raises LayoutError: if the record does not contain it
     """
     young = record.history(gfn)
     touched = np.flatnonzero(young)

@@ -1,4 +1,4 @@
-"""Where and when: hot ranges, phases, and how alike two sets of pages are."""
+"""Access patterns: hot ranges, phases, and the similarity of two sets of pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "similarity",
 ]
 
-#: Phases are looked for in at most so many bins.
+#: Maximum number of bins in the search for phases.
 _PHASE_BINS = 4096
 
 
@@ -33,8 +33,8 @@ _PHASE_BINS = 4096
 class HotRange:
     """Pages ``[gfn_start, gfn_end)``.
 
-    :param density: share of page-windows in which they were young
-    :param hot_pages: pages of the range that are hot themselves
+    :param density: share of (page, window) pairs that were young
+    :param hot_pages: pages of the range that are themselves hot
     """
 
     gfn_start: int
@@ -58,11 +58,11 @@ def hot_ranges(
 ) -> list[HotRange]:
     """Return ranges of pages that were young in at least a share of the windows.
 
-    :param max_gap_pages: ranges with at most so many colder pages between them are one
+    :param max_gap_pages: merge ranges with at most this many colder pages between them
     """
     end = len(record) if end is None else end
     if not 0 < min_share <= 1:
-        raise LayoutError(f"hot ranges: a share of {min_share:g}: need more than 0, at most 1")
+        raise LayoutError(f"hot ranges: invalid share {min_share:g}: need more than 0, at most 1")
     counts = record.between(first, end, "count")
     n_windows = max(end - first, 1)
     starts, ends = runs(counts >= max(min_share * n_windows, 1))
@@ -84,10 +84,10 @@ def hot_ranges(
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Windows ``[first, end)`` in which the VM did much the same.
+    """Windows ``[first, end)`` with a similar access pattern.
 
-    :param change: how much differs from the phase before, 0 (nothing) to 1 (everything)
-    :param young_pages: mean of a window
+    :param change: difference from the previous phase, 0 (none) to 1 (complete)
+    :param young_pages: mean per window
     """
 
     first: int
@@ -97,14 +97,14 @@ class Phase:
 
 
 def find_phases(record: YoungRecord, *, span: int = 8, threshold: float = 0.5) -> list[Phase]:
-    """Cut a record where what is touched changes.
+    """Split a record into phases where the access pattern changes.
 
-    At each window the mean counts by bin of the ``span`` windows before and after it
-    are compared: the sum of their differences as a share of the sum of the larger ones.
-    A cut is where that is above the threshold and at its highest within ``span``.
+    At each window, the mean counts per bin of the ``span`` windows before and after it are
+    compared: the sum of absolute differences as a share of the sum of the maxima. A phase
+    begins where this is above the threshold and at its maximum within ``span``.
     """
     if span < 1 or not 0 < threshold <= 1:
-        raise LayoutError(f"phases: span {span} and threshold {threshold:g} cannot be")
+        raise LayoutError(f"phases: invalid span {span} or threshold {threshold:g}")
     n = len(record)
     if not n:
         return []
@@ -118,7 +118,7 @@ def find_phases(record: YoungRecord, *, span: int = 8, threshold: float = 0.5) -
         after = (below[min(at + span, n)] - below[at]) / min(span, n - at)
         larger = np.maximum(before, after).sum()
         change[at] = np.abs(before - after).sum() / larger if larger else 0.0
-    # Nearer to an end there is too little to tell a change from noise.
+    # Closer to either end there are too few windows to distinguish a change from noise.
     margin = max(span // 2, 1)
     cuts = [
         at
@@ -137,9 +137,9 @@ def find_phases(record: YoungRecord, *, span: int = 8, threshold: float = 0.5) -
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Similarity:
-    """How alike two sets of pages are.
+    """The similarity of two sets of pages.
 
-    :param jaccard: pages in both, as a share of those in either; 1 for two empty sets
+    :param jaccard: pages in both, as a share of pages in either; 1 for two empty sets
     """
 
     a_pages: int
@@ -151,13 +151,13 @@ class Similarity:
 
     @property
     def jaccard(self) -> float:
-        """Pages in both as a share of those in either."""
+        """Pages in both as a share of pages in either."""
         either = self.a_pages + self.b_pages - self.both_pages
         return self.both_pages / either if either else 1.0
 
 
 def similarity(a: YoungBitmap, b: YoungBitmap) -> Similarity:
-    """Compare two bitmaps page by page; a page outside one of them is not young in it."""
+    """Compare two bitmaps page by page; a page outside a bitmap counts as not young in it."""
     start = min(a.gfn_start, b.gfn_start)
     end = max(a.gfn_start + a.n_pages, b.gfn_start + b.n_pages)
     if end - start > recordmeta.MAX_PAGES:
@@ -180,7 +180,7 @@ def similarity(a: YoungBitmap, b: YoungBitmap) -> Similarity:
 
 
 def common_with_next(record: YoungRecord) -> npt.NDArray[np.int64]:
-    """Return shape ``(windows - 1,)``: pages young in a window and in the next one."""
+    """Return shape ``(windows - 1,)``: pages young in both a window and the next one."""
     n = len(record)
     blocks = -(-n // BLOCK_WINDOWS)
     found = np.zeros(blocks * BLOCK_WINDOWS, dtype=np.int64)
@@ -189,7 +189,7 @@ def common_with_next(record: YoungRecord) -> npt.NDArray[np.int64]:
         size = -(-words.size // 64) * 64
         padded = np.zeros(size, dtype=np.uint64)
         padded[: words.size] = words
-        # Bit 63 - j is window j: shifted left, each window meets the one before it.
+        # Bit 63 - j is window j: a left shift aligns each window with the previous one.
         common = padded & (padded << np.uint64(1))
         found[base : base + BLOCK_WINDOWS] += count_bits(to_rows(common)).sum(
             axis=1, dtype=np.int64
@@ -202,7 +202,7 @@ def common_with_next(record: YoungRecord) -> npt.NDArray[np.int64]:
 
 
 def jaccard_of_neighbours(record: YoungRecord) -> npt.NDArray[np.float64]:
-    """Return shape ``(windows - 1,)``: how alike each window and the next one are."""
+    """Return shape ``(windows - 1,)``: the Jaccard index of each window and the next one."""
     both = common_with_next(record)
     young = record.column("n_young")
     either = young[1:] + young[:-1] - both

@@ -1,8 +1,8 @@
-"""Replay records through policies with many parameters, in parallel.
+"""Replay records through policies with many combinations of parameters, in parallel.
 
-One case is a record, a policy with its options, and a budget. Cases are independent, so
-they run on Dask workers: processes on this machine by default, or a cluster, whose
-workers need the records under the same paths. A window is modelled as in
+One case is a record, a policy with its options, and a budget. Cases are independent and
+run on Dask workers: processes on this machine by default, or a cluster whose workers
+have the records under the same paths. A window is modelled as in
 :mod:`kvmhost.reclaim.policy.replay`.
 """
 
@@ -42,7 +42,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One replay. Options are (name, value) pairs, so that cases can be compared."""
+    """One replay. Options are (name, value) pairs, so that cases are comparable."""
 
     path: Path
     policy: str
@@ -61,9 +61,9 @@ class Outcome:
     """The result of a case.
 
     :param refaults_per_min: predicted refaults of evicted pages
-    :param saved_pages: mean over the windows: touched so far, and not resident
-    :param saved_share: the same as a share of what was touched so far
-    :param wrong_share: share of the evictions that refaulted within a few windows
+    :param saved_pages: mean over the windows of pages touched so far and not resident
+    :param saved_share: the same as a share of the pages touched so far
+    :param wrong_share: share of evictions that refaulted within a few windows
     """
 
     case: Case
@@ -88,11 +88,11 @@ def cases_of(
     grid: Mapping[str, Sequence[Any]],
     windows: tuple[int | None, int | None] = (None, None),
 ) -> list[Case]:
-    """Return every combination.
+    """Return a case for every combination.
 
-    :param budgets: each returns the budget in pages for a record
-    :param grid: values by option
-    :raises LayoutError: if a budget is below one page, or a policy does not take an option
+    :param budgets: functions that return the budget in pages for a record
+    :param grid: option name to values
+    :raises LayoutError: if a budget is below one page, or a policy lacks an option
     """
     found = []
     for path in paths:
@@ -114,13 +114,13 @@ def cases_of(
 def make_policy(name: str, n_pages: int, options: Mapping[str, Any]) -> Policy:
     """Create a policy.
 
-    :raises LayoutError: if the name is unknown, or the policy takes other options
+    :raises LayoutError: if the name or an option is unknown
     """
     return registry.create(name, n_pages, options)
 
 
 def windows_of(record: YoungRecord, first: int, end: int | None) -> Iterator[tuple[int, Words]]:
-    """Yield (end in ns, bitmap over all pages of the record), as a replay takes it."""
+    """Yield (end in ns, bitmap over all pages of the record), the input of a replay."""
     times = elapsed_s(record) * 1e9
     words = n_words(record.n_pages)
     for number, bitmap in enumerate(record.bitmaps(first, end), first):
@@ -166,12 +166,12 @@ def run_cases(
     scheduler: str | None = None,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
-    """Run cases in parallel, and return their outcomes in the same order.
+    """Run cases in parallel; return their outcomes in the same order.
 
     :param workers: processes on this machine; 0 runs in this process, without Dask; None
         for one per core
     :param scheduler: address of a Dask cluster; its workers need the records and this package
-    :raises CapabilityError: without Dask, or if the scheduler does not answer
+    :raises CapabilityError: without Dask, or if the scheduler does not respond
     """
     if workers == 0 and scheduler is None:
         outcomes = []
@@ -182,7 +182,7 @@ def run_cases(
     distributed = _need_dask()
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(_client(distributed, workers, scheduler, stack))
-        # pure=False: equal cases are still run separately.
+        # pure=False: equal cases are run separately.
         futures = client.map(run_case, cases, pure=False)
         for _ in distributed.as_completed(futures):
             on_done()
@@ -224,7 +224,7 @@ def _need_dask() -> Any:
 
 
 def _touched_so_far(record: YoungRecord, first: int, end: int | None) -> np.ndarray[Any, Any]:
-    """Return shape ``(windows,)``: pages that were young since the first of the windows."""
+    """Return shape ``(windows,)``: pages that were young since the first window."""
     seen = np.zeros(n_words(record.n_pages), dtype=np.uint64)
     found = []
     for bitmap in record.bitmaps(first, end):

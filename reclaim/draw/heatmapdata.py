@@ -56,8 +56,8 @@ class RecordView:
         low, high = gfns or (record.gfn_start, record.gfn_end)
         if not record.gfn_start <= low < high <= record.gfn_end:
             raise LayoutError(
-                f"{record.path}: no gfns [{low:#x}, {high:#x}): "
-                f"there are [{record.gfn_start:#x}, {record.gfn_end:#x})"
+                f"{record.path}: gfns [{low:#x}, {high:#x}) are out of range: "
+                f"the record has [{record.gfn_start:#x}, {record.gfn_end:#x})"
             )
         if not 0 <= self.first < self.end <= len(record):
             raise LayoutError(

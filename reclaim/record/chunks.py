@@ -1,8 +1,8 @@
-"""Chunk files: Zarr's codecs on numpy arrays, with bounds that a file cannot move.
+"""Chunk files: Zarr's codecs on numpy arrays, with bounds that do not depend on the file.
 
-Written through a file beside it and a rename, so that nobody reads half of one. A
-zstd frame carries its content's size and checksum; both are looked at before and
-after anything is unpacked, and the size has to be the one that the metadata gives.
+A chunk is written to a temporary file and renamed, so a reader never sees a partial
+chunk. A zstd frame contains the size and checksum of its content: the size must match
+the metadata before decompression, and both are verified afterwards.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "zstd",
 ]
 
-#: Prefix of files that are being written.
+#: Prefix of temporary files.
 TEMPORARY = files.TEMPORARY
 
 
@@ -62,21 +62,21 @@ def zstd(raw: bytes, level: int = 3) -> bytes:
 
 
 def unzstd(packed: bytes, n_bytes: int, path: Path, field: str, offset: int = 0) -> bytes:
-    """Unpack a frame that has to hold ``n_bytes``.
+    """Decompress a frame that must contain ``n_bytes``.
 
-    :raises RecordError: if it is damaged, or says another size
+    :raises RecordError: if it is damaged, or gives another size
     """
     zstandard = need_zstd()
     try:
         said = zstandard.get_frame_parameters(packed)
         if said.content_size != n_bytes:
-            problem = f"the frame says it holds {said.content_size} bytes, need {n_bytes}"
+            problem = f"the frame gives a content size of {said.content_size} bytes, need {n_bytes}"
             raise RecordError(str(path), field, problem, offset)
         if not said.has_checksum:
             raise RecordError(str(path), field, "the frame has no checksum", offset)
         raw: bytes = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        problem = f"{len(packed)} bytes are no whole zstd frame: {error}"
+        problem = f"{len(packed)} bytes are not a complete zstd frame: {error}"
         raise RecordError(str(path), field, problem, offset) from None
     return raw
 
@@ -87,7 +87,7 @@ def encode_bits(history: Words) -> bytes:
 
 
 def decode_bits(packed: bytes, n_pages: int, path: Path) -> Words:
-    """Return one word a page: the inverse of :func:`encode_bits`.
+    """Return one word per page: the inverse of :func:`encode_bits`.
 
     :raises RecordError: if the chunk is damaged
     """
@@ -118,10 +118,10 @@ def decode_array(packed: bytes, shape: tuple[int, ...], dtype: str, path: Path) 
 def read_file(path: Path, most_bytes: int) -> bytes | None:
     """Return a file's bytes; None if there is no such file.
 
-    :raises RecordError: if it is larger than it can be, is no file, or cannot be read
+    :raises RecordError: if it is too large, is not a file, or cannot be read
     """
     try:
-        # Not blocking: a pipe in a file's place must not hold the reader.
+        # O_NONBLOCK: a pipe in place of a file must not block the reader.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             raw = _read(fd, most_bytes + 1)
@@ -132,7 +132,7 @@ def read_file(path: Path, most_bytes: int) -> bytes | None:
     except OSError as error:
         raise RecordError(str(path), "file", error.strerror or str(error)) from error
     if len(raw) > most_bytes:
-        raise RecordError(str(path), "size", f"above {most_bytes} bytes, the most it can have")
+        raise RecordError(str(path), "size", f"more than the maximum of {most_bytes} bytes")
     return raw
 
 
@@ -145,8 +145,8 @@ def _read(fd: int, most_bytes: int) -> bytes:
 
 
 def write_file(path: Path, raw: bytes) -> None:
-    """Write a file of a record whole or not at all; no link is followed.
+    """Replace a file of a record atomically, without following a symbolic link.
 
-    :raises HostError: if it cannot be written; what was there stays
+    :raises HostError: if it cannot be written; an existing file is kept
     """
     files.write_file(path, raw, sync=False, follow_last=False)

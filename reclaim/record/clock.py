@@ -1,8 +1,8 @@
-"""The time axis of a record: one that only goes forward, whatever the clocks did.
+"""The time axis of a record, which is monotonic even if the clocks were not.
 
-Monotonic times of one boot of a host compare; those of two do not, and between them
-the wall clock has to say how much time passed. Where it does not know either, the
-window counts as long as was planned.
+Monotonic times are comparable within one boot of a host. Between boots the time that
+passed is taken from the wall clock. If that is unknown too, a window counts with its
+planned length.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from kvmhost.reclaim.record.reader import YoungRecord
 
 __all__ = ["Jump", "elapsed_s", "find_jumps", "interval_s"]
 
-#: Clocks that differ by less over a window have not jumped.
+#: Clocks that differ by less than this over a window have not jumped.
 _SLACK_NS = 1_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Jump:
-    """Clocks that disagree between the end of a window and the end of the one before."""
+    """A difference between the clocks over the time since the end of the previous window."""
 
     window: int
     monotonic_s: float
@@ -31,7 +31,7 @@ class Jump:
 
 
 def interval_s(record: YoungRecord) -> float:
-    """Return the length of a window: what was planned, else the median of what was."""
+    """Return the planned length of a window, or else the median of the actual lengths."""
     planned = [s.interval_ns for s in record.metadata.sessions if s.interval_ns]
     if planned:
         return planned[-1] / 1e9
@@ -41,7 +41,7 @@ def interval_s(record: YoungRecord) -> float:
 
 
 def elapsed_s(record: YoungRecord) -> npt.NDArray[np.float64]:
-    """Return shape ``(windows,)``: when each window ended, from the start of the first."""
+    """Return shape ``(windows,)``: the end of each window, from the start of the first."""
     if not len(record):
         return np.zeros(0)
     planned = round(interval_s(record) * 1e9)
@@ -54,7 +54,7 @@ def elapsed_s(record: YoungRecord) -> npt.NDArray[np.float64]:
 
 
 def find_jumps(record: YoungRecord) -> list[Jump]:
-    """Return where the clocks disagree by more than a second, or one went back."""
+    """Return where the clocks differ by more than a second, or one of them went backwards."""
     steps, wall, same_boot = _steps(record)
     odd = ~same_boot | (steps < 0) | ((wall != 0) & (np.abs(steps - wall) > _SLACK_NS))
     return [
@@ -66,9 +66,9 @@ def find_jumps(record: YoungRecord) -> list[Jump]:
 def _steps(
     record: YoungRecord,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return by how much each clock went on from window to window, and where boots match.
+    """Return how far each clock advanced per window, and which neighbours share a boot.
 
-    A step of the wall clock is 0 where it was not known.
+    A step of the wall clock is 0 where it is unknown.
     """
     wall = record.column("wall_ns")
     known = (wall[1:] > 0) & (wall[:-1] > 0)

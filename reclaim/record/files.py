@@ -1,8 +1,8 @@
-"""What lies in a record's directory, read a chunk at a time and checked.
+"""The files in a record's directory, read chunk by chunk and verified.
 
-The metadata and the headers of the tail are read at once, everything else when it is
-asked for. Every method raises :class:`~kvmhost.reclaim.errors.RecordError` where the file it
-reads is damaged or missing; the error names the file.
+The metadata and the headers of the tail are read when the record is opened, everything
+else on demand. Every method raises :class:`~kvmhost.reclaim.errors.RecordError` if the
+file it reads is damaged or missing; the error names the file.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ __all__ = ["LOCK_FILE", "RecordFiles", "is_record", "names_in"]
 LOCK_FILE = ".lock"
 _MAX_METADATA = 64 << 20
 _CACHED_BLOCKS = 8
-#: Files of a packed chunk are at most so much larger than what they hold.
+#: Maximum overhead of a compressed chunk over its content.
 _SLACK = 4096
 
 
 def is_record(path: str | Path) -> bool:
-    """Return whether a path looks like a record, by its files."""
+    """Return whether a path contains the files of a record."""
     return (Path(path) / JOURNAL_FILE).exists()
 
 
 def names_in(path: str | Path) -> list[str]:
-    """Return the records in a directory: one a VM, where several were recorded at once."""
+    """Return the names of the records in a directory, one per VM recorded together."""
     with contextlib.suppress(OSError):
         return sorted(entry.name for entry in Path(path).iterdir() if is_record(entry))
     return []
@@ -50,8 +50,8 @@ def names_in(path: str | Path) -> list[str]:
 class RecordFiles(Closing):
     """The files of one record. For one thread at a time.
 
-    :ivar metadata: what the record says about itself
-    :ivar loss: what is missing at its end because a writer was stopped; empty if nothing
+    :ivar metadata: the metadata of the record
+    :ivar loss: description of data lost at the end because a writer was killed, or empty
     """
 
     metadata: RecordMeta
@@ -76,11 +76,11 @@ class RecordFiles(Closing):
         self._blocks.clear()
 
     def load(self) -> bool:
-        """Read metadata and tail; return False if a writer was between the two."""
+        """Read metadata and tail; return False if a writer was replacing them."""
         path = self.path / recordmeta.METADATA_FILE
         raw = read_file(path, _MAX_METADATA)
         if raw is None:
-            problem = "no record: there is no such file; make one with kvmhost young record"
+            problem = "no such record; create one with kvmhost young record"
             raise RecordError(str(path), "metadata", problem)
         meta = recordmeta.decode_meta(raw, path)
         journal = JournalReader(self.path / JOURNAL_FILE)
@@ -94,7 +94,7 @@ class RecordFiles(Closing):
         return fits
 
     def is_being_written(self) -> bool:
-        """Return whether a writer holds the record now."""
+        """Return whether a writer has the record open."""
         try:
             fd = os.open(self.path / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -114,17 +114,17 @@ class RecordFiles(Closing):
         return self._journal
 
     def tail_windows(self) -> range:
-        """Windows that are in the tail alone."""
+        """Windows that are only in the tail."""
         return range(self.metadata.n_windows, len(self))
 
     def entry(self, window: int) -> JournalEntry:
-        """Return what the tail has of a window."""
+        """Return the tail's entry of a window."""
         if window not in self._tail:
             self._tail[window] = self.journal.entry(window)
         return self._tail[window]
 
     def column(self, name: str) -> npt.NDArray[np.int64]:
-        """Return one number a window."""
+        """Return one number per window."""
         number = list(COLUMNS).index(name)
         tail = [self.entry(window).columns[number] for window in self.tail_windows()]
         sealed = self.rows(name, 0, self.metadata.n_windows, recordmeta.COLUMN_CHUNK, (), "<i8")
@@ -143,7 +143,7 @@ class RecordFiles(Closing):
     def rows(
         self, name: str, first: int, end: int, size: int, shape: tuple[int, ...], dtype: str
     ) -> npt.NDArray[Any]:
-        """Read rows of an array that is chunked along windows alone."""
+        """Read rows of an array that is chunked only along windows."""
         parts = []
         for chunk in range(first // size, -(-end // size)):
             path = self.path / name / ".".join([str(chunk), *["0" for _ in shape]])
@@ -156,14 +156,14 @@ class RecordFiles(Closing):
         return np.concatenate(parts) if parts else np.zeros((0, *shape), dtype=dtype)
 
     def level_chunk(self, level: int, block: int, column: int) -> npt.NDArray[Any] | None:
-        """Return a chunk of a level, None where all is 0."""
+        """Return a chunk of a level, None if it is all zeros."""
         path = self.path / f"sum{level}" / f"{block}.{column}"
         shape, dtype = (BLOCK_WINDOWS, recordmeta.LEVEL_CHUNK_BINS), recordmeta.level_dtype(level)
         raw = read_file(path, 2 * shape[0] * shape[1] * 4 + _SLACK)
         return None if raw is None else decode_array(raw, shape, dtype, path)
 
     def history(self, name: str, chunk: int, block: int) -> Words | None:
-        """Return one word a page of a chunk, None where all is 0."""
+        """Return one word per page of a chunk, None if it is all zeros."""
         key = (name, chunk, block)
         if key in self._blocks:
             self._blocks.move_to_end(key)
@@ -221,7 +221,7 @@ class RecordFiles(Closing):
         return found
 
     def _tail_rows(self, name: str, chunk: int, block: int) -> Words | None:
-        """Return the bitmaps of a block's windows that are in the tail alone."""
+        """Return the bitmaps of a block's windows that are only in the tail."""
         base, size = block * BLOCK_WINDOWS, self.metadata.chunk_pages
         windows = range(
             max(base, self.metadata.n_windows), min(base + BLOCK_WINDOWS, len(self))

@@ -1,7 +1,7 @@
 """Records as xarray datasets and pandas frames, if these libraries are installed.
 
-A dataset reads the arrays, which are at most a minute behind a running recording; a
-frame has every window. Both have the monotonic time axis of the record.
+A dataset reads the arrays, which lag at most a minute behind a running recording; a
+frame contains every window. Both use the monotonic time axis of the record.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def to_frame(record: YoungRecord) -> Any:
 
 
 def to_dataset(record: YoungRecord) -> Any:
-    """Return an xarray dataset of the arrays, read a chunk at a time when asked for.
+    """Return an xarray dataset of the arrays, read chunk by chunk on demand.
 
     ``young`` and ``coarse`` are booleans over ``gfn`` and ``window``, so that
     ``young.sel(gfn=0x400)`` is the history of a page. ``window`` has the coordinates

@@ -1,4 +1,4 @@
-"""The tail of a record: one entry a window, until a block of windows goes into the arrays.
+"""The tail of a record: one entry per window, until a block is written to the arrays.
 
 ::
 
@@ -9,9 +9,9 @@
 Numbers are little-endian. The payload is msgpack of :class:`JournalEntry`; its bitmaps are
 zstd frames of little-endian 64-bit words, one for each chunk of pages that has a bit.
 
-An entry that ends where the file ends too soon was cut off by whatever stopped the
-writer: it is left out and reported. One that is wrong and has a good one after it
-cannot have come about so: the file is damaged, and reading it fails.
+An incomplete entry at the end of the file was truncated when the writer was killed: it is
+dropped and reported. An invalid entry followed by a valid one has another cause: the file
+is damaged, and reading it fails.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ JOURNAL_FILE = "tail.log"
 _FILE = struct.Struct("<8sQI")
 _ENTRY = struct.Struct("<4sIQQII")
 _FILE_MAGIC, _ENTRY_MAGIC = b"KHYJ\x01\0\0\0", b"KHYW"
-#: An entry of so many pages is a few times smaller.
+#: Maximum size; an entry of the largest record is a few times smaller.
 _MAX_PAYLOAD = MAX_PAGES // 4
-#: Searched at once for a good entry after a bad one.
+#: Bytes searched at a time for a valid entry after an invalid one.
 _STEP = 1 << 20
 
 
 class JournalEntry(msgspec.Struct, frozen=True, array_like=True):
-    """One window. ``young`` and ``coarse`` list (chunk of pages, packed bitmap of it).
+    """One window. ``young`` and ``coarse`` list (chunk of pages, its compressed bitmap).
 
-    :param histograms: zstd of the rows of ``reuse`` and ``ages``, 32 bits a bucket
+    :param histograms: zstd of the rows of ``reuse`` and ``ages``, 32 bits per bucket
     """
 
     columns: list[int]
@@ -73,7 +73,7 @@ class _Where:
 
 
 def pack_row(words: Words) -> bytes:
-    """Return the bitmap of one chunk of pages, packed."""
+    """Return the compressed bitmap of one chunk of pages."""
     return zstd(words.astype("<u8", copy=False).tobytes(), level=1)
 
 
@@ -87,10 +87,10 @@ def unpack_row(packed: bytes, chunk_pages: int, path: Path) -> Words:
 
 
 class JournalWriter(Closing):
-    """Begins a tail in place of what was there, and appends entries.
+    """Replaces the tail by a new one, and appends entries.
 
-    :param entries: with their pages: what the tail has from the beginning
-    :raises OSError: from every method, if the file cannot be written; what was whole stays
+    :param entries: initial entries, with their numbers of pages
+    :raises OSError: from every method, if the file cannot be written; complete entries are kept
     """
 
     def __init__(
@@ -133,11 +133,11 @@ def _encode(entry: JournalEntry, window: int, n_pages: int) -> bytes:
 
 
 class JournalReader(Closing):
-    """Finds the entries of a tail, and reads each when it is asked for.
+    """Finds the entries of a tail, and reads each on demand.
 
-    :ivar first_window: of the tail
-    :ivar loss: what was cut off at the end; empty if nothing
-    :raises RecordError: if the file is none, or is damaged elsewhere than at its end
+    :ivar first_window: first window of the tail
+    :ivar loss: description of a truncated entry at the end, or empty
+    :raises RecordError: if the file is not a tail, or is damaged before its end
     """
 
     def __init__(self, path: Path) -> None:
@@ -199,10 +199,12 @@ class JournalReader(Closing):
     def _read_head(self) -> int:
         raw = self._file.read(_FILE.size)
         if len(raw) < _FILE.size:
-            raise RecordError(str(self._path), "head", "the file ends inside it", len(raw))
+            raise RecordError(str(self._path), "head", "is truncated", len(raw))
         magic, first, crc = _FILE.unpack(raw)
         if magic != _FILE_MAGIC or crc != zlib.crc32(raw[:16]) or first > MAX_WINDOWS:
-            raise RecordError(str(self._path), "head", "is damaged, or of another kind of file", 0)
+            raise RecordError(
+                str(self._path), "head", "is damaged, or the file is of another kind", 0
+            )
         return int(first)
 
     def _find(self) -> None:
@@ -219,7 +221,7 @@ class JournalReader(Closing):
             self._cut(self._where.pop().offset - _ENTRY.size, size)
 
     def _head_at(self, offset: int, size: int, window: int | None) -> _Where | None:
-        """Return the entry at an offset, None if there is no whole one."""
+        """Return the entry at an offset, None if it is missing or incomplete."""
         raw = os.pread(self._file.fileno(), _ENTRY.size, offset)
         if len(raw) < _ENTRY.size:
             return None
@@ -240,12 +242,12 @@ class JournalReader(Closing):
     def _cut(self, offset: int, size: int) -> None:
         later = self._good_entry_after(offset + 1, size)
         if later is not None:
-            problem = f"is damaged; the next good one is at offset {later:#x}"
+            problem = f"is damaged; the next valid one is at offset {later:#x}"
             raise RecordError(str(self._path), "entry", problem, offset)
         self.lost_bytes = size - offset
         self.loss = (
-            f"{self._path}: offset {offset:#x}: window {self.end_window} was not written whole; "
-            f"its {self.lost_bytes} bytes are left out"
+            f"{self._path}: offset {offset:#x}: window {self.end_window} is truncated; "
+            f"its {self.lost_bytes} bytes are dropped"
         )
 
     def _good_entry_after(self, offset: int, size: int) -> int | None:

@@ -1,10 +1,10 @@
-"""What a record says about itself, and the Zarr metadata that follows from it.
+"""The metadata of a record, and the Zarr metadata derived from it.
 
-A record is a Zarr group, format 2. All of its metadata lies in one file, Zarr's own
-``.zmetadata``: replacing that file is what makes new windows part of the arrays. Its
-root attributes hold a :class:`RecordMeta`; from that, and from nothing else, follow
-shape, chunks and type of every array, so that a file which says something different
-is refused before anything is read by it. The schema is drawn in ``docs/record.md``.
+A record is a Zarr group, format 2. All of its metadata is in one file, Zarr's own
+``.zmetadata``: replacing that file adds new windows to the arrays. Its root attributes
+contain a :class:`RecordMeta`. Shape, chunks and type of every array are derived from that
+alone, and a file with different array metadata is refused before any array is read. The
+schema is in ``docs/record.md``.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ METADATA_FILE = ".zmetadata"
 FORMAT_VERSION = 1
 MAX_PAGES = 1 << 30
 MAX_WINDOWS = 1 << 26
-#: Along the gfn axis. Memory that grows keeps the chunks that it began with.
+#: Chunks along the gfn axis. If memory grows, the size of the chunks stays the same.
 MAX_CHUNKS = 1 << 16
 MIN_CHUNK_PAGES, MAX_CHUNK_PAGES = 1 << 12, 1 << 18
-#: One number a window. Times are ``CLOCK_MONOTONIC``, but for ``wall_ns``.
+#: One number per window. Times are ``CLOCK_MONOTONIC``, except ``wall_ns``. The descriptions
+#: are part of the format: a record with other descriptions is refused.
 COLUMNS = {
     "start_ns": "start of the window, CLOCK_MONOTONIC; 0 if it was not known",
     "end_ns": "end of the window, CLOCK_MONOTONIC",
@@ -63,7 +64,7 @@ COLUMNS = {
     "rearm_ns": "what re-arming took inside the VM; 0 if it was not known",
 }
 COLUMN_CHUNK = 1024
-#: Counts of pages by windows passed, in the buckets of :data:`UPPER`.
+#: Counts of pages by number of windows, in the buckets of :data:`UPPER`.
 HISTOGRAMS = {
     "reuse": "young pages by windows since they were last young; bucket 0: never before",
     "ages": "pages by windows since last young, this one being 1; bucket 0: never yet",
@@ -91,7 +92,7 @@ Text = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
 class Memslot(msgspec.Struct, frozen=True):
-    """Guest pages ``[gfn, gfn + n_pages)``, at ``hva`` in the VM process (0: not known)."""
+    """Guest pages ``[gfn, gfn + n_pages)``, at ``hva`` in the VM process (0: unknown)."""
 
     slot: Count
     gfn: Count
@@ -107,10 +108,10 @@ class MemslotLayout(msgspec.Struct, frozen=True):
 
 
 class RecordSession(msgspec.Struct, frozen=True):
-    """Where the bits come from, from one window on, until the next session.
+    """The source of the bits, from one window on, until the next session.
 
-    :param boot_id: of the host: monotonic times of two sessions compare where it is equal
-    :param facts: host and guest: kernel, machine, engine, image, VM, what wrote the record
+    :param boot_id: of the host; monotonic times of two sessions are comparable if it is equal
+    :param facts: host and guest: kernel, machine, engine, image, VM, writer of the record
     """
 
     first_window: Count
@@ -122,7 +123,7 @@ class RecordSession(msgspec.Struct, frozen=True):
 
 
 class RecordMeta(msgspec.Struct, frozen=True):
-    """All that a record says about itself.
+    """The metadata of a record.
 
     :param n_pages: end of the gfn axis, counted from ``gfn_start``; grows, never shrinks
     :param chunk_pages: pages of a chunk of the bit arrays; a power of two
@@ -147,12 +148,12 @@ class RecordMeta(msgspec.Struct, frozen=True):
 
 
 def chunk_pages_for(n_pages: int) -> int:
-    """Return how many pages a chunk of a new record holds."""
+    """Return the number of pages per chunk of a new record."""
     return min(max(1 << max(n_pages - 1, 0).bit_length(), MIN_CHUNK_PAGES), MAX_CHUNK_PAGES)
 
 
 def n_bins(n_pages: int, level: int) -> int:
-    """Return the bins of a level."""
+    """Return the number of bins of a level."""
     return -(-n_pages // (1 << level))
 
 
@@ -175,7 +176,7 @@ def array_metadata(meta: RecordMeta) -> dict[str, Any]:
             "shape": [size for size, _ in axes.values()],
             "chunks": [chunk for _, chunk in axes.values()],
             "dtype": dtype,
-            # Chunks that are all zeros have no file, in arrays where there can be many such.
+            # In arrays where many chunks can be all zeros, such chunks have no file.
             "fill_value": (False if dtype == "|b1" else 0) if sparse else None,
             "order": "C",
             "filters": [packed],
@@ -222,7 +223,7 @@ def encode_meta(meta: RecordMeta) -> tuple[dict[str, Any], bytes]:
 def decode_meta(raw: bytes, path: Path) -> RecordMeta:
     """Read ``.zmetadata``.
 
-    :raises RecordError: if it is damaged, or is not what a record of this version has
+    :raises RecordError: if it is damaged, or does not match this version of the format
     """
     try:
         whole = msgspec.json.decode(raw, type=dict[str, Any])
@@ -231,7 +232,7 @@ def decode_meta(raw: bytes, path: Path) -> RecordMeta:
         plain, crc = attributes["kvmhost_young"], attributes["kvmhost_young_crc32"]
         version = plain["version"]
     except (msgspec.DecodeError, UnicodeError, RecursionError, KeyError, TypeError) as error:
-        text = f"no metadata of a record: {type(error).__name__}: {error}"
+        text = f"invalid record metadata: {type(error).__name__}: {error}"
         raise RecordError(str(path), "metadata", text) from None
     if version != FORMAT_VERSION:
         problem = f"is {version!r}; this program reads {FORMAT_VERSION}"
@@ -251,7 +252,7 @@ def decode_meta(raw: bytes, path: Path) -> RecordMeta:
 
 def _check(meta: RecordMeta, path: Path) -> None:
     if meta.chunk_pages & (meta.chunk_pages - 1):
-        raise RecordError(str(path), "chunk_pages", f"{meta.chunk_pages} is no power of two")
+        raise RecordError(str(path), "chunk_pages", f"{meta.chunk_pages} is not a power of two")
     if meta.n_chunks > MAX_CHUNKS:
         problem = f"{meta.n_pages} pages in chunks of {meta.chunk_pages}: more than {MAX_CHUNKS}"
         raise RecordError(str(path), "n_pages", problem)

@@ -1,11 +1,11 @@
-"""Records: young bitmaps over time, in a Zarr group on disk.
+"""Read records: young bitmaps over time, in a Zarr group on disk.
 
-Opening reads the metadata and the headers of the tail; everything else is read when
-it is asked for, a chunk at a time. Windows are numbered from 0; ranges of windows and
-of pages are ``[first, end)``, and pages are gfns. Every method raises
-:class:`~kvmhost.reclaim.errors.RecordError` where the file it reads is damaged: that error
-names the file inside the record. See ``docs/record.md`` for the format, and
-:mod:`kvmhost.reclaim.record.writer` for writing.
+Opening reads the metadata and the headers of the tail; everything else is read on demand,
+chunk by chunk. Windows are numbered from 0; ranges of windows and of pages are
+``[first, end)``, and pages are gfns. Every method raises
+:class:`~kvmhost.reclaim.errors.RecordError` if the file it reads is damaged; the error
+names the file inside the record. ``docs/record.md`` describes the format, and
+:mod:`kvmhost.reclaim.record.writer` writes it.
 
 >>> with YoungRecord.open("vm.young") as record:  # doctest: +SKIP
 ...     record.bitmap(-1)  # the last window
@@ -37,7 +37,7 @@ from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, window_mask
 __all__ = ["Block", "YoungRecord"]
 
 Counts = npt.NDArray[np.int64]
-#: First gfn, first window, and one word a page: bit ``63 - j`` is window ``first + j``.
+#: First gfn, first window, and one word per page: bit ``63 - j`` is window ``first + j``.
 Block = tuple[int, int, Words]
 
 
@@ -54,8 +54,8 @@ class YoungRecord(Closing):
     def open(cls, path: str | Path) -> YoungRecord:
         """Open a record for reading.
 
-        :param path: of the record, or of a directory that holds just one
-        :raises RecordError: if there is none, or it is damaged
+        :param path: of the record, or of a directory that contains exactly one
+        :raises RecordError: if it does not exist or is damaged
         """
         path = Path(path)
         if not is_record(path) and path.is_dir() and not (path / recordmeta.METADATA_FILE).exists():
@@ -68,7 +68,7 @@ class YoungRecord(Closing):
         return cls(path)
 
     def refresh(self) -> int:
-        """Look for windows that were written meanwhile; return how many came."""
+        """Read windows that were written since; return their number."""
         before = len(self)
         self._load()
         return len(self) - before
@@ -82,12 +82,12 @@ class YoungRecord(Closing):
         for _ in range(100):
             if self._files.load():
                 return
-            # The writer was between metadata and tail.
+            # A writer was replacing metadata and tail.
             time.sleep(0.001)
         problem = "the tail has windows or pages that do not follow from the metadata"
         raise RecordError(str(self.path / JOURNAL_FILE), "head", problem, 0)
 
-    # -- what it is -----------------------------------------------------------
+    # -- properties -----------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self._files)
@@ -120,17 +120,17 @@ class YoungRecord(Closing):
 
     @property
     def metadata(self) -> RecordMeta:
-        """What the record says about itself."""
+        """The metadata of the record."""
         return self._files.metadata
 
     @property
     def loss(self) -> str:
-        """What is missing at its end because a writer was stopped; empty if nothing."""
+        """Description of data lost at the end because a writer was killed, or empty."""
         return self._files.loss
 
     @property
     def n_windows(self) -> int:
-        """Windows, with those in the tail."""
+        """Number of windows, including those in the tail."""
         return len(self)
 
     @property
@@ -140,7 +140,7 @@ class YoungRecord(Closing):
 
     @property
     def n_pages(self) -> int:
-        """Pages from :attr:`gfn_start` on: the most that any window has."""
+        """Number of pages from :attr:`gfn_start`: the largest of any window."""
         return self.metadata.n_pages
 
     @property
@@ -154,11 +154,11 @@ class YoungRecord(Closing):
         return self.metadata.name
 
     def is_being_written(self) -> bool:
-        """Return whether a writer holds the record now."""
+        """Return whether a writer has the record open."""
         return self._files.is_being_written()
 
     def session(self, window: int) -> RecordSession:
-        """Return where a window's bits come from."""
+        """Return the source of a window's bits."""
         window = self._window(window)
         return [s for s in self.metadata.sessions if s.first_window <= window][-1]
 
@@ -177,10 +177,10 @@ class YoungRecord(Closing):
         start, end = int(self.column("start_ns")[window]), int(self.column("end_ns")[window])
         return Provenance(session.tracker, session.table_format, start, end)
 
-    # -- numbers a window -----------------------------------------------------
+    # -- numbers per window ---------------------------------------------------
 
     def column(self, name: str) -> Counts:
-        """Return one number a window, of :data:`~kvmhost.reclaim.record.meta.COLUMNS`."""
+        """Return one number per window, of :data:`~kvmhost.reclaim.record.meta.COLUMNS`."""
         if name not in self._columns:
             self._columns[name] = self._files.column(name)
         return self._columns[name]
@@ -200,7 +200,7 @@ class YoungRecord(Closing):
         :param level: one of :data:`~kvmhost.reclaim.record.meta.LEVELS`
         """
         if level not in recordmeta.LEVELS:
-            raise LayoutError(f"level {level}: there are {recordmeta.LEVELS}")
+            raise LayoutError(f"no level {level}; levels: {recordmeta.LEVELS}")
         first, end = self._range(first, end)
         bins = recordmeta.n_bins(self.n_pages, level)
         found = np.zeros((end - first, bins), dtype=np.uint32)
@@ -231,7 +231,7 @@ class YoungRecord(Closing):
         return YoungBitmap(self.gfn_start, n_pages, words, coarse, self.provenance(window))
 
     def bitmaps(self, first: int = 0, end: int | None = None) -> Iterator[YoungBitmap]:
-        """Yield the bitmaps of ``[first, end)``, in order, unpacking each chunk once."""
+        """Yield the bitmaps of ``[first, end)`` in order, decompressing each chunk once."""
         first, end = self._range(first, end)
         sizes, flags = self.column("n_pages"), self.column("flags")
         for base in range(first - first % BLOCK_WINDOWS, end, BLOCK_WINDOWS):
@@ -259,10 +259,10 @@ class YoungRecord(Closing):
         gfn_end: int | None = None,
         name: str = "young",
     ) -> Iterator[Block]:
-        """Yield what is not all zeros of a range of windows and gfns, a chunk at a time.
+        """Yield the chunks of a range of windows and gfns that are not all zeros.
 
-        Each is (gfn of the first page, window of bit 63, one word a page); bits outside
-        the range of windows are 0. Chunks of the same pages come together, in time order.
+        Each is (gfn of the first page, window of bit 63, one word per page); bits outside
+        the range of windows are 0. Chunks of the same pages are consecutive, in time order.
 
         :param name: ``young`` or ``coarse``
         """
@@ -283,10 +283,10 @@ class YoungRecord(Closing):
                 yield self.gfn_start + low, base, part
 
     def history(self, gfn: int, name: str = "young") -> npt.NDArray[np.bool_]:
-        """Return shape ``(windows,)``: in which windows a page was young.
+        """Return shape ``(windows,)``: the windows in which a page was young.
 
-        :param name: ``young``, or ``coarse``: where the bit came from a larger leaf
-        :raises LayoutError: if the record does not have that gfn
+        :param name: ``young``, or ``coarse`` for bits that came from a larger leaf
+        :raises LayoutError: if the record does not contain that gfn
         """
         found = np.zeros(-(-len(self) // BLOCK_WINDOWS) * BLOCK_WINDOWS, dtype=bool)
         for _, base, words in self.blocks(gfn_first=gfn, gfn_end=gfn + 1, name=name):
@@ -307,10 +307,10 @@ class YoungRecord(Closing):
     def between(
         self, first: int, end: int | None = None, op: Literal["or", "and", "count"] = "or"
     ) -> YoungBitmap | npt.NDArray[np.uint32]:
-        """Put windows together: pages young in any, in all, or in how many of them.
+        """Combine windows: pages young in any, pages young in all, or counts per page.
 
-        :return: a bitmap, or for ``count`` shape ``(n_pages,)``. ``and`` of no window is
-            every page
+        :return: a bitmap, or for ``count`` shape ``(n_pages,)``. ``and`` of no windows is
+            all pages
         """
         first, end = self._range(first, end)
         if op == "count":
@@ -326,7 +326,7 @@ class YoungRecord(Closing):
         elif op == "and":
             bits = self.between(first, end, "count") == end - first
         else:
-            raise LayoutError(f"between: no operation {op!r}: there are or, and, count")
+            raise LayoutError(f"between: no operation {op!r}; operations: or, and, count")
         times = Provenance()
         if end > first:
             begin, last = self.provenance(first), self.provenance(end - 1)
@@ -336,7 +336,7 @@ class YoungRecord(Closing):
         return YoungBitmap(self.gfn_start, self.n_pages, pack(bits), None, times)
 
     def last_young(self, window: int = -1) -> Counts:
-        """Return shape ``(n_pages,)``: the last window up to this one, -1 for none."""
+        """Return shape ``(n_pages,)``: the last young window up to this one, -1 for none."""
         found = np.full(self.n_pages, -1, dtype=np.int64)
         end = self._window(window) + 1 if len(self) else 0
         for gfn, base, words in self.blocks(0, end):
@@ -348,16 +348,16 @@ class YoungRecord(Closing):
     def region_counts(
         self, edges: npt.ArrayLike, first: int = 0, end: int | None = None
     ) -> npt.NDArray[np.int64]:
-        """Return shape ``(windows, regions)``: young pages between neighbouring edges.
+        """Return shape ``(windows, regions)``: young pages between adjacent edges.
 
-        Reads bits only where an edge is not on a bin of the record.
+        Reads bits only if an edge is not at the edge of a bin of the record.
 
         :param edges: ascending gfns
         """
         bounds = np.asarray(edges, dtype=np.int64) - self.gfn_start
         fits = bounds.size and (np.diff(bounds) > 0).all()
         if not fits or bounds[0] < 0 or bounds[-1] > self.n_pages:
-            raise LayoutError("region_counts: edges have to ascend within the record")
+            raise LayoutError("region_counts: edges must be ascending gfns of the record")
         first, end = self._range(first, end)
         aligned = [
             level
@@ -383,26 +383,26 @@ class YoungRecord(Closing):
     # -- reading --------------------------------------------------------------
 
     def _checked(self, window: int, words: Words) -> Words:
-        """Refuse a bitmap that is not the one whose pages were counted as it was written."""
+        """Check that a bitmap has the number of young pages that was recorded with it."""
         found, wanted = (
             int(count_bits(words).sum(dtype=np.int64)),
             int(self.column("n_young")[window]),
         )
         if found != wanted:
-            problem = f"window {window} has {found} young pages, {wanted} were written"
+            problem = f"window {window} has {found} young pages, need {wanted}"
             raise RecordError(str(self.path / "young"), "bits", problem)
         return words
 
     def _window(self, window: int) -> int:
         found = window + len(self) if window < 0 else window
         if not 0 <= found < len(self):
-            raise LayoutError(f"{self.path}: no window {window}: there are {len(self)}")
+            raise LayoutError(f"{self.path}: no window {window}; it has {len(self)}")
         return found
 
     def _range(self, first: int, end: int | None) -> tuple[int, int]:
         end = len(self) if end is None else end
         if not 0 <= first <= end <= len(self):
-            problem = f"no windows [{first}, {end}): there are {len(self)}"
+            problem = f"no windows [{first}, {end}); it has {len(self)}"
             raise LayoutError(f"{self.path}: {problem}")
         return first, end
 
@@ -411,8 +411,8 @@ class YoungRecord(Closing):
         end = self.gfn_end if gfn_end is None else gfn_end
         if not self.gfn_start <= first <= end <= self.gfn_end:
             raise LayoutError(
-                f"{self.path}: no gfns [{first:#x}, {end:#x}): "
-                f"there are [{self.gfn_start:#x}, {self.gfn_end:#x})"
+                f"{self.path}: gfns [{first:#x}, {end:#x}) are out of range: "
+                f"the record has [{self.gfn_start:#x}, {self.gfn_end:#x})"
             )
         return first - self.gfn_start, end - self.gfn_start
 

@@ -1,6 +1,6 @@
-"""Recording running VMs: a harvest an interval, appended to a record each.
+"""Record running VMs: one harvest per interval, each appended to a record.
 
-The harvests clear, so that whoever else harvests the VM sees less meanwhile.
+The harvests clear accessed bits, so other harvesters of the VM find fewer young pages.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from kvmhost.reclaim.record.writer import Cost, RecordWriter
 
 __all__ = ["RecordingPlan", "RecordingResult", "record_vm"]
 
-#: Memslots are looked at so often.
+#: Interval at which the memslots are read.
 _LAYOUT_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordingPlan:
-    """How to record.
+    """Parameters of a recording.
 
-    :param count: windows; None: until told to stop, or until the VM ends
-    :param gfns: ``[first, end)``; None: all memory, also what is added later
-    :param append: go on with a record that is there
+    :param count: number of windows; None: until stopped, or until the VM exits
+    :param gfns: ``[first, end)``; None: all memory, including memory added later
+    :param append: append to an existing record
     """
 
     interval_s: float = 1.0
@@ -45,10 +45,10 @@ class RecordingPlan:
 
 @dataclasses.dataclass(frozen=True)
 class RecordingResult:
-    """What came of a recording.
+    """The result of a recording.
 
-    :param reason: why it ended, in words
-    :param late: windows that were longer than planned by half or more
+    :param reason: why it ended
+    :param late: windows that took at least 1.5 times the planned length
     """
 
     vm: str
@@ -66,16 +66,16 @@ def record_vm(
     stop: threading.Event,
     on_window: Callable[[], None] = lambda: None,
 ) -> RecordingResult:
-    """Record one VM until the count is full, ``stop`` is set or the VM ends.
+    """Record one VM until the count is reached, ``stop`` is set or the VM exits.
 
-    :raises VmGoneError: if there is no VM
-    :raises ControlError: if it refuses to be harvested
-    :raises LayoutError: if the range is not in its memory, or the record has another one
-    :raises OSError: if the record cannot be written; what was whole is kept
+    :raises VmGoneError: if the VM does not exist
+    :raises ControlError: if the VM rejects harvests
+    :raises LayoutError: if the range is outside its memory, or differs from the record's
+    :raises OSError: if the record cannot be written; complete windows are kept
     """
     memory = client.memory()
     first, end = _range(plan.gfns, memory)
-    # The first harvest opens the first window; what it finds is older than that.
+    # The first harvest opens the first window; its young pages were touched before that.
     bitmap = client.harvest(first, end - first, tracker=plan.tracker)
     source = bitmap.provenance
     session = RecordSession(
@@ -122,8 +122,8 @@ class _Loop:
     def _wait(self, number: int) -> bool:
         """Wait for the end of a window; return whether to stop.
 
-        Measured from the start, so that one late window does not make all others late.
-        A machine that slept has missed windows: those are not made up for.
+        The time is measured from the start, so that one late window does not delay later
+        ones. Windows missed while the host was suspended are skipped.
         """
         now, interval = time.monotonic(), self._plan.interval_s
         due = self._begin_s + number * interval

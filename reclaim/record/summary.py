@@ -1,10 +1,10 @@
-"""What is counted as windows are appended, so that nobody has to read them for it.
+"""Counts that are updated as windows are appended, so that they need no pass over the bits.
 
-With the last window in which each page was young, the pages that are young now say
-how long each of them was away: that is the reuse histogram. How many pages were last
-young in each earlier window changes by just those pages: that is the age histogram,
-and working-set size over any number of windows is a sum of it. Both cost what the
-young pages cost, not what all pages would.
+The last young window of each page gives, for the pages young in the current window, the
+time since their previous touch: the reuse histogram. The number of pages last young in
+each earlier window changes by only those pages: the age histogram, from which the working
+set over any number of windows is a sum. The cost of both is proportional to the number of
+young pages, not to the number of pages.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Counts = npt.NDArray[np.int64]
 
 
 def bucket_of(windows: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Return the bucket of so many windows; the last one holds everything above it."""
+    """Return the bucket of a number of windows; the last bucket counts all larger numbers."""
     found = np.searchsorted(UPPER, np.asarray(windows), side="left")
     return np.minimum(found, N_BUCKETS - 1).astype(np.int64)
 
 
 def bucket_sums(counts: Counts) -> Counts:
-    """Sum ``counts[k]``, pages ``k + 1`` windows away, into buckets; bucket 0 stays 0."""
+    """Sum ``counts[k]``, pages of ``k + 1`` windows, into buckets; bucket 0 stays 0."""
     sums = np.zeros(N_BUCKETS, dtype=np.int64)
     starts = UPPER[:-1][UPPER[:-1] < counts.size]
     if starts.size:
@@ -41,13 +41,13 @@ def bucket_sums(counts: Counts) -> Counts:
 def last_window_of(history: Words) -> npt.NDArray[np.int64]:
     """Return the last window in which each page of a block was young, -1 for none."""
     lowest = history & (~history + np.uint64(1))
-    # A power of two is exact as a float, and its exponent is the bit's number.
+    # A power of two is exact as a float, and its exponent is the number of the bit.
     bit = np.frexp(lowest.astype(np.float64))[1].astype(np.int64) - 1
     return np.where(history != 0, BLOCK_WINDOWS - 1 - bit, -1)
 
 
 def level_sums(rows: Words, level: int) -> npt.NDArray[np.uint32]:
-    """Return young pages in bins of ``2 ** level`` pages.
+    """Return the young pages in bins of ``2 ** level`` pages.
 
     :param rows: shape ``(windows, words)``, a whole number of bins
     """
@@ -58,21 +58,21 @@ def level_sums(rows: Words, level: int) -> npt.NDArray[np.uint32]:
 
 
 class RunningAges:
-    """Ages of the pages of a record that is being written.
+    """The ages of pages while a record is written.
 
-    :param chunk_pages: pages come in chunks of so many, and those never young take no memory
+    :param chunk_pages: pages per chunk; chunks that were never young use no memory
     """
 
     def __init__(self, chunk_pages: int) -> None:
         self._chunk_pages = chunk_pages
-        #: By chunk: window of last touch, plus 1; 0: never.
+        #: By chunk: last young window plus 1; 0: never.
         self._last: dict[int, npt.NDArray[np.uint32]] = {}
-        #: How many pages were last young in each window.
+        #: Number of pages last young in each window.
         self._by_window: Counts = np.zeros(1024, dtype=np.int64)
         self._n_windows = 0
 
     def restore(self, n_windows: int, last: Mapping[int, npt.NDArray[np.int64]]) -> None:
-        """Begin after ``n_windows`` with each chunk's windows of last touch, -1 for never."""
+        """Continue after ``n_windows`` with the last young windows by chunk, -1 for never."""
         self._reserve(n_windows)
         self._n_windows = n_windows
         for chunk, windows in last.items():
@@ -81,10 +81,10 @@ class RunningAges:
             self._by_window[:n_windows] += counts
 
     def push(self, chunks: Mapping[int, Words], n_pages: int) -> tuple[Counts, Counts]:
-        """Take one window; return its rows of ``reuse`` and ``ages``.
+        """Add one window; return its rows of ``reuse`` and ``ages``.
 
-        :param chunks: bitmap of each chunk that has a young page
-        :param n_pages: pages that were looked at
+        :param chunks: bitmap of each chunk with a young page
+        :param n_pages: pages that were harvested
         """
         now = self._n_windows
         before = [self._touch(chunk, words, now) for chunk, words in chunks.items()]

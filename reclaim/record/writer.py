@@ -1,15 +1,15 @@
-"""Writing records: append to the tail, then, a block of windows at a time, to the arrays.
+"""Write records: append windows to the tail, then move them to the arrays in blocks.
 
-What is on disk is whole at every moment:
+The files on disk are consistent at all times:
 
 1. a window is appended to the tail, with a checksum;
-2. once a block of 64 windows is full, or some time has passed, the block's chunks are
-   written, each through a file beside it and a rename;
-3. the metadata is replaced: from here on the arrays have those windows;
-4. after a full block a new, empty tail takes the old one's place.
+2. once a block of 64 windows is complete, or some time has passed, the chunks of the block
+   are written, each to a temporary file that is then renamed;
+3. the metadata is replaced, which adds those windows to the arrays;
+4. after a complete block the tail is replaced by an empty one.
 
-A writer that is killed between any two of these leaves the windows in the tail, and
-what it left of chunks is not looked at, since the metadata ends before them.
+If a writer is killed between any two of these steps, the windows are in the tail; chunks
+that it wrote are ignored, since the metadata does not include them.
 """
 
 from __future__ import annotations
@@ -65,25 +65,25 @@ from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, to_history
 
 __all__ = ["Cost", "RecordInUseError", "RecordWriter"]
 
-#: The arrays, which other programs read, are at most so far behind the tail.
+#: Maximum lag of the arrays, which other programs read, behind the tail.
 _COMMIT_S = 60.0
-#: Arrays have their own metadata as of the last multiple of so many windows, or the end.
+#: The metadata files of the arrays are updated every this many windows, and at the end.
 _EVERYWHERE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one harvest took inside the VM process."""
+    """The time that one harvest took inside the VM process."""
 
     harvest_ns: int = 0
     rearm_ns: int = 0
 
 
 class RecordWriter(Closing):
-    """Writes one record; one process at a time does.
+    """Writes one record. Only one process at a time can write a record.
 
-    Methods raise OSError where the file system refuses (a full disk): the window in
-    question is not in the record, all before it are, and the writer takes no more.
+    Methods raise OSError if the file system fails (a full disk): the record then contains
+    all windows before the failed one, and the writer accepts no more.
     """
 
     def __init__(self, path: Path, meta: RecordMeta, lock_fd: int) -> None:
@@ -113,19 +113,19 @@ class RecordWriter(Closing):
         memslots: Sequence[Memslot] = (),
         session: RecordSession | None = None,
     ) -> RecordWriter:
-        """Begin a record; it appears at ``path`` at once and whole.
+        """Create a record; it appears at ``path`` atomically.
 
-        :param n_pages: that are looked at; more may come later
-        :param memslots: none: one of all the pages
-        :raises LayoutError: if something is there already, or the sizes are none
-        :raises OSError: if it cannot be written there
+        :param n_pages: number of harvested pages; may grow later
+        :param memslots: empty: one memslot of all pages
+        :raises LayoutError: if the path exists, or the range is invalid
+        :raises OSError: if it cannot be written
         """
         need_zstd()
         path = Path(path)
         if path.exists() or path.is_symlink():
-            raise LayoutError(f"{path}: there is something already; append to it or take another")
+            raise LayoutError(f"{path} exists; append to it or choose another path")
         if not 0 <= n_pages <= recordmeta.MAX_PAGES or not 0 <= gfn_start < 1 << 52:
-            raise LayoutError(f"record: no range of {n_pages} pages from gfn {gfn_start:#x}")
+            raise LayoutError(f"record: invalid range of {n_pages} pages from gfn {gfn_start:#x}")
         slots = list(memslots) or [Memslot(0, gfn_start, n_pages)]
         meta = RecordMeta(
             version=recordmeta.FORMAT_VERSION,
@@ -143,9 +143,9 @@ class RecordWriter(Closing):
 
     @classmethod
     def resume(cls, path: str | Path, *, session: RecordSession | None = None) -> RecordWriter:
-        """Go on with a record, after whatever stopped the writer before.
+        """Continue a record, whether its previous writer was closed or killed.
 
-        :param session: where the bits come from now; None: as before
+        :param session: the source of the bits from now on; None: unchanged
         :raises NameInUseError: if another process is writing it
         :raises RecordError: if it is damaged
         :raises LayoutError: if it is another user's, others can write to it, or a part of
@@ -167,30 +167,30 @@ class RecordWriter(Closing):
 
     @property
     def n_windows(self) -> int:
-        """Windows that were appended."""
+        """Number of windows that were appended."""
         return self._n_windows
 
     @property
     def metadata(self) -> RecordMeta:
-        """What the record says about itself."""
+        """The metadata of the record."""
         return self._meta
 
     def append(self, bitmap: YoungBitmap, *, wall_ns: int = 0, cost: Cost = Cost()) -> None:
-        """Append a window; its times, tracker and format are those of the bitmap.
+        """Append a window with the times, tracker and format of the bitmap.
 
-        :param wall_ns: ``CLOCK_REALTIME`` at its end, 0 if it is not known
-        :raises LayoutError: if it begins at another gfn than the record
+        :param wall_ns: ``CLOCK_REALTIME`` at its end, 0 if unknown
+        :raises LayoutError: if its first gfn differs from that of the record
         """
         if self._broken or self._journal is None:
-            raise LayoutError(f"{self.path}: takes no more: {self._broken or 'closed'}")
+            raise LayoutError(f"{self.path}: cannot append: {self._broken or 'closed'}")
         if bitmap.gfn_start != self._meta.gfn_start:
             raise LayoutError(
-                f"{self.path}: {bitmap!r} begins elsewhere than gfn {self._meta.gfn_start:#x}"
+                f"{self.path}: {bitmap!r} does not begin at gfn {self._meta.gfn_start:#x}"
             )
         source = bitmap.provenance
         most = min(recordmeta.MAX_PAGES, recordmeta.MAX_CHUNKS * self._meta.chunk_pages)
         if self._n_windows >= recordmeta.MAX_WINDOWS or bitmap.n_pages > most:
-            raise LayoutError(f"{self.path}: {bitmap!r}: a record cannot take that much")
+            raise LayoutError(f"{self.path}: {bitmap!r} is too large for a record")
         try:
             self._prepare(source.tracker, source.table_format, bitmap.n_pages)
             young = _chunks_of(bitmap.words, self._meta.chunk_pages)
@@ -223,14 +223,14 @@ class RecordWriter(Closing):
             raise
 
     def set_layout(self, memslots: Sequence[Memslot]) -> None:
-        """Take note of the memslots of the windows from here on."""
+        """Record the memslots of the following windows."""
         layouts = self._meta.layouts
         if list(memslots) != layouts[-1].memslots:
             kept = [part for part in layouts if part.first_window < self._n_windows]
             self._change(layouts=[*kept, MemslotLayout(self._n_windows, list(memslots))])
 
     def set_session(self, session: RecordSession) -> None:
-        """Take note of where the windows from here on come from."""
+        """Record the source of the following windows."""
         last = self._meta.sessions[-1]
         session = msgspec.structs.replace(session, first_window=self._n_windows)
         if session == msgspec.structs.replace(last, first_window=self._n_windows):
@@ -239,14 +239,14 @@ class RecordWriter(Closing):
         self._change(sessions=[*kept, session])
 
     def commit(self) -> None:
-        """Put the windows of the tail into the arrays, where other programs find them."""
+        """Write the windows of the tail to the arrays, which other programs read."""
         if self._tail and self._meta.n_windows < self._n_windows:
             self._written.clear()
             self._write_bits("young")
             self._write_bits("coarse")
             self._write_numbers()
             self._meta = msgspec.structs.replace(self._meta, n_windows=self._n_windows)
-            # Replacing a file costs a file system a flush, and there are dozens of these.
+            # Each replaced file costs a flush of the file system, and there are dozens.
             _write_metadata(self.path, self._meta, everywhere=self._n_windows % _EVERYWHERE == 0)
         self._committed_s = time.monotonic()
         if len(self._tail) == BLOCK_WINDOWS:
@@ -255,7 +255,7 @@ class RecordWriter(Closing):
             self._new_journal()
 
     def close(self) -> None:
-        """Put everything into the arrays and let go of the record. Idempotent."""
+        """Write all windows to the arrays and release the record. Idempotent."""
         if self._lock_fd < 0:
             return
         try:
@@ -269,18 +269,18 @@ class RecordWriter(Closing):
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    # -- the beginning --------------------------------------------------------
+    # -- opening --------------------------------------------------------------
 
     def _begin(self) -> RecordWriter:
         self._new_journal()
         return self
 
     def _restore(self, record: YoungRecord) -> None:
-        """Take over a record: ages from its bits, the open block from its last windows."""
+        """Restore the state of a record: ages from its bits, the open block from its windows."""
         for stale in self.path.rglob(TEMPORARY + "*"):
             stale.unlink(missing_ok=True)
         n_windows = len(record)
-        # The block that the arrays do not have whole: the tail has it, up to its end.
+        # The block that is incomplete in the arrays; the tail contains it up to its end.
         self._base = self._meta.n_windows - self._meta.n_windows % BLOCK_WINDOWS
         last: dict[int, npt.NDArray[np.int64]] = {}
         size = self._meta.chunk_pages
@@ -295,8 +295,8 @@ class RecordWriter(Closing):
         self._new_journal(entries)
         self._tail = [entry for entry, _ in entries]
         self._n_windows = n_windows
-        # All of the open block is written anew, and what is left of others was begun by
-        # a writer that died: windows of which nothing else is known.
+        # The open block is rewritten completely. Chunks of other blocks were started by a
+        # writer that was killed, and their windows are lost.
         self._meta = msgspec.structs.replace(self._meta, n_windows=self._base)
         block = self._base // BLOCK_WINDOWS
         self.commit()
@@ -311,7 +311,7 @@ class RecordWriter(Closing):
             rows[: n_windows - first] = record.histogram(name, first, n_windows)
 
     def _drop_stale(self, block: int) -> None:
-        """Remove chunks of this and later blocks that were not written just now."""
+        """Remove the chunks of this and later blocks that this writer did not write."""
         for name in ("young", "coarse", *(f"sum{level}" for level in recordmeta.LEVELS)):
             for file in (self.path / name).iterdir():
                 first, _, second = file.name.partition(".")
@@ -381,7 +381,7 @@ class RecordWriter(Closing):
     def _put_rows(
         self, name: str, key: str, rows: npt.NDArray[np.int64], end: int, dtype: str
     ) -> None:
-        """Write a chunk of one array; begin the next where it is full."""
+        """Write a chunk of one array, and begin the next if it is full."""
         write_file(self.path / name / key, encode_array(rows, dtype))
         if end % len(rows) == 0:
             rows[:] = 0
@@ -393,7 +393,7 @@ class RecordWriter(Closing):
 
 
 class _Sums:
-    """The levels of one block, gathered chunk by chunk."""
+    """The levels of one block, collected chunk by chunk."""
 
     def __init__(self, n_pages: int, chunk_pages: int) -> None:
         self._n_pages, self._chunk_pages = n_pages, chunk_pages
@@ -404,14 +404,14 @@ class _Sums:
         self._finest = np.zeros((BLOCK_WINDOWS, bins), dtype=np.uint16)
 
     def add(self, chunk: int, rows: Words) -> None:
-        """Take the bitmaps of one chunk of pages."""
+        """Add the bitmaps of one chunk of pages."""
         finest = recordmeta.LEVELS[0]
         first = chunk * self._chunk_pages >> finest
         sums = level_sums(rows, finest)
         self._finest[:, first : first + sums.shape[1]] = sums
 
     def chunks(self, block: int) -> Iterator[tuple[str, bytes]]:
-        """Yield path and content of the chunks that are not all zeros."""
+        """Yield path and content of each chunk that is not all zeros."""
         sums, below = self._finest.astype(np.uint32), recordmeta.LEVELS[0]
         for level in recordmeta.LEVELS:
             sums = sums.reshape(BLOCK_WINDOWS, -1, 1 << (level - below)).sum(
@@ -430,7 +430,7 @@ class _Sums:
 
 
 def _chunks_of(words: Words | None, chunk_pages: int) -> dict[int, Words]:
-    """Cut a bitmap into chunks of pages; those without a bit are left out."""
+    """Split a bitmap into chunks of pages; chunks without a set bit are omitted."""
     if words is None:
         return {}
     size = chunk_pages // 64
@@ -441,7 +441,7 @@ def _chunks_of(words: Words | None, chunk_pages: int) -> dict[int, Words]:
 
 
 def _entry_of(record: YoungRecord, window: int, chunk_pages: int) -> tuple[JournalEntry, int]:
-    """Make a window's entry anew from what a record has of it; with its pages."""
+    """Recreate the entry of a window from a record; return it with its number of pages."""
     bitmap = record.bitmap(window)
     rows = [record.histogram(name, window, window + 1)[0] for name in HISTOGRAMS]
     young = _chunks_of(bitmap.words, chunk_pages)
@@ -455,7 +455,7 @@ def _entry_of(record: YoungRecord, window: int, chunk_pages: int) -> tuple[Journ
 
 
 def _make_skeleton(path: Path, meta: RecordMeta) -> int:
-    """Make an empty record beside its place and rename it there; return its lock."""
+    """Create an empty record under a temporary name and rename it; return its lock."""
     with contextlib.ExitStack() as undo:
         os.close(open_folder(path.parent))
         beside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
@@ -490,9 +490,9 @@ def _check_own(path: Path) -> None:
 
 
 def _write_metadata(path: Path, meta: RecordMeta, everywhere: bool = True) -> None:
-    """Write Zarr's metadata; the file that counts comes last.
+    """Write Zarr's metadata, the authoritative file last.
 
-    :param everywhere: also each array's own, for readers that do not take it from there
+    :param everywhere: also the files of the arrays, for readers without consolidated metadata
     """
     metadata, text = recordmeta.encode_meta(meta)
     for name, value in metadata.items() if everywhere else ():

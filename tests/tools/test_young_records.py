@@ -170,11 +170,11 @@ def test_help_names_every_command(young):
     [
         (("wss", "{tmp}/none"), "no such file; make one with kvmhost young record"),
         (("wss", "{file}", "--windows", "0:81"), "has windows 0 to 79"),
-        (("wss", "{file}", "--range", "0:0x1001"), "there are [0x0, 0x1000)"),
+        (("wss", "{file}", "--range", "0:0x1001"), "the record has [0x0, 0x1000)"),
         (("hot", "{file}", "--share", "0"), "--share above 0"),
         (("diff", "{file}"), "name two stretches"),
-        (("page", "{file}", "4096"), "no gfns [0x1000, 0x1001)"),
-        (("gfn", "0x1000000", "{file}"), "is in no memslot; there are: slot 0 gfns [0x0, 0x1000)"),
+        (("page", "{file}", "4096"), "gfns [0x1000, 0x1001) are out of range"),
+        (("gfn", "0x1000000", "{file}"), "is in no memslot; memslots: slot 0 gfns [0x0, 0x1000)"),
         (("export", "{file}", "--format", "damon", "-o", "{file}"), "there already"),
         (("export", "{file}", "--format", "damon", "-o", "{tmp}/a/b"), "No such file or directory"),
         (("import", "{tmp}/x", "--format", "damon", "-o", "{tmp}/y"), "No such file"),
@@ -202,7 +202,7 @@ def test_damage_is_exit_code_2_and_names_the_file(young, file):
     shutil.rmtree(file / "ages")
     assert f"{file}/ages/0.0: chunk: is missing" in young("wss", file, code=2)
     (file / METADATA_FILE).write_text("{}")
-    assert "no metadata of a record" in young("stat", file, code=2)
+    assert "invalid record metadata" in young("stat", file, code=2)
 
 
 def test_a_cut_tail_is_a_warning(tmp_path, capsys):
@@ -216,7 +216,7 @@ def test_a_cut_tail_is_a_warning(tmp_path, capsys):
     assert main(["young", "wss", str(tmp_path / "cut"), "--csv"]) == 0
     out = capsys.readouterr()
     assert len(out.out.splitlines()) == 1 + 8
-    assert "window 8 was not written whole" in out.err
+    assert "window 8 is truncated" in out.err
 
 
 # -- on running VMs ---------------------------------------------------------------

@@ -37,7 +37,7 @@ def test_an_address_in_all_its_forms(kind, value, slot):
 )  # fmt: skip
 def test_an_address_in_no_slot(kind, value, slot):
     with pytest.raises(
-        LayoutError, match=r"is in no memslot; there are: slot 0 gfns \[0x0, 0x10\)"
+        LayoutError, match=r"is in no memslot; memslots: slot 0 gfns \[0x0, 0x10\)"
     ):
         find_place(value, kind, SLOTS, slot=slot)
 
@@ -106,7 +106,7 @@ def test_reads_tables_coarse_and_what_was_not_looked_at():
     (found,) = compare_views(TrackerView("a", [large]), TrackerView("b", [small]))
     assert found.missing == only(outside=1)
     apart = YoungBitmap.from_gfns(1000, 4, [1001])
-    with pytest.raises(LayoutError, match="no page in common"):
+    with pytest.raises(LayoutError, match="no pages in common"):
         list(compare_views(TrackerView("a", [large]), TrackerView("b", [apart])))
 
 
