@@ -60,6 +60,13 @@ class Histograms:
     def __len__(self) -> int:
         return int(self.reuse.shape[0])
 
+    def __repr__(self) -> str:
+        n_pages = int(self.n_pages[-1]) if len(self) else 0
+        return (
+            f"Histograms(windows [{self.first}, {self.first + len(self)}) of "
+            f"{self.interval_s:g} s, {n_pages} pages)"
+        )
+
 
 def histograms(
     record: YoungRecord,

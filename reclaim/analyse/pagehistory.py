@@ -57,6 +57,13 @@ class GfnHistory:
     longest_idle: int | None
     stretches: list[Stretch]
 
+    def __repr__(self) -> str:
+        last = "never young" if self.last_young is None else f"last in window {self.last_young}"
+        return (
+            f"GfnHistory(gfn {self.gfn:#x}, young in {self.young_windows} of {self.windows} "
+            f"windows, {last})"
+        )
+
 
 def place_of_gfn(gfn: int, memslots: Sequence[Memslot], page_bytes: int = 4096) -> Place | None:
     """Return the addresses of a gfn, None if it is in no memslot."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+from typing import Any
 
 import pytest
+from waiting import until
 
 from kvmhost.tools.bench import pager
 from kvmhost.tools.main import main
@@ -14,7 +17,7 @@ pytestmark = pytest.mark.requires_uffd
 
 def test_codecs_on_every_content() -> None:
     rows = {(row["content"], row["codec"]): row for row in pager.run_codecs(64, 1)}
-    assert {content for content, _ in rows} == set(pager.contents(1))
+    assert {content for content, _ in rows} == set(pager.CONTENTS)
     assert rows["zero", "lz4"]["same_filled"] == 64
     assert rows["zero", "lz4"]["ratio"] is None
     assert rows["random", "lz4"]["raw"] == 64
@@ -44,3 +47,18 @@ def test_overhead_is_within_its_bound() -> None:
     row = pager.run_overhead(1)
     # A GiB has 262,144 pages; the tables of the pager alone are ten bytes for each.
     assert 1 << 20 < row["private_bytes_per_gib"] < 0.005 * (1 << 30)
+
+
+def test_a_terminal_shows_progress_while_codecs_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", stream)
+
+    def measure(n_pages: int, repeats: int) -> list[dict[str, Any]]:
+        until(lambda: "s] bench pager: codecs" in stream.getvalue(), "progress on the terminal")
+        return []
+
+    monkeypatch.setattr(pager, "run_codecs", measure)
+    assert pager.main(["--codecs"]) == 0

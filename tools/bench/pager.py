@@ -35,11 +35,15 @@ from kvmhost.pager.results import EvictOutcome
 from kvmhost.pager.userfault import Userfault
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.progress import working
 from kvmhost.units import PAGE_BYTES
 
-__all__ = ["contents", "main", "parser", "run_codecs", "run_faults", "run_overhead"]
+__all__ = ["CONTENTS", "contents", "main", "parser", "run_codecs", "run_faults", "run_overhead"]
 
 Pages = npt.NDArray[np.uint64]
+
+#: Kinds of pages, as :func:`contents` makes them.
+CONTENTS = ("counters", "pointers", "program", "random", "text", "zero")
 
 
 def contents(n_pages: int) -> dict[str, Pages]:
@@ -308,13 +312,16 @@ def main(argv: Sequence[str]) -> int:
     chosen = chosen or {"codecs", "faults"}
     result: dict[str, Any] = {"machine": platform.machine()}
     if "codecs" in chosen:
-        result["codecs"] = run_codecs(min(options.pages, 2048), options.repeats)
+        with working("bench pager: codecs"):
+            result["codecs"] = run_codecs(min(options.pages, 2048), options.repeats)
     if "faults" in chosen:
-        result["faults"] = run_faults(
-            options.pages, options.repeats, options.content, options.prefetch
-        )
+        with working("bench pager: faults"):
+            result["faults"] = run_faults(
+                options.pages, options.repeats, options.content, options.prefetch
+            )
     if "overhead" in chosen:
-        result["overhead"] = run_overhead(options.gib)
+        with working("bench pager: overhead"):
+            result["overhead"] = run_overhead(options.gib)
     if options.json:
         print(json.dumps(result, indent=2))
     else:
@@ -331,7 +338,7 @@ def parser() -> CommandParser:
     parser.add_argument("--overhead", action="store_true", help="memory a GiB of guest")
     parser.add_argument("--pages", type=int, default=8192, help="pages evicted and touched")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--content", default="text", choices=sorted(contents(1)))
+    parser.add_argument("--content", default="text", choices=CONTENTS)
     parser.add_argument("--prefetch", type=int, default=0, help="also measure with prefetch")
     parser.add_argument("--gib", type=int, default=1, help="guest size for --overhead")
     parser.add_argument("--json", action="store_true")

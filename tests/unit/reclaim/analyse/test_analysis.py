@@ -238,3 +238,8 @@ def test_upper_bounds_of_buckets():
     for bad in (0, -1, float("nan")):
         with pytest.raises(LayoutError):
             analysis.nearest_window(bad)
+
+
+def test_repr_of_histograms(make_record):
+    found = analysis.histograms(make_record([[1], [2], [1]]), 1)
+    assert repr(found) == "Histograms(windows [1, 3) of 1 s, 256 pages)"

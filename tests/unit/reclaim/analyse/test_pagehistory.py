@@ -36,9 +36,7 @@ def test_an_address_in_all_its_forms(kind, value, slot):
      ("offset", 0, 7), ("gfn", -1, 0)],
 )  # fmt: skip
 def test_an_address_in_no_slot(kind, value, slot):
-    with pytest.raises(
-        LayoutError, match=r"is in no memslot; memslots: slot 0 gfns \[0x0, 0x10\)"
-    ):
+    with pytest.raises(LayoutError, match=r"is in no memslot; memslots: slot 0 gfns \[0x0, 0x10\)"):
         find_place(value, kind, SLOTS, slot=slot)
 
 
@@ -113,3 +111,13 @@ def test_reads_tables_coarse_and_what_was_not_looked_at():
 def test_nothing_to_compare():
     whole = total(compare_views(TrackerView("a", []), TrackerView("b", [])))
     assert (whole.windows, whole.precision, whole.recall, whole.jaccard) == (0, 1.0, 1.0, 1.0)
+
+
+def test_repr_of_a_history(make_record):
+    record = make_record([[1], [2], [1]])
+    assert repr(history_of(record, 1)) == (
+        "GfnHistory(gfn 0x1, young in 2 of 3 windows, last in window 2)"
+    )
+    assert (
+        repr(history_of(record, 9)) == "GfnHistory(gfn 0x9, young in 0 of 3 windows, never young)"
+    )
