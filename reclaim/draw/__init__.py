@@ -1,1 +1,1 @@
-"""Pictures of young bitmaps: PNG, SVG and HTML heatmaps."""
+"""Draw young bitmaps: PNG, SVG, PDF and HTML heatmaps."""

@@ -26,7 +26,7 @@ _NO_EDGES = np.zeros(0, dtype=np.int64)
 def bin_edges(n_pages: int, n_bins: int) -> npt.NDArray[np.int64]:
     """Return the first page of each bin, and ``n_pages``: shape ``(bins + 1,)``.
 
-    :param n_bins: at most so many; never more than pages
+    :param n_bins: maximum number of bins, limited to the number of pages
     :raises LayoutError: unless both are 1 or more
     """
     if n_pages < 1 or n_bins < 1:
@@ -45,7 +45,7 @@ def bin_shares(
 
 @dataclasses.dataclass(frozen=True)
 class HeatmapMark:
-    """Something that happened before a window began, for the time axis."""
+    """An event before the start of a window, to mark on the time axis."""
 
     time_s: float
     window: int
@@ -54,12 +54,12 @@ class HeatmapMark:
 
 @dataclasses.dataclass
 class Heatmap:
-    """Windows of one VM, reduced to bins, in the order in which they came.
+    """Windows of one VM in time order, reduced to bins.
 
     Times are ``CLOCK_MONOTONIC``.
 
-    :param slots: (slot, first gfn, end) of the memslots, to be outlined
-    :param marks: of the time axis, in seconds from the first window's start
+    :param slots: (slot, first gfn, end) of the memslots to outline
+    :param marks: marks on the time axis, in seconds from the start of the first window
     :param edges: the first page of each bin, and ``n_pages``; None: equal bins
     """
 
@@ -73,6 +73,13 @@ class Heatmap:
     edges: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: _NO_EDGES)
     columns: list[npt.NDArray[np.float32]] = dataclasses.field(default_factory=list)
     windows_ns: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    def __repr__(self) -> str:
+        end = self.gfn_start + self.n_pages
+        return (
+            f"Heatmap({self.title!r}, {len(self.columns)} windows, "
+            f"gfns [{self.gfn_start:#x}, {end:#x}) in {len(self.edges) - 1} bins)"
+        )
 
     def __post_init__(self) -> None:
         if not self.edges.size:
@@ -107,12 +114,12 @@ def live_heatmap(
     n_bins: int = 512,
     on_window: Callable[[], None] = lambda: None,
 ) -> Heatmap:
-    """Harvest a VM window by window; its end or an interrupt also ends the heatmap.
+    """Harvest a VM window by window until the count is reached, the VM exits or an interrupt.
 
     :param n_pages: None for all pages up to the end of memory
     :param on_window: called after each window
-    :raises VmGoneError: if the VM ends before the first window has ended
-    :raises ControlError: if the VM refuses to be harvested
+    :raises VmGoneError: if the VM exits before the end of the first window
+    :raises ControlError: if the VM rejects harvests
     """
     image = Path(source.state().image).stem
     heatmap = provenance = None
@@ -127,7 +134,7 @@ def live_heatmap(
             heatmap.add(bitmap, window.start_ns, window.end_ns)
             on_window()
     if heatmap is None or provenance is None:
-        raise VmGoneError(source.vm, "ended before the first window ended")
+        raise VmGoneError(source.vm, "exited before the end of the first window")
     heatmap.title = (
         f"VM {source.vm} ({image}): pages touched, by {provenance.tracker} "
         f"({provenance.table_format}), {len(heatmap.columns)} windows of {interval_s:g} s"

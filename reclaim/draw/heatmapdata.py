@@ -1,7 +1,7 @@
-"""What the pictures of a record show: counts of young pages in equal bins, and a time axis.
+"""The data of a record's heatmaps: counts of young pages in equal bins, and a time axis.
 
-Counts come from the sums that the record keeps, and from its bits only where bins are
-smaller than those. Nothing here holds more than a band of windows at a time.
+Counts come from the sums stored in the record, and from its bits only for bins smaller
+than those. At most a band of windows is in memory at a time.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, to_rows
 
 __all__ = ["BIT_LEVELS", "RecordView", "Timeline", "heatmap_of", "timeline_of"]
 
-#: Levels that are counted from bits: words of 64 pages, bytes, single pages.
+#: Levels counted from bits: words of 64 pages, bytes, single pages.
 BIT_LEVELS = (6, 3, 0)
-#: Ranges above this many pages begin and end at the record's finest sums.
+#: Ranges of more pages than this are aligned to the bins of the record's finest sums.
 _FINE_PAGES = 1 << 15
-#: A gap is longer than this share of a window.
+#: Minimum length of a gap, as a share of a window.
 _GAP_SHARE = 0.05
-#: Of a band of windows, so many counts are held at a time.
+#: Maximum number of counts of a band of windows in memory.
 _BAND_COUNTS = 1 << 24
 
 Counts = npt.NDArray[np.unsignedinteger]
 
 
 class RecordView:
-    """A part of a record: windows ``[first, end)``, pages from ``gfn_start`` on.
+    """A part of a record: windows ``[first, end)`` and a range of pages.
 
-    The range of gfns is widened to whole words of 64 pages, and above 128 MiB to bins
-    of 512 pages, counted from the record's first page.
+    The range of gfns is extended to whole words of 64 pages, and above 128 MiB to bins of
+    512 pages, counted from the first page of the record.
 
     :param gfns: ``[first, end)``; None: all
-    :raises LayoutError: if the record has no such windows or pages, or the view is empty
+    :raises LayoutError: if windows or pages are outside the record, or the view is empty
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class RecordView:
             )
         if not 0 <= self.first < self.end <= len(record):
             raise LayoutError(
-                f"{record.path}: no windows [{first}, {self.end}): there are {len(record)}"
+                f"{record.path}: no windows [{first}, {self.end}); it has {len(record)}"
             )
         step = 64 if high - low <= _FINE_PAGES else 1 << LEVELS[0]
-        #: Pages of the record, counted from its first one.
+        #: Range of pages, counted from the first page of the record.
         self.low = (low - record.gfn_start) // step * step
         self.high = min(-(-(high - record.gfn_start) // step) * step, record.n_pages)
 
@@ -84,13 +84,13 @@ class RecordView:
         return self.end - self.first
 
     def n_bins(self, level: int) -> int:
-        """Return how many bins of ``2 ** level`` pages there are."""
+        """Return the number of bins of ``2 ** level`` pages."""
         return -(-self.n_pages // (1 << level))
 
     def counts(self, level: int, first: int, end: int) -> Counts:
         """Return shape ``(windows, bins)``: young pages in bins of ``2 ** level`` pages.
 
-        :param first: a window of the record, and ``end`` one more than the last
+        :param first: first window of the record; ``end`` is one more than the last
         """
         base = self._stored_level(level)
         if base is None:
@@ -108,9 +108,9 @@ class RecordView:
         end: int,
         pages: tuple[int, int] | None = None,
     ) -> dict[int, Counts]:
-        """Return the same for levels of :data:`BIT_LEVELS`, by level, from bits.
+        """Return the counts of levels in :data:`BIT_LEVELS`, by level, computed from bits.
 
-        :param pages: of this view, multiples of 64, counted from its first; None: all
+        :param pages: range within this view, in multiples of 64; None: all
         """
         low, high = pages or (0, self.n_pages)
         n_words = -(-(high - low) // 64)
@@ -125,21 +125,21 @@ class RecordView:
         return {level: _counted(rows, level)[:, : -(-(high - low) >> level)] for level in levels}
 
     def bands(self, n_bins: int) -> Iterator[tuple[int, int]]:
-        """Yield ranges of windows that are read together: whole blocks of the record."""
+        """Yield ranges of windows to read together: whole blocks of the record."""
         blocks = max(_BAND_COUNTS // (BLOCK_WINDOWS * max(n_bins, 1)), 1)
         size = blocks * BLOCK_WINDOWS
         for base in range(self.first - self.first % BLOCK_WINDOWS, self.end, size):
             yield max(base, self.first), min(base + size, self.end)
 
     def memslots(self) -> list[Memslot]:
-        """Return the memslots of the last window that touch the pages, in order."""
+        """Return the memslots of the last window that overlap the pages, in order."""
         end = self.gfn_start + self.n_pages
         slots = self.record.memslots(self.end - 1)
         touching = [s for s in slots if s.gfn < end and s.gfn + s.n_pages > self.gfn_start]
         return sorted(touching, key=lambda s: s.gfn)
 
     def _stored_level(self, level: int) -> int | None:
-        """Return the coarsest of the record's sums that bins can be put together from."""
+        """Return the coarsest level of the record's sums from which bins can be summed."""
         fitting = [
             stored
             for stored in LEVELS
@@ -152,7 +152,7 @@ class RecordView:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """When each window of a view began and ended, in seconds from the start of the first.
+    """Start and end of each window of a view, in seconds from the start of the first.
 
     :param marks: gaps, clock jumps, changes of tracker or memslots, in time order
     """
@@ -165,7 +165,7 @@ class Timeline:
 
 
 def timeline_of(view: RecordView) -> Timeline:
-    """Lay the windows of a view out on one axis that only goes forward."""
+    """Place the windows of a view on one monotonic time axis."""
     record = view.record
     ends = elapsed_s(record)
     lengths = (record.column("end_ns") - record.column("start_ns")) / 1e9
@@ -189,7 +189,7 @@ def timeline_of(view: RecordView) -> Timeline:
 
 
 def _changes(view: RecordView) -> Iterator[tuple[int, str]]:
-    """Yield (window, what changed there) within a view, but for gaps."""
+    """Yield (window, description of a change) within a view, except gaps."""
     record = view.record
     for jump in find_jumps(record):
         if view.first < jump.window < view.end:
@@ -197,7 +197,7 @@ def _changes(view: RecordView) -> Iterator[tuple[int, str]]:
     for old, new in itertools.pairwise(record.metadata.sessions):
         if view.first < new.first_window < view.end:
             changed = (old.tracker, old.table_format) != (new.tracker, new.table_format)
-            what = f"by {new.tracker} ({new.table_format})" if changed else "recording went on"
+            what = f"by {new.tracker} ({new.table_format})" if changed else "recording resumed"
             yield new.first_window, what
     for layout in record.metadata.layouts[1:]:
         if view.first < layout.first_window < view.end:
@@ -205,12 +205,12 @@ def _changes(view: RecordView) -> Iterator[tuple[int, str]]:
 
 
 def heatmap_of(view: RecordView, n_bins: int = 512, n_columns: int = 1200) -> Heatmap:
-    """Reduce a view to bins and columns that can be drawn.
+    """Reduce a view to drawable bins and columns.
 
-    Neighbouring windows are put together where there are more than columns, but never
+    If there are more windows than columns, neighbouring windows are merged, but never
     across a gap.
 
-    :param n_bins: at most so many rows, if there are more pages
+    :param n_bins: maximum number of rows
     """
     level = next((v for v in (*LEVELS[::-1], *BIT_LEVELS) if view.n_bins(v) >= n_bins), 0)
     rows = bin_edges(view.n_bins(level), n_bins)
@@ -240,7 +240,7 @@ def heatmap_of(view: RecordView, n_bins: int = 512, n_columns: int = 1200) -> He
 
 
 def _described(heatmap: Heatmap, view: RecordView, times: Timeline, grouped: int) -> Heatmap:
-    """Add what the picture says in words."""
+    """Add title, caption, memslots and marks."""
     record = view.record
     sessions = [s for s in record.metadata.sessions if s.first_window < view.end]
     session = sessions[-1]
@@ -249,7 +249,7 @@ def _described(heatmap: Heatmap, view: RecordView, times: Timeline, grouped: int
     heatmap.title += ": pages touched"
     parts = [
         f"{view.n_windows:,} windows of {interval_s(record):g} s"
-        + (f", drawn {grouped} to a column" if grouped > 1 else ""),
+        + (f", {grouped} per column" if grouped > 1 else ""),
         f"tracker {session.tracker}, format {session.table_format}"
         + (f" ({len(sessions)} sessions)" if len(sessions) > 1 else ""),
     ]
@@ -272,7 +272,7 @@ def _cuts(view: RecordView, times: Timeline, n_columns: int) -> npt.NDArray[np.i
 
 
 def _grouped(counts: Counts, size: int) -> Counts:
-    """Add up neighbouring bins."""
+    """Sum neighbouring bins."""
     if size == 1:
         return counts
     return _added(counts, np.arange(0, counts.shape[1], size))
@@ -285,7 +285,7 @@ def _added(counts: Counts, starts: npt.NDArray[np.int64]) -> Counts:
 
 
 def _counted(rows: npt.NDArray[np.uint64], level: int) -> Counts:
-    """Count the bits of bitmaps in words, bytes, or one by one."""
+    """Count the bits of bitmaps by word, by byte or by bit."""
     if level == BIT_LEVELS[0]:
         return count_bits(rows)
     octets = np.ascontiguousarray(rows.astype("<u8", copy=False)).view(np.uint8)

@@ -1,8 +1,8 @@
-"""A heatmap of a record as one HTML file, which zooms down to single gfns.
+"""A heatmap of a record as one HTML file with zoom down to single gfns.
 
-The page holds a pyramid of counts (:mod:`kvmhost.reclaim.draw.heatmaptiles`), and needs
-nothing from anywhere else: its security policy allows its own script only. Whatever
-the record says goes in as JSON, without any character that could end its element.
+The page contains a pyramid of counts (:mod:`kvmhost.reclaim.draw.heatmaptiles`) and loads
+nothing else: its content security policy allows only its own script. Strings of the
+record are embedded as JSON without any character that could close the element.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from kvmhost.files import replacing
 from kvmhost.reclaim.draw.heatmapdata import RecordView, Timeline, timeline_of
 from kvmhost.reclaim.draw.heatmaptiles import (
     TILE_BINS,
@@ -30,19 +32,37 @@ from kvmhost.reclaim.draw.heatmaptiles import (
 )
 from kvmhost.reclaim.record.clock import interval_s
 
-__all__ = ["BUDGET_BYTES", "write_html"]
+__all__ = ["BUDGET_BYTES", "draw_record", "write_html"]
 
-#: Of a page, unless told otherwise.
+#: Default budget of a page.
 BUDGET_BYTES = 32 << 20
-#: Base64 takes four letters for three bytes.
+#: Base64 encodes three bytes in four characters.
 _LETTERS, _BYTES = 4, 3
 _MOST_MARKS = 2000
 
 
-def write_html(view: RecordView, file: IO[bytes], budget_bytes: int = BUDGET_BYTES) -> Pyramid:
-    """Write the page of a view; its levels of tiles take at most the budget.
+def draw_record(view: RecordView, path: Path, max_bytes: int = BUDGET_BYTES) -> str:
+    """Write the page of a view to a file; return a line about the page.
 
-    :return: what is in it
+    :param max_bytes: budget of the tiles
+    :raises HostError: if the file cannot be written
+    """
+    with replacing(path) as file:
+        pyramid = write_html(view, file, max_bytes)
+    finest = 1 << min(pyramid.levels)
+    text = "down to single gfns"
+    if finest > 1:
+        text = (
+            f"down to {finest} pages per cell: finer cells exceed --max-mib {max_bytes >> 20}; "
+            "draw a part (--range, --windows) to see them"
+        )
+    return f"{view.n_windows} windows, {text} ({path.stat().st_size / 2**20:.1f} MiB)"
+
+
+def write_html(view: RecordView, file: IO[bytes], budget_bytes: int = BUDGET_BYTES) -> Pyramid:
+    """Write the page of a view; its tiles are limited to the budget.
+
+    :return: the pyramid in the page
     """
     pyramid = build_pyramid(view, budget_bytes * _BYTES // _LETTERS)
     times = timeline_of(view)
@@ -59,7 +79,7 @@ def write_html(view: RecordView, file: IO[bytes], budget_bytes: int = BUDGET_BYT
         "META": _json(_meta(view, times, pyramid, budget_bytes)),
         "TIMES": _times(view, times),
     }
-    # Each half in one pass: nothing that was put in is looked at again.
+    # Each half is filled in one pass, so inserted text is never substituted again.
     head, tail = (
         re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], half)
         for half in _part("page.html").split("@TILES@")
@@ -82,7 +102,7 @@ def _hash(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """Return JSON that no element of a page can end in, whatever strings are in it."""
+    """Return JSON whose strings cannot close the surrounding HTML element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -135,7 +155,7 @@ def _meta(view: RecordView, times: Timeline, pyramid: Pyramid, budget_bytes: int
 
 
 def _sizes(view: RecordView) -> list[list[int]]:
-    """Return (window, pages of the view that were looked at from it on)."""
+    """Return (window, number of pages of the view that were harvested from it on)."""
     pages = view.record.column("n_pages")[view.first : view.end]
     seen = np.clip(pages - view.low, 0, view.n_pages)
     changes = np.flatnonzero(np.diff(seen, prepend=-1))
@@ -149,7 +169,7 @@ def _times(view: RecordView, times: Timeline) -> str:
 
 
 def _tiles(step: PyramidLevel) -> Iterator[bytes]:
-    """Yield two elements: numbers and lengths of the tiles, and the tiles one by one."""
+    """Yield two elements: the numbers and lengths of the tiles, and the tiles."""
     name = f"c{step.level}-{step.step}"
     packed = {number: base64.b64encode(tile) for number, tile in sorted(step.tiles.items())}
     index = np.array([*packed, *(len(tile) for tile in packed.values())], dtype="<f8")

@@ -1,10 +1,10 @@
-"""A pyramid of counts over a record: every power of eight of pages, by every of windows.
+"""A pyramid of counts over a record, by powers of eight of pages and of windows.
 
-A cell of level ``L`` and step ``K`` says how many times a page was young in ``2 ** L``
-pages and ``2 ** K`` windows: what its 8 children of the next finer step add up to, and
-its 8 children of the next finer level as well. Cells come in tiles of 1,024 bins by 64
-columns, deflated; tiles that are all zeros are left out. Levels are made from coarse to
-fine until the budget of bytes is used up.
+A cell of level ``L`` and step ``K`` counts the young pages of ``2 ** L`` pages over
+``2 ** K`` windows. It is the sum of its 8 children of the next finer step, and also of
+its 8 children of the next finer level. Cells are stored in tiles of 1,024 bins by 64
+columns, deflated; tiles that are all zeros are omitted. Levels are built from coarse to
+fine until the budget is used up.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ __all__ = [
 ]
 
 TILE_BINS, TILE_COLUMNS = 1024, 64
-#: From one level or step to the next: a factor of eight.
+#: Levels and steps differ by a factor of eight.
 FACTOR_BITS = 3
 _FACTOR = 1 << FACTOR_BITS
-#: The coarsest level and step have at most so many bins or columns.
+#: Maximum number of bins and columns of the coarsest level and step.
 _TOP_CELLS = 512
-#: Pages of bits that are unpacked together.
+#: Pages whose bits are decompressed together.
 _STRIPE_PAGES = 1 << 18
-#: No more bits than this are unpacked, however well they are packed.
+#: Maximum number of bits to decompress.
 _MOST_UNPACKED_BYTES = 1 << 34
-#: Of the budget: at most so much larger are the bits in the record, packed.
+#: Maximum ratio of the compressed bits in the record to the budget.
 _MOST_STORED = 2
 
 Cells = npt.NDArray[np.integer]
@@ -63,12 +63,12 @@ class PyramidLevel:
 
     @property
     def bits(self) -> int:
-        """Bits a cell."""
+        """Bits per cell."""
         return cell_bits(self.level, self.step)
 
     @property
     def n_bytes(self) -> int:
-        """Of all tiles."""
+        """Size of all tiles."""
         return sum(len(tile) for tile in self.tiles.values())
 
 
@@ -76,7 +76,7 @@ class PyramidLevel:
 class Pyramid:
     """Levels from coarse to fine, each with its steps from fine to coarse.
 
-    :param left_out: levels that did not fit, from coarse to fine
+    :param left_out: levels that exceeded the budget, from coarse to fine
     """
 
     levels: dict[int, list[PyramidLevel]]
@@ -84,24 +84,24 @@ class Pyramid:
 
     @property
     def n_bytes(self) -> int:
-        """Of all tiles."""
+        """Size of all tiles."""
         return sum(step.n_bytes for steps in self.levels.values() for step in steps)
 
 
 def cell_bits(level: int, step: int) -> int:
-    """Return how many bits the largest count of a cell takes: 1, 8, 16, 32 or 64 (float)."""
+    """Return the bits that the largest count of a cell needs: 1, 8, 16, 32 or 64 (float)."""
     most = level + step
     return next(bits for top, bits in ((1, 1), (8, 8), (16, 16), (32, 32), (99, 64)) if most < top)
 
 
 def shuffled(values: npt.NDArray[np.generic]) -> bytes:
-    """Return little-endian numbers with all first bytes first, which packs better."""
+    """Return little-endian numbers grouped by byte position, which compresses better."""
     octets = np.ascontiguousarray(values).reshape(-1, 1).view(np.uint8)
     return octets.T.tobytes()
 
 
 def pack_tile(cells: Cells, bits: int) -> bytes:
-    """Return a tile of ``(bins, columns)``, by bin, bytes shuffled, deflated."""
+    """Return a tile of ``(bins, columns)``: by bin, bytes shuffled, deflated."""
     if bits == 1:
         raw = np.packbits(cells.astype(bool)).tobytes()
     else:
@@ -111,13 +111,13 @@ def pack_tile(cells: Cells, bits: int) -> bytes:
 
 
 def build_pyramid(view: RecordView, budget_bytes: int) -> Pyramid:
-    """Make what fits a budget of deflated bytes; the coarsest level always does."""
+    """Build the levels that fit a budget of deflated bytes, at least the coarsest."""
     levels: dict[int, list[PyramidLevel]] = {}
     every = _levels(view)
     left_bytes = budget_bytes
     for level in (each for each in every if each > BIT_LEVELS[0]):
         steps = _steps(view, level)
-        # Of small or unaligned views all levels come from bits; those are few then.
+        # All levels of small or unaligned views are computed from bits, which are few.
         if not _from_counts(view, level, steps, left_bytes if levels else None):
             break
         levels[level] = steps
@@ -129,7 +129,7 @@ def build_pyramid(view: RecordView, budget_bytes: int) -> Pyramid:
 
 
 class _Stripe:
-    """Collects columns of one stretch of bins until tiles are full, step by step."""
+    """Collects the columns of one range of bins until tiles are full, step by step."""
 
     def __init__(self, steps: list[PyramidLevel], first_tile: int, n_bins: int) -> None:
         self._steps, self._first_tile = steps, first_tile
@@ -139,11 +139,11 @@ class _Stripe:
         self.n_bytes = 0
 
     def push(self, columns: Cells) -> None:
-        """Take shape ``(windows, bins)``, the next ones in time."""
+        """Append the next windows, shape ``(windows, bins)``."""
         self._push(0, columns)
 
     def flush(self) -> None:
-        """Make tiles of what is left."""
+        """Write tiles of the remaining columns."""
         for at in range(len(self._steps)):
             if self._parts[at]:
                 self._emit(at, np.concatenate(self._parts[at]))
@@ -163,7 +163,7 @@ class _Stripe:
             self._emit(at, whole[first : first + TILE_COLUMNS])
 
     def _emit(self, at: int, columns: Cells) -> None:
-        """Write tiles of up to 64 columns, and hand their sums to the next step."""
+        """Write tiles of up to 64 columns, and pass their sums to the next step."""
         step, column_tile = self._steps[at], self._emitted[at]
         self._emitted[at] += 1
         row_tiles = -(-step.n_columns // TILE_COLUMNS)
@@ -215,13 +215,13 @@ def _from_counts(
 def _from_bits(
     view: RecordView, levels: list[int], most_bytes: int, n_least: int
 ) -> dict[int, list[PyramidLevel]]:
-    """Return those of the finest levels that fit, from one pass over the bits.
+    """Return the finest levels that fit, from one pass over the bits.
 
-    :param n_least: so many, the coarsest ones, are made whether they fit or not
+    :param n_least: number of coarsest levels to build even if they do not fit
     """
     found = {level: _steps(view, level) for level in levels}
     stored_bytes, unpacked_bytes = _bits_on_disk(view)
-    # Bits pack here about as well as in the record: no pass over what cannot fit.
+    # Bits compress about as well here as in the record: skip levels that cannot fit.
     if stored_bytes > _MOST_STORED * most_bytes or unpacked_bytes > _MOST_UNPACKED_BYTES:
         found = {level: found[level] for level in levels[:n_least]}
     sizes = dict.fromkeys(levels, 0)
@@ -245,7 +245,7 @@ def _from_bits(
 
 
 def _bits_on_disk(view: RecordView) -> tuple[int, int]:
-    """Return the bytes of a view's chunks of bits as they are stored, and unpacked."""
+    """Return the size of a view's chunks of bits, stored and decompressed."""
     size, stored, n_chunks = view.record.metadata.chunk_pages, 0, 0
     for file in (view.record.path / "young").iterdir():
         chunk, _, block = file.name.partition(".")

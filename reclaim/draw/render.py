@@ -13,11 +13,12 @@ from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.files import replacing
 from kvmhost.installing import install_hint
 from kvmhost.reclaim.draw.heatmap import Heatmap
+from kvmhost.reclaim.draw.heatmapdata import RecordView, heatmap_of
 from kvmhost.units import PAGE_BYTES
 
-__all__ = ["PICTURE_KINDS", "need_plotting", "render_heatmap"]
+__all__ = ["PICTURE_KINDS", "draw_record", "need_plotting", "render_heatmap"]
 
-#: A gamma below 1 separates a cold page that was touched once from an untouched one.
+#: A gamma below 1 makes a page that was touched once distinct from an untouched page.
 _GAMMA = 0.45
 #: Suffixes of files that can be drawn.
 PICTURE_KINDS = (".png", ".svg", ".pdf")
@@ -28,11 +29,22 @@ _MOST_MARKS, _MOST_TEXT, _FIRST_UNSUPPORTED = 200, 400, 0x250
 
 
 def need_plotting() -> None:
-    """Do nothing where pictures can be drawn.
+    """Check that pictures can be drawn.
 
     :raises CapabilityError: without matplotlib
     """
     _matplotlib()
+
+
+def draw_record(view: RecordView, path: Path, n_bins: int = 512) -> str:
+    """Draw a view of a record; return a line about the picture.
+
+    :param n_bins: maximum number of rows
+    :raises CapabilityError: without matplotlib
+    :raises HostError: if the file cannot be written
+    """
+    render_heatmap(heatmap_of(view, n_bins), path)
+    return f"{view.n_windows} windows of {view.record.name or view.record.path}"
 
 
 def render_heatmap(heatmap: Heatmap, path: Path) -> None:
@@ -92,7 +104,7 @@ def _matplotlib() -> tuple[Any, Any, Any, Any]:
 
 
 def _draw_mesh(axes: Any, heatmap: Heatmap, colormaps: Any, colors: Any) -> Any:
-    """Draw each window as wide as it lasted; gaps between windows stay grey."""
+    """Draw each window with a width proportional to its length; gaps are grey."""
     zero = heatmap.windows_ns[0][0]
     times: list[float] = []
     columns: list[npt.NDArray[np.float32]] = []
@@ -120,7 +132,7 @@ def _draw_mesh(axes: Any, heatmap: Heatmap, colormaps: Any, colors: Any) -> Any:
 
 
 def _label_times(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
-    """Count in seconds, minutes or hours, whichever gives small numbers."""
+    """Label the time axis in seconds, minutes or hours, depending on its length."""
     length_s = (heatmap.windows_ns[-1][1] - heatmap.windows_ns[0][0]) / 1e9
     unit, size = next(
         (unit, size)
@@ -140,7 +152,7 @@ def _label_times(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
 
 
 def _label_gfns(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
-    """Put hex labels at round gfns."""
+    """Label round gfns in hexadecimal."""
     step = 1
     while heatmap.n_pages / step > 12:
         step *= 2
@@ -150,7 +162,7 @@ def _label_gfns(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
 
 
 def _outline_slots(axes: Any, heatmap: Heatmap) -> None:
-    """Draw where memslots begin and end, and name them where there is room."""
+    """Draw the edges of memslots, and their names where there is room."""
     low, high = heatmap.gfn_start, heatmap.gfn_start + heatmap.n_pages
     for slot, first, end in heatmap.slots:
         for gfn in (first, end):
@@ -166,7 +178,7 @@ def _outline_slots(axes: Any, heatmap: Heatmap) -> None:
 
 
 def _draw_marks(axes: Any, heatmap: Heatmap) -> None:
-    """Draw gaps, clock jumps and changes as lines, named above while they have room."""
+    """Draw gaps, clock jumps and changes as lines, with labels where there is room."""
     length_s = (heatmap.windows_ns[-1][1] - heatmap.windows_ns[0][0]) / 1e9
     free_from = 0.0
     for mark in heatmap.marks[:_MOST_MARKS]:
@@ -181,6 +193,6 @@ def _draw_marks(axes: Any, heatmap: Heatmap) -> None:
 
 
 def _plain(text: str) -> str:
-    """Return text without what has no glyph, no end, or a meaning for the terminal."""
+    """Return text limited in length, without control characters or missing glyphs."""
     shown = "".join(c if c.isprintable() and ord(c) < _FIRST_UNSUPPORTED else "?" for c in text)
     return shown if len(shown) <= _MOST_TEXT else shown[: _MOST_TEXT - 3] + "..."

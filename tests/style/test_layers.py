@@ -109,9 +109,9 @@ LAYERS = {
         {"server"},
     ),
     "reclaim/draw": (
-        {"heatmap"},
-        {"heatmapdata", "render"},
-        {"heatmaptiles"},
+        {"heatmap", "registry"},
+        {"heatmapdata"},
+        {"heatmaptiles", "render"},
         {"heatmaphtml"},
     ),
     "reclaim/exchange": ({"common"}, {"damon", "dirty", "registry", "text"}),

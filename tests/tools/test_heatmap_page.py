@@ -282,7 +282,7 @@ def test_the_command_draws_a_record_and_refuses_what_does_not_fit(page, tmp_path
     assert "60 windows, down to single gfns" in capsys.readouterr().out
     assert main([record, "-o", str(tmp_path / "y.html"), "--range", "0x500:0x510"]) == 0
     for words, text in (
-        ([record, "-o", str(tmp_path / "z.html"), "--count", "3"], "for what runs"),
+        ([record, "-o", str(tmp_path / "z.html"), "--count", "3"], "apply to running VMs"),
         ([record, "-o", str(tmp_path / "x.gif")], r"\.html"),
         ([record, "-o", str(tmp_path / "x.html"), "--range", "0:1"], "out of range"),
         ([record, "-o", str(tmp_path / "x.html"), "--windows", "5:900"], "windows 0 to 199"),

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvmhost.errors import LayoutError
-from kvmhost.files import replacing
 from kvmhost.printable import printable
 from kvmhost.tools.args import count, seconds
 from kvmhost.tools.parser import CommandParser
@@ -21,71 +19,47 @@ from kvmhost.tools.young.common import (
 )
 from kvmhost.tools.young.output import open_record, window_range, windows_of
 
-if TYPE_CHECKING:
-    from kvmhost.reclaim.draw.heatmapdata import RecordView
-
 __all__ = ["main", "parser"]
-
-_PAGE = ".html"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    from kvmhost.reclaim.draw.render import PICTURE_KINDS, need_plotting
+    from kvmhost.reclaim.draw.registry import PICTURES, kind_of
 
-    if args.out.suffix.lower() != _PAGE:
-        need_plotting()
-    check_out(args.out, (*PICTURE_KINDS, _PAGE))
+    check_out(args.out, tuple(PICTURES))
+    kind_of(args.out).check_available()
     return _draw_record(args) if _is_file(args.vm) else _draw_live(args)
 
 
 def _is_file(source: str | None) -> bool:
-    """Tell a record from a VM: a VM's path is a socket, its name is no path."""
+    """Return whether a source is a record: the path of a VM is a socket, its name is no path."""
     path = Path(source or "")
     return source is not None and (path.is_dir() or ("/" in source and not path.is_socket()))
 
 
 def _draw_record(args: argparse.Namespace) -> int:
-    from kvmhost.reclaim.draw.heatmapdata import RecordView, heatmap_of
-    from kvmhost.reclaim.draw.render import render_heatmap
+    from kvmhost.reclaim.draw.heatmapdata import RecordView
+    from kvmhost.reclaim.draw.registry import draw_record
 
     if args.pid is not None or args.interval is not None or args.count is not None:
-        raise LayoutError("--pid, --interval and --count are for what runs; FILE has its windows")
+        raise LayoutError("--pid, --interval and --count apply to running VMs, not to a FILE")
     with open_record(Path(args.vm)) as record:
         view = RecordView(record, *windows_of(record, args.windows), args.range)
-        if args.out.suffix.lower() == _PAGE:
-            return _write_page(view, args)
-        render_heatmap(heatmap_of(view, args.bins), args.out)
-        print(printable(f"{args.out}: {view.n_windows} windows of {record.name or record.path}"))
-    return 0
-
-
-def _write_page(view: RecordView, args: argparse.Namespace) -> int:
-    from kvmhost.reclaim.draw.heatmaphtml import write_html
-
-    with replacing(args.out) as file:
-        pyramid = write_html(view, file, args.max_mib << 20)
-    finest = 1 << min(pyramid.levels)
-    text = "down to single gfns"
-    if finest > 1:
-        text = (
-            f"down to {finest} pages a cell: finer ones are above --max-mib {args.max_mib}; "
-            "a part (--range, --windows) has them"
-        )
-    mib = args.out.stat().st_size / 2**20
-    print(printable(f"{args.out}: {view.n_windows} windows, {text} ({mib:.1f} MiB)"))
+        drawn = draw_record(view, args.out, n_bins=args.bins, max_bytes=args.max_mib << 20)
+        print(printable(f"{args.out}: {drawn}"))
     return 0
 
 
 def _draw_live(args: argparse.Namespace) -> int:
     from kvmhost.reclaim.draw.heatmap import live_heatmap
-    from kvmhost.reclaim.draw.render import render_heatmap
+    from kvmhost.reclaim.draw.registry import draw_heatmap, kind_of
 
-    if args.windows is not None or args.out.suffix.lower() == _PAGE:
+    if args.windows is not None or kind_of(args.out).heatmap is None:
         what = "--windows" if args.windows is not None else str(args.out)
         raise LayoutError(
-            f"{what}: needs a record; make one with: kvmhost young record {args.vm or 'VM'} -o FILE"
+            f"{what}: needs a record; create one with: "
+            f"kvmhost young record {args.vm or 'VM'} -o FILE"
         )
     windows, interval_s = args.count or 120, args.interval or 0.1
     with open_source(args) as vm, progress_bar(windows) as advance:
@@ -100,31 +74,33 @@ def _draw_live(args: argparse.Namespace) -> int:
             n_bins=args.bins,
             on_window=advance,
         )
-    render_heatmap(heatmap, args.out)
+    draw_heatmap(heatmap, args.out)
     print(printable(f"{args.out}: {len(heatmap.columns)} windows of {vm.vm}"))
     return 0
 
 
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
+    from kvmhost.reclaim.draw.registry import PICTURES
+
     parser = CommandParser(
         prog="kvmhost young heatmap",
-        usage="%(prog)s (FILE | VM | --pid PID) -o OUT.png|svg|pdf|html [options]",
-        description="Draw which pages were touched when: of a record (a FILE of young record), "
-        "or of a running VM, which is then harvested window by window. "
-        "Those harvests clear: a reclaim daemon on the same VM sees less meanwhile. "
-        "OUT.html, of a record, zooms from all of memory down to single gfns, and needs "
-        "no network.",
+        usage=f"%(prog)s (FILE | VM | --pid PID) -o OUT{'|'.join(PICTURES)} [options]",
+        description="Draw which pages were touched over time, from a record (a FILE of young "
+        "record) or from a running VM, which is then harvested window by window. "
+        "These harvests clear accessed bits, so a reclaim daemon on the same VM finds fewer "
+        "young pages meanwhile. OUT.html, of a record, zooms from all of memory down to single "
+        "gfns, and needs no network.",
     )
     add_vm_arguments(parser, or_pid=True)
     parser.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="OUT", help=".png, .svg, .pdf, .html"
+        "-o", "--out", type=Path, required=True, metavar="OUT", help=", ".join(PICTURES)
     )
     parser.add_argument(
         "--windows",
         type=window_range,
         metavar="A:B",
-        help="of a record: from window A up to before B; --windows=-60: is the last 60",
+        help="of a record: windows [A, B); --windows=-60: selects the last 60",
     )
     parser.add_argument(
         "--interval",
@@ -132,19 +108,21 @@ def parser() -> CommandParser:
         metavar="SECONDS",
         help="of a VM: length of a window (default: 0.1)",
     )
-    parser.add_argument("--count", type=count, metavar="N", help="of a VM: windows (default: 120)")
+    parser.add_argument(
+        "--count", type=count, metavar="N", help="of a VM: number of windows (default: 120)"
+    )
     parser.add_argument(
         "--bins",
         type=count,
         default=512,
         metavar="N",
-        help="rows of a .png, .svg, .pdf, at most (default: 512)",
+        help="maximum number of rows of a .png, .svg or .pdf (default: 512)",
     )
     parser.add_argument(
         "--max-mib",
         type=count,
         default=32,
         metavar="MIB",
-        help="size of a .html; cells that do not fit are left out, finest first (default: 32)",
+        help="size limit of a .html; the finest cells are omitted if necessary (default: 32)",
     )
     return parser

@@ -6,7 +6,7 @@ import types
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.bitmap import Provenance, YoungBitmap
@@ -15,6 +15,7 @@ from kvmhost.reclaim.draw.heatmap import Heatmap, bin_edges, bin_shares, live_he
 from kvmhost.reclaim.draw.render import render_heatmap
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(1, 600), st.data())
 def test_bins_cover_every_page_once(n_pages, n_bins, data):
     edges = bin_edges(n_pages, n_bins)
@@ -94,7 +95,7 @@ def test_nothing_to_draw_and_unknown_kinds(tmp_path):
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(CapabilityError, match=r"kvmhost\[plot\]"):
+    with pytest.raises(CapabilityError, match=r"\[plot\]"):
         render_heatmap(drawn(), tmp_path / "x.png")
 
 
@@ -131,3 +132,9 @@ def test_a_vm_that_ends_ends_the_recording():
     assert len(live_heatmap(FakeClient(3), interval_s=0.001, gfn_start=0x400).columns) == 2
     with pytest.raises(VmGoneError, match="before the first window"):
         live_heatmap(FakeClient(1), interval_s=0.001, gfn_start=0x400)
+
+
+def test_repr_of_a_heatmap():
+    heatmap = Heatmap(0x400, 256, n_bins=16, title="VM a")
+    heatmap.add(bitmap(0x401), 0, 10)
+    assert repr(heatmap) == "Heatmap('VM a', 1 windows, gfns [0x400, 0x500) in 16 bins)"
