@@ -232,7 +232,7 @@ def decode_meta(raw: bytes, path: Path) -> RecordMeta:
         plain, crc = attributes["kvmhost_young"], attributes["kvmhost_young_crc32"]
         version = plain["version"]
     except (msgspec.DecodeError, UnicodeError, RecursionError, KeyError, TypeError) as error:
-        text = f"invalid record metadata: {type(error).__name__}: {error}"
+        text = f"is invalid: {type(error).__name__}: {error}"
         raise RecordError(str(path), "metadata", text) from None
     if version != FORMAT_VERSION:
         problem = f"is {version!r}; this program reads {FORMAT_VERSION}"

@@ -1,7 +1,7 @@
 """The live view in a terminal, on textual: map, working set, generations, pressure.
 
-Everything is drawn when a tick is there or a key was pressed, and never between. The
-view looks at the processor time it takes: above its share it ticks less often.
+The view is drawn on each tick and each key, and at no other time. It measures its own
+processor time and ticks less often when it exceeds its share.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ from kvmhost.units import PAGE_BYTES
 
 __all__ = ["MOST_SHARE", "Pace", "WatchApp"]
 
-#: Of one core, over some ticks; a tick that takes more makes the next ones rarer.
+#: Share of one core, averaged over some ticks; above it the interval grows.
 MOST_SHARE = 0.04
 _LONGEST_S = 60.0
 _RETRY_S = 2.0
 _KEYS = "arrows  + - zoom  0 all  space pause  m mark  v view  t tracker  ? help  q quit"
 _HELP = """\
 Each cell is a range of guest pages, left to right and top to bottom.
-The fuller, the more of its pages are young:
+Its shade shows the share of its pages that are young:
   · none   ░ up to 8 %   ▒ up to 40 %   ▓ up to 90 %   █ nearly all
 
-arrows     move over the cells, and on beyond the edges
-PgUp PgDn  a screen up or down
+arrows     move the cursor, and scroll at the edges
+PgUp PgDn  scroll by a screen
 + Enter    zoom in at the cursor, down to single pages
 - 0        zoom out; all of memory
-space p    pause and go on: nothing is harvested meanwhile
+space p    pause or resume; nothing is harvested while paused
 v          young in this window, or in the last 10
-m          mark: remember what is young, show what changed since
+m          mark: store the young pages, show changes since then
              + became young  - no longer  ± both  = as before
-           m again forgets the mark
+           press m again to clear the mark
 t          the next tracker (guestpt, pagemap, dirty, uffd, idle)
 q Ctrl-C   quit
 
-Where a daemon looks after the VM, generations are its own and the
-view only peeks. Else pages are sorted by ticks since they were last
-young, and each tick clears the accessed bits.
+If a daemon manages the VM, the view shows the daemon's generations
+and does not clear accessed bits. Otherwise pages are sorted by ticks
+since they were last young, and each tick clears the accessed bits.
                                             any key closes this"""
 
 
 class Pace:
-    """Says how long to wait for the next tick, so that the view keeps to its share.
+    """Computes the interval between ticks from the processor time of the view.
 
-    :param clock: processor seconds of this process
+    :param clock: returns the processor time of this process in seconds
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class Pace:
         self.begin()
 
     def begin(self) -> None:
-        """Count from here on: what came before was the start of the program."""
+        """Start the measurement; processor time of the program's start is not counted."""
         self._last = self._wall(), self._clock()
         self.share = 0.0
 
     def next_s(self) -> float:
-        """Take note of a tick; return the seconds until the next one."""
+        """Account for a tick; return the seconds until the next one."""
         (wall_s, used_s), now = self._last, (self._wall(), self._clock())
         self._last = now
         took_s, used_s = now[0] - wall_s, now[1] - used_s
         if took_s > 0:
             self.share = used_s / took_s
-        # Most of a tick's time is the tick's own, however long the wait is.
+        # The cost of a tick hardly depends on the interval.
         needed_s = used_s / MOST_SHARE
         if needed_s > self.interval_s:
             self.interval_s = min(needed_s, _LONGEST_S)
@@ -102,7 +102,7 @@ class Pace:
 
 
 class _Help(ModalScreen[None]):
-    """What the keys do."""
+    """The help screen."""
 
     CSS = """
     _Help { align: center middle; }
@@ -111,12 +111,12 @@ class _Help(ModalScreen[None]):
     """
 
     def compose(self) -> ComposeResult:
-        """Show the text."""
+        """Show the help text."""
         with VerticalScroll(id="help"):
             yield Static(Text(_HELP))
 
     def on_key(self) -> None:
-        """Close at any key; keys typed ahead may still come here."""
+        """Close on any key; keys typed ahead may still arrive here."""
         if self.is_current:
             self.dismiss()
 
@@ -167,12 +167,12 @@ class WatchApp(App[None]):
     # -- life ------------------------------------------------------------------
 
     def compose(self) -> ComposeResult:
-        """Lay the parts out from top to bottom."""
+        """Arrange the widgets from top to bottom."""
         for name in ("head", "map", "cell", "figures", "keys"):
             yield Static(id=name)
 
     def on_mount(self) -> None:
-        """Begin to tick."""
+        """Start ticking."""
         self.query_one("#keys", Static).update(Text(f" {_KEYS}", no_wrap=True))
         self.run_worker(self._tick_for_ever(), exclusive=True)
 
@@ -194,16 +194,16 @@ class WatchApp(App[None]):
                 continue
 
     async def _tick(self) -> bool:
-        """Ask the VM; return whether it answered."""
+        """Take a sample of the VM; return whether it succeeded."""
         try:
             self.sample = await asyncio.to_thread(self.sampler.sample)
             if self.mark is not None and self.mark.size != self.sampler.n_pages:
                 self.mark = None
             self.problem = ""
         except VmGoneError as error:
-            self.problem = f"{error}; waiting for it to come back, q quits"
+            self.problem = f"{error}; waiting for it to return, q quits"
         except (CapabilityError, ControlError) as error:
-            self.problem = f"{error}; t takes the next tracker"
+            self.problem = f"{error}; press t for the next tracker"
         except KvmHostError as error:
             self.problem = str(error)
         return not self.problem
@@ -211,12 +211,12 @@ class WatchApp(App[None]):
     # -- keys ------------------------------------------------------------------
 
     def action_pause(self) -> None:
-        """Stop asking the VM, or go on."""
+        """Pause or resume."""
         self.paused = not self.paused
         self._wake.set()
 
     def action_zoom(self, steps: int) -> None:
-        """Show twice, or half, the pages in a cell; the cursor keeps its page."""
+        """Double or halve the pages per cell; the cursor stays on its page."""
         grid = self.grid()
         page = grid.range_of(self.cursor_cell)[0]
         if steps < 0 or grid.cell_pages > 1:
@@ -232,7 +232,7 @@ class WatchApp(App[None]):
         self._look_at(page)
 
     def action_move(self, dx: int, dy: int) -> None:
-        """Move the cursor; at an edge the map moves."""
+        """Move the cursor; at an edge, scroll the map."""
         grid = self.grid()
         cell = self.cursor_cell + dx + dy * grid.columns
         if not 0 <= cell < grid.columns * grid.rows:
@@ -244,13 +244,13 @@ class WatchApp(App[None]):
         self.draw()
 
     def action_scroll(self, screens: int) -> None:
-        """Move the map by a screen."""
+        """Scroll the map by a screen."""
         grid = self.grid()
         self.start_page = grid.start + screens * (grid.end - grid.start)
         self.draw()
 
     def action_mark(self) -> None:
-        """Remember what is young, or forget it."""
+        """Store the young pages as a mark, or clear the mark."""
         if self.mark is None and self.sample is not None:
             self.mark, self.mark_tick = self.shown().copy(), self.sample.tick
         else:
@@ -258,35 +258,35 @@ class WatchApp(App[None]):
         self.draw()
 
     def action_view(self) -> None:
-        """Change between this window and the last ones."""
+        """Switch between the current window and the recent windows."""
         self.show_recent, self.mark = not self.show_recent, None
         self.draw()
 
     def action_tracker(self) -> None:
-        """Take the next tracker, beginning after the one in use."""
+        """Switch to the next tracker."""
         if self.sample is not None and self.sampler.tracker == "auto":
             self.sampler.tracker = self.sample.tracker
         self.sampler.next_tracker()
         self._wake.set()
 
     def action_help(self) -> None:
-        """Say what the keys do."""
+        """Show the help screen."""
         self.push_screen(_Help())
 
     # -- drawing ---------------------------------------------------------------
 
     def grid(self) -> Grid:
-        """Return the cells as they are shown now."""
+        """Return the grid of cells that is shown."""
         return Grid.fit(*self._room(), self.sampler.n_pages, self.start_page, self.zoom_steps)
 
     def shown(self) -> npt.NDArray[np.bool_]:
-        """Return the pages that count as young in the map."""
+        """Return the pages that the map shows as young."""
         assert self.sample is not None
         young = self.sampler.recent() if self.show_recent else self.sample.young
         return np.resize(young, self.sampler.n_pages)
 
     def draw(self) -> None:
-        """Draw all parts."""
+        """Draw all widgets."""
         if not self.screen_stack:
             return
         self._put("head", self._head())
@@ -312,7 +312,7 @@ class WatchApp(App[None]):
         return size.width, size.height
 
     def _look_at(self, page: int) -> None:
-        """Put a page into the middle of the map, and the cursor on it."""
+        """Centre the map on a page, and move the cursor to it."""
         grid = self.grid()
         rows = grid.columns * grid.cell_pages
         wanted = (page // rows - grid.rows // 2) * rows
@@ -388,7 +388,7 @@ class WatchApp(App[None]):
         return text
 
     def _generations(self, sample: Sample, width: int) -> Text:
-        """Two lines: which generations, and how many pages each has."""
+        """Return two lines: the generations, and the number of pages of each."""
         shown = sample.generations
         most = max(width // 13, 2)
         if len(shown) > most:

@@ -1,8 +1,8 @@
-"""What the live view shows, gathered a tick at a time; nothing here draws.
+"""The data of the live view, sampled once per tick; nothing here draws.
 
-A VM that a daemon looks after is only peeked at: its accessed bits stay as they are, so
-that the daemon sees all of them, and the view shows what was touched since the daemon
-last harvested. Of other VMs each tick harvests and clears, and so has a window of its own.
+If a daemon manages the VM, the accessed bits are tested but not cleared, so that the
+daemon still sees them, and the view shows the pages touched since the daemon's last
+harvest. Otherwise each tick harvests and clears, and so has a window of its own.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kvmhost.reclaim.pressure.psi import PsiMeter
 
 __all__ = ["RECENT", "Generation", "Sample", "WatchSampler", "parse_generations"]
 
-#: Ticks that count as recent: of those the working set is made.
+#: Number of ticks over which the working set is computed.
 RECENT = 10
-#: A working set's history: more than the widest terminal has columns.
+#: Length of the history of the working set: more than the columns of a wide terminal.
 _HISTORY = 400
-#: Generations of pages that no daemon sorts: up to so many ticks old.
+#: Upper bounds in ticks of the age ranges that are shown without a daemon.
 _AGES = (1, 2, 4, 8, 16, 32, 64)
 _NEVER = -(1 << 30)
-#: A daemon that does not answer soon must not hold the view.
+#: Timeout of requests to the daemon, so that it cannot block the view.
 _DAEMON_TIMEOUT_S = 1.0
 
 Mask = npt.NDArray[np.bool_]
@@ -42,7 +42,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Pages of one generation, or of one range of ages."""
+    """The pages of one generation, or of one range of ages."""
 
     label: str
     pages: int
@@ -52,10 +52,10 @@ class Generation:
 class Sample:
     """One tick.
 
-    :param young: of all pages from gfn 0
-    :param evictions: a second; None: nothing used the pager
+    :param young: mask of all pages from gfn 0
+    :param evictions: per second; None: the pager is not in use
     :param pressure: share of time that tasks waited for memory; None: not measured
-    :param by_daemon: the generations are a daemon's
+    :param by_daemon: whether the generations come from a daemon
     """
 
     tick: int
@@ -77,10 +77,10 @@ class Sample:
 
 
 class WatchSampler:
-    """Asks a VM, and the daemon that looks after it, once a tick.
+    """Samples a VM, and the daemon that manages it, once per tick.
 
-    :param clear: begin a window at each tick; None: unless a daemon looks after the VM
-    :raises VmGoneError: if there is no such VM
+    :param clear: begin a window at each tick; None: unless a daemon manages the VM
+    :raises VmGoneError: if the VM does not exist
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class WatchSampler:
 
     @property
     def n_pages(self) -> int:
-        """Pages from gfn 0, with holes."""
+        """Number of pages from gfn 0, including holes."""
         return self.memory.gfn_end
 
     def begin(self) -> None:
-        """Forget all ticks: the VM is a new one, or has other memory."""
+        """Discard all ticks, for a new VM or a changed memory layout."""
         self.memory = self._client.memory()
         self.tick = 0
         self.last_young = np.full(self.n_pages, _NEVER, dtype=np.int32)
@@ -116,10 +116,10 @@ class WatchSampler:
         self._pid = 0
 
     def sample(self) -> Sample:
-        """Take the next tick.
+        """Take a sample.
 
-        :raises VmGoneError: if the VM is gone
-        :raises ControlError: if it refuses to be harvested
+        :raises VmGoneError: if the VM has exited
+        :raises ControlError: if it rejects harvests
         """
         state = self._client.state()
         if self._pid not in (0, state.pid) or self._client.memory() != self.memory:
@@ -156,11 +156,11 @@ class WatchSampler:
         )
 
     def recent(self) -> Mask:
-        """Return which pages were young in one of the last ticks."""
+        """Return the pages that were young in any of the recent ticks."""
         return self.last_young > self.tick - RECENT
 
     def next_tracker(self) -> str:
-        """Take the next of the trackers, and return its name; a tick tells whether it works."""
+        """Switch to the next tracker and return its name; the next tick shows whether it works."""
         names = trackers.NAMES
         at = names.index(self.tracker) + 1 if self.tracker in names else 0
         self.tracker = names[at % len(names)]
@@ -199,7 +199,7 @@ class WatchSampler:
         return self._ages(), False
 
     def _ages(self) -> list[Generation]:
-        """Sort pages by ticks since they were last young; this tick is 1."""
+        """Group pages by ticks since they were last young; the current tick is 1."""
         ages = self.tick + 1 - self.last_young[self.mapped]
         found, low = [], 0
         for top in _AGES:
@@ -212,7 +212,7 @@ class WatchSampler:
 
 
 def parse_generations(text: str) -> list[Generation]:
-    """Read a daemon's table of generations, the youngest first; what is odd is left out."""
+    """Parse a daemon's generations, the youngest first; malformed lines are skipped."""
     found = []
     for line in text.splitlines():
         words = line.split()

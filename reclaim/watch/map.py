@@ -1,8 +1,8 @@
-"""Memory as cells of a terminal: which pages each one shows, and how it is shaded.
+"""Memory as cells of a terminal: the pages of each cell, and its shade.
 
-Cells run from left to right and from top to bottom, each for the same power of two of
-pages, so that gfns at the left are round. Shades tell without colour; colours are of the
-256 that nearly every terminal has.
+Cells run from left to right and from top to bottom. Each covers the same power of two of
+pages, so that gfns at the left are round. Shades are distinct without colour; colours are
+from the palette of 256 that nearly every terminal supports.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from rich.text import Text
 
 __all__ = ["Grid", "bar", "counts_of", "draw_changes", "draw_density", "size_text", "sparkline"]
 
-#: Columns of cells come in multiples of this.
+#: The number of columns is a multiple of this.
 _COLUMN_STEP = 16
 _LABEL = 12
 _SPARKS = "▁▂▃▄▅▆▇█"
-#: Up to this share of a cell's pages: shade, colour.
+#: Upper bound of the share of young pages: shade, colour.
 _SHADES = (
     (0.02, "░", 24),
     (0.08, "░", 31),
@@ -38,7 +38,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Cells for pages from ``start`` on."""
+    """The cells of a map that begins at page ``start``."""
 
     start: int
     n_pages: int
@@ -48,9 +48,9 @@ class Grid:
 
     @classmethod
     def fit(cls, width: int, height: int, n_pages: int, start: int = 0, zoom: int = 0) -> Grid:
-        """Return cells that fill a terminal; each step of zoom halves their pages.
+        """Return a grid that fills a terminal; each zoom step halves the pages per cell.
 
-        :param start: moved so that the cells show as much memory as they can
+        :param start: adjusted so that the cells cover as much memory as possible
         """
         columns = max((width - _LABEL) // _COLUMN_STEP * _COLUMN_STEP, _COLUMN_STEP)
         rows = max(height, 1)
@@ -63,7 +63,7 @@ class Grid:
 
     @staticmethod
     def whole_bits(cells: int, n_pages: int) -> int:
-        """Return the zoom at which a cell is one page."""
+        """Return the zoom step at which a cell is one page."""
         return max(-(-n_pages // cells) - 1, 0).bit_length()
 
     @property
@@ -72,17 +72,17 @@ class Grid:
         return min(self.start + self.columns * self.rows * self.cell_pages, self.n_pages)
 
     def range_of(self, cell: int) -> tuple[int, int]:
-        """Return the pages of a cell; empty behind the end of memory."""
+        """Return the pages of a cell; empty beyond the end of memory."""
         first = min(self.start + cell * self.cell_pages, self.n_pages)
         return first, min(first + self.cell_pages, self.n_pages)
 
     def n_cells(self) -> int:
-        """Return how many cells have pages."""
+        """Return the number of cells that contain pages."""
         return -(-(self.end - self.start) // self.cell_pages)
 
 
 def counts_of(mask: Mask, grid: Grid) -> Numbers:
-    """Return how many pages of each cell are set."""
+    """Return the number of set pages in each cell."""
     part = mask[grid.start : grid.end]
     if not part.size:
         return np.zeros(0, dtype=np.int64)
@@ -91,7 +91,7 @@ def counts_of(mask: Mask, grid: Grid) -> Numbers:
 
 
 def draw_density(young: Mask, mapped: Mask, grid: Grid, cursor: int) -> Text:
-    """Draw the share of young pages in each cell; holes in memory stay blank."""
+    """Draw the share of young pages in each cell; holes in memory are blank."""
     counts, room = counts_of(young, grid), counts_of(mapped, grid)
     shares = counts / np.maximum(room, 1)
 
@@ -107,7 +107,7 @@ def draw_density(young: Mask, mapped: Mask, grid: Grid, cursor: int) -> Text:
 
 
 def draw_changes(before: Mask, now: Mask, mapped: Mask, grid: Grid, cursor: int) -> Text:
-    """Draw which cells have pages that were not young then (+), or no longer are (-)."""
+    """Draw the cells with pages that became young (+) or are no longer young (-)."""
     came, went = counts_of(now & ~before, grid), counts_of(before & ~now, grid)
     same, room = counts_of(now & before, grid), counts_of(mapped, grid)
 
@@ -125,7 +125,7 @@ def draw_changes(before: Mask, now: Mask, mapped: Mask, grid: Grid, cursor: int)
 
 
 def sparkline(values: list[int], width: int) -> str:
-    """Return the last values as little bars, from 0 to the largest."""
+    """Return the last values as small bars, scaled from 0 to the largest."""
     shown = values[-width:]
     top = max(shown, default=0)
     if not top:
@@ -141,7 +141,7 @@ def bar(share: float, width: int) -> str:
 
 
 def size_text(n_bytes: float) -> str:
-    """Return a size in the unit that suits, such as ``12.3 MiB``."""
+    """Return a size in a suitable unit, such as ``12.3 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n_bytes < 1024:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
@@ -150,7 +150,7 @@ def size_text(n_bytes: float) -> str:
 
 
 def _draw(cells: list[tuple[str, int]], grid: Grid, cursor: int) -> Text:
-    """Put cells into rows, runs of one colour together."""
+    """Arrange cells in rows, with runs of one colour merged."""
     text = Text(no_wrap=True, end="")
     for row in range(grid.rows):
         first = row * grid.columns

@@ -157,6 +157,19 @@ def test_whatif(young, file):
     assert "no error bar was measured" in young(*words, "--budget", "1M")
 
 
+def test_whatif_without_dask_replays_in_this_process(capsys, monkeypatch, file):
+    words = ["young", "whatif", str(file), "--no-check", "--budget", "1M", "--json"]
+    assert main([*words, "--workers", "0"]) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert main(words) == 0
+    done = capsys.readouterr()
+    assert json.loads(done.out) == wanted
+    assert done.err == "Dask is not installed: replaying in this process\n"
+    assert main([*words, "--workers", "2"]) == 126
+    assert "--workers 0" in capsys.readouterr().err
+
+
 def test_help_names_every_command(young):
     text = young("--help")
     for name in ("record", "stat", "wss", "ages", "hot", "diff", "page", "gfn", "compare",
@@ -168,7 +181,7 @@ def test_help_names_every_command(young):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("wss", "{tmp}/none"), "no such file; make one with kvmhost young record"),
+        (("wss", "{tmp}/none"), "no such record; create one with kvmhost young record"),
         (("wss", "{file}", "--windows", "0:81"), "has windows 0 to 79"),
         (("wss", "{file}", "--range", "0:0x1001"), "the record has [0x0, 0x1000)"),
         (("hot", "{file}", "--share", "0"), "--share above 0"),
@@ -202,7 +215,7 @@ def test_damage_is_exit_code_2_and_names_the_file(young, file):
     shutil.rmtree(file / "ages")
     assert f"{file}/ages/0.0: chunk: is missing" in young("wss", file, code=2)
     (file / METADATA_FILE).write_text("{}")
-    assert "invalid record metadata" in young("stat", file, code=2)
+    assert "metadata: is invalid" in young("stat", file, code=2)
 
 
 def test_a_cut_tail_is_a_warning(tmp_path, capsys):

@@ -73,5 +73,5 @@ def test_without_the_library(make_record, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(CapabilityError, match=r"kvmhost\[record\]"):
+    with pytest.raises(CapabilityError, match=r"\[record\]"):
         frames.to_frame(record)

@@ -121,7 +121,7 @@ def test_metadata_that_is_no_text(source, tmp_path):
     raw = bytearray((path / METADATA_FILE).read_bytes())
     raw[2] ^= 128
     (path / METADATA_FILE).write_bytes(raw)
-    with pytest.raises(RecordError, match="invalid record metadata"):
+    with pytest.raises(RecordError, match="metadata: is invalid"):
         YoungRecord.open(path)
 
 
@@ -322,7 +322,7 @@ def test_an_index_does_not_reach_outside(tmp_path):
     ("content", "said"),
     [
         (b"0x10 0x5\n", "line at offset 0x0: invalid range of gfns '0x10 0x5'"),
-        (b"1 2\nhello\n", "line at offset 0x4: invalid range of gfns 'hello'"),
+        (b"1 2\nhello\n", "line at offset 0x4: invalid range 'hello'"),
         (b"1 2\n\xff\xfe\n", "line at offset 0x4: is no plain text"),
         (b"0 0x100000000\n", "4294967296 pages: a record has at most"),
         (b"window n_pages=4\n1 9\n", "lie outside the window's 4 pages"),

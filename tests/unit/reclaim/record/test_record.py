@@ -460,7 +460,7 @@ def test_one_record_in_a_directory_is_meant_by_the_directory(tmp_path):
     shutil.rmtree(tmp_path / "b")
     with YoungRecord.open(tmp_path) as record:
         assert record.name == "a"
-    with pytest.raises(RecordError, match="no such file"):
+    with pytest.raises(RecordError, match="no such record"):
         YoungRecord.open(tmp_path / "nothing")
 
 
@@ -472,7 +472,7 @@ def test_metadata_that_was_changed(make_record):
         ('"n_windows":1', '"n_windows":2', "changed or damaged"),
         ('"version":1', '"version":9', "version: is 9; this program reads 1"),
         ('"chunks":[4096,64]', '"chunks":[4096,99]', "young/.zarray"),
-        ("{", "[", "no metadata"),
+        ("{", "[", "metadata: is invalid"),
     ]:
         path.write_text(text.replace(old, new))
         with pytest.raises(RecordError, match=said):
