@@ -109,9 +109,9 @@ LAYERS = {
         {"server"},
     ),
     "reclaim/draw": (
-        {"heatmap", "registry"},
+        {"heatmap"},
         {"heatmapdata"},
-        {"heatmaptiles", "render"},
+        {"heatmaptiles", "registry", "render"},
         {"heatmaphtml"},
     ),
     "reclaim/exchange": ({"common"}, {"damon", "dirty", "registry", "text"}),
