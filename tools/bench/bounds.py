@@ -39,7 +39,7 @@ BOUNDS = {
     ),
     "exits.c_of_minimal": Bound("port exit in the C loop, relative to a minimal C loop", 1.05),
     "exits.python_of_minimal": Bound(
-        "port exit to a device in Python, relative to a minimal C loop", 2
+        "port exit to a device in Python, relative to a minimal C loop", 3
     ),
     "exits.ioeventfd_of_minimal": Bound(
         "port write to an ioeventfd, relative to an exit in a minimal C loop", 1
