@@ -237,7 +237,7 @@ def open_regular(path: str | Path) -> int:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
     except BaseException:
         os.close(fd)
         raise
@@ -254,13 +254,15 @@ def read_regular(path: str | Path, most_bytes: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         raw = b"" if size > most_bytes else _read_up_to(file, most_bytes + 1)
     if size > most_bytes or len(raw) > most_bytes:
-        raise OSError(errno.EFBIG, f"Larger than {most_bytes} bytes", str(path))
+        raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", str(path))
     return raw
 
 
 def _read_up_to(file: io.FileIO, most_bytes: int) -> bytes:
+    # Not all at once where the system does not know the size, as of the kernel's own files.
+    step = min(max(os.fstat(file.fileno()).st_size + 1, 1 << 16), 1 << 24)
     parts, left = [], most_bytes
-    while left and (part := file.read(min(left, 1 << 24))):
+    while left and (part := file.read(min(left, step))):
         parts.append(part)
         left -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -9,12 +9,12 @@ to hold that many bytes.
 from __future__ import annotations
 
 import dataclasses
-import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from kvmhost.errors import ImageError
+from kvmhost.files import read_regular
 
 __all__ = [
     "EM_386",
@@ -226,13 +226,7 @@ def read_file(path: Path, limit_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     :raises ImageError: if it cannot be read, is none, or too large
     """
     try:
-        kind, size = path.stat().st_mode, path.stat().st_size
-        if not stat.S_ISREG(kind):
-            raise ImageError(str(path), "file", "not a regular file")
-        if size > limit_bytes:
-            raise ImageError(str(path), "file", f"larger than {limit_bytes} bytes")
-        with path.open("rb") as file:
-            return file.read(size)
+        return read_regular(path, limit_bytes)
     except OSError as error:
         raise ImageError(str(path), "file", error.strerror or str(error)) from error
 

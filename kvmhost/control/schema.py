@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from kvmhost.decoding import decode_json
+
 __all__ = [
     "CLIENT_TIMEOUT_S",
     "HEADER_PREFIX",
@@ -151,7 +153,7 @@ class SnapshotRequest(_Strict, frozen=True):
     With ``stop`` the guest ends where the snapshot was taken; else it goes on.
     """
 
-    path: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    path: Annotated[str, msgspec.Meta(min_length=1, max_length=4096, pattern=r"^[^\0]*$")]
     stop: bool = False
 
 
@@ -453,7 +455,7 @@ def decode(body: bytes, kind: type[T]) -> T:
     :raises SchemaError: if it is no JSON or not of that kind; names the field
     """
     try:
-        return msgspec.json.decode(body, type=kind)
+        return decode_json(body, kind)
     except msgspec.DecodeError as error:
         raise _schema_error(error) from None
     except UnicodeDecodeError as error:

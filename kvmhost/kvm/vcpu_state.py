@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvmhost._ffi import ffi, lib
-from kvmhost.errors import IoctlError
+from kvmhost.errors import IoctlError, LayoutError
 from kvmhost.kvm.descriptor import Attributes, Descriptor, Source, as_struct
 from kvmhost.kvm.structs import Struct
 
@@ -297,12 +297,13 @@ class _Identity(Descriptor):
         return list(self._get_table("KVM_GET_REG_LIST", "kvm_reg_list").reg)
 
     def get_one_reg(self, register: int) -> int:
-        """Return one register of 64 bits by its id.
+        """Return one register of up to 64 bits by its id.
 
         >>> vcpu.get_one_reg(0x2030_0002_0000_0174)  # MSR 0x174  # doctest: +SKIP
         0
 
         :raises IoctlError: ``ENOENT``, ``EINVAL`` or ``ENOTTY`` if there is none
+        :raises LayoutError: if the id is one of a wider register
 
         Source: KVM_GET_ONE_REG.
         """
@@ -311,9 +312,11 @@ class _Identity(Descriptor):
         return int(value[0])
 
     def set_one_reg(self, register: int, value: int) -> None:
-        """Set one register of 64 bits by its id.
+        """Set one register of up to 64 bits by its id.
 
         >>> vcpu.set_one_reg(0x2030_0002_0000_0174, 0x10)  # doctest: +SKIP
+
+        :raises LayoutError: if the id is one of a wider register
 
         Source: KVM_SET_ONE_REG.
         """
@@ -413,10 +416,15 @@ class _Events(Descriptor):
         """Set what :meth:`get_nested_state` returned.
 
         :raises IoctlError: ``EINVAL`` without KVM_CAP_NESTED_STATE or for a bad state
+        :raises LayoutError: if the size in its header is not its length
 
         Source: KVM_SET_NESTED_STATE.
         """
-        # SAFETY: KVM reads the header first, so there is always one.
+        head = ffi.new("struct kvm_nested_state *")
+        ffi.memmove(head, state, min(len(state), ffi.sizeof("struct kvm_nested_state")))
+        if head.size != len(state):
+            raise LayoutError(f"nested state: {len(state)} bytes, its header says {head.size}")
+        # SAFETY: KVM reads the header and then as much as it says, which is in the buffer.
         buffer = ffi.new("uint8_t[]", bytes(state).ljust(128, b"\0"))
         self._pass("KVM_SET_NESTED_STATE", buffer, size=len(state))
 
@@ -459,5 +467,9 @@ def _controls(sregs: Struct) -> dict[str, int]:
 
 
 def _one_reg(register: int, value: Any) -> Struct:
-    # SAFETY: an address only; the caller holds value until the call returns.
+    # KVM_REG_SIZE, Linux v6.12, include/uapi/linux/kvm.h: the id says how much KVM copies.
+    n_bytes = 1 << (register >> 52 & 0xF)
+    if n_bytes > ffi.sizeof("uint64_t"):
+        raise LayoutError(f"register {register:#x} has {n_bytes} bytes; need 8 or less")
+    # SAFETY: an address only; the caller holds value, which has 8 bytes, until the call returns.
     return Struct("kvm_one_reg", id=register, addr=int(ffi.cast("uintptr_t", value)))

@@ -133,7 +133,8 @@ def _draw_mesh(axes: Any, heatmap: Heatmap, colormaps: Any, colors: Any) -> Any:
 
 def _label_times(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
     """Label the time axis in seconds, minutes or hours, depending on its length."""
-    length_s = (heatmap.windows_ns[-1][1] - heatmap.windows_ns[0][0]) / 1e9
+    # Times of a damaged record may go backwards: there has to be an axis all the same.
+    length_s = max((heatmap.windows_ns[-1][1] - heatmap.windows_ns[0][0]) / 1e9, 1e-9)
     unit, size = next(
         (unit, size)
         for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0))

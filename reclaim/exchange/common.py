@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words
+from kvmhost.files import read_regular
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record.meta import MAX_PAGES, RecordSession
 from kvmhost.reclaim.record.writer import Cost, RecordWriter
@@ -22,14 +23,25 @@ __all__ = [
     "Imported",
     "ImportedWindow",
     "bitmap_of_ranges",
+    "check_cost",
     "check_pages",
     "ranges_of",
     "read_bounded",
     "write_record",
 ]
 
+#: Text of records that unpacks to more than so many times its size, and to more than so
+#: many bytes, was made to fill memory.
+_UNPACKED_RATIO, _UNPACKED_BYTES = 256, 16 << 20
+#: Pages that a file of any size may have: 64 GiB of memory. And how many more for each of
+#: its bytes; 1 TiB then needs half a megabyte, of which a real recording has many.
+_FREE_PAGES, _PAGES_PER_BYTE = 1 << 24, 512
+#: The same for the sum of the pages of all windows.
+_FREE_WINDOW_PAGES, _WINDOW_PAGES_PER_BYTE = 1 << 30, 1 << 16
 #: A file to import, unpacked, is at most so large.
 MAX_FILE_BYTES = 1 << 30
+
+_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 Edges = npt.NDArray[np.int64]
 
@@ -102,12 +114,10 @@ def read_bounded(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
     :raises RecordError: if there are more than ``most_bytes``, or they are damaged
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(most_bytes + 1)
+        raw = read_regular(path, most_bytes)
     except OSError as error:
         raise RecordError(str(path), "file", error.strerror or str(error)) from error
-    if len(raw) > most_bytes:
-        raise RecordError(str(path), "size", f"above {most_bytes} bytes, the most that is read")
+    most_bytes = min(most_bytes, max(_UNPACKED_BYTES, _UNPACKED_RATIO * len(raw)))
     if raw[:1] != b"\x78":
         return raw
     unpacker = zlib.decompressobj()
@@ -133,6 +143,24 @@ def check_pages(n_pages: int, path: Path, offset: int | None = None) -> None:
         raise RecordError(str(path), "range", problem, offset)
 
 
+def check_cost(n_pages: int, n_windows: int, n_bytes: int, path: Path) -> None:
+    """Refuse a file that would take memory and time out of proportion to its size.
+
+    :param n_pages: pages of the largest window
+    :param n_bytes: of the file, unpacked
+    :raises RecordError: if so
+    """
+    check_pages(n_pages, path)
+    most = max(_FREE_PAGES, _PAGES_PER_BYTE * n_bytes)
+    if n_pages > most:
+        problem = f"{n_pages} pages in {n_bytes} bytes: at most {most}; import a part (--range)"
+        raise RecordError(str(path), "range", problem)
+    most = max(_FREE_WINDOW_PAGES, _WINDOW_PAGES_PER_BYTE * n_bytes)
+    if n_pages * n_windows > most:
+        problem = f"{n_windows} windows of {n_pages} pages in {n_bytes} bytes: too many"
+        raise RecordError(str(path), "windows", problem)
+
+
 def ranges_of(words: Words, n_pages: int) -> tuple[Edges, Edges]:
     """Return first and end page of the runs of a bitmap, counted from its start."""
     raw = words.astype("<u8", copy=False).view(np.uint8)
@@ -141,7 +169,17 @@ def ranges_of(words: Words, n_pages: int) -> tuple[Edges, Edges]:
 
 def bitmap_of_ranges(ranges: Iterable[tuple[int, int]], n_pages: int) -> Words:
     """Return the bitmap of runs of pages; they may overlap and lie in any order."""
-    bits = np.zeros(n_words(n_pages) * 64, dtype=bool)
+    words = np.zeros(n_words(n_pages), dtype=np.uint64)
     for first, end in ranges:
-        bits[first:end] = True
-    return np.packbits(bits, bitorder="little").view("<u8").astype(np.uint64, copy=False)
+        if first >= end:
+            continue
+        low, high = first // 64, (end - 1) // 64
+        # Bits of the first word from the range's start on, and of the last up to its end.
+        head, tail = _ONES << np.uint64(first % 64), _ONES >> np.uint64(63 - (end - 1) % 64)
+        if low == high:
+            words[low] |= head & tail
+        else:
+            words[low] |= head
+            words[low + 1 : high] = _ONES
+            words[high] |= tail
+    return words

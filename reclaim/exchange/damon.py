@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from kvmhost.bitmap import Provenance, YoungBitmap
+from kvmhost.decoding import decode_json
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.exchange.common import (
@@ -27,6 +28,7 @@ from kvmhost.reclaim.exchange.common import (
     Imported,
     ImportedWindow,
     bitmap_of_ranges,
+    check_cost,
     check_pages,
     read_bounded,
 )
@@ -202,7 +204,8 @@ def read(
     :raises RecordError: if it is none, or damaged, or holds more than ``most_bytes``
     :raises LayoutError: if several targets or none match, or nothing lies in the range
     """
-    whole = _choose(_decode(path, most_bytes), path, target)
+    raw = read_bounded(path, most_bytes)
+    whole = _choose(_decode(raw, path), path, target)
     extra = whole.kvmhost_young
     page_bytes = extra.page_bytes if extra else 4096
     if page_bytes < 512 or page_bytes & (page_bytes - 1) or page_bytes > 1 << 30:
@@ -212,7 +215,7 @@ def read(
         for number, snapshot in enumerate(whole.snapshots)
     ]
     first, end, remark = _extent(spans, extra, gfn_range, path)
-    check_pages(end - first, path)
+    check_cost(end - first, len(whole.snapshots), len(raw), path)
     interval = (whole.intervals or {}).get("aggr_us", 0)
     return Imported(
         gfn_start=first,
@@ -225,14 +228,13 @@ def read(
     )
 
 
-def _decode(path: Path, most_bytes: int) -> list[_Record]:
-    raw = read_bounded(path, most_bytes)
+def _decode(raw: bytes, path: Path) -> list[_Record]:
     for magic, kind, remedy in _OTHER_FILES:
         if raw.startswith(magic):
             raise RecordError(str(path), "file type", f"{kind}; {remedy}", 0)
     try:
-        return msgspec.json.decode(raw, type=list[_Record])
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        return decode_json(raw, list[_Record])
+    except msgspec.DecodeError as error:
         raise RecordError(str(path), "DAMON record", str(error)) from None
 
 

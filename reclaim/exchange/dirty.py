@@ -7,6 +7,7 @@ another program, without an index, can be imported too: each is a window.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,9 +16,16 @@ import msgspec
 import numpy as np
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
-from kvmhost.files import new_directory
+from kvmhost.decoding import decode_json
+from kvmhost.files import new_directory, read_regular
 from kvmhost.reclaim.errors import RecordError
-from kvmhost.reclaim.exchange.common import Imported, ImportedWindow, check_pages, read_bounded
+from kvmhost.reclaim.exchange.common import (
+    Imported,
+    ImportedWindow,
+    check_cost,
+    check_pages,
+    read_bounded,
+)
 from kvmhost.reclaim.record.chunks import write_file
 from kvmhost.reclaim.record.clock import interval_s
 from kvmhost.reclaim.record.meta import MAX_PAGES
@@ -100,10 +108,12 @@ def read(directory: Path) -> Imported:
     """
     path = directory / INDEX_FILE
     try:
-        index = msgspec.json.decode(read_bounded(path), type=_Index)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raw = read_bounded(path)
+        index = decode_json(raw, _Index)
+    except msgspec.DecodeError as error:
         raise RecordError(str(path), "index", str(error)) from None
-    check_pages(index.n_pages, path)
+    n_pages = max([index.n_pages, *(window.n_pages for window in index.windows)])
+    check_cost(n_pages, len(index.windows), len(raw) + _bytes_of(index, directory), path)
     if not 0 <= index.gfn_start < 1 << 52 or not 512 <= index.page_bytes <= 1 << 30:
         raise RecordError(str(path), "gfn_start or page_bytes", "cannot be")
     times = [t for w in index.windows for t in (w.start_ns, w.end_ns, w.wall_ns)]
@@ -145,6 +155,16 @@ def read_files(
     return Imported(gfn_start, pages, windows(), interval_ns=step)
 
 
+def _bytes_of(index: _Index, directory: Path) -> int:
+    """Return the size of the bitmaps that an index names, each counted once."""
+    names = {name for window in index.windows for name in (window.file, window.coarse_file)}
+    sizes = 0
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            sizes += (directory / name).stat().st_size if _NAME.fullmatch(name) else 0
+    return sizes
+
+
 def _indexed(index: _Index, directory: Path) -> Iterator[ImportedWindow]:
     for window in index.windows:
         check_pages(window.n_pages, directory / INDEX_FILE)
@@ -169,7 +189,7 @@ def _words(path: Path, n_pages: int) -> Words:
     raw = read_bounded_plain(path)
     wanted = n_words(n_pages) * 8
     # KVM rounds a bitmap up to 64 bits, other programs to a byte or a page.
-    if len(raw) * 8 < n_pages or any(raw[wanted:]):
+    if len(raw) * 8 < n_pages or raw[wanted:].strip(b"\0"):
         problem = f"{len(raw)} bytes do not hold the bits of {n_pages} pages and nothing else"
         raise RecordError(str(path), "bitmap", problem, min(len(raw), wanted))
     words = np.frombuffer(raw[:wanted].ljust(wanted, b"\0"), dtype="<u8").astype(np.uint64)
@@ -186,10 +206,6 @@ def read_bounded_plain(path: Path) -> bytes:
     :raises RecordError: if there are more than a record can have
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_PAGES // 8 + 4097)
+        return read_regular(path, MAX_PAGES // 8 + 4096)
     except OSError as error:
         raise RecordError(str(path), "file", error.strerror or str(error)) from error
-    if len(raw) > MAX_PAGES // 8 + 4096:
-        raise RecordError(str(path), "size", f"above {MAX_PAGES // 8} bytes")
-    return raw

@@ -27,6 +27,7 @@ from kvmhost.reclaim.exchange.common import (
     Imported,
     ImportedWindow,
     bitmap_of_ranges,
+    check_cost,
     check_pages,
     ranges_of,
     read_bounded,
@@ -123,7 +124,8 @@ def read(path: Path) -> Imported:
     head: dict[str, str] = {}
     windows: list[_Window] = []
     offset = 0
-    for raw in read_bounded(path).splitlines(keepends=True):
+    whole = read_bounded(path)
+    for raw in whole.splitlines(keepends=True):
         try:
             line = raw.decode("ascii").strip()
         except UnicodeDecodeError:
@@ -137,7 +139,7 @@ def read(path: Path) -> Imported:
                 windows.append(_Window({}))
             windows[-1].add(line, path, offset)
         offset += len(raw)
-    return _imported(head, windows, path)
+    return _imported(head, windows, path, len(whole))
 
 
 class _Window:
@@ -165,12 +167,13 @@ class _Window:
         ranges.append((first, end))
 
 
-def _imported(head: dict[str, str], windows: list[_Window], path: Path) -> Imported:
+def _imported(head: dict[str, str], windows: list[_Window], path: Path, n_bytes: int) -> Imported:
     every = [r for window in windows for r in (*window.ranges, *window.coarse)]
     first = _number(head, "gfn_start", path, min((a for a, _ in every), default=0) // 64 * 64)
     end = max((b for _, b in every), default=first)
     n_pages = _number(head, "n_pages", path, end - first)
-    check_pages(n_pages, path)
+    each = [_number(window.words, "n_pages", path, n_pages) for window in windows]
+    check_cost(max([n_pages, *each]), len(windows), n_bytes, path)
     if any(not first <= a < b <= first + n_pages for a, b in every):
         raise RecordError(str(path), "ranges", f"lie outside {n_pages} pages from {first:#x}")
     page_bytes = _number(head, "page_bytes", path, 4096)

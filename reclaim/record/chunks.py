@@ -7,7 +7,6 @@ the metadata before decompression, and both are verified afterwards.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -121,27 +120,11 @@ def read_file(path: Path, most_bytes: int) -> bytes | None:
     :raises RecordError: if it is too large, is not a file, or cannot be read
     """
     try:
-        # O_NONBLOCK: a pipe in place of a file must not block the reader.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            raw = _read(fd, most_bytes + 1)
-        finally:
-            os.close(fd)
+        return files.read_regular(path, most_bytes)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise RecordError(str(path), "file", error.strerror or str(error)) from error
-    if len(raw) > most_bytes:
-        raise RecordError(str(path), "size", f"more than the maximum of {most_bytes} bytes")
-    return raw
-
-
-def _read(fd: int, most_bytes: int) -> bytes:
-    parts, left = [], most_bytes
-    while left and (part := os.read(fd, min(left, 1 << 24))):
-        parts.append(part)
-        left -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def write_file(path: Path, raw: bytes) -> None:

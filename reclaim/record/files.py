@@ -11,6 +11,7 @@ import collections
 import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, n_words
 from kvmhost.closing import Closing
+from kvmhost.files import open_regular
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record import meta as recordmeta
 from kvmhost.reclaim.record.chunks import decode_array, decode_bits, need_zstd, read_file
@@ -33,6 +35,10 @@ _MAX_METADATA = 64 << 20
 _CACHED_BLOCKS = 8
 #: Maximum overhead of a compressed chunk over its content.
 _SLACK = 4096
+
+
+#: Pages of a record of any size (256 GiB of memory), and for each byte of its files.
+_FREE_PAGES, _PAGES_PER_BYTE = 1 << 26, 512
 
 
 def is_record(path: str | Path) -> bool:
@@ -91,12 +97,13 @@ class RecordFiles(Closing):
         self.loss = "" if self.is_being_written() else journal.loss
         self._blocks.clear()
         self._tail.clear()
+        self._stored_bytes: int | None = None
         return fits
 
     def is_being_written(self) -> bool:
         """Return whether a writer has the record open."""
         try:
-            fd = os.open(self.path / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_regular(self.path / LOCK_FILE)
         except OSError:
             return False
         try:
@@ -117,6 +124,37 @@ class RecordFiles(Closing):
         """Windows that are only in the tail."""
         return range(self.metadata.n_windows, len(self))
 
+    def is_dense(self) -> bool:
+        """Return whether the pages are in proportion to what the files hold."""
+        n_pages = self.metadata.n_pages
+        if n_pages <= _FREE_PAGES:
+            return True
+        if self._stored_bytes is None:
+            self._stored_bytes = _stored_bytes(self.path)
+        return n_pages <= _PAGES_PER_BYTE * self._stored_bytes
+
+    def check_cost(self) -> None:
+        """Refuse what takes a number for each page of a record that holds next to nothing.
+
+        :raises RecordError: if so
+        """
+        if not self.is_dense():
+            problem = (
+                f"{self.metadata.n_pages} pages, but all files together hold "
+                f"{self._stored_bytes} bytes: too little for a number a page"
+            )
+            raise RecordError(str(self.path), "n_pages", problem)
+
+    def tail_chunks(self, name: str, window: int) -> Iterator[tuple[int, Words]]:
+        """Yield the chunks of a window in the tail that have a bit, each once.
+
+        :raises RecordError: if one is damaged, or is not of the record
+        """
+        path = self.path / JOURNAL_FILE
+        for chunk, packed in dict(getattr(self.entry(window), name)).items():
+            if 0 <= chunk < self.metadata.n_chunks:
+                yield chunk, unpack_row(packed, self.metadata.chunk_pages, path)
+
     def entry(self, window: int) -> JournalEntry:
         """Return the tail's entry of a window."""
         if window not in self._tail:
@@ -124,11 +162,19 @@ class RecordFiles(Closing):
         return self._tail[window]
 
     def column(self, name: str) -> npt.NDArray[np.int64]:
-        """Return one number per window."""
+        """Return one number per window.
+
+        :raises RecordError: if it is negative, or more pages than the record has
+        """
         number = list(COLUMNS).index(name)
         tail = [self.entry(window).columns[number] for window in self.tail_windows()]
         sealed = self.rows(name, 0, self.metadata.n_windows, recordmeta.COLUMN_CHUNK, (), "<i8")
-        return np.concatenate([sealed, np.array(tail, dtype=np.int64)])
+        values = np.concatenate([sealed, np.array(tail, dtype=np.int64)])
+        most = self.metadata.n_pages if name in ("n_pages", "n_young") else np.iinfo(np.int64).max
+        if values.size and not 0 <= values.min() <= values.max() <= most:
+            problem = f"has values outside [0, {most}]"
+            raise RecordError(str(self.path / name), name, problem)
+        return values
 
     def histogram(self, name: str, first: int, end: int) -> npt.NDArray[np.int64]:
         """Return shape ``(windows, buckets)``."""
@@ -235,3 +281,14 @@ class RecordFiles(Closing):
                 path = self.path / JOURNAL_FILE
                 rows[window - base] = unpack_row(packed, size, path)
         return rows
+
+
+def _stored_bytes(path: Path) -> int:
+    """Return what a record's files hold; a hole in a file counts as nothing."""
+    n_bytes = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = (Path(folder) / name).lstat()
+                n_bytes += min(found.st_size, found.st_blocks * 512)
+    return n_bytes

@@ -26,8 +26,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from kvmhost import files
 from kvmhost.bitmap import Words
 from kvmhost.closing import Closing
+from kvmhost.decoding import decode_msgpack
 from kvmhost.files import open_log
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record.chunks import unzstd, write_file, zstd
@@ -146,7 +148,7 @@ class JournalReader(Closing):
         self.loss = ""
         self.lost_bytes = 0
         try:
-            self._file = path.open("rb")
+            self._file = os.fdopen(files.open_regular(path), "rb")
         except OSError as error:
             problem = error.strerror or str(error)
             raise RecordError(str(path), "file", problem) from error
@@ -179,12 +181,16 @@ class JournalReader(Closing):
         if payload is None:
             raise RecordError(str(self._path), "checksum", "is wrong", where.offset)
         try:
-            entry = msgspec.msgpack.decode(payload, type=JournalEntry)
-        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+            entry = decode_msgpack(payload, JournalEntry)
+        except msgspec.DecodeError as error:
             raise RecordError(str(self._path), "entry", str(error), where.offset) from None
         fits = all(0 <= value < 1 << 63 for value in entry.columns)
         if len(entry.columns) != len(COLUMNS) or not fits:
             raise RecordError(str(self._path), "columns", "do not fit", where.offset)
+        columns = dict(zip(COLUMNS, entry.columns, strict=True))
+        if columns["n_pages"] != where.n_pages or columns["n_young"] > where.n_pages:
+            problem = f"give other pages than the {where.n_pages} of its head"
+            raise RecordError(str(self._path), "columns", problem, where.offset)
         return entry
 
     def histograms(self, entry: JournalEntry) -> Words:
@@ -251,13 +257,20 @@ class JournalReader(Closing):
         )
 
     def _good_entry_after(self, offset: int, size: int) -> int | None:
+        # Heads that overlap would have each byte read once for each of them.
+        left = 4 * size
         while offset < size:
             raw = os.pread(self._file.fileno(), _STEP, offset)
             at = raw.find(_ENTRY_MAGIC)
             while at >= 0:
                 where = self._head_at(offset + at, size, None)
-                if where is not None and self._payload(where) is not None:
-                    return offset + at
+                if where is not None:
+                    left -= where.n_bytes
+                    if left < 0:
+                        problem = "is damaged; what follows has heads over the same bytes"
+                        raise RecordError(str(self._path), "entry", problem, offset + at)
+                    if self._payload(where) is not None:
+                        return offset + at
                 at = raw.find(_ENTRY_MAGIC, at + 1)
             if len(raw) < len(_ENTRY_MAGIC):
                 return None

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvmhost.decoding import decode_json
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS
 
@@ -226,12 +227,12 @@ def decode_meta(raw: bytes, path: Path) -> RecordMeta:
     :raises RecordError: if it is damaged, or does not match this version of the format
     """
     try:
-        whole = msgspec.json.decode(raw, type=dict[str, Any])
+        whole = decode_json(raw, dict[str, Any])
         metadata = whole["metadata"]
         attributes = metadata[".zattrs"]
         plain, crc = attributes["kvmhost_young"], attributes["kvmhost_young_crc32"]
         version = plain["version"]
-    except (msgspec.DecodeError, UnicodeError, RecursionError, KeyError, TypeError) as error:
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
         text = f"is invalid: {type(error).__name__}: {error}"
         raise RecordError(str(path), "metadata", text) from None
     if version != FORMAT_VERSION:

@@ -14,11 +14,12 @@ names the file inside the record. ``docs/record.md`` describes the format, and
 
 from __future__ import annotations
 
+import bisect
 import html
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +32,12 @@ from kvmhost.reclaim.record import meta as recordmeta
 from kvmhost.reclaim.record.files import RecordFiles, is_record, names_in
 from kvmhost.reclaim.record.journal import JOURNAL_FILE
 from kvmhost.reclaim.record.meta import MemslotLayout, RecordMeta, RecordSession
-from kvmhost.reclaim.record.summary import last_window_of, level_sums
+from kvmhost.reclaim.record.summary import last_window_of
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, window_mask
 
 __all__ = ["Block", "YoungRecord"]
 
+_Part = TypeVar("_Part", RecordSession, MemslotLayout)
 Counts = npt.NDArray[np.int64]
 #: First gfn, first window, and one word per page: bit ``63 - j`` is window ``first + j``.
 Block = tuple[int, int, Words]
@@ -160,12 +162,12 @@ class YoungRecord(Closing):
     def session(self, window: int) -> RecordSession:
         """Return the source of a window's bits."""
         window = self._window(window)
-        return [s for s in self.metadata.sessions if s.first_window <= window][-1]
+        return _part_of(self.metadata.sessions, window)
 
     def layout(self, window: int) -> MemslotLayout:
         """Return the memslots of a window."""
         window = self._window(window)
-        return [part for part in self.metadata.layouts if part.first_window <= window][-1]
+        return _part_of(self.metadata.layouts, window)
 
     def memslots(self, window: int = -1) -> list[recordmeta.Memslot]:
         """Return the memslots of a window, the last one by default."""
@@ -233,6 +235,9 @@ class YoungRecord(Closing):
     def bitmaps(self, first: int = 0, end: int | None = None) -> Iterator[YoungBitmap]:
         """Yield the bitmaps of ``[first, end)`` in order, decompressing each chunk once."""
         first, end = self._range(first, end)
+        if not self._files.is_dense():  # A row a window takes less than a block of them.
+            yield from (self.bitmap(window) for window in range(first, end))
+            return
         sizes, flags = self.column("n_pages"), self.column("flags")
         for base in range(first - first % BLOCK_WINDOWS, end, BLOCK_WINDOWS):
             low, high = _overlap(base // BLOCK_WINDOWS, first, end)
@@ -314,17 +319,20 @@ class YoungRecord(Closing):
         """
         first, end = self._range(first, end)
         if op == "count":
+            self._files.check_cost()
             counts = np.zeros(self.n_pages, dtype=np.uint32)
             for gfn, _, words in self.blocks(first, end):
                 at = gfn - self.gfn_start
                 counts[at : at + words.size] += count_bits(words)
             return counts
         if op == "or":
-            bits = np.zeros(self.n_pages, dtype=bool)
+            found = np.zeros(n_words(self.n_pages), dtype=np.uint64)
             for gfn, _, words in self.blocks(first, end):
-                bits[gfn - self.gfn_start :][: words.size] |= words != 0
+                part = pack(words != 0)
+                at = (gfn - self.gfn_start) // 64  # Chunks are whole words.
+                found[at : at + part.size] |= part
         elif op == "and":
-            bits = self.between(first, end, "count") == end - first
+            found = pack(self.between(first, end, "count") == end - first)
         else:
             raise LayoutError(f"between: no operation {op!r}; operations: or, and, count")
         times = Provenance()
@@ -333,10 +341,11 @@ class YoungRecord(Closing):
             times = Provenance(
                 begin.tracker, begin.table_format, begin.window_start_ns, last.window_end_ns
             )
-        return YoungBitmap(self.gfn_start, self.n_pages, pack(bits), None, times)
+        return YoungBitmap(self.gfn_start, self.n_pages, found, None, times)
 
     def last_young(self, window: int = -1) -> Counts:
         """Return shape ``(n_pages,)``: the last young window up to this one, -1 for none."""
+        self._files.check_cost()
         found = np.full(self.n_pages, -1, dtype=np.int64)
         end = self._window(window) + 1 if len(self) else 0
         for gfn, base, words in self.blocks(0, end):
@@ -417,12 +426,19 @@ class YoungRecord(Closing):
         return first - self.gfn_start, end - self.gfn_start
 
     def _tail_sums(self, level: int, found: npt.NDArray[np.uint32], first: int, end: int) -> None:
-        bins_words = 1 << (level - 6)
         for window in range(max(first, self.metadata.n_windows), end):
-            row = self._files.row("young", window)
-            padded = np.zeros(-(-row.size // bins_words) * bins_words, dtype=np.uint64)
-            padded[: row.size] = row
-            found[window - first] = level_sums(padded[None], level)[0, : found.shape[1]]
+            for chunk, words in self._files.tail_chunks("young", window):
+                at = chunk * self.metadata.chunk_pages >> level
+                counts = count_bits(words).astype(np.uint32)
+                # A chunk has several bins, or a bin has several chunks: both are powers of 2.
+                bins = counts.reshape(-1, min(counts.size, 1 << (level - 6))).sum(axis=1)
+                part = found[window - first, at : at + bins.size]
+                part += bins[: part.size].astype(np.uint32)
+
+
+def _part_of(parts: list[_Part], window: int) -> _Part:
+    """Return the last part that begins at a window or before; parts are in order."""
+    return parts[bisect.bisect_right(parts, window, key=lambda part: part.first_window) - 1]
 
 
 def _overlap(block: int, first: int, end: int) -> tuple[int, int]:

@@ -17,7 +17,17 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Package: its modules and subpackages, from the lowest layer to the highest.
 LAYERS = {
     "kvmhost": (
-        {"_core", "closing", "errors", "exits", "installing", "printable", "suggest", "units"},
+        {
+            "_core",
+            "closing",
+            "decoding",
+            "errors",
+            "exits",
+            "installing",
+            "printable",
+            "suggest",
+            "units",
+        },
         {"_ffi", "bitmap", "ownership"},
         {"files"},
         {"kvm", "memory"},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kvmhost._ffi import lib
-from kvmhost.errors import IoctlError
+from kvmhost.errors import IoctlError, LayoutError
 from kvmhost.exits import Hlt, IoOut
 from kvmhost.kvm import Cap, Struct, System, Vm
 
@@ -323,6 +324,19 @@ def test_nested_state_round_trip(tiny: Maker) -> None:
 @pytest.mark.refused("KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE")
 def test_nested_state_of_no_kind_is_refused(tiny: Maker) -> None:
     vcpu = tiny(b"\xf4").vcpu
+    # flags, format, size: a format that there is not.
     with pytest.raises(IoctlError) as caught:
-        vcpu.set_nested_state(b"\xff" * 128)
+        vcpu.set_nested_state(struct.pack("<HHI", 0, 0xFFFF, 128).ljust(128, b"\xff"))
     assert caught.value.errno == errno.EINVAL
+
+
+def test_sizes_that_go_beyond_a_buffer_are_refused(tiny: Maker) -> None:
+    vcpu = tiny(b"\xf4").vcpu
+    for n_bytes, said in ((128, 1 << 20), (128, 64), (4, 128)):
+        state = struct.pack("<HHI", 0, 0, said).ljust(128, b"\0")[:n_bytes]
+        with pytest.raises(LayoutError, match="its header says"):
+            vcpu.set_nested_state(state)
+    wide = 0x2030_0002_0000_0000 | 4 << 52  # KVM_REG_SIZE_U128
+    for call in (lambda: vcpu.get_one_reg(wide), lambda: vcpu.set_one_reg(wide, 0)):
+        with pytest.raises(LayoutError, match="need 8 or less"):
+            call()

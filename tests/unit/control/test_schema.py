@@ -69,3 +69,16 @@ def test_arbitrary_bytes_are_refused_in_one_way(body):
     else:
         problem = "" if message.n_pages < 1 else "none"
     assert problem
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"gfn": 1, "\xff": 1}', b'{"gfn": "\xff"}', b'{"gfn":' + b"[" * 100_000, b"1e999"]
+)
+def test_what_python_cannot_hold_is_a_schema_error(body):
+    with pytest.raises(schema.SchemaError):
+        schema.decode(body, schema.RestoreRequest)
+
+
+def test_a_path_with_a_nul_is_refused():
+    with pytest.raises(schema.SchemaError):
+        schema.decode(b'{"path": "/tmp/a\\u0000b"}', schema.SnapshotRequest)

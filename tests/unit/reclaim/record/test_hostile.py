@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import msgspec
@@ -33,6 +34,7 @@ from kvmhost.reclaim.record.chunks import zstd
 from kvmhost.reclaim.record.journal import JOURNAL_FILE
 from kvmhost.reclaim.record.meta import METADATA_FILE
 from kvmhost.reclaim.record.reader import YoungRecord
+from kvmhost.reclaim.record.writer import RecordWriter
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "40")),
@@ -222,7 +224,7 @@ def test_bombs(source, tmp_path):
     (path / "young" / "0.0").write_bytes(bomb(256 << 20))
     assert "the frame gives a content size of 268435456 bytes" in under_a_limit(path)
     (path / "young" / "0.0").write_bytes(bytes(1 << 28))
-    assert "more than the maximum of" in under_a_limit(path)
+    assert "larger than 69632 bytes" in under_a_limit(path)
     for name in ("end_ns/0", "ages/0.0", "sum9/0.0"):
         path = fresh(source, tmp_path)
         (path / name).write_bytes(bomb(64 << 20))
@@ -294,6 +296,83 @@ def test_damon_records_that_lie(tmp_path, regions, first, pages):
         write_record(damon.read(file), tmp_path / "out", "lies")
     except (RecordError, LayoutError):
         assert not (tmp_path / "out").exists()
+
+
+REGION = {"start": 0, "end": 1 << 42, "nr_accesses": {"samples": 1}}
+SNAPSHOT = {"start_time": 0, "end_time": 1, "regions": [REGION]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("damon", msgspec.json.encode([{"snapshots": [SNAPSHOT]}]), "pages in .* bytes: at most"),
+        ("ranges", b"0 0x40000000\n", "pages in 13 bytes: at most"),
+        ("ranges", b"window\n0 0x1000000\n" * 80, "80 windows of 16777216 pages"),
+    ],
+)
+def test_a_short_file_cannot_ask_for_much_memory(tmp_path, name, content, said):
+    file = tmp_path / "short"
+    file.write_bytes(content)
+    read = {"damon": damon.read, "ranges": text.read}[name]
+    tracemalloc.start()
+    try:
+        with pytest.raises(RecordError, match=said):
+            read(file)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_short_record_cannot_ask_for_much_memory(tmp_path):
+    n_pages = 1 << 30
+    with RecordWriter.create(tmp_path / "r", n_pages) as writer:
+        words = np.zeros(n_pages // 64, dtype=np.uint64)
+        words[[0, -1]] = 1
+        writer.append(YoungBitmap(0, n_pages, words))
+    with YoungRecord.open(tmp_path / "r") as record:
+        for costly in (lambda: record.between(0, 1, "count"), record.last_young):
+            tracemalloc.start()
+            try:
+                with pytest.raises(RecordError, match="too little for a number a page"):
+                    costly()
+                assert tracemalloc.get_traced_memory()[1] < 4 << 20
+            finally:
+                tracemalloc.stop()
+        # What takes a bit for each page, or nothing, goes on.
+        assert record.between(0, 1).count() == 2
+        assert [b.count() for b in record.bitmaps()] == [2]
+        assert record.sums(18).sum() == record.sums(9).sum() == 2
+
+
+def test_pipes_in_the_place_of_files(source, tmp_path):
+    for name in (JOURNAL_FILE, METADATA_FILE):
+        path = fresh(source, tmp_path)
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        with pytest.raises(RecordError, match="not a regular file"):
+            YoungRecord.open(path)
+    path = fresh(source, tmp_path)
+    (path / ".lock").unlink(missing_ok=True)
+    os.mkfifo(path / ".lock")
+    with YoungRecord.open(path) as record:
+        assert not record.is_being_written()
+    os.mkfifo(tmp_path / "pipe")
+    for read in (damon.read, text.read, lambda file: dirty.read_files([file])):
+        with pytest.raises(RecordError, match="not a regular file"):
+            list(read(tmp_path / "pipe").windows)
+
+
+def test_heads_over_the_same_bytes_are_not_read_over_and_over(source, tmp_path):
+    path = fresh(source, tmp_path)
+    tail = path / JOURNAL_FILE
+    n_heads = 3000
+    heads = []
+    for i in range(n_heads):
+        head = struct.pack("<4sIQQI", b"KHYW", 32 * (n_heads - i - 1), 5, 4096, 1)
+        heads.append(head + zlib.crc32(head).to_bytes(4, "little"))
+    tail.write_bytes(tail.read_bytes() + bytes(8) + b"".join(heads))
+    with pytest.raises(RecordError, match="heads over the same bytes"):
+        YoungRecord.open(path)
 
 
 def test_zlib_bombs_and_cut_streams(tmp_path):

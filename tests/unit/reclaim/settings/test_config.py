@@ -197,7 +197,7 @@ def test_the_line_of_any_key_is_found(raw, long_texts):
 def test_a_pipe_is_no_configuration(tmp_path):
     path = tmp_path / "reclaimd.toml"
     os.mkfifo(path)
-    with pytest.raises(ConfigError, match="Not a regular file"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         load(path)
 
 

@@ -1,0 +1,44 @@
+"""Decodes JSON and msgpack from outside; everything that is wrong with them is one error.
+
+msgspec has an exception of its own, but lets through what Python raises for text that is
+not UTF-8, for nesting that is too deep, and for numbers that no type holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+__all__ = ["decode_json", "decode_msgpack"]
+
+T = TypeVar("T")
+
+
+def decode_json(raw: bytes, kind: type[T]) -> T:
+    """Decode a JSON value of a type.
+
+    :raises msgspec.DecodeError: if it is none
+    """
+    return _decode(msgspec.json.decode, raw, kind)
+
+
+def decode_msgpack(raw: bytes, kind: type[T]) -> T:
+    """Decode a msgpack value of a type.
+
+    :raises msgspec.DecodeError: if it is none
+    """
+    return _decode(msgspec.msgpack.decode, raw, kind)
+
+
+def _decode(decoder: Callable[..., Any], raw: bytes, kind: type[T]) -> T:
+    try:
+        found: T = decoder(raw, type=kind)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(f"text is not UTF-8: {error.reason}") from None
+    except RecursionError:
+        raise msgspec.DecodeError("values are nested too deeply") from None
+    except OverflowError as error:
+        raise msgspec.DecodeError(f"a number is out of range: {error}") from None
+    return found
