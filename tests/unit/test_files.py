@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmhost.devices.console import open_console
 from kvmhost.errors import HostError, LayoutError
 from kvmhost.files import (
     NamelessFile,
@@ -278,3 +279,25 @@ def test_a_folder_in_that_of_another_user_is_not_private(tmp_path: Path) -> None
     give(tmp_path / "his")
     with pytest.raises(LayoutError, match="his belongs to uid 65534, who can exchange"):
         open_private_folder(tmp_path / "his" / "run")
+
+
+# -- the console ------------------------------------------------------------------------
+
+
+@pytest.mark.requires_root
+def test_a_console_file_is_not_another_users(shared: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (shared / "link").symlink_to(victim)
+    give(shared / "link")
+    (shared / "file").write_text("his")
+    give(shared / "file")
+    for name, said in (("link", "symbolic link of uid"), ("file", "belongs to uid 65534")):
+        with pytest.raises(LayoutError, match=said):
+            open_console(f"file:{shared / name}")
+    assert (victim.read_text(), (shared / "file").read_text()) == ("precious", "his")
+    open_console(f"file:{shared / 'new'}").close()
+    assert mode_of(shared / "new") == 0o600
+    (shared / "new").write_text("before")
+    open_console(f"file:{shared / 'new'}").close()
+    assert (shared / "new").read_text() == ""
