@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,25 @@ class Provenance:
     window_start_ns: int = 0
     window_end_ns: int = 0
 
+    def joined(self, other: Provenance) -> Provenance:
+        """Return where the bits of two bitmaps come from, ``mixed`` where that differs."""
+        return Provenance(
+            self.tracker if self.tracker == other.tracker else "mixed",
+            self.table_format if self.table_format == other.table_format else "mixed",
+            min(self.window_start_ns, other.window_start_ns),
+            max(self.window_end_ns, other.window_end_ns),
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class YoungBitmap:
     """Which pages of ``[gfn_start, gfn_start + n_pages)`` were young.
+
+    It is a set of gfns: ``len``, ``in``, iteration, truth and ``& | ^ -`` are those of
+    the young gfns, and ``~`` has the others of the range. Operators take two bitmaps of
+    one range and raise ``LayoutError`` for others: which pages outside of a range were
+    young nobody knows. Two bitmaps are equal if range and young pages are.
+    ``np.asarray`` has one boolean for each page of the range.
 
     :param words: shape ``(ceil(n_pages / 64),)``, ``uint64``
     :param coarse: same shape; bits that come from a leaf larger than one page,
@@ -72,6 +88,96 @@ class YoungBitmap:
                     f"bitmap {name}: shape {words.shape} for {self.n_pages} pages, "
                     f"need ({n_words(self.n_pages)},)"
                 )
+
+    def __len__(self) -> int:
+        """Return the number of young pages, as of a set; :attr:`n_pages` is the range's."""
+        return self.count()
+
+    def __bool__(self) -> bool:
+        """Whether any page was young."""
+        return bool(self.words.any())
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the young gfns, ascending."""
+        return iter(self.gfns().tolist())
+
+    def __contains__(self, gfn: object) -> bool:
+        """Whether a page was young; False outside the range."""
+        if not isinstance(gfn, int | np.integer) or not 0 <= gfn - self.gfn_start < self.n_pages:
+            return False
+        word, bit = divmod(int(gfn) - self.gfn_start, 64)
+        return bool(int(self.words[word]) >> bit & 1)
+
+    def __getitem__(self, where: slice) -> YoungBitmap:
+        """Return a part: ``bitmap[a:b]`` is pages ``[gfn_start + a, gfn_start + b)``.
+
+        :param where: offsets from ``gfn_start``, as a list takes them
+        :raises LayoutError: for a step
+        :raises TypeError: for a single offset: ask ``gfn in bitmap``
+        """
+        if not isinstance(where, slice):
+            raise TypeError(f"a YoungBitmap takes a slice of offsets, not {where!r}; ask: gfn in")
+        start, end, step = where.indices(self.n_pages)
+        if step != 1:
+            raise LayoutError(f"a YoungBitmap takes no step, and here it is {step}")
+        count = max(0, end - start)
+        coarse = None
+        if self.coarse is not None:
+            coarse = sub_words(self.coarse, self.n_pages, start, count).copy()
+        words = sub_words(self.words, self.n_pages, start, count).copy()
+        return YoungBitmap(self.gfn_start + start, count, words, coarse, self.provenance)
+
+    # -- as sets of young pages -------------------------------------------------
+
+    def __and__(self, other: YoungBitmap) -> YoungBitmap:
+        """Pages young in both; coarse where either bit is."""
+        if not isinstance(other, YoungBitmap):
+            return NotImplemented
+        both = self.words & other.words
+        return self._combined(other, both, both & (self._coarse_words | other._coarse_words))
+
+    def __or__(self, other: YoungBitmap) -> YoungBitmap:
+        """Pages young in either; coarse where no bitmap saw the single page."""
+        if not isinstance(other, YoungBitmap):
+            return NotImplemented
+        exact = self.words & ~self._coarse_words | other.words & ~other._coarse_words
+        return self._combined(other, self.words | other.words, ~exact)
+
+    def __xor__(self, other: YoungBitmap) -> YoungBitmap:
+        """Pages young in just one; coarse where that one's bit is."""
+        if not isinstance(other, YoungBitmap):
+            return NotImplemented
+        coarse = self.words & self._coarse_words | other.words & other._coarse_words
+        return self._combined(other, self.words ^ other.words, coarse)
+
+    def __sub__(self, other: YoungBitmap) -> YoungBitmap:
+        """Pages young here and not there; coarse where the bit here is."""
+        if not isinstance(other, YoungBitmap):
+            return NotImplemented
+        return self._combined(other, self.words & ~other.words, self._coarse_words)
+
+    def __invert__(self) -> YoungBitmap:
+        """Pages of the range that were not young; none of them is coarse."""
+        end = np.full(self.words.size, ~np.uint64(0), dtype=np.uint64)
+        inverted = sub_words(end & ~self.words, self.words.size * 64, 0, self.n_pages)
+        return YoungBitmap(self.gfn_start, self.n_pages, inverted, None, self.provenance)
+
+    @property
+    def _coarse_words(self) -> Words:
+        return np.zeros_like(self.words) if self.coarse is None else self.coarse
+
+    def _combined(self, other: YoungBitmap, words: Words, coarse: Words) -> YoungBitmap:
+        """Return the result of an operator.
+
+        :raises LayoutError: if the two are of different ranges
+        """
+        if (self.gfn_start, self.n_pages) != (other.gfn_start, other.n_pages):
+            raise LayoutError(f"{self!r} and {other!r} are of different ranges")
+        kept = None
+        if self.coarse is not None or other.coarse is not None:
+            kept = words & coarse
+        source = self.provenance.joined(other.provenance)
+        return YoungBitmap(self.gfn_start, self.n_pages, words, kept, source)
 
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None

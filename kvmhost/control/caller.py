@@ -13,7 +13,14 @@ import httpx
 from kvmhost.closing import Closing
 from kvmhost.control import schema
 from kvmhost.control.transport import UnixTransport
-from kvmhost.errors import ControlError, KvmHostError, LayoutError, VmGoneError, from_fields
+from kvmhost.errors import (
+    ControlError,
+    KvmHostError,
+    LayoutError,
+    StateError,
+    VmGoneError,
+    from_fields,
+)
 from kvmhost.suggest import did_you_mean
 
 __all__ = ["Caller"]
@@ -48,6 +55,8 @@ class Caller(Closing):
         return self._read(self._call("GET", path), kind)
 
     def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        if self._http.is_closed:
+            raise StateError(f"the client of {self._name!r}")
         with self._map_connection_errors():
             answer = self._http.request(method, path, **arguments)
         if answer.is_success:

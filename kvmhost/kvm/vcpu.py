@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.errors import LayoutError
+from kvmhost.errors import LayoutError, StateError
 from kvmhost.kvm.descriptor import Enabling
 from kvmhost.kvm.exits import Exit, Kicked, decode
 from kvmhost.kvm.structs import Struct
@@ -90,10 +90,10 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
         Its ``kvm_valid_regs`` asks KVM to store registers there at every exit, as
         :meth:`sync_registers` does; ``s.regs`` holds them.
 
-        :raises ValueError: after :meth:`close`
+        :raises StateError: after :meth:`close`
         """
         if self.core.run == ffi.NULL:
-            raise ValueError("the vCPU is closed")
+            raise StateError(f"vCPU {self.index}")
         return Struct.view("kvm_run", self.core.run, self._page)
 
     def sync_registers(self, classes: int) -> None:

@@ -28,6 +28,7 @@ from kvmhost.errors import (
     KvmHostError,
     LayoutError,
     PagerError,
+    StateError,
     UnexpectedExit,
 )
 from kvmhost.exits import (
@@ -150,6 +151,24 @@ class BaseMachine(Closing, abc.ABC):
             return "ended"
         return "paused" if self.paused else "running"
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called: what needs the VM then raises ``StateError``."""
+        return self._closed
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateError(self._title)
+
+    def _check_started(self) -> None:
+        self._check_open()
+        if not self._started_ns and not self.runner.ended:
+            raise StateError(self._title, "is not started", "call start() first")
+
+    @property
+    def _title(self) -> str:
+        return f"machine {self.name!r}" if self.name else "the machine"
+
     # -- what a kind of machine provides ---------------------------------------
 
     @abc.abstractmethod
@@ -209,6 +228,7 @@ class BaseMachine(Closing, abc.ABC):
 
     def start(self, paused: bool = False) -> None:
         """Start the vCPUs' threads; with ``paused`` they wait for :meth:`resume`."""
+        self._check_open()
         with self._run_lock:
             if paused:
                 self.runner.pause_at_start()
@@ -222,10 +242,12 @@ class BaseMachine(Closing, abc.ABC):
 
         :raises PauseTimeout: if a vCPU does not stop in time; then nothing is paused
         """
+        self._check_open()
         self.runner.pause(timeout)
 
     def resume(self) -> None:
         """Undo one :meth:`pause`."""
+        self._check_open()
         self.runner.resume()
 
     @contextlib.contextmanager
@@ -236,6 +258,7 @@ class BaseMachine(Closing, abc.ABC):
 
         :raises PauseTimeout: if a vCPU does not stop in time
         """
+        self._check_open()
         with self._vcpu_access, self.runner.hold(timeout):
             yield
 
@@ -256,6 +279,7 @@ class BaseMachine(Closing, abc.ABC):
 
     def step_by_doorbell(self, stop: bool = True) -> None:
         """Make each vCPU stop at its doorbells, for :meth:`run_epoch`."""
+        self._check_open()
         with self._run_lock:
             self.runner.set_stepping(stop)
             for vcpu in self.vcpus:
@@ -268,13 +292,16 @@ class BaseMachine(Closing, abc.ABC):
         The first call starts the machine.
 
         :return: False if the guest has ended instead
-        :raises RuntimeError: without :meth:`step_by_doorbell`
+        :raises StateError: without :meth:`step_by_doorbell`
         :raises GuestTimeout: if a vCPU does not get there in time
         :raises GuestError: if the guest failed
         """
+        self._check_open()
         with self._run_lock:
             if not self.runner.stepping:
-                raise RuntimeError("step_by_doorbell() comes before run_epoch()")
+                raise StateError(
+                    self._title, "does not stop at doorbells", "call step_by_doorbell() first"
+                )
             if not self._started_ns:
                 self.start()
             else:
@@ -287,9 +314,11 @@ class BaseMachine(Closing, abc.ABC):
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the guest's end and return its status.
 
+        :raises StateError: before :meth:`start`, or after :meth:`close`
         :raises GuestTimeout: if it still runs after ``timeout`` seconds
         :raises GuestError: if a vCPU ended in a way that its contract does not know
         """
+        self._check_started()
         if not self.runner.wait_ended(timeout):
             raise GuestTimeout(timeout or 0.0)
         self.serial.flush()
@@ -305,6 +334,7 @@ class BaseMachine(Closing, abc.ABC):
 
     def describe_vcpu(self, index: int) -> str:
         """Return what a vCPU does and where; it must not run."""
+        self._check_open()
         what = "ended" if index in self.ended_vcpus else "stands"
         return f"vCPU {index} {what}: {registers_line(self.vcpus[index].registers())}"
 
@@ -313,6 +343,7 @@ class BaseMachine(Closing, abc.ABC):
 
         :raises PauseTimeout: if a vCPU does not stop in time
         """
+        self._check_open()
         with self.runner.hold():
             return {vcpu.index: self.describe_vcpu(vcpu.index) for vcpu in self.vcpus}
 
@@ -331,6 +362,7 @@ class BaseMachine(Closing, abc.ABC):
 
         Only then KVM's registers are whole. Inside of :meth:`stopped_vcpus`.
         """
+        self._check_open()
         for vcpu in self.vcpus:
             if vcpu.index not in self.ended_vcpus:
                 vcpu.kick()
@@ -347,6 +379,7 @@ class BaseMachine(Closing, abc.ABC):
             and that ends the guest
         :raises CapabilityError: on another engine
         """
+        self._check_open()
         from kvmhost.engine.kvm import KvmEngine
 
         if not isinstance(self.engine, KvmEngine):
@@ -374,6 +407,7 @@ class BaseMachine(Closing, abc.ABC):
 
     def adopt(self, ended: set[int], statuses: Mapping[int, int], doorbells: list[int]) -> None:
         """Take over from a snapshot what is not in KVM; before :meth:`start`."""
+        self._check_open()
         self.runner.mark_ended(ended)
         self._statuses = dict(statuses)
         for vcpu, count in zip(self.vcpus, doorbells, strict=True):
@@ -411,6 +445,7 @@ class BaseMachine(Closing, abc.ABC):
 
     def result(self, vcpu: int = 0) -> GuestResult:
         """Return what a vCPU left in the parameter page."""
+        self._check_open()
         return read_result(self.memory, vcpu)
 
     @property
@@ -440,6 +475,7 @@ class BaseMachine(Closing, abc.ABC):
 
         :raises CapabilityError: if the kernel has none, or forbids it
         """
+        self._check_open()
         return self.paging.open_userfault()
 
     def open_pager(self) -> Pager:
@@ -448,6 +484,7 @@ class BaseMachine(Closing, abc.ABC):
         :raises CapabilityError: if there is no userfaultfd, or no such codec
         :raises LayoutError: if the store's file cannot be made
         """
+        self._check_open()
         return self.paging.open_pager()
 
     @property
@@ -462,16 +499,19 @@ class BaseMachine(Closing, abc.ABC):
 
         :raises LayoutError: if the range is not in one region; then nothing was dropped
         """
+        self._check_open()
         return self.paging.drop(gfn, n_pages)
 
     def tracked_vm(self) -> TrackedVm:
         """Return what trackers use of this VM."""
+        self._check_open()
         from kvmhost.trackers.base import TrackedVm
 
         return TrackedVm(self.memory, self.engine, self.tables_gpa, self.paging.open_userfault)
 
     def harvester(self) -> Harvester:
         """Return what does this VM's harvests and owns its tracker, made at the first call."""
+        self._check_open()
         with self._opening:
             if self._harvester is None:
                 from kvmhost.trackers.harvesting import Harvester
@@ -532,7 +572,7 @@ class BaseMachine(Closing, abc.ABC):
             self.serial.flush(stall_s=0.2, total_s=0.5)
             self.serial.close()
         if self._harvester is not None:
-            self._harvester.stop()
+            self._harvester.close()
         with self._vcpu_access:
             for vcpu in self.vcpus:
                 vcpu.close()

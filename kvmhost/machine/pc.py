@@ -255,6 +255,7 @@ class PcMachine(BaseMachine):
         :raises GuestError: if it triple-faulted, met an instruction that KVM cannot
             emulate, or all its processors halted for ever
         """
+        self._check_started()
         deadline = time.monotonic() + timeout if timeout is not None else None
         look_s, spent = _LOOK_S, -1.0
         while True:
@@ -285,6 +286,7 @@ class PcMachine(BaseMachine):
 
     def describe_vcpu(self, index: int) -> str:
         """Return what a processor does and where; it must not run."""
+        self._check_open()
         state = MP_STATES.get(self.pc_engine.mp_state(index), "unknown state")
         return f"vCPU {index} {state}: {registers_line(self.vcpus[index].registers())}"
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvmhost._ffi import check, lib
 from kvmhost.engine.base import Vcpu
-from kvmhost.errors import PauseTimeout
+from kvmhost.errors import PauseTimeout, StateError
 from kvmhost.exits import Exit, Kicked
 
 __all__ = ["PAUSE_TIMEOUT_S", "Runner", "Step"]
@@ -72,7 +72,7 @@ class Runner:
         """Start the threads. After :meth:`stop` there is nothing to start."""
         with self._changed:
             if self._started:
-                raise RuntimeError("the vCPUs have been started before")
+                raise StateError("the machine", "has been started before")
             self._started = True
             for vcpu, thread in zip(self._vcpus, self._threads, strict=True):
                 if vcpu.index not in self._ended:

@@ -83,7 +83,9 @@ class Machine(BaseMachine):
         """Load the image and lay out parameters, task state segment and page tables."""
         image, layout = self._tiny_image, self._tiny_layout
         self.bus.add_doorbell()
-        self.bus.add_port(FREE_PORT, 4, FreeList(self.memory, self.drop, self.paging.fault_in))
+        self.bus.add_port(
+            FREE_PORT, 4, FreeList(self.memory, self.paging.drop, self.paging.fault_in)
+        )
         load_tiny(self.memory, layout, image, self.n_vcpus, self.params)
         self.engine.attach(self.memory, self.bus)
         return [

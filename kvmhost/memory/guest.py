@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.closing import Closing
-from kvmhost.errors import LayoutError
+from kvmhost.errors import LayoutError, StateError
 from kvmhost.files import os_errors
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
@@ -94,7 +94,10 @@ class Region:
 
         :param gfn: first page, with all ``n_pages`` in this region
         :param words: zap only the pages of the range whose bits are set; None: all
+        :raises StateError: if the region is closed: other memory may be at its address
         """
+        if self.memfd < 0:
+            raise StateError(repr(self))
         address = self.guest_address + ((gfn - self.gfn) << PAGE_SHIFT)
         # SAFETY: words lives until the call returns; the range is inside this mapping.
         pointer = ffi.NULL if words is None else ffi.from_buffer("uint64_t[]", words)
@@ -133,8 +136,9 @@ class GuestMemory(Closing):
     """
 
     def __init__(self, regions: Sequence[Region]) -> None:
-        self.regions = sorted(regions, key=lambda region: region.gpa)
-        for below, above in zip(self.regions, self.regions[1:], strict=False):
+        self._regions = sorted(regions, key=lambda region: region.gpa)
+        self._closed = False
+        for below, above in zip(self._regions, self._regions[1:], strict=False):
             if below.end > above.gpa:
                 raise LayoutError(f"regions overlap at {above.gpa:#x}")
         #: Whether parts of memory were punched: that leaves huge pages in folios of all sizes.
@@ -146,8 +150,18 @@ class GuestMemory(Closing):
         return cls([Region(gpa, n_bytes)])
 
     def __repr__(self) -> str:
-        held = ", ".join(f"[{region.gpa:#x}, {region.end:#x})" for region in self.regions)
-        return f"<GuestMemory gpa {held}>"
+        held = ", ".join(f"[{region.gpa:#x}, {region.end:#x})" for region in self._regions)
+        return f"<GuestMemory gpa {held}{', closed' if self._closed else ''}>"
+
+    @property
+    def regions(self) -> list[Region]:
+        """The regions, ascending.
+
+        :raises StateError: if the memory is closed: nothing is mapped any more
+        """
+        if self._closed:
+            raise StateError("guest memory")
+        return self._regions
 
     @property
     def n_pages(self) -> int:
@@ -285,8 +299,12 @@ class GuestMemory(Closing):
         self.view(gpa, n_bytes)[:] = data
 
     def close(self) -> None:
-        """Close all regions. Idempotent."""
-        for region in self.regions:
+        """Close all regions. Idempotent.
+
+        :raises BufferError: if a view is still held; close again once it is gone
+        """
+        self._closed = True
+        for region in self._regions:
             region.close()
 
 
@@ -305,6 +323,11 @@ def pieces(
 
 
 def _bounds(where: slice) -> tuple[int, int]:
+    if not isinstance(where, slice):
+        raise TypeError(f"guest memory takes a slice [gpa:gpa + n_bytes], not {where!r}")
+    for bound in (where.start, where.stop):
+        if bound is not None and not isinstance(bound, int):
+            raise TypeError(f"guest memory takes integers as bounds, not {bound!r}")
     if where.step is not None or where.start is None or where.stop is None:
         raise LayoutError("guest memory takes [gpa:gpa + n_bytes] without a step")
     if where.stop < where.start:

@@ -18,7 +18,7 @@ import numpy as np
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, unpack
-from kvmhost.errors import KvmHostError, LayoutError
+from kvmhost.errors import LayoutError, StateError
 from kvmhost.mmu.memslots import MemSlots
 
 __all__ = ["Handle", "Hold", "WalkedTable", "words_pointer"]
@@ -55,11 +55,11 @@ class Handle:
     def use(self) -> Iterator[Any]:
         """Keep the pointer alive for a call.
 
-        :raises KvmHostError: if it is closed
+        :raises StateError: if it is closed
         """
         with self._idle:
             if self._pointer is None:
-                raise KvmHostError("the table is closed")
+                raise StateError("the table")
             self._users += 1
             pointer = self._pointer
         try:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import YoungBitmap, sub_words
-from kvmhost.errors import CapabilityError, IoctlError, LostPageError, PagerError
+from kvmhost.errors import CapabilityError, IoctlError, LostPageError, PagerError, StateError
 from kvmhost.memory.guest import GuestMemory, pieces
 from kvmhost.memory.pagelist import PageList, page_list
 from kvmhost.pager.codec import find_codec
@@ -71,17 +71,17 @@ class Pager:
     ) -> None:
         self._memory, self._on_failure = memory, on_failure
         self._userfault = userfault
-        self._core = ffi.NULL
+        self._pointer = ffi.NULL
         self._file: StoreFile | None = None
         self.options = options or StoreOptions()
         self.codec = find_codec(self.options.codec)
         if self.options.path is not None:
             self._file = self._make_file(self.options.path)
         # SAFETY: owned here, freed in close() after the handler thread has ended.
-        self._core = lib.kh_pager_new(
+        self._pointer = lib.kh_pager_new(
             userfault.fd, memory.n_pages, self.codec.core, self._file.fd if self._file else -1
         )
-        if self._core == ffi.NULL:
+        if self._pointer == ffi.NULL:
             raise PagerError("out of memory for the pager")
         for region in memory.regions:
             check(
@@ -261,6 +261,17 @@ class Pager:
             lib.kh_pager_thaw(self._core)
 
     @property
+    def _core(self) -> Any:
+        """The C pager, for one call.
+
+        :raises StateError: if the pager is closed
+        """
+        # SAFETY: freed in close() alone, which comes after everything that calls in here.
+        if self._pointer == ffi.NULL:
+            raise StateError("the pager")
+        return self._pointer
+
+    @property
     def core(self) -> Any:
         """The C pager, for :mod:`kvmhost.machine.chunks`."""
         return self._core
@@ -365,7 +376,7 @@ class Pager:
 
     def stop(self) -> None:
         """End the fault handler. Nothing may wait for a page any more. Idempotent."""
-        if self._threads:
+        if self._threads and self._pointer != ffi.NULL:
             lib.kh_pager_stop(self._core)
             for thread in self._threads:
                 if thread is not threading.current_thread():
@@ -373,10 +384,10 @@ class Pager:
 
     def close(self) -> None:
         """Stop, and free the store. Idempotent."""
-        if self._core != ffi.NULL:
+        if self._pointer != ffi.NULL:
             self.stop()
-            lib.kh_pager_free(self._core)
-            self._core = ffi.NULL
+            lib.kh_pager_free(self._pointer)
+            self._pointer = ffi.NULL
         if self._file is not None:
             self._file.close()
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.errors import CapabilityError
+from kvmhost.errors import CapabilityError, StateError
 from kvmhost.memory.guest import Region
 
 __all__ = ["PLAIN_USERFAULT_ENV", "Userfault", "probe"]
@@ -48,6 +48,7 @@ class Userfault:
 
         :raises CapabilityError: if it is taken
         """
+        self._check_open()
         with self._claiming:
             if self._reader not in ("", reader):
                 raise CapabilityError(
@@ -66,6 +67,8 @@ class Userfault:
         with self._claiming:
             if self._reader == reader:
                 self._reader = ""
+                if self.fd < 0:
+                    return
                 silenced = [region for region in regions if region.gpa in self._quiet]
                 self._quiet.clear()
                 for region in silenced:
@@ -83,6 +86,7 @@ class Userfault:
             self._silence(region)
 
     def _silence(self, region: Region) -> None:
+        self._check_open()
         if region.gpa in self._quiet:
             return
         if self._reader:
@@ -97,6 +101,10 @@ class Userfault:
             length=region.n_bytes,
         )
         self._quiet.add(region.gpa)
+
+    def _check_open(self) -> None:
+        if self.fd < 0:
+            raise StateError("the userfaultfd")
 
     def close(self) -> None:
         """Close it, which wakes every waiter. Idempotent."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words, place_words, sub_words
 from kvmhost.engine.base import Engine
-from kvmhost.errors import LayoutError
+from kvmhost.errors import LayoutError, StateError
 from kvmhost.memory.guest import GuestMemory, Region, pieces
 from kvmhost.pager.userfault import Userfault
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_mask",
     "check_range",
     "harvest_pieces",
+    "need_started",
 ]
 
 
@@ -107,6 +108,15 @@ class Tracker(Protocol):
 
     def stop(self) -> None:
         """Let go of what the tracker holds. Idempotent."""
+
+
+def need_started(name: str, started: bool) -> None:
+    """Refuse to ask a tracker that sees nothing, before its start and after its stop.
+
+    :raises StateError: if it is not started
+    """
+    if not started:
+        raise StateError(f"tracker {name}", "is not started", "call start() first")
 
 
 def check_range(gfn_start: int, n_pages: int, gfn_end: int) -> None:

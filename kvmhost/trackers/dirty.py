@@ -16,6 +16,7 @@ so the pages of live tables show as written.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import typing
 from typing import ClassVar
@@ -24,10 +25,17 @@ import numpy as np
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
-from kvmhost.errors import CapabilityError, IoctlError
+from kvmhost.errors import CapabilityError, IoctlError, StateError
 from kvmhost.kvm.caps import Cap
 from kvmhost.memory.guest import GuestMemory, Region
-from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_range, harvest_pieces
+from kvmhost.trackers.base import (
+    Support,
+    TrackedVm,
+    TrackerInfo,
+    check_range,
+    harvest_pieces,
+    need_started,
+)
 from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
@@ -98,6 +106,7 @@ class DirtyTracker:
         self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
     ) -> YoungBitmap:
         """Return the pages that were written, and clear them with ``clear``; see the protocol."""
+        need_started(self.name, self._started)
 
         def piece(region: Region, start: int, count: int, wanted: Words | None) -> Words:
             return self._harvest_region(region, start - region.gfn, count, clear, wanted)
@@ -115,9 +124,11 @@ class DirtyTracker:
         """Switch logging off; pages become writable again at their next fault. Idempotent."""
         if self._started:
             self._started = False
-            self._engine.log_dirty_pages(False)
-            if self._engine.rings is not None:
-                self._engine.rings.forget()
+            # Of a closed machine there is nothing left to switch off.
+            with contextlib.suppress(StateError):
+                self._engine.log_dirty_pages(False)
+                if self._engine.rings is not None:
+                    self._engine.rings.forget()
 
     def _harvest_region(
         self, region: Region, first: int, count: int, clear: bool, wanted: Words | None

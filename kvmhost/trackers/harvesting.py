@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from kvmhost.bitmap import Words, YoungBitmap
-from kvmhost.errors import LayoutError
+from kvmhost.errors import LayoutError, StateError
 from kvmhost.trackers import registry
 from kvmhost.trackers.base import TrackedVm, Tracker, check_mask, check_range
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler, period_of
@@ -44,6 +44,7 @@ class Harvester:
         self._sampler = Sampler()
         self._tracker: Tracker | None = None
         self._lock = threading.RLock()
+        self._closed = False
 
     @property
     def tracker_name(self) -> str | None:
@@ -61,6 +62,8 @@ class Harvester:
         :raises LayoutError: for an unknown name
         """
         with self._lock:
+            if self._closed:
+                raise StateError("the machine")
             wanted = registry.resolve(name, self._vm)
             before = self._tracker
             if before is not None and before.name == wanted:
@@ -123,6 +126,13 @@ class Harvester:
                     cleared = dataclasses.replace(young, words=young.words & mask)
                 source.rearm(gfn_start, n_pages, cleared)
             return Harvest(young, middle - start, time.perf_counter_ns() - middle)
+
+    def close(self) -> None:
+        """Stop the tracker, and wait for another thread's harvest. No other begins. Idempotent."""
+        self._closed = True
+        self.stop()
+        with self._lock:
+            self.stop()
 
     def stop(self) -> None:
         """Stop the tracker, from any thread and during a harvest too. Idempotent."""

@@ -25,7 +25,14 @@ from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
 from kvmhost.errors import CapabilityError, KvmHostError
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.pager.userfault import Userfault
-from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_range, harvest_pieces
+from kvmhost.trackers.base import (
+    Support,
+    TrackedVm,
+    TrackerInfo,
+    check_range,
+    harvest_pieces,
+    need_started,
+)
 from kvmhost.units import PAGE_BYTES
 
 __all__ = ["AccessOrder", "UffdTracker"]
@@ -73,6 +80,8 @@ class UffdTracker:
         self, memory: GuestMemory, userfault: Userfault, log_entries: int | None = None
     ) -> None:
         self._memory, self._userfault = memory, userfault
+        self._regions = memory.regions
+        self._started = False
         _need_minor_faults(self._userfault)
         self.table_format = "userfault"
         entries = self._memory.n_pages // _PAGES_PER_ENTRY if log_entries is None else log_entries
@@ -116,12 +125,14 @@ class UffdTracker:
         """
         self._userfault.claim(_READER)
         check(lib.kh_minor_start(self._core), "UFFDIO_REGISTER", mode="missing, minor")
+        self._started = True
         self._last_ns = time.monotonic_ns()
 
     def harvest(
         self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
     ) -> YoungBitmap:
         """Return the pages that were touched, and zap them with ``clear``; see the protocol."""
+        need_started(self.name, self._started)
 
         def piece(region: Region, start: int, count: int, wanted: Words | None) -> Words:
             words = np.zeros(n_words(count), dtype=np.uint64)
@@ -175,7 +186,8 @@ class UffdTracker:
         Fault-around stays off where another tracker asked for that meanwhile.
         """
         lib.kh_minor_stop(self._core)
-        self._userfault.release(_READER, self._memory.regions)
+        self._started = False
+        self._userfault.release(_READER, self._regions)
 
     def _gfns_of(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         firsts = np.cumsum([0] + [region.n_pages for region in self._memory.regions])

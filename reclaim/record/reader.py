@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import html
+import operator
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, unpack
 from kvmhost.closing import Closing
-from kvmhost.errors import LayoutError
+from kvmhost.errors import LayoutError, StateError
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record import meta as recordmeta
 from kvmhost.reclaim.record.files import RecordFiles, is_record, names_in
@@ -48,7 +49,7 @@ class YoungRecord(Closing):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files = RecordFiles(path)
+        self._open_files: RecordFiles | None = RecordFiles(path)
         self._columns: dict[str, Counts] = {}
         self._load()
 
@@ -76,8 +77,17 @@ class YoungRecord(Closing):
         return len(self) - before
 
     def close(self) -> None:
-        """Close the tail. Idempotent."""
-        self._files.close()
+        """Close the tail; nothing can be read any more. Idempotent."""
+        if self._open_files is not None:
+            self._open_files.close()
+            self._open_files = None
+            self._columns.clear()
+
+    @property
+    def _files(self) -> RecordFiles:
+        if self._open_files is None:
+            raise StateError(f"record {self.path}")
+        return self._open_files
 
     def _load(self) -> None:
         self._columns.clear()
@@ -94,7 +104,33 @@ class YoungRecord(Closing):
     def __len__(self) -> int:
         return len(self._files)
 
+    def __iter__(self) -> Iterator[YoungBitmap]:
+        """Yield the bitmap of every window, the first one first."""
+        return self.bitmaps()
+
+    @overload
+    def __getitem__(self, where: int) -> YoungBitmap: ...
+
+    @overload
+    def __getitem__(self, where: slice) -> list[YoungBitmap]: ...
+
+    def __getitem__(self, where: int | slice) -> YoungBitmap | list[YoungBitmap]:
+        """Return the bitmap of a window, or those of a slice; negative ones count from the end.
+
+        :raises IndexError: if there is no such window
+        """
+        if isinstance(where, slice):
+            windows = range(len(self))[where]
+            if windows.step == 1:
+                return list(self.bitmaps(windows.start, max(windows.start, windows.stop)))
+            return [self.bitmap(window) for window in windows]
+        if not -len(self) <= (window := operator.index(where)) < len(self):
+            raise IndexError(f"{self.path}: no window {where}: there are {len(self)}")
+        return self.bitmap(window)
+
     def __repr__(self) -> str:
+        if self._open_files is None:
+            return f"YoungRecord({str(self.path)!r}, closed)"
         trackers = sorted({session.tracker for session in self.metadata.sessions})
         return (
             f"YoungRecord({str(self.path)!r}: VM {self.name!r}, {len(self)} windows, "

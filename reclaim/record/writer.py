@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.closing import Closing
-from kvmhost.errors import LayoutError, NameInUseError
+from kvmhost.errors import LayoutError, NameInUseError, StateError
 from kvmhost.files import own_directory
 from kvmhost.ownership import check_own_file, open_folder
 from kvmhost.reclaim.record import meta as recordmeta
@@ -181,8 +181,9 @@ class RecordWriter(Closing):
         :param wall_ns: ``CLOCK_REALTIME`` at its end, 0 if unknown
         :raises LayoutError: if its first gfn differs from that of the record
         """
+        self._check_open()
         if self._broken or self._journal is None:
-            raise LayoutError(f"{self.path}: cannot append: {self._broken or 'closed'}")
+            raise LayoutError(f"{self.path}: cannot append: {self._broken}")
         if bitmap.gfn_start != self._meta.gfn_start:
             raise LayoutError(
                 f"{self.path}: {bitmap!r} does not begin at gfn {self._meta.gfn_start:#x}"
@@ -224,6 +225,7 @@ class RecordWriter(Closing):
 
     def set_layout(self, memslots: Sequence[Memslot]) -> None:
         """Record the memslots of the following windows."""
+        self._check_open()
         layouts = self._meta.layouts
         if list(memslots) != layouts[-1].memslots:
             kept = [part for part in layouts if part.first_window < self._n_windows]
@@ -231,6 +233,7 @@ class RecordWriter(Closing):
 
     def set_session(self, session: RecordSession) -> None:
         """Record the source of the following windows."""
+        self._check_open()
         last = self._meta.sessions[-1]
         session = msgspec.structs.replace(session, first_window=self._n_windows)
         if session == msgspec.structs.replace(last, first_window=self._n_windows):
@@ -240,6 +243,7 @@ class RecordWriter(Closing):
 
     def commit(self) -> None:
         """Write the windows of the tail to the arrays, which other programs read."""
+        self._check_open()
         if self._tail and self._meta.n_windows < self._n_windows:
             self._written.clear()
             self._write_bits("young")
@@ -253,6 +257,10 @@ class RecordWriter(Closing):
             self._base = self._n_windows
             self._tail = []
             self._new_journal()
+
+    def _check_open(self) -> None:
+        if self._lock_fd < 0:
+            raise StateError(f"the writer of {self.path}")
 
     def close(self) -> None:
         """Write all windows to the arrays and release the record. Idempotent."""

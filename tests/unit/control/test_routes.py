@@ -155,7 +155,7 @@ def test_bad_harvests(vm):
     assert "mask of 8 bytes" in str(
         refused(LayoutError, vm.harvest, 0, 100, mask=np.zeros(1, np.uint64))
     )
-    assert "n_pages" in str(refused(LayoutError, vm.harvest, 0, 1 << 40))
+    assert "memory ends at" in str(refused(LayoutError, vm.harvest, 0, 1 << 40))
     assert "gfn_start" in str(refused(LayoutError, vm.harvest, -1, 5))
     assert "rearm" in str(refused(LayoutError, vm.harvest, 0, 5, rearm="x"))
     error = refused(CapabilityError, vm.harvest, tracker="broken")

@@ -95,10 +95,11 @@ def test_resident_counts_what_was_touched() -> None:
 
 def test_close_refuses_while_a_view_is_held() -> None:
     memory = GuestMemory.of_size(4096)
+    regions = memory.regions
     view = memory.view(0, 16)
     with pytest.raises(BufferError):
         memory.close()
     view.release()
     memory.close()
     memory.close()
-    assert all(region.memfd < 0 for region in memory.regions)
+    assert all(region.memfd < 0 for region in regions)
