@@ -26,7 +26,8 @@
  * guests/workloads.py computes the same sets on the host. The results count the
  * touches while the guest runs.
  *
- * Ports out: doorbell after each epoch, serial on failure, exit.
+ * Ports out: doorbell after each epoch, serial on failure and every `say_every`
+ * epochs, exit.
  */
 #include "guest.h"
 #include "zipf.h"
@@ -48,10 +49,11 @@ PARAM("phase_every=0;the hot set moves every so many epochs; 0: never");
 PARAM("phase_step=768;pages that it moves by, over all vCPUs");
 PARAM("think=0;empty loop turns after each touch");
 PARAM("words=512;words of a page that a touch checks or writes");
+PARAM("say_every=0;a line on the serial port every so many epochs; 0: never");
 
 enum {
 	START, PAGES, HOT, COLD, SCAN_EVERY, SCAN_EPOCHS, WRITE, SAME_FILLED, EPOCHS, SEED,
-	PASSES, ZIPF, ZIPF_PERMILLE, PHASE_EVERY, PHASE_STEP, THINK, WORDS
+	PASSES, ZIPF, ZIPF_PERMILLE, PHASE_EVERY, PHASE_STEP, THINK, WORDS, SAY_EVERY
 };
 
 struct state {
@@ -173,6 +175,17 @@ static int run_epoch(struct state *state, u64 base, u64 n_pages)
 			   base + n_pages * (step + 1) / args[SCAN_EPOCHS]);
 }
 
+static void say_epoch(u64 vcpu, u64 epoch)
+{
+	struct line line = { 0 };
+
+	put_text(&line, "hotcold: vCPU ");
+	put_hex(&line, vcpu);
+	put_text(&line, " ends epoch ");
+	put_hex(&line, epoch);
+	send(&line);
+}
+
 /* Memory that a guest of these parameters needs: up to this address. */
 static u64 needed_end(const u64 *args)
 {
@@ -219,6 +232,8 @@ u64 guest_main(u64 vcpu, struct params *params)
 		state.result->epoch = state.epoch;
 		if (!run_epoch(&state, base, n_pages))
 			return 1;
+		if (args[SAY_EVERY] && state.epoch % args[SAY_EVERY] == 0)
+			say_epoch(vcpu, state.epoch);
 		doorbell(state.epoch);
 	}
 	return 0;

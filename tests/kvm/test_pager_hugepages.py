@@ -6,8 +6,6 @@ and held by a page in a pipe, as a reader, DMA or another process would.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -15,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hugepages import PIECE_BYTES, PIECE_PAGES, Window
 
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
-from kvmhost.memory.guest import Region
 from kvmhost.memory.layout import PAGE_BYTES
 from kvmhost.pager.hugepages import has_odd_sizes
 from kvmhost.pager.options import StoreOptions
@@ -26,46 +24,7 @@ from kvmhost.pager.results import EvictOutcome, PageState
 
 pytestmark = [pytest.mark.requires_uffd, pytest.mark.requires_kvm]
 
-PIECE_BYTES = 2 << 20
-PIECE_PAGES = PIECE_BYTES // PAGE_BYTES
 GFN = 0x1000  # 16 MiB: the first page of a piece
-MADV_COLLAPSE = 25
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-
-
-class Window:
-    """A mapping of one piece of a memfd by somebody else, where huge pages are allowed."""
-
-    def __init__(self, region: Region, offset: int) -> None:
-        self.space = libc.mmap(
-            None, 2 * PIECE_BYTES, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
-        )
-        self.address = -(-self.space // PIECE_BYTES) * PIECE_BYTES
-        fixed = mmap.MAP_SHARED | 0x10  # MAP_FIXED
-        found = libc.mmap(self.address, PIECE_BYTES, mmap.PROT_READ, fixed, region.memfd, offset)
-        assert found == self.address
-
-    def collapse(self) -> bool:
-        return libc.madvise(self.address, PIECE_BYTES, MADV_COLLAPSE) == 0
-
-    def hold(self, page: int = 0) -> tuple[int, int]:
-        """Take a reference to a page, in a pipe; return its ends."""
-
-        class Iovec(ctypes.Structure):
-            _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
-
-        ends = os.pipe()
-        piece = Iovec(self.address + page * PAGE_BYTES, PAGE_BYTES)
-        assert libc.vmsplice(ends[1], ctypes.byref(piece), 1, 0) == PAGE_BYTES
-        return ends
-
-    def close(self) -> None:
-        libc.munmap(self.space, 2 * PIECE_BYTES)
 
 
 @pytest.fixture
