@@ -23,7 +23,7 @@ from kvmhost.reclaim.account.events import Dropped, Event, Notice, PassReport
 from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.control.metrics import Metrics
 from kvmhost.reclaim.control.paths import lock_daemon, socket_of, sweep
-from kvmhost.reclaim.control.server import DaemonServer
+from kvmhost.reclaim.control.server import DaemonServer, MetricsServer
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.policy.registry import BUILT_IN
@@ -105,20 +105,14 @@ def _run(daemon: Daemon) -> int:
 @contextlib.contextmanager
 def _tcp(metrics: Metrics, port: int) -> Iterator[None]:
     """Give the metrics on a port of the loopback interface too."""
-    from prometheus_client import start_http_server
-
     try:
-        server, thread = start_http_server(port, addr="127.0.0.1", registry=metrics.registry)
+        server = MetricsServer(metrics, port).start()
     except OSError as error:
         raise ConfigError(
             "flags", 0, "daemon.metrics_port", f"port {port}: {error.strerror}"
         ) from error
-    try:
+    with contextlib.closing(server):
         yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Printer:

@@ -14,13 +14,13 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from kvmhost.control import schema
+from kvmhost.control.peers import Peer
 from kvmhost.errors import KvmHostError, fields_of
 
 __all__ = [
     "BINARY",
     "JSON",
     "Handler",
-    "Peer",
     "Problem",
     "Reply",
     "Request",
@@ -33,14 +33,6 @@ __all__ = [
 JSON, BINARY = "application/json", "application/octet-stream"
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """The process that connected; pid 0 is one that this process cannot see."""
-
-    pid: int
-    uid: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +110,16 @@ class Handler(Protocol):
     @property
     def max_body_bytes(self) -> int:
         """The largest body that is read."""
+
+    @property
+    def max_bytes_in_flight(self) -> int:
+        """What bodies and answers of all connections may hold together."""
+
+    def reply_bound(self, path: str) -> int:
+        """Return how many bytes an answer takes while it is made, at most; 0: few."""
+
+    def has_kept_slot(self, peer: Peer) -> bool:
+        """Whether a connection of this peer is taken when there are too many others."""
 
     def find(self, method: str, path: str) -> Route:
         """Return who answers a request.

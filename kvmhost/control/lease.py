@@ -27,7 +27,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from kvmhost.control import schema
-from kvmhost.control.handler import Peer, Problem
+from kvmhost.control.handler import Problem
+from kvmhost.control.peers import Peer
 
 __all__ = ["LOCKED", "Lease"]
 

@@ -52,6 +52,7 @@ from kvmhost.control.handler import (
 )
 from kvmhost.control.lease import Lease
 from kvmhost.control.pauses import Pauses
+from kvmhost.control.peers import Peer
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import (
     CapabilityError,
@@ -83,6 +84,8 @@ def problem_of(error: Exception) -> Problem:
         return error
     if isinstance(error, SchemaError):
         return Problem(400, error.problem, error.field)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return Problem(503, f"no descriptor left: {error.strerror}")
     if isinstance(error, KvmHostError):
         return Problem(_status_of(error), str(error), getattr(error, "field", ""), error=error)
     return Problem(500, "internal error; see the VM's log")
@@ -140,6 +143,23 @@ class Routes:
     def max_body_bytes(self) -> int:
         """The largest body: every gfn of the VM, in JSON, and a little more."""
         return self._machine.memory.n_pages * 16 + (64 << 10)
+
+    @property
+    def max_bytes_in_flight(self) -> int:
+        """Four of the largest bodies: 64 bytes per page, 1.6 % of the memory, and 256 KiB."""
+        return 4 * self.max_body_bytes
+
+    def reply_bound(self, path: str) -> int:
+        """Return how many bytes an answer takes while it is made: bitmaps, outcomes of pages."""
+        if path in ("/v1/harvest", "/v1/resident"):
+            # Young and coarse, as arrays and as bytes.
+            return 4 * 8 * n_words(self._machine.memory.gfn_end)
+        return 4 * self._machine.memory.n_pages if path == "/v1/evict" else 0
+
+    def has_kept_slot(self, peer: Peer) -> bool:
+        """Whether a peer is the process that holds the lease."""
+        holder = self._lease.info()
+        return holder is not None and peer.pid != 0 and peer.pid == holder.pid
 
     def close(self) -> None:
         """Wait for the worker threads to end. Without the event loop."""

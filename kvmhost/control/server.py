@@ -1,8 +1,10 @@
-"""A server on a unix socket, and the control server of a VM process, which is one.
+"""Servers on a unix socket or a port of the loopback interface; a VM's control server.
 
-Starting it costs a socket and a thread. The web server itself (asyncio, aiohttp)
+Starting one costs a socket and a thread. The web server itself (asyncio, aiohttp)
 is imported by that thread when the first client connects, so that a guest that
-runs for a tenth of a second never waits for it.
+runs for a tenth of a second never waits for it; or before it listens, with ``eager``.
+If that or the server fails (no descriptor left, say), the thread tries again. Whatever
+ends the thread closes the listener, so that clients are refused and do not wait.
 
 >>> with Machine(image, name="a") as machine, ControlServer(machine):  # doctest: +SKIP
 ...     machine.start()
@@ -24,67 +26,84 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvmhost.control.paths import NameLock, socket_path
+from kvmhost.control.ratelog import RateLimitedLog
 from kvmhost.errors import KvmHostError
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.handler import Handler
     from kvmhost.machine.base import BaseMachine
 
-__all__ = ["MAX_CONNECTIONS", "MAX_PER_PROCESS", "ControlServer", "SocketServer"]
+__all__ = [
+    "MAX_CONNECTIONS",
+    "MAX_PER_PROCESS",
+    "ControlServer",
+    "LoopbackServer",
+    "Server",
+    "SocketServer",
+]
 
 #: Connections at one time, and those of one process; more get status 503.
 MAX_CONNECTIONS, MAX_PER_PROCESS = 64, 32
 #: Seconds that a client may take for a request, from its first byte to its last.
 REQUEST_DEADLINE_S = 10.0
+#: Seconds that a client may take to read an answer.
+REPLY_DEADLINE_S = 30.0
+#: Connections that wait to be accepted: more than are served, since an idle one makes room.
+_BACKLOG = 128
+#: Seconds until a server that failed is started again.
+_RETRY_S = 0.5
 
 log = logging.getLogger(__name__)
 
 
-class SocketServer:
-    """Answers HTTP on one unix socket until :meth:`close`.
+class Server:
+    """Answers HTTP on one listener until :meth:`close`; a subclass says where.
 
-    The socket has mode 0600; a peer whose uid is not allowed is disconnected before
-    anything that it sent is read.
-
-    :param lock: held while it runs, and released by :meth:`close`
-    :param make_handler: called once, when the first client comes
-    :param allowed_uids: who may connect; else the process's own uid and root
+    :param name: for the log
+    :param make_handler: called when the first client comes, and again after a failure
+    :param allowed_uids: who may connect; None: everybody who can
+    :param max_connections: at one time; root has one more, and so has the lease's holder. The
+        oldest idle one is closed for a new one; if all are in use, the new one gets status 503
+    :param max_per_process: of these, for one process; over TCP for one user
     :param request_deadline_s: for a client to send a request in full
+    :param reply_deadline_s: for a client to read a large answer, or to wait for memory for it
     :param idle_s: for a connection between two requests
+    :param eager: import the web server before listening
     """
 
     def __init__(
         self,
-        path: Path,
-        lock: NameLock,
+        name: str,
         make_handler: Callable[[], Handler],
         *,
         allowed_uids: Collection[int] | None = None,
         max_connections: int = MAX_CONNECTIONS,
         max_per_process: int = MAX_PER_PROCESS,
         request_deadline_s: float = REQUEST_DEADLINE_S,
+        reply_deadline_s: float = REPLY_DEADLINE_S,
         idle_s: float = 60.0,
+        eager: bool = False,
     ) -> None:
-        self.path, self.name = path, lock.name
-        self.make_handler = make_handler
-        self.allowed_uids = frozenset({os.geteuid(), 0} if allowed_uids is None else allowed_uids)
+        self.name, self.make_handler = name, make_handler
+        self.allowed_uids = None if allowed_uids is None else frozenset(allowed_uids)
         self.max_connections, self.max_per_process = max_connections, max_per_process
-        self.request_deadline_s, self.idle_s = request_deadline_s, idle_s
-        self._lock = lock
+        self.request_deadline_s, self.reply_deadline_s = request_deadline_s, reply_deadline_s
+        self.idle_s = idle_s
+        self._eager = eager
         self._listener: socket.socket | None = None
         self._wake: socket.socket | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> Self:
-        """Bind the socket and start the thread.
+        """Listen, and start the thread.
 
-        :raises OSError: if the socket cannot be bound
+        :raises OSError: if the address cannot be bound
         """
         if self._listener is not None:
-            raise KvmHostError("the control server has been started before")
-        # We hold the lock, so whatever lies there is a dead VM's.
-        self._lock.remove(self.path.name)
-        self._listener = _listen(self.path, self.max_connections)
+            raise KvmHostError(f"the server {self.name!r} has been started before")
+        if self._eager:
+            from kvmhost.control import serving as serving
+        self._listener = self._listen()
         self._wake, ours = socket.socketpair()
         self._thread = threading.Thread(
             target=self._run, args=(self._listener, ours), name="control", daemon=True
@@ -93,32 +112,42 @@ class SocketServer:
         return self
 
     def close(self) -> None:
-        """Finish the requests in work, end the thread, remove socket and lock. Idempotent."""
-        if self._thread is not None:
-            assert self._wake is not None
+        """Finish the requests in work, end the thread, stop listening. Idempotent."""
+        if self._wake is not None:
             self._wake.close()
+        if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._listener is not None:
             self._listener.close()
-        # Not only with a listener: a signal may have come between bind and its noting.
-        if self._lock.held:
-            self._lock.remove(self.path.name)
-        self._lock.release()
+
+    def _listen(self) -> socket.socket:
+        """Return a listening socket that does not block."""
+        raise NotImplementedError
 
     def _run(self, listener: socket.socket, stop: socket.socket) -> None:
-        with stop:
-            ready, _, _ = select.select([listener, stop], [], [])
-            if stop in ready:
-                return
+        with stop, listener:
+            poll = select.poll()
+            poll.register(stop, select.POLLIN)
+            poll.register(listener, select.POLLIN)
+            problems = RateLimitedLog(log, burst=1)
+            while all(fd != stop.fileno() for fd, _ in poll.poll()):
+                if self._serve(listener, stop, problems):
+                    return
+
+    def _serve(self, listener: socket.socket, stop: socket.socket, log: RateLimitedLog) -> bool:
+        """Serve until the stop; return False after a failure and a moment."""
+        try:
             from kvmhost.control.serving import serve
 
-            try:
-                serve(self, listener, stop)
-            except Exception:
-                # The guest goes on without its control socket; clients see it refuse.
-                log.exception("the server on %s failed", self.path)
-                listener.close()
+            serve(self, listener, stop)
+        except Exception:
+            # The guest, or the daemon, goes on; its clients wait until it works again.
+            log.exception("servers", "the server %s failed; it is started again", self.name)
+            stop_only = select.poll()
+            stop_only.register(stop, select.POLLIN)
+            return bool(stop_only.poll(_RETRY_S * 1000))
+        return True
 
     def __enter__(self) -> Self:
         try:
@@ -134,6 +163,64 @@ class SocketServer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class SocketServer(Server):
+    """Answers HTTP on one unix socket.
+
+    The socket has mode 0600; a peer whose uid is not allowed is disconnected before
+    anything that it sent is read.
+
+    :param lock: held while it runs, and released by :meth:`close`
+    :param allowed_uids: who may connect; else the process's own uid and root
+    :param settings: as :class:`Server` has them
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lock: NameLock,
+        make_handler: Callable[[], Handler],
+        *,
+        allowed_uids: Collection[int] | None = None,
+        **settings: Any,
+    ) -> None:
+        allowed = {os.geteuid(), 0} if allowed_uids is None else allowed_uids
+        super().__init__(lock.name, make_handler, allowed_uids=allowed, **settings)
+        self.path, self._lock = path, lock
+
+    def close(self) -> None:
+        """Finish the requests in work, end the thread, remove socket and lock. Idempotent."""
+        super().close()
+        # Not only with a listener: a signal may have come between bind and its noting.
+        if self._lock.held:
+            self._lock.remove(self.path.name)
+        self._lock.release()
+
+    def _listen(self) -> socket.socket:
+        # We hold the lock, so whatever lies there is a dead VM's.
+        self._lock.remove(self.path.name)
+        return _listen(self.path)
+
+
+class LoopbackServer(Server):
+    """Answers HTTP on a TCP port of 127.0.0.1: for every user of the host.
+
+    :param port: 0: any that is free, see :attr:`port`
+    :param settings: as :class:`Server` has them
+    """
+
+    def __init__(
+        self, name: str, port: int, make_handler: Callable[[], Handler], **settings: Any
+    ) -> None:
+        super().__init__(name, make_handler, **settings)
+        self.port = port
+
+    def _listen(self) -> socket.socket:
+        listener = socket.create_server(("127.0.0.1", self.port), backlog=_BACKLOG)
+        listener.setblocking(False)
+        self.port = listener.getsockname()[1]
+        return listener
 
 
 class ControlServer(SocketServer):
@@ -165,14 +252,14 @@ class ControlServer(SocketServer):
         return Routes(self.machine, self.name)
 
 
-def _listen(path: Path, backlog: int) -> socket.socket:
+def _listen(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.ExitStack() as undo:
         undo.callback(listener.close)
         # The mode that the socket has before bind(2) is the file's: unix_bind(), Linux.
         os.fchmod(listener.fileno(), 0o600)
         listener.bind(str(path))
-        listener.listen(backlog)
+        listener.listen(_BACKLOG)
         listener.setblocking(False)
         undo.pop_all()
     return listener

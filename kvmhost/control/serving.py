@@ -1,19 +1,21 @@
 """The event loop behind a control socket: accepting, deadlines, errors as JSON.
 
 Every request is answered by a :class:`~kvmhost.control.handler.Handler`. This module
-keeps clients in bounds: a peer of the wrong uid is closed before a byte is read, a
-request that does not come in time is dropped, a body that is too large is refused. No
-process gets all connections, and who sends requests without waiting for answers is
-not read on until they are out; so nobody can keep others from being answered.
+keeps clients in bounds, over a unix socket and over TCP: a peer of the wrong uid is closed
+before a byte is read, a request that does not come in time is dropped, and so is an answer
+that is not read in time; a body that is too large is refused, and large bodies and answers
+share a budget. No process (over TCP: no user) gets all connections, the oldest idle one goes
+when there are too many, and who sends requests without waiting for answers is not read on
+until they are out; so nobody can keep others from being answered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures.thread  # noqa: F401 - else imported when it is first used
 import logging
 import socket
-import struct
 import typing
 from collections.abc import Callable
 from http import HTTPStatus
@@ -22,10 +24,13 @@ from typing import Any
 from aiohttp import web
 
 from kvmhost.control import schema
-from kvmhost.control.handler import Handler, Peer, Problem, Reply, Request
+from kvmhost.control.handler import Handler, Problem, Reply, Request
+from kvmhost.control.inflight import SMALL_BYTES, ByteBudget
+from kvmhost.control.peers import Peer, PeerFinder
+from kvmhost.control.ratelog import RateLimitedLog
 from kvmhost.control.schema import HEADER_PREFIX
 
-__all__ = ["ServerSettings", "peer_of", "serve"]
+__all__ = ["ServerSettings", "serve"]
 
 log = logging.getLogger("kvmhost.control")
 
@@ -34,17 +39,18 @@ _LINGER_S = 1.0
 #: Requests of one connection that may wait for their turn; then it is not read on.
 _MAX_WAITING = 16
 #: Seconds not to accept after descriptors ran out.
-_BACK_OFF_S = 0.5
+_BACK_OFF_S = 0.1
 
 
 class ServerSettings(typing.Protocol):
     """What is served, and within which limits; a ``SocketServer`` is one."""
 
     name: str
-    allowed_uids: frozenset[int]
+    allowed_uids: frozenset[int] | None
     max_connections: int
     max_per_process: int
     request_deadline_s: float
+    reply_deadline_s: float
     idle_s: float
 
     @property
@@ -57,14 +63,6 @@ def serve(owner: ServerSettings, listener: socket.socket, stop: socket.socket) -
     asyncio.run(_Serving(owner, listener, stop).run())
 
 
-def peer_of(connection: socket.socket) -> Peer:
-    """Return the process that connected. Source: SO_PEERCRED, unix(7)."""
-    kind = struct.Struct("3i")
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, kind.size)
-    pid, uid, _ = kind.unpack(raw)
-    return Peer(int(pid), int(uid))
-
-
 class _Connection(web.RequestHandler):
     """A connection that is closed if no whole request header comes in time."""
 
@@ -74,18 +72,20 @@ class _Connection(web.RequestHandler):
         self._serving = serving
         self._deadline: asyncio.TimerHandle | None = None
         self._held_back = False
+        #: Requests in work.
+        self._busy = 0
         #: Set when the client is gone, or the server stops.
         self.gone = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._serving.note(self.gone)
+        self._serving.note(self)
         self.expect_request(self._serving.owner.request_deadline_s)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.gone.set()
         self.request_came()
-        self._serving.forget(self.peer, self.gone)
+        self._serving.forget(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -95,8 +95,25 @@ class _Connection(web.RequestHandler):
             self._held_back = True
             self.transport.pause_reading()
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request is in work: between two, or before the first is whole."""
+        return not self._busy and not self._messages
+
+    def abort(self) -> None:
+        """End it at once, with what is not sent yet."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def asked(self) -> None:
+        """A request header is complete."""
+        self._busy += 1
+        self.request_came()
+
     def answered(self) -> None:
         """Read on, if the requests that waited have been answered."""
+        self._busy -= 1
+        self.expect_request(self._serving.owner.idle_s)
         if self._held_back and not self._messages and self.transport is not None:
             self._held_back = False
             self.transport.resume_reading()
@@ -121,7 +138,7 @@ class _Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         """Answer what is no HTTP, as JSON. Not worth a log entry: anyone can send that."""
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            log.error("control request failed", exc_info=exc)
+            self._serving.log.write(logging.ERROR, "failures", "request failed", exc_info=exc)
         elif request.writer.output_size > 0:
             raise ConnectionError("an answer is out already")
         text = (message or HTTPStatus(status).phrase).strip().partition("\n")[0]
@@ -146,14 +163,17 @@ class _Serving:
         self.owner = owner
         self._listener, self._stop = listener, stop
         self._tasks: set[asyncio.Task[None]] = set()
-        #: Accepted connections that are not lost yet, by process.
-        self._open: collections.Counter[int] = collections.Counter()
-        #: Of each connection, what is set when nobody waits for its answers any more.
-        self._clients: set[asyncio.Event] = set()
+        #: Accepted connections that are not lost yet, by process or user.
+        self._open: collections.Counter[str] = collections.Counter()
+        #: Connections in the order in which they came.
+        self._connections: dict[_Connection, None] = {}
+        self.log = RateLimitedLog(log)
 
     async def run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._handler: Handler = self.owner.make_handler()
+        self._budget = ByteBudget(self._handler.max_bytes_in_flight)
+        self._peers = PeerFinder(self._listener)
         stopped = asyncio.Event()
         self._server = _Server(
             self,
@@ -170,11 +190,13 @@ class _Serving:
         finally:
             self.loop.remove_reader(self._listener)
             self.loop.remove_reader(self._stop)
-            for gone in self._clients:
-                gone.set()
+            for connection in self._connections:
+                connection.gone.set()
             self._server.pre_shutdown()
             await self._server.shutdown(timeout=2.0)
             self._handler.cancel_timers()
+            self._peers.close()
+            self.log.flush()
             # Blocking calls into the machine end before the machine may be closed.
             await asyncio.to_thread(self._handler.close)
 
@@ -197,40 +219,83 @@ class _Serving:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            # No descriptors left: the listener stays readable, so do not spin on it.
-            log.warning("control socket of %s: accept: %s", self.owner.name, error)
-            self.loop.remove_reader(self._listener)
-            self.loop.call_later(_BACK_OFF_S, self._accept_again)
+            self._cannot_accept(error)
             return
         connection.setblocking(False)
-        peer = peer_of(connection)
-        if peer.uid not in self.owner.allowed_uids:
-            log.warning("control socket of %s: refused a peer of uid %d", self.owner.name, peer.uid)
+        try:
+            peer = self._peers.find(connection)
+        except OSError:
             connection.close()
-        elif self._open.total() >= self.owner.max_connections:
-            _refuse(connection, f"more than {self.owner.max_connections} connections")
-        elif self._open[peer.pid] >= self.owner.max_per_process:
-            _refuse(
-                connection,
-                f"more than {self.owner.max_per_process} connections of process {peer.pid}",
-            )
+            return
+        allowed = self.owner.allowed_uids
+        if allowed is not None and peer.uid not in allowed:
+            self._warn("peers", "refused a peer of uid %d", peer.uid)
+            connection.close()
+        elif problem := self._make_room(peer):
+            self._warn("connections", "refused a connection: %s", problem)
+            _refuse(connection, problem)
         else:
-            self._open[peer.pid] += 1
+            self._open[peer.label] += 1
             task = self.loop.create_task(self._connect(connection, peer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def note(self, gone: asyncio.Event) -> None:
-        """Set ``gone`` when the server stops."""
-        self._clients.add(gone)
+    def _make_room(self, peer: Peer) -> str:
+        """Return why a connection is one too many; empty: it is not, or an idle one made room.
 
-    def forget(self, peer: Peer, gone: asyncio.Event | None = None) -> None:
-        """Count one connection less."""
-        if gone is not None:
-            self._clients.discard(gone)
-        self._open[peer.pid] -= 1
-        if not self._open[peer.pid]:
-            del self._open[peer.pid]
+        One more is for root, and one more for a peer with a kept slot.
+        """
+        most = self.owner.max_per_process
+        if self._open[peer.label] >= most and not self._drop_idle(peer.label):
+            return f"more than {most} connections of {peer.label}"
+        kept = self._handler.has_kept_slot(peer)
+        most = self.owner.max_connections
+        if self._open.total() >= most + (peer.uid == 0) + kept and not self._drop_idle():
+            return f"more than {most} connections"
+        return ""
+
+    def _drop_idle(self, label: str | None = None) -> bool:
+        """Close the oldest idle connection; return False if there is none.
+
+        :param label: one of this peer; None: of any, but for those with a kept slot
+        """
+        for connection in self._connections:
+            peer = connection.peer
+            if not connection.idle or (label is not None and peer.label != label):
+                continue
+            if label is None and self._handler.has_kept_slot(peer):
+                continue
+            self.forget(connection)
+            connection.abort()
+            return True
+        return False
+
+    def _cannot_accept(self, error: OSError) -> None:
+        """Out of descriptors: give one back. The listener stays readable, so wait a moment."""
+        self._warn("accept", "accept: %s", error.strerror)
+        self._drop_idle()
+        self.loop.remove_reader(self._listener)
+        self.loop.call_later(_BACK_OFF_S, self._accept_again)
+
+    def _warn(self, kind: str, text: str, *args: object) -> None:
+        self.log.write(
+            logging.WARNING, f"{self.owner.name}: {kind}", f"%s: {text}", self.owner.name, *args
+        )
+
+    def note(self, connection: _Connection) -> None:
+        """Know a connection that was made."""
+        self._connections[connection] = None
+
+    def forget(self, connection: _Connection) -> None:
+        """Count one connection less. Idempotent."""
+        if connection in self._connections:
+            del self._connections[connection]
+            self._count_less(connection.peer)
+
+    def _count_less(self, peer: Peer) -> None:
+        self._open[peer.label] -= 1
+        if not self._open[peer.label]:
+            del self._open[peer.label]
 
     def _accept_again(self) -> None:
         if self._stop.fileno() >= 0 and self._listener.fileno() >= 0:
@@ -242,23 +307,56 @@ class _Serving:
                 lambda: self._server.connection(peer), connection
             )
         except OSError:
-            self.forget(peer)
+            self._count_less(peer)
             connection.close()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = typing.cast(_Connection, request.protocol)
-        connection.request_came()
+        connection.asked()
+        try:
+            async with self._budget.share(self._needed(request), self.owner.reply_deadline_s):
+                response = await self._answer_or_refuse(request)
+                return await self._send(request, response)
+        except TimeoutError:
+            busy = Problem(503, "too many large requests and answers; try again")
+            return _closing(_error(busy))
+        finally:
+            connection.answered()
+
+    def _needed(self, request: web.BaseRequest) -> int:
+        """Return how many bytes a request and its answer take, at most."""
+        limit = self._handler.max_body_bytes
+        n_bytes = request.content_length
+        if n_bytes is None:
+            n_bytes = limit if request.can_read_body else 0
+        return min(n_bytes, limit) + self._handler.reply_bound(request.path)
+
+    async def _answer_or_refuse(self, request: web.BaseRequest) -> web.Response:
         try:
             return await self._answer(request)
         except Problem as problem:
             answer = _error(problem)
             # A body that was not read in full is not read any further.
             return answer if request.content.is_eof() else _closing(answer)
-        finally:
-            connection.expect_request(self.owner.idle_s)
-            connection.answered()
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _send(self, request: web.BaseRequest, response: web.Response) -> web.StreamResponse:
+        """Send a large answer in pieces; who does not read it in time is disconnected."""
+        body = typing.cast(bytes, response.body or b"")
+        if len(body) <= SMALL_BYTES:
+            return response
+        whole = web.StreamResponse(status=response.status, headers=response.headers)
+        whole.content_length = len(body)
+        try:
+            async with asyncio.timeout(self.owner.reply_deadline_s):
+                await whole.prepare(request)
+                for at in range(0, len(body), SMALL_BYTES):
+                    await whole.write(memoryview(body)[at : at + SMALL_BYTES])
+                await whole.write_eof()
+        except (TimeoutError, ConnectionError):
+            typing.cast(_Connection, request.protocol).abort()
+        return whole
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
         route = self._handler.find(request.method, request.path)
         connection = typing.cast(_Connection, request.protocol)
         asked = Request(
@@ -276,7 +374,8 @@ class _Serving:
         except Exception as error:
             problem = self._handler.problem_of(error)
             if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-                log.error("%s %s failed", request.method, request.path, exc_info=error)
+                what = f"{request.method} {request.path}"
+                self.log.write(logging.ERROR, "failures", "%s failed", what, exc_info=error)
             raise problem from error
         return _response(reply)
 
@@ -315,7 +414,7 @@ async def _meet_expectation(request: web.BaseRequest) -> None:
 
 def _response(reply: Reply) -> web.Response:
     return web.Response(
-        body=reply.body, status=200, content_type=reply.content_type, headers=reply.headers
+        body=reply.body, status=200, headers=reply.headers | {"Content-Type": reply.content_type}
     )
 
 

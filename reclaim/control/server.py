@@ -17,7 +17,7 @@ Requests that wait for the end of a pass run in a worker thread, with a timeout.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import concurrent.futures.thread
 import os
 import time
 from collections.abc import Callable
@@ -34,8 +34,9 @@ from kvmhost.control.handler import (
     nothing_asked,
 )
 from kvmhost.control.paths import NameLock
+from kvmhost.control.peers import Peer
 from kvmhost.control.routes import problem_of
-from kvmhost.control.server import SocketServer
+from kvmhost.control.server import LoopbackServer, SocketServer
 from kvmhost.reclaim.control import schema as answers
 from kvmhost.reclaim.control.metrics import Metrics
 from kvmhost.reclaim.control.paths import socket_of
@@ -44,10 +45,14 @@ from kvmhost.reclaim.settings.config import to_toml
 from kvmhost.reclaim.vm.session import Session
 from kvmhost.units import PAGE_BYTES
 
-__all__ = ["DaemonServer"]
+__all__ = ["DaemonServer", "MetricsServer"]
 
 _TEXT = "text/plain"
+#: The format that Prometheus 2 and later parse; `text` writes it.
+_METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_BODY_BYTES = 128 << 10
+#: What a long answer counts for, and all of them together.
+_LARGE_REPLY_BYTES, _MAX_BYTES_IN_FLIGHT = 1 << 20, 8 << 20
 #: How long a request may wait for the running pass.
 _WAIT_S = 20.0
 
@@ -64,8 +69,63 @@ class DaemonServer(SocketServer):
             socket_of(lock.name),
             lock,
             lambda: _Routes(daemon, metrics, lock.name, started_s),
+            eager=True,
             **settings,
         )
+
+
+class MetricsServer(LoopbackServer):
+    """Serves ``/metrics`` on a port of the loopback interface, to every user of the host.
+
+    :raises OSError: from ``start``, if the port is taken
+    """
+
+    def __init__(self, metrics: Metrics, port: int, **settings: Any) -> None:
+        limits = {"max_connections": 16, "max_per_process": 8} | settings
+        super().__init__(
+            "metrics port", port, lambda: _MetricsRoutes(metrics), eager=True, **limits
+        )
+
+
+class _MetricsRoutes:
+    """The one route of the port; a handler of :mod:`kvmhost.control.handler`."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "metrics-worker")
+        self.max_body_bytes, self.max_bytes_in_flight = 0, _MAX_BYTES_IN_FLIGHT
+
+    def reply_bound(self, path: str) -> int:
+        """Return the share of an answer that grows with the VMs."""
+        return _LARGE_REPLY_BYTES
+
+    def has_kept_slot(self, peer: Peer) -> bool:
+        """Nobody but root has one here."""
+        return False
+
+    def find(self, method: str, path: str) -> Route:
+        """Return the handler of a request.
+
+        :raises Problem: 404 for another path, 405 for the wrong method
+        """
+        return by_method({"GET": self._get} if path == "/metrics" else None, method, path)
+
+    def problem_of(self, error: Exception) -> Problem:
+        """Return the error response for an exception."""
+        return problem_of(error)
+
+    def cancel_timers(self) -> None:
+        """There is no clock to stop."""
+
+    def close(self) -> None:
+        """Wait for the worker thread to end."""
+        self._executor.shutdown(wait=True)
+
+    async def _get(self, request: Request) -> Reply:
+        nothing_asked(request)
+        loop = asyncio.get_running_loop()
+        text = await loop.run_in_executor(self._executor, self._metrics.text)
+        return Reply(text, _METRICS_TEXT)
 
 
 class _Routes:
@@ -89,6 +149,19 @@ class _Routes:
         """The largest body: a list of commands."""
         return _MAX_BODY_BYTES
 
+    @property
+    def max_bytes_in_flight(self) -> int:
+        """Bodies and answers of all connections together."""
+        return _MAX_BYTES_IN_FLIGHT
+
+    def reply_bound(self, path: str) -> int:
+        """Return the share of an answer that grows with VMs, decisions or generations."""
+        return _LARGE_REPLY_BYTES if path in ("/metrics", "/v1/decisions", "/v1/lru_gen") else 0
+
+    def has_kept_slot(self, peer: Peer) -> bool:
+        """Nobody holds a lease on a daemon."""
+        return False
+
     def find(self, method: str, path: str) -> Route:
         """Return the handler of a request.
 
@@ -109,7 +182,7 @@ class _Routes:
 
     async def _get_metrics(self, request: Request) -> Reply:
         nothing_asked(request)
-        return Reply(await self._work(self._metrics.text), _TEXT)
+        return Reply(await self._work(self._metrics.text), _METRICS_TEXT)
 
     async def _get_status(self, request: Request) -> Reply:
         nothing_asked(request)

@@ -48,10 +48,10 @@ LAYERS = {
         {"loaders", "tiny"},
     ),
     "kvmhost/control": (
-        {"paths", "schema", "transport"},
-        {"caller", "handler"},
-        {"client", "lease", "pauses", "serving"},
-        {"routes"},
+        {"inflight", "paths", "peers", "ratelog", "schema"},
+        {"handler", "transport"},
+        {"caller", "lease", "pauses", "serving"},
+        {"client", "routes"},
         {"server"},
     ),
     "kvmhost/devices": (

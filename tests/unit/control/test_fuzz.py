@@ -15,7 +15,8 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmhost.control.handler import Peer, Reply, Request
+from kvmhost.control.handler import Reply, Request
+from kvmhost.control.peers import Peer
 from kvmhost.control.routes import Routes
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
