@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from kvmhost.control.client import Client
 from kvmhost.guests import image_path
@@ -132,7 +133,7 @@ def test_signals_and_requests(
     fd = stuck(kind)
     process = start("hello", "--paused", stdout=fd, stderr=fd)
     with running(process) as client:
-        assert client.state().paused
+        until(lambda: client.state().paused, "started, and paused")
         client.pause()
         assert client.snapshot(str(tmp_path / "s.snap")) >= 0
         assert client.state().vcpus
