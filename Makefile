@@ -7,7 +7,7 @@ PIP     = $(PY) -m pip --disable-pip-version-check -q
 SOURCES = pyproject.toml $(wildcard kvmhost/_core/*.[ch] kvmhost/_core/*.cdef kvmhost/_core/build.py) \
           $(wildcard guests/*.py guests/x86_64/*.[chS] guests/x86_64/*.ld)
 
-.PHONY: demo test test-slow lint sanitize guests clean
+.PHONY: demo test test-slow lint sanitize fuzz guests clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kvmhost demo
@@ -26,6 +26,19 @@ lint: $(VENV)/.lint
 # The C core's stress under ThreadSanitizer and AddressSanitizer; SECONDS_EACH=60 for long.
 sanitize:
 	$(MAKE) -C tests/sanitize run
+
+# Every fuzz target for long: by coverage where atheris is installed, else by hypothesis.
+FUZZ_SECONDS ?= 600
+FUZZ_EXAMPLES ?= 100000
+FUZZ_TARGETS ?= api clock config damon dirty fwcfg journal loaders lru_gen record serial snapshot text units
+fuzz: $(VENV)/.test
+	if $(PY) -c 'import atheris' 2>/dev/null; then \
+	  for target in $(FUZZ_TARGETS); do \
+	    $(PY) tests/fuzz/fuzz.py $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	  done; \
+	else \
+	  FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PY) -m pytest tests/fuzz --timeout 0 -o faulthandler_timeout=0; \
+	fi
 
 guests: $(VENV)/.demo
 	$(PY) -m kvmhost.guests.build
