@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -27,6 +27,8 @@ __all__ = ["Client"]
 _BINARY = {"Content-Type": "application/octet-stream"}
 _JSON = {"Content-Type": "application/json"}
 
+#: What is re-armed after a harvest, as :mod:`kvmhost.trackers.harvesting` has it.
+Rearm = Literal["none", "young", "all", "sample"]
 Gfns = Iterable[int] | npt.NDArray[Any]
 
 
@@ -75,7 +77,7 @@ class Client(Caller):
         *,
         tracker: str = "auto",
         clear: bool = True,
-        rearm: str = "young",
+        rearm: Rearm = "young",
         fraction: float | None = None,
         mask: Words | None = None,
         table_format: str = "",
@@ -110,7 +112,7 @@ class Client(Caller):
         *,
         tracker: str = "auto",
         clear: bool = True,
-        rearm: str = "young",
+        rearm: Rearm = "young",
         fraction: float | None = None,
         mask: Words | None = None,
         table_format: str = "",

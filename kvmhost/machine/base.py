@@ -15,7 +15,7 @@ import threading
 import time
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kvmhost.boot.params import GuestResult, read_result
 from kvmhost.closing import Closing
@@ -47,12 +47,13 @@ from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import Layout
 
 if typing.TYPE_CHECKING:
+    from kvmhost.bitmap import Words
     from kvmhost.kvm import KvmVcpu
     from kvmhost.pager.options import StoreOptions
     from kvmhost.pager.pager import Pager
     from kvmhost.pager.userfault import Userfault
     from kvmhost.trackers.base import TrackedVm, Tracker
-    from kvmhost.trackers.harvesting import Harvest, Harvester
+    from kvmhost.trackers.harvesting import Harvest, Harvester, Rearm
 
 __all__ = ["BaseMachine", "NamedImage"]
 
@@ -72,6 +73,9 @@ class NamedImage(typing.Protocol):
 class BaseMachine(Closing, abc.ABC):
     """One VM of any kind.
 
+    :ivar bus: its ports and MMIO ranges; add devices before the first run
+    :ivar vcpus: its vCPUs by index, to read registers of while they are stopped
+    :ivar memory: its guest memory
     :param image: what the guest was loaded from, for messages and reports
     :param layout: where its memory lies
     :param engine: what runs its vCPUs; the machine owns it from here on
@@ -532,14 +536,40 @@ class BaseMachine(Closing, abc.ABC):
         """The tracker in use; None before the first."""
         return None if self._harvester is None else self._harvester.tracker_name
 
-    def harvest(self, gfn_start: int, n_pages: int, **how: Any) -> Harvest:
+    def harvest(
+        self,
+        gfn_start: int = 0,
+        n_pages: int | None = None,
+        *,
+        tracker: str = "auto",
+        clear: bool = True,
+        rearm: Rearm = "young",
+        fraction: float | None = None,
+        mask: Words | None = None,
+    ) -> Harvest:
         """Return the young pages of a range; one call works at a time.
 
-        :param how: as :meth:`~kvmhost.trackers.harvesting.Harvester.harvest` has it
+        :param n_pages: None: to the end of memory
+        :param tracker: ``auto`` keeps the one in use
+        :param clear: begin a new window for the young pages
+        :param rearm: what to re-arm, see :meth:`~kvmhost.trackers.harvesting.Harvester.harvest`
+        :param fraction: with ``rearm="sample"``, from 1/65536 to 1; None: a default
+        :param mask: shape ``(ceil(n_pages / 64),)``: clear only where the bit is 1
         :raises CapabilityError: if the tracker does not work here
         :raises LayoutError: if range, mask or names are wrong
         """
-        return self.harvester().harvest(gfn_start, n_pages, **how)
+        harvester = self.harvester()
+        if n_pages is None:
+            n_pages = max(0, self.memory.gfn_end - gfn_start)
+        return harvester.harvest(
+            gfn_start,
+            n_pages,
+            tracker=tracker,
+            clear=clear,
+            rearm=rearm,
+            fraction=fraction,
+            mask=mask,
+        )
 
     # -- exits ----------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from typing import Literal, get_args
 
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.errors import LayoutError, StateError
@@ -18,10 +19,11 @@ from kvmhost.trackers import registry
 from kvmhost.trackers.base import TrackedVm, Tracker, check_mask, check_range
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler, period_of
 
-__all__ = ["REARM", "Harvest", "Harvester"]
+__all__ = ["REARM", "Harvest", "Harvester", "Rearm"]
 
-#: What may be re-armed after a harvest.
-REARM = ("none", "young", "all", "sample")
+#: What is re-armed after a harvest.
+Rearm = Literal["none", "young", "all", "sample"]
+REARM: tuple[Rearm, ...] = get_args(Rearm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Harvester:
         *,
         tracker: str = "auto",
         clear: bool = True,
-        rearm: str = "young",
+        rearm: Rearm = "young",
         fraction: float | None = None,
         mask: Words | None = None,
     ) -> Harvest:

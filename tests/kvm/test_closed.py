@@ -147,8 +147,8 @@ def is_clear(error: Exception) -> bool:
     return isinstance(error, StateError) or closed_descriptor
 
 
-#: Refuse the made-up arguments before anything else; they are covered by a test of their own.
-REFUSES = {"assemble", "handle_mmio", "memory_encrypt_op", "set_session"}
+#: Refuse the made-up arguments before anything is asked of the object.
+REFUSES = {"assemble", "handle_mmio", "memory_encrypt_op", "set_nested_state"}
 
 
 def answers(target: Any) -> set[str]:
