@@ -30,13 +30,18 @@ _BAD_REQUEST = 400
 
 T = TypeVar("T")
 
+_TRANSFER_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
+
 
 class Caller(Closing):
     """Asks on one socket. Methods are safe to call from several threads.
 
     :param name: who is asked, for errors
-    :param timeout_s: for an answer
+    :param timeout_s: for a whole answer
     """
+
+    #: What is read of an answer, unless the request says more.
+    max_answer_bytes = 1 << 20
 
     def __init__(self, name: str, path: Path, timeout_s: float = schema.CLIENT_TIMEOUT_S) -> None:
         self.path = path
@@ -44,6 +49,7 @@ class Caller(Closing):
         self._http = httpx.Client(
             transport=UnixTransport(path),
             base_url="http://vm/v1/",
+            headers={"Accept-Encoding": "identity"},
             timeout=httpx.Timeout(timeout_s, connect=5.0),
         )
 
@@ -54,11 +60,27 @@ class Caller(Closing):
     def _get(self, path: str, kind: type[T]) -> T:
         return self._read(self._call("GET", path), kind)
 
-    def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    def _call(
+        self, method: str, path: str, *, at_most: int | None = None, **arguments: Any
+    ) -> httpx.Response:
+        """Ask, and read an answer of at most so many bytes (None: ``max_answer_bytes``)."""
         if self._http.is_closed:
             raise StateError(f"the client of {self._name!r}")
-        with self._map_connection_errors():
-            answer = self._http.request(method, path, **arguments)
+        limit, body = at_most or self.max_answer_bytes, bytearray()
+        with (
+            self._map_connection_errors(),
+            self._http.stream(method, path, **arguments) as incoming,
+        ):
+            for piece in incoming.iter_raw():
+                body += piece
+                if len(body) > limit:
+                    raise ControlError(
+                        incoming.status_code,
+                        f"{self._name!r}: malformed response: more than {limit} bytes",
+                    )
+        # Not unpacked: nobody asked for an encoding.
+        headers = [(k, v) for k, v in incoming.headers.items() if k not in _TRANSFER_HEADERS]
+        answer = httpx.Response(incoming.status_code, headers=headers, content=bytes(body))
         if answer.is_success:
             return answer
         try:

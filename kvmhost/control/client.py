@@ -24,6 +24,8 @@ from kvmhost.errors import ControlError
 
 __all__ = ["Client"]
 
+#: Of a number in a header: 64 bits.
+_MAX_DIGITS = 20
 _BINARY = {"Content-Type": "application/octet-stream"}
 _JSON = {"Content-Type": "application/json"}
 
@@ -55,7 +57,10 @@ class Client(Caller):
 
     def memory(self) -> schema.MemoryMap:
         """Return memory regions and pinned ranges."""
-        return self._get("memory", schema.MemoryMap)
+        found = self._get("memory", schema.MemoryMap)
+        if problem := schema.problem_of_map(found):
+            raise ControlError(200, f"VM {self.vm!r}: malformed response: {problem}")
+        return found
 
     def counters(self) -> schema.Counters:
         """Return all counters."""
@@ -67,8 +72,14 @@ class Client(Caller):
 
     def resident(self, gfn_start: int = 0, n_pages: int | None = None) -> npt.NDArray[np.bool_]:
         """Return which pages the memfds hold: ``[i]`` is gfn ``gfn_start + i``."""
-        query = _range_query(gfn_start, n_pages)
-        return _read_bitmap(self.vm, self._call("GET", "resident", params=query)).as_bool()
+        n_pages = self._n_pages(gfn_start, n_pages)
+        query, most = _range_query(gfn_start, n_pages), _bitmap_bytes(n_pages)
+        answer = self._call("GET", "resident", at_most=most, params=query)
+        return _read_bitmap(self.vm, answer, gfn_start, n_pages).as_bool()
+
+    def _n_pages(self, gfn_start: int, n_pages: int | None) -> int:
+        """Return how many pages are asked for: the answer must have as many."""
+        return max(0, self.memory().gfn_end - gfn_start) if n_pages is None else n_pages
 
     def harvest(
         self,
@@ -118,6 +129,7 @@ class Client(Caller):
         table_format: str = "",
     ) -> tuple[YoungBitmap, HarvestCost]:
         """Do the same as :meth:`harvest`, and say what it took inside the VM."""
+        n_pages = self._n_pages(gfn_start, n_pages)
         query = _range_query(gfn_start, n_pages)
         query |= {"tracker": tracker, "clear": str(int(clear)), "rearm": rearm}
         if fraction is not None:
@@ -125,12 +137,15 @@ class Client(Caller):
         if table_format:
             query["format"] = table_format
         body = b"" if mask is None else mask.astype("<u8", copy=False).tobytes()
-        answer = self._call("POST", "harvest", params=query, content=body, headers=_BINARY)
+        most = _bitmap_bytes(n_pages)
+        answer = self._call(
+            "POST", "harvest", at_most=most, params=query, content=body, headers=_BINARY
+        )
         cost = HarvestCost(
             _header_number(self.vm, answer, "Harvest-Ns"),
             _header_number(self.vm, answer, "Rearm-Ns"),
         )
-        return _read_bitmap(self.vm, answer), cost
+        return _read_bitmap(self.vm, answer, gfn_start, n_pages), cost
 
     def evict(
         self, gfns: Gfns, each: bool = False, *, actuator: str = "store"
@@ -140,11 +155,13 @@ class Client(Caller):
         :param each: also ask for every page's outcome
         :param actuator: ``store``, the pager's own, or ``swap``, the host's
         """
+        body = _gfn_bytes(gfns)
         answer = self._call(
             "POST",
             "evict",
+            at_most=(64 << 10) + len(body),
             params={"each": str(int(each)), "actuator": actuator},
-            content=_gfn_bytes(gfns),
+            content=body,
             headers=_BINARY,
         )
         return self._read(answer, schema.EvictReport)
@@ -231,9 +248,13 @@ class Client(Caller):
         return self._read(answer, schema.SnapshotReport).memory_bytes
 
 
-def _range_query(gfn_start: int, n_pages: int | None) -> dict[str, str]:
-    query = {"gfn_start": str(gfn_start)}
-    return query if n_pages is None else query | {"n_pages": str(n_pages)}
+def _range_query(gfn_start: int, n_pages: int) -> dict[str, str]:
+    return {"gfn_start": str(gfn_start), "n_pages": str(n_pages)}
+
+
+def _bitmap_bytes(n_pages: int) -> int:
+    """Return the size of a young bitmap and a coarse one; an error may come instead."""
+    return max(2 * 8 * n_words(n_pages), 64 << 10)
 
 
 def _gfn_bytes(gfns: Gfns) -> bytes:
@@ -243,13 +264,18 @@ def _gfn_bytes(gfns: Gfns) -> bytes:
 
 def _header_number(vm: str, answer: httpx.Response, name: str) -> int:
     text = answer.headers.get(HEADER_PREFIX + name, "")
-    if not text.isdigit():
+    if not text.isdigit() or len(text) > _MAX_DIGITS:
         raise ControlError(answer.status_code, f"VM {vm!r}: malformed response: {name} is {text!r}")
     return int(text)
 
 
-def _read_bitmap(vm: str, answer: httpx.Response) -> YoungBitmap:
-    n_pages = _header_number(vm, answer, "Pages")
+def _read_bitmap(vm: str, answer: httpx.Response, gfn_start: int, n_pages: int) -> YoungBitmap:
+    for name, wanted in (("Gfn-Start", gfn_start), ("Pages", n_pages)):
+        if (found := _header_number(vm, answer, name)) != wanted:
+            raise ControlError(
+                answer.status_code,
+                f"VM {vm!r}: malformed response: {name} is {found}, not {wanted}",
+            )
     coarse = bool(_header_number(vm, answer, "Coarse"))
     size = n_words(n_pages)
     if len(answer.content) != size * 8 * (1 + coarse):
@@ -264,5 +290,4 @@ def _read_bitmap(vm: str, answer: httpx.Response) -> YoungBitmap:
         _header_number(vm, answer, "Window-Start-Ns"),
         _header_number(vm, answer, "Window-End-Ns"),
     )
-    gfn_start = _header_number(vm, answer, "Gfn-Start")
     return YoungBitmap(gfn_start, n_pages, words[:size], words[size:] if coarse else None, source)

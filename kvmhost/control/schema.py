@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from kvmhost.decoding import decode_json
+from kvmhost.units import PAGE_BYTES
 
 __all__ = [
     "CLIENT_TIMEOUT_S",
     "HEADER_PREFIX",
+    "MAX_GFNS",
     "Counters",
     "ErrorInfo",
     "ErrorReply",
@@ -52,6 +54,7 @@ __all__ = [
     "decode",
     "decode_query",
     "encode",
+    "problem_of_map",
 ]
 
 #: Bitmaps carry their description in headers of this prefix.
@@ -312,6 +315,27 @@ class MemoryMap(_Answer, frozen=True):
     gfn_end: int
     regions: list[RegionInfo]
     pinned: list[PageRange]
+
+
+#: The most gfns that a client believes in: a terabyte, and 4 GiB of holes.
+MAX_GFNS = (1 << 28) + (1 << 20)
+
+
+def problem_of_map(found: MemoryMap) -> str:
+    """Return what is wrong with a memory map, before anything is allocated for it.
+
+    Its regions must be in order, and of at most :data:`MAX_GFNS`; the rest follows from them.
+    """
+    end = 0
+    for region in found.regions:
+        if region.gfn < end or region.n_pages <= 0 or region.gfn + region.n_pages > MAX_GFNS:
+            return f"pages [{region.gfn}, {region.gfn + region.n_pages}) in slot {region.slot}"
+        end = region.gfn + region.n_pages
+    if found.page_bytes != PAGE_BYTES or found.gfn_end != end:
+        return f"gfn_end {found.gfn_end}, but the last region ends at {end}"
+    if any(r.gfn < 0 or r.n_pages < 0 or r.gfn + r.n_pages > end for r in found.pinned):
+        return "a pinned range beyond memory"
+    return ""
 
 
 class Page(_Answer, frozen=True):

@@ -1,17 +1,26 @@
-"""httpx over a unix socket.
+"""httpx over a unix socket, to a server that may be hostile.
 
 As ``httpx.HTTPTransport(uds=…)``, but a connection that is refused leaves no open
-socket behind (httpcore 1.0 forgets it, to be found by the garbage collector).
+socket behind (httpcore 1.0 forgets it, to be found by the garbage collector), the server's
+uid is checked before anything is sent, and the time-out of a read is that of the whole
+answer: a server that sends a byte a second does not hold its client.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpcore
 import httpx
+
+from kvmhost.control.peers import peer_of
 
 __all__ = ["UnixTransport"]
 
@@ -66,7 +75,10 @@ class _Body(httpx.SyncByteStream):
 
 
 class _Backend(httpcore.SyncBackend):
-    """Tries a connection with a socket of its own first, which it closes."""
+    """Connects to servers of this user and of root.
+
+    Root may also connect to a socket file of another user, if that user serves it.
+    """
 
     def connect_unix_socket(
         self,
@@ -74,10 +86,61 @@ class _Backend(httpcore.SyncBackend):
         timeout: float | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(timeout)
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            connection.settimeout(timeout)
             try:
-                probe.connect(path)
+                connection.connect(path)
+                uid, allowed = peer_of(connection).uid, {os.geteuid(), 0}
+                if os.geteuid() == 0:
+                    allowed.add(Path(path).stat().st_uid)
             except OSError as error:
                 raise httpcore.ConnectError(str(error)) from error
-        return super().connect_unix_socket(path, timeout, socket_options)
+            if uid not in allowed:
+                raise httpcore.ConnectError(f"it is served by user {uid}, who is not trusted")
+            undo.pop_all()
+        return _Stream(connection)
+
+
+class _Stream(httpcore.NetworkStream):
+    """A connection whose time-out for reading counts from the last write."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._sent_s = time.monotonic()
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Read what there is, up to ``max_bytes``."""
+        left = None if timeout is None else self._sent_s + timeout - time.monotonic()
+        if left is not None and left <= 0:
+            raise httpcore.ReadTimeout("the answer takes too long")
+        try:
+            self._connection.settimeout(left)
+            return self._connection.recv(max_bytes)
+        except TimeoutError as error:
+            raise httpcore.ReadTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore.ReadError(str(error)) from error
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send everything."""
+        try:
+            self._connection.settimeout(timeout)
+            self._connection.sendall(buffer)
+        except TimeoutError as error:
+            raise httpcore.WriteTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore.WriteError(str(error)) from error
+        self._sent_s = time.monotonic()
+
+    def close(self) -> None:
+        """Hang up. Idempotent."""
+        self._connection.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return whether there is something to read: on an idle connection, that it ended."""
+        if info != "is_readable":
+            return None
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        return bool(poll.poll(0))

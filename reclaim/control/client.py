@@ -29,6 +29,9 @@ class DaemonClient(Caller):
     :raises LayoutError: for a bad name
     """
 
+    #: Metrics and decisions of many VMs.
+    max_answer_bytes = 64 << 20
+
     def __init__(self, daemon: str | Path, *, timeout_s: float = 60.0) -> None:
         given = str(daemon)
         path = Path(daemon) if isinstance(daemon, Path) or "/" in given else socket_of(given)
