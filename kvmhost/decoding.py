@@ -36,9 +36,9 @@ def _decode(decoder: Callable[..., Any], raw: bytes, kind: type[T]) -> T:
     try:
         found: T = decoder(raw, type=kind)
     except UnicodeDecodeError as error:
-        raise msgspec.DecodeError(f"text is not UTF-8: {error.reason}") from None
+        raise msgspec.DecodeError(f"bad UTF-8 at byte {error.start}: {error.reason}") from None
     except RecursionError:
-        raise msgspec.DecodeError("values are nested too deeply") from None
+        raise msgspec.DecodeError("nested too deeply") from None
     except OverflowError as error:
         raise msgspec.DecodeError(f"a number is out of range: {error}") from None
     return found

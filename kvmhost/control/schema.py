@@ -482,10 +482,6 @@ def decode(body: bytes, kind: type[T]) -> T:
         return decode_json(body, kind)
     except msgspec.DecodeError as error:
         raise _schema_error(error) from None
-    except UnicodeDecodeError as error:
-        raise SchemaError(f"bad UTF-8 at byte {error.start}: {error.reason}") from None
-    except RecursionError:
-        raise SchemaError("nested too deeply") from None
 
 
 def decode_query(query: dict[str, str], kind: type[T]) -> T:
