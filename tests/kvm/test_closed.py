@@ -31,6 +31,7 @@ from kvmhost.machine import Machine
 from kvmhost.machine.pc import PcMachine
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.pager.pager import Pager
+from kvmhost.reclaim.record.meta import RecordSession
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import RecordWriter
 from kvmhost.trackers import NAMES, create
@@ -61,6 +62,7 @@ BY_NAME: dict[str, Callable[[], Any]] = {
     "words": lambda: np.zeros(1 << 16, np.uint64),
     "command": lambda: Struct("kvm_sev_cmd"),
     "first": lambda: 0,
+    "session": lambda: RecordSession(0, "pagemap", "host"),
     "window": lambda: 0,
 }
 BY_ANNOTATION: dict[str, Callable[[], Any]] = {
