@@ -11,7 +11,7 @@ import pytest
 from waiting import until
 
 from kvmhost.control.client import Client
-from kvmhost.errors import ControlError, PagerError
+from kvmhost.errors import LayoutError, PagerError
 
 GFN_END = 0x4000 + 256
 N_PAGES = 1024 + 256
@@ -75,9 +75,8 @@ def test_the_whole_vm_can_be_asked_for(vm):
 
 @pytest.mark.parametrize("call", ["evict", "set_victims"])
 def test_a_list_longer_than_the_vm_is_refused(vm, machine, call):
-    with pytest.raises(ControlError, match=f"the VM has {N_PAGES}") as caught:
+    with pytest.raises(LayoutError, match=f"the VM has {N_PAGES}"):
         getattr(vm, call)([5] * (N_PAGES + 1))
-    assert caught.value.status == 400
     assert (machine.has_pager, machine.open_pager().victims) == (False, [])
     getattr(vm, call)([5] * N_PAGES)
 
@@ -103,14 +102,13 @@ def test_a_limit_that_cannot_be_reached_leaves_the_one_before(vm, machine):
         raise PagerError("the store is full")
 
     pager.shrink = fail
-    with pytest.raises(ControlError, match="store is full"):
+    with pytest.raises(PagerError, match="store is full"):
         vm.shrink(1 << 16)
     assert pager.limit_pages == 256
     assert vm.state().limit_bytes == 1 << 20
 
 
 def test_a_harvest_for_an_unknown_model_clears_nothing(serve, machine, monkeypatch):
-    from kvmhost.errors import LayoutError
     from kvmhost.mmu import feed
 
     def fail(*_):

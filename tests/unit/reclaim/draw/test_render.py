@@ -130,7 +130,7 @@ def test_a_live_recording_has_its_windows_end_to_end():
 
 def test_a_vm_that_ends_ends_the_recording():
     assert len(live_heatmap(FakeClient(3), interval_s=0.001, gfn_start=0x400).columns) == 2
-    with pytest.raises(VmGoneError, match="before the first window"):
+    with pytest.raises(VmGoneError, match="before the end of the first window"):
         live_heatmap(FakeClient(1), interval_s=0.001, gfn_start=0x400)
 
 
