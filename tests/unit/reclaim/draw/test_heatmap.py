@@ -242,7 +242,7 @@ def test_columns_of_a_picture_are_means_and_never_cross_a_gap(tmp_path):
     ):
         expected = np.mean(windows[a:b], axis=0).reshape(64, -1).mean(axis=1)
         assert column == pytest.approx(expected, abs=1e-6)
-    assert "10 to a column" in heatmap.caption
+    assert "10 per column" in heatmap.caption
 
 
 # -- pictures ------------------------------------------------------------------

@@ -378,7 +378,7 @@ def test_a_vm_that_goes_away_may_come_back(watchapp, fake, monkeypatch):
     async def steps(app, pilot):
         fake.gone = True
         await until_async(
-            lambda: "waiting for it to come back" in screen_text(app)["head"], pilot.pause
+            lambda: "waiting for it to return" in screen_text(app)["head"], pilot.pause
         )
         assert "0x0" in screen_text(app)["map"]
         fake.gone, fake.pid = False, 99
