@@ -100,7 +100,7 @@ def test_timeout_is_124(engine: str) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["no-such-guest"], "no such file, and no built-in guest"),
+        (["no-such-guest"], "no such file; unknown guest 'no-such-guest'"),
         (["./absent.elf"], "No such file"),
         (["hello", "--param", "colour=1"], "no parameter 'colour'; it has: status"),
         (["hello", "--param", "status=red"], "need name=number"),
