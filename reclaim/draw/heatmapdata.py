@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.draw.heatmap import Heatmap, HeatmapMark, bin_edges
+from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record.clock import elapsed_s, find_jumps, interval_s
 from kvmhost.reclaim.record.meta import LEVELS, Memslot
 from kvmhost.reclaim.record.reader import YoungRecord
@@ -236,7 +237,21 @@ def heatmap_of(view: RecordView, n_bins: int = 512, n_columns: int = 1200) -> He
                 round(times.ends_s[until - 1 - view.first] * 1e9),
             )
         )
+    _check_times(view, heatmap.windows_ns)
     return _described(heatmap, view, times, int(np.diff(bounds).max()))
+
+
+def _check_times(view: RecordView, windows_ns: list[tuple[int, int]]) -> None:
+    """Refuse times that no axis can show.
+
+    :raises RecordError: if a window ends before it begins, or begins before the one before
+    """
+    before = 0
+    for number, (start, end) in enumerate(windows_ns):
+        if not before <= start <= end < 1 << 62:
+            problem = f"column {number} is from {start} to {end} ns, after {before} ns"
+            raise RecordError(str(view.record.path), "window times", problem)
+        before = start
 
 
 def _described(heatmap: Heatmap, view: RecordView, times: Timeline, grouped: int) -> Heatmap:

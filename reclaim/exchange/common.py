@@ -16,7 +16,6 @@ from kvmhost.files import read_regular
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record.meta import MAX_PAGES, RecordSession
 from kvmhost.reclaim.record.writer import Cost, RecordWriter
-from kvmhost.reclaim.young.bits import runs
 
 __all__ = [
     "MAX_FILE_BYTES",
@@ -41,6 +40,8 @@ _FREE_WINDOW_PAGES, _WINDOW_PAGES_PER_BYTE = 1 << 30, 1 << 16
 #: A file to import, unpacked, is at most so large.
 MAX_FILE_BYTES = 1 << 30
 
+#: A bitmap is searched for runs in parts of this size.
+_PART_WORDS = 1 << 16
 _ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 Edges = npt.NDArray[np.int64]
@@ -162,9 +163,27 @@ def check_cost(n_pages: int, n_windows: int, n_bytes: int, path: Path) -> None:
 
 
 def ranges_of(words: Words, n_pages: int) -> tuple[Edges, Edges]:
-    """Return first and end page of the runs of a bitmap, counted from its start."""
-    raw = words.astype("<u8", copy=False).view(np.uint8)
-    return runs(np.unpackbits(raw, count=n_pages, bitorder="little").view(bool))
+    """Return first and end page of the runs of a bitmap, counted from its start.
+
+    Takes memory for the runs and for a part of the bitmap, not for each page.
+    """
+    words = words.astype("<u8", copy=False)
+    edges, carry = [np.zeros(0, dtype=np.int64)], np.uint64(0)
+    for first in range(0, len(words), _PART_WORDS):
+        part = words[first : first + _PART_WORDS]
+        # Bit i is set where bit i differs from the one before it.
+        before = np.concatenate([[carry], part[:-1] >> np.uint64(63)]).astype(np.uint64)
+        changed = part ^ (part << np.uint64(1) | before)
+        carry = part[-1] >> np.uint64(63)
+        at = np.flatnonzero(changed)
+        bits = np.unpackbits(changed[at].view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+        rows, columns = np.nonzero(bits)
+        edges.append((first + at[rows]) * 64 + columns)
+    found = np.concatenate(edges)
+    found = found[found < n_pages]
+    if found.size % 2:
+        found = np.append(found, n_pages)
+    return found[::2], found[1::2]
 
 
 def bitmap_of_ranges(ranges: Iterable[tuple[int, int]], n_pages: int) -> Words:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from waiting import DEADLINE_S
 from young_model import histories, write
 
+from kvmhost.bitmap import pack
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.errors import RecordError
-from kvmhost.reclaim.exchange import damon, dirty, registry, text
+from kvmhost.reclaim.exchange import common, damon, dirty, registry, text
 from kvmhost.reclaim.exchange.common import write_record
 from kvmhost.reclaim.record.meta import COLUMNS
 from kvmhost.reclaim.record.reader import YoungRecord
@@ -249,3 +251,26 @@ def test_working_sets_are_counted_and_one_file_makes_a_record(make_record, tmp_p
     with pytest.raises(LayoutError, match="2 were given"):
         registry.read("ranges", [tmp_path / "g", tmp_path / "g"])
     assert registry.IMPORTS.keys() <= registry.EXPORTS.keys()
+
+
+@pytest.mark.parametrize("n_pages", [0, 1, 63, 64, 65, 191, 192, 193, 1000])
+@pytest.mark.parametrize("share", [0, 0.02, 0.5, 0.98, 1])
+def test_runs_of_a_bitmap_are_found_across_words_and_parts(n_pages, share, monkeypatch):
+    monkeypatch.setattr(common, "_PART_WORDS", 3)
+    bits = np.random.default_rng(n_pages).random(n_pages) < share
+    starts, ends = common.ranges_of(pack(bits), n_pages)
+    steps = np.diff(np.concatenate([[0], bits.astype(int), [0]]))
+    assert starts.tolist() == np.flatnonzero(steps == 1).tolist()
+    assert ends.tolist() == np.flatnonzero(steps == -1).tolist()
+
+
+def test_runs_of_a_large_empty_bitmap_take_little_memory():
+    tracemalloc.start()
+    words = np.zeros(1 << 22, dtype=np.uint64)
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    assert common.ranges_of(words, 1 << 28)[0].size == 0
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    # 256 MiB would be a byte for each page.
+    assert peak < 16 << 20
