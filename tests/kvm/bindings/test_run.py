@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvmhost._ffi import ffi, lib
-from kvmhost.errors import IoctlError, LayoutError
+from kvmhost.errors import IoctlError, LayoutError, StateError
 from kvmhost.exits import Debug, Hlt, Hypercall, IoOut, Kicked, MsrRead, MsrWrite, SystemEvent
 from kvmhost.guests import image_path
 from kvmhost.kvm import Cap, KvmVcpu, System, Vm
@@ -125,7 +125,7 @@ def test_the_run_page_goes_with_the_vcpu(vm: Vm) -> None:
     page.cr8 = 5
     vcpu.close()
     assert page.cr8 == 5  # a view that is kept keeps the mapping
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(StateError, match="vCPU 0 is closed"):
         _ = vcpu.run_page
 
 
