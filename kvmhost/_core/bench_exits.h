@@ -1,4 +1,4 @@
-/* The least that a C program needs to count a guest's port writes. */
+/* A minimal C loop that counts a guest's port writes. */
 #ifndef KVMHOST_BENCH_EXITS_H
 #define KVMHOST_BENCH_EXITS_H
 

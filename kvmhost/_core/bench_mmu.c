@@ -15,7 +15,7 @@ static inline __attribute__((always_inline)) uint64_t sum(const uint64_t *words,
 {
 	uint64_t total[4] = { 0 };
 
-	/* Four sums side by side: what a vector register holds. n is a multiple of 4. */
+	/* Four independent sums, one per element of a vector register. n is a multiple of 4. */
 	for (uint64_t i = 0; i + 4 <= n; i += 4)
 		for (unsigned int lane = 0; lane < 4; lane++)
 			total[lane] += words[i + lane];

@@ -1,10 +1,10 @@
-/* Bare loops over 64-bit words: what a walk's speed is compared with. */
+/* Bare loops over 64-bit words: the baseline for the speed of a walk. */
 #ifndef KVMHOST_BENCH_MMU_H
 #define KVMHOST_BENCH_MMU_H
 
 #include "compat.h"
 
-/* A plain sum, as a compiler builds it without leave to reorder much. */
+/* A plain sum, without explicit vectorisation. */
 uint64_t kh_bench_sum(const uint64_t *words, uint64_t n);
 /* The same sum, vectorised (AVX2 where the CPU has it). */
 uint64_t kh_bench_sum_wide(const uint64_t *words, uint64_t n);

@@ -1,4 +1,4 @@
-/* For kvmhost bench pager: a minimal pager to compare with, and the store by itself. */
+/* For kvmhost bench pager: a minimal pager for comparison, and a test of the store alone. */
 #ifndef KVMHOST_BENCH_PAGER_H
 #define KVMHOST_BENCH_PAGER_H
 
@@ -11,10 +11,10 @@
 void kh_bench_touch(uint64_t address, const uint32_t *pages, uint64_t n, uint64_t *times);
 
 /*
- * The least that evicts and faults in: pages are copied out of the memfd by
- * pread, punched in runs, and copied back by UFFDIO_COPY in a thread that does
- * nothing else. No compression, no locks, no limits, no counters, and no
- * protection against writes: it only shows what the kernel takes.
+ * A minimal eviction and fault-in path: pages are copied out of the memfd by pread,
+ * punched in runs, and copied back by UFFDIO_COPY in a thread that does nothing
+ * else. No compression, no locks, no limits, no counters, and no protection against
+ * writes: it only measures the cost of the kernel.
  */
 struct kh_bench_pager;
 

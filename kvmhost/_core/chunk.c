@@ -9,7 +9,7 @@
 
 void kh_pager_freeze(struct kh_pager *pager)
 {
-	/* Whoever is inside comes out first. */
+	/* Wait until the current holder of evict_lock releases it. */
 	pthread_mutex_lock(&pager->evict_lock);
 	pager->frozen++;
 	pthread_mutex_unlock(&pager->evict_lock);
@@ -46,7 +46,7 @@ static int is_zero(const char *page)
 	return !word && !memcmp(page, page + sizeof(word), KH_PAGE_BYTES - sizeof(word));
 }
 
-/* Where a chunk is read to: pages come packed, those that are zero are left out. */
+/* Destination of a chunk that is read: pages are packed, zero pages are omitted. */
 struct packing {
 	struct kh_chunk *chunk;
 	char *data;
@@ -57,7 +57,7 @@ static char *packing_end(const struct packing *to)
 	return to->data + (uint64_t)to->chunk->n_held * KH_PAGE_BYTES;
 }
 
-/* A page lies at from, behind what is packed: keep it unless it is zero. */
+/* A page was read to from, after the packed pages: keep it unless it is zero. */
 static void keep(struct packing *to, uint32_t i, const char *from)
 {
 	if (is_zero(from))
@@ -82,7 +82,7 @@ static int read_fully(int fd, char *data, uint64_t n_bytes, uint64_t offset)
 	return 0;
 }
 
-/* One page after the other, to find the one that cannot be read. */
+/* Read page by page, to find the one that cannot be read. */
 static int read_one_by_one(struct packing *to, int memfd, uint64_t page, uint32_t first,
 			   uint32_t end, uint32_t *bad)
 {
@@ -99,13 +99,14 @@ static int read_one_by_one(struct packing *to, int memfd, uint64_t page, uint32_
 }
 
 /*
- * Pages [first, end) of the chunk, all in the memfd, if they are anywhere. Where data ends
- * is not asked: SEEK_HOLE would walk through all data behind it. A hole reads as zeros.
+ * Pages [first, end) of the chunk, all of which are in the memfd or nowhere. The
+ * end of the data is not looked up: SEEK_HOLE would walk all data that follows. A
+ * hole reads as zeros.
  */
 static int read_memfd(struct packing *to, int memfd, uint64_t page, uint32_t first, uint32_t end,
 		      uint32_t *bad)
 {
-	/* The first data; what is in the host's swap counts as data. */
+	/* The first data; pages in the host's swap count as data. */
 	off_t data = first < end ? lseek(memfd, (page + first) * KH_PAGE_BYTES, SEEK_DATA) : -1;
 	const char *from = packing_end(to);
 
@@ -124,7 +125,7 @@ static int read_memfd(struct packing *to, int memfd, uint64_t page, uint32_t fir
 	return 0;
 }
 
-/* A page that was evicted when last looked at. 1: it is in the memfd by now. */
+/* Read a page that was evicted at the last check. Returns 1 if it is in the memfd now. */
 static int read_stored(struct kh_pager *pager, struct packing *to, uint64_t index, uint32_t i)
 {
 	char *at = packing_end(to);
@@ -154,7 +155,7 @@ static int is_in_memfd(const struct kh_pager *pager, uint64_t index)
 	return state != KH_PAGE_EVICTED && state != KH_PAGE_LOST;
 }
 
-/* The caller holds evict_lock: pages come back meanwhile, but none goes. */
+/* The caller holds evict_lock: pages may be faulted in meanwhile, but none is evicted. */
 static int read_pages(struct kh_pager *pager, struct packing *to, int memfd, uint64_t page,
 		      uint64_t index, uint32_t n_pages, uint32_t *bad)
 {
@@ -172,7 +173,7 @@ static int read_pages(struct kh_pager *pager, struct packing *to, int memfd, uin
 			break;
 		*bad = i;
 		result = read_stored(pager, to, index, i);
-		/* Came back: the next round finds it in the memfd. */
+		/* Faulted in: the next round finds it in the memfd. */
 		if (result == 1)
 			result = 0;
 		else
@@ -240,7 +241,7 @@ static int fill_memfd(int memfd, uint64_t page, uint32_t n_pages, const struct k
 	return result;
 }
 
-/* The page's lock is held: nobody has touched it yet, or its touch waits. */
+/* The page's lock is held: no thread has touched the page yet, or the touch is blocked. */
 static int fill_page(struct kh_pager *pager, int memfd, uint64_t offset, uint64_t index,
 		     const char *data, int resident)
 {
@@ -319,7 +320,7 @@ int kh_write_behind(int fd, uint64_t offset, uint64_t n_bytes, uint64_t distance
 	const unsigned int wait = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE |
 				  SYNC_FILE_RANGE_WAIT_AFTER;
 
-	/* A file system without it, or no file at all: the fsync at the end does all. */
+	/* The file system does not support it, or this is not a file: the final fsync is enough. */
 	if (sync_file_range(fd, offset, n_bytes, SYNC_FILE_RANGE_WRITE))
 		return errno == ENOSYS || errno == ESPIPE || errno == EINVAL ? 0 : -errno;
 	if (offset < distance)

@@ -27,10 +27,10 @@ uint32_t kh_crc32c(const void *data, uint64_t n_bytes);
 uint32_t kh_crc32c_by_tables(const void *data, uint64_t n_bytes);
 
 /*
- * Until the thaw nobody evicts, drops or restores pages and nobody changes the limit;
- * who tries waits. Faults are served, so that a thread of the VMM that touches guest
- * memory never waits for the freezer: such a page changes its place, under its lock,
- * and not its contents. Freezes nest.
+ * Until the thaw no thread evicts, drops or restores pages or changes the limit; a
+ * thread that tries blocks. Faults are served, so that a thread of the VMM that
+ * touches guest memory never waits for the freezer: such a page moves to the memfd,
+ * under its lock, and its contents do not change. Freezes nest.
  */
 void kh_pager_freeze(struct kh_pager *pager);
 void kh_pager_thaw(struct kh_pager *pager);
@@ -45,18 +45,20 @@ int kh_chunk_read(struct kh_pager *pager, int memfd, uint64_t page, uint64_t ind
 		  uint32_t n_pages, struct kh_chunk *chunk, void *data, uint32_t *bad);
 
 /*
- * Put a chunk back into memory that holds nothing: chunk->held says which pages data has.
- * With an armed pager at most room_pages of them become resident, the others go to the
- * store; pinned pages are always resident, and the caller has made room for them. Returns
- * how many became resident and are not pinned, or -errno: -EINVAL if *bad is a page that
- * is all zero, -ENOSPC if the store takes no more.
+ * Restore a chunk into empty memory: chunk->held has the bit of each page that data
+ * contains. With an armed pager at most room_pages of them become resident, the
+ * others go to the store; pinned pages are always resident, and the caller has made
+ * room for them. Returns how many became resident and are not pinned, or -errno:
+ * -EINVAL if *bad is a page that is all zero, -ENOSPC if the store is full.
  */
 int kh_chunk_fill(struct kh_pager *pager, int memfd, uint64_t page, uint64_t index,
 		  uint32_t n_pages, const struct kh_chunk *chunk, const void *data,
 		  uint64_t room_pages, uint32_t *bad);
 
-/* Begin to write a range of a file to disk; the file's pages before it, already written
- * or on their way, are waited for and leave the page cache. 0 or -errno. */
+/*
+ * Start writeback of a range of a file; wait for the writeback of the pages before it, and
+ * drop those from the page cache. 0 or -errno.
+ */
 int kh_write_behind(int fd, uint64_t offset, uint64_t n_bytes, uint64_t distance);
 
 #endif

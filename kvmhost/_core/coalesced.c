@@ -2,7 +2,9 @@
 
 uint32_t kh_coalesced_pending(struct kvm_coalesced_mmio_ring *ring, uint32_t n)
 {
-	/* Both are indices below n; whatever else stands there must not lead us astray. */
+	/*
+	 * Both must be indices below n; the page is shared, so other values are reduced modulo n.
+	 */
 	uint32_t last = __atomic_load_n(&ring->last, __ATOMIC_ACQUIRE) % n;
 
 	return (last + n - ring->first % n) % n;
@@ -16,7 +18,7 @@ int kh_coalesced_take(struct kvm_coalesced_mmio_ring *ring, uint32_t n,
 	if (!kh_coalesced_pending(ring, n))
 		return 0;
 	*out = ring->coalesced_mmio[first];
-	/* KVM may write over the entry from here on. */
+	/* KVM may overwrite the entry from here on. */
 	__atomic_store_n(&ring->first, (first + 1) % n, __ATOMIC_RELEASE);
 	return 1;
 }

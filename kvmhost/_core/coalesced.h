@@ -7,12 +7,12 @@
 
 #include "compat.h"
 
-/* Entries that are waiting. */
+/* Number of pending entries. */
 uint32_t kh_coalesced_pending(struct kvm_coalesced_mmio_ring *ring, uint32_t n);
-/* Take the oldest entry out; 0 if there is none. */
+/* Remove the oldest entry; returns 0 if the ring is empty. */
 int kh_coalesced_take(struct kvm_coalesced_mmio_ring *ring, uint32_t n,
 		      struct kvm_coalesced_mmio *out);
-/* Take all entries out; returns how many. */
+/* Remove all entries; returns their number. */
 uint32_t kh_coalesced_drain(struct kvm_coalesced_mmio_ring *ring, uint32_t n);
 
 #endif

@@ -30,8 +30,10 @@
 #define MADV_PAGEOUT 21
 #endif
 
-/* Since commit 4ca9b3859dac ("mm/madvise: introduce MADV_POPULATE_(READ|WRITE) to
- * prefault page tables") (in v5.14); an older kernel refuses, and nothing is lost. */
+/*
+ * Since commit 4ca9b3859dac ("mm/madvise: introduce MADV_POPULATE_(READ|WRITE) to prefault
+ * page tables") (in v5.14); an older kernel returns EINVAL, which is harmless.
+ */
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif

@@ -28,9 +28,9 @@ static int fetch(int vm_fd, uint32_t slot, uint64_t *log)
 }
 
 /*
- * Clear what is set in the words [low, high) of a slot's bitmap; chosen[0] is word low.
- * Words without a bit at both ends are left out. KVM takes whole words only, or what
- * the last one holds.
+ * Clear what is set in the words [low, high) of a slot's bitmap; chosen[0] is word
+ * low. Words without a bit at both ends are left out. KVM accepts whole words only,
+ * except for the last one of the slot.
  */
 static int clear_words(int vm_fd, uint32_t slot, uint64_t slot_pages, uint64_t low, uint64_t high,
 		       uint64_t *chosen)
@@ -50,7 +50,7 @@ static int clear_words(int vm_fd, uint32_t slot, uint64_t slot_pages, uint64_t l
 	return ioctl(vm_fd, KVM_CLEAR_DIRTY_LOG, &request) ? -errno : 0;
 }
 
-/* Lay words & mask, bit 0 of which is page first, into the slot's own words in room. */
+/* Shift words & mask, whose bit 0 is page first, to the slot's word positions in room. */
 static int clear_part(int vm_fd, uint32_t slot, uint64_t slot_pages, uint64_t first,
 		      uint64_t n_pages, const uint64_t *mask, const uint64_t *words, uint64_t *room)
 {

@@ -1,6 +1,6 @@
 /*
- * KVM's dirty log under manual protection: fetch, and clear exactly what is asked.
- * Bitmaps are 64-bit words, bit 0 first.
+ * KVM's dirty log under manual protection: fetch the bitmap, and clear exactly the
+ * requested pages. Bitmaps are 64-bit words, bit 0 first.
  */
 #ifndef KVMHOST_DIRTYLOG_H
 #define KVMHOST_DIRTYLOG_H

@@ -8,7 +8,7 @@
 
 struct ring {
 	struct kvm_dirty_gfn *entries;
-	uint32_t next;		/* first entry that has not been taken yet */
+	uint32_t next;		/* first entry that has not been collected yet */
 };
 
 struct slot {
@@ -17,9 +17,9 @@ struct slot {
 };
 
 /*
- * The lock covers taking entries out, the reset that protects their pages again,
- * and the bitmaps: so a page whose bit is cleared is always protected, and its
- * next write makes a new entry.
+ * The lock covers the collection of entries, the reset that write-protects their
+ * pages again, and the bitmaps: therefore a page whose bit is cleared is always
+ * protected, and its next write makes a new entry.
  */
 struct kh_rings {
 	int vm_fd;
@@ -91,7 +91,7 @@ static uint64_t drain(struct kh_rings *rings, struct ring *ring)
 	for (;; taken++) {
 		struct kvm_dirty_gfn *entry = &ring->entries[ring->next & (rings->n_entries - 1)];
 
-		/* Pairs with KVM's release: slot and offset are there before the flag. */
+		/* Pairs with KVM's release: slot and offset are visible before the flag. */
 		if (__atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE) != KVM_DIRTY_GFN_F_DIRTY)
 			return taken;
 		note(rings, entry);
@@ -109,8 +109,8 @@ static int64_t collect_locked(struct kh_rings *rings)
 	if (!taken)
 		return 0;
 	/*
-	 * Not left half done on a signal: since v6.16 the reset stops at one, and
-	 * entries that are not reset stand for pages that are not protected.
+	 * Repeat after a signal: since v6.16 a signal interrupts the reset, and the
+	 * pages of entries that are not reset are not write-protected.
 	 */
 	while (ioctl(rings->vm_fd, KVM_RESET_DIRTY_RINGS, 0) < 0)
 		if (errno != EINTR)
@@ -148,7 +148,7 @@ static void take(struct slot *slot, uint64_t first, uint64_t n_pages, int clear,
 		uint64_t word = slot->dirty[page / 64];
 
 		if (!(word & bit)) {
-			/* Nothing in the rest of this word: on to the next one. */
+			/* No bit in the rest of this word: continue with the next one. */
 			if (!(word >> page % 64))
 				i += 63 - page % 64;
 			continue;

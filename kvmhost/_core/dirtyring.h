@@ -1,7 +1,7 @@
 /*
- * KVM's dirty rings: one a vCPU, collected into one bitmap a memslot. The bitmaps
- * take what does not fit into the rings, so that their size bounds nothing: a
- * vCPU whose ring is full empties all rings by itself and goes on.
+ * KVM's dirty rings: one per vCPU, collected into one bitmap per memslot. The size
+ * of the rings does not limit the number of dirty pages: a vCPU whose ring is full
+ * collects all rings into the bitmaps and continues.
  */
 #ifndef KVMHOST_DIRTYRING_H
 #define KVMHOST_DIRTYRING_H
@@ -13,12 +13,12 @@
 
 struct kh_rings;
 
-/* What the rings have done so far. */
+/* Counters of the rings. */
 struct kh_ring_counts {
 	uint64_t entries;	/* taken out of rings */
 	uint64_t full;		/* exits because a ring was full */
 	uint64_t resets;	/* KVM_RESET_DIRTY_RINGS calls */
-	uint64_t foreign;	/* entries of slots that nobody added, or beyond their end */
+	uint64_t foreign;	/* entries of unknown slots, or beyond the end of a slot */
 };
 
 /* n_entries as given to KVM_CAP_DIRTY_LOG_RING, a power of two. NULL: no memory. */
@@ -28,7 +28,7 @@ int kh_rings_add_slot(struct kh_rings *rings, uint64_t n_pages);
 /* Map a vCPU's ring; the mapping lives until kh_rings_free. */
 int kh_rings_add_vcpu(struct kh_rings *rings, int vcpu_fd);
 /*
- * Take all entries out of all rings and have KVM write-protect those pages again.
+ * Collect all entries of all rings and let KVM write-protect those pages again.
  * Returns the number of entries or -errno. Any thread, vCPUs may run.
  */
 int64_t kh_rings_collect(struct kh_rings *rings);
@@ -40,7 +40,7 @@ int64_t kh_rings_on_full(struct kh_rings *rings);
  */
 int kh_rings_harvest(struct kh_rings *rings, uint32_t slot, uint64_t first, uint64_t n_pages,
 		     int clear, const uint64_t *mask, uint64_t *words);
-/* Collect, and forget everything. */
+/* Collect, and clear all bitmaps. */
 int kh_rings_forget(struct kh_rings *rings);
 void kh_rings_counts(struct kh_rings *rings, struct kh_ring_counts *counts);
 void kh_rings_free(struct kh_rings *rings);

@@ -21,7 +21,7 @@ void kh_emu_attend(struct kh_emu *emu)
 	__atomic_store_n(&emu->attention, 1, __ATOMIC_RELEASE);
 }
 
-/* Whether a block has been looked through; from now on it has. */
+/* Test and set whether a block has been scanned. */
 static bool seen_before(struct kh_emu *emu, uint64_t address)
 {
 	uint64_t *seen = emu->seen, key = address + 1, i = address;
@@ -30,7 +30,7 @@ static bool seen_before(struct kh_emu *emu, uint64_t address)
 		if (seen[i % KH_EMU_BLOCKS] == key)
 			return true;
 	if (emu->n_seen++ == KH_EMU_BLOCKS * 3 / 4) {
-		/* Looking twice does no harm, a full table would. */
+		/* Scanning a block twice is harmless; a full table is not. */
 		memset(seen, 0, sizeof(emu->seen));
 		emu->n_seen = 1;
 		i = address;
@@ -78,9 +78,9 @@ static void on_port(void *uc, uint64_t address, uint32_t size, void *user)
 }
 
 /*
- * The data of a string instruction come and go one access at a time. Here it
- * cannot be stopped, its registers are not up to date: that waits for its next
- * repetition, or for what follows it.
+ * The data of a string instruction come and go one access at a time. The emulation
+ * cannot stop here, because the registers are not up to date: it stops at the next
+ * repetition or at the next instruction.
  */
 static void on_out(void *uc, uint32_t port, int size, uint32_t value, void *user)
 {
@@ -124,7 +124,7 @@ static bool on_undefined(void *uc, void *user)
 	return true;
 }
 
-/* EFER.SCE is clear and so is SYSENTER_CS: neither instruction leads anywhere. */
+/* EFER.SCE and SYSENTER_CS are clear: both instructions fault. */
 static void on_syscall(void *uc, void *user)
 {
 	stop(uc, user, KH_EMU_EXCEPTION, UNDEFINED_OPCODE, 0);
@@ -139,7 +139,7 @@ static bool on_outside(void *uc, int type, uint64_t gpa, int size, int64_t value
 		emu->value = value;
 	}
 	stop(uc, emu, KH_EMU_OUTSIDE, gpa, size);
-	/* Not handled: the instruction ends with nothing done. */
+	/* Not handled: the instruction ends without effect. */
 	return false;
 }
 

@@ -1,7 +1,7 @@
 /*
- * Hooks that Unicorn calls while it runs guest code for the emulated engine, in
- * C because one of them runs before every block. Python loads Unicorn's library;
- * the one function of it that is needed here comes as a pointer.
+ * Hooks that Unicorn calls while it runs guest code for the emulated engine, in C
+ * because one of them runs before every block. Python loads Unicorn's library; the
+ * one function of it that is needed here is passed as a pointer.
  */
 #ifndef KVMHOST_EMULATED_H
 #define KVMHOST_EMULATED_H
@@ -13,10 +13,10 @@
 
 /* Why a hook stopped the emulation. */
 #define KH_EMU_NONE 0
-#define KH_EMU_ATTENTION 1	/* somebody wants the vCPU's thread: a kick, a flush */
-#define KH_EMU_NEW_BLOCK 2	/* a block that nobody has looked through yet */
+#define KH_EMU_ATTENTION 1	/* the vCPU's thread is requested: a kick, a flush */
+#define KH_EMU_NEW_BLOCK 2	/* a block that has not been scanned yet */
 #define KH_EMU_PORT 3		/* before an instruction that reads or writes a port */
-#define KH_EMU_UNFORESEEN 4	/* a port instruction where none was expected */
+#define KH_EMU_UNFORESEEN 4	/* a port instruction that the scan did not find */
 #define KH_EMU_EXCEPTION 5	/* address is the vector */
 #define KH_EMU_OUTSIDE 6	/* an access outside guest memory; type as in Unicorn */
 
@@ -40,7 +40,7 @@ typedef int (*kh_emu_stop_fn)(void *uc);
 struct kh_emu {
 	kh_emu_stop_fn stop;	/* uc_emu_stop; called by hooks only */
 	int attention;
-	int stepping;		/* KH_EMU_STEP_*: stop for nothing but the end of one instruction */
+	int stepping;		/* KH_EMU_STEP_*: stop only at the end of one instruction */
 	int reason;		/* KH_EMU_*: the first stop of a run */
 	int type;		/* of an access outside memory */
 	uint32_t size;		/* in bytes: of the block, the instruction or the access */
@@ -53,7 +53,7 @@ struct kh_emu {
 	uint64_t seen[KH_EMU_BLOCKS];	/* hash of start + 1 of blocks looked through */
 };
 
-/* Ask for the vCPU's thread; it stops before its next block. Any thread. */
+/* Request the vCPU's thread; the emulation stops before its next block. Any thread. */
 void kh_emu_attend(struct kh_emu *emu);
 
 /* The address of a hook, for uc_hook_add; 0 for none. Its user data is a struct kh_emu. */

@@ -7,7 +7,7 @@
 #define PAGE_SHIFT 12
 #define RUNS 512
 
-/* The kernel stops between ranges and says how many bytes it did. */
+/* The kernel stops between ranges and returns the number of bytes processed. */
 static int pageout(int pidfd, struct iovec *runs, uint64_t n)
 {
 	for (uint64_t i = 0; i < n;) {

@@ -1,6 +1,6 @@
 /*
- * Host side of guest memory: mappings of a memfd, zapping, and the questions
- * that mincore answers (pagemap: pagescan.h). Bitmaps are 64-bit words, bit 0 first.
+ * Host side of guest memory: mappings of a memfd, zapping, and residency by mincore
+ * (pagemap: pagescan.h). Bitmaps are 64-bit words, bit 0 first.
  */
 #ifndef KVMHOST_HOSTMEM_H
 #define KVMHOST_HOSTMEM_H
@@ -12,21 +12,22 @@ int kh_map(int fd, uint64_t n_bytes, uint64_t *address);
 int kh_unmap(uint64_t address, uint64_t n_bytes);
 
 /*
- * Zap the host PTEs of [address, address + n_pages * 4096). The data stays in
- * the memfd; secondary MMUs see an invalidation. With words only the runs of
- * set bits are zapped; a clean gap of up to gap_pages inside a run goes with it.
+ * Zap the host PTEs of [address, address + n_pages * 4096). The data stays in the
+ * memfd; secondary MMUs see an invalidation. With words only the runs of set bits
+ * are zapped; a gap of up to gap_pages clear bits inside a run is zapped with it.
  * Returns the number of madvise calls.
  */
 int64_t kh_zap(uint64_t address, uint64_t n_pages, const uint64_t *words, uint64_t gap_pages);
 
 /*
- * Copy bytes out of (or, with write, into) a mapping of this process as a vCPU would access
- * it: a page that is out comes back, and a limit on resident pages holds. A page that cannot
- * come back is -EFAULT, where an access of the caller's own would be a signal.
+ * Copy bytes out of (or, with write, into) a mapping of this process as a vCPU
+ * would access it: an evicted page is faulted in, and the resident limit applies.
+ * Returns -EFAULT for a page that cannot be faulted in, where a direct access would
+ * raise a signal.
  */
 int kh_guest_copy(uint64_t address, uint8_t *buffer, uint64_t n_bytes, int write);
 
-/* Punch a range out of a memfd: it reads as zeros, and takes no memory. */
+/* Punch a hole into a memfd: the range reads as zeros and uses no memory. */
 int kh_punch(int fd, uint64_t offset, uint64_t n_bytes);
 
 /*

@@ -47,7 +47,7 @@ int kh_words_read(int fd, const uint64_t *indexes, uint64_t n, uint64_t *words)
 		do
 			got = pread(fd, words + i, length * 8, indexes[i] * 8);
 		while (got < 0 && errno == EINTR);
-		/* page_idle says ENXIO, kpageflags nothing, beyond the last pfn. */
+		/* Beyond the last pfn, page_idle returns ENXIO and kpageflags end of file. */
 		if (got < 0 && errno != ENXIO)
 			return -errno;
 		got = got < 0 ? 0 : got;

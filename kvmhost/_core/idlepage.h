@@ -13,7 +13,7 @@
  */
 int kh_pagemap_pfns(int pagemap_fd, uint64_t address, uint64_t n_pages, uint64_t *pfns);
 /*
- * Read or write the words of ascending indexes; neighbours go in one call. A word
+ * Read or write the words of ascending indexes; adjacent words use one call. A word
  * beyond the end of the file reads as 0.
  */
 int kh_words_read(int fd, const uint64_t *indexes, uint64_t n, uint64_t *words);

@@ -12,10 +12,10 @@ static void on_kick(int signal_number)
 
 /*
  * A standard signal: sending a real-time one fails with EAGAIN once the user has
- * RLIMIT_SIGPENDING signals queued, a standard one is then sent without its
- * siginfo (__send_signal_locked() in kernel/signal.c). Several that are pending
- * at once count as one, which is enough: each only says "look". By default
- * SIGURG does nothing, so one that comes too late harms nobody.
+ * RLIMIT_SIGPENDING signals queued, a standard one is then sent without its siginfo
+ * (__send_signal_locked() in kernel/signal.c). Several that are pending at once
+ * count as one, which is enough: each only makes the thread check its flags. By
+ * default SIGURG is ignored, so a late one is harmless.
  */
 int kh_kick_signal(void)
 {

@@ -7,13 +7,16 @@
 
 #include "compat.h"
 
-/* Install the handler, which does nothing. Idempotent; a handler of others is kept. */
+/*
+ * Install the handler, which is empty. Idempotent; an existing handler of the application
+ * is kept.
+ */
 int kh_kick_setup(void);
 /* The signal; threads that run vCPUs block every other one. */
 int kh_kick_signal(void);
 /* Block all signals but the kick in the calling thread. */
 int kh_thread_mask_signals(void);
-/* Send the signal to a thread of this process; one that has ended is no error. */
+/* Send the signal to a thread of this process; a thread that has ended is not an error. */
 int kh_kick_thread(int tid);
 
 #endif

@@ -14,7 +14,7 @@ static uint64_t *table_at(struct kh_tables *tables, uint64_t pa)
 	return (uint64_t *)(uintptr_t)(tables->alias + (pa - tables->pa));
 }
 
-/* The level-1 table that maps address, made on the way down; NULL if room is out. */
+/* The level-1 table that maps address, created if needed; NULL if there is no room left. */
 static uint64_t *leaf_table(struct kh_tables *tables, uint64_t address)
 {
 	uint64_t *table = table_at(tables, tables->pa);

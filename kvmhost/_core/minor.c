@@ -24,9 +24,10 @@ struct region {
 };
 
 /*
- * The lock makes two pairs whole: setting a page's bit and mapping it (the
- * thread), clearing the bit and zapping the page (a harvest). Interleaved, they
- * could leave a page mapped whose bit is clear, and its touches would never show.
+ * The lock makes two pairs of steps atomic: setting a page's bit and mapping it
+ * (the thread), clearing the bit and zapping the page (a harvest). Interleaved,
+ * they could leave a page mapped whose bit is clear, and its touches would never be
+ * recorded.
  */
 struct kh_minor {
 	int uffd;
@@ -104,7 +105,7 @@ static void note(struct kh_minor *minor, uint64_t page, int is_write)
 {
 	uint64_t bit = 1ull << page % 64;
 
-	/* Two vCPUs may meet at a page, or the host may have dropped its mapping. */
+	/* Two vCPUs may fault on one page, or the host may have dropped its mapping. */
 	if (minor->young[page / 64] & bit)
 		return;
 	minor->young[page / 64] |= bit;
@@ -117,7 +118,7 @@ static void note(struct kh_minor *minor, uint64_t page, int is_write)
 		(struct kh_access){ now_ns(), page, is_write };
 }
 
-/* Map a page and wake who waits for it, filling it with zeros if it is a hole. */
+/* Map a page and wake its waiters; a hole is filled with zeros. */
 static int resolve(struct kh_minor *minor, uint64_t address, int is_minor)
 {
 	int result = is_minor ? 0 : kh_uffd_zero(minor->uffd, address);
@@ -126,7 +127,7 @@ static int resolve(struct kh_minor *minor, uint64_t address, int is_minor)
 		minor->counts.filled++;
 		return kh_uffd_wake(minor->uffd, address);
 	}
-	/* In the memfd by now, put there through the other mapping: map that. */
+	/* The memfd holds the page now, filled through the other mapping: map it. */
 	if (result && result != -EEXIST)
 		return result;
 	result = kh_uffd_continue(minor->uffd, address);
@@ -145,10 +146,12 @@ static void serve(struct kh_minor *minor, const struct uffd_msg *message)
 	minor->counts.messages++;
 	note(minor, page, (flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0);
 	result = resolve(minor, address, (flags & UFFD_PAGEFAULT_FLAG_MINOR) != 0);
-	/* ENOENT, ESRCH: the registration is on its way out; nobody waits any more. */
+	/* ENOENT, ESRCH: the range is being unregistered; no thread waits for it. */
 	if (!result || result == -ENOENT || result == -ESRCH)
 		return;
-	/* Punched out since (EFAULT), or out of memory: the touch is made once more. */
+	/*
+	 * Punched meanwhile (EFAULT), or out of memory: wake the thread, which repeats the touch.
+	 */
 	minor->counts.errors += result != -EFAULT;
 	kh_uffd_wake(minor->uffd, address);
 }
@@ -189,7 +192,7 @@ static int start_thread(struct kh_minor *minor)
 	minor->stop_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (minor->stop_event < 0)
 		return -errno;
-	/* The thread inherits the mask: signals are for those who handle them. */
+	/* The thread inherits the mask: other threads handle the signals. */
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	result = pthread_create(&minor->thread, NULL, serve_all, minor);
@@ -209,7 +212,7 @@ int kh_minor_start(struct kh_minor *minor)
 	memset(minor->young, 0, (minor->n_pages + 63) / 64 * sizeof(*minor->young));
 	minor->used = 0;
 	result = start_thread(minor);
-	/* All of it before the first zap: a refusal leaves the host's PTEs as they are. */
+	/* Check the whole range before the first zap: an error leaves the host's PTEs unchanged. */
 	for (uint32_t i = 0; !result && i < minor->n_regions; i++)
 		result = kh_uffd_register(minor->uffd, minor->regions[i].address,
 					  minor->regions[i].n_pages * PAGE_BYTES,

@@ -1,4 +1,4 @@
-/* Aging leaf by leaf, as it is done without the harvest, and its opposite. */
+/* Aging leaf by leaf, as without the harvest, and the reverse: making leaves young. */
 #include "mmu_internal.h"
 
 static int test_leaf(const struct kh_leaf_ctx *ctx)
@@ -57,15 +57,15 @@ int kh_mmu_clear_flush_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start,
 	kh_count(&mmu->counters.cleared_young, young);
 	kh_unlock(&mmu->lock);
 	/*
-	 * A stale translation is harmless here (no page goes away), so nobody else's
-	 * deferred flush has to be waited for: only what was young is flushed.
+	 * A stale translation is harmless here (no page is freed), so this does not
+	 * wait for the deferred flushes of others: only young pages are flushed.
 	 */
 	if (young)
 		kh_mmu_flush_remote(mmu);
 	return young != 0;
 }
 
-/* A batch as the harvest does it: a run over each table, not a walk for each page. */
+/* A batch in the manner of the harvest: one run per table, not one walk per page. */
 static uint64_t age_batch(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t n_pages,
 			  uint32_t flags)
 {

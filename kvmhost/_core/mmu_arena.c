@@ -78,7 +78,7 @@ static int push(struct kh_arena_list *list, uint64_t offset)
 	return 0;
 }
 
-/* A block that was never used: zero already. Gaps from alignment go to smaller lists. */
+/* A block that was never used is already zero. Alignment gaps are added to the smaller lists. */
 static void *fresh(struct kh_arena *arena, unsigned int order)
 {
 	uint64_t size = 1ull << (KH_ARENA_MIN_ORDER + order);
@@ -126,13 +126,13 @@ void kh_arena_free(struct kh_arena *arena, void *block, uint64_t n_bytes)
 {
 	unsigned int order = order_of(n_bytes);
 
-	/* Atomic stores: a walk that wrongly comes here must read poison, not tear. */
+	/* Atomic stores: a walk that wrongly reads this block must see whole words of poison. */
 	for (uint64_t i = 0; arena->poison && i < n_bytes / 8; i++)
 		__atomic_store_n((uint64_t *)block + i, KH_POISON, __ATOMIC_RELAXED);
 	GUARD(block, n_bytes);
 	pthread_mutex_lock(&arena->lock);
 	arena->live -= 1ull << (KH_ARENA_MIN_ORDER + order);
-	/* Out of memory for the list: the block is lost, which only costs space. */
+	/* Out of memory for the list: the block is leaked, which only wastes arena space. */
 	(void)push(&arena->free[order], (uint64_t)((uint8_t *)block - arena->base));
 	pthread_mutex_unlock(&arena->lock);
 }

@@ -27,8 +27,8 @@ struct kh_arena {
 	uint8_t *base;
 	uint64_t pa;
 	uint64_t n_bytes;
-	uint64_t top;  /* never handed out from here on */
-	uint64_t live; /* bytes handed out and not freed */
+	uint64_t top;  /* offset of the part that was never allocated */
+	uint64_t live; /* bytes allocated and not freed */
 	bool poison;
 	pthread_mutex_t lock;
 	struct kh_arena_list free[KH_ARENA_ORDERS];

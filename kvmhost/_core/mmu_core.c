@@ -16,14 +16,15 @@ void kh_rwlock_init(struct kh_rwlock *lock)
 {
 	memset(lock, 0, sizeof(*lock));
 	/*
-	 * glibc's default kind: waiting readers go in when a writer leaves, and a writer
-	 * when the readers are gone. The kernel's lock is a queue, which comes nearer to this
-	 * than the kind that prefers writers: with that, a writer in a loop starves the rest.
+	 * glibc's default kind: waiting readers enter when a writer leaves, and a
+	 * writer when all readers have left. The kernel's lock is a queue, which is
+	 * closer to this than the kind that prefers writers: with that kind, a
+	 * writer in a loop starves the readers.
 	 */
 	pthread_rwlock_init(&lock->lock, NULL);
 }
 
-/* How often a waiter looks before it sleeps: the kernel's lock spins; some 20 us. */
+/* How often a waiter polls before it sleeps, about 20 us: the kernel's lock spins. */
 #define SPINS 1000
 
 static void wait_for(struct kh_rwlock *lock, int (*try)(pthread_rwlock_t *),
@@ -90,7 +91,7 @@ static struct kh_mmu *mmu_alloc(const struct kh_mmu_config *config, int *result)
 	return mmu;
 }
 
-/* An arena is the one region of its tables' memory. */
+/* An arena is the only region of its table memory. */
 static int add_arena(struct kh_mmu *mmu, const struct kh_mmu_config *config)
 {
 	uint64_t pa = config->arena_pa ? config->arena_pa : 1ull << 32;
@@ -183,7 +184,7 @@ void kh_mmu_close(struct kh_mmu *mmu)
 		next = root->next;
 		free(root);
 	}
-	/* Retired objects go back to the arena: it must still be there. */
+	/* Retired objects are returned to the arena, which must still exist. */
 	kh_epoch_destroy(&mmu->epoch);
 	pthread_rwlock_destroy(&mmu->lock.lock);
 	pthread_mutex_destroy(&mmu->roots_lock);

@@ -18,16 +18,16 @@
 
 /* kh_mmu_config.flags */
 #define KH_MMU_POISON 1    /* fill freed table pages with KH_POISON */
-#define KH_MMU_SW_ACCESS 2 /* accessed bits set by the fault handler, not by hardware */
+#define KH_MMU_SW_ACCESS 2 /* the fault handler sets accessed bits, not hardware */
 
 #define KH_POISON 0xdeadbeefdeadffffull
 
 /* kh_mmu_harvest flags */
-#define KH_HARVEST_CLEAR 1  /* clear where the mask asks for it (everywhere without a mask) */
+#define KH_HARVEST_CLEAR 1  /* clear the pages in the mask (all without a mask) */
 #define KH_HARVEST_DIRTY 2  /* dirty state instead of the accessed bit */
 #define KH_HARVEST_LOCKED 4 /* hold the MMU lock for write, as before 2023 (for comparison) */
 
-/* What a table looks like. Zero means the format's usual value. */
+/* The geometry of a table. Zero selects the default of the format. */
 struct kh_mmu_config {
 	uint32_t format;      /* KH_FMT_* */
 	uint32_t levels;      /* tdp: 4 or 5 */
@@ -36,7 +36,7 @@ struct kh_mmu_config {
 	uint32_t flags;       /* KH_MMU_* */
 	uint32_t n_as;        /* address spaces (1) */
 	uint64_t arena_pa;    /* made-up physical address of the arena */
-	uint64_t arena_bytes; /* size of the arena; untouched parts cost nothing */
+	uint64_t arena_bytes; /* size of the arena; untouched parts use no memory */
 };
 
 /* The shape that a configuration gives. Levels count from 1, the base page. */
@@ -48,7 +48,7 @@ struct kh_mmu_shape {
 	uint64_t n_gfns;   /* size of the address space, in base pages */
 };
 
-/* Host bytes that stand for [pa_start, pa_start + n_bytes). */
+/* Host bytes that back [pa_start, pa_start + n_bytes). */
 struct kh_region {
 	uint64_t pa_start;
 	uint64_t host_address;
@@ -64,22 +64,22 @@ struct kh_segment {
 	uint32_t reserved;
 };
 
-/* What a walk met. Counters are added to, never reset. */
+/* Counters of a walk. They are added to, never reset. */
 struct kh_walk_stats {
 	uint64_t tables;       /* last-level tables read */
 	uint64_t huge_leaves;  /* leaves above the last level */
 	uint64_t young;        /* leaves found young (dirty) */
 	uint64_t cleared;      /* bits cleared by this walk */
-	uint64_t lost;         /* young when seen, changed by someone else before the clear */
+	uint64_t lost;         /* young when read, changed by another thread before the clear */
 	uint64_t bad_pointers; /* entries that point outside the table memory; skipped */
 	uint64_t poisoned;     /* entries read from a freed table page: always 0 */
-	uint64_t yields;       /* times the walk left its epoch and came back */
+	uint64_t yields;       /* times the walk left its epoch and re-entered */
 };
 
 struct kh_mmu;
 
 int kh_mmu_shape(const struct kh_mmu_config *config, struct kh_mmu_shape *shape);
-/* Walk tables that something else owns, from the root at root_pa. */
+/* Walk tables that this layer does not own, from the root at root_pa. */
 int kh_mmu_open_live(struct kh_mmu **mmu, const struct kh_mmu_config *config,
 		     const struct kh_region *regions, uint32_t n_regions, uint64_t root_pa);
 void kh_mmu_close(struct kh_mmu *mmu);
@@ -90,7 +90,7 @@ int kh_mmu_harvest(struct kh_mmu *mmu, const struct kh_segment *segments, uint32
 /* Host bytes of a table entry for a gfn at a level: the raw entry, or -ENOENT. */
 int kh_mmu_read_entry(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t level,
 		      uint64_t *raw);
-/* 0 scalar, 1 AVX2: what the scan uses; `force` 0 or 1 sets it, -1 asks. */
+/* 0 scalar, 1 AVX2: the instruction set of the scan; `force` 0 or 1 selects it, -1 only queries. */
 int kh_scan_level(int force);
 
 #endif

@@ -24,7 +24,7 @@ void kh_epoch_destroy(struct kh_epoch *epoch)
 
 unsigned int kh_epoch_enter(struct kh_epoch *epoch)
 {
-	/* A slot of its own for each thread, as long as there are no more of them. */
+	/* One slot per thread, while there are at most as many threads as slots. */
 	if (slot_hint == 0)
 		slot_hint = 1 + __atomic_fetch_add(&next_hint, 1, __ATOMIC_RELAXED);
 	for (uint32_t slot = slot_hint;; slot++) {
@@ -42,7 +42,7 @@ unsigned int kh_epoch_enter(struct kh_epoch *epoch)
 	}
 }
 
-/* The oldest epoch that a reader is in; everything retired before it can go. */
+/* The oldest epoch of any reader; everything retired before it can be freed. */
 static uint64_t oldest_reader(struct kh_epoch *epoch)
 {
 	uint64_t oldest = UINT64_MAX;
@@ -108,7 +108,7 @@ void kh_epoch_retire(struct kh_epoch *epoch, void *object, uint64_t argument,
 	pthread_mutex_lock(&epoch->lock);
 	entry.epoch = __atomic_fetch_add(&epoch->now, 1, __ATOMIC_SEQ_CST);
 	if (push(epoch, &entry) < 0) {
-		/* Out of memory for the list: wait the readers out instead. */
+		/* Out of memory for the list: wait for the readers instead. */
 		while (oldest_reader(epoch) <= entry.epoch)
 			sched_yield();
 		release(epoch->owner, object, argument);

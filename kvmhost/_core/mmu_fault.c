@@ -1,9 +1,9 @@
 /*
- * Accesses, faults, and the invalidations that they race with.
+ * Accesses, faults, and the invalidations that race with them.
  *
- * A fault notes the invalidation sequence, finds the frame without any lock, then takes
- * the MMU lock and maps, unless an invalidation that covers the gfn is under way or has
- * ended since the note: then what it found may be stale, and it starts over
+ * A fault notes the invalidation sequence, finds the frame without any lock, then
+ * takes the MMU lock and maps, unless an invalidation that covers the gfn is under
+ * way or has ended since then: the frame may be stale, and the fault starts over
  * (mmu_invalidate_retry_gfn() in include/linux/kvm_host.h).
  */
 #include "mmu_internal.h"
@@ -33,9 +33,10 @@ const struct kh_slot *kh_slot_find(const struct kh_mmu *mmu, uint32_t as_id, uin
 }
 
 /*
- * As kvm_swap_active_memslots() in virt/kvm/kvm_main.c: the new slots are published,
- * then a grace period passes. A fault looks its slot up and maps within one epoch, so
- * once this returns nobody maps by the old slots, and what is unmapped stays so.
+ * As kvm_swap_active_memslots() in virt/kvm/kvm_main.c: the new slots are
+ * published, then a grace period passes. A fault looks its slot up and maps within
+ * one epoch, so once this returns no fault maps by the old slots, and an unmapped
+ * gfn stays unmapped.
  */
 int kh_mmu_set_slots(struct kh_mmu *mmu, const struct kh_slot *slots, uint32_t n_slots)
 {
@@ -54,7 +55,10 @@ int kh_mmu_set_slots(struct kh_mmu *mmu, const struct kh_slot *slots, uint32_t n
 	return 0;
 }
 
-/* Set bits in a leaf as long as it is one; true if it is (and has them) at the end. */
+/*
+ * Set bits in an entry while it is a leaf; returns true if it is a leaf with these bits at
+ * the end.
+ */
 static bool set_bits(const struct kh_format *fmt, uint64_t *entry, uint64_t raw,
 		     unsigned int level, uint64_t bits, uint64_t *set)
 {
@@ -66,7 +70,10 @@ static bool set_bits(const struct kh_format *fmt, uint64_t *entry, uint64_t raw,
 			*set += !kh_young(fmt, raw) && (bits & fmt->young.raw_clear);
 			return true;
 		}
-		/* Changed under us: hardware would walk again; here, look at it again. */
+		/*
+		 * The entry changed concurrently: hardware would walk again; here the entry is read
+		 * again.
+		 */
 		if (!(raw & fmt->raw_write) && bits & fmt->raw_dirty_set)
 			return false;
 	}
@@ -157,7 +164,7 @@ static unsigned int pick_level(const struct kh_format *fmt, const struct kh_slot
 	return level;
 }
 
-/* A leaf is there: give it what the access lacks (as fast_page_fault() does). */
+/* A leaf exists: add the permissions that the access needs (as fast_page_fault() does). */
 static int fix_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t gfn, bool write,
 		    bool *found)
 {
@@ -199,7 +206,7 @@ static int install(struct kh_mmu *mmu, struct kh_root *root, const struct kh_slo
 	};
 	int result = -EEXIST;
 
-	/* With dirty logging on, a page is writable only once a write has come. */
+	/* With dirty logging on, a page becomes writable at the first write. */
 	if (!(slot->flags & KH_SLOT_READ_ONLY) && (write || !(slot->flags & KH_SLOT_LOG_DIRTY)))
 		map.flags |= KH_LEAF_WRITE;
 	for (map.level = pick_level(fmt, slot, gfn); map.level >= 1 && result == -EEXIST;
@@ -219,7 +226,7 @@ static int install(struct kh_mmu *mmu, struct kh_root *root, const struct kh_slo
 	}
 	if (!result)
 		kh_count(&mmu->counters.born_young, 1);
-	/* Something at every level: another fault mapped it. Walking again shows it. */
+	/* An entry exists at every level: another fault mapped the gfn. The next walk finds it. */
 	return result == -EEXIST ? -EAGAIN : result;
 }
 
@@ -289,7 +296,10 @@ static void note_range(struct kh_mmu *mmu, uint64_t start, uint64_t end)
 		mmu->invalidate_end = end;
 		return;
 	}
-	/* One range that covers all that are in progress: coarse, and never too small. */
+	/*
+	 * One range that covers all invalidations in progress: it may be too large, never too
+	 * small.
+	 */
 	mmu->invalidate_start = start < mmu->invalidate_start ? start : mmu->invalidate_start;
 	mmu->invalidate_end = end > mmu->invalidate_end ? end : mmu->invalidate_end;
 }
@@ -326,7 +336,7 @@ int kh_mmu_invalidate_end(struct kh_mmu *mmu, const struct kh_segment *ranges, u
 	(void)ranges;
 	(void)n;
 	kh_write_lock(&mmu->lock);
-	/* The sequence first: a fault that sees the count drop must see it moved on. */
+	/* The sequence first: a fault that sees the count drop must see the new sequence. */
 	__atomic_fetch_add(&mmu->invalidate_seq, 1, __ATOMIC_SEQ_CST);
 	if (mmu->invalidate_in_progress)
 		__atomic_fetch_sub(&mmu->invalidate_in_progress, 1, __ATOMIC_SEQ_CST);

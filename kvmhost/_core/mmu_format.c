@@ -5,8 +5,8 @@
 #include "mmu_ops.h"
 
 /*
- * The kernel's FROZEN_SPTE is 0x5a0, which has the accessed bit of NPT and of EPT in
- * it; this one has neither, so that clearing such a bit never changes it.
+ * The kernel's FROZEN_SPTE is 0x5a0, which contains the accessed bits of NPT and of
+ * EPT; this value contains neither, so that clearing such a bit never changes it.
  */
 #define KH_TDP_FROZEN 0x480ull
 
@@ -24,7 +24,7 @@ static void even_levels(struct kh_format *fmt, unsigned int n_levels)
 /* A probe for one bit of a present leaf; `extra` must be set beside it. */
 static struct kh_probe probe_for(const struct kh_format *fmt, uint64_t bit, uint64_t extra)
 {
-	/* Where any of several bits means present, kh_probe_hit() tests that itself. */
+	/* If any of several bits means present, kh_probe_hit() tests for them. */
 	bool one_bit = !(fmt->raw_present & (fmt->raw_present - 1));
 	uint64_t must = kh_raw(fmt, bit | extra) | (one_bit ? fmt->raw_present : 0);
 	struct kh_probe probe = {
@@ -60,7 +60,7 @@ static int init_tdp(struct kh_format *fmt, const struct kh_mmu_config *config)
 	return 0;
 }
 
-/* Start level and concatenation as stage2_pgtable_levels() picks them. */
+/* Start level and concatenation as stage2_pgtable_levels() selects them. */
 static int init_stage2(struct kh_format *fmt, const struct kh_mmu_config *config)
 {
 	unsigned int ipa_bits = config->ipa_bits ? config->ipa_bits : 40;
@@ -77,8 +77,9 @@ static int init_stage2(struct kh_format *fmt, const struct kh_mmu_config *config
 	fmt->raw_huge[0] = KH_BIT(1);
 	fmt->young = probe_for(fmt, KH_BIT(10), 0);
 	/*
-	 * FEAT_HAFDBS: with DBM (bit 51) set, S2AP[1] (bit 7) is the dirty state, and
-	 * hardware sets it. Without, a software bit (55) says that a fault may.
+	 * FEAT_HAFDBS: with DBM (bit 51) set, S2AP[1] (bit 7) is the dirty state,
+	 * and hardware sets it. Without DBM, a software bit (55) means that a fault
+	 * may set it.
 	 */
 	writable = KH_BIT(fmt->sw_access ? 55 : 51);
 	fmt->dirty = probe_for(fmt, KH_BIT(7), writable);

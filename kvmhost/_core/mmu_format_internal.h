@@ -1,6 +1,6 @@
 /*
- * Table formats as data. Masks named raw_* are in the byte order of memory,
- * so that a scan tests entries as they lie there, also big-endian ones.
+ * Table formats as data. Masks named raw_* are in the byte order of memory, so that
+ * a scan tests entries as stored, including big-endian ones.
  *
  * Sources: AMD64 APM vol. 2, 5.3 and 15.25 (NPT); Intel SDM vol. 3C, 29.3 (EPT);
  * Arm ARM DDI 0487, D8.3 (VMSAv8-64 stage 2); Power ISA 3.0B, book III, 5.7.10
@@ -20,9 +20,9 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "raw masks assume a little-endian host");
 
-/* What to look for in a leaf, and what to clear in it. */
+/* Which bits to test in a leaf, and which to clear. */
 struct kh_probe {
-	uint64_t raw_quick;      /* no bit of it in an entry: nothing to report */
+	uint64_t raw_quick;      /* an entry without any of these bits is skipped */
 	uint64_t raw_mask[2];    /* [0] level 1, [1] above: entry & mask == value */
 	uint64_t raw_value[2];
 	uint64_t raw_clear;      /* one bit */
@@ -45,7 +45,7 @@ struct kh_format {
 	uint64_t raw_write;         /* a write needs one of these bits */
 	uint64_t raw_write_all;     /* what write-protection clears */
 	uint64_t raw_dirty_set;     /* what hardware sets on a write */
-	uint64_t raw_frozen;        /* absent, and somebody is working on it; 0: not used */
+	uint64_t raw_frozen;        /* absent, and locked by another thread; 0: not used */
 	struct kh_probe young;
 	struct kh_probe dirty;
 };

@@ -5,16 +5,17 @@
  *
  * - tdp, last level: atomic and-not. The entry can only be a leaf or absent, an
  *   absent one never holds the bit (this MMU writes 0 and KH_FROZEN, the bits of
- *   which are chosen so), and the returned old bit says who cleared it.
+ *   which are chosen so), and the returned old bit identifies the thread that
+ *   cleared it.
  * - tdp, above: compare-and-swap, since the entry may have become a table, whose
- *   bits are not ours to change.
+ *   bits must not change.
  * - stage 2: compare-and-swap, as all of the kernel's stage-2 code sets entries
- *   (stage2_try_set_pte); hardware or a fault handler that came first makes it fail
- *   and the entry is looked at again.
+ *   (stage2_try_set_pte); it fails if hardware or a fault handler changed the entry
+ *   first, and the entry is read again.
  * - radix: compare-and-swap of the big-endian value (pte_xchg).
  *
- * In every form exactly one of several harvests sees the bit go from 1 to 0, and
- * only that one reports it.
+ * In each case exactly one of several concurrent harvests changes the bit from 1 to
+ * 0, and only that harvest reports it.
  */
 #include "mmu_internal.h"
 
@@ -81,7 +82,7 @@ CLEAR_BY_AND(6)
 CLEAR_BY_AND(8)
 CLEAR_BY_AND(9)
 
-/* Compare-and-swap on the marked entries; one that changes meanwhile is looked at again. */
+/* Compare-and-swap on the marked entries; an entry that changes meanwhile is read again. */
 static uint64_t clear_swapped(const struct kh_format *fmt, const struct kh_probe *probe,
 			      uint64_t *entries, uint64_t todo)
 {
@@ -114,7 +115,7 @@ static uint64_t clear_word(const struct kh_format *fmt, const struct kh_probe *p
 	return clear_swapped(fmt, probe, entries, todo);
 }
 
-/* The hint of the scan, checked entry by entry. */
+/* Check the hint of the scan, entry by entry. */
 static uint64_t confirm(struct kh_harvest *harvest, const uint64_t *entries, uint64_t hint)
 {
 	const struct kh_format *fmt = &harvest->mmu->fmt;
@@ -141,8 +142,8 @@ static void harvest_word(struct kh_harvest *harvest, uint64_t *entries, uint64_t
 	uint64_t todo = 0;
 
 	/*
-	 * Where all are cleared, the clear itself says which were young; only where freed
-	 * pages hold poison must each be looked at before it is touched.
+	 * If all are cleared, the clear itself reports which were young; only if
+	 * freed pages hold poison must each entry be read before it is modified.
 	 */
 	if (!harvest->clear || harvest->mask || harvest->careful)
 		young = confirm(harvest, entries, hint);
@@ -151,7 +152,7 @@ static void harvest_word(struct kh_harvest *harvest, uint64_t *entries, uint64_t
 	if (todo) {
 		uint64_t got = clear_word(fmt, harvest->probe, entries, todo);
 
-		/* Another harvest, or an unmap, was there first: it is that one's to report. */
+		/* Another harvest, or an unmap, cleared the bit first, and reports it. */
 		young &= ~(todo & ~got);
 		harvest->stats->cleared += (uint64_t)__builtin_popcountll(got);
 		harvest->stats->lost += (uint64_t)__builtin_popcountll(todo & ~got);
@@ -228,10 +229,10 @@ void kh_harvest_huge(struct kh_harvest *harvest, uint64_t *entry, uint64_t raw, 
 }
 
 /*
- * A walk that leaves its epoch keeps the root by a reference: tables under it
- * may go meanwhile, so the caller looks everything up again, but the root and its
- * place in the list stay. A root without references is on its way out; the walk
- * then stays inside the epoch that it is safe in.
+ * A walk that leaves its epoch keeps the root by a reference: tables under it may
+ * be freed meanwhile, so the caller looks everything up again, but the root and its
+ * place in the list remain valid. A root without references is being freed; the
+ * walk then stays inside its current epoch, in which the root is safe.
  */
 bool kh_harvest_yield(struct kh_harvest *harvest)
 {

@@ -31,7 +31,7 @@ static inline void *kh_memory_host(const struct kh_memory *memory, uint64_t pa, 
 	return NULL;
 }
 
-/* The MMU lock, with what waiting for it cost. */
+/* The MMU lock, with the time spent waiting for it. */
 struct kh_rwlock {
 	pthread_rwlock_t lock;
 	uint64_t waits;
@@ -53,14 +53,14 @@ struct kh_root {
 	uint64_t pa;
 	uint64_t *table;
 	uint32_t as_id;
-	uint32_t refcount; /* 0: being freed, walks pass it by */
+	uint32_t refcount; /* 0: being freed, walks skip it */
 	bool invalid;      /* being torn down: aged, never mapped into */
-	bool zapping;      /* under roots_lock: somebody tears it down */
+	bool zapping;      /* under roots_lock: a thread is tearing it down */
 };
 
 /*
- * Roots of one address space, inside an epoch: also a root that is being torn
- * down, as long as somebody holds it. One without references is passed by.
+ * Roots of one address space, inside an epoch: including a root that is being torn
+ * down while it has references. A root without references is skipped.
  */
 #define kh_for_each_root_lockless(mmu, root, as)                                                 \
 	for (root = __atomic_load_n(&(mmu)->roots, __ATOMIC_ACQUIRE); root;                      \
@@ -83,7 +83,7 @@ struct kh_counters {
 struct kh_mmu {
 	struct kh_format fmt;
 	struct kh_memory memory;
-	struct kh_arena *arena; /* NULL: tables of someone else */
+	struct kh_arena *arena; /* NULL: tables that this layer does not own */
 	struct kh_root *roots;
 	pthread_mutex_t roots_lock;
 	struct kh_epoch epoch;
@@ -94,7 +94,7 @@ struct kh_mmu {
 	uint32_t n_as;
 	bool released;
 	uint64_t tlb_seq;    /* vCPUs whose copy differs empty their TLB */
-	uint64_t tlbs_dirty; /* times somebody changed an entry and did not flush */
+	uint64_t tlbs_dirty; /* entry changes whose TLB flush is deferred */
 	/* Written under the MMU lock held for write, read under it held for read. */
 	uint64_t invalidate_in_progress;
 	uint64_t invalidate_start;
@@ -107,14 +107,14 @@ static inline void kh_count(uint64_t *counter, uint64_t n)
 	__atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
 }
 
-/* Set an entry if it still is what it was. */
+/* Set an entry if its value is still the expected one. */
 static inline bool kh_try_set(uint64_t *entry, uint64_t old, uint64_t value)
 {
 	return __atomic_compare_exchange_n(entry, &old, value, false, __ATOMIC_SEQ_CST,
 					   __ATOMIC_ACQUIRE);
 }
 
-/* One harvest over one range; walkers hand leaves to kh_harvest_*(). */
+/* One harvest over one range; walkers pass leaves to kh_harvest_*(). */
 struct kh_harvest {
 	struct kh_mmu *mmu;
 	const struct kh_probe *probe;
@@ -123,7 +123,7 @@ struct kh_harvest {
 	uint64_t bit;   /* of `start` */
 	struct kh_root *root;
 	bool clear;
-	bool careful; /* look at each entry again before clearing it */
+	bool careful; /* read each entry again before clearing it */
 	bool may_yield;
 	unsigned int epoch_slot;
 	const uint64_t *mask;
@@ -132,7 +132,7 @@ struct kh_harvest {
 	struct kh_walk_stats *stats;
 };
 
-/* Take a reference, unless the last one is gone already. */
+/* Take a reference, unless the count is already zero. */
 bool kh_root_tryget(struct kh_root *root);
 /* Drop a reference; the last one unlinks the root and retires its tables. */
 void kh_root_put(struct kh_mmu *mmu, struct kh_root *root);
@@ -142,7 +142,7 @@ static inline uint64_t kh_read_entry(const uint64_t *entry)
 	return __atomic_load_n(entry, __ATOMIC_ACQUIRE);
 }
 
-/* The table that an entry points to; NULL (and counted) if it lies nowhere. */
+/* The table that an entry points to; NULL (and counted) if it is outside the table memory. */
 static inline uint64_t *kh_child(const struct kh_mmu *mmu, uint64_t raw, unsigned int level,
 				 uint64_t *bad_pointers)
 {
@@ -159,12 +159,12 @@ struct kh_leaf_ctx {
 	struct kh_mmu *mmu;
 	uint64_t *entry;
 	uint64_t old;
-	uint64_t gfn; /* first that the leaf maps */
+	uint64_t gfn; /* first gfn that the leaf maps */
 	unsigned int level;
 	void *arg;
 };
 
-/* Negative ends the walk; KH_LOOK_AGAIN: there is a table now where the leaf was. */
+/* A negative value ends the walk; KH_LOOK_AGAIN: a table has replaced the leaf. */
 #define KH_LOOK_AGAIN 1
 
 typedef int (*kh_leaf_fn)(const struct kh_leaf_ctx *ctx);
@@ -180,29 +180,30 @@ int kh_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t start, u
 		     kh_leaf_fn fn, void *arg);
 
 /*
- * Map one leaf where nothing is: -EEXIST for something, -EAGAIN if someone is at work
- * there. tdp and stage 2 with the lock held for read, radix with it held for write.
+ * Map one leaf into an empty entry: -EEXIST if it is not empty, -EAGAIN if another
+ * thread has locked it. tdp and stage 2 with the lock held for read, radix with it
+ * held for write.
  */
 int kh_tdp_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map);
 int kh_stage2_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map);
 int kh_radix_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map);
-/* stage 2 only: take out leaves, and tables that are empty then. */
+/* stage 2 only: remove leaves, and tables that become empty. */
 int kh_stage2_unmap(struct kh_mmu *mmu, struct kh_root *root, uint64_t start, uint64_t end,
 		    bool *any);
 
 /* A table page of a level for entries of level `level`. */
 uint64_t *kh_table_alloc(struct kh_mmu *mmu, unsigned int level);
-/* Free a table that nobody ever could reach. */
+/* Free a table that was never linked. */
 void kh_table_free(struct kh_mmu *mmu, uint64_t *table, unsigned int level);
-/* Free a table that walks may still be in, after they have left. */
+/* Free a table that walks may still use, after they have left. */
 void kh_table_retire(struct kh_mmu *mmu, uint64_t *table, unsigned int level);
-/* Retire a table that was unlinked, with all below it; leaves in it are gone. */
+/* Retire a table that was unlinked, with all tables below it; its leaves are unmapped. */
 void kh_table_remove(struct kh_mmu *mmu, uint64_t *table, unsigned int level);
-/* Take out a leaf; returns what it was. Bits that were set in it are counted as dropped. */
+/* Remove a leaf; returns its old value. Accessed bits set in it are counted as dropped. */
 uint64_t kh_leaf_remove(struct kh_mmu *mmu, uint64_t *entry, unsigned int level, uint64_t left);
 /* A range of gfns of a table that this layer owns. */
 bool kh_range_ok(const struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end);
-/* The entry for a gfn at a level, whatever it holds; NULL if no table of that level is there. */
+/* The entry for a gfn at a level, present or not; NULL if there is no table at that level. */
 uint64_t *kh_entry_find(struct kh_mmu *mmu, struct kh_root *root, uint64_t gfn,
 			unsigned int level);
 struct kh_root *kh_root_new(struct kh_mmu *mmu, uint32_t as_id);
@@ -210,7 +211,7 @@ struct kh_root *kh_root_new(struct kh_mmu *mmu, uint32_t as_id);
 struct kh_root *kh_root_current(struct kh_mmu *mmu, uint32_t as_id);
 const struct kh_slot *kh_slot_find(const struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn);
 
-/* What hardware caches of a translation. */
+/* A translation as hardware caches it. */
 struct kh_translation {
 	uint64_t gfn;
 	uint64_t pfn;
@@ -234,7 +235,7 @@ void kh_harvest_huge(struct kh_harvest *harvest, uint64_t *entry, uint64_t raw, 
 /* Clear one bit by compare-and-swap; true if this call changed it from 1 to 0. */
 bool kh_clear_leaf(const struct kh_format *fmt, const struct kh_probe *probe, uint64_t *entry,
 		   unsigned int level);
-/* Leave the epoch and come back, if someone waits for that. True: start over from the root. */
+/* Leave the epoch and re-enter, if a thread waits for that. True: start over from the root. */
 bool kh_harvest_yield(struct kh_harvest *harvest);
 
 void kh_tdp_harvest(struct kh_harvest *harvest, struct kh_root *root);

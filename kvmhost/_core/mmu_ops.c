@@ -1,4 +1,4 @@
-/* What changes tables; the lock that each operation takes is documented in mmu_ops.h. */
+/* Operations that change tables; mmu_ops.h documents the lock that each one takes. */
 #include "mmu_internal.h"
 
 #include <linux/membarrier.h>
@@ -49,8 +49,8 @@ static void broadcast(void)
 	static int ready;
 
 	/*
-	 * An interrupt to every core that runs a thread of this process: what a remote
-	 * flush costs. Each vCPU looks at tlb_seq before every access.
+	 * Interrupt every core that runs a thread of this process, to model the
+	 * cost of a remote flush. Each vCPU checks tlb_seq before every access.
 	 */
 	if (!__atomic_load_n(&ready, __ATOMIC_ACQUIRE)) {
 		syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0);
@@ -61,7 +61,7 @@ static void broadcast(void)
 
 void kh_mmu_flush_remote(struct kh_mmu *mmu)
 {
-	/* Lower the mark only by what it was before: a mark raised since stays. */
+	/* Lower the mark only by its value before the flush: a mark raised since then remains. */
 	uint64_t dirty = __atomic_load_n(&mmu->tlbs_dirty, __ATOMIC_ACQUIRE);
 
 	__atomic_fetch_add(&mmu->tlb_seq, 1, __ATOMIC_SEQ_CST);
@@ -79,7 +79,7 @@ int kh_mmu_flush_remote_cond(struct kh_mmu *mmu, int wanted)
 	return 1;
 }
 
-/* Put a flush off: after the entry changed, and before the MMU lock is dropped. */
+/* Defer a flush: after the entry changed, and before the MMU lock is dropped. */
 static void mark_tlbs_dirty(struct kh_mmu *mmu)
 {
 	__atomic_fetch_add(&mmu->tlbs_dirty, 1, __ATOMIC_SEQ_CST);
@@ -102,7 +102,7 @@ static bool map_ok(const struct kh_mmu *mmu, const struct kh_map *map, uint64_t 
 	       map->pfn % frames == 0 && map->pfn + n * frames - 1 <= fmt->addr_mask >> 12;
 }
 
-/* With the lock that the format's faults take. */
+/* Takes the same lock as the format's faults. */
 static int map_locked(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map)
 {
 	int result;
@@ -269,7 +269,7 @@ static unsigned int leaf_flags(const struct kh_format *fmt, uint64_t raw)
 	       (kh_young(fmt, raw) ? KH_LEAF_YOUNG : 0) | (kh_dirty(fmt, raw) ? KH_LEAF_DIRTY : 0);
 }
 
-/* Leaves one level down that together say what `raw` said. */
+/* Leaves one level down that together are equivalent to `raw`. */
 static void fill_split(const struct kh_format *fmt, uint64_t *table, uint64_t raw,
 		       unsigned int level)
 {
@@ -285,8 +285,8 @@ static void fill_split(const struct kh_format *fmt, uint64_t *table, uint64_t ra
 
 /*
  * A bit that hardware or a harvest changes meanwhile makes the swap fail, and the
- * table is filled again from what the leaf says then. Stage 2 goes through an invalid
- * entry, break before make.
+ * table is filled again from the new leaf. Stage 2 sets an invalid entry first
+ * (break-before-make).
  */
 static int split_leaf(const struct kh_leaf_ctx *ctx)
 {
@@ -336,7 +336,7 @@ int kh_mmu_split(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t en
 	return result < 0 ? result : any;
 }
 
-/* All leaves, one after the other in memory, alike but for accessed and dirty state. */
+/* All are leaves, contiguous in memory, equal except for accessed and dirty state. */
 static bool uniform(const struct kh_format *fmt, const uint64_t *table, unsigned int level)
 {
 	uint64_t first = kh_read_entry(table);
@@ -356,7 +356,7 @@ static bool uniform(const struct kh_format *fmt, const uint64_t *table, unsigned
 	return true;
 }
 
-/* Take the leaves out of an unlinked table; returns the flags of a leaf for all of them. */
+/* Remove the leaves of an unlinked table; returns the flags of one leaf that replaces them. */
 static unsigned int drain(struct kh_mmu *mmu, uint64_t *table, unsigned int level)
 {
 	const struct kh_format *fmt = &mmu->fmt;
@@ -388,7 +388,7 @@ static int collapse_locked(struct kh_mmu *mmu, struct kh_root *root, uint64_t gf
 	if (!table || !uniform(fmt, table, level - 1))
 		return -EINVAL;
 	pfn = kh_leaf_pfn(fmt, kh_read_entry(table));
-	/* Nobody starts a walk below from here on, and no vCPU keeps an old translation. */
+	/* From here on no walk enters the table, and no vCPU keeps an old translation. */
 	__atomic_store_n(entry, fmt->raw_frozen, __ATOMIC_SEQ_CST);
 	kh_mmu_flush_remote(mmu);
 	__atomic_store_n(entry, kh_make_leaf(fmt, pfn, level, drain(mmu, table, level - 1)),

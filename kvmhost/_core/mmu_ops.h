@@ -1,4 +1,4 @@
-/* Tables that this layer owns: what changes them, and under which lock. */
+/* Operations on the tables that this layer owns, and the lock of each. */
 #ifndef KVMHOST_MMU_OPS_H
 #define KVMHOST_MMU_OPS_H
 
@@ -22,7 +22,7 @@
 
 struct kh_map {
 	uint64_t gfn;
-	uint64_t pfn;   /* of 4 KiB frames, whatever the base page */
+	uint64_t pfn;   /* in 4 KiB frames, for every base page size */
 	uint32_t as_id;
 	uint32_t level;
 	uint32_t flags;
@@ -39,18 +39,18 @@ struct kh_slot {
 	uint32_t reserved;
 };
 
-/* Everything that makes, moves or ends a young bit is counted, so that it adds up. */
+/* Every event that sets, copies or clears a young bit is counted, so that the counters balance. */
 struct kh_mmu_stats {
 	uint64_t born_young;    /* leaves installed young by map or fault */
 	uint64_t set_young;     /* bits set by hardware, or by the fault handler for it */
 	uint64_t copied_young;  /* copies that a split made beyond the first */
 	uint64_t merged_young;  /* bits that a collapse merged into one beyond the first */
-	uint64_t dropped_young; /* bits that went with their leaf */
+	uint64_t dropped_young; /* young bits of removed leaves */
 	uint64_t cleared_young; /* bits cleared by clear_young and clear_flush_young */
 	uint64_t faults;
-	uint64_t fault_retries; /* faults that raced an invalidation or another fault */
+	uint64_t fault_retries; /* faults retried after a race with an invalidation or a fault */
 	uint64_t flushes;
-	uint64_t deferred;      /* flushes put off with the dirty mark */
+	uint64_t deferred;      /* flushes deferred with the dirty mark */
 	uint64_t lock_waits;
 	uint64_t lock_wait_ns;
 	uint64_t table_bytes;   /* table pages in use */
@@ -71,17 +71,17 @@ int kh_mmu_open(struct kh_mmu **mmu, const struct kh_mmu_config *config);
 int kh_mmu_set_slots(struct kh_mmu *mmu, const struct kh_slot *slots, uint32_t n_slots);
 void kh_mmu_get_stats(struct kh_mmu *mmu, struct kh_mmu_stats *stats);
 
-/* Map one leaf where nothing is: -EEXIST if something is. Lock: as a fault. */
+/* Map one leaf into an empty entry: -EEXIST if it is not empty. Lock: as a fault. */
 int kh_mmu_map(struct kh_mmu *mmu, const struct kh_map *map);
-/* The same for `n` leaves, one after the other in gfn and pfn. */
+/* The same for `n` leaves, contiguous in gfn and pfn. */
 int kh_mmu_map_many(struct kh_mmu *mmu, const struct kh_map *map, uint64_t n);
-/* Take out all leaves that touch the range; returns 1 if there were any. Lock: write. */
+/* Remove all leaves that overlap the range; returns 1 if there were any. Lock: write. */
 int kh_mmu_unmap(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end,
 		 uint32_t flags);
 int kh_mmu_write_protect(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end);
 /* Replace huge leaves in the range by tables, down to level 1. */
 int kh_mmu_split(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end);
-/* Make one leaf of `level` out of the table at gfn: -EINVAL if it is not uniform. */
+/* Collapse the table at gfn into one leaf of `level`: -EINVAL if it is not uniform. */
 int kh_mmu_collapse(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t level);
 int kh_mmu_test_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end);
 /* Lock: none. Returns 1 if any leaf was young. */
@@ -89,35 +89,39 @@ int kh_mmu_clear_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint6
 /* As before 2023: the MMU lock for write, then a flush if any leaf was young. */
 int kh_mmu_clear_flush_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end);
 /*
- * Age a range in batches of batch_pages; 1 is the way of clear_flush_young, a walk
- * from the root for each page. Returns the number of young pages found.
+ * Age a range in batches of batch_pages; a batch of 1 is the method of
+ * clear_flush_young, a walk from the root for each page. Returns the number of
+ * young pages found.
  */
 int64_t kh_mmu_age(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end,
 		   uint64_t batch_pages, uint32_t flags);
 /*
- * Make leaves young: how a tracker that learned of accesses elsewhere tells the model.
- * Bit i of `bitmap` is gfn start + i; NULL is all. Lock: none. Returns how many leaves
- * it made young that were old.
+ * Make leaves young: for a tracker that observes accesses elsewhere and applies
+ * them to the model. Bit i of `bitmap` is gfn start + i; NULL is all. Lock: none.
+ * Returns how many leaves it made young that were old.
  */
 int64_t kh_mmu_mark_young(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t n_pages,
 			  const uint64_t *bitmap);
 int kh_mmu_zap_all(struct kh_mmu *mmu);
-/* First half of it: new roots; the old ones stay in the list, invalid, with their tables. */
+/*
+ * First half of kh_mmu_zap_all: new roots; the old ones stay in the list, invalid, with
+ * their tables.
+ */
 int kh_mmu_invalidate_roots(struct kh_mmu *mmu);
 int kh_mmu_zap_invalidated_roots(struct kh_mmu *mmu);
-/* The memory is going away: zap everything, refuse everything after it. */
+/* The memory is being freed: zap everything, and refuse all later operations. */
 int kh_mmu_release(struct kh_mmu *mmu);
 /* Wait until no walk can hold anything that was unlinked so far, and free it. */
 int kh_mmu_synchronize(struct kh_mmu *mmu);
-/* For tests: stay inside an epoch as a walk would, until told to leave. */
+/* For tests: stay inside an epoch as a walk would, until kh_mmu_epoch_exit(). */
 int kh_mmu_epoch_enter(struct kh_mmu *mmu);
 void kh_mmu_epoch_exit(struct kh_mmu *mmu, int slot);
 
-/* A vCPU's access that hardware would do: 0, or 1 to 4 for a fault (see mmu_fault.c). */
+/* A vCPU's access as hardware performs it: 0, or 1 to 4 for a fault (see mmu_fault.c). */
 int kh_mmu_access(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, int write);
 /* The same, with faults handled: -EFAULT without slot, -EROFS for a read-only one. */
 int kh_mmu_touch(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, int write);
-/* A fault in its two halves: what comes between them may invalidate it (-EAGAIN). */
+/* A fault in its two halves: an event between them may invalidate the fault (-EAGAIN). */
 uint64_t kh_mmu_fault_begin(struct kh_mmu *mmu);
 int kh_mmu_fault_finish(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, int write,
 			uint64_t seq);
@@ -127,9 +131,9 @@ int kh_mmu_invalidate_start(struct kh_mmu *mmu, const struct kh_segment *ranges,
 int kh_mmu_invalidate_end(struct kh_mmu *mmu, const struct kh_segment *ranges, uint32_t n);
 int kh_mmu_invalidate_retry(struct kh_mmu *mmu, uint64_t gfn, uint64_t seq);
 
-/* Flush every vCPU's TLB; lowers the dirty mark by what it was before the flush. */
+/* Flush every vCPU's TLB; lowers the dirty mark by its value before the flush. */
 void kh_mmu_flush_remote(struct kh_mmu *mmu);
-/* Flush if asked, or if somebody deferred one. */
+/* Flush if requested, or if a flush was deferred. */
 int kh_mmu_flush_remote_cond(struct kh_mmu *mmu, int wanted);
 
 #endif

@@ -19,8 +19,8 @@ uint64_t *kh_radix_find(const struct kh_mmu *mmu, const struct kh_root *root, ui
 		if (at == 1 || kh_leaf(fmt, raw, at))
 			return entry;
 		/*
-		 * Nothing below: the hole is as large as this entry. The 2023 loop
-		 * left *shift as it was here, and stepped by whatever that held.
+		 * No table below: the hole is as large as this entry. The 2023 loop
+		 * did not set *shift here, and stepped by its stale value.
 		 */
 		if (!kh_present(fmt, raw))
 			return NULL;
@@ -83,8 +83,8 @@ int kh_radix_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t st
 }
 
 /*
- * In the shape of kvmppc_create_pte(). Nobody else changes the tables meanwhile: the
- * lock is held for write, as the kernel holds its spinlock there.
+ * In the shape of kvmppc_create_pte(). No other thread changes the tables
+ * meanwhile: the lock is held for write, as the kernel holds its spinlock there.
  */
 int kh_radix_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map)
 {

@@ -35,7 +35,7 @@ uint64_t kh_leaf_remove(struct kh_mmu *mmu, uint64_t *entry, unsigned int level,
 	return old;
 }
 
-/* Entries are left frozen, so that a fault that still stands here cannot add to them. */
+/* Entries are left frozen, so that a concurrent fault cannot add to them. */
 void kh_table_remove(struct kh_mmu *mmu, uint64_t *table, unsigned int level)
 {
 	const struct kh_format *fmt = &mmu->fmt;
@@ -150,7 +150,10 @@ static struct kh_root *first_invalid(struct kh_mmu *mmu)
 
 	pthread_mutex_lock(&mmu->roots_lock);
 	for (root = mmu->roots; root; root = root->next)
-		/* Whoever takes it marks it as taken, so that two zaps share out the roots. */
+		/*
+		 * The zap that takes a root marks it as taken, so that two zaps never process the
+		 * same root.
+		 */
 		if (__atomic_load_n(&root->invalid, __ATOMIC_ACQUIRE) && !root->zapping) {
 			root->zapping = true;
 			break;
@@ -160,9 +163,9 @@ static struct kh_root *first_invalid(struct kh_mmu *mmu)
 }
 
 /*
- * The slow part, with the lock held for read: faults go on in the new roots. The
- * reference that the root had for being in use is dropped here; a harvest that has
- * another one keeps the root in the list until it is through with it.
+ * The slow part, with the lock held for read: faults continue in the new roots.
+ * This drops the reference that the root had while in use; a harvest that holds
+ * another one keeps the root in the list until the harvest ends.
  */
 int kh_mmu_zap_invalidated_roots(struct kh_mmu *mmu)
 {

@@ -1,11 +1,11 @@
 /*
  * Scan of last-level entries: which of them are young.
  *
- * The vector form reads entries that hardware changes meanwhile with plain
- * vector loads. That is sound here because its answer is a hint: each entry it
- * names is read again, atomically, before anything is reported or cleared, and
- * an entry it does not name had, at the time, the byte of its accessed bit
- * read as old. Under ThreadSanitizer only the scalar form is built.
+ * The vector form reads entries that hardware changes meanwhile with plain vector
+ * loads. That is sound here because its answer is a hint: each entry that it
+ * reports is read again, atomically, before anything is reported or cleared, and an
+ * entry that it does not report had, at the time, the byte of its accessed bit read
+ * as old. Under ThreadSanitizer only the scalar form is built.
  */
 #include "mmu_internal.h"
 
