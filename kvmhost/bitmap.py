@@ -1,4 +1,4 @@
-"""Per-gfn young bitmaps: one bit a guest page, as in KVM's dirty log.
+"""Per-gfn young bitmaps: one bit per guest page, as in KVM's dirty log.
 
 Bit ``i`` of word ``w`` is page ``64 * w + i`` counted from ``gfn_start``; words
 are 64 bits wide and little-endian. Bits at and after ``n_pages`` are 0.
@@ -38,7 +38,7 @@ def n_words(n_pages: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where a bitmap was learned: which tracker, which table format, which window.
+    """The origin of a bitmap: tracker, table format and window.
 
     ``window_start_ns`` and ``window_end_ns`` are ``CLOCK_MONOTONIC`` times: the
     end of the harvest before this one (0 if there was none) and of this one.
@@ -65,13 +65,13 @@ class YoungBitmap:
 
     It is a set of gfns: ``len``, ``in``, iteration, truth and ``& | ^ -`` are those of
     the young gfns, and ``~`` has the others of the range. Operators take two bitmaps of
-    one range and raise ``LayoutError`` for others: which pages outside of a range were
-    young nobody knows. Two bitmaps are equal if range and young pages are.
+    one range and raise ``LayoutError`` for different ranges: a bitmap has no information on
+    pages outside its range. Two bitmaps are equal if their ranges and young pages are.
     ``np.asarray`` has one boolean for each page of the range.
 
     :param words: shape ``(ceil(n_pages / 64),)``, ``uint64``
     :param coarse: same shape; bits that come from a leaf larger than one page,
-        so that they are no observation of the single page. ``None`` if there are none
+        which do not describe the single page. ``None`` if there are none
     """
 
     gfn_start: int
@@ -113,7 +113,7 @@ class YoungBitmap:
 
         :param where: offsets from ``gfn_start``, as a list takes them
         :raises LayoutError: for a step
-        :raises TypeError: for a single offset: ask ``gfn in bitmap``
+        :raises TypeError: for a single offset; use ``gfn in bitmap``
         """
         if not isinstance(where, slice):
             raise TypeError(f"a YoungBitmap takes a slice of offsets, not {where!r}; ask: gfn in")

@@ -10,11 +10,11 @@ __all__ = ["Closing"]
 
 
 class Closing(abc.ABC):
-    """Something that :meth:`close` takes down, also at the end of a ``with`` block."""
+    """Base of objects with :meth:`close`, which the end of a ``with`` block calls."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of everything. Idempotent."""
+        """Release all resources. Idempotent."""
 
     def __enter__(self) -> Self:
         return self

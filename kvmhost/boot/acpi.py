@@ -1,7 +1,7 @@
 """ACPI tables of the ``pc`` machine, as bytes.
 
-RSDP (revision 2, so with RSDT and XSDT), FADT, FACS, MADT and a DSDT that holds what
-power-off needs. Source: ACPI Specification 6.5, chapters 5 and 20 (AML).
+RSDP (revision 2, so with RSDT and XSDT), FADT, FACS, MADT and a DSDT with the
+objects that power-off needs. Source: ACPI Specification 6.5, chapters 5 and 20 (AML).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """ELF files, 32 and 64 bits, little-endian: header, segments, sections and notes.
 
-A file is untrusted: whatever is wrong with it ends in an
+Files are untrusted: any defect raises an
 :class:`~kvmhost.errors.ImageError` that names file, field and offset. Field names are
-those of elf(5). Sizes in headers are taken for granted only after the file was found
-to hold that many bytes.
+those of elf(5). Sizes in headers are used only after a check that the file
+holds that many bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Note:
 
 @dataclasses.dataclass(frozen=True)
 class Elf:
-    """A parsed header; the rest is read when asked for."""
+    """A parsed header; everything else is read on demand."""
 
     path: str
     data: bytes
@@ -135,7 +135,7 @@ class Elf:
 
     def _notes_of(self, phdr: Phdr) -> Iterator[Note]:
         raw = take(self.path, self.data, "p_offset", phdr.offset, phdr.filesz)
-        # The gABI aligns notes to 8 bytes in segments that say so, whatever their class.
+        # The gABI aligns notes to 8 bytes in segments with that alignment, in both classes.
         align = 8 if phdr.align == 8 else 4
         at = 0
         while at + 12 <= len(raw):
@@ -173,7 +173,7 @@ class Elf:
 
 
 def is_elf(data: bytes) -> bool:
-    """Return whether the file says that it is an ELF file."""
+    """Return whether the file has the ELF magic number."""
     return data[:4] == b"\x7fELF"
 
 
@@ -223,7 +223,7 @@ def check_range(path: str, data: bytes, field: str, offset: int, n_bytes: int) -
 def read_file(path: Path, limit_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     """Read a regular file.
 
-    :raises ImageError: if it cannot be read, is none, or too large
+    :raises ImageError: if it cannot be read, is not a regular file, or is too large
     """
     try:
         return read_regular(path, limit_bytes)

@@ -1,10 +1,10 @@
 """Guest images: 64-bit x86 ELF executables that describe their own parameters.
 
-An image may carry a section ``.kvmhost.params``: one NUL-terminated line a
-parameter, ``name=default;what it means``. Line ``i`` names argument ``i`` of the
+An image may carry a section ``.kvmhost.params``: one NUL-terminated line per
+parameter, ``name=default;description``. Line ``i`` names argument ``i`` of the
 parameter page (see :mod:`kvmhost.boot.params`).
 
-A file is untrusted: whatever is wrong with it ends in an
+Files are untrusted: any defect raises an
 :class:`~kvmhost.errors.ImageError` that names file, field and offset.
 """
 
@@ -68,7 +68,7 @@ class Image:
     entry: int
     segments: tuple[Segment, ...]
     params: tuple[Param, ...]
-    #: What it asks for and does not get: a tiny guest asks for nothing.
+    #: Requests of the image that are not met: a tiny guest makes none.
     remarks: tuple[str, ...] = ()
 
     @property
@@ -79,7 +79,7 @@ class Image:
     def load(self, memory: GuestMemory, limit_gpa: int) -> None:
         """Copy the segments into guest memory.
 
-        :param limit_gpa: where the image must end at the latest
+        :param limit_gpa: the highest gpa at which the image may end
         :raises ImageError: if a segment does not fit
         """
         for segment in self.segments:
@@ -120,7 +120,7 @@ def parse_image(path: str, data: bytes) -> Image:
 
 
 def _parse(path: str, data: bytes) -> Image:
-    # pyelftools takes as long to import as a whole guest run: not for the header checks.
+    # Importing pyelftools takes as long as a whole guest run: the header checks avoid it.
     if is_elf(data) and data[4:5] != b"\2":
         raise ImageError(path, "e_ident", "need a 64-bit little-endian ELF", 4)
     elf = parse_elf(path, data)

@@ -1,9 +1,9 @@
-"""Which loader an image needs, by its contents.
+"""Selects the loader of an image by its contents.
 
-In this order: a multiboot header within the first 8 KiB; a PVH note; a 64-bit ELF, with a
-section of parameters or without: a tiny guest; a 32-bit ELF: entered as it is. An ELF file
+In this order: a multiboot header within the first 8 KiB; a PVH note; a 64-bit ELF, with or
+without a parameter section: a tiny guest; a 32-bit ELF: entered directly. An ELF file
 whose only boot header is one that no loader takes (Multiboot2, or Multiboot behind 8 KiB) is
-refused. Bare bytes say nothing about themselves and have to be named.
+refused. Flat binaries cannot be detected; the user names their loader.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def detect(path: str, data: bytes) -> str:
 
 
 def _has_pvh_entry(elf: Elf) -> bool:
-    """Return whether a PVH note can be read; damaged notes are none."""
+    """Return whether a PVH note can be read; damaged notes do not count."""
     from kvmhost.boot.pvh import find_entry
 
     try:

@@ -1,7 +1,7 @@
 """The state in which a tiny guest starts: 64-bit mode at privilege level 3.
 
 Level 3, because a KVM that shadows page tables emulates level-0 code one
-instruction at a time. The guest may use ports all the same: IOPL is 3, and the
+instruction at a time. The guest may still use ports: IOPL is 3, and the
 I/O permission bitmap of its task state segment allows every port, because a KVM
 that runs level-3 code natively may take the flags, IOPL included, from the host
 processor. There is no GDT and no IDT: an exception is a triple fault, which ends

@@ -1,13 +1,14 @@
 """Multiboot 1 images, with and without an ELF header.
 
-The header is looked for in the first 8 KiB, at multiples of 4. With flag bit 16 it
-says itself where the file's bytes go (fields ``header_addr`` to ``entry_addr``); else
-the file is an ELF executable. What the guest is given, and where, follows QEMU's
-loader, so that an image sees the same here: memory map at 0x9000, information at
+The header lies in the first 8 KiB, at a multiple of 4. With flag bit 16 it
+gives the load addresses of the file (fields ``header_addr`` to ``entry_addr``); else
+the file is an ELF executable. The boot information and its addresses follow
+QEMU's loader, so that an image behaves the same under both: memory map at 0x9000, information at
 0x9500, strings and modules behind the image. Where the image itself occupies these
 addresses, map and information move to free pages of low memory.
 
-Multiboot2 images, and Multiboot headers behind the first 8 KiB, are refused by name.
+Multiboot2 images, and Multiboot headers behind the first 8 KiB, are refused by an
+error that names them.
 
 Source: Multiboot Specification 0.6.96, chapter 3; Multiboot2 Specification 2.0, section
 3.1.1; hw/i386/multiboot.c of QEMU 7.2.
@@ -40,13 +41,13 @@ __all__ = [
 ]
 
 HEADER_MAGIC = 0x1BADB002
-#: What eax holds when the image starts.
+#: Value of eax when the image starts.
 BOOT_MAGIC = 0x2BADB002
 SEARCH_BYTES = 8192
 HEADER_BYTES = 48
 HAS_ADDRESSES = 1 << 16
 WANTS_VIDEO = 1 << 2
-#: Requirements that are met: page-aligned modules, memory information. Video is said to be missing.
+#: Requirements that are met: page-aligned modules, memory information. Video is reported missing.
 _KNOWN_REQUIREMENTS = 1 << 0 | 1 << 1 | WANTS_VIDEO
 _REQUIREMENTS = 0xFFFF
 MULTIBOOT2_MAGIC = 0xE85250D6
@@ -119,7 +120,7 @@ def find_header(data: bytes) -> int | None:
 
 
 def parse_multiboot(path: str, data: bytes) -> MultibootImage:
-    """Check an image and find out what goes where.
+    """Check an image and determine its load addresses.
 
     :raises ImageError: if there is no header, or it contradicts itself or the file
     """
@@ -234,7 +235,7 @@ def _tail(path: str, request: BootRequest, gpa: int) -> tuple[list[Chunk], int, 
     module_strings = [_module_string(m.path, m.arguments) for m in request.modules]
     command = request.command_line.encode() + b"\0"
     strings_gpa = gpa + _MODULE_BYTES * len(request.modules)
-    # As much room for strings as the loader that this follows reserves.
+    # QEMU's loader reserves the same amount for strings.
     joined = len(b",".join(module_strings)) + 1 if module_strings else 0
     name_gpa = strings_gpa + joined + len(command)
     next_gpa = gpa + page_up(name_gpa + len(LOADER_NAME) - gpa)

@@ -1,4 +1,4 @@
-"""The parameter page: how the host tells a tiny guest what to do, and hears back.
+"""The parameter page: arguments from the host to a tiny guest, and its results.
 
 At gpa 0x1000, little-endian; guests/x86_64/guest.h has the same in C::
 
@@ -7,8 +7,8 @@ At gpa 0x1000, little-endian; guests/x86_64/guest.h has the same in C::
     0x010  u64  free memory: start gpa
     0x018  u64  free memory: end gpa
     0x020  u64  start gpa of the MMIO window
-    0x040  u64  arguments, 64 of them, by the image's own list of names
-    0x400  results, 64 bytes a vCPU: status, gfn, epoch, expected, found, word, touches, spare
+    0x040  u64  arguments, 64 of them, in the order of the image's parameter section
+    0x400  results, 64 bytes per vCPU: status, gfn, epoch, expected, found, word, touches, spare
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _U64_MAX = (1 << 64) - 1
 
 @dataclasses.dataclass(frozen=True)
 class GuestResult:
-    """What a vCPU left in its slot of the parameter page.
+    """The result of a vCPU in its slot of the parameter page.
 
-    :param epoch: the one that it is in, or has finished last
+    :param epoch: the current epoch, or the last one that it finished
     :param word: index in the page of the word that was ``found`` and not ``expected``
     :param touches: pages touched so far; counts up while the guest runs
     """
@@ -52,7 +52,7 @@ class GuestResult:
 
 
 def resolve_params(image: Image, given: Mapping[str, int]) -> dict[str, int]:
-    """Return all parameters of an image: its defaults, and over them what was given.
+    """Return all parameters of an image: its defaults, overridden by the given values.
 
     :raises LayoutError: for a name that the image does not have, or a value
         outside ``[0, 2**64)``

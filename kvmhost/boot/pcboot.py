@@ -1,4 +1,4 @@
-"""What a ``pc`` guest starts with: bytes to put into memory, and the first registers.
+"""The initial state of a ``pc`` guest: memory contents and registers.
 
 Each loader module (multiboot, pvh, plain) turns a file into a :class:`PcImage`; the
 boot protocol's own structures are made in :meth:`PcImage.plan`, when memory size,
@@ -60,7 +60,7 @@ class PcEntry:
 class Chunk:
     """Bytes for memory; ``mem_bytes`` beyond the data are zero.
 
-    :ivar field: the image's field that says where, and ``offset`` its place in the file
+    :ivar field: the image's field with the address; ``offset`` is its offset in the file
     """
 
     gpa: int
@@ -86,7 +86,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class BootRequest:
-    """What the boot protocol passes on."""
+    """The data that the boot protocol passes to the guest."""
 
     layout: PcLayout
     command_line: str
@@ -95,7 +95,7 @@ class BootRequest:
 
 @dataclasses.dataclass(frozen=True)
 class BootPlan:
-    """Everything that goes into memory, in this order, and the entry state."""
+    """All chunks to load, in this order, and the entry state."""
 
     path: str
     chunks: tuple[Chunk, ...]
@@ -111,7 +111,7 @@ class BootPlan:
             check_fit(self.path, chunk, layout)
             data_end = chunk.gpa + len(chunk.data)
             memory[chunk.gpa : data_end] = chunk.data
-            # Memory starts as zeros: only what came before can be in the way.
+            # Memory starts as zeros: only an earlier chunk can have written to it.
             for start, end in written:
                 start, end = max(start, data_end), min(end, chunk.end)
                 if start < end:
@@ -128,14 +128,14 @@ class PcImage(Protocol):
 
     @property
     def loader(self) -> str:
-        """Which loader took it."""
+        """The name of its loader."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What the image asks for and does not get, one line each."""
+        """Requests of the image that are not met, one line each."""
 
     def plan(self, request: BootRequest) -> BootPlan:
-        """Return what to load and where to start."""
+        """Return the chunks to load and the entry state."""
 
 
 def check_fit(path: str, chunk: Chunk, layout: PcLayout) -> None:
@@ -156,7 +156,7 @@ def check_fit(path: str, chunk: Chunk, layout: PcLayout) -> None:
 def place(path: str, taken: Iterable[Chunk], data: bytes, preferred_gpa: int, field: str) -> Chunk:
     """Return a chunk of low memory that overlaps none of ``taken``.
 
-    :param preferred_gpa: where it goes if that is free, else to the lowest free page
+    :param preferred_gpa: its gpa if that range is free, else the lowest free page
     :raises ImageError: if low memory has no room
     """
     taken = list(taken)

@@ -48,7 +48,7 @@ class PlainImage:
 def parse_plain_elf(elf: Elf) -> PlainImage:
     """Check an ELF executable.
 
-    :raises ImageError: if it is no executable for x86, or does not hold its entry
+    :raises ImageError: if it is not an x86 executable, or its entry is outside the segments
     """
     if elf.machine not in (EM_386, EM_X86_64):
         raise ImageError(elf.path, "e_machine", f"{elf.machine}, need {EM_386} or {EM_X86_64}", 18)
@@ -67,7 +67,7 @@ def parse_plain_elf(elf: Elf) -> PlainImage:
 
 
 def parse_flat(path: str, data: bytes, loader: str) -> PlainImage:
-    """Take a file as it is.
+    """Check a flat binary.
 
     :param loader: ``flat16`` or ``flat32``
     :raises ImageError: if it is empty, or too long for real mode

@@ -16,7 +16,7 @@ __all__ = ["load_tiny"]
 def load_tiny(
     memory: GuestMemory, layout: TinyLayout, image: Image, n_vcpus: int, params: Mapping[str, int]
 ) -> None:
-    """Write everything that a tiny guest finds when it starts.
+    """Write the initial memory of a tiny guest.
 
     :param params: a value for each parameter of the image
     :raises ImageError: if the image does not fit

@@ -1,4 +1,4 @@
 """The control socket of a VM: HTTP and JSON on a unix socket, server and client.
 
-Nothing is imported here, so that a VM that nobody asks pays for no web server.
+Nothing is imported here, so that a VM without clients does not load the web server.
 """

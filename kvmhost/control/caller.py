@@ -1,4 +1,4 @@
-"""What clients of a control socket share: asking, and errors that name who was asked."""
+"""Common base of control-socket clients: requests, and errors that name the server."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _TRANSFER_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
 
 
 class Caller(Closing):
-    """Asks on one socket. Methods are safe to call from several threads.
+    """Sends requests to one socket. Methods are thread-safe.
 
-    :param name: who is asked, for errors
-    :param timeout_s: for a whole answer
+    :param name: the server's name, for errors
+    :param timeout_s: for a whole response
     """
 
-    #: What is read of an answer, unless the request says more.
+    #: Default limit on the size of a response; a request may raise it.
     max_answer_bytes = 1 << 20
 
     def __init__(self, name: str, path: Path, timeout_s: float = schema.CLIENT_TIMEOUT_S) -> None:
@@ -54,7 +54,7 @@ class Caller(Closing):
         )
 
     def close(self) -> None:
-        """Hang up. Idempotent."""
+        """Close the connection. Idempotent."""
         self._http.close()
 
     def _get(self, path: str, kind: type[T]) -> T:
@@ -63,7 +63,7 @@ class Caller(Closing):
     def _call(
         self, method: str, path: str, *, at_most: int | None = None, **arguments: Any
     ) -> httpx.Response:
-        """Ask, and read an answer of at most so many bytes (None: ``max_answer_bytes``)."""
+        """Send a request; limit the response's size (None: to ``max_answer_bytes``)."""
         if self._http.is_closed:
             raise StateError(f"the client of {self._name!r}")
         limit, body = at_most or self.max_answer_bytes, bytearray()
@@ -78,7 +78,7 @@ class Caller(Closing):
                         incoming.status_code,
                         f"{self._name!r}: malformed response: more than {limit} bytes",
                     )
-        # Not unpacked: nobody asked for an encoding.
+        # Not decompressed: the request asked for no encoding.
         headers = [(k, v) for k, v in incoming.headers.items() if k not in _TRANSFER_HEADERS]
         answer = httpx.Response(incoming.status_code, headers=headers, content=bytes(body))
         if answer.is_success:
@@ -101,7 +101,7 @@ class Caller(Closing):
             raise VmGoneError(self._name, f"hung up ({_reason(error)})") from error
 
     def _nothing_answers(self, error: Exception) -> str:
-        """Say that nothing answers, and which socket there is of a similar name."""
+        """Return a message that the server does not respond, with a socket of a similar name."""
         there = (path.stem for path in self.path.parent.glob("*.sock") if path != self.path)
         hint = did_you_mean(self.path.stem, there)
         return f"nothing answers at {self.path} ({_reason(error)}){hint}"
@@ -116,7 +116,7 @@ class Caller(Closing):
 
 
 def _error_of(problem: schema.ErrorInfo) -> KvmHostError:
-    """Return the error that the VM raised; a ``ControlError`` for what has no class there."""
+    """Return the error that the VM raised; a ``ControlError`` if it has no class there."""
     made = from_fields(problem.kind, problem.arguments, problem.field)
     if made is not None and str(made) == problem.message:
         return made
@@ -127,7 +127,7 @@ def _error_of(problem: schema.ErrorInfo) -> KvmHostError:
 
 
 def _reason(error: Exception) -> str:
-    """Return what the operating system said, without the number of its error."""
+    """Return the operating system's error message, without the error number."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

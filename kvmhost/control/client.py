@@ -24,23 +24,23 @@ from kvmhost.errors import ControlError
 
 __all__ = ["Client"]
 
-#: Of a number in a header: 64 bits.
+#: Largest number in a header: 64 bits.
 _MAX_DIGITS = 20
 _BINARY = {"Content-Type": "application/octet-stream"}
 _JSON = {"Content-Type": "application/json"}
 
-#: What is re-armed after a harvest, as :mod:`kvmhost.trackers.harvesting` has it.
+#: Pages to re-arm after a harvest, see :mod:`kvmhost.trackers.harvesting`.
 Rearm = Literal["none", "young", "all", "sample"]
 Gfns = Iterable[int] | npt.NDArray[Any]
 
 
 class Client(Caller):
-    """Talks to one VM. Methods are safe to call from several threads.
+    """A connection to one VM. Methods are thread-safe.
 
     Every method raises:
 
     - :class:`~kvmhost.errors.ControlError` if the VM refused: status and its message
-    - :class:`~kvmhost.errors.VmGoneError` if there is no VM, or no longer
+    - :class:`~kvmhost.errors.VmGoneError` if the VM does not exist or has ended
 
     :param vm: the VM's name, or the path of its socket (anything with a slash)
     :param timeout_s: for the VM to answer; a large eviction takes seconds
@@ -67,7 +67,7 @@ class Client(Caller):
         return self._get("counters", schema.Counters)
 
     def page(self, gfn: int) -> schema.Page:
-        """Return what the VM knows of one page."""
+        """Return the state of one page."""
         return self._get(f"pages/{gfn}", schema.Page)
 
     def resident(self, gfn_start: int = 0, n_pages: int | None = None) -> npt.NDArray[np.bool_]:
@@ -78,7 +78,7 @@ class Client(Caller):
         return _read_bitmap(self.vm, answer, gfn_start, n_pages).as_bool()
 
     def _n_pages(self, gfn_start: int, n_pages: int | None) -> int:
-        """Return how many pages are asked for: the answer must have as many."""
+        """Return the number of pages requested, which the response must match."""
         return max(0, self.memory().gfn_end - gfn_start) if n_pages is None else n_pages
 
     def harvest(
@@ -128,7 +128,7 @@ class Client(Caller):
         mask: Words | None = None,
         table_format: str = "",
     ) -> tuple[YoungBitmap, HarvestCost]:
-        """Do the same as :meth:`harvest`, and say what it took inside the VM."""
+        """Do the same as :meth:`harvest`, and also return its cost inside the VM."""
         n_pages = self._n_pages(gfn_start, n_pages)
         query = _range_query(gfn_start, n_pages)
         query |= {"tracker": tracker, "clear": str(int(clear)), "rearm": rearm}
@@ -152,7 +152,7 @@ class Client(Caller):
     ) -> schema.EvictReport:
         """Evict pages in the given order; partial success is normal.
 
-        :param each: also ask for every page's outcome
+        :param each: also return every page's outcome
         :param actuator: ``store``, the pager's own, or ``swap``, the host's
         """
         body = _gfn_bytes(gfns)
@@ -167,15 +167,15 @@ class Client(Caller):
         return self._read(answer, schema.EvictReport)
 
     def restore(self, gfn: int, n_pages: int = 1) -> int:
-        """Bring evicted pages of a range back; return how many came."""
+        """Restore the evicted pages of a range; return how many were restored."""
         body = schema.encode(schema.RestoreRequest(gfn, n_pages))
         answer = self._call("POST", "restore", content=body, headers=_JSON)
         return self._read(answer, schema.RestoreReport).restored
 
     def drain(self, force: bool = False) -> schema.RestoreReport:
-        """Bring everything back, lift the limit and forget the victims; the VM runs on.
+        """Restore all pages, remove the limit and the victim list; the VM keeps running.
 
-        :param force: also while another holds the lease, who may evict again
+        :param force: also while another holds the lease; the holder may evict again
         :raises ControlError: 423 if another holds it and ``force`` is False
         """
         params = {"force": "true"} if force else {}
@@ -188,25 +188,25 @@ class Client(Caller):
         return self._read(answer, schema.LimitState).resident_max_bytes
 
     def shrink(self, resident_max_bytes: int) -> schema.LimitState:
-        """Set the limit and evict at once what is above it; the answer says what is left."""
+        """Set the limit and evict down to it at once; return the resulting state."""
         body = schema.encode(schema.LimitRequest(resident_max_bytes, shrink=True))
         answer = self._call("PUT", "limit", content=body, headers=_JSON)
         return self._read(answer, schema.LimitState)
 
     def set_victims(self, gfns: Gfns) -> int:
-        """Name the pages that go first at the limit, best ones first."""
+        """Set the pages to evict first at the limit, best candidates first."""
         answer = self._call("PUT", "victims", content=_gfn_bytes(gfns), headers=_BINARY)
         return self._read(answer, schema.VictimsReport).pages
 
     def pause(self, for_s: float = 60.0) -> schema.RunState:
         """Hold the vCPUs; pauses nest.
 
-        :param for_s: seconds after which the VM goes on by itself; 0: never
+        :param for_s: seconds after which the VM resumes automatically; 0: never
         """
         return self._read(self._call("POST", "pause", params={"for_s": for_s}), schema.RunState)
 
     def resume(self, pause: int | None = None) -> schema.RunState:
-        """Undo one :meth:`pause`: that of a number, as it was answered, or the last one."""
+        """Undo one :meth:`pause`: the one with the number that it returned, or the last one."""
         query = {} if pause is None else {"pause": pause}
         return self._read(self._call("POST", "resume", params=query), schema.RunState)
 
@@ -215,29 +215,29 @@ class Client(Caller):
         return self._read(self._call("POST", "stop"), schema.RunState)
 
     def take_lease(self, asked: schema.LeaseRequest) -> None:
-        """Become the one who looks after the VM; from now on every request renews that.
+        """Take the VM's lease; every later request renews it.
 
-        :raises ControlError: with status 423 if someone else is, and here from every
-            request once the lease is lost
+        :raises ControlError: with status 423 if another process holds the lease; every
+            request raises it once the lease is lost
         """
         answer = self._call("PUT", "lease", content=schema.encode(asked), headers=_JSON)
         self._http.headers[HEADER_PREFIX + "Lease"] = self._read(answer, schema.LeaseGrant).token
 
     def give_back_lease(self) -> None:
-        """Look after the VM no longer."""
+        """Release the lease."""
         self._call("DELETE", "lease")
         del self._http.headers[HEADER_PREFIX + "Lease"]
 
     def lease(self) -> schema.LeaseInfo | None:
-        """Return who looks after the VM; None: nobody."""
+        """Return the holder of the lease; None: it is free."""
         return self._get("lease", schema.LeaseState).lease
 
     def snapshot(self, path: str, stop: bool = False) -> int:
-        """Have the VM write itself into a file; it goes on running.
+        """Write a snapshot of the VM to a file; the VM keeps running.
 
-        Waits however long that takes. If the client goes away meanwhile there is no file.
+        Waits without a time-out. If the client disconnects meanwhile, no file is written.
 
-        :param path: absolute, as the VM sees it
+        :param path: absolute, in the VM's file system
         :param stop: end the guest instead, where the snapshot was taken
         :return: bytes of memory in the file
         """

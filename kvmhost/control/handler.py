@@ -1,7 +1,7 @@
-"""What the HTTP server and those who answer for it agree on: requests, replies, refusals.
+"""The interface between the HTTP server and its handlers: requests, replies, problems.
 
-A :class:`Handler` answers for one socket. It knows nothing of HTTP's wire format, and
-the server (:mod:`kvmhost.control.serving`) nothing of what is asked.
+A :class:`Handler` handles the requests of one socket. It does not depend on HTTP's wire
+format, and the server (:mod:`kvmhost.control.serving`) does not depend on the requests.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ T = TypeVar("T")
 class Request:
     """One request, its body read in full.
 
-    :param is_json: whether the body says that it is JSON
+    :param is_json: whether the content type is JSON
     :param lease: the token in the header ``X-Kvmhost-Lease``; empty: none
-    :param gone: set when nobody waits for the answer any more
+    :param gone: set when the client has disconnected or the server stops
     """
 
     method: str
@@ -55,11 +55,11 @@ class Request:
 
 
 class Problem(Exception):
-    """An answer with an error status.
+    """A response with an error status.
 
     :param field: the field of the request that was wrong
     :param allow: methods for the header of status 405
-    :param error: what the machine raised, for a client to raise again
+    :param error: the machine's exception, for a client to raise again
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Problem(Exception):
 
 
 def _plain(value: Any) -> Any:
-    """Return an argument of an error as JSON has it."""
+    """Return an argument of an error as a JSON value."""
     if isinstance(value, Mapping):
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -93,7 +93,7 @@ def _plain(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer with status 200."""
+    """A response with status 200."""
 
     body: bytes
     content_type: str = JSON
@@ -113,34 +113,34 @@ class Handler(Protocol):
 
     @property
     def max_bytes_in_flight(self) -> int:
-        """What bodies and answers of all connections may hold together."""
+        """Total memory limit for the bodies and responses of all connections."""
 
     def reply_bound(self, path: str) -> int:
-        """Return how many bytes an answer takes while it is made, at most; 0: few."""
+        """Return an upper bound on the memory that building a response takes; 0: little."""
 
     def has_kept_slot(self, peer: Peer) -> bool:
-        """Whether a connection of this peer is taken when there are too many others."""
+        """Whether a connection of this peer is accepted above the connection limit."""
 
     def find(self, method: str, path: str) -> Route:
-        """Return who answers a request.
+        """Return the route of a request.
 
         :raises Problem: 404 for an unknown path, 405 for the wrong method
         """
 
     def problem_of(self, error: Exception) -> Problem:
-        """Return the answer that an exception stands for."""
+        """Return the response for an exception."""
 
     def cancel_timers(self) -> None:
-        """Stop clocks and watches; the last call from the event loop."""
+        """Cancel timers and watches; the last call from the event loop."""
 
     def close(self) -> None:
-        """Wait for what is in work; from another thread."""
+        """Wait for requests in progress; from another thread."""
 
 
 def by_method(routes: Mapping[str, T] | None, method: str, path: str) -> T:
     """Pick the entry of a path's method.
 
-    :raises Problem: 404 where there is no such path, 405 for a method that it lacks
+    :raises Problem: 404 for an unknown path, 405 for a method that it does not have
     """
     if routes is None:
         raise Problem(404, f"no such path: {path[:200]}")
@@ -151,7 +151,7 @@ def by_method(routes: Mapping[str, T] | None, method: str, path: str) -> T:
 
 
 def nothing_asked(request: Request) -> None:
-    """Refuse a query and a body where there is nothing to say.
+    """Refuse a query or a body for a request that takes neither.
 
     :raises Problem: 400
     """
@@ -161,5 +161,5 @@ def nothing_asked(request: Request) -> None:
 
 
 def json_reply(message: msgspec.Struct) -> Reply:
-    """Answer with a message."""
+    """Return a reply with a message as JSON."""
     return Reply(schema.encode(message))

@@ -1,8 +1,8 @@
-"""Bytes that the requests and answers of one server hold together.
+"""The memory budget shared by the requests and responses of one server.
 
-Every connection may hold :data:`SMALL_BYTES` without asking, which the number of connections
-bounds. What is larger takes its share of a budget before it is read or computed, and gives
-it back when the answer is out or the client is gone; who finds the budget used up waits.
+Every connection may hold :data:`SMALL_BYTES` outside the budget; the number of connections
+bounds that. Anything larger reserves memory before it is read or computed, and releases it
+when the response is sent or the client disconnects; a request waits while the budget is full.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ SMALL_BYTES = 64 << 10
 
 
 class ByteBudget:
-    """A number of bytes, dealt out in the order of asking. For one event loop.
+    """A memory budget, granted in order of request. For one event loop.
 
-    :param limit_bytes: what all shares hold together; a larger share gets all of it
+    :param limit_bytes: sum of all shares; a larger share gets all of it
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -29,14 +29,14 @@ class ByteBudget:
 
     @property
     def used_bytes(self) -> int:
-        """What is dealt out now."""
+        """Bytes in use now."""
         return self._used
 
     @contextlib.asynccontextmanager
     async def share(self, n_bytes: int, wait_s: float) -> AsyncIterator[None]:
         """Hold a share while the block runs.
 
-        :raises TimeoutError: if there is none for ``wait_s`` seconds
+        :raises TimeoutError: if none is available within ``wait_s`` seconds
         """
         n_bytes = 0 if n_bytes <= SMALL_BYTES else min(n_bytes, self._limit)
         await self._take(n_bytes, wait_s)

@@ -1,19 +1,19 @@
-"""Who looks after a VM's memory: one holder at a time, noticed when it is gone.
+"""The lease on a VM's memory management: one holder at a time, ended when it dies.
 
-A daemon takes the lease before it sets limits and evicts, and names its token in
+A daemon takes the lease before it sets limits and evicts, and sends its token in
 every request (header ``X-Kvmhost-Lease``). Each such request renews the lease. It
 ends when
 
-- the holder gives it back,
-- the holder's process ends, however that happens (a pidfd tells),
-- no request came for the time that the holder itself named: it hangs,
-- someone else takes it over and says so.
+- the holder releases it,
+- the holder's process ends for any reason (detected by a pidfd),
+- no request arrives for the holder's own time-out: the holder hangs,
+- another process takes it over explicitly.
 
-A request with a token that no longer holds is refused with status 423, so a daemon
-that hung and woke up does nothing to a VM that another one has. Requests without a
-token are people with tools; they are not held up.
+A request with an expired token is refused with status 423, so a daemon that hung and
+resumed cannot change a VM that another daemon manages. Requests without a token come
+from interactive tools and are accepted.
 
-Not for threads: everything runs in the server's event loop.
+Not thread-safe: everything runs in the server's event loop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvmhost.control.peers import Peer
 
 __all__ = ["LOCKED", "Lease"]
 
-#: HTTP status of what another holder may not do.
+#: HTTP status of a request that the lease forbids.
 LOCKED = 423
 
 log = logging.getLogger("kvmhost.control")
@@ -42,7 +42,7 @@ class Lease:
     """The lease of one VM.
 
     :param vm: the VM's name, for the log
-    :param clock: seconds that never go back
+    :param clock: a monotonic clock, in seconds
     """
 
     def __init__(self, vm: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -54,7 +54,7 @@ class Lease:
         self._timer: asyncio.TimerHandle | None = None
 
     def info(self) -> schema.LeaseInfo | None:
-        """Return who holds it; None: nobody."""
+        """Return the holder; None: the lease is free."""
         if self._held is None:
             return None
         now = self._clock()
@@ -68,9 +68,9 @@ class Lease:
         )
 
     def take(self, asked: schema.LeaseRequest, token: str, peer: Peer) -> schema.LeaseGrant:
-        """Give the lease to a caller; who holds it already keeps it, with the new terms.
+        """Grant the lease to a caller; the current holder keeps it, with the new terms.
 
-        :raises Problem: 423 if someone else holds it and ``take_over`` is not asked
+        :raises Problem: 423 if another process holds it and ``take_over`` is not set
         """
         if self._held is not None and token != self._token:
             if not asked.take_over:
@@ -114,7 +114,7 @@ class Lease:
                 self._renew()
 
     def check_free(self, token: str, force: bool) -> None:
-        """Refuse what a holder would undo, unless it is forced or the holder asks for it.
+        """Refuse a change that the holder would undo, unless forced or requested by the holder.
 
         :raises Problem: 423 if another holds the lease
         """
@@ -144,7 +144,7 @@ class Lease:
             self._timer = loop.call_later(self._held.ttl_s, self._look)
 
     def _look(self) -> None:
-        """Drop the lease if its holder has not called for too long; else look again later."""
+        """End the lease if its holder has timed out; else check again later."""
         self._timer = None
         if self._held is None:
             return
@@ -163,7 +163,7 @@ class Lease:
         self._timer = asyncio.get_running_loop().call_later(wait_s, self._look)
 
     def _watch(self, pid: int) -> None:
-        """Have the kernel tell when the holder's process ends; where it cannot, time tells."""
+        """Watch the holder's process by a pidfd; without one, only the time-out applies."""
         with contextlib.suppress(OSError):
             self._pidfd = os.pidfd_open(pid) if pid > 0 else -1
         if self._pidfd >= 0:

@@ -1,11 +1,11 @@
-"""Where the control sockets are, and who holds a VM's name.
+"""Paths of the control sockets, and the locks on VM names.
 
 Each VM has ``NAME.sock`` and ``NAME.lock`` in the runtime directory. The lock is
-an flock(2) that lives as long as the VM's process does, however that ends; so a
-socket whose lock is free is a leftover, and is removed by the next VM of the name.
+an flock(2) that the kernel releases when the VM's process ends for any reason; so a
+socket whose lock is free is stale, and the next VM of that name removes it.
 
-The directory is opened once and used by its descriptor: whatever its path leads to later,
-nothing outside of it is removed or followed.
+The directory is opened once and used by its descriptor: if its path later leads elsewhere,
+nothing outside of the directory is removed or followed.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def runtime_dir() -> Path:
     directory specification has it), else ``kvmhost-UID`` in the directory for
     temporary files.
 
-    :raises CapabilityError: if another user can change what is in it, or in a directory
-        above it
+    :raises CapabilityError: if another user can change its contents or those of a
+        parent directory
     """
     path = _chosen_dir()
     try:
@@ -88,7 +88,7 @@ def files_in(folder: int, pattern: re.Pattern[str]) -> list[str]:
 
 
 def check_name(name: str) -> str:
-    """Return a VM's name as it is.
+    """Return a VM's name unchanged.
 
     :raises LayoutError: unless it is 1 to 64 letters, digits, ``_``, ``.`` or ``-``,
         and starts with a letter or digit
@@ -143,8 +143,8 @@ def running_names() -> list[str]:
 class NameLock:
     """Holds a VM's name until :meth:`release` or the end of the process.
 
-    :param path: the lock file, for what is no VM
-    :ivar folder: descriptor of its directory, as long as the name is held
+    :param path: the lock file, for a holder that is not a VM
+    :ivar folder: descriptor of its directory, while the name is held
     :raises NameInUseError: if another process holds it
     :raises LayoutError: for a bad name, or a lock file that is not this user's alone
     :raises CapabilityError: if its directory is not this user's alone
@@ -155,7 +155,7 @@ class NameLock:
         self._fd = self.folder = -1
         try:
             self.folder = _open_private(self.path.parent)
-            # A holder removes its lock file at the end; a lock on a removed file is none.
+            # A holder removes its lock file on release; a lock on a removed file does not count.
             while self._fd < 0 or not same_file(self._fd, self.path.name, self.folder):
                 self._close_file()
                 self._fd = _lock(self.path, self.folder, name)
@@ -171,7 +171,7 @@ class NameLock:
         return self._fd >= 0
 
     def release(self) -> None:
-        """Give the name back and remove the lock file. Idempotent."""
+        """Release the name and remove the lock file. Idempotent."""
         if self._fd >= 0 and same_file(self._fd, self.path.name, self.folder):
             self.remove(self.path.name)
         self._close()
@@ -227,7 +227,7 @@ def _make(path: Path) -> None:
     try:
         os.mkdir(path.name, 0o700, dir_fd=parent)
     except FileExistsError:
-        pass  # Another process made it meanwhile, or it is no directory: opening says so.
+        pass  # Created concurrently, or not a directory: opening it reports that.
     finally:
         os.close(parent)
 

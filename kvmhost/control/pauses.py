@@ -1,9 +1,9 @@
-"""Pauses over the control socket: each ends by itself if nobody undoes it.
+"""Pauses over the control socket: each ends automatically after a time-out.
 
-A client that pauses a VM and dies would leave it standing for ever. So every pause
-has a time, a minute unless the client says otherwise, after which the VM goes on and
-its log says so. Pauses nest; each has a number, and can be undone by that. When the
-socket closes, its pauses end too: nobody could undo them any more.
+A client that pauses a VM and dies would leave it paused for ever. So every pause has a
+time-out, one minute by default, after which the VM resumes and logs a message. Pauses
+nest; each has a number, by which it can be undone. When the socket closes, its pauses
+end too: no client could undo them.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Pauses:
     ) -> None:
         self._machine, self._vm, self._work = machine, vm, work
         self._changing = asyncio.Lock()
-        # Pauses that the machine has of us, open ones and those just begun; a worker
-        # thread counts up, also when whoever asked has given up waiting.
+        # Pauses that this object holds on the machine, open or being made; a worker thread
+        # increments this even if the client no longer waits.
         self._counting, self._n_held, self._closed = threading.Lock(), 0, False
         self._last = 0
-        #: Number of the pause: what ends it in time, None for one without end.
+        #: Timer of each pause by number; None for one without a time-out.
         self._open: dict[int, asyncio.TimerHandle | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def pause(self, for_s: float) -> int:
         """Hold the vCPUs and return the pause's number.
 
-        :param for_s: seconds after which they go on by themselves; 0: never
+        :param for_s: seconds after which they resume automatically; 0: never
         """
         async with self._changing:
             await self._work(self._hold)
@@ -60,9 +60,9 @@ class Pauses:
             return self._last
 
     async def resume(self, number: int | None) -> None:
-        """Undo one pause: that of a number, else the last one, else ``--paused``.
+        """Undo one pause: the one with this number, else the last one, else ``--paused``.
 
-        :raises Problem: 409 if there is no pause of that number, any more
+        :raises Problem: 409 if no pause of that number is in effect
         """
         async with self._changing:
             if number is not None and number not in self._open:
@@ -75,11 +75,11 @@ class Pauses:
             await self._work(self._machine.resume if number is None else self._release)
 
     async def stop(self) -> None:
-        """End the guest. Waits for nobody: a pause that is not through yet ends with it."""
+        """End the guest without waiting: a pause in progress ends with it."""
         await asyncio.to_thread(self._machine.stop)
 
     def close(self) -> None:
-        """End every pause, and each that is just beginning as soon as it is there."""
+        """End every pause; one in progress ends as soon as it takes effect."""
         with self._counting:
             self._closed = True
             held, self._n_held = self._n_held, 0
@@ -114,7 +114,7 @@ class Pauses:
 
     async def _end(self, number: int, for_s: float) -> None:
         async with self._changing:
-            # Someone may have resumed while this waited for its turn.
+            # Another request may have resumed the VM while this one waited for its turn.
             if self._open.pop(number, None) is not None:
                 log.warning("%s: nobody ended a pause of %g s; it is over", self._vm, for_s)
                 await self._work(self._release)

@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection: of a unix socket, or of TCP over loopback."""
+"""Identifies the peer of a connection over a unix socket or TCP loopback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import struct
 
 __all__ = ["UNKNOWN_UID", "Peer", "PeerFinder", "peer_of"]
 
-#: The user of a peer whom the system does not name.
+#: The uid of a peer that the kernel does not report.
 UNKNOWN_UID = -1
 
 _CREDENTIALS = struct.Struct("3i")
@@ -23,10 +23,10 @@ _UID_OFFSET = _HEADER.size + 4 + 48 + 12
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """Who connected.
+    """The peer of a connection.
 
     :param pid: the process; 0 for one that this process cannot see, and over TCP
-    :param uid: its user; :data:`UNKNOWN_UID` where the system does not tell
+    :param uid: its user; :data:`UNKNOWN_UID` if the kernel does not report it
     """
 
     pid: int
@@ -34,7 +34,7 @@ class Peer:
 
     @property
     def label(self) -> str:
-        """Whose connections are counted together."""
+        """The key by which connections are counted together."""
         return f"process {self.pid}" if self.pid else f"user {self.uid}"
 
 
@@ -48,8 +48,8 @@ def peer_of(connection: socket.socket) -> Peer:
 class PeerFinder:
     """Finds peers of a server's connections.
 
-    For TCP the kernel is asked for the owner of the other end's socket. Where it does not
-    answer (no CONFIG_INET_DIAG, or the socket is closed again) the user is unknown.
+    For TCP, sock_diag(7) reports the owner of the peer's socket. Without an answer (no
+    CONFIG_INET_DIAG, or the socket is already closed) the user is unknown.
     """
 
     def __init__(self, listener: socket.socket) -> None:
@@ -61,9 +61,9 @@ class PeerFinder:
                 self._diag.setblocking(False)
 
     def find(self, connection: socket.socket) -> Peer:
-        """Return who connected.
+        """Return the peer of a connection.
 
-        :raises OSError: if the connection is gone
+        :raises OSError: if the connection is closed
         """
         return peer_of(connection) if self._is_unix else Peer(0, self._owner(connection))
 

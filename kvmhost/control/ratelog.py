@@ -1,4 +1,4 @@
-"""Log lines about what others cause, at a bounded rate."""
+"""Rate-limited logging of events that clients cause."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 __all__ = ["RateLimitedLog"]
 
-#: So many lines of one kind in one window; more are counted.
+#: Lines of one kind per window; further ones are only counted.
 BURST, WINDOW_S = 5, 10.0
 
 
 class RateLimitedLog:
-    """Passes on a few lines of each kind per window, and says how many it left out.
+    """Logs a few lines of each kind per window, and the number of suppressed ones.
 
-    The number comes with the first line of the next window, or with :meth:`flush`.
+    The number is logged with the first line of the next window, or by :meth:`flush`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RateLimitedLog:
         self.write(logging.ERROR, kind, text, *args, exc_info=True)
 
     def flush(self) -> None:
-        """Report what was left out so far."""
+        """Log the number of lines suppressed so far."""
         for kind, (_, _, left_out) in self._kinds.items():
             self._report(kind, left_out)
         self._kinds.clear()

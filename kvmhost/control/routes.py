@@ -8,16 +8,16 @@
 ``GET  /v1/pages/GFN``          one page
 ``POST /v1/harvest``            bitmap: which pages were young
 ``POST /v1/evict``              evict a list of pages
-``POST /v1/restore``            bring a range back
-``POST /v1/drain``              bring everything back and evict no more
+``POST /v1/restore``            restore the evicted pages of a range
+``POST /v1/drain``              restore all pages and stop evicting
 ``PUT  /v1/limit``              resident limit, held by the fault handler
-``PUT  /v1/victims``            what goes first at the limit
+``PUT  /v1/victims``            pages to evict first at the limit
 ``POST /v1/pause|resume|stop``  the vCPUs
 ``POST /v1/snapshot``           the whole VM into a file
-``GET|PUT|DELETE /v1/lease``    which daemon looks after this VM
+``GET|PUT|DELETE /v1/lease``    which daemon manages this VM
 =============================== ====================================================
 
-What may block runs in a worker thread: one harvest at a time, one change of the
+Calls that may block run in a worker thread: one harvest at a time, one change of the
 pager at a time, one change of the run state at a time. ``state``, ``memory`` and
 page look-ups never wait for those.
 """
@@ -79,7 +79,7 @@ Answering = Callable[..., Awaitable[Reply]]
 
 
 def problem_of(error: Exception) -> Problem:
-    """Return the answer that an exception stands for."""
+    """Return the response for an exception."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, SchemaError):
@@ -150,7 +150,7 @@ class Routes:
         return 4 * self.max_body_bytes
 
     def reply_bound(self, path: str) -> int:
-        """Return how many bytes an answer takes while it is made: bitmaps, outcomes of pages."""
+        """Return the memory that building a response takes: bitmaps, outcomes of pages."""
         if path in ("/v1/harvest", "/v1/resident"):
             # Young and coarse, as arrays and as bytes.
             return 4 * 8 * n_words(self._machine.memory.gfn_end)
@@ -173,7 +173,7 @@ class Routes:
         self._lease.close()
 
     def find(self, method: str, path: str) -> Route:
-        """Return who answers a request.
+        """Return the route of a request.
 
         :raises Problem: 404 for an unknown path, 405 for the wrong method
         """
@@ -184,14 +184,14 @@ class Routes:
         return functools.partial(self._answer, by_method(routes, method, path), args)
 
     def problem_of(self, error: Exception) -> Problem:
-        """Return the answer that an exception stands for."""
+        """Return the response for an exception."""
         return problem_of(error)
 
     async def _answer(self, route: Answering, args: tuple[str, ...], request: Request) -> Reply:
         with self._lease.used_by(request.lease):
             return await route(request, *args)
 
-    # -- looking --------------------------------------------------------------
+    # -- queries --------------------------------------------------------------
 
     async def _get_state(self, request: Request) -> Reply:
         nothing_asked(request)
@@ -317,7 +317,7 @@ class Routes:
         gfn_start, n_pages = self._range(asked)
         mask = _mask(request.body, n_pages) if request.body else None
         async with self._turn(self._harvesting, request):
-            # First: what cannot be fed must not have been cleared.
+            # First, so that a harvest that cannot be fed clears nothing.
             feed = await self._work(lambda: self._feed(asked.format)) if asked.format else None
             found = await self._work(
                 lambda: self._machine.harvest(
@@ -401,7 +401,7 @@ class Routes:
         return json_reply(schema.LimitState(self._limit_bytes, shrunk.evicted, shrunk.over_pages))
 
     def _run_limit(self, n_pages: int, shrink: bool) -> ShrinkResult | None:
-        """Set the limit, and shrink to it if asked to; the one before stays on error."""
+        """Set the limit, and shrink to it if requested; on error the old limit remains."""
         pager = self._machine.open_pager()
         pager.set_limit(n_pages)
         try:
@@ -484,12 +484,12 @@ class Routes:
     # -- helpers --------------------------------------------------------------
 
     async def _work(self, call: Callable[[], Any]) -> Any:
-        # Shielded by the executor itself: a client that hangs up leaves the call to end.
+        # The executor shields the call: it finishes even if the client disconnects.
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     @contextlib.asynccontextmanager
     async def _turn(self, lock: asyncio.Lock, request: Request) -> AsyncIterator[None]:
-        """Wait for a turn. What a client asked for that has left meanwhile is not begun."""
+        """Wait for a turn. The request of a client that has disconnected is not started."""
         async with lock:
             if request.gone.is_set():
                 raise Problem(503, "the client left before its turn")
