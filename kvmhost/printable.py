@@ -1,7 +1,7 @@
-"""Text of others on a terminal: without anything that a terminal would obey.
+"""Escapes untrusted text for a terminal, so that it contains no control sequences.
 
 Names, messages and fields of records, images, snapshots, file names, other processes and
-plug-ins reach the terminal of whoever looks at them. A control character in one could
+plug-ins are printed on the user's terminal. A control character in one could
 move the cursor, change the title, answer on standard input, or hide and reorder text
 (escape sequences, C1 controls, bidirectional overrides, line separators); a newline
 could forge a line of output. Each is shown as an escape, ``\\n`` or ``\\u202e``.
@@ -17,8 +17,8 @@ _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 def printable(text: object) -> str:
     """Return text on one line, with control and invisible characters as escapes.
 
-    What :meth:`str.isprintable` has in mind: letters of all scripts, digits, signs,
-    emoji and the plain space stay. The escapes are those of JSON.
+    Characters for which :meth:`str.isprintable` is true stay: letters of all scripts,
+    digits, signs, emoji and the plain space. The escapes are those of JSON.
     """
     whole = str(text)
     if whole.isprintable():

@@ -3,8 +3,8 @@
 The fault path runs without the interpreter, so it needs plain C functions. The
 packages ``lz4``, ``zstandard`` and ``xxhash`` carry them inside their extension
 modules, with default visibility; they are looked up there by name, and in the
-system's library where a build of a package hides them. What cannot be had at all is
-refused by name; ``kvmhost doctor`` says so, too.
+system's library where a build of a package hides them. A codec without
+them is refused by name; ``kvmhost doctor`` reports it too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SOURCES: dict[str, tuple[str, str, dict[str, str], int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """A codec as C takes it.
+    """A codec in the form that the C pager takes.
 
     :ivar core: ``struct kh_codec *``
     :ivar checked: whether pages carry a checksum
@@ -60,9 +60,9 @@ class Codec:
 
 @functools.cache
 def find_codec(name: str, checked: bool = True) -> Codec:
-    """Return a codec by name, with checksums where those can be had.
+    """Return a codec by name, with checksums if they are available.
 
-    :raises CapabilityError: if its functions are not to be found
+    :raises CapabilityError: if its functions cannot be found
     """
     if name == "auto":
         return _first_of(CODECS[1:], checked)
@@ -83,7 +83,7 @@ def find_codec(name: str, checked: bool = True) -> Codec:
 
 @functools.cache
 def has_checksum() -> bool:
-    """Whether a checksum function is to be had."""
+    """Whether a checksum function is available."""
     try:
         _addresses("xxhash._xxhash", "libxxhash.so.0", ("XXH3_64bits_withSeed",))
     except CapabilityError:
@@ -104,7 +104,7 @@ def _addresses(module: str, library: str, functions: tuple[str, ...]) -> dict[st
     found = f"neither {module} nor {library} has them"
     for path in (_module_file(module), library):
         try:
-            # SAFETY: never closed, so the functions stay where they are.
+            # SAFETY: never closed, so the function pointers stay valid.
             handle = ctypes.CDLL(path or "")
             pointers = {n: ctypes.cast(handle[n], ctypes.c_void_p).value or 0 for n in functions}
         except (AttributeError, OSError):

@@ -8,12 +8,12 @@ __all__ = ["swap_refusal"]
 
 
 def swap_refusal(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> str | None:
-    """Return why ``MADV_PAGEOUT`` could take nothing here, or None.
+    """Return why ``MADV_PAGEOUT`` cannot evict anything on this host, or None.
 
-    Shared memory, which guest memory is, goes to swap or nowhere.
+    Guest memory is shared memory, which can only be evicted to swap.
 
     :param proc: where ``swaps`` and ``meminfo`` are
-    :param cgroup: the cgroup v2 hierarchy; a ``memory.swap.max`` of 0 on our way forbids it
+    :param cgroup: the cgroup v2 hierarchy; a ``memory.swap.max`` of 0 in an ancestor forbids it
     """
     try:
         areas = (proc / "swaps").read_text().splitlines()[1:]

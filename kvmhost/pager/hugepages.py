@@ -1,4 +1,4 @@
-"""Whether shared memory may come in huge pages of other sizes than one page table's."""
+"""Detects whether shared memory may use huge pages of sizes other than 2 MiB."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SYSFS = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def has_odd_sizes(sysfs: Path = _SYSFS) -> bool:
-    """Whether the kernel may give shared memory in huge pages that nothing tells.
+    """Whether the kernel may use huge pages for shared memory that cannot be detected.
 
-    A huge page of 2 MiB shows in how it is mapped, one of another size does not.
+    A huge page of 2 MiB is visible in its mapping; one of another size is not.
     Source: Documentation/admin-guide/mm/transhuge.rst, "Hugepages in tmpfs/shmem", v6.18.
 
     :param sysfs: directory of the settings; missing where the kernel has no huge pages

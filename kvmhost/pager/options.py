@@ -1,4 +1,4 @@
-"""What a VM's store of evicted pages is to be; light, so that booting imports nothing for it."""
+"""Options of a VM's store of evicted pages, without imports that would slow down booting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvmhost.suggest import unknown_name
 
 __all__ = ["CODECS", "MAX_MEMORY_WAIT_S", "MAX_PREFETCH_PAGES", "StoreOptions"]
 
-#: ``auto`` is the first of the others that can be had, in an order that was measured:
+#: ``auto`` is the first available one of the others, in measured order of speed:
 #: see docs/pager.md and ``kvmhost bench pager``.
 CODECS = ("auto", "lz4", "zstd", "none")
 MAX_PREFETCH_PAGES = 64
@@ -26,10 +26,10 @@ class StoreOptions:
     :ivar path: file that holds the evicted pages; None: memory
     :ivar limit_bytes: memory, or bytes of the file, that the store may hold; 0: no limit
     :ivar refuse_incompressible: keep pages that do not compress resident
-    :ivar prefetch_pages: bring back up to so many pages after a touched one that were
-        evicted together with it; 0: none
+    :ivar prefetch_pages: maximum number of pages to restore after a touched one, if they
+        were evicted together with it; 0: none
     :ivar memory_wait_s: how long a fault waits for memory on the host before the VM ends
-    :raises LayoutError: for a codec or a number that there is not
+    :raises LayoutError: for an unknown codec or a number out of range
     """
 
     codec: str = "auto"

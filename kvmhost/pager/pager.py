@@ -1,12 +1,12 @@
-"""Eviction and fault-in for one VM: the Python face of the C pager.
+"""Eviction and fault-in for one VM: the Python interface of the C pager.
 
 Evicting a page: write-protect it in both mappings, copy it out of the memfd,
-compress it into the store, punch it out. A write that comes in between waits in
-the kernel until that is over. Bringing it back: a missing fault, through either
-mapping, copies the page in and wakes who waited. Everything per page is in C
+compress it into the store, punch it out. A concurrent write waits in the
+kernel until that is done. Restoring a page: a missing fault, through either mapping,
+copies the page in and wakes the waiting threads. Everything per page is in C
 (``kvmhost/_core/pager.c``); the fault handler is a thread that stays there, without
-the interpreter lock: who holds that lock may be waiting for a page. What the handler
-cannot serve, another thread reports.
+the interpreter lock, whose holder may be waiting for a page. Another thread reports
+faults that the handler cannot serve.
 
 A full store refuses evictions; it never drops a page.
 """
@@ -47,18 +47,18 @@ from kvmhost.units import PAGE_SHIFT
 
 __all__ = ["Gfns", "Pager"]
 
-#: Pages to work on; a :class:`~kvmhost.memory.pagelist.PageList` is not checked again.
+#: Pages to process; a :class:`~kvmhost.memory.pagelist.PageList` is not checked again.
 Gfns = PageList | Iterable[int] | npt.NDArray[Any]
 
 
 class Pager:
     """Owns the evicted pages of a VM.
 
-    :param options: where evicted pages go, and how
+    :param options: where and how evicted pages are stored
     :param on_failure: called once, in a thread of its own, if a fault cannot be served;
-        guest threads that wait for such a page wait on until the VM stops
+        guest threads that wait for such a page keep waiting until the VM stops
     :raises LayoutError: if the store's file cannot be made
-    :raises CapabilityError: if the codec cannot be had
+    :raises CapabilityError: if the codec is not available
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Pager:
 
     def _make_file(self, path: Path) -> StoreFile:
         if not self.codec.checked:
-            # A file may come to harm outside of us: nothing unchecked is read from one.
+            # A file can be damaged by other processes: its pages always carry a checksum.
             raise CapabilityError(
                 "store file",
                 "checksums (xxhash)",
@@ -118,11 +118,11 @@ class Pager:
     def arm(self) -> None:
         """Start to catch faults. Idempotent.
 
-        From here on the first touch of a fresh page costs a message as well, so
-        that a VM that never evicts never pays for it.
+        From then on the first touch of a fresh page costs a message as well; a VM that
+        never evicts does not pay for it.
 
-        :raises IoctlError: if a mapping cannot be registered; then none is, and it may
-            be tried again
+        :raises IoctlError: if a mapping cannot be registered; then none is, and the
+            call may be repeated
         :raises CapabilityError: while the tracker ``uffd`` runs
         """
         with self._arming:
@@ -175,12 +175,12 @@ class Pager:
         gfns: Gfns,
         refusal: Callable[[], str | None] = swap_refusal,
     ) -> EvictResult:
-        """Hand pages to the host's swap; partial success is normal, and needs no arming.
+        """Evict pages to the host's swap, without arming; partial success is normal.
 
-        A page that the kernel keeps is ``REFUSED``. What went comes back by itself, at
-        its next touch.
+        A page that the kernel keeps is ``REFUSED``. The kernel restores an evicted
+        page at its next touch.
 
-        :param refusal: says why the host cannot, or None
+        :param refusal: returns why the host cannot do this, or None
         :raises CapabilityError: if the host has no swap; then nothing was done
         :raises LayoutError: if a gfn is in no region
         """
@@ -191,7 +191,7 @@ class Pager:
         return self._batch(lib.kh_pager_pageout, "kh_pager_pageout", pages)
 
     def restore(self, gfn: int, n_pages: int = 1) -> RestoreResult:
-        """Bring evicted pages of ``[gfn, gfn + n_pages)`` back; one that fails stops no other."""
+        """Restore evicted pages of ``[gfn, gfn + n_pages)``; a failure does not stop the others."""
         result = ffi.new("struct kh_restore_result *")
         for region, start, count in pieces(self._memory.regions, gfn, n_pages):
             part = ffi.new("struct kh_restore_result *")
@@ -203,10 +203,10 @@ class Pager:
         return RestoreResult(int(result.restored), int(result.lost), int(result.left))
 
     def drain(self) -> RestoreResult:
-        """Bring everything back and evict nothing more: the limit and the victims go.
+        """Restore all pages and stop evicting: removes the limit and the victim list.
 
-        A guest that runs on finds its pages resident; only an eviction that somebody
-        asks for meanwhile can take one again.
+        The guest finds its pages resident afterwards, except those that a concurrent
+        request evicts again.
         """
         if not self._armed:
             return RestoreResult(0, 0, 0)
@@ -215,7 +215,7 @@ class Pager:
         return self.restore(0, self._memory.gfn_end)
 
     def drop(self, gfn: int, n_pages: int = 1) -> DropResult:
-        """Forget the contents of pages that the guest declared free; they read as zeros.
+        """Discard pages that the guest declared free; they read as zeros.
 
         :raises LayoutError: if the range is not in one region; then nothing was dropped
         """
@@ -226,16 +226,16 @@ class Pager:
         return DropResult(int(result.dropped), int(result.pinned), int(result.failed))
 
     def pin(self, gfn: int, n_pages: int = 1) -> None:
-        """Never evict these pages; what is out comes back first."""
+        """Exclude pages from eviction; evicted ones are restored first."""
         index = self._memory.index_of_gfn(gfn)
         if check(lib.kh_pager_pin(self._core, index, n_pages, 1), "kh_pager_pin", gfn=gfn):
             self.restore(gfn, n_pages)
 
     def set_limit(self, resident_pages: int) -> None:
-        """Hold the resident pages under a limit in the fault handler itself; 0: none.
+        """Limit the resident pages, enforced by the fault handler; 0: no limit.
 
-        At the limit each fault first evicts: what :meth:`set_victims` named, and
-        where that is used up, what a clock hand finds (see :meth:`note_young`).
+        At the limit each fault first evicts a page: one from :meth:`set_victims`, or, if
+        none is left, one that the clock hand finds (see :meth:`note_young`).
         """
         self.arm()
         lib.kh_pager_set_limit(self._core, resident_pages)
@@ -247,10 +247,10 @@ class Pager:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[Any]:
-        """Hold everything still that takes pages away, brings them back or changes the limit.
+        """Block evictions, restores and changes of the limit inside the context.
 
-        Who asks for any of that waits for the end. Faults are served as ever, within the
-        limit: no thread that touches guest memory waits for the one that froze it.
+        Such calls wait for the end of the context. Faults are still served, within the
+        limit: no thread that touches guest memory waits for the thread in the context.
 
         :return: the C pager, for :mod:`kvmhost.machine.chunks`
         """
@@ -266,7 +266,7 @@ class Pager:
 
         :raises StateError: if the pager is closed
         """
-        # SAFETY: freed in close() alone, which comes after everything that calls in here.
+        # SAFETY: freed in close() alone, which is called after every other method has returned.
         if self._pointer == ffi.NULL:
             raise StateError("the pager")
         return self._pointer
@@ -280,7 +280,7 @@ class Pager:
         """Evict until the limit of :meth:`set_limit` holds, or every page was tried.
 
         A limit alone acts at the next fault: pages that are resident already stay.
-        Who goes is chosen as the fault handler does it.
+        Victims are chosen as in the fault handler.
         """
         self.arm()
         result = ffi.new("struct kh_shrink_result *")
@@ -288,7 +288,7 @@ class Pager:
         return ShrinkResult(int(result.evicted), int(result.over_pages))
 
     def set_victims(self, gfns: Gfns) -> None:
-        """Name the pages that go first when the limit is reached, best ones first."""
+        """Set the pages to evict first at the limit, best candidates first."""
         index = page_list(self._memory, gfns).indexes
         # SAFETY: the array lives until the call returns.
         check(
@@ -298,10 +298,10 @@ class Pager:
         )
 
     def note_young(self, young: YoungBitmap) -> None:
-        """Tell which pages were young in the window that a harvest has just ended.
+        """Record which pages were young in the window that a harvest has just ended.
 
         Only the clock hand of the resident limit uses it: pages that were young in
-        few of the last eight windows go first.
+        few of the last eight windows are evicted first.
         """
         for region, start, count in pieces(self._memory.regions, young.gfn_start, young.n_pages):
             words = sub_words(young.words, young.n_pages, start - young.gfn_start, count)
@@ -336,7 +336,7 @@ class Pager:
         return PageState(buffer[0])
 
     def stored_bytes(self, gfn: int) -> int:
-        """Return what one page takes in the store."""
+        """Return the size of one page in the store."""
         return int(lib.kh_pager_stored_bytes(self._core, self._memory.index_of_gfn(gfn)))
 
     def counters(self) -> dict[str, Any]:
@@ -359,10 +359,10 @@ class Pager:
     def inject_failures(
         self, stores: int = 0, loads: int = 0, fills: int = 0, splits: int = 0
     ) -> None:
-        """Make the next of each fail, and no others. For tests.
+        """Make the given number of next operations of each kind fail. For tests.
 
         :param stores: the store does not take a page
-        :param loads: it does not give one back
+        :param loads: the store does not return a page
         :param fills: the host has no memory for a page
         :param splits: a huge page is not noticed before pages of it are punched
         """
@@ -370,12 +370,12 @@ class Pager:
         lib.kh_pager_inject(self._core, ffi.new("struct kh_injection *", failures))
 
     def fake_swap(self, gfn: int, n_pages: int = 1, swapped: bool = True) -> None:
-        """Have pages taken to be in the host's swap, or no longer. For tests."""
+        """Mark pages as being in the host's swap, or not. For tests."""
         index = self._memory.index_of_gfn(gfn)
         check(lib.kh_pager_fake_swap(self._core, index, n_pages, swapped), "fake_swap", gfn=gfn)
 
     def stop(self) -> None:
-        """End the fault handler. Nothing may wait for a page any more. Idempotent."""
+        """End the fault handler. No thread may wait for a page by then. Idempotent."""
         if self._threads and self._pointer != ffi.NULL:
             lib.kh_pager_stop(self._core)
             for thread in self._threads:
@@ -393,7 +393,7 @@ class Pager:
 
     def _serve(self) -> None:
         check(lib.kh_thread_mask_signals(), "pthread_sigmask")
-        # What goes wrong in there, _report_failure reports.
+        # _report_failure reports failures of the handler.
         lib.kh_pager_serve(self._core)
 
     def _report_failure(self) -> None:
@@ -414,7 +414,7 @@ class Pager:
         return PagerError(f"the fault handler failed: {os.strerror(number)}")
 
     def lost_gfns(self) -> list[int]:
-        """Return the pages that the store could not give back."""
+        """Return the pages that the store could not restore."""
         lost = np.flatnonzero(self.states() == PageState.LOST)
         gfns, first = [], 0
         for region in self._memory.regions:
@@ -424,7 +424,7 @@ class Pager:
         return gfns
 
     def lost_reason(self) -> str:
-        """Return what was wrong with the page that was lost last."""
+        """Return the reason for the last lost page."""
         number = lib.kh_pager_lost_errno(self._core)
         where = f" in {self.options.path}" if self.options.path else ""
         if number == errno.EBADMSG:

@@ -1,4 +1,4 @@
-"""What became of pages: their states, and the results of a batch, counted per page."""
+"""States of pages, and the results of batch operations, per page."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class PageState(enum.IntEnum):
 
     RESIDENT = 0  # in the memfd
     EVICTED = 1  # in the store only
-    LOST = 2  # the store could not give it back; the VM stops
+    LOST = 2  # the store could not restore it; the VM stops
     FRESH = 3  # never touched
-    SWAPPED = 4  # the memfd's, seen in the host's swap
+    SWAPPED = 4  # in the memfd, swapped out by the host
 
 
 class EvictOutcome(enum.IntEnum):
-    """What became of one page that was to be evicted."""
+    """Outcome of the eviction of one page."""
 
     DONE = 0
     PINNED = 1  # holds live tables or the parameter page
@@ -48,7 +48,7 @@ class EvictResult:
     outcomes: npt.NDArray[np.uint8]
 
     def count(self, outcome: EvictOutcome) -> int:
-        """Return how many pages ended that way."""
+        """Return the number of pages with an outcome."""
         return int((self.outcomes == outcome).sum())
 
     def by_name(self) -> dict[str, int]:
@@ -58,9 +58,9 @@ class EvictResult:
 
 @dataclasses.dataclass(frozen=True)
 class RestoreResult:
-    """Pages that were in the store, by what became of them.
+    """Outcome of a restore: evicted pages by result.
 
-    ``left`` are in the store still: the host had no memory for them.
+    ``left`` remain in the store: the host had no memory for them.
     """
 
     restored: int
@@ -70,9 +70,9 @@ class RestoreResult:
 
 @dataclasses.dataclass(frozen=True)
 class ShrinkResult:
-    """What was done to make the resident limit hold.
+    """Outcome of a shrink to the resident limit.
 
-    ``over_pages`` are resident above it still, since nothing else could go; 0: it holds.
+    ``over_pages`` remain above it because no further page can be evicted; 0: it holds.
     """
 
     evicted: int
@@ -81,7 +81,7 @@ class ShrinkResult:
 
 @dataclasses.dataclass(frozen=True)
 class DropResult:
-    """Pages that the guest declared free, by what became of them."""
+    """Outcome of a drop: pages that the guest declared free, by result."""
 
     dropped: int
     pinned: int

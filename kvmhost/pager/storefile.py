@@ -1,4 +1,4 @@
-"""The file of a store: made anew for one VM, readable by nobody else, never reused."""
+"""The file of a store: created for one VM, private to its user, never reused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvmhost.ownership import check_own_file, locate, same_file
 
 __all__ = ["HEADER_BYTES", "StoreFile"]
 
-#: What is before the first slot; see ``FILE_HEADER_BYTES`` in ``slab.c``.
+#: Size of the header before the first slot; see ``FILE_HEADER_BYTES`` in ``slab.c``.
 HEADER_BYTES = 4096
 _MAGIC = b"kvmhost store of evicted pages\n"
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -23,9 +23,9 @@ _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 class StoreFile:
     """An open, locked, empty store file with mode 0600; :meth:`close` removes it.
 
-    The file is created here, so that no other process has it open. What a killed VM of
-    this user left under the name is removed first; anything else that is there is refused
-    and left alone: another user's file could be open for reading and writing elsewhere.
+    The file is created here, so that no other process has it open. A stale file of
+    a killed VM of this user is removed first; any other file of that name is refused and
+    not changed: another process could have another user's file open.
 
     :raises LayoutError: if the file cannot be created, is in use, or something else has
         its name
@@ -71,7 +71,7 @@ class StoreFile:
     def _create(self) -> None:
         flags = _FLAGS | os.O_CREAT | os.O_EXCL
         self.fd = os.open(self._name, flags, 0o600, dir_fd=self._folder)
-        # The umask may have taken more away.
+        # The umask may have cleared more bits.
         os.fchmod(self.fd, 0o600)
         self._take_lock(self.fd)
         header = _MAGIC + f"process {os.getpid()}\n".encode()

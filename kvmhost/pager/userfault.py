@@ -13,7 +13,7 @@ from kvmhost.memory.guest import Region
 
 __all__ = ["PLAIN_USERFAULT_ENV", "Userfault", "probe"]
 
-#: Set: what a kernel without UFFDIO_POISON does.
+#: Set: behave as on a kernel without UFFDIO_POISON.
 PLAIN_USERFAULT_ENV = "KVMHOST_PLAIN_USERFAULT"
 
 
@@ -41,12 +41,12 @@ class Userfault:
         return bool(self.features & lib.KH_UFFD_FEATURE_MINOR)
 
     def claim(self, reader: str) -> None:
-        """Become the one who reads the messages, and who registers the guest mappings.
+        """Become the only reader of the messages, which also registers the guest mappings.
 
         A mapping has one userfaultfd and a message one reader: the pager or a
         tracker, never both.
 
-        :raises CapabilityError: if it is taken
+        :raises CapabilityError: if there already is a reader
         """
         self._check_open()
         with self._claiming:
@@ -62,7 +62,7 @@ class Userfault:
     def release(self, reader: str, regions: Sequence[Region] = ()) -> None:
         """Undo :meth:`claim`; the reader has unregistered what it registered. Idempotent.
 
-        :param regions: those whose fault-around is to be silenced again, where it was
+        :param regions: those whose fault-around is disabled again if it was before
         """
         with self._claiming:
             if self._reader == reader:
@@ -77,7 +77,7 @@ class Userfault:
     def silence_fault_around(self, region: Region) -> None:
         """Register a region's guest mapping for write-protect faults only.
 
-        No page is protected, so no message comes. But the kernel no longer maps
+        No page is protected, so no message arrives. But the kernel no longer maps
         the neighbours of a faulting page, which makes host PTEs exact at 4 KiB.
         While there is a reader this takes effect when it is released.
         Source: uffd_disable_fault_around(), include/linux/userfaultfd_k.h, v6.12.

@@ -1,4 +1,4 @@
-"""Look at the guest memory of a process that is not ours, by its pid.
+"""Tracks accesses to the guest memory of another process, by its pid.
 
 >>> with Attached(4711) as vm:  # doctest: +SKIP
 ...     vm.harvest()  # begins a window
@@ -6,8 +6,8 @@
 
 Works for any VMM (or other program) whose memory is a shared mapping: a memfd, a file
 in tmpfs. Gfns are page numbers in the mapping: equal to the guest's own where the
-mapping is one memory slot from guest physical address 0. How pages are found, what each
-way changes in the process, and what cannot be done from outside: :mod:`.foreign`.
+mapping is one memory slot from guest physical address 0. For the methods, their
+effects on the process and the limits of external access, see :mod:`.foreign`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AttachedState:
     """What is known of the process.
 
     :param image: the program that it runs
-    :param tracker: the way in use; None before the first harvest
+    :param tracker: the method in use; None before the first harvest
     """
 
     image: str
@@ -64,16 +64,16 @@ class _Slot:
 
 
 class Attached(Closing):
-    """One mapping of another process. Answers harvests as a VM's control socket does.
+    """One mapping of another process, with the harvest interface of a control socket.
 
-    Every method raises :class:`~kvmhost.errors.VmGoneError` once the process or its
-    mapping has gone.
+    Every method raises :class:`~kvmhost.errors.VmGoneError` once the process has
+    ended or the mapping no longer exists.
 
     :param mapping: which one: an address in hex or a part of its path; empty: the
         largest shared mapping of memory
     :param proc: where proc is mounted
     :raises LayoutError: if there is no such process, or no mapping that fits
-    :raises CapabilityError: if it may not be looked at
+    :raises CapabilityError: if this process lacks permission
     """
 
     def __init__(self, pid: int, mapping: str = "", *, proc: Path = Path("/proc")) -> None:
@@ -83,7 +83,7 @@ class Attached(Closing):
         self._method: Method | None = None
         self._feeds: dict[str, Feed] = {}
         try:
-            # First the descriptor that stays this process's, whatever becomes of the pid.
+            # First the descriptor, which keeps referring to this process if the pid is reused.
             self.pidfd = _open_pid(pid)
             self.mapping = choose_mapping(shared_mappings(pid, proc), mapping)
             self.pagemap_fd = _open_pagemap(proc / str(pid) / "pagemap", pid)
@@ -118,12 +118,12 @@ class Attached(Closing):
         """Return which pages were touched in the window. The first call begins one.
 
         :param n_pages: None: to the end of the mapping
-        :param tracker: ``auto`` is the way in use, or the best; another one begins anew
+        :param tracker: ``auto`` is the method in use, or the best; a new one begins a new window
         :param mask: clear only where the bit is 1
         :param table_format: feed the harvest into a model table of this format, and return
             what its walker finds
-        :raises LayoutError: for a range, a mask or a name that does not fit
-        :raises CapabilityError: if the way does not work here
+        :raises LayoutError: for an invalid range, mask or name
+        :raises CapabilityError: if the method does not work on this host
         """
         count = self.mapping.n_pages - gfn_start if n_pages is None else n_pages
         check_part(self.mapping, gfn_start, count, mask)
@@ -148,9 +148,9 @@ class Attached(Closing):
         mask: Words | None = None,
         table_format: str = "",
     ) -> tuple[YoungBitmap, HarvestCost]:
-        """Do the same, and say how long it took. Clearing and re-arming are one act here.
+        """Do the same, and return its duration. Clearing and re-arming are one operation here.
 
-        :raises LayoutError: for ``rearm="sample"``: give a mask instead
+        :raises LayoutError: for ``rearm="sample"``; use a mask instead
         """
         if rearm == "sample" or fraction is not None:
             raise LayoutError("a process is not sampled by --rearm; harvest with a mask")
@@ -161,7 +161,7 @@ class Attached(Closing):
         return bitmap, HarvestCost(time.perf_counter_ns() - start, 0)
 
     def close(self) -> None:
-        """Let go of the process. Idempotent."""
+        """Close the process's descriptors. Idempotent."""
         for fd in (self.pidfd, self.pagemap_fd):
             if fd >= 0:
                 os.close(fd)
@@ -188,12 +188,12 @@ class Attached(Closing):
         return bool(poll.poll(wait_ms))
 
     def _check_there(self) -> None:
-        """Raise if the process has ended, or runs another program, or has let the mapping go."""
+        """Raise if the process has ended, runs another program, or has removed the mapping."""
         if self._ended():
             raise VmGoneError(self.vm, "the process has ended")
-        # Of the address space that was there when it was opened: nothing after an exec.
+        # The file refers to the address space at the time of opening: empty after an exec.
         if not os.pread(self.pagemap_fd, 8, self.mapping.start // PAGE_BYTES * 8):
-            # A process gives its memory back a little before it has ended.
+            # A process releases its memory shortly before it has ended.
             ended = self._ended(_ENDING_MS)
             what = "has ended" if ended else "runs another program now"
             raise VmGoneError(self.vm, f"the process {what}")

@@ -1,4 +1,4 @@
-"""Methods to learn which pages of another process's mapping were touched, from outside.
+"""Methods to find the touched pages of another process's mapping.
 
 ========== ============================================ ============== ===================
 method        how                                          sees           changes there
@@ -15,12 +15,12 @@ soft-dirty soft-dirty bits, ``/proc/PID/clear_refs``    writes         soft-dirt
 present    which pages are in its page table            all ever made  nothing
 ========== ============================================ ============== ===================
 
-What cannot be done from outside is a zap as such (``MADV_DONTNEED`` is for a process's
-own mappings), registering a userfaultfd, and KVM's dirty log: KVM answers only the
-process that made the VM. ``pageout`` is the nearest thing to a zap: on a host without
-swap the kernel unmaps the pages, finds that it cannot write them anywhere, and keeps
-them. It passes over what is locked or mapped by several processes; such a page goes on
-reading as young, and is reported as coarse.
+Another process cannot zap a mapping (``MADV_DONTNEED`` is for a process's
+own mappings), register a userfaultfd on it, or read KVM's dirty log, which only the
+process that created the VM can do. ``pageout`` comes closest to a zap: on a host without
+swap the kernel unmaps the pages, cannot write them anywhere, and keeps them. It skips
+pages that are locked or mapped by several processes; such a page keeps reading as young
+and is reported as coarse.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ __all__ = ["METHODS", "Method", "SoftDirty", "Target", "Written", "check_part", 
 
 _FAULT_AROUND = Path("/sys/kernel/debug/fault_around_bytes")
 _FAULT_AROUND_DEFAULT = 64 << 10
-#: Pages that are looked at at once, a multiple of 64.
+#: Pages per chunk, a multiple of 64.
 _CHUNK_PAGES = 1 << 13
 
 
@@ -76,14 +76,14 @@ class Target(Protocol):
 
 
 class Method(Protocol):
-    """Looks at one mapping. Ranges are pages of it."""
+    """Tracks accesses to one mapping. Ranges are in pages of the mapping."""
 
     name: ClassVar[str]
 
     def begin(self) -> None:
         """Begin the first window.
 
-        :raises CapabilityError: if this method does not work here; says why
+        :raises CapabilityError: if this method does not work on this host; states the reason
         """
 
     def harvest(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
@@ -91,7 +91,7 @@ class Method(Protocol):
 
 
 class Present:
-    """Pages in the page table: touched once since it was made. Clearing does nothing."""
+    """Pages present in the page table: touched since its creation. Clearing has no effect."""
 
     name: ClassVar[str] = "present"
 
@@ -107,12 +107,12 @@ class Present:
         """Nothing to do: the window began with the process."""
 
     def harvest(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
-        """Return the pages that are there."""
+        """Return the pages that are present."""
         present, coarse = self._present_pages(first, n_pages)
         return _bitmap(self.name, first, n_pages, present, coarse, 0)
 
     def _present_pages(self, first: int, n_pages: int) -> tuple[Words, Words]:
-        """Look at a range bit by bit, a chunk at a time: booleans of all of it are large."""
+        """Scan a range in chunks, since booleans for all of it would take much memory."""
         present, coarse = np.zeros((2, n_words(n_pages)), dtype=np.uint64)
         for start, count in _chunks(n_pages):
             for words, bits in zip(
@@ -122,11 +122,11 @@ class Present:
         return present, coarse
 
     def _there(self, first: int, n_pages: int) -> tuple[Bits, Bits]:
-        """Return which pages are present, and which of them may be a neighbour's doing.
+        """Return which pages are present, and which of these fault-around may have mapped.
 
-        The kernel maps a block along with a page that is read. What it mapped has the
-        page that was read less than a block away; a page without such a neighbour was
-        touched itself.
+        The kernel maps a block of pages around a page that is read. A page that it mapped
+        has the page that was read less than a block away; a page without such a neighbour
+        was itself touched.
         """
         target, reach = self._target, self._around - 1
         start = max(first - reach, 0)
@@ -144,18 +144,18 @@ class Present:
 
 
 class Pageout(Present):
-    """Takes pages out of the page table, and sees which come back."""
+    """Evicts pages from the page table, and finds which are mapped again."""
 
     name: ClassVar[str] = "pageout"
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
-        # Those that the kernel passed over: young for ever, and no observation.
+        # Pages that the kernel skipped: always young, and reported as coarse.
         self._stuck: Words = np.zeros(n_words(target.mapping.n_pages), dtype=np.uint64)
         self._last_ns = 0
 
     def begin(self) -> None:
-        """Take everything out.
+        """Evict all pages from the page table.
 
         :raises CapabilityError: if the host has swap, or the kernel does not allow it
         """
@@ -172,8 +172,8 @@ class Pageout(Present):
         self._last_ns = time.monotonic_ns()
 
     def harvest(self, first: int, n_pages: int, clear: bool, mask: Words | None) -> YoungBitmap:
-        """Return the pages that came back; take them out with ``clear``."""
-        # All first: what is taken out is missing as a neighbour.
+        """Return the pages that are mapped again; evict them with ``clear``."""
+        # Before any eviction, since an evicted page no longer counts as a neighbour.
         present, coarse = self._present_pages(first, n_pages)
         coarse |= sub_words(self._stuck, self._target.mapping.n_pages, first, n_pages) & present
         if clear:
@@ -182,9 +182,9 @@ class Pageout(Present):
         return _bitmap(self.name, first, n_pages, present, coarse, since)
 
     def _take_all_out(self, first: int, n_pages: int, words: Words | None) -> None:
-        """Take pages out (None: all of a range).
+        """Evict pages of a range (None: all of them).
 
-        :raises CapabilityError: if the host has swap by now
+        :raises CapabilityError: if swap has been enabled on the host meanwhile
         """
         swaps = (self._target.proc / "swaps").read_text().splitlines()[1:]
         if swaps:
@@ -201,14 +201,14 @@ class Pageout(Present):
             self._take_out(first + start, chosen)
 
     def _take_out(self, first: int, chosen: Bits) -> None:
-        """Take pages out, and note those that are still there."""
+        """Evict pages, and record those that remain mapped."""
         total = self._target.mapping.n_pages
         known = unpack(sub_words(self._stuck, total, first, chosen.size), chosen.size)
         self._ask(first, chosen)
         left = self._left(first, chosen)
         if (left & ~known).any():
-            # New pages wait in a list of the CPU that made them; the kernel empties that
-            # of the CPU it is asked on.
+            # New pages wait in a per-CPU list; the kernel drains only the list of the CPU
+            # on which the call runs.
             before = os.sched_getaffinity(0)
             try:
                 for cpu in sorted(before):
@@ -228,14 +228,14 @@ class Pageout(Present):
         return page_states(target.pagemap_fd, address, chosen.size, self._scanner).present & chosen
 
     def _ask(self, first: int, chosen: Bits) -> None:
-        """Ask the kernel to take pages out.
+        """Call ``process_madvise(MADV_PAGEOUT)`` on pages.
 
-        :raises IoctlError: ``EINVAL`` if no part of the mapping can be asked for
+        :raises IoctlError: ``EINVAL`` if the kernel refuses every part of the mapping
         """
         refused = self._refusal(first, chosen)
         if refused is None:
             return
-        # Some part is locked or of huge pages: ask for the others, part by part.
+        # Some part is locked or has huge pages: call it for each other part.
         mapping, done = self._target.mapping, False
         for start, end in shared_ranges(self._target.proc / str(self._target.pid) / "maps"):
             low = max((start - mapping.start) // PAGE_BYTES, first) - first
@@ -246,7 +246,7 @@ class Pageout(Present):
             raise refused
 
     def _refusal(self, first: int, chosen: Bits) -> IoctlError | None:
-        """Ask, and return the error if the kernel says that the memory is not of that kind."""
+        """Make the call, and return the error if the kernel refuses this kind of memory."""
         try:
             self._ask_range(first, chosen)
         except IoctlError as error:
@@ -309,7 +309,7 @@ class Written:
 
 
 class SoftDirty:
-    """Soft-dirty bits. Clearing is for the whole process: what was not asked for is kept here."""
+    """Soft-dirty bits. Clearing affects the whole process: other pages' bits are kept here."""
 
     name: ClassVar[str] = "soft-dirty"
 
@@ -377,7 +377,7 @@ class Idle:
         return self._tracker.harvest(first, n_pages, clear, mask)
 
 
-#: Methods by name, the one that says most first.
+#: Methods by name, the most informative one first.
 METHODS: dict[str, Callable[[Target], Method]] = {
     Idle.name: Idle,
     Pageout.name: Pageout,
@@ -394,7 +394,7 @@ def open_method(name: str, target: Target) -> Method:
 
     :param name: one of :data:`METHODS`, or ``auto``
     :raises LayoutError: for an unknown name
-    :raises CapabilityError: if it does not work here; for ``auto`` with every reason
+    :raises CapabilityError: if it does not work here; ``auto`` states every reason
     """
     if name not in ("auto", *METHODS):
         raise LayoutError(unknown_name("tracker for another process", name, ("auto", *METHODS)))
@@ -416,7 +416,7 @@ def open_method(name: str, target: Target) -> Method:
 
 
 def check_part(mapping: Mapping, first: int, n_pages: int, mask: Words | None) -> None:
-    """Refuse a range that is not inside a mapping, or a mask that does not fit it.
+    """Check that a range is inside a mapping, and that a mask has its size.
 
     :raises LayoutError: if so
     """

@@ -1,4 +1,4 @@
-"""Which ways to look at another process work here, found out on a page of this one."""
+"""Probes the methods for tracking another process, on a page of this one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["probe_methods"]
 
 
 def probe_methods() -> dict[str, Support]:
-    """Try each method on a page of this process; say which works, and why one does not.
+    """Try each method on a page of this process; report whether it works, and why not.
 
-    ``written`` works if the process that is looked at has registered its memory as well.
+    ``written`` also requires that the target process has registered its memory.
     """
     found: dict[str, Support] = {}
     with mmap.mmap(-1, mmap.PAGESIZE) as page:
@@ -45,7 +45,7 @@ def _try(method: Callable[[Target], Method], here: _Here) -> Support:
             reason = "of processes that register their memory" if works else "no PAGEMAP_SCAN"
             return Support(works, reason)
         if isinstance(used, SoftDirty):
-            # Not begun: that would clear the bits of this whole process.
+            # begin() is not called: it would clear the bits of this whole process.
             works = has_soft_dirty()
             return Support(works, "works" if works else "no CONFIG_MEM_SOFT_DIRTY")
         used.begin()

@@ -1,9 +1,9 @@
 """Mappings of another process: which of them may be a guest's memory.
 
-A guest's memory that others can be asked about is a shared, writable mapping of a
+Guest memory that can be tracked from another process is a shared, writable mapping of a
 memfd, of a file in tmpfs or hugetlbfs, or System V shared memory. The kernel cuts a
 mapping where its flags differ (``madvise``, userfaultfd); parts that follow each other
-both in the address space and in the file are put together again.
+both in the address space and in the file are merged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Mapping:
     """A shared mapping: addresses ``[start, end)`` of the process, and what is mapped there.
 
     :param offset_bytes: in the file, of the first byte
-    :param path: as ``/proc/PID/maps`` has it
+    :param path: as in ``/proc/PID/maps``
     :param quiet: userfaultfd keeps the kernel from mapping the neighbours of a page
     """
 
@@ -43,7 +43,7 @@ class Mapping:
 
     @property
     def is_memory(self) -> bool:
-        """Whether it looks like memory, and not like a device or a file on a disk."""
+        """Whether it appears to be memory, as opposed to a device or a file on a disk."""
         return self.path.startswith(_MEMORY_PATHS)
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ def shared_mappings(pid: int, proc: Path = Path("/proc")) -> list[Mapping]:
     """Return the shared writable mappings of a process, largest first.
 
     :raises LayoutError: if there is no such process
-    :raises CapabilityError: if it may not be looked at
+    :raises CapabilityError: if this process lacks permission
     """
     try:
         text = (proc / str(pid) / "smaps").read_text()
@@ -95,11 +95,11 @@ def shared_ranges(maps: Path) -> list[tuple[int, int]]:
 
 
 def choose_mapping(mappings: list[Mapping], wanted: str = "") -> Mapping:
-    """Return the mapping that a word means.
+    """Return the mapping that a user's argument selects.
 
     :param wanted: an address inside it in hex, or a part of its path; empty: the largest
         that looks like memory
-    :raises LayoutError: if none fits; names those that there are
+    :raises LayoutError: if none matches; lists the existing ones
     """
     if not wanted:
         memory = [mapping for mapping in mappings if mapping.is_memory]

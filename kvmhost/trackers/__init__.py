@@ -13,8 +13,8 @@ idle      the kernel's idle flags, by pfn             reads, writes 4 KiB, or th
                                                                     huge page
 ========= =========================================== ============= ================
 
-``auto`` is ``guestpt`` for a tiny guest, ``pagemap`` for one that makes its own tables.
-One tracker at a time works on a machine: re-arming for one clears what another
+``auto`` is ``guestpt`` for a tiny guest, ``pagemap`` for one that builds its own tables.
+A machine has at most one tracker at a time: re-arming for one clears what another
 reads.
 """
 

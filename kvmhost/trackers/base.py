@@ -1,4 +1,4 @@
-"""The protocol that every tracker follows."""
+"""The protocol that every tracker implements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """Whether something works here, and why or why not."""
+    """Whether something works on this host, and why or why not."""
 
     works: bool
     reason: str
@@ -37,12 +37,12 @@ class Support:
 
 @dataclasses.dataclass(frozen=True)
 class TrackerInfo:
-    """What a tracker sees.
+    """Properties of a tracker.
 
     :param sees: of ``reads``, ``writes`` and ``order``
-    :param granularity_bytes: the smallest range that it tells apart
-    :param provenance: where a bit was learned
-    :param guest_cost: what the guest pays for a re-armed page
+    :param granularity_bytes: the smallest range that it distinguishes
+    :param provenance: the source of its bits
+    :param guest_cost: cost to the guest of a re-armed page
     :param staleness: which touches a harvest misses or puts into the wrong window
     """
 
@@ -55,7 +55,7 @@ class TrackerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class TrackedVm:
-    """What trackers use of a VM; each takes the parts that it needs.
+    """The parts of a VM that trackers use.
 
     :param tables_gpa: root of the guest's page tables, if the VMM laid them out and the
         guest keeps them; None: the guest makes its own
@@ -70,7 +70,7 @@ class TrackedVm:
 
 
 class Tracker(Protocol):
-    """Learns which pages of one VM were touched. Methods are for one thread at a time."""
+    """Finds the touched pages of one VM. Methods are for one thread at a time."""
 
     name: ClassVar[str]
     info: ClassVar[TrackerInfo]
@@ -100,18 +100,18 @@ class Tracker(Protocol):
         """
 
     def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
-        """Make the next touch of cleared pages show again.
+        """Make the next touch of cleared pages visible again.
 
         :param young: re-arm these pages of the range and those that earlier harvests
-            cleared and nobody re-armed; None: every page of the range
+            cleared without re-arming; None: every page of the range
         """
 
     def stop(self) -> None:
-        """Let go of what the tracker holds. Idempotent."""
+        """Release the tracker's resources. Idempotent."""
 
 
 def need_started(name: str, started: bool) -> None:
-    """Refuse to ask a tracker that sees nothing, before its start and after its stop.
+    """Refuse a call to a tracker before its start or after its stop.
 
     :raises StateError: if it is not started
     """
@@ -120,7 +120,7 @@ def need_started(name: str, started: bool) -> None:
 
 
 def check_range(gfn_start: int, n_pages: int, gfn_end: int) -> None:
-    """Refuse what is no range of a VM's gfns, before anything is allocated for it.
+    """Check a range of a VM's gfns before anything is allocated for it.
 
     :param gfn_end: the first gfn above all memory
     :raises LayoutError: for a negative start or length, or an end beyond ``gfn_end``
@@ -135,7 +135,7 @@ def check_range(gfn_start: int, n_pages: int, gfn_end: int) -> None:
 
 
 def check_mask(mask: Words | None, n_pages: int) -> None:
-    """Refuse a mask that does not fit a range.
+    """Check that a mask has the size of a range.
 
     :raises LayoutError: for another shape than ``(ceil(n_pages / 64),)``
     """
@@ -154,7 +154,7 @@ def harvest_pieces(
 
     :param harvest_piece: gets region, first gfn, pages and the piece's own mask (None:
         all); returns the piece's bits
-    :raises LayoutError: if range or mask do not fit
+    :raises LayoutError: if the range or the mask is invalid
     """
     check_range(gfn_start, n_pages, memory.gfn_end)
     check_mask(mask, n_pages)

@@ -1,15 +1,15 @@
-"""What makes a cleared accessed bit come back? Tried once per process and engine.
+"""Determines by experiment what makes a cleared accessed bit set again.
 
-A guest of 11 instructions touches a few pages, the bits are cleared, it touches the
-pages again:
+Runs once per process and engine. A guest of 11 instructions touches a few pages, the bits
+are cleared, and it touches the pages again:
 
-- the bits are set again: hardware walks the tables, and re-arming needs nothing;
+- the bits are set again: hardware walks the tables, and no re-arming is needed;
 - they are set after the guest mapping was zapped: KVM shadows the tables, or has to drop
   its translations;
-- neither: the accessed bits of the guest's tables say nothing on this host.
+- neither: the accessed bits of the guest's tables cannot be used on this host.
 
-Module parameters are not read: no single parameter tells nested, shadowing and emulated
-configurations apart.
+Module parameters are not read: no single parameter distinguishes nested, shadowing and
+emulated configurations.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _found: dict[str, RearmKind] = {}
 def calibrated_rearm(engine: Engine) -> RearmKind:
     """Return how to re-arm under an engine of this kind.
 
-    :raises CapabilityError: if accessed bits do not come back by any means
+    :raises CapabilityError: if no method makes accessed bits set again
     """
     if engine.fixed_rearm is not None:
         return engine.fixed_rearm

@@ -2,16 +2,16 @@
 
 The memslots log dirty pages while the tracker runs. Protection is manual
 (``KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2``): reading the log changes nothing, and
-clearing takes exactly the pages asked for and write-protects them again, so
-that there is nothing left to re-arm.
+clearing affects exactly the requested pages and write-protects them again, so
+that no re-arming is needed.
 
-A machine made with ``dirty_ring_entries`` has a ring a vCPU instead. Collecting
-it takes all written pages out, and KVM protects them again at once; what
-was not asked for or not cleared is kept in a bitmap, so both forms answer alike.
+A machine made with ``dirty_ring_entries`` has one ring per vCPU instead. Collecting
+it removes all written pages, and KVM protects them again at once; pages that were
+not requested or not cleared are kept in a bitmap, so both forms report the same.
 
-Reads are not seen. What is seen beside the guest's own stores is KVM's writes on
+Reads are not detected. Besides the guest's own stores, the log has KVM's writes on
 its behalf: a KVM that shadows sets accessed and dirty bits in the guest's tables,
-so the pages of live tables show as written.
+so the pages of live tables appear as written.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DirtyTracker:
 
     @classmethod
     def probe(cls, engine: str = "auto") -> Support:
-        """Switch manual protection on in a VM of its own."""
+        """Enable manual protection in a temporary VM."""
         from kvmhost import engine as engines
 
         try:
@@ -124,7 +124,7 @@ class DirtyTracker:
         """Switch logging off; pages become writable again at their next fault. Idempotent."""
         if self._started:
             self._started = False
-            # Of a closed machine there is nothing left to switch off.
+            # A closed machine has no logging to disable.
             with contextlib.suppress(StateError):
                 self._engine.log_dirty_pages(False)
                 if self._engine.rings is not None:
@@ -169,7 +169,7 @@ def _kvm_engine(engine: Engine) -> KvmEngine:
 
 
 def _probe_ring() -> str:
-    """Switch a ring on, in a VM of its own, and map one; say what came of it."""
+    """Enable and map a dirty ring in a temporary VM; return the result as text."""
     from kvmhost.engine.kvm import KvmEngine
 
     engine = KvmEngine()
@@ -186,9 +186,9 @@ def _probe_ring() -> str:
 
 
 def _protect_by_hand(engine: KvmEngine) -> None:
-    """Switch manual protection on, once or more often.
+    """Enable manual protection. Idempotent.
 
-    Not ``KVM_DIRTY_LOG_INITIALLY_SET``: the first window would begin all dirty.
+    Not ``KVM_DIRTY_LOG_INITIALLY_SET``: the first window would begin with all pages dirty.
     """
     try:
         engine.vm.enable_cap(Cap.MANUAL_DIRTY_LOG_PROTECT2, lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)

@@ -1,9 +1,9 @@
 """guestpt: the accessed bits in the guest's own page tables.
 
 The VMM laid the tables out in guest memory; the processor, or a KVM that shadows
-them, sets accessed and dirty bits there, and the tdp walker harvests them where
-they lie. Clearing a bit is not enough: a translation that is still cached sets
-nothing. What re-arms is found out by calibration (:mod:`kvmhost.trackers.calibration`).
+them, sets accessed and dirty bits there, and the tdp walker harvests them in
+place. Clearing a bit is not enough: a translation that is still cached sets
+nothing. Calibration determines how to re-arm (:mod:`kvmhost.trackers.calibration`).
 
 Staleness: a touch between the clearing of a bit and its re-arming is not seen.
 """
@@ -32,7 +32,7 @@ class GuestptTracker:
     """Walks the live tables of a tiny guest.
 
     :param tables_gpa: root of the guest's tables
-    :param rearm_kind: what makes a cleared bit come back, see
+    :param rearm_kind: what makes a cleared bit set again, see
         :func:`~kvmhost.trackers.calibration.calibrated_rearm`
     """
 
@@ -60,7 +60,7 @@ class GuestptTracker:
     def for_vm(cls, vm: TrackedVm) -> GuestptTracker:
         """Make a tracker for a VM, re-arming as calibrated; it is not started yet.
 
-        :raises CapabilityError: if the guest makes its own tables, or re-arming has no effect
+        :raises CapabilityError: if the guest builds its own tables, or re-arming has no effect
         """
         if vm.tables_gpa is None:
             raise CapabilityError(
@@ -94,7 +94,7 @@ class GuestptTracker:
     ) -> YoungBitmap:
         """Test, or test and clear, the accessed bits of a range; see the protocol.
 
-        Lockless: vCPUs run on.
+        Lockless: vCPUs keep running.
         """
         check_range(gfn_start, n_pages, self._memory.gfn_end)
         bitmap = self.table.harvest(gfn_start, n_pages, clear, mask)
@@ -107,8 +107,8 @@ class GuestptTracker:
     def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
         """Re-arm pages of a range; see the protocol.
 
-        Only pages that were cleared are re-armed, unless the whole range is asked for:
-        zapping others would cost the guest a fault for nothing.
+        Only pages that were cleared are re-armed, unless the whole range is requested:
+        zapping others would cost the guest a fault without benefit.
         """
         check_range(gfn_start, n_pages, self._memory.gfn_end)
         if self.rearm_kind is RearmKind.TLB_FLUSH:
@@ -123,7 +123,7 @@ class GuestptTracker:
             clear_words(stale, first, due)
 
     def stop(self) -> None:
-        """Nothing to let go of but the walker. Idempotent."""
+        """Release the walker. Idempotent."""
         self.table.close()
 
     def _note_stale(self, gfn_start: int, n_pages: int, words: Words) -> None:

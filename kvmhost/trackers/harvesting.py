@@ -1,8 +1,8 @@
 """Harvests of one VM: find young pages, clear them, inform the pager, re-arm.
 
 The order matters. The pager receives the young pages before they are re-armed, so that its
-clock hand never takes a page for old that was just seen; and only pages whose bit was
-cleared are re-armed, since that is where the guest pays.
+clock hand never treats a page that was just found young as old; and only pages whose bit
+was cleared are re-armed, since re-arming costs the guest a fault.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler, period_of
 
 __all__ = ["REARM", "Harvest", "Harvester", "Rearm"]
 
-#: What is re-armed after a harvest.
+#: Pages to re-arm after a harvest.
 Rearm = Literal["none", "young", "all", "sample"]
 REARM: tuple[Rearm, ...] = get_args(Rearm)
 
 
 @dataclasses.dataclass(frozen=True)
 class Harvest:
-    """What was young, and what finding it and re-arming took."""
+    """The young pages, and the cost of the harvest and of re-arming."""
 
     young: YoungBitmap
     harvest_ns: int
@@ -38,7 +38,7 @@ class Harvest:
 class Harvester:
     """Owns the tracker of one VM and does its harvests, one at a time.
 
-    :param note_young: receives what became young and was cleared, before it is re-armed
+    :param note_young: receives the young pages that were cleared, before they are re-armed
     """
 
     def __init__(self, vm: TrackedVm, note_young: Callable[[YoungBitmap], None]) -> None:
@@ -54,10 +54,10 @@ class Harvester:
         return None if self._tracker is None else self._tracker.name
 
     def use(self, name: str = "auto") -> Tracker:
-        """Return a started tracker; then another one that was in use is stopped.
+        """Return a started tracker; stop the previous one.
 
-        The other one is stopped last, so that it goes on, with all that it has seen, if
-        the new one cannot start.
+        The previous one is stopped last, so that it stays in use with its state if the new
+        one cannot start.
 
         :param name: one of :data:`~kvmhost.trackers.registry.NAMES`, or ``auto``
         :raises CapabilityError: if it does not work here
@@ -92,15 +92,15 @@ class Harvester:
         fraction: float | None = None,
         mask: Words | None = None,
     ) -> Harvest:
-        """Do one harvest; another thread's waits.
+        """Do one harvest; concurrent harvests wait.
 
         :param tracker: ``auto`` keeps the one in use: a change begins a new window
         :param rearm: ``none``; ``young``, the pages that this cleared; ``all`` of the range;
             ``sample``, clear and re-arm a ``fraction`` only, other pages at each harvest
         :param fraction: with ``sample``, from 1/65536 to 1; None: a default that was measured
         :raises CapabilityError: if the tracker does not work here
-        :raises LayoutError: if an argument is wrong; then the tracker in use and what it has
-            seen stay as they are
+        :raises LayoutError: if an argument is wrong; then the tracker in use and its state
+            do not change
         """
         if rearm not in REARM:
             raise LayoutError(f"harvest: rearm {rearm!r}: need one of {', '.join(REARM)}")
@@ -108,7 +108,7 @@ class Harvester:
             period_of(fraction)
         check_range(gfn_start, n_pages, self._vm.memory.gfn_end)
         check_mask(mask, n_pages)
-        # Nothing below refuses arguments: another tracker may be stopped, and bits be cleared.
+        # All arguments are checked above: from here on trackers stop and bits are cleared.
         with self._lock:
             wanted = self.tracker_name if tracker == "auto" else tracker
             source = self.use(wanted or "auto")
@@ -130,7 +130,7 @@ class Harvester:
             return Harvest(young, middle - start, time.perf_counter_ns() - middle)
 
     def close(self) -> None:
-        """Stop the tracker, and wait for another thread's harvest. No other begins. Idempotent."""
+        """Stop the tracker, and wait for a harvest in progress. Refuses later ones. Idempotent."""
         self._closed = True
         self.stop()
         with self._lock:

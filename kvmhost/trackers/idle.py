@@ -2,15 +2,15 @@
 
 ``/sys/kernel/mm/page_idle/bitmap`` has a bit for every pfn. Writing 1 makes a page
 idle: the kernel clears the accessed bits of all its mappings, through the MMU
-notifiers KVM's too. A page that reads as not idle was touched since. Which pfn a
-guest page has, ``/proc/self/pagemap`` tells; bits go 64 a word.
+notifiers KVM's too. A page that reads as not idle was touched since. The pfn of
+a guest page is in ``/proc/self/pagemap``; the bitmap has 64 bits per word.
 
-The answer is about the page, not about the guest: an access by the VMM through the
+The bit describes the page, not the guest's accesses: an access by the VMM through the
 alias counts as well, as does one by any process that maps the memory. Only the
 first page of a huge one has a bit, so all its pages are reported coarse. A page
-whose pfn changes while it is looked up is looked up again; one that will not stand
-still is reported young and coarse. Pages that are on no LRU list cannot be made idle
-and read as young: those just made, for a moment, and those of hugetlb for ever.
+whose pfn changes during the look-up is looked up again; one that keeps changing is
+reported young and coarse. Pages that are on no LRU list cannot be made idle
+and read as young: new pages for a short time, and pages of hugetlb always.
 
 Source: Documentation/admin-guide/mm/idle_page_tracking.rst and mm/page_idle.c, Linux v6.12.
 """
@@ -39,7 +39,7 @@ __all__ = ["IDLE_BITMAP", "IdleFiles", "IdleTracker", "PageFiles"]
 
 IDLE_BITMAP = Path("/sys/kernel/mm/page_idle/bitmap")
 _CHUNK_PAGES = 8192
-#: How often a page that moves is looked up before it is given up.
+#: Maximum number of look-ups of a page whose pfn changes.
 _TRIES = 4
 #: include/uapi/linux/kernel-page-flags.h
 _KPF_COMPOUND_HEAD, _KPF_COMPOUND_TAIL = np.uint64(1 << 15), np.uint64(1 << 16)
@@ -51,7 +51,7 @@ Bits = npt.NDArray[np.bool_]
 
 
 class PageFiles(Protocol):
-    """The kernel files that the tracker uses: the one seam for tests."""
+    """The kernel files that the tracker uses: tests replace them."""
 
     def pfns(self, address: int, n_pages: int) -> Pfns:
         """Return the pfn of each page of a mapping; 0: not present."""
@@ -149,9 +149,9 @@ class _Mapping:
 
 
 class IdleTracker:
-    """Asks the kernel which pages stayed idle.
+    """Reads the kernel's idle flags.
 
-    :param regions: runs of pages, as the process that the files look at maps them
+    :param regions: runs of pages, as mapped by the process that the files belong to
     :raises CapabilityError: without CONFIG_IDLE_PAGE_TRACKING or CAP_SYS_ADMIN
     """
 
@@ -180,7 +180,7 @@ class IdleTracker:
 
     @classmethod
     def on_mapping(cls, address: int, n_pages: int, files: PageFiles) -> IdleTracker:
-        """Make a tracker for a mapping of the process that the files look at, as gfns from 0."""
+        """Make a tracker for a mapping of the process of the files, with gfns from 0."""
         return cls([_Mapping(address, n_pages)], files)
 
     @staticmethod
@@ -257,7 +257,7 @@ class IdleTracker:
                 break
             pfns = again
         if clear:
-            # A page that did not settle stays unmarked, and so young.
+            # A page whose pfn kept changing stays unmarked, and so young.
             self._make_idle(settled[young & wanted])
         return young | moving, coarse | moving
 

@@ -1,14 +1,14 @@
-"""pagemap: zap the guest mapping, later ask which host PTEs came back.
+"""pagemap: zap the guest mapping, later find which host PTEs are present again.
 
 The data stays in the memfd, so zapping loses nothing; the next touch by the
-guest, of whatever kind and through whatever tables, puts the host PTE back.
+guest, of any kind and through any page tables, sets the host PTE again.
 ``PAGEMAP_SCAN`` (Linux 6.7) finds those; on older kernels ``/proc/self/pagemap``
-is read. Clearing is the zap itself, so there is nothing left to re-arm.
+is read. Clearing is the zap itself, so no re-arming is needed.
 
 The kernel maps up to 64 KiB around a read fault. Registering the mapping with
-userfaultfd for write-protection turns that off; where it cannot be had, every
+userfaultfd for write-protection turns that off; without userfaultfd, every
 bit is reported as coarse. So is every bit that comes from a huge host page, which is
-cleared whole if any of its pages is; plain reads cannot tell those.
+cleared as a whole if any of its pages is; plain reads cannot detect those.
 
 Staleness: a touch between the scan and the zap of the same page is not seen.
 """
@@ -43,7 +43,7 @@ __all__ = ["PagemapTracker"]
 
 
 class PagemapTracker:
-    """Asks the host's page table what the guest touched.
+    """Finds the touched pages in the host's page table.
 
     :param open_userfault: opens the VM's userfaultfd, which makes bits exact at 4 KiB
     :raises CapabilityError: if /proc/self/pagemap cannot be read
@@ -80,7 +80,7 @@ class PagemapTracker:
 
     @classmethod
     def probe(cls, engine: str = "auto") -> Support:
-        """Scan the mapping of a page of its own; tell which way and how fine."""
+        """Scan a mapping of one page; report the method and its granularity."""
         region = Region(0, PAGE_BYTES)
         try:
             fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -108,7 +108,7 @@ class PagemapTracker:
     def harvest(
         self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
     ) -> YoungBitmap:
-        """Find the pages that came back, and zap them with ``clear``; see the protocol."""
+        """Return the pages present again, and zap them with ``clear``; see the protocol."""
 
         coarse: Words | None = None
 

@@ -1,9 +1,9 @@
 """Scans of /proc/PID/pagemap: which pages of a mapping are present, huge or swapped.
 
 By ``PAGEMAP_SCAN`` (Linux 6.7), with a buffer that grows while calls fill it, or by
-reading 8 bytes a page. A shared mapping has no swap entries: what the kernel swapped
-out of a memfd is absent from the page table. The markers that userfaultfd leaves where
-a write-protected page went read as swapped, in both ways of asking.
+reading 8 bytes per page. A shared mapping has no swap entries: what the kernel swapped
+out of a memfd is absent from the page table. The markers that userfaultfd leaves in
+place of a write-protected page read as swapped, with both methods.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = [
     "scans",
 ]
 
-#: Set to a non-empty value to read pagemap as kernels before 6.7 have it.
+#: Set to a non-empty value to read pagemap as on kernels before 6.7.
 PLAIN_PAGEMAP_ENV = "KVMHOST_PLAIN_PAGEMAP"
 
-#: Regions that a scan's buffer begins with, and one for so many pages at most: 24
+#: Initial number of regions in a scan's buffer, and pages per region at most: 24
 #: bytes each, less than 0.01 % of the memory.
 _START_REGIONS, _PAGES_PER_REGION = 512, 64
 
@@ -42,10 +42,10 @@ Bits = npt.NDArray[np.bool_]
 
 @dataclasses.dataclass(frozen=True)
 class PageStates:
-    """What the page table has for each page of a range; all arrays have its length.
+    """State of the page-table entry of each page of a range; arrays have its length.
 
     :param present: mapped
-    :param huge: of those, by an entry for a huge page; plain reads cannot tell
+    :param huge: mapped by an entry for a huge page; plain reads cannot detect it
     :param swapped: a swap entry or a userfaultfd marker. The rest is absent
     """
 
@@ -67,14 +67,14 @@ def new_scanner(n_pages: int, start_regions: int = _START_REGIONS) -> Any:
 
 
 def scans(pagemap_fd: int) -> bool:
-    """Say whether the kernel has ``PAGEMAP_SCAN`` and nobody forbade its use.
+    """Return whether the kernel has ``PAGEMAP_SCAN`` and its use is permitted.
 
-    :raises IoctlError: if it fails in another way than by not being there
+    :raises IoctlError: if it fails for a reason other than being unavailable
     """
     if os.environ.get(PLAIN_PAGEMAP_ENV):
         return False
     words = ffi.new("uint64_t *")
-    # Page 0, which no process has mapped: it is the call itself that is tried.
+    # Page 0, which no process has mapped: only the call itself is tested.
     result = lib.kh_pagemap_scan(pagemap_fd, 0, 1, words)
     if result in (-errno.ENOTTY, -errno.EINVAL):
         return False
@@ -101,7 +101,7 @@ def page_states(pagemap_fd: int, address: int, n_pages: int, scanner: Any = None
 
 
 def has_soft_dirty() -> bool:
-    """Write to a page of this process: is it soft-dirty then?
+    """Return whether a write to a page of this process sets its soft-dirty bit.
 
     Needs ``CONFIG_MEM_SOFT_DIRTY``.
     """

@@ -48,7 +48,7 @@ def create(name: str, vm: TrackedVm) -> Tracker:
 
 
 def describe(name: str) -> TrackerInfo:
-    """Return what a tracker sees and what it costs."""
+    """Return a tracker's properties and costs."""
     return _REGISTRY[name].info
 
 

@@ -1,11 +1,11 @@
-"""Clearing a sample: re-arming is where the guest pays, and only cleared pages need it.
+"""Clears only a sample of the pages, to reduce the cost of re-arming for the guest.
 
 A harvest with a sample mask reports every page that was touched since it was cleared
-last, and clears one page in ``period``. Over ``period`` harvests every page has its
-turn. The guest pays that much less a harvest and no touch is missed; a page that is no
-longer touched goes on reading as young for up to ``period`` harvests.
+last, and clears one page in ``period``. Over ``period`` harvests every page is
+cleared once. Each harvest costs the guest that much less and no touch is missed; a page
+that is no longer touched keeps reading as young for up to ``period`` harvests.
 
-Neighbours have their turn together, 64 at a time: every range that is zapped flushes
+Neighbours are cleared together, 64 at a time: every range that is zapped flushes
 the TLBs of running vCPUs, and pages sampled one by one would cost a flush each.
 """
 
@@ -26,14 +26,14 @@ __all__ = ["DEFAULT_FRACTION", "Sampler", "period_of", "sample_mask"]
 DEFAULT_FRACTION = 1 / 8
 _MAX_PERIOD = 1 << 16
 _BLOCK_SHIFT = 6
-#: Ranges whose turns are kept; the one that was not asked for longest goes first.
+#: Ranges whose turns are kept; the least recently used one is dropped first.
 _MAX_RANGES = 256
 
 
 def sample_mask(n_pages: int, period: int, turn: int, gfn_start: int = 0) -> Words:
     """Return a mask for :meth:`Tracker.harvest` that holds one page in ``period``.
 
-    Which turn is a page's depends on its gfn alone, and is that of its aligned 64 pages.
+    The turn of a page depends only on its gfn; each aligned group of 64 pages shares one.
 
     :raises LayoutError: if ``period`` is not in [1, 65536]
     """
@@ -44,7 +44,7 @@ def sample_mask(n_pages: int, period: int, turn: int, gfn_start: int = 0) -> Wor
 
 @functools.lru_cache(maxsize=1)
 def _turns(n_pages: int, period: int, gfn_start: int) -> npt.NDArray[np.uint16]:
-    # Mixed, so that a stride in the workload meets every turn.
+    # Hashed, so that a strided workload is spread over all turns.
     with np.errstate(over="ignore"):
         gfns = np.arange(n_pages, dtype=np.uint64) + np.uint64(gfn_start)
         mixed = (gfns >> np.uint64(_BLOCK_SHIFT)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)
@@ -62,7 +62,7 @@ def period_of(fraction: float) -> int:
 
 
 class Sampler:
-    """Deals out the turns, range by range, so that harvests of one do not take another's."""
+    """Counts the turns per range, so that harvests of different ranges are independent."""
 
     def __init__(self) -> None:
         self._turns: dict[tuple[int, int], int] = {}

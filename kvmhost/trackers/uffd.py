@@ -1,14 +1,14 @@
 """uffd: each first touch of a page is a message that userspace answers.
 
 The guest mapping is registered for minor faults (the memfd holds the page) and
-missing ones (nobody has touched it yet). A C thread notes the page, maps it and
+missing ones (the page was never touched). A C thread notes the page, maps it and
 wakes the vCPU: the software access-flag model, with the order and the time of the
 first touches as a by-product. Clearing zaps the page, so that its next touch is a
 message again.
 
-Dear: a guest thread sleeps for every first touch of a window. And it needs the
-VM's userfaultfd for itself: a VM whose pager is armed has none left, and the pager
-of a VM that this tracker watches cannot be armed. Either says so.
+This is expensive: a guest thread sleeps for every first touch of a window. The tracker
+needs exclusive use of the VM's userfaultfd: it cannot start while the pager is armed, and
+the pager cannot be armed while it runs. Both raise an error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from kvmhost.units import PAGE_BYTES
 __all__ = ["AccessOrder", "UffdTracker"]
 
 _READER = "uffd tracker"
-#: Default size of the log: one entry of 16 bytes for so many pages, 0.05 % of memory.
+#: Default size of the log: one entry of 16 bytes per this many pages, 0.05 % of memory.
 _PAGES_PER_ENTRY = 8
 
 
@@ -49,7 +49,7 @@ class AccessOrder:
     :param gfns: ``int64``; a page comes again where a harvest cleared it in between
     :param times_ns: ``CLOCK_MONOTONIC``, when the touch was served, ``uint64``
     :param writes: whether the first touch was a write, ``bool``
-    :param dropped: first touches since the start that the full log did not take
+    :param dropped: first touches since the start that were dropped because the log was full
     """
 
     gfns: npt.NDArray[np.int64]
@@ -62,7 +62,7 @@ class UffdTracker:
     """Serves first touches in a thread of its own.
 
     :param log_entries: first touches to keep until :meth:`take_order`; more are
-        counted and dropped, which the young bits do not suffer from. Default: one
+        counted and dropped, without effect on the young bits. Default: one
         for 8 pages
     :raises CapabilityError: without userfaultfd or its minor faults
     """
@@ -118,7 +118,7 @@ class UffdTracker:
         return Support(True, "minor faults on shared memory; not while the pager is armed")
 
     def start(self) -> None:
-        """Take the userfaultfd, and zap everything.
+        """Claim the userfaultfd, and zap all pages.
 
         :raises CapabilityError: if the pager is armed
         :raises IoctlError: if a mapping cannot be registered
@@ -181,9 +181,9 @@ class UffdTracker:
         return {name: int(getattr(raw, name)) for name, _ in ffi.typeof(raw[0]).fields}
 
     def stop(self) -> None:
-        """Unregister, end the thread, give the userfaultfd back. Idempotent.
+        """Unregister, end the thread, release the userfaultfd. Idempotent.
 
-        Fault-around stays off where another tracker asked for that meanwhile.
+        Fault-around stays disabled where another tracker has disabled it meanwhile.
         """
         lib.kh_minor_stop(self._core)
         self._started = False
