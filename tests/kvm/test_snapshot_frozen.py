@@ -21,7 +21,6 @@ from waiting import DEADLINE_S, until
 from kvmhost.control.client import Client
 from kvmhost.control.server import ControlServer
 from kvmhost.errors import (
-    ControlError,
     HostError,
     KvmHostError,
     LayoutError,
@@ -200,7 +199,9 @@ def test_a_frozen_read_of_a_running_guest(engine: str) -> None:
                 before = pager.counters()
                 pages = read_all(machine, core)
                 after = pager.counters()
-            assert {n: before[n] for n in before} == {n: after[n] for n in after}
+            # The store may still compact itself; no page moves between memory and store.
+            for name in ("resident_pages", "evicted_pages", "evictions", "fault_ins"):
+                assert before[name] == after[name], name
             for gfn in range(machine.memory.gfn_end):
                 held = bytes(machine.memory[gfn << 12 : (gfn + 1) << 12])
                 assert held == pages.get(gfn, bytes(4096)), hex(gfn)
@@ -493,7 +494,7 @@ def test_a_lost_page_over_the_api(machine: Machine, runtime: Path) -> None:
     machine.open_pager().evict([0x1234])
     machine.open_pager().inject_failures(loads=1)
     with ControlServer(machine, name="lost"), Client("lost") as client:
-        with pytest.raises(ControlError, match="gfn 0x1234"):
+        with pytest.raises(PagerError, match="gfn 0x1234"):
             client.snapshot(str(runtime / "x.snap"))
         assert client.snapshot(str(runtime / "x.snap"), stop=True) > 0
         assert not client.state().running
