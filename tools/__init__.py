@@ -1,1 +1,1 @@
-"""The commands: one thin module each."""
+"""The commands of kvmhost, one module per command."""

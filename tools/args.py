@@ -31,12 +31,12 @@ __all__ = [
 
 
 def about(docstring: str | None) -> str:
-    """Return a module's docstring as the text of its command's help: without markup."""
+    """Return a module's docstring without markup, as the description in its command's help."""
     return (docstring or "").replace("``", "")
 
 
 def size_bytes(text: str) -> int:
-    """Parse ``256M``, ``1G``, ``65536``: bytes, with binary units.
+    """Parse a number of bytes with a binary unit: ``256M``, ``1G``, ``65536``.
 
     :raises argparse.ArgumentTypeError: for anything else
     """
@@ -47,7 +47,7 @@ def size_bytes(text: str) -> int:
 
 
 def mem_bytes(text: str) -> int:
-    """Parse a size of guest memory; 0 is an error.
+    """Parse the size of guest memory; 0 is an error.
 
     :raises argparse.ArgumentTypeError: for anything else
     """
@@ -69,7 +69,7 @@ def seconds(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """Parse a share above 0 and up to 1: ``1/8``, ``0.125`` or ``12.5%``.
+    """Parse a share, greater than 0 and at most 1: ``1/8``, ``0.125`` or ``12.5%``.
 
     :raises argparse.ArgumentTypeError: for anything else
     """
@@ -87,9 +87,9 @@ def share(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """Parse a number of 1 or more.
+    """Parse a number that is at least 1.
 
-    :raises argparse.ArgumentTypeError: for less
+    :raises argparse.ArgumentTypeError: for a smaller number, or no number
     """
     value = int(text)
     if value < 1:
@@ -100,7 +100,7 @@ def count(text: str) -> int:
 def parse_params(given: list[str]) -> dict[str, int]:
     """Parse ``name=value`` words; values are decimal or 0x hex.
 
-    :raises LayoutError: for a word that is no ``name=number``
+    :raises LayoutError: for a word that is not ``name=number``
     """
     params = {}
     for word in given:
@@ -132,7 +132,7 @@ def parse_modules(text: str) -> list[Module]:
 def parse_fw_cfg(given: list[str]) -> dict[str, bytes]:
     """Parse words ``name=NAME,file=PATH`` and ``name=NAME,string=TEXT``.
 
-    :raises LayoutError: for another word, a bad name, or one that came before
+    :raises LayoutError: for any other word, or an invalid or duplicate name
     :raises ImageError: if a file cannot be read
     """
     from kvmhost.boot.elf import read_file
@@ -153,9 +153,9 @@ def parse_fw_cfg(given: list[str]) -> dict[str, bytes]:
 
 
 def find_image(name: str) -> Path:
-    """Return the image that a name means: a file if it looks like one, else a built-in guest.
+    """Resolve an image name: a file if it looks like a path, else a built-in guest.
 
-    :raises ImageError: if there is neither
+    :raises ImageError: if neither exists
     """
     from kvmhost.guests import image_names, image_path
 
@@ -170,7 +170,7 @@ def find_image(name: str) -> Path:
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every command that boots a guest takes."""
+    """Add the arguments that every command that boots a guest takes."""
     parser.add_argument(
         "--engine",
         default="auto",
@@ -196,7 +196,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says where evicted pages go."""
+    """Add the arguments that select where evicted pages are stored."""
     parser.add_argument(
         "--store",
         type=_store_path,
@@ -246,7 +246,7 @@ def _store_path(text: str) -> Path | None:
 
 
 def store_options(args: argparse.Namespace) -> StoreOptions:
-    """Return what the arguments of :func:`add_store_arguments` ask for.
+    """Return the store options given by the arguments of :func:`add_store_arguments`.
 
     :raises LayoutError: for numbers out of range
     """

@@ -1,4 +1,4 @@
-"""``kvmhost accuracy``: its parts are in modules of their own, the command in ``command``."""
+"""``kvmhost accuracy``: the command is in ``command``, its parts are in the other modules."""
 
 from __future__ import annotations
 

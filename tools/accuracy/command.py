@@ -4,18 +4,20 @@ The expected young pages are computed from the parameters of the guests
 (``guests/workloads.py``), which shares no code with the guests. For each tracker that
 works on this host it measures:
 
-- at doorbells: the guest stops after each epoch and is harvested there. Precision and
-  recall must be 1.0 (precision not where bits are reported as coarse). *old after* is
-  the number of harvests until a page that is no longer touched reads as old, *new after*
-  until a newly touched page reads as young; 1 is immediate. Mean and maximum. With
-  *re-armed* 1/N each harvest clears and re-arms one page in N.
-- running: the guest keeps running. A harvest must report the pages touched by every
-  epoch inside its window (otherwise: missed) and none that no epoch overlapping the
-  window touched (otherwise: wrong); the precision lies between the certain and the
-  possible value.
-- cost: a harvest per page of memory, clearing and re-arming per young page, the guest's
-  fault at its next touch, and the guest's throughput relative to no harvests, for several
-  harvest rates, re-arming young pages, all of memory, or a sample.
+- at doorbells: the guest stops after each epoch and is harvested while it is stopped.
+  Recall must be 1.0, and so must precision unless the bits are reported as coarse. *old
+  after* is the number of harvests until a page that is no longer touched reads as old,
+  *new after* the number until a newly touched page reads as young; 1 means immediately.
+  Both are given as mean and maximum. With *re-armed* 1/N, each harvest clears and re-arms
+  one page in N.
+- running: the guest keeps running. A harvest must report every page touched by an epoch
+  inside its window (a page it lacks is *missed*) and no page that no epoch overlapping
+  the window touched (such a page is *wrong*); the precision lies between the certain and
+  the possible value.
+- cost: the time of a harvest per page of memory, of clearing and re-arming per young
+  page, and of the guest's fault at its next touch; and the guest's throughput relative
+  to no harvests, at several harvest rates, re-arming young pages, all of memory, or a
+  sample.
 
 A tracker that only sees writes is compared with the written pages. The exit status is 1
 if a tracker is not exact where it must be.
@@ -56,11 +58,11 @@ _MIN_MEM_BYTES = 16 << 20
 class AccuracySettings:
     """What to measure.
 
-    :param fraction: of the pages, that a sampled harvest clears
-    :param rates: harvests a second of the throughput rows; empty: no cost at all
-    :param rounds: segments of each kind
-    :param seconds: length of a segment; one with rare harvests is longer
-    :param mem_bytes: of the guest whose throughput is measured
+    :param fraction: fraction of the pages that a sampled harvest clears
+    :param rates: harvests per second of the throughput rows; empty: cost is not measured
+    :param rounds: number of segments of each kind
+    :param seconds: length of a segment; segments with infrequent harvests are longer
+    :param mem_bytes: memory size of the guest whose throughput is measured
     """
 
     engine: str = "auto"
@@ -74,7 +76,7 @@ class AccuracySettings:
     mem_bytes: int = 256 << 20
 
     def quick(self) -> AccuracySettings:
-        """Return what a machine that is short of time can do in seconds."""
+        """Return reduced settings, with which a run takes seconds."""
         workloads = tuple(w for w in self.workloads if w in _QUICK) or self.workloads
         return dataclasses.replace(
             self,
@@ -93,10 +95,10 @@ _QUICK = ("random-writes", "zipf-0.9", "read-only", "phases-2-vcpus")
 def run(
     settings: AccuracySettings, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Measure; ``doorbells``, ``running``, ``cost`` and ``throughput`` hold one row each.
+    """Measure; each row of the report is in ``doorbells``, ``running``, ``cost`` or ``throughput``.
 
     :raises LayoutError: for a tracker or workload that does not exist
-    :raises CapabilityError: if none of the trackers works here
+    :raises CapabilityError: if none of the trackers works on this host
     """
     _known(settings.trackers, KINDS, "tracker")
     _known(settings.workloads, WORKLOADS, "workload")
@@ -147,9 +149,10 @@ def _measure(
 
 
 def _is_exact(row: dict[str, Any]) -> bool:
-    """Whether a row holds what its tracker claims: all, and nothing else where it is fine.
+    """Return whether a row is as exact as its tracker claims to be.
 
-    A sample loses no touch either, and tells of too many.
+    Recall must be 1.0, and precision too where the tracker is not coarse. A sampled
+    harvest misses no touch either, but reports too many young pages.
     """
     precise = row["precision"] == 1.0 or row["coarse"] or row["period"] > 1
     return bool(row["recall"] == 1.0 and precise)
@@ -162,7 +165,7 @@ def _known(given: Iterable[str], known: Iterable[str], what: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; 0 if all trackers are exact where they have to be, else 1."""
+    """Measure and print; return 0 if all trackers are exact where they must be, else 1."""
     options = parser().parse_args(argv)
     if options.plot is not None:
         _check_plot(options.plot)

@@ -1,4 +1,4 @@
-"""What harvests cost: the host by page, and the guest in throughput."""
+"""The cost of harvests: host time per page, and guest throughput."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvmhost.units import PAGE_BYTES
 __all__ = ["HOT_SHARE", "measure"]
 
 HOT_SHARE = 0.1
-#: Harvests that come less often than this are measured in one segment and not in each round.
+#: Less frequent harvests than this are measured in one segment instead of one per round.
 _LONG_S = 5.0
 _STEPS = 7
 
@@ -30,9 +30,9 @@ def measure(
     rounds: int,
     seconds: float,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measure a guest that touches a tenth of its memory over and over.
+    """Measure a guest that touches a tenth of its memory repeatedly.
 
-    :return: cost by page, and one row for each rate and way of re-arming
+    :return: the cost per page, and one row for each rate and method of re-arming
     """
     hot = int(mem_bytes // PAGE_BYTES * HOT_SHARE)
     params = {"start_gfn": START_GFN, "pages": hot, "epochs": 0, "write": int(kind.only_writes)}
@@ -66,7 +66,7 @@ def _plans(tracker: Tracker, rates: tuple[float, ...], period: int) -> list[Thro
     plans = []
     for rate in (rate for rate in rates if rate * _LONG_S >= 1):
         plans.append(ThroughputPlan(rate))
-        # For others, what is not young is not cleared, and clearing is re-arming.
+        # The other trackers do not clear pages that are not young, and re-arm by clearing.
         if hasattr(tracker, "rearm_kind"):
             plans.append(ThroughputPlan(rate, whole=True))
         plans.append(ThroughputPlan(rate, period=period))

@@ -1,4 +1,4 @@
-"""Harvests at doorbells, where the guest stands still and the truth is exact."""
+"""Harvests at doorbells, where the guest is stopped and the expected result is exact."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["harvests_until", "measure"]
 def measure(
     kind: TrackerKind, workload: AccuracyWorkload, engine: str, n_epochs: int, period: int
 ) -> dict[str, Any]:
-    """Harvest at the end of each epoch and compare with what it touched.
+    """Harvest at the end of each epoch and compare with the pages that it touched.
 
-    :param period: each harvest clears one page in so many
+    :param period: each harvest clears one page in ``period``
     """
     truth = np.zeros((n_epochs, PAGES), dtype=bool)
     found = np.zeros_like(truth)
@@ -57,7 +57,7 @@ def _shares(truth: Bits, found: Bits) -> dict[str, float | int]:
     return {
         "touches": int(truth.sum()),
         "reports": int(found.sum()),
-        # What reports nothing is never wrong, and what has nothing to find finds it all.
+        # With no reported page the precision is 1; with no page to find the recall is 1.
         "precision": right / int(found.sum()) if found.any() else 1.0,
         "recall": right / int(truth.sum()) if truth.any() else 1.0,
     }
@@ -73,9 +73,9 @@ def _staleness(truth: Bits, found: Bits) -> dict[str, float | int | None]:
 
 
 def harvests_until(truth: Bits, found: Bits, becomes: bool) -> list[int]:
-    """Return, for each change of a page to ``becomes``, how many harvests it takes to show.
+    """Return the number of harvests until each change of a page to ``becomes`` is reported.
 
-    A change that is undone, or the end, before it shows is left out.
+    A change is left out if it is reverted, or the run ends, before it is reported.
     """
     waits = []
     n_epochs = truth.shape[0]

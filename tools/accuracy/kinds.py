@@ -1,4 +1,4 @@
-"""What is measured: trackers in their forms, and workloads with a known truth."""
+"""The tracker variants that are measured, and workloads whose touched pages are known."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ __all__ = [
 START_GFN = 1024
 PAGES = 4096
 _MEM_BYTES = 64 << 20
-#: Fewer than a guest of ``PAGES`` may write between harvests: full rings are part of it.
+#: Fewer than a guest of ``PAGES`` may write between harvests, so that rings fill up too.
 _SMALL_RING = 2048
-#: As many as KVM gives. A ring that is smaller than what a guest writes again and again
-#: is emptied, and its pages protected, all the time: the guest pays without any harvest.
+#: The maximum of KVM. If the ring is smaller than the set of pages that a guest keeps
+#: writing, KVM exits to empty it and protect its pages, which costs the guest time
+#: without any harvest.
 _LARGE_RING = 65536
 
 Bits = npt.NDArray[np.bool_]
@@ -41,10 +42,10 @@ Bits = npt.NDArray[np.bool_]
 
 @dataclasses.dataclass(frozen=True)
 class TrackerKind:
-    """A tracker in one of its forms.
+    """One variant of a tracker.
 
-    :param ring_entries: of the dirty rings where exactness is tested; 0: no rings
-    :param large_ring_entries: where cost is measured
+    :param ring_entries: size of the dirty rings where exactness is tested; 0: no rings
+    :param large_ring_entries: size of the dirty rings where cost is measured
     """
 
     name: str
@@ -54,21 +55,21 @@ class TrackerKind:
 
     @property
     def only_writes(self) -> bool:
-        """Whether reads leave no trace."""
+        """Return whether the tracker sees writes only."""
         return "reads" not in describe(self.tracker).sees
 
     def use(self, machine: Machine) -> Tracker:
-        """Start it on a machine that was made with ``dirty_ring_entries``."""
+        """Start the tracker on a machine that was created with ``dirty_ring_entries``."""
         return machine.use_tracker(self.tracker)
 
 
-#: Every tracker, and the dirty rings beside the dirty log.
+#: Every tracker; the dirty tracker with the dirty log and with dirty rings.
 KINDS = {name: TrackerKind(name, name) for name in NAMES}
 KINDS["dirty-ring"] = TrackerKind("dirty-ring", "dirty", _SMALL_RING, _LARGE_RING)
 
 
 def probe_kinds(engine: str) -> dict[str, Support]:
-    """Try every kind on an engine; say which works, and why one does not."""
+    """Try every kind on an engine; report which ones work, and why the others do not."""
     found = probe_all(engine)
     ring = KINDS["dirty-ring"]
     if found[ring.tracker].works:
@@ -92,16 +93,16 @@ def _probe_ring(ring: TrackerKind, engine: str) -> Support:
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyWorkload:
-    """A guest with its parameters; ``n_vcpus`` of it share the pages."""
+    """A guest with its parameters; its ``n_vcpus`` vCPUs share the pages."""
 
     image: str
     params: Mapping[str, int]
     n_vcpus: int = 1
 
     def machine(self, kind: TrackerKind, engine: str) -> Machine:
-        """Make a machine that runs it for ever.
+        """Make a machine that runs the workload without end.
 
-        ``touch`` writes for a tracker that would see nothing else, unless told what to do.
+        For a tracker that sees writes only, ``touch`` writes, unless a parameter sets this.
         """
         params = {"start_gfn": START_GFN, "pages": PAGES, "epochs": 0}
         if self.image == "touch":
@@ -121,7 +122,7 @@ class AccuracyWorkload:
     ) -> Bits:
         """Return which pages of the range an epoch touches, or writes.
 
-        :param vcpu: only this one's share; None: over all vCPUs
+        :param vcpu: count the accesses of this vCPU only; None: of all vCPUs
         """
         bits = np.zeros(PAGES, dtype=bool)
         if self.image == "hotcold":
@@ -136,7 +137,7 @@ _HOTCOLD = {"hot": 512, "cold": 64, "scan_every": 6, "scan_epochs": 3}
 _PHASES = {"hot": 512, "cold": 16, "scan_every": 0, "phase_every": 4, "phase_step": 700}
 _ZIPF = {"hot": 0, "cold": 0, "scan_every": 0, "zipf": 600}
 
-#: What the guests do, by name.
+#: Workloads by name.
 WORKLOADS = {
     "sequential": AccuracyWorkload("touch", {}),
     "strided": AccuracyWorkload("touch", {"stride": 5}),
@@ -151,9 +152,9 @@ WORKLOADS = {
     "random-2-vcpus": AccuracyWorkload("touch", {"pattern": 2, "count": 600, "write": 1}, 2),
     "phases-2-vcpus": AccuracyWorkload("hotcold", _PHASES, 2),
 }
-#: Those in which pages grow cold and hot again: a sample's staleness shows in them.
+#: Workloads in which pages become cold and hot again, which shows the staleness of a sample.
 CHANGING = ("random-writes", "zipf-0.9", "hotcold-phases", "phases-2-vcpus")
-#: Run free: epochs so short that a window of a few of them leaves most pages alone.
+#: For guests that keep running: epochs so short that a few of them touch only few pages.
 FREE_WORKLOADS = {
     "random-writes": AccuracyWorkload("touch", {"pattern": 2, "count": 60, "write": 1}),
     "zipf-0.9": AccuracyWorkload("hotcold", _ZIPF | {"zipf": 60, "words": 8}),

@@ -1,4 +1,4 @@
-"""The report as a picture: exactness, staleness, cost by page, throughput."""
+"""Plot the report: exactness, staleness, cost per page, throughput."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvmhost.files import replacing
 
 __all__ = ["draw"]
 
-#: By tracker, told apart also without colour vision (Okabe and Ito).
+#: Colour of each tracker, from the colour-blind safe palette of Okabe and Ito.
 _COLORS = {
     "guestpt": "#0072B2",
     "pagemap": "#E69F00",
@@ -31,7 +31,7 @@ Report = dict[str, Any]
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw a report of ``run`` to a PNG file.
+    """Draw a report of ``run`` into a PNG file.
 
     :raises HostError: if the file cannot be written
     """
@@ -55,7 +55,7 @@ def _names(report: Report) -> list[str]:
 
 
 def _draw_exactness(axes: Any, report: Report) -> None:
-    """A cell a tracker and workload: precision over recall."""
+    """Draw one cell per tracker and workload: precision above recall."""
     names = _names(report)
     exact = [row for row in report["doorbells"] if row["period"] == 1]
     workloads = list(dict.fromkeys(row["workload"] for row in exact))
@@ -87,7 +87,7 @@ def _short(value: float) -> str:
 
 
 def _draw_staleness(axes: Any, report: Report) -> None:
-    """Mean and maximum of the harvests until a page reads as old."""
+    """Draw the mean and maximum number of harvests until a page reads as old."""
     names, period = _names(report), report["period"]
     groups = [(1, "every page cleared", "#4292c6")]
     if period > 1:
@@ -109,7 +109,7 @@ def _draw_staleness(axes: Any, report: Report) -> None:
 
 
 def _draw_throughput(axes: Any, report: Report) -> None:
-    """A line a tracker, dashed where only a sample is re-armed."""
+    """Draw one line per tracker, dashed where only a sample is re-armed."""
     rates = sorted({row["harvests_per_s"] for row in report["throughput"]})
     styles = {"young": "-", "all": ":"}
     for name in _names(report):

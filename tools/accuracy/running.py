@@ -1,9 +1,10 @@
-"""Harvests of a guest that runs on: bounds from what it could and must have touched.
+"""Harvests of a running guest, with bounds on the pages that it touched.
 
-Doorbells are counted without stopping. An epoch whose doorbell was rung before a harvest
-and which began after the last re-arming lies inside the window: its pages are certain.
-One that overlaps the window in any way is possible. A tracker must report all of the
-first and nothing beyond the second, and its true precision lies between the two.
+Doorbells are counted without stopping the guest. An epoch that began after the last
+re-arming and rang its doorbell before the harvest lies inside the window: its pages are
+certain. The pages of an epoch that overlaps the window in any way are possible. A tracker
+must report all certain pages and no page that is not possible; its precision lies between
+the values for the two sets.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from kvmhost.tools.accuracy.kinds import (
 
 __all__ = ["measure"]
 
-#: A window has to hold whole epochs, or nothing in it is certain.
+#: A window must contain whole epochs, or no page of it is certain.
 _EPOCHS = 4
 _POLL_S = 0.0005
 _MAX_WINDOWS = 250
-#: How long the first window may take on a host that is busy otherwise.
+#: Maximum length of the first window, on a host that is busy with other work.
 _FIRST_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """One harvest, with the epochs rung by each vCPU at the times that bound it."""
+    """One harvest, with the doorbell counts of each vCPU at the times that bound it."""
 
     young: YoungBitmap
     began: list[int]
@@ -50,15 +51,15 @@ class _Window:
 
 
 def measure(kind: TrackerKind, workload_name: str, engine: str, seconds: float) -> dict[str, Any]:
-    """Harvest again and again; check each bitmap against its bounds."""
+    """Harvest repeatedly; check each bitmap against its bounds."""
     workload = FREE_WORKLOADS[workload_name]
     sums = dict.fromkeys(("young", "certain", "missed", "wrong", "confirmed"), 0)
     with workload.machine(kind, engine) as machine:
         windows = _harvest(machine, kind, seconds)
         params = machine.params
-    # Afterwards, since it takes longer than the guest takes for as many epochs.
+    # Computed after the run: it takes longer than the guest takes for as many epochs.
     for window in windows:
-        # In progress at either end: counted as possible, not as certain.
+        # Epochs in progress at either end count as possible, not as certain.
         possible = _union(workload, params, kind, window.began, window.after, 1)
         certain = _union(workload, params, kind, window.armed, window.before, 0)
         _add(sums, window.young.as_bool(), certain, possible)
@@ -105,9 +106,9 @@ def _union(
     ends: list[int],
     in_progress: int,
 ) -> Bits:
-    """Return what each vCPU touched in the epochs between two readings of its doorbells.
+    """Return the pages that the vCPUs touched in the epochs between two doorbell readings.
 
-    :param in_progress: 1: count those that were in progress at either reading, too
+    :param in_progress: 1: include the epochs in progress at either reading
     """
     bits = np.zeros(PAGES, dtype=bool)
     for vcpu, (start, end) in enumerate(zip(starts, ends, strict=True)):

@@ -1,4 +1,4 @@
-"""The report as tables: boxed on a terminal, Markdown in a pipe."""
+"""Print the report as tables: boxed on a terminal, Markdown in a pipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvmhost.printable import printable
 __all__ = ["show"]
 
 _PIPE_WIDTH = 250
-#: Columns that hold words.
+#: Columns that contain text.
 _WORDS = ("workload", "re-armed")
 
 
@@ -38,7 +38,7 @@ def show(report: dict[str, Any]) -> None:
         if on_terminal:
             console.print(table)
         else:
-            # Without the padding to the full width.
+            # Remove the padding to the full width.
             with console.capture() as capture:
                 console.print(table)
             print("\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip()))

@@ -1,4 +1,4 @@
-"""``kvmhost bench NAME``: measurements, each a ratio of two variants in one run."""
+"""``kvmhost bench NAME``: benchmarks, each of which compares two variants in one run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvmhost.tools.parser import CommandParser
 
 __all__ = ["SUBCOMMANDS", "main", "parser"]
 
-#: Name, which is also its module here, and one line about it.
+#: One-line description by name, which is also the name of the module in this package.
 SUBCOMMANDS = {
     "walk": "harvest over live entries against a plain sum and a bare atomic loop",
     "exits": "port exits in the C loop and in Python against a minimal C loop",

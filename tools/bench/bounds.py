@@ -1,4 +1,4 @@
-"""What each benchmark figure is held to.
+"""The bound on each benchmark figure.
 
 The tables of README.md and docs/ quote these by :attr:`Bound.what`; a test compares them.
 """
@@ -14,9 +14,9 @@ __all__ = ["BOUNDS", "Bound"]
 class Bound:
     """One bound.
 
-    :param what: the figure, as the tables in the documentation name it
-    :param unit: empty for a ratio
-    :param least: a lower bound; else an upper one
+    :param what: name of the figure in the tables of the documentation
+    :param unit: unit of the figure; empty for a ratio
+    :param least: whether it is a lower bound; otherwise it is an upper bound
     """
 
     what: str
@@ -29,7 +29,7 @@ class Bound:
         return f"{'at least' if self.least else 'at most'} {self.limit:g}{unit}"
 
 
-#: By benchmark and key of its JSON report.
+#: Bounds by benchmark and by key of its JSON report.
 BOUNDS = {
     "walk.old_of_sum": Bound(
         "harvest, all pages old, speed relative to a plain 64-bit sum", 0.7, least=True

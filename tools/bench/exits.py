@@ -1,9 +1,9 @@
-"""``kvmhost bench exits``: what a port exit costs beside KVM itself.
+"""``kvmhost bench exits``: the cost of a port exit, relative to a minimal C loop.
 
-Five ways to handle the same guest's port writes, in turn, in one run: a
+Five methods of handling the same guest's port writes take turns in one run: a
 hand-written minimal C loop, the C run loop (which counts the write as a
-doorbell), a device in Python, an eventfd that KVM itself writes (ioeventfd), and
-the ring in which KVM gathers writes (coalesced). The last two spare the exit.
+doorbell), a device in Python, an eventfd that KVM signals (ioeventfd), and the
+ring in which KVM collects writes (coalesced). The last two avoid the exit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Counter:
 
 
 def run(count: int = 10_000, repeats: int = 9) -> dict[str, Any]:
-    """Measure; ``ns_per_exit`` by way, and the ratios to the minimal loop.
+    """Measure ``ns_per_exit`` of each method, and the ratios to the minimal loop.
 
     :raises CapabilityError: without /dev/kvm
     """
@@ -68,7 +68,7 @@ def run(count: int = 10_000, repeats: int = 9) -> dict[str, Any]:
         way(count // 10)
     for turn in range(repeats):
         names = list(ways)
-        first = turn % len(names)  # nobody is always the first one of a round
+        first = turn % len(names)  # rotate the method that starts a round
         for name in names[first:] + names[:first]:
             times[name].append(ways[name](count))
     median = {name: statistics.median(values) for name, values in times.items()}
@@ -81,7 +81,7 @@ def run(count: int = 10_000, repeats: int = 9) -> dict[str, Any]:
 
 
 def _ratio(values: Sequence[float], base: Sequence[float]) -> float:
-    """Return the median of the ratios in each round: a slow minute slows both."""
+    """Return the median of the per-round ratios: a slow period slows both variants."""
     return statistics.median(value / least for value, least in zip(values, base, strict=True))
 
 
@@ -131,7 +131,7 @@ def _by_eventfd(count: int) -> float:
 
 
 def _coalesced(count: int) -> float:
-    """Empty the ring whenever it was full: that write comes out as an ordinary exit."""
+    """Empty the ring whenever it is full: the next write then causes an ordinary exit."""
     with _machine(_PYTHON_PORT, count) as machine:
         assert isinstance(machine.engine, KvmEngine)
         core, vm = machine.engine.cores[0], machine.engine.vm

@@ -1,11 +1,11 @@
-"""``kvmhost bench harvest``: trackers on a 1 GiB guest, and what the guest pays.
+"""``kvmhost bench harvest``: the speed of trackers on a 1 GiB guest, and the guest's loss.
 
-The guest touches a hot set over and over: it reads, or writes for a tracker that sees
-only writes. Measured for each tracker: a scan of all pages, a clearing and re-arming of
-the hot ones, the guest's throughput at one harvest a second against none, in turn. A
-re-armed page costs the guest one fault on its next touch, which nothing can save; so
-the time lost is compared with (hot pages x the bare cost of such a fault), measured in
-the same run by re-arming the hot set between two epochs.
+The guest touches a hot set repeatedly: it reads, or writes if the tracker sees writes
+only. For each tracker the benchmark measures a scan of all pages, clearing and re-arming
+the hot pages, and the guest's throughput with one harvest per second and with none, in
+turn. A re-armed page costs the guest one fault on its next touch, which cannot be
+avoided. The lost time is therefore compared with (hot pages x the bare cost of such a
+fault), which is measured in the same run by re-arming the hot set between two epochs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kvmhost.units import PAGE_BYTES
 
 __all__ = ["LOST_BOUND", "hot_machine", "main", "parser", "run"]
 
-#: The time lost should be at most so many times the bare re-faults.
+#: Upper bound on the lost time, as a multiple of the bare re-faults.
 LOST_BOUND = BOUNDS["harvest.lost_of_bare_refault"].limit
 _STEPS = 5
 
@@ -42,9 +42,9 @@ def run(
     repeats: int = 9,
     trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measure every tracker that works here; ``trackers`` holds one row each.
+    """Measure every tracker that works on this host; ``trackers`` contains one row for each.
 
-    :param seconds: length of a segment, of which each has one without harvests around it
+    :param seconds: length of a segment; segments without harvests precede and follow it
     :raises LayoutError: for an unknown tracker
     :raises CapabilityError: without /dev/kvm
     """
@@ -62,7 +62,7 @@ def run(
 
 
 def hot_machine(kind: TrackerKind, mem_bytes: int, hot: int) -> Machine:
-    """Make a machine that touches its first ``hot`` pages for ever, stopped at doorbells."""
+    """Make a machine that touches its first ``hot`` pages without end and stops at doorbells."""
     params = {"start_gfn": START_GFN, "pages": hot, "epochs": 0, "write": int(kind.only_writes)}
     machine = Machine(
         image_path("touch"),
