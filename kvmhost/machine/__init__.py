@@ -1,4 +1,4 @@
-"""Machines: one VM, put together.
+"""Machines: one VM with all its parts.
 
 ======  ======================  ================================================
 kind    class                   for
@@ -9,7 +9,7 @@ pc      ``pc.PcMachine``        multiboot, PVH, ELF and bare images, at
                                 privilege level 0
 ======  ======================  ================================================
 
-:func:`make_machine` chooses by image. What every kind has is :class:`BaseMachine`.
+:func:`make_machine` chooses by image. :class:`BaseMachine` is their common base.
 """
 
 from kvmhost.machine.base import BaseMachine

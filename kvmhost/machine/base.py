@@ -1,4 +1,4 @@
-"""What every machine is: memory, engine, vCPUs, devices and pager of one VM.
+"""Base of all machines: memory, engine, vCPUs, devices and pager of one VM.
 
 A kind of machine is one module with a subclass of :class:`BaseMachine`:
 :mod:`kvmhost.machine.tiny` and :mod:`kvmhost.machine.pc` are the two that exist. Its
@@ -67,7 +67,7 @@ class NamedImage(typing.Protocol):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What the image asks for and does not get, one line each."""
+        """Requests of the image that are not met, one line each."""
 
 
 class BaseMachine(Closing, abc.ABC):
@@ -110,9 +110,9 @@ class BaseMachine(Closing, abc.ABC):
         self.vcpus: list[Vcpu] = []
         self._statuses: dict[int, int] = {}
         self._error: BaseException | None = None
-        # Held by whoever starts the vCPUs, or changes whether they stop at doorbells.
+        # Held while the vCPUs are started or stepping by doorbell is switched.
         self._run_lock = threading.RLock()
-        # Held by whoever runs or reads vCPUs outside of their threads.
+        # Held while a vCPU is run or read outside of its thread.
         self._vcpu_access = threading.RLock()
         self._harvester: Harvester | None = None
         self._opening = threading.Lock()
@@ -157,7 +157,7 @@ class BaseMachine(Closing, abc.ABC):
 
     @property
     def closed(self) -> bool:
-        """Whether :meth:`close` was called: what needs the VM then raises ``StateError``."""
+        """Whether :meth:`close` was called: methods that need the VM then raise ``StateError``."""
         return self._closed
 
     def _check_open(self) -> None:
@@ -173,7 +173,7 @@ class BaseMachine(Closing, abc.ABC):
     def _title(self) -> str:
         return f"machine {self.name!r}" if self.name else "the machine"
 
-    # -- what a kind of machine provides ---------------------------------------
+    # -- methods that a kind of machine implements -------------------------------
 
     @abc.abstractmethod
     def assemble(self) -> list[Vcpu]:
@@ -240,7 +240,7 @@ class BaseMachine(Closing, abc.ABC):
             self.runner.start()
 
     def pause(self, timeout: float = PAUSE_TIMEOUT_S) -> None:
-        """Stop guest code on every vCPU; return when all stand still. Pauses nest.
+        """Stop guest code on every vCPU; return when all have stopped. Pauses nest.
 
         Works before :meth:`start` and after the end. Any thread.
 
@@ -256,9 +256,9 @@ class BaseMachine(Closing, abc.ABC):
 
     @contextlib.contextmanager
     def stopped_vcpus(self, timeout: float = PAUSE_TIMEOUT_S) -> Iterator[None]:
-        """Have the vCPUs to oneself inside the context: none runs, no other thread uses them.
+        """Use the vCPUs exclusively inside the context: none runs, no other thread uses them.
 
-        Whoever pauses or resumes meanwhile changes only what holds after it.
+        A concurrent pause or resume takes effect after the context.
 
         :raises PauseTimeout: if a vCPU does not stop in time
         """
@@ -268,12 +268,12 @@ class BaseMachine(Closing, abc.ABC):
 
     @property
     def paused(self) -> bool:
-        """Whether the vCPUs are held back."""
+        """Whether the vCPUs are paused."""
         return self.runner.paused
 
     @property
     def still(self) -> bool:
-        """Whether the vCPUs are held back and none runs any more."""
+        """Whether the vCPUs are paused and none runs any more."""
         return self.runner.still
 
     @property
@@ -320,7 +320,7 @@ class BaseMachine(Closing, abc.ABC):
 
         :raises StateError: before :meth:`start`, or after :meth:`close`
         :raises GuestTimeout: if it still runs after ``timeout`` seconds
-        :raises GuestError: if a vCPU ended in a way that its contract does not know
+        :raises GuestError: if a vCPU ended abnormally
         """
         self._check_started()
         if not self.runner.wait_ended(timeout):
@@ -337,13 +337,13 @@ class BaseMachine(Closing, abc.ABC):
         return next((s for _, s in sorted(self._statuses.items()) if s), 0)
 
     def describe_vcpu(self, index: int) -> str:
-        """Return what a vCPU does and where; it must not run."""
+        """Return the state of a vCPU and its address; it must not run."""
         self._check_open()
         what = "ended" if index in self.ended_vcpus else "stands"
         return f"vCPU {index} {what}: {registers_line(self.vcpus[index].registers())}"
 
     def describe_vcpus(self) -> dict[int, str]:
-        """Return :meth:`describe_vcpu` of all, by index; they are held meanwhile.
+        """Return :meth:`describe_vcpu` of all, by index; they are paused meanwhile.
 
         :raises PauseTimeout: if a vCPU does not stop in time
         """
@@ -353,7 +353,7 @@ class BaseMachine(Closing, abc.ABC):
 
     @property
     def statuses(self) -> dict[int, int]:
-        """What vCPUs have reported so far, by index."""
+        """Exit statuses reported so far, by vCPU index."""
         return dict(self._statuses)
 
     @property
@@ -362,9 +362,9 @@ class BaseMachine(Closing, abc.ABC):
         return self.runner.ended_vcpus
 
     def settle(self) -> None:
-        """Finish what a paused vCPU has begun: the access that its last exit was about.
+        """Complete the access of a paused vCPU's last exit.
 
-        Only then KVM's registers are whole. Inside of :meth:`stopped_vcpus`.
+        KVM's registers are consistent only after that. Call it inside :meth:`stopped_vcpus`.
         """
         self._check_open()
         for vcpu in self.vcpus:
@@ -377,7 +377,7 @@ class BaseMachine(Closing, abc.ABC):
     def single_step(self, index: int = 0) -> Exit:
         """Run one instruction of a vCPU while all others are stopped; on the kvm engine.
 
-        A machine that is not paused goes on afterwards.
+        A machine that is not paused resumes afterwards.
 
         :return: :class:`~kvmhost.exits.Debug`, or the exit that the instruction caused
             and that ends the guest
@@ -410,7 +410,7 @@ class BaseMachine(Closing, abc.ABC):
             core.single_step(False)
 
     def adopt(self, ended: set[int], statuses: Mapping[int, int], doorbells: list[int]) -> None:
-        """Take over from a snapshot what is not in KVM; before :meth:`start`."""
+        """Set the state of a snapshot that KVM does not hold; before :meth:`start`."""
         self._check_open()
         self.runner.mark_ended(ended)
         self._statuses = dict(statuses)
@@ -419,7 +419,7 @@ class BaseMachine(Closing, abc.ABC):
 
     @property
     def error(self) -> BaseException | None:
-        """What ended the guest against its will."""
+        """The error that ended the guest, if any."""
         return self._error
 
     def fail(self, error: BaseException) -> None:
@@ -428,15 +428,15 @@ class BaseMachine(Closing, abc.ABC):
         self.runner.give_up()
 
     def stop(self) -> None:
-        """End every vCPU, wherever it is.
+        """End every vCPU, in any state.
 
-        :raises KvmHostError: if a vCPU's thread does not come back
+        :raises KvmHostError: if a vCPU's thread does not end
         """
-        # After a fault that nobody serves there is no use in waiting long.
+        # After a fault that cannot be served, a long wait is useless.
         if self.runner.stop(timeout=0.5 if isinstance(self._error, PagerError) else 5.0):
             return
-        # A thread that waits in the kernel for a page that will not come: closing the
-        # userfaultfd lets it go, and the stop request keeps it out of guest mode.
+        # A thread may wait in the kernel for a page that cannot be restored: closing the
+        # userfaultfd wakes it, and the stop request keeps it out of guest mode.
         if self._harvester is not None:
             self._harvester.stop()
         self.paging.abandon()
@@ -444,11 +444,11 @@ class BaseMachine(Closing, abc.ABC):
             raise KvmHostError("a vCPU thread does not come back from guest mode")
 
     def console_text(self) -> str:
-        """Return what the guest printed, up to 64 KiB."""
+        """Return the guest's console output, up to 64 KiB."""
         return self.serial.text()
 
     def result(self, vcpu: int = 0) -> GuestResult:
-        """Return what a vCPU left in the parameter page."""
+        """Return a vCPU's result from the parameter page."""
         self._check_open()
         return read_result(self.memory, vcpu)
 
@@ -507,14 +507,14 @@ class BaseMachine(Closing, abc.ABC):
         return self.paging.drop(gfn, n_pages)
 
     def tracked_vm(self) -> TrackedVm:
-        """Return what trackers use of this VM."""
+        """Return the parts of this VM that trackers use."""
         self._check_open()
         from kvmhost.trackers.base import TrackedVm
 
         return TrackedVm(self.memory, self.engine, self.tables_gpa, self.paging.open_userfault)
 
     def harvester(self) -> Harvester:
-        """Return what does this VM's harvests and owns its tracker, made at the first call."""
+        """Return this VM's harvester, which owns its tracker; created at the first call."""
         self._check_open()
         with self._opening:
             if self._harvester is None:
@@ -526,7 +526,7 @@ class BaseMachine(Closing, abc.ABC):
     def use_tracker(self, name: str = "auto") -> Tracker:
         """Return a started tracker; another one in use is stopped first.
 
-        :raises CapabilityError: if it does not work here
+        :raises CapabilityError: if it does not work on this host
         :raises LayoutError: for an unknown name
         """
         return self.harvester().use(name)
@@ -547,7 +547,7 @@ class BaseMachine(Closing, abc.ABC):
         fraction: float | None = None,
         mask: Words | None = None,
     ) -> Harvest:
-        """Return the young pages of a range; one call works at a time.
+        """Return the young pages of a range; concurrent calls wait.
 
         :param n_pages: None: to the end of memory
         :param tracker: ``auto`` keeps the one in use
@@ -556,7 +556,7 @@ class BaseMachine(Closing, abc.ABC):
         :param fraction: with ``rearm="sample"``, from 1/65536 to 1; None: a default
         :param mask: shape ``(ceil(n_pages / 64),)``: clear only where the bit is 1
         :raises CapabilityError: if the tracker does not work here
-        :raises LayoutError: if range, mask or names are wrong
+        :raises LayoutError: if the range, the mask or a name is invalid
         """
         harvester = self.harvester()
         if n_pages is None:

@@ -1,8 +1,8 @@
-"""Guest memory in chunks of 1 MiB, for snapshots: read under a freeze, and put back.
+"""Guest memory in chunks of 1 MiB, for snapshots: read while frozen, and restored.
 
 A chunk is up to 256 neighbouring pages of one region; pages that are all zero are not
-kept. Evicted pages are read from the pager's store where they are, and go back into it
-where the limit has no room for them: neither saving nor restoring makes memory grow.
+kept. Evicted pages are read directly from the pager's store, and restored into it if they
+exceed the limit: neither saving nor restoring increases memory use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHUNK_BYTES = CHUNK_PAGES * PAGE_BYTES
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChunkRange:
-    """Which pages one chunk is about.
+    """The pages of one chunk.
 
     :ivar region: number of the region
     :ivar page: first page, counted within the region
@@ -77,7 +77,7 @@ def crc32c(data: bytes | bytearray | memoryview) -> int:
 
 
 class ChunkReader:
-    """Reads chunks of a VM whose vCPUs stand still.
+    """Reads chunks of a VM whose vCPUs are stopped.
 
     :param pager_core: from :meth:`~kvmhost.pager.Pager.frozen`; None: there is no pager
     """
@@ -122,7 +122,7 @@ def _unreadable(gfn: int, number: int) -> str:
 class ChunkWriter:
     """Fills the memory of a VM that has not started; holes stay holes.
 
-    :param pager: an armed pager with a limit, which then holds from the first page on;
+    :param pager: an armed pager with a limit, enforced from the first page on;
         None: everything becomes resident
     """
 
@@ -134,7 +134,7 @@ class ChunkWriter:
         self._room = max(0, limit - n_pinned) if limit else memory.n_pages
 
     def fill(self, where: ChunkRange, held: bytes, data: memoryview) -> None:
-        """Put the pages of a chunk where they belong.
+        """Write the pages of a chunk to memory or the store.
 
         :param held: which pages ``data`` has, as :meth:`ChunkReader.read` returns it
         :raises LayoutError: if ``data`` has a page that is all zero, or the store is full;

@@ -1,13 +1,13 @@
-"""One line about the instruction at which a guest came to its end, and a hint.
+"""Describes the instruction at which a guest failed, in one line, with a hint.
 
-capstone is imported only then. Without it, the bytes have to do.
+capstone is imported on demand. Without it, the line has only the bytes.
 """
 
 from __future__ import annotations
 
 __all__ = ["disassemble", "hint"]
 
-#: Mnemonic prefix: what helps. What KVM's emulator lacks was found by running it.
+#: Remedies by mnemonic prefix. The gaps of KVM's emulator were found by experiment.
 _HINTS = (
     (("iretq",), "return from an interrupt to level 0 only"),
     (("iret",), "in 32-bit code end the handler with popf and a far return; iretq works"),

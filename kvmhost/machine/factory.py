@@ -25,12 +25,12 @@ def make_machine(
     options: PcOptions | None = None,
     **common: typing.Any,
 ) -> BaseMachine:
-    """Make the machine that an image needs.
+    """Create the machine that an image needs.
 
     :param loader: one of :data:`kvmhost.boot.loaders.LOADERS`
     :param mem_bytes: guest memory; 0: the default of the kind
-    :param options: what only a ``pc`` takes; its command line begins with ``path``
-    :param common: what every kind takes, see :class:`~kvmhost.machine.base.BaseMachine`
+    :param options: options of a ``pc`` only; its command line begins with ``path``
+    :param common: options of every kind, see :class:`~kvmhost.machine.base.BaseMachine`
     :raises ImageError: if the image cannot be used
     :raises LayoutError: if sizes, counts or parameters do not fit
     :raises CapabilityError: if the engine does not run on this host

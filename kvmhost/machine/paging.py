@@ -22,11 +22,11 @@ __all__ = ["Paging"]
 class Paging:
     """Owns the userfaultfd and the pager of one VM.
 
-    A VM that evicts nothing opens neither, and its process imports neither.
+    A VM that evicts nothing neither opens nor imports them.
 
     :param pinned_ranges: ``(gpa, n_bytes)`` that are never evicted or dropped
     :param options: where evicted pages are kept; None: compressed, in memory
-    :param on_failure: called in the fault handler's thread if it cannot go on
+    :param on_failure: called in the fault handler's thread if it fails
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Paging:
             return self._pager
 
     def note_young(self, young: YoungBitmap) -> None:
-        """Inform the pager, if there is one, which pages a harvest found young."""
+        """Pass the young pages of a harvest to the pager, if there is one."""
         if self._pager is not None:
             self._pager.note_young(young)
 
@@ -98,9 +98,9 @@ class Paging:
         return self._pager.drop(gfn, n_pages).dropped
 
     def fault_in(self, gfn: int) -> None:
-        """Bring a page back before the VMM itself reads it.
+        """Restore a page before the VMM itself reads it.
 
-        :raises LostPageError: if the store cannot give it back: reading it would end the process
+        :raises LostPageError: if the store cannot restore it: reading it would end the process
         """
         if self._pager is not None:
             self._pager.restore(gfn)
@@ -108,7 +108,7 @@ class Paging:
                 raise LostPageError([gfn], self._pager.lost_reason())
 
     def abandon(self) -> None:
-        """Release threads that wait for a page which will not come; nothing is served again."""
+        """Wake threads that wait for a page that cannot be restored; no fault is served again."""
         if self._userfault is not None:
             if self._pager is not None:
                 self._pager.stop()

@@ -1,4 +1,4 @@
-"""The ``pc`` machine: what small kernels and test images expect of a PC.
+"""The ``pc`` machine: the PC hardware that small kernels and test images expect.
 
 In the kernel: PICs, I/O APIC, local APICs, PIT (and port 0x61). In C: the serial port.
 Here: fw_cfg, clock, ACPI registers, reset and exit ports, the test device. There is no
@@ -52,7 +52,7 @@ SERIAL_IRQ = 4
 TEST_IO_PORT, TEST_FLUSH_PORT, TEST_BYTE_PORT, TEST_IRQ_PORT = 0xE0, 0xE4, 0xE8, 0x2000
 TEST_MEMORY_GPA, TEST_MEMORY_BYTES = 0xFF00_0000, 0x1_0000
 _ISA_LINES = 16
-#: How often a machine in which nothing moves is looked at more closely, at first.
+#: Initial interval at which an idle machine is checked for a permanent halt.
 _LOOK_S, _LOOK_MAX_S = 0.25, 2.0
 
 
@@ -68,7 +68,7 @@ class SnapshotDevice(BusDevice, typing.Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PcOptions:
-    """What a ``pc`` is given beside its image.
+    """Options of a ``pc`` beside its image.
 
     :ivar append: arguments; the command line is the image's name and these
     :ivar modules: files for the boot protocol's module list
@@ -83,7 +83,7 @@ class PcOptions:
 
     @property
     def given(self) -> str:
-        """Names what was given, for messages; empty if nothing was."""
+        """The names of the options in use, for messages; empty if there are none."""
         words = [
             ("--append", bool(self.append)),
             ("--initrd", bool(self.modules)),
@@ -99,7 +99,7 @@ class PcMachine(BaseMachine):
     :param image: a checked image, see :mod:`kvmhost.boot.loaders`
     :param options: command line, modules, fw_cfg files
     :param engine: ``auto`` or ``kvm``
-    :param params: none: a pc takes a command line
+    :param params: must be empty: a pc takes a command line
     :param common: as for :class:`~kvmhost.machine.base.BaseMachine`
     """
 
@@ -131,7 +131,7 @@ class PcMachine(BaseMachine):
             raise CapabilityError(
                 "machine pc", "the kvm engine", "--engine emulated", "use a host with /dev/kvm"
             )
-        #: The engine, which knows the interrupt hardware.
+        #: The engine, with access to the interrupt hardware.
         self.pc_engine = KvmPcEngine(self._options.cpu)
         super().__init__(image, self._pc_layout, self.pc_engine, n_vcpus=n_vcpus, **common)
 
@@ -139,7 +139,7 @@ class PcMachine(BaseMachine):
 
     @property
     def options(self) -> PcOptions:
-        """What it was given beside its image."""
+        """Its options beside the image."""
         return self._options
 
     @property
@@ -194,8 +194,8 @@ class PcMachine(BaseMachine):
         for name, port, count, device in ports:
             bus.add_port(port, count, device)
             self.devices[name] = device
-        bus.add_port(TEST_BYTE_PORT, 4, echo)  # The same bytes once more.
-        # The keyboard controller has two ports with others in between.
+        bus.add_port(TEST_BYTE_PORT, 4, echo)  # The same bytes at a second port.
+        # The two ports of the keyboard controller are not adjacent.
         bus.add_port(0x64, 1, _At(self.devices["keyboard"], 4))
         memory = board.TestMemory(TEST_MEMORY_BYTES)
         bus.add_mmio(TEST_MEMORY_GPA, TEST_MEMORY_BYTES, memory)
@@ -271,7 +271,7 @@ class PcMachine(BaseMachine):
 
     def _fail_if_halted(self) -> None:
         """Fail if no processor can ever run again: halted, and interrupts off."""
-        # Not stopped in time: then it waits for something else than an interrupt.
+        # A vCPU that does not stop in time waits for something other than an interrupt.
         with contextlib.suppress(PauseTimeout), self.runner.hold(_LOOK_S):
             dead = not self.runner.ended and all(self._is_dead(v.index) for v in self.vcpus)
             if dead:
@@ -285,14 +285,14 @@ class PcMachine(BaseMachine):
         return state != MP_RUNNABLE and index > 0
 
     def describe_vcpu(self, index: int) -> str:
-        """Return what a processor does and where; it must not run."""
+        """Return the state of a processor and its address; it must not run."""
         self._check_open()
         state = MP_STATES.get(self.pc_engine.mp_state(index), "unknown state")
         return f"vCPU {index} {state}: {registers_line(self.vcpus[index].registers())}"
 
 
 class _At:
-    """A device seen from another port: offsets count on from ``start``."""
+    """A device seen from another port: offsets begin at ``start``."""
 
     def __init__(self, device: BusDevice, start: int) -> None:
         self._device, self._start = device, start

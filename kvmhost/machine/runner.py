@@ -2,12 +2,12 @@
 
 Each vCPU has one thread. A thread is *parked* while it waits between two runs:
 because the machine is paused, or because the vCPU stopped at a doorbell and
-nobody has let it go on; a thread that has not started counts as parked. Kicks
-bring a running vCPU to where it can park; there is no polling anywhere.
+has not been released; a thread that has not started counts as parked. Kicks
+make a running vCPU return so that it can park; there is no polling.
 
-Any thread may call anything at any time. What changes what a vCPU may do is
-changed under one lock, and the vCPUs are kicked under it too, so none is kicked
-after it has ended. A call that fails leaves the counts as it found them.
+All methods are thread-safe. The state that controls the vCPUs is protected by one
+lock, and the vCPUs are kicked under it too, so none is kicked after it has ended.
+A call that fails does not change the counts.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from kvmhost.exits import Exit, Kicked
 
 __all__ = ["PAUSE_TIMEOUT_S", "Runner", "Step"]
 
-#: Seconds that a pause waits for the vCPUs, unless told otherwise.
+#: Default time-out of a pause, in seconds.
 PAUSE_TIMEOUT_S = 30.0
 
 
 class Step(enum.Enum):
-    """What a vCPU does after an exit."""
+    """The action of a vCPU after an exit."""
 
     GO_ON = enum.auto()
     HOLD = enum.auto()  # park until released: it stopped at a doorbell
     END = enum.auto()  # this vCPU is done
-    END_ALL = enum.auto()  # the whole machine is done
+    END_ALL = enum.auto()  # all vCPUs are done
 
 
 class Runner:
@@ -54,8 +54,8 @@ class Runner:
         self._vcpus = list(vcpus)
         self._on_exit, self._on_error = on_exit, on_error
         self._changed = threading.Condition()
-        self._paused = 0  # by pause(), undone by anyone's resume()
-        self._holds = 0  # by hold(), undone by nobody else
+        self._paused = 0  # by pause(), undone by any resume()
+        self._holds = 0  # by hold(), undone only by its own end
         self._stepping = False
         self._started = False
         self._stopping = False
@@ -69,7 +69,7 @@ class Runner:
         ]
 
     def start(self) -> None:
-        """Start the threads. After :meth:`stop` there is nothing to start."""
+        """Start the threads. Does nothing after :meth:`stop`."""
         with self._changed:
             if self._started:
                 raise StateError("the machine", "has been started before")
@@ -88,7 +88,7 @@ class Runner:
             try:
                 self._wait_still(timeout)
             except BaseException:
-                # Someone may have resumed meanwhile what was not paused yet.
+                # Another thread may have resumed meanwhile, before this pause was complete.
                 self._paused = max(0, self._paused - 1)
                 self._changed.notify_all()
                 raise
@@ -107,7 +107,7 @@ class Runner:
 
     @contextlib.contextmanager
     def hold(self, timeout: float = PAUSE_TIMEOUT_S) -> Iterator[None]:
-        """Keep every vCPU parked inside the context, whoever pauses and resumes meanwhile.
+        """Keep every vCPU parked inside the context, regardless of pauses and resumes.
 
         :raises PauseTimeout: if a vCPU is not parked in time
         """
@@ -124,12 +124,12 @@ class Runner:
 
     @property
     def paused(self) -> bool:
-        """Whether someone holds the vCPUs back."""
+        """Whether a pause or a hold is in effect."""
         return self._paused > 0 or self._holds > 0
 
     @property
     def still(self) -> bool:
-        """Whether someone holds the vCPUs back and all of them are parked."""
+        """Whether a pause or a hold is in effect and all vCPUs are parked."""
         with self._changed:
             return self.paused and self._all_still()
 
@@ -139,14 +139,14 @@ class Runner:
         return self._stepping
 
     def set_stepping(self, on: bool) -> None:
-        """Have vCPUs park at doorbells, or no more: those that do go on."""
+        """Make vCPUs park at doorbells, or stop doing so and release the parked ones."""
         with self._changed:
             self._stepping = on
         if not on:
             self.release()
 
     def release(self) -> None:
-        """Let the vCPUs that stopped at doorbells go on."""
+        """Release the vCPUs that stopped at doorbells."""
         with self._changed:
             self._held.clear()
             self._changed.notify_all()
@@ -154,7 +154,7 @@ class Runner:
     def wait_held(self, timeout: float | None = None) -> bool:
         """Wait until every vCPU stopped at a doorbell or ended; False on timeout.
 
-        Nor does it wait for vCPUs that are not to stop, or not any more.
+        Returns at once if stepping is off, or as soon as it is switched off.
         """
 
         def arrived() -> bool:
@@ -178,9 +178,9 @@ class Runner:
         return len(self._ended) == len(self._vcpus)
 
     def cpu_seconds(self) -> float:
-        """Return the processor time of all vCPU threads together.
+        """Return the total processor time of all vCPU threads.
 
-        It stands still only while every one of them waits in the kernel.
+        It is constant only while all of them wait in the kernel.
         """
         total = 0.0
         for thread in self._threads:
@@ -198,12 +198,12 @@ class Runner:
             return set(self._ended)
 
     def mark_ended(self, indexes: set[int]) -> None:
-        """Say before the start that vCPUs have ended already: their threads do not start."""
+        """Mark vCPUs as ended before the start: their threads do not start."""
         with self._changed:
             self._ended |= indexes & {vcpu.index for vcpu in self._vcpus}
 
     def request_stop(self) -> None:
-        """Ask every vCPU to end; does not wait."""
+        """Request every vCPU to end; does not wait."""
         with self._changed:
             self._stopping = True
             if not self._started:
@@ -212,13 +212,13 @@ class Runner:
             self._kick_all()
 
     def give_up(self) -> None:
-        """Ask every vCPU to end, and let nobody wait for it: one may be stuck in a fault."""
+        """Request every vCPU to end, and release all waiters: one may be stuck in a fault."""
         with self._changed:
             self._given_up = True
         self.request_stop()
 
     def stop(self, timeout: float = 10.0) -> bool:
-        """End every vCPU and join the threads; False if one does not come back."""
+        """End every vCPU and join the threads; False if one does not end."""
         self.request_stop()
         deadline = time.monotonic() + timeout
         for thread in self._threads:
@@ -226,7 +226,7 @@ class Runner:
                 thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    # Below, the lock is held by whoever calls, up to _park().
+    # The caller of the methods below, up to _park(), holds the lock.
 
     def _kick_all(self) -> None:
         for vcpu in self._vcpus:
@@ -246,7 +246,7 @@ class Runner:
         return self._stopping or not (self._paused or self._holds or index in self._held)
 
     def _park(self, index: int) -> bool:
-        """Wait for leave to run; False if the machine stops."""
+        """Wait until the vCPU may run; False if the machine stops."""
         with self._changed:
             if not self._may_run(index):
                 self._parked.add(index)
@@ -268,7 +268,7 @@ class Runner:
                     self._hold(vcpu.index)
                 elif step in (Step.END, Step.END_ALL):
                     break
-        except BaseException as error:  # noqa: BLE001 - a thread has nobody above it
+        except BaseException as error:  # noqa: BLE001 - a thread has no caller
             self._on_error(vcpu, error)
             step = Step.END_ALL
         with self._changed:

@@ -18,8 +18,8 @@ Little-endian::
 
 The table follows from the size of the VM, the memory from the table, and the size of the
 file from all of these: a file of another size is refused. No page in the file is all
-zero, so that restoring costs what the file says, also where the file is sparse. What was
-written as version 1 is refused by its number.
+zero, so that the cost of restoring follows from the file's header, even for a sparse file.
+Files of version 1 are refused.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ __all__ = [
 MAGIC, VERSION = b"KVMSNAP\0", 2
 HEAD = struct.Struct("<8sIIQQIII")
 TABLE_ENTRY = struct.Struct(f"<{CHUNK_PAGES // 8}sI")
-#: What a state may take, fw_cfg files included; the same for writing and reading.
+#: Maximum size of a state, fw_cfg files included; the same for writing and reading.
 MAX_STATE_BYTES = 64 << 20
-#: A VM may have so many times the host's memory: the rest is evicted, or never touched.
+#: Maximum ratio of a VM's memory to the host's: the rest is evicted or never touched.
 _MAX_OVERCOMMIT = 8
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -107,9 +107,9 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def check_mem_bytes(mem_bytes: int) -> None:
-    """Refuse a VM that is out of proportion to this host.
+    """Refuse a VM that is too large for this host.
 
-    :raises LayoutError: says how large a VM may be
+    :raises LayoutError: states the maximum size
     """
     limit = _MAX_OVERCOMMIT * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if mem_bytes > limit:
@@ -125,7 +125,7 @@ def check_mem_bytes(mem_bytes: int) -> None:
 def encode_state(state: State) -> bytes:
     """Return a state as JSON.
 
-    :raises LayoutError: if it is longer than :func:`read_state` takes
+    :raises LayoutError: if it is longer than :func:`read_state` accepts
     """
     check_mem_bytes(state.mem_bytes)
     raw = msgspec.json.encode(state)
@@ -144,7 +144,7 @@ def pack_head(state: bytes, n_pages: int, table: bytes) -> bytes:
 
 
 def memory_offset(state_bytes: int) -> int:
-    """Return where memory starts in the file."""
+    """Return the file offset of memory."""
     return -(-(HEAD.size + state_bytes) // PAGE_BYTES) * PAGE_BYTES
 
 
@@ -225,7 +225,7 @@ def read_table(
 ) -> list[tuple[ChunkRange, bytes, int]]:
     """Read the table of memory: chunk, bitmap of the pages in the file, CRC-32C of these.
 
-    :param first: where memory starts in the file
+    :param first: file offset of memory
     :raises ImageError: names the chunk
     """
     where = list(chunk_ranges(state.regions))
@@ -251,7 +251,7 @@ def read_table(
 def held_chunks(
     table: list[tuple[ChunkRange, bytes, int]],
 ) -> Iterator[tuple[ChunkRange, bytes, int, int]]:
-    """Yield the chunks of which the file has pages: chunk, bitmap, CRC-32C, pages."""
+    """Yield the chunks with pages in the file: chunk, bitmap, CRC-32C, pages."""
     for chunk, held, crc in table:
         count = int.from_bytes(held, "little").bit_count()
         if count:

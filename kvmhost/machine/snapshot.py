@@ -1,14 +1,14 @@
-"""Snapshots: a whole VM in a file, and back. The file is in :mod:`kvmhost.machine.snapfile`.
+"""Saves a VM to a snapshot file and restores it; :mod:`.snapfile` has the format.
 
-A snapshot shows one moment. The vCPUs are paused, what they had begun is finished, and the
+A snapshot is consistent. The vCPUs are paused, their pending accesses are completed, and the
 pager is frozen: then the state is read, then memory, resident pages from the memfds and
-evicted ones from the store, without bringing a page back. The file gets its name when it
-is complete; whatever happens before that leaves nothing, and the VM runs on.
+evicted ones from the store, without restoring a page. The file gets its name when it is
+complete; a failure before that leaves no file, and the VM keeps running.
 
-A file is untrusted: what is damaged, contradictory or refused by KVM ends in an
-:class:`~kvmhost.errors.ImageError`, and no guest code runs. What this host takes and does
-not keep is logged. The guest's clocks stand still in between, where the host lets their
-counters be set; the wall clock (CMOS) is the host's.
+Files are untrusted: damaged or inconsistent data, or state that KVM refuses, raises an
+:class:`~kvmhost.errors.ImageError`, and no guest code runs. State that this host accepts but
+does not preserve is logged. The guest's clocks do not advance in between, where the host
+allows their counters to be set; the wall clock (CMOS) is the host's.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = ["restore_machine", "save_machine"]
 
 #: Memory is written in pieces of about this size; three are in memory at a time.
 _PIECE_BYTES = 4 << 20
-#: How far the disk may be behind. Bounds what the file takes of the page cache.
+#: Maximum number of dirty bytes of the file, which bounds its use of the page cache.
 _BEHIND_BYTES, _BEHIND_STEP_BYTES = 64 << 20, 16 << 20
 
 log = logging.getLogger("kvmhost.snapshot")
@@ -68,12 +68,12 @@ def save_machine(
     cancelled: Callable[[], bool] = lambda: False,
     stop: bool = False,
 ) -> int:
-    """Write a snapshot; the machine is paused meanwhile and goes on after it.
+    """Write a snapshot; the machine is paused meanwhile and then resumes.
 
     The file appears whole or not at all.
 
-    :param cancelled: asked between pieces of memory; if true, no file is written
-    :param stop: end the guest instead of letting it go on
+    :param cancelled: called between pieces of memory; if true, no file is written
+    :param stop: end the guest instead of resuming it
     :return: bytes of memory in the file
     :raises CapabilityError: if the machine does not run on KVM
     :raises PauseTimeout: if a vCPU does not stop in time
@@ -98,13 +98,13 @@ def save_machine(
 
 
 def restore_machine(path: Path, *, limit_pages: int | None = None, **common: Any) -> BaseMachine:
-    """Make a machine out of a snapshot; it is not started yet.
+    """Create a machine from a snapshot; it is not started yet.
 
-    :param limit_pages: resident limit, held from the first page on: what has no room goes
-        to the store. None: that of the snapshot, if it had one; 0: none
+    :param limit_pages: resident limit, enforced from the first page on: pages above it
+        go to the store. None: that of the snapshot, if it had one; 0: none
     :param common: as for :class:`~kvmhost.machine.base.BaseMachine`, without what the file says
     :raises ImageError: if the file is damaged, of another version, or refused by KVM
-    :raises CapabilityError: if there is a limit and no userfaultfd to hold it with
+    :raises CapabilityError: if there is a limit and no userfaultfd to enforce it
     """
     name = str(path)
     try:
@@ -131,7 +131,7 @@ def _kvm_engine(machine: BaseMachine) -> KvmEngine:
 
 
 def _pager(machine: BaseMachine) -> Pager | None:
-    """Return the pager, so that nobody makes one meanwhile; None if nobody can."""
+    """Return the pager, opened so that no other thread opens it; None if it cannot be opened."""
     try:
         return machine.open_pager()
     except CapabilityError:
@@ -139,7 +139,7 @@ def _pager(machine: BaseMachine) -> Pager | None:
 
 
 def _msrs(machine: BaseMachine, engine: KvmEngine) -> list[int]:
-    """Find out which MSRs there are, while the guest runs but for one call."""
+    """Return the readable MSRs; the guest is stopped only for one call."""
     with machine.stopped_vcpus():
         cpuid = bytes(engine.cores[0].get_cpuid())
     return readable_msrs(cpuid, isinstance(machine, PcMachine))
@@ -207,7 +207,7 @@ def _write_memory(
 ) -> list[tuple[bytes, int]]:
     """Write the pages of all chunks from ``offset`` on; return bitmap and CRC-32C of each.
 
-    One piece is read while the one before it is written.
+    One piece is read while the previous one is written.
     """
     table: list[tuple[bytes, int]] = []
     pieces = [bytearray(_PIECE_BYTES) for _ in range(3)]
@@ -353,7 +353,7 @@ def _fill_state(name: str, machine: BaseMachine, state: State) -> None:
 
 
 def _judge_msrs(name: str, index: int, report: MsrReport, tsc_khz: int) -> None:
-    """Refuse what KVM refuses, and say what it does not keep."""
+    """Raise for state that KVM refuses, and log state that it does not preserve."""
     if report.refused:
         refused = ", ".join(f"{msr:#x}" for msr in report.refused)
         raise ImageError(name, f"vcpus[{index}].msrs", f"this KVM refuses MSR {refused}")

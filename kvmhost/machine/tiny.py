@@ -36,7 +36,7 @@ DEFAULT_MEM_BYTES = 64 << 20
 
 
 class Machine(BaseMachine):
-    """One VM with a tiny guest in it.
+    """One VM with a tiny guest.
 
     :param image: path of an image, or a parsed one
     :param mem_bytes: guest memory, a multiple of 4 KiB
@@ -94,7 +94,7 @@ class Machine(BaseMachine):
         ]
 
     def handle_port_write(self, vcpu: Vcpu, vm_exit: IoOut) -> Step:
-        """End a vCPU or the machine, stop at a doorbell, or leave it to the bus."""
+        """End a vCPU or the machine, stop at a doorbell, or pass the write to the bus."""
         if vm_exit.port == EXIT_PORT:
             self.report_status(vcpu, vm_exit.value)
             return Step.END

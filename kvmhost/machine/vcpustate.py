@@ -1,6 +1,6 @@
 """All state of a vCPU and of a board, from KVM and back into it.
 
-The structures are the kernel's own, opaque here; they are small. The order in which
+The structures are the kernel's, small, and opaque here. The order in which
 they are set matters: machine-check banks and processor mode before the local APIC, that
 before the MSRs (the timer's deadline is one), pending events last.
 """
@@ -26,10 +26,10 @@ __all__ = ["BoardState", "SavedVcpu", "load_board", "load_vcpu", "save_board", "
 _ORDER = ("regs", "sregs", "xsave", "xcrs", "debugregs", "lapic", "vcpu_events")
 _CHIPS = (0, 1, 2)
 _MCG_CAP = 0x179
-#: A TSC frequency that differs by less is the same, measured again. In parts per million.
+#: Tolerance for measurements of the same TSC frequency, in parts per million.
 _SAME_KHZ_PPM = 250
 
-#: A structure of the kernel's. The largest is XSAVE's area with AMX tiles, 11 KiB.
+#: Maximum size of a kernel structure. The largest is XSAVE's area with AMX tiles, 11 KiB.
 Raw = Annotated[bytes, msgspec.Meta(max_length=1 << 16)]
 _Index = Annotated[str, msgspec.Meta(pattern="^0x[0-9a-f]{1,8}$")]
 _Unsigned = Annotated[int, msgspec.Meta(ge=0)]
@@ -63,7 +63,7 @@ class BoardState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def save_vcpu(core: KvmVcpu, msrs: list[int], irqchip: bool) -> SavedVcpu:
     """Return the state of a vCPU that does not run.
 
-    :param msrs: what to look for, see :func:`~kvmhost.kvm.msrs.readable_msrs`
+    :param msrs: the MSRs to read, see :func:`~kvmhost.kvm.msrs.readable_msrs`
     :param irqchip: whether the VM has an in-kernel irqchip
     """
     parts = {
@@ -82,7 +82,7 @@ def save_vcpu(core: KvmVcpu, msrs: list[int], irqchip: bool) -> SavedVcpu:
 def load_vcpu(core: KvmVcpu, state: SavedVcpu, irqchip: bool) -> tuple[MsrReport, list[str]]:
     """Put a state into a fresh vCPU.
 
-    :return: what became of the MSRs, and what else this host does otherwise
+    :return: the result for the MSRs, and other differences on this host
     :raises IoctlError: if KVM refuses the state
     :raises ValueError: if a structure is not of its size, or one is missing
     """
@@ -127,7 +127,7 @@ def _tsc_khz(core: KvmVcpu) -> int:
     try:
         return core.get_tsc_khz()
     except IoctlError:
-        return 0  # A host without a stable TSC does not know.
+        return 0  # Unknown on a host without a stable TSC.
 
 
 def _set_tsc_khz(core: KvmVcpu, khz: int, remarks: list[str]) -> None:

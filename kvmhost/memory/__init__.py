@@ -1,4 +1,4 @@
-"""Guest memory: memfd regions mapped twice, and where things lie in them."""
+"""Guest memory: memfd regions, each mapped twice, and their layout."""
 
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT

@@ -1,9 +1,9 @@
-"""Access to guest memory on behalf of the guest, as its devices need it.
+"""Access to guest memory by devices, on behalf of the guest.
 
-Goes through the guest mapping, not through the alias: an evicted page comes back, and a
-limit on resident pages holds, as for an access of a vCPU. The copies run in C, without
-the interpreter's lock. Zeroing discards whole pages: it costs neither memory nor time in
-proportion to what the guest asks for.
+Accesses use the guest mapping, not the alias: an evicted page is restored, and the limit
+on resident pages is enforced, as for an access by a vCPU. The copies run in C, without
+the interpreter's lock. Zeroing discards whole pages: its memory
+and time do not grow with the size of the guest's request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 
 __all__ = ["GuestDma"]
 
-#: Copied at once.
+#: Size of one copy.
 _PIECE_BYTES = 1 << 20
 
 
@@ -24,8 +24,8 @@ class GuestDma:
     """Reads, writes and zeroes ranges that each lie in one region.
 
     :param drop: discards ``n`` pages from a gfn on, which then read as zeros, and returns
-        how many it did discard
-    :param pinned_ranges: ``(gpa, n_bytes)`` that ``drop`` leaves as they are
+        the number discarded
+    :param pinned_ranges: ``(gpa, n_bytes)`` that ``drop`` does not change
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class GuestDma:
                     self.write(at, bytes(PAGE_BYTES))
 
     def _parts(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """Cut a range of whole pages at the pinned ranges."""
+        """Split a range of whole pages at the pinned ranges."""
         for low, high in self._pinned:
             low, high = max(low, start), min(high, end)
             if low < high:

@@ -1,9 +1,9 @@
 """Memory regions and access to them.
 
 Each region is one memfd, mapped twice. The **guest mapping** belongs to KVM:
-its host PTEs say what the guest did. The **alias** is what everyone else reads
-and writes; access through it leaves no trace in the guest mapping. Once the
-pager is armed, a touch of an evicted page through either mapping brings it back.
+its host PTEs reflect the guest's accesses. All other code reads and writes the
+**alias**, which does not affect the PTEs of the guest mapping. Once the pager is
+armed, a touch of an evicted page through either mapping restores it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GfnRange(typing.Protocol):
 
     @property
     def guest_address(self) -> int:
-        """Where its first page is mapped."""
+        """Address at which its first page is mapped."""
 
 
 class Region:
@@ -141,7 +141,7 @@ class GuestMemory(Closing):
         for below, above in zip(self._regions, self._regions[1:], strict=False):
             if below.end > above.gpa:
                 raise LayoutError(f"regions overlap at {above.gpa:#x}")
-        #: Whether parts of memory were punched: that leaves huge pages in folios of all sizes.
+        #: Whether parts of memory were punched: that splits huge pages into folios of all sizes.
         self.was_punched = False
 
     @classmethod
@@ -212,7 +212,7 @@ class GuestMemory(Closing):
     def resident(self) -> npt.NDArray[np.bool_]:
         """Return which pages are in memory now: shape ``(n_pages,)``, by region.
 
-        Reads mincore(2) on the alias and so touches nothing. Pages in the host's swap
+        Uses mincore(2) on the alias, which touches no page. Pages in the host's swap
         are not resident, but :meth:`held`.
         """
         return self._by_region(
@@ -242,13 +242,13 @@ class GuestMemory(Closing):
         return sum(os.fstat(region.memfd).st_blocks * 512 for region in self.regions)
 
     def punch(self, gfn: int, n_pages: int, pinned: Iterable[tuple[int, int]] = ()) -> int:
-        """Forget the contents of pages: they read as zeros. Only while no pager is about.
+        """Discard pages: they read as zeros. Only while no pager is open.
 
-        Pages of a huge page that somebody holds a reference to are zeroed, and their
-        memory is not given back.
+        Pages of a huge page with other references are zeroed, and their memory is not
+        released.
 
-        :param pinned: gpa ranges ``(gpa, n_bytes)`` that stay
-        :return: pages forgotten
+        :param pinned: gpa ranges ``(gpa, n_bytes)`` that are kept
+        :return: number of pages discarded
         :raises LayoutError: if the range is not in one region
         """
         region = self.region_at(gfn << PAGE_SHIFT, n_pages << PAGE_SHIFT)
@@ -272,7 +272,7 @@ class GuestMemory(Closing):
         return sum(end - start for start, end in pieces_left)
 
     def punch_all(self) -> None:
-        """Make all memory zero by giving every page back."""
+        """Zero all memory by releasing every page."""
         for region in self.regions:
             check(lib.kh_punch(region.memfd, 0, region.n_bytes), "fallocate", gpa=region.gpa)
 
@@ -301,7 +301,7 @@ class GuestMemory(Closing):
     def close(self) -> None:
         """Close all regions. Idempotent.
 
-        :raises BufferError: if a view is still held; close again once it is gone
+        :raises BufferError: if a view is still held; call again once it is released
         """
         self._closed = True
         for region in self._regions:
@@ -314,7 +314,7 @@ _Range = typing.TypeVar("_Range", bound=GfnRange)
 def pieces(
     regions: Iterable[_Range], gfn_start: int, n_pages: int
 ) -> Iterator[tuple[_Range, int, int]]:
-    """Cut a gfn range at the regions: yields ``(region, first gfn, pages)``."""
+    """Split a gfn range by region: yields ``(region, first gfn, pages)``."""
     for region in regions:
         start = max(gfn_start, region.gfn)
         end = min(gfn_start + n_pages, region.gfn + region.n_pages)

@@ -1,15 +1,15 @@
-"""Where things lie in the memory of a tiny 64-bit guest.
+"""The memory layout of a tiny 64-bit guest.
 
 ::
 
     0x0000_0000  never mapped, so that a null pointer faults
     0x0000_1000  parameter page (pinned)
     0x0000_2000  task state segment with the I/O permission bitmap (pinned)
-    0x0001_0000  stacks, 16 KiB a vCPU
+    0x0001_0000  stacks, 16 KiB per vCPU
     0x0010_0000  image
          ...     free for the guest, up to the tables
     end - tables page tables (pinned, not mapped in the guest's own space)
-    0xc000_0000  end of low memory; what does not fit goes on at 4 GiB
+    0xc000_0000  end of low memory; the rest continues at 4 GiB
     0xd000_0000  MMIO window, 2 MiB, mapped for the guest, backed by nothing
 """
 
@@ -40,7 +40,7 @@ __all__ = [
 
 PARAMS_GPA = 0x1000
 TSS_GPA = 0x2000
-#: 104 bytes of TSS, one bit a port, and the byte of ones that has to follow.
+#: 104 bytes of TSS, one bit per port, and the byte of ones that must follow.
 TSS_BYTES = 104 + 0x10000 // 8 + 1
 STACKS_GPA = 0x1_0000
 STACK_BYTES = 0x4000
@@ -51,14 +51,14 @@ MMIO_GPA = 0xD000_0000
 MMIO_BYTES = 0x20_0000
 HIGH_GPA = 0x1_0000_0000
 
-#: Room for parameters, stacks, an image and the tables.
+#: Minimum size for parameters, stacks, an image and the tables.
 MIN_BYTES = 2 << 20
 
 _ENTRIES = 512
 
 
 class Layout(Protocol):
-    """What every kind of machine says about its memory."""
+    """The memory layout of any kind of machine."""
 
     @property
     def mem_bytes(self) -> int:
@@ -75,7 +75,7 @@ class Layout(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TinyLayout:
-    """What lies where for a guest of ``mem_bytes``.
+    """The layout for a guest of ``mem_bytes``.
 
     :raises LayoutError: if the size is no multiple of the page size, too small or too large
     """
@@ -104,7 +104,7 @@ class TinyLayout:
 
     @property
     def tables_bytes(self) -> int:
-        """Room for the page tables: every level, for memory and the MMIO window."""
+        """Size of the page tables: every level, for memory and the MMIO window."""
         leaf_pages = 2
         for _, n_bytes in self.regions:
             leaf_pages += -(-n_bytes // (PAGE_BYTES * _ENTRIES))
@@ -113,7 +113,7 @@ class TinyLayout:
 
     @property
     def tables_gpa(self) -> int:
-        """Where the page tables start: the root is there. At the end of low memory."""
+        """Gpa of the page tables, root first, at the end of low memory."""
         return self.regions[0][1] - self.tables_bytes
 
     @property
@@ -127,7 +127,7 @@ class TinyLayout:
 
     @property
     def free_range(self) -> tuple[int, int]:
-        """``[start, end)`` gpa of the largest range that an image may use as it likes."""
+        """``[start, end)`` gpa of the largest range that an image may use freely."""
         ranges = [(IMAGE_GPA, self.tables_gpa)]
         ranges += [(gpa, gpa + n_bytes) for gpa, n_bytes in self.regions[1:]]
         return max(ranges, key=lambda pair: pair[1] - pair[0])

@@ -1,4 +1,4 @@
-"""Lists of guest pages, checked once: where they come in."""
+"""Lists of guest pages, checked once on entry."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PageList:
 
 
 def page_list(memory: GuestMemory, gfns: PageList | Iterable[int] | npt.NDArray[Any]) -> PageList:
-    """Find pages in memory; a list that was checked before is returned as it is.
+    """Find pages in memory; a list that was checked before is returned unchanged.
 
     :raises LayoutError: naming the first gfn that is in no region
     """

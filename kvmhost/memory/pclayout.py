@@ -1,4 +1,4 @@
-"""Where things lie in the memory of a ``pc`` guest: as firmware leaves a PC behind.
+"""The memory layout of a ``pc`` guest, as left by PC firmware.
 
 ::
 
@@ -8,7 +8,7 @@
     0x000f_0000  RSDP, GDT of the entry state (reserved)
     0x0010_0000  memory for the guest; an image is usually here
     end - 128 K  ACPI tables, then page tables for 64-bit entry (reserved)
-    0xc000_0000  end of low memory where there are 3.5 GiB or more; it goes on at 4 GiB
+    0xc000_0000  end of low memory with 3.5 GiB or more; the rest continues at 4 GiB
     0xfec0_0000  I/O APIC, 0xfee0_0000 local APICs, in the kernel
     0xfeff_c000  identity map and task state segment of KVM (reserved)
     0xff00_0000  memory of the test device
@@ -62,7 +62,7 @@ class MapEntry:
 
 @dataclasses.dataclass(frozen=True)
 class PcLayout:
-    """What lies where for a guest of ``mem_bytes``.
+    """The layout for a guest of ``mem_bytes``.
 
     :raises LayoutError: if the size is no multiple of the page size or out of range
     """
@@ -80,7 +80,7 @@ class PcLayout:
 
     @property
     def low_end(self) -> int:
-        """End of memory below 4 GiB: up to 3.5 GiB are in one piece, more is cut at 3."""
+        """End of memory below 4 GiB: up to 3.5 GiB are contiguous, more is split at 3."""
         return self.mem_bytes if self.mem_bytes < ONE_PIECE_BYTES else LOW_END_GPA
 
     @property
@@ -91,12 +91,12 @@ class PcLayout:
 
     @property
     def tables_gpa(self) -> int:
-        """Where the ACPI tables start: the last 128 KiB of low memory."""
+        """Gpa of the ACPI tables: the last 128 KiB of low memory."""
         return self.low_end - TABLES_BYTES
 
     @property
     def page_tables_gpa(self) -> int:
-        """Where the page tables for a 64-bit entry start."""
+        """Gpa of the page tables for a 64-bit entry."""
         return self.tables_gpa + PAGE_TABLES_OFFSET
 
     @property
@@ -134,7 +134,7 @@ class PcLayout:
 
 @functools.cache
 def _is_amd() -> bool:
-    """Return whether the processor keeps the end of its first TiB for HyperTransport."""
+    """Return whether the processor reserves the end of its first TiB for HyperTransport."""
     try:
         with Path("/proc/cpuinfo").open("rb") as file:
             return b"AuthenticAMD" in file.read(256)
