@@ -1,5 +1,5 @@
 /*
- * What every tiny guest shares.
+ * Code shared by all tiny guests.
  *
  * Contract: 64-bit mode, privilege level 3, IOPL 3, interrupts off, no IDT: any
  * exception ends the run as a triple fault. Virtual address = guest physical
@@ -75,9 +75,9 @@ static inline void doorbell(u64 epoch)
 }
 
 /*
- * A page of ranges that the guest has no more use for: the host may take their
- * memory, and they read as zeros from the declaration on. The host fills in how
- * many pages went and how many did not: those outside memory, and pinned ones.
+ * A page of ranges that the guest declares free: the host may reclaim their memory,
+ * and they read as zeros from the declaration on. The host fills in how many pages
+ * were freed and how many were not: those outside memory, and pinned ones.
  */
 #define FREE_RANGES 254
 
@@ -105,7 +105,7 @@ static inline u64 mix(u64 x)
 	return x ^ (x >> 31);
 }
 
-/* A line of output, put together and sent at once. */
+/* A line of output, assembled and sent in one call. */
 struct line {
 	u64 used;
 	char text[256];

@@ -1,15 +1,15 @@
 /*
- * hotcold: a seeded workload that owns its pages and trusts none of them.
+ * hotcold: a seeded workload that verifies the contents of all its pages.
  *
- * Every page holds words derived from its gfn and the epoch of its last write.
- * Each touch first checks the page's first `words` words (all 4096 bytes by
- * default) against the epoch that this guest remembers, then (on a write) fills
- * them anew. One lost or stale byte ends the run: status 1, and gfn, epoch and
- * words in the results. Parameters that do not fit into memory: status 2.
+ * Every page holds words derived from its gfn and the epoch of its last write. Each
+ * touch first checks the page's first `words` words (all 4096 bytes by default)
+ * against the epoch that this guest remembers, then (on a write) fills them again.
+ * One lost or stale byte ends the run: status 1, and gfn, epoch and words in the
+ * results. Parameters that do not fit into memory: status 2.
  *
- * The range of `pages` pages from start_gfn on is dealt out to the vCPUs in
- * equal runs (a remainder stays untouched). What the guest remembers follows the
- * range: four bytes a page, and eight more with zipf. For a vCPU's run of m pages,
+ * The range of `pages` pages from start_gfn on is divided among the vCPUs in equal
+ * runs (a remainder stays untouched). The bookkeeping of the guest follows the
+ * range: four bytes per page, and eight more with zipf. For a vCPU's run of m pages,
  * from page b on, with the random numbers x(i) = mix(mix(seed + e) + b + i):
  *   epoch 0 writes every page of the run;
  *   epoch e > 0 touches, in this order
@@ -20,7 +20,7 @@
  *     scan: if scan_every, and s = e % scan_every < scan_epochs: slice s of the
  *           run, pages [m * s / scan_epochs, m * (s + 1) / scan_epochs).
  *   The phase moves hot pages and popular ones by d = p * (phase_step * m / pages),
- *   p = e / phase_every (0 without); the hot set goes round at the end of the run.
+ *   p = e / phase_every (0 without); the hot set wraps at the end of the run.
  *   A touch in epoch e writes if mix(gfn ^ e << 32) % 1000 < write_permille,
  *   and reads otherwise. After it the vCPU makes `think` empty loop turns.
  * guests/workloads.py computes the same sets on the host. The results count the
@@ -64,7 +64,7 @@ struct state {
 	struct result *result;
 };
 
-/* Fifteen words in sixteen carry the page's own value, so that a page compresses. */
+/* Fifteen words in sixteen are the value of the page, so that a page compresses. */
 static inline u64 word_at(u64 value, u64 i, int same_filled)
 {
 	return same_filled || (i & 15) ? value : value + (i + 1) * 0x9e3779b97f4a7c15ul;
@@ -139,7 +139,7 @@ static int touch_range(struct state *state, u64 start, u64 end)
 	return 1;
 }
 
-/* The hot set: n pages of the run from page `first` on, which may go round its end. */
+/* The hot set: n pages of the run from page `first` on, which may wrap at its end. */
 static int touch_hot(struct state *state, u64 base, u64 n_pages, u64 first, u64 n)
 {
 	u64 before_end = n_pages - first < n ? n_pages - first : n;

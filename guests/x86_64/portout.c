@@ -1,5 +1,5 @@
 /*
- * portout: write to one port again and again, for measuring exits.
+ * portout: write to one port repeatedly, for measuring exits.
  *
  * Ports out: `port`, `count` times, 32 bits each; exit with 0.
  */

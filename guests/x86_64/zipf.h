@@ -3,8 +3,8 @@
  *
  * Rank k = 0 .. n - 1 has the weight
  *   w(k) = floor(2^32 * 2^-(E / 2^24)), E = floor(s * L / 1000), L = floor(2^24 * log2(k + 1)),
- * which is 2^32 / (k + 1)^(s / 1000) up to rounding. A random number x stands for the
- * rank at which the sum of the weights first exceeds x % (sum of all).
+ * which is 2^32 / (k + 1)^(s / 1000) up to rounding. A random number x selects
+ * the rank at which the sum of the weights first exceeds x % (sum of all).
  */
 #ifndef ZIPF_H
 #define ZIPF_H
@@ -15,7 +15,7 @@ typedef unsigned __int128 u128;
 
 enum { LOG_BITS = 24 };
 
-/* floor(2^24 * log2(x)), a bit a squaring: m in [1, 2) has 63 bits after the point. */
+/* floor(2^24 * log2(x)), one bit per squaring: m in [1, 2) has 63 bits after the point. */
 static inline u64 log2_fixed(u64 x)
 {
 	u64 whole = 63 - (u64)__builtin_clzl(x), m = x << (63 - whole), log = whole;

@@ -11,13 +11,13 @@ struct walk_data {
 
 static int walk_table(struct walk_data *data, uint64_t *table, unsigned int level);
 
-/* Of a shared walk, -EAGAIN only says that an entry was someone else's. */
+/* Of a shared walk, -EAGAIN only means that another thread changed the entry. */
 static bool goes_on(const struct kh_walker *walker, int result)
 {
 	return result == 0 || (result == -EAGAIN && walker->flags & KH_WALK_SHARED);
 }
 
-/* An entry where nothing is, for a walk that does not care for those. */
+/* An empty entry, for a walk that skips those. */
 static bool step_over(struct walk_data *data, const uint64_t *ptep, unsigned int level)
 {
 	const struct kh_format *fmt = &data->mmu->fmt;
@@ -142,7 +142,7 @@ static int harvest_visitor(const struct kh_visit_ctx *ctx)
 	return KH_WALK_SKIP;
 }
 
-/* In chunks, as stage2_apply_range() does, so that the epoch can move on between them. */
+/* In chunks, as stage2_apply_range() does, so that the epoch can advance between them. */
 #define CHUNK_GFNS (1ull << 22)
 
 void kh_stage2_harvest(struct kh_harvest *harvest, struct kh_root *root)
@@ -203,7 +203,7 @@ int kh_stage2_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t s
 
 /*
  * Break before make: the entry is invalid and locked (KVM_INVALID_PTE_LOCKED) until
- * stage2_make_pte(), so that no other fault works on it meanwhile.
+ * stage2_make_pte(), so that no other fault changes it meanwhile.
  */
 static bool stage2_try_break_pte(struct kh_mmu *mmu, const struct kh_visit_ctx *ctx)
 {
@@ -246,8 +246,8 @@ static int map_visitor(const struct kh_visit_ctx *ctx)
 	if (ctx->now == KH_WALK_TABLE_PRE)
 		return ctx->level == map->level ? -EEXIST : 0;
 	/*
-	 * Below the wanted level: a table came into the entry that this walk meant to
-	 * take, after the callback lost the race for it.
+	 * Below the wanted level: another thread installed a table in the target
+	 * entry, after the callback lost the race for it.
 	 */
 	if (kh_present(fmt, ctx->old) || ctx->level < map->level)
 		return -EEXIST;
@@ -290,7 +290,7 @@ static bool table_empty(const uint64_t *table, uint64_t n)
 	return true;
 }
 
-/* Leaves go; so does a table that is empty after that (its page count drops to 1 there). */
+/* Leaves are removed, and so is a table that becomes empty (its page count drops to 1 in KVM). */
 static int unmap_visitor(const struct kh_visit_ctx *ctx)
 {
 	struct unmap_walk *walk = ctx->arg;
@@ -307,7 +307,10 @@ static int unmap_visitor(const struct kh_visit_ctx *ctx)
 		return 0;
 	}
 	table = kh_child(mmu, ctx->old, ctx->level, &bad);
-	/* Only who takes the entry out retires the table: a root's teardown may be here too. */
+	/*
+	 * Only the thread that removes the entry retires the table: a root's teardown may run
+	 * concurrently.
+	 */
 	if (table && table_empty(table, 1ull << fmt->bits[ctx->level - 1]) &&
 	    kh_try_set(ctx->ptep, ctx->old, 0))
 		kh_table_retire(mmu, table, ctx->level - 1);

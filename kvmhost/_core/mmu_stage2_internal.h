@@ -20,18 +20,18 @@
 
 struct kh_visit_ctx {
 	uint64_t *ptep;
-	uint64_t old;       /* raw entry when the visitor came by */
+	uint64_t old;       /* raw entry when the visitor read it */
 	void *arg;
 	uint64_t start;     /* gfns; constant during a walk */
 	uint64_t addr;
 	uint64_t end;
 	unsigned int level; /* 1 is the last one; native levels count the other way */
 	unsigned int flags;
-	unsigned int now;   /* which of the KH_WALK_* brought this call */
+	unsigned int now;   /* which of the KH_WALK_* caused this call */
 };
 
 struct kh_walker {
-	/* 0: go on; KH_WALK_SKIP; -EAGAIN: someone came first; else ends the walk */
+	/* 0: continue; KH_WALK_SKIP; -EAGAIN: lost a race; else ends the walk */
 	int (*cb)(const struct kh_visit_ctx *ctx);
 	void *arg;
 	unsigned int flags;

@@ -40,7 +40,7 @@ static bool try_step_down(struct tdp_iter *iter)
 
 	if (iter->level == iter->min_level)
 		return false;
-	/* The entry may have changed since the snapshot: follow what it is now. */
+	/* The entry may have changed since the snapshot: follow the current one. */
 	iter->old_spte = kh_read_entry(iter->sptep);
 	if (!kh_table(&iter->mmu->fmt, iter->old_spte, iter->level))
 		return false;
@@ -71,7 +71,7 @@ static bool try_step_up(struct tdp_iter *iter)
 	if (iter->level == iter->root_level)
 		return false;
 	iter->level++;
-	/* Not read again from here: only the place matters for the next step. */
+	/* Not read again here: the next step needs only the position. */
 	iter->gfn &= ~(kh_level_pages(&iter->mmu->fmt, iter->level) - 1);
 	iter->sptep = iter->pt_path[iter->level] +
 		      kh_index(&iter->mmu->fmt, iter->gfn, iter->level);
@@ -93,7 +93,7 @@ void tdp_iter_next(struct tdp_iter *iter)
 	iter->valid = false;
 }
 
-/* Give others a turn, at most once for each place, so that every turn moves on. */
+/* Yield, at most once per position, so that the walk always makes progress. */
 static bool tdp_iter_cond_yield(struct tdp_iter *iter, struct kh_harvest *harvest)
 {
 	if (iter->next_last_level_gfn == iter->yielded_gfn)
@@ -116,8 +116,8 @@ static void harvest_table(struct tdp_iter *iter, struct kh_harvest *harvest)
 }
 
 /*
- * The last level is not stepped through entry by entry but taken a table at a
- * time, which is where the speed of a batch comes from.
+ * The last level is processed one table at a time instead of entry by entry, which
+ * makes a batch fast.
  */
 void kh_tdp_harvest(struct kh_harvest *harvest, struct kh_root *root)
 {
@@ -153,7 +153,7 @@ int kh_tdp_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t star
 
 		if (!kh_leaf(&mmu->fmt, iter.old_spte, iter.level))
 			continue;
-		/* A table that is new here is stepped into next, so looking again needs nothing. */
+		/* The next step enters a new table, so a second read is not needed. */
 		result = fn(&ctx);
 		if (result < 0)
 			return result;
@@ -161,7 +161,7 @@ int kh_tdp_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t star
 	return 0;
 }
 
-/* Link a new, empty table where nothing was (tdp_mmu_link_sp). */
+/* Link a new, empty table into an empty entry (tdp_mmu_link_sp). */
 static int link_table(struct tdp_iter *iter, struct kh_mmu *mmu)
 {
 	uint64_t *table = kh_table_alloc(mmu, iter->level - 1);
@@ -172,7 +172,7 @@ static int link_table(struct tdp_iter *iter, struct kh_mmu *mmu)
 	pa = kh_arena_pa(mmu->arena, table);
 	if (kh_try_set(iter->sptep, iter->old_spte, kh_make_table(&mmu->fmt, pa, iter->level)))
 		return 0;
-	/* Another fault was first: use what it made. */
+	/* Another fault was first: use its table. */
 	kh_table_free(mmu, table, iter->level - 1);
 	return -EAGAIN;
 }

@@ -15,7 +15,7 @@ struct tdp_iter {
 	uint64_t next_last_level_gfn;          /* where a restart goes on */
 	uint64_t yielded_gfn;                  /* next_last_level_gfn at the last yield */
 	uint64_t *pt_path[KH_MAX_LEVEL + 1];   /* tables from the root down, by level */
-	uint64_t *sptep;                       /* the entry that the iterator stands on */
+	uint64_t *sptep;                       /* the current entry of the iterator */
 	uint64_t gfn;                          /* first gfn that the entry maps */
 	unsigned int root_level;
 	unsigned int min_level;                /* deepest level that is visited */

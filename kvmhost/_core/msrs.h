@@ -1,6 +1,6 @@
 /*
- * MSRs of a vCPU one by one: KVM_GET_MSRS and KVM_SET_MSRS stop at the first that they
- * refuse, and a snapshot wants to know of each.
+ * MSRs of a vCPU, one by one: KVM_GET_MSRS and KVM_SET_MSRS stop at the first MSR
+ * that they refuse, and a snapshot needs the result for each.
  */
 #ifndef KVMHOST_MSRS_H
 #define KVMHOST_MSRS_H
@@ -15,7 +15,7 @@ struct kh_msr {
 
 /* Find the MSRs of [first, end) that can be read. Returns how many, at most room. */
 int64_t kh_msrs_scan(int vcpu_fd, uint64_t first, uint64_t end, struct kh_msr *msrs, int64_t room);
-/* Read, or set, each; status says how it went. */
+/* Read, or set, each; status has the result of each. */
 void kh_msrs_get(int vcpu_fd, struct kh_msr *msrs, uint64_t n);
 void kh_msrs_set(int vcpu_fd, struct kh_msr *msrs, uint64_t n);
 

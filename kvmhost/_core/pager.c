@@ -11,7 +11,7 @@
 
 #define DEFAULT_MEMORY_WAIT_NS (60 * 1000000000ull)
 
-/* What there is a page: 10 bytes and 5 bits, and nothing of it is touched before it is used. */
+/* State per page: 10 bytes and 5 bits, none of which is touched before its first use. */
 static int make_tables(struct kh_pager *pager, const struct kh_codec *codec, int store_fd)
 {
 	uint64_t n_words = pager->max_pages / 64 + 1;
@@ -40,8 +40,8 @@ struct kh_pager *kh_pager_new(int uffd, uint64_t n_pages, const struct kh_codec 
 	if (!pager)
 		return NULL;
 	/*
-	 * A process under a memory limit serves requests from several threads:
-	 * with a malloc arena for each it grows by tens of MiB for nothing.
+	 * A process under a memory limit serves requests from several threads: one
+	 * malloc arena per thread would waste tens of MiB.
 	 */
 	mallopt(M_ARENA_MAX, 1);
 	pager->uffd = uffd;
@@ -77,7 +77,7 @@ int64_t kh_pager_add_region(struct kh_pager *pager, int memfd, uint64_t guest, u
 	return first;
 }
 
-/* Find out which pages of a region exist; from here on the fault handler knows. */
+/* Find which pages of a region exist; from here on the fault handler keeps this up to date. */
 static int take_stock(struct kh_pager *pager, const struct kh_pager_region *region)
 {
 	uint64_t n_words = (region->n_pages + 63) / 64;
@@ -111,7 +111,7 @@ static uint64_t mapping(const struct kh_pager *pager, uint32_t number, uint64_t 
 	return number % 2 ? region->alias : region->guest;
 }
 
-/* Undo the first n registrations, last one first; who waits for a page there wakes. */
+/* Undo the first n registrations, last one first; waiters for a page there wake up. */
 static void unregister(struct kh_pager *pager, uint32_t n)
 {
 	while (n-- > 0) {
@@ -155,14 +155,14 @@ int kh_pager_arm(struct kh_pager *pager, int split_all)
 {
 	int result = 0;
 
-	/* Who drops pages meanwhile would have them counted wrongly. */
+	/* Pages dropped concurrently would be counted incorrectly. */
 	kh_pager_lock_unfrozen(pager);
 	if (kh_pager_is_armed(pager))
 		goto out;
 	result = kh_huge_init(pager, split_all);
 	if (result)
 		goto out;
-	/* Faults that come from here on wait until serve() sees that all is armed. */
+	/* Faults from here on wait until serve() sees that all regions are armed. */
 	result = register_all(pager);
 	if (result)
 		goto out;
@@ -209,7 +209,7 @@ void kh_pager_free(struct kh_pager *pager)
 	free(pager);
 }
 
-/* ---- settings and questions -------------------------------------------- */
+/* ---- settings and queries -------------------------------------------- */
 
 void kh_pager_set_store(struct kh_pager *pager, uint64_t limit_bytes, int refuse_raw)
 {
@@ -234,7 +234,7 @@ int kh_pager_lost_errno(struct kh_pager *pager)
 
 void kh_pager_set_limit(struct kh_pager *pager, uint64_t resident_pages)
 {
-	/* After this nobody evicts for the limit that was. */
+	/* After this no thread evicts for the old limit. */
 	kh_pager_lock_unfrozen(pager);
 	__atomic_store_n(&pager->limit_pages, resident_pages, __ATOMIC_RELAXED);
 	kh_pager_new_round(pager);
@@ -284,7 +284,7 @@ int kh_pager_pin(struct kh_pager *pager, uint64_t index, uint64_t n_pages, int p
 			kh_bit_clear(pager->pinned, i);
 		kh_pager_unlock_page(pager, i);
 	}
-	/* Pinned, but out: kh_pager_restore brings such pages in. */
+	/* Pinned, but evicted: kh_pager_restore brings such pages in. */
 	return result;
 }
 

@@ -1,20 +1,21 @@
 /*
- * Who goes at the limit: what the daemon named, then what a clock hand finds. The
- * hand takes 64 pages at a time: which of them are there, which may go, and which
- * were young in few enough of the last windows are each a word.
+ * Victim selection at the limit: first the pages that the daemon listed, then those
+ * of a clock hand. The hand processes 64 pages at a time: which are resident, which
+ * are evictable, and which were young in few enough of the last windows are one
+ * word each.
  */
 #include "pager_internal.h"
 
 /*
  * How many windows a page may have been young in to be taken in the hand's first,
- * second, ... lap. A page that a scan touched once goes before one that was young
- * in every window. The limits are those that a bit of the count tells.
+ * second, ... lap. A page that a scan touched once is evicted before one that was
+ * young in every window. Each limit can be tested by one bit of the count.
  */
 static const int lap_limits[] = { 0, 1, 3, 8 };
 
 #define LAPS (sizeof(lap_limits) / sizeof(*lap_limits))
 
-/* Which of 64 pages were young in at most so many windows: all counted at once. */
+/* Which of 64 pages were young in at most this number of windows, counted in parallel. */
 static uint64_t cold_mask(const struct kh_history *history, int limit)
 {
 	uint64_t ones = 0, twos = 0, more = 0;
@@ -44,7 +45,7 @@ static uint64_t take_bits(uint64_t bits, uint64_t base, uint32_t *index, uint64_
 	return found;
 }
 
-/* Which of 64 pages may not go, could not in this round, or cannot before a write. */
+/* Which of 64 pages are pinned, failed in this round, or cannot be evicted before a write. */
 static uint64_t not_now(const struct kh_pager *pager, uint64_t word)
 {
 	return __atomic_load_n(&pager->pinned[word], __ATOMIC_RELAXED) |
@@ -60,13 +61,13 @@ void kh_pager_new_round(struct kh_pager *pager)
 	__atomic_store_n(&pager->lap, 0, __ATOMIC_RELAXED);
 }
 
-/* Once around, from the hand on; the hand stops behind the last page taken. */
+/* One revolution from the hand on; the hand stops after the last page taken. */
 static uint64_t sweep(struct kh_pager *pager, int limit, uint32_t *index, uint64_t n)
 {
 	uint64_t n_words = (pager->n_pages + 63) / 64, hand = pager->hand % pager->n_pages;
 	uint64_t word = hand / 64, from = ~0ull << (hand % 64), found = 0;
 
-	/* The first word twice: what is before the hand comes last. */
+	/* The first word is visited twice: its pages before the hand are last. */
 	for (uint64_t step = 0; step <= n_words && found < n; step++) {
 		uint64_t bits = __atomic_load_n(&pager->resident[word], __ATOMIC_RELAXED) &
 				~not_now(pager, word) & from;
@@ -89,7 +90,7 @@ static uint64_t choose_by_clock(struct kh_pager *pager, uint32_t *index, uint64_
 
 	for (; !found && lap < LAPS; lap++) {
 		found = sweep(pager, lap_limits[lap], index, n);
-		/* Nothing gets colder before the next window: do not look again. */
+		/* No page becomes colder before the next window: do not scan again. */
 		if (!found && lap + 1 < LAPS)
 			__atomic_store_n(&pager->lap, lap + 1, __ATOMIC_RELAXED);
 	}
@@ -103,7 +104,7 @@ uint64_t kh_pager_choose(struct kh_pager *pager, uint32_t *index, uint64_t n)
 	while (found < n && pager->next_victim < pager->n_victims) {
 		uint32_t page = pager->victims[pager->next_victim++];
 
-		/* Young since the daemon named it: leave it to the clock. */
+		/* Young since the daemon listed it: leave it to the clock. */
 		if (kh_bit(pager->resident, page) &&
 		    !(not_now(pager, page / 64) >> (page % 64) & 1) &&
 		    !kh_pager_is_young(pager, page))
@@ -140,7 +141,7 @@ int kh_pager_note_young(struct kh_pager *pager, uint64_t index, uint64_t n_pages
 
 	if (index > pager->n_pages || n_pages > pager->n_pages - index)
 		return -ERANGE;
-	/* Races with a fault-in lose a bit of history at most. */
+	/* A race with a fault-in loses at most one bit of history. */
 	for (uint64_t base = index & ~63ull; base < end; base += 64) {
 		uint64_t *window = pager->history[base / 64].window, mask = ~0ull;
 

@@ -1,4 +1,4 @@
-/* How pages go: the steps of an eviction, dropping, and the host's own swap. */
+/* The steps of an eviction, dropping pages, and the host's own swap. */
 #include "pager_internal.h"
 
 #include "hostmem.h"
@@ -49,8 +49,8 @@ static int look_at_run(const struct kh_pager *pager, const struct kh_pager_regio
 }
 
 /*
- * Punch pages that are in the store, and see that they are gone. What is still there
- * is zeroed now: it gets its bytes back.
+ * Punch pages that are in the store, and verify that the memfd no longer holds
+ * them. A page that is still there is zeroed now: its contents are written back.
  */
 static void commit_pages(struct kh_pager *pager, const struct kh_pager_region *region,
 			 uint64_t first, uint64_t from, uint64_t to, uint8_t *outcome)
@@ -58,7 +58,7 @@ static void commit_pages(struct kh_pager *pager, const struct kh_pager_region *r
 	uint64_t offset = (first + from - region->first) * KH_PAGE_BYTES, stayed = 0;
 	int failed = kh_punch(region->memfd, offset, (to - from) * KH_PAGE_BYTES);
 
-	/* Unseen: taken for being there, so that nothing is lost. */
+	/* Unknown: assume that the page is there, so that no data is lost. */
 	if (kh_held(region->memfd, offset, to - from, &stayed))
 		stayed = ~0ull;
 	for (uint64_t i = from; i < to; i++) {
@@ -91,7 +91,7 @@ static void commit_run(struct kh_pager *pager, const struct kh_pager_region *reg
 	}
 }
 
-/* A page as it is found: the host may have swapped it out or in, and tells nobody. */
+/* Update the state of a page: the host swaps pages out and in without notification. */
 static int sort_out_page(struct kh_pager *pager, uint64_t index, int held, int in_memory)
 {
 	uint8_t state = kh_pager_state_of(pager, index);
@@ -142,10 +142,11 @@ static int is_clear(const uint64_t *words, uint64_t first, uint64_t n_pages)
 
 /*
  * Write protection fills page tables with markers, in both mappings, and the tables
- * stay: half a percent of the memory that they map. A zap of all that a table maps
- * gives it back since Linux 6.14. In the alias nothing is lost but the next touch's
- * few hundred ns; tables that the walkers read are pinned, and left alone. In the guest
- * mapping it must not look as if pages had been re-armed: only where none is left.
+ * stay: half a percent of the memory that they map. Since Linux 6.14 a zap of the
+ * whole range of a table frees it. In the alias this costs only a few hundred ns at
+ * the next touch; tables that the walkers read are pinned and skipped. In the guest
+ * mapping the zap must not look like re-armed pages: it is done only where no page
+ * is left.
  */
 static void give_back_table(const struct kh_pager_region *region, uint64_t first, uint64_t mapping,
 			    const uint64_t *keep)
@@ -160,7 +161,7 @@ static void give_back_table(const struct kh_pager_region *region, uint64_t first
 		madvise((void *)address, KH_PIECE_BYTES, MADV_DONTNEED);
 }
 
-/* Not while neighbours still go: the tables would only be made again. */
+/* Not while adjacent pages are still being evicted: the tables would be allocated again. */
 static void give_back_tables(struct kh_pager *pager, uint64_t next_run)
 {
 	uint64_t first = pager->last_run - 1;
@@ -176,7 +177,7 @@ static void give_back_tables(struct kh_pager *pager, uint64_t next_run)
 
 /*
  * Lift the protection, but not of pages that do not compress: the next write to one
- * sends a message, and until then there is no use in trying it again.
+ * sends a message, and until then a retry would fail again.
  */
 static void lift_run(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
 		     uint64_t n_pages)
@@ -205,7 +206,7 @@ static void store_and_punch(struct kh_pager *pager, const struct kh_pager_region
 			kh_bit_set(pager->refused, first + i);
 	}
 	commit_run(pager, region, first, n_pages, outcome);
-	/* Also drops the markers that the protection left where pages went. */
+	/* Also drops the markers that the protection left for evicted pages. */
 	lift_run(pager, region, first, n_pages);
 	give_back_tables(pager, first + 1);
 }
@@ -223,9 +224,9 @@ static void count_outcomes(struct kh_pager *pager, uint64_t first, uint64_t n_pa
 }
 
 /*
- * Evict up to KH_RUN_PAGES neighbours of one piece. A write that comes in between
- * meets the write protection, sends a message, and its handler waits for the stripe:
- * it then finds the page evicted (and faults it in) or still there.
+ * Evict up to KH_RUN_PAGES adjacent pages of one piece. A concurrent write hits the
+ * write protection, sends a message, and its handler waits for the stripe: it then
+ * finds the page evicted (and faults it in) or still resident.
  */
 static void evict_run(struct kh_pager *pager, uint64_t first, uint64_t n_pages, uint8_t *outcome)
 {
@@ -246,7 +247,7 @@ static void evict_run(struct kh_pager *pager, uint64_t first, uint64_t n_pages, 
 	count_outcomes(pager, first, n_pages, outcome);
 }
 
-/* Pages from a page on to the end of its piece. */
+/* Number of pages from a page to the end of its piece. */
 static uint64_t room_in_piece(const struct kh_pager_region *region, uint64_t index)
 {
 	uint64_t room = KH_PIECE_PAGES - (index - region->first) % KH_PIECE_PAGES;
@@ -255,7 +256,7 @@ static uint64_t room_in_piece(const struct kh_pager_region *region, uint64_t ind
 	return room < rest ? room : rest;
 }
 
-/* Neighbours at index[0], index[0] + 1, ... within one piece of a region. */
+/* Number of adjacent pages index[0], index[0] + 1, ... within one piece of a region. */
 static uint64_t run_length(const struct kh_pager *pager, const uint32_t *index, uint64_t n)
 {
 	const struct kh_pager_region *region = kh_pager_region_of(pager, index[0]);
@@ -273,7 +274,7 @@ static int64_t evict_locked(struct kh_pager *pager, const uint32_t *index, uint6
 	int64_t done = 0;
 
 	pager->batch++;
-	/* At the limit of the store, that makes room. */
+	/* At the limit of the store, this frees space. */
 	if (__atomic_load_n(&pager->store.slab.limit_bytes, __ATOMIC_RELAXED))
 		while (kh_pager_tidy_locked(pager))
 			;
@@ -303,7 +304,7 @@ int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n
 		return -EINVAL;
 	if (check_indexes(pager, index, n))
 		return -ERANGE;
-	/* In pieces, so that the fault handler's own evictions get their turn. */
+	/* In pieces, so that the fault handler's own evictions are not delayed. */
 	for (uint64_t i = 0; i < n; i += KH_RUN_PAGES) {
 		uint64_t piece = n - i < KH_RUN_PAGES ? n - i : KH_RUN_PAGES;
 
@@ -345,7 +346,7 @@ void kh_pager_shrink(struct kh_pager *pager, struct kh_shrink_result *result)
 	kh_pager_new_round(pager);
 	kh_pager_look_at_swapped(pager);
 	pthread_mutex_unlock(&pager->evict_lock);
-	/* The guest may fault pages in meanwhile; it does not keep this going for ever. */
+	/* The guest may fault pages in meanwhile; the loop is bounded nevertheless. */
 	while (tried && kh_pager_is_over(pager) && result->evicted < pager->n_pages) {
 		uint64_t went;
 
@@ -359,9 +360,9 @@ void kh_pager_shrink(struct kh_pager *pager, struct kh_shrink_result *result)
 	result->over_pages = limit && resident > limit ? resident - limit : 0;
 }
 
-/* ---- pages that the guest has no more use for ------------------------- */
+/* ---- pages that the guest declared free ------------------------- */
 
-/* The alias of a lost page that was touched is SIGBUS: from here on it is memory again. */
+/* After a touch of a lost page its alias raises SIGBUS: make it ordinary memory again. */
 static void unpoison(struct kh_pager *pager, uint64_t index)
 {
 	const struct kh_pager_region *region = kh_pager_region_of(pager, index);
@@ -390,7 +391,7 @@ static void forget_page(struct kh_pager *pager, uint64_t index, int stayed)
 		unpoison(pager, index);
 	if (stayed)
 		COUNT(pager, stayed_pages);
-	/* What stayed is zeroed, as it should be, and takes memory as before. */
+	/* A page that was not freed is zeroed, as required, and still uses memory. */
 	kh_pager_set_state(pager, index, stayed ? KH_PAGE_RESIDENT : KH_PAGE_FRESH);
 	kh_bit_clear(pager->refused, index);
 }
@@ -415,7 +416,7 @@ static void drop_pages(struct kh_pager *pager, const struct kh_pager_region *reg
 	result->dropped += n_pages;
 }
 
-/* Neighbours, as in evict_run: a fault on one of them waits until all are gone. */
+/* Adjacent pages, as in evict_run: a fault on one of them waits until all are dropped. */
 static void drop_run(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
 		     uint64_t n_pages, struct kh_drop_result *result)
 {
@@ -466,8 +467,8 @@ static void note_swapped(struct kh_pager *pager, uint64_t index)
 }
 
 /*
- * The kernel passes over pages that more than one mapping holds: the alias lets
- * go of them first. What the memfd holds outside of memory is in the swap.
+ * The kernel passes over pages that more than one mapping holds: zap the alias
+ * first. Pages that the memfd holds but that are not in memory are in the swap.
  */
 static void pageout_run(struct kh_pager *pager, uint64_t first, uint64_t n_pages, uint8_t *outcome)
 {

@@ -1,4 +1,4 @@
-/* How pages come back: the userfaultfd event loop and what it does with a fault. */
+/* Fault-in: the userfaultfd event loop and the handling of a fault. */
 #include "pager_internal.h"
 
 #include "uffd.h"
@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 #define MESSAGES 16
-/* Batches of pages that one fault at the limit tries before it goes on above it. */
+/* Batches that one fault at the limit tries to evict before it exceeds the limit. */
 #define LIMIT_BATCHES 8
 #define FIRST_PAUSE_NS 1000000ull
 #define LONGEST_PAUSE_NS 100000000ull
@@ -51,7 +51,7 @@ static int has_room(struct kh_pager *pager)
 	return !limit || __atomic_load_n(&pager->counters.resident_pages, __ATOMIC_RELAXED) < limit;
 }
 
-/* Pages that could not go may go now, if a round has tried all and the store has room again. */
+/* Retry pages that could not be evicted, if a round tried all and the store has room again. */
 static void end_round(struct kh_pager *pager)
 {
 	pthread_mutex_lock(&pager->evict_lock);
@@ -103,7 +103,7 @@ int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address
 	kh_store_drop(&pager->store, index);
 	__atomic_store_n(&pager->space_freed, 1, __ATOMIC_RELAXED);
 	kh_pager_set_state(pager, index, KH_PAGE_RESIDENT);
-	/* Last: who waited finds state and counters as they are now. */
+	/* Last, so that the waiters find the state and the counters updated. */
 	return kh_uffd_wake(pager->uffd, address);
 }
 
@@ -111,11 +111,14 @@ static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
 {
 	int result = fill(pager, address, NULL);
 
-	/* Whatever the state was: the memfd holds the page, and in memory. */
+	/* In every previous state: the memfd now holds the page, in memory. */
 	if (!result || result == -EEXIST)
 		kh_pager_set_state(pager, index, KH_PAGE_RESIDENT);
 	if (result == -EEXIST) {
-		/* There already, put in through the other mapping: map it and go on. */
+		/*
+		 * The memfd holds the page already, filled through the other mapping: map it and
+		 * continue.
+		 */
 		COUNT(pager, wakes);
 		return kh_uffd_wake(pager->uffd, address);
 	}
@@ -127,8 +130,9 @@ static int first_touch(struct kh_pager *pager, uint64_t index, uint64_t address)
 }
 
 /*
- * Bring back what went together with a page that is needed again, as far as there is
- * room. Through the alias: in the guest mapping such a page would look touched.
+ * Bring back the pages that were evicted with a page that is needed again, as far
+ * as there is room. Through the alias: in the guest mapping such a page would look
+ * touched.
  */
 static void prefetch(struct kh_pager *pager, uint64_t index, int batch)
 {
@@ -150,7 +154,7 @@ static void prefetch(struct kh_pager *pager, uint64_t index, int batch)
 			COUNT(pager, prefetched_pages);
 		kh_pager_unlock_page(pager, i);
 	}
-	/* Not young: if nobody touches them they are the first to go. */
+	/* Not young: without a touch they are the first to be evicted. */
 	__atomic_store_n(&pager->lap, 0, __ATOMIC_RELAXED);
 }
 
@@ -159,7 +163,7 @@ static int serve_evicted(struct kh_pager *pager, uint64_t index, uint64_t addres
 	int result;
 
 	kh_pager_mark_young(pager, index);
-	/* Counted before: who waited finds the counters as they are now. */
+	/* Counted before the wakeup, so that the waiters find the counters updated. */
 	COUNT(pager, fault_ins);
 	result = kh_pager_bring_back(pager, index, address);
 	if (result)
@@ -190,7 +194,7 @@ static int serve_missing(struct kh_pager *pager, uint64_t index, uint64_t addres
 	return result;
 }
 
-/* A write met the protection of an eviction. By now the eviction is over. */
+/* A write hit the write protection of an eviction, which has ended by now. */
 static int serve_wp(struct kh_pager *pager, uint64_t index, uint64_t address)
 {
 	int result;
@@ -205,8 +209,8 @@ static int serve_wp(struct kh_pager *pager, uint64_t index, uint64_t address)
 }
 
 /*
- * A fault for which the host has no memory: pages that nobody touches make some. None
- * of this ends the VM; the fault is tried again.
+ * A fault for which the host has no memory: evict cold pages to free some. This
+ * does not end the VM; the fault is retried.
  */
 static int make_memory(struct kh_pager *pager)
 {
@@ -227,7 +231,7 @@ static int serve_missing_or_make_memory(struct kh_pager *pager, uint64_t index, 
 	return result;
 }
 
-/* Try a fault again later; there is room, or no message would have been read. */
+/* Try a fault again later; there is room, otherwise no message would have been read. */
 static void keep_pending(struct kh_pager *pager, uint64_t address)
 {
 	uint64_t now = kh_now_ns();
@@ -260,7 +264,7 @@ static void raise_event(int event)
 {
 	uint64_t one = 1;
 
-	/* It counts to 2^64: it is never full. */
+	/* The counter is 64 bits wide: the write never blocks. */
 	while (write(event, &one, sizeof(one)) < 0 && errno == EINTR)
 		;
 }
@@ -284,13 +288,13 @@ static int is_alias(const struct kh_pager *pager, uint64_t address)
 }
 
 /*
- * A fault that cannot be served. A guest thread may wait: a kick gets it out.
- * A thread of the VMM may hold the interpreter lock, and everything would wait
- * for it: better SIGBUS than that, or than made-up data.
+ * A fault that cannot be served. A guest thread may wait: a kick gets it out. A
+ * thread of the VMM may hold the interpreter lock, and then every thread would wait
+ * for it: SIGBUS is better than that, or than invalid data.
  */
 static void give_up(struct kh_pager *pager, uint64_t address, int error)
 {
-	/* The mapping is on its way out; nobody waits there any more. */
+	/* The mapping is being removed; no thread waits there. */
 	if (error == -ENOENT || error == -ESRCH)
 		return;
 	COUNT(pager, errors);
@@ -316,7 +320,7 @@ static int read_messages(struct kh_pager *pager)
 	return 0;
 }
 
-/* Try one pending fault again; whether it is pending no more. */
+/* Retry one pending fault; returns true if it is no longer pending. */
 static int retry(struct kh_pager *pager, struct kh_pending *fault)
 {
 	uint64_t wait_ns = __atomic_load_n(&pager->memory_wait_ns, __ATOMIC_RELAXED);
@@ -334,7 +338,7 @@ static int retry(struct kh_pager *pager, struct kh_pending *fault)
 	return 1;
 }
 
-/* Returns how many ms there are to the next try, or -1 if nothing is pending. */
+/* Returns the ms until the next retry, or -1 if no fault is pending. */
 static int retry_pending(struct kh_pager *pager)
 {
 	uint64_t next_ns = UINT64_MAX, now = kh_now_ns();
@@ -359,9 +363,9 @@ static int serve_until_stop(struct kh_pager *pager)
 {
 	for (;;) {
 		int pause_ms = pager->n_pending ? retry_pending(pager) : -1, result;
-		/* Between faults: the store gives back what nothing lies in any more. */
+		/* Between faults: the store frees its empty chunks. */
 		int untidy = kh_pager_tidy(pager);
-		/* Faults that cannot be kept wait where they are. */
+		/* Faults that cannot be queued stay in the userfaultfd. */
 		struct pollfd wait[2] = {
 			{ .fd = pager->stop_event, .events = POLLIN },
 			{ .fd = pager->n_pending + MESSAGES <= KH_MAX_PENDING ? pager->uffd : -1,

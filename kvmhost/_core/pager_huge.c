@@ -1,11 +1,11 @@
 /*
- * Huge pages. To punch a part of a folio, the kernel zeroes that part and then tries
- * to split the folio; if anyone holds a reference to it, the split fails, and the
- * pages are still there, zeroed, for all to read. A folio that is punched whole goes
- * whatever references there are. So a piece of memory, aligned as the largest folio
- * is, that has a huge page is copied out, punched whole and filled again with small
- * pages before any page of it is evicted; who touches it meanwhile waits.
- * Source: truncate_inode_partial_folio(), mm/truncate.c, v6.18.
+ * Huge pages. To punch a part of a folio, the kernel zeroes that part and then
+ * tries to split the folio; if anyone holds a reference to it, the split fails, and
+ * the pages are still there, zeroed, for all to read. A folio that is punched whole
+ * is removed regardless of references. So a piece of memory, aligned as the largest
+ * folio is, that has a huge page is copied out, punched whole and filled again with
+ * small pages before any page of it is evicted; a thread that touches the piece
+ * meanwhile waits. Source: truncate_inode_partial_folio(), mm/truncate.c, v6.18.
  */
 #include "pager_internal.h"
 
@@ -18,7 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* The kernel maps up to so many neighbours of a small page that is touched. */
+/* The kernel maps up to this number of pages around a small page that is touched. */
 #define FAULT_AROUND_BYTES (64ull << 10)
 
 int kh_huge_init(struct kh_pager *pager, int split_all)
@@ -28,7 +28,7 @@ int kh_huge_init(struct kh_pager *pager, int split_all)
 
 	if (split_all)
 		memset(pager->mixed, 0xff, (n_pieces + 63) / 64 * sizeof(uint64_t));
-	/* No more huge pages through these mappings; a kernel without any refuses. */
+	/* Disable huge pages in these mappings; a kernel without THP returns an error. */
 	for (uint32_t i = 0; i < pager->n_regions; i++) {
 		const struct kh_pager_region *region = &pager->regions[i];
 		uint64_t n_bytes = region->n_pages * KH_PAGE_BYTES;
@@ -58,7 +58,7 @@ void kh_huge_destroy(struct kh_pager *pager)
 			close(pager->pipe[i]);
 }
 
-/* Number of a piece over all regions; a region begins with a piece of its own. */
+/* Number of a piece over all regions; every region begins with a new piece. */
 static uint64_t piece_number(const struct kh_pager *pager, const struct kh_pager_region *region,
 			     uint64_t piece)
 {
@@ -69,7 +69,7 @@ static uint64_t piece_number(const struct kh_pager *pager, const struct kh_pager
 	return number;
 }
 
-/* Map a piece where a huge page is mapped as one; the mapping is nobody else's. */
+/* Map a piece where a huge page is mapped as one; no other code uses the mapping. */
 static char *map_piece(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t piece)
 {
 	uint64_t aligned = (pager->scratch + KH_PIECE_BYTES - 1) & ~(KH_PIECE_BYTES - 1);
@@ -113,7 +113,7 @@ static int is_mapped_whole(const struct kh_pager *pager, const char *mapping, ui
 			       : touched - 2 * FAULT_AROUND_BYTES;
 	off_t offset = ((uintptr_t)mapping + far) / KH_PAGE_BYTES * sizeof(entry);
 
-	/* Unreadable: taken for huge, which costs a copy. */
+	/* Unreadable: assume a huge page, at the cost of a copy. */
 	if (pread(pager->pagemap, &entry, sizeof(entry), offset) != sizeof(entry))
 		return 1;
 	return entry >> 63 & 1;
@@ -131,7 +131,7 @@ static void unlock_all(struct kh_pager *pager)
 		pthread_mutex_unlock(&pager->stripes[i]);
 }
 
-/* Wait for memory: what is in the buffer is nowhere else. */
+/* Wait for memory: the buffer holds the only copy. */
 static void pause_for_memory(void)
 {
 	struct timespec pause = { .tv_nsec = 1000000 };
@@ -169,7 +169,7 @@ static void refill(struct kh_pager *pager, const struct kh_pager_region *region,
 	}
 }
 
-/* Give the bytes back to pages that are there still, zeroed: their number. */
+/* Restore the contents of pages that are still in memory, zeroed; returns their number. */
 static uint64_t give_back(const struct kh_pager_region *region, uint64_t offset, uint64_t n_pages,
 			  const char *pages, uint64_t *held)
 {
@@ -201,7 +201,7 @@ static int rebuild(struct kh_pager *pager, const struct kh_pager_region *region,
 		    pread(region->memfd, pages + i * KH_PAGE_BYTES, KH_PAGE_BYTES,
 			  offset + i * KH_PAGE_BYTES) != KH_PAGE_BYTES)
 			return -EIO;
-	/* To the piece's end also where the file ends before: the folio does not. */
+	/* Punch to the end of the piece even if the file ends before: the folio may be longer. */
 	result = kh_punch(region->memfd, offset, KH_PIECE_BYTES);
 	stayed = give_back(region, offset, n_pages, pages, held);
 	__atomic_fetch_add(&pager->counters.stayed_pages, stayed, __ATOMIC_RELAXED);
@@ -213,7 +213,7 @@ static int rebuild(struct kh_pager *pager, const struct kh_pager_region *region,
 	return result ? result : stayed ? -EBUSY : 0;
 }
 
-/* Make a piece one of small pages. Every page of it is locked, and so are all others. */
+/* Convert a piece to small pages. Every page of it is locked, and so are all others. */
 static int split_piece(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t piece)
 {
 	uint64_t first = region->first + piece * KH_PIECE_PAGES;
@@ -230,7 +230,7 @@ static int split_piece(struct kh_pager *pager, const struct kh_pager_region *reg
 	if (!result)
 		result = rebuild(pager, region, first, n_pages, pages);
 	kh_pager_protect(pager, region, first, n_pages, 0);
-	/* The protection that would tell of a write is gone. */
+	/* The write protection that would report a write was removed. */
 	for (uint64_t i = first; i < first + n_pages; i++)
 		kh_bit_clear(pager->refused, i);
 	unlock_all(pager);
@@ -249,7 +249,7 @@ int kh_huge_hold(struct kh_pager *pager, const struct kh_pager_region *region, u
 
 	if (result || !held || kh_take_injected(&pager->failing_splits))
 		return result;
-	/* A page that is there stays there: only this thread takes any away. */
+	/* A resident page stays resident: only this thread evicts. */
 	page = (first - region->first) % KH_PIECE_PAGES + __builtin_ctzll(held);
 	mapping = map_piece(pager, region, piece);
 	if (!mapping)
@@ -260,7 +260,7 @@ int kh_huge_hold(struct kh_pager *pager, const struct kh_pager_region *region, u
 		if (!result)
 			kh_bit_clear(pager->mixed, number);
 	}
-	/* The next touch is to tell anew. */
+	/* The next touch must be detected again. */
 	madvise(mapping, KH_PIECE_BYTES, MADV_DONTNEED);
 	return result;
 }

@@ -1,8 +1,8 @@
 /*
- * The pager's own structures. pager.c has its life and its settings,
- * pager_evict.c how pages go, pager_huge.c what is done before about huge pages,
- * pager_tidy.c what is done about a sparse store, pager_fault.c how pages come back,
- * pager_clock.c who goes when nobody was named.
+ * The pager's own structures. pager.c has setup, teardown and settings,
+ * pager_evict.c eviction, pager_huge.c the splitting of huge pages before it,
+ * pager_tidy.c the compaction of the store, pager_fault.c fault-in, pager_clock.c
+ * victim selection.
  */
 #ifndef KVMHOST_PAGER_INTERNAL_H
 #define KVMHOST_PAGER_INTERNAL_H
@@ -31,8 +31,8 @@ struct kh_pager_region {
 };
 
 /*
- * When 64 pages were young: a word a window, the latest first. One cache line, so
- * that the clock hand takes 64 pages in a few steps.
+ * The windows in which 64 pages were young: one word per window, the latest first.
+ * One cache line, so that the clock hand takes 64 pages in a few steps.
  */
 struct kh_history {
 	uint64_t window[KH_HISTORY_WINDOWS];
@@ -71,8 +71,8 @@ struct kh_pager {
 	uint64_t *resident;	/* bitmap: state is KH_PAGE_RESIDENT */
 	uint64_t *pinned;	/* bitmap */
 	uint64_t *refused;	/* bitmap: did not compress, and stays write-protected since */
-	uint64_t *passed;	/* bitmap: could not go, in this round of the clock hand */
-	int space_freed;	/* since the last round: what could not go may go now */
+	uint64_t *passed;	/* bitmap: could not be evicted in this round of the clock hand */
+	int space_freed;	/* since the last round: failed pages may be retried */
 	uint64_t *mixed;	/* bitmap: pieces that may have folios of any size */
 	uint64_t *swap_fake;	/* bitmap, for tests; or NULL */
 	uint64_t scratch;	/* address space for one piece, and its alignment */
@@ -90,7 +90,7 @@ struct kh_pager {
 	uint64_t n_victims;
 	uint64_t next_victim;
 	uint64_t hand;
-	uint32_t lap;		/* what the hand takes; colder pages were not to be found */
+	uint32_t lap;		/* lap of the hand; no colder pages were found */
 	uint32_t batch;		/* of the pages that are evicted now */
 	uint64_t last_run;	/* first page of it, plus 1; its page tables are still there */
 	uint32_t prefetch_pages;
@@ -194,23 +194,26 @@ static inline int kh_pager_is_young(const struct kh_pager *pager, uint64_t index
 }
 
 /*
- * Take evict_lock for somebody who asked over the API: once no snapshot holds the pager
- * still. The fault handler takes it plainly, and waits for nobody.
+ * Take evict_lock for a caller of the API, once no snapshot freezes the pager. The
+ * fault handler takes the lock directly and does not wait for a thaw.
  */
 void kh_pager_lock_unfrozen(struct kh_pager *pager);
 void kh_pager_wait_thawed(struct kh_pager *pager);
 /*
  * Evict a few pages that the clock hand or the daemon chose; with *went, how many.
- * Returns how many were tried: 0 if there is none left to try.
+ * Returns the number of pages tried: 0 if there are no candidates left.
  */
 uint64_t kh_pager_evict_some(struct kh_pager *pager, uint64_t *went);
-/* Pages that could not go are tried again. The caller holds evict_lock. */
+/* Retry the pages that could not be evicted. The caller holds evict_lock. */
 void kh_pager_new_round(struct kh_pager *pager);
 /* Whether there are more resident pages than the limit allows. */
 int kh_pager_is_over(const struct kh_pager *pager);
-/* Pages seen in swap may be back by now: nobody tells. The caller holds evict_lock. */
+/*
+ * Check the pages found in swap: the kernel does not report a swap-in. The caller holds
+ * evict_lock.
+ */
 void kh_pager_look_at_swapped(struct kh_pager *pager);
-/* Protect pages of one region in both mappings, or lift that. */
+/* Write-protect pages of one region in both mappings, or remove the protection. */
 int kh_pager_protect(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
 		     uint64_t n_pages, int protect);
 
@@ -220,20 +223,20 @@ void kh_pager_tidy_all(struct kh_pager *pager);
 /* The same with evict_lock held, and no stripe. */
 int kh_pager_tidy_locked(struct kh_pager *pager);
 
-/* What is needed to tell huge pages; at arming. */
+/* Allocate the state for detecting huge pages; called at arming. */
 int kh_huge_init(struct kh_pager *pager, int split_all);
 void kh_huge_destroy(struct kh_pager *pager);
 /*
- * See to it that pages of one piece are in no huge page, and that none becomes one
- * before kh_huge_release. 0, or -errno: they must not be punched. The caller holds
- * evict_lock and no stripe.
+ * Ensure that the pages of one piece are not in a huge page, and that no huge page
+ * forms before kh_huge_release. 0, or -errno: they must not be punched. The caller
+ * holds evict_lock and no stripe.
  */
 int kh_huge_hold(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
 		 uint64_t n_pages);
 void kh_huge_release(struct kh_pager *pager);
 /* Next pages for the fault handler to evict; the caller holds evict_lock. */
 uint64_t kh_pager_choose(struct kh_pager *pager, uint32_t *index, uint64_t n);
-/* A page is evicted: its past counts no more. */
+/* A page is evicted: clear its history. */
 void kh_pager_forget_history(struct kh_pager *pager, uint64_t index);
 /* Copy an evicted page in at an address of either mapping. The caller holds its stripe. */
 int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address);

@@ -1,4 +1,4 @@
-/* A store that holds much for little: its sparse chunks are emptied, a few records at a time. */
+/* Compaction of the store: empty sparse chunks, a few records at a time. */
 #include "pager_internal.h"
 
 #define MOVES_AT_ONCE 64
@@ -12,7 +12,7 @@ int kh_pager_tidy_locked(struct kh_pager *pager)
 
 		if (slot < 0)
 			return 0;
-		/* Who holds evict_lock is alone in writing records: what is in use is whole. */
+		/* Only the holder of evict_lock writes records: every record in use is complete. */
 		index = kh_store_owner(&pager->store, slot);
 		if (index < 0 || (uint64_t)index >= pager->n_pages)
 			continue;
@@ -28,7 +28,7 @@ int kh_pager_tidy(struct kh_pager *pager)
 {
 	int more;
 
-	/* An eviction goes first, and does this itself where it needs the room. */
+	/* An eviction has priority, and compacts by itself if it needs the space. */
 	if (pthread_mutex_trylock(&pager->evict_lock))
 		return 0;
 	more = kh_pager_tidy_locked(pager);

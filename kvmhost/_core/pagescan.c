@@ -109,7 +109,7 @@ static int note_region(const struct page_region *region, uint64_t address,
 
 /*
  * Walk [start, end) of a prepared request. A full buffer ends a call early and
- * walk_end says where to go on: no region is lost whatever the size of the buffer.
+ * walk_end is where to continue: no region is lost, for any size of the buffer.
  */
 static int scan_all(struct kh_scanner *scanner, int fd, struct pm_scan_arg *arg,
 		    const struct kh_page_bits *bits)
@@ -148,7 +148,7 @@ int kh_scanner_scan(struct kh_scanner *scanner, int pagemap_fd, uint64_t address
 		.size = sizeof(arg),
 		.start = address,
 		.end = address + (n_pages << PAGE_SHIFT),
-		/* One category is told faster than any of two. */
+		/* A test for one category is faster than a test for either of two. */
 		.category_mask = bits->swapped ? 0 : PAGE_IS_PRESENT,
 		.category_anyof_mask = bits->swapped ? any : 0,
 		.return_mask = any | PAGE_IS_HUGE,
@@ -265,8 +265,9 @@ static int test_bit(const uint64_t *words, uint64_t bit)
 }
 
 /*
- * Widen what is to be zapped to whole huge pages, inside the range: hugetlb takes no
- * less, and the kernel drops the one entry of a huge page anyway.
+ * Widen what is to be zapped to whole huge pages, inside the range: hugetlb accepts
+ * only whole pages, and the kernel drops the single entry of a huge page in any
+ * case.
  */
 static void widen(uint64_t address, uint64_t n_pages, const uint64_t *huge, uint64_t *chosen)
 {

@@ -1,7 +1,7 @@
 /*
- * What a process's page table says of a mapping: which pages are present, which are
- * swapped, which are mapped huge. Asked of /proc/PID/pagemap, by PAGEMAP_SCAN or by
- * plain reads. Bitmaps are 64-bit words, bit 0 first; a NULL one is not wanted.
+ * The page table state of a mapping: which pages are present, which are swapped,
+ * which are mapped huge. Read from /proc/PID/pagemap, by PAGEMAP_SCAN or by plain
+ * reads. Bitmaps are 64-bit words, bit 0 first; NULL omits a bitmap.
  */
 #ifndef KVMHOST_PAGESCAN_H
 #define KVMHOST_PAGESCAN_H
@@ -24,7 +24,7 @@ struct kh_page_bits {
 	uint64_t *swapped;	/* swap entries, and the markers that userfaultfd leaves */
 };
 
-/* A scan's buffer. It grows while calls fill it; not for two threads at a time. */
+/* A scan's buffer. It grows as calls fill it; not safe for concurrent use. */
 struct kh_scanner;
 
 /*

@@ -1,6 +1,7 @@
 /*
- * A 16550A UART: registers, FIFO, interrupt, loopback; output goes to a sink by the line.
- * Transmission takes no time. Source: National Semiconductor PC16550D data sheet.
+ * A 16550A UART: registers, FIFO, interrupt, loopback; output is passed to a sink
+ * line by line. Transmission takes no time. Source: National Semiconductor PC16550D
+ * data sheet.
  */
 #include "serial.h"
 
@@ -10,7 +11,7 @@
 
 #define LINE_BYTES 4096
 #define INPUT_BYTES 4096
-#define LAST_NS 100000000ull	/* for output that nobody flushed before the end */
+#define LAST_NS 100000000ull	/* wait at the end for output that was not flushed */
 
 enum { THR = 0, IER = 1, IIR = 2, LCR = 3, MCR = 4, LSR = 5, MSR = 6, SCR = 7 };
 
@@ -34,12 +35,12 @@ enum { THR = 0, IER = 1, IIR = 2, LCR = 3, MCR = 4, LSR = 5, MSR = 6, SCR = 7 };
 
 struct kh_serial {
 	pthread_mutex_t lock;
-	pthread_cond_t drained;	/* the guest has read input, or nobody waits any more */
-	struct kh_sink *sink;	/* NULL: nobody gets the output */
+	pthread_cond_t drained;	/* the guest has read input, or input was stopped */
+	struct kh_sink *sink;	/* NULL: the output is discarded */
 	int vm_fd;		/* for KVM_IRQ_LINE; -1: no interrupt */
 	uint32_t irq, irq_level;
 	int closing;
-	uint32_t unsent;	/* bytes since the sink was told to write */
+	uint32_t unsent;	/* bytes since the last publish to the sink */
 	uint64_t log_size;
 	struct kh_serial_counts counts;
 	struct kh_serial_state now;
@@ -108,7 +109,7 @@ static uint8_t reason(const struct kh_serial *serial)
 
 	if ((now->ier & IER_LINE) && now->overrun)
 		return IIR_LINE;
-	/* Time does not pass on this line: what waits below the level has timed out. */
+	/* The line has no timing: input below the trigger level counts as timed out. */
 	if ((now->ier & IER_RX) && serial->in_used)
 		return serial->in_used < trigger_level(serial) ? IIR_TIMEOUT : IIR_RX;
 	if ((now->ier & IER_TX) && now->tx_pending)
@@ -160,7 +161,7 @@ static void update_modem(struct kh_serial *serial)
 	if (mcr & MCR_LOOP)
 		lines = (mcr & 0x0c) << 4 | (mcr & 0x02) << 3 | (mcr & 0x01) << 5;
 	changed = (lines ^ serial->now.modem) >> 4;
-	/* The ring indicator counts when it goes away only. */
+	/* Only the trailing edge of the ring indicator counts. */
 	if ((changed & 4) && (lines & 0x40))
 		changed &= ~4;
 	serial->now.modem = lines | (serial->now.modem & 0x0f) | changed;
@@ -258,7 +259,7 @@ static uint8_t read_locked(struct kh_serial *serial, uint32_t offset)
 
 void kh_serial_out(struct kh_serial *serial, uint32_t offset, uint8_t value)
 {
-	/* Before the lock: nobody else waits for a reader because this one does. */
+	/* Before the lock, so that other threads do not wait for the reader as well. */
 	if (serial->sink && (offset & 7) == THR)
 		kh_sink_wait_room(serial->sink);
 	pthread_mutex_lock(&serial->lock);

@@ -12,7 +12,7 @@
 
 struct kh_serial;
 
-/* What a serial line has done so far. */
+/* Counters of a serial line. */
 struct kh_serial_counts {
 	uint64_t bytes;		/* transmitted by the guest */
 	uint64_t logged;	/* bytes in the log */
@@ -24,7 +24,7 @@ struct kh_serial_state {
 	uint8_t ier, fcr, lcr, mcr, scratch;
 	uint8_t modem;		/* MSR */
 	uint8_t overrun;	/* LSR bit 1 */
-	uint8_t tx_pending;	/* the transmitter has become empty and nobody was told */
+	uint8_t tx_pending;	/* the transmitter became empty: THRE interrupt pending */
 	uint8_t unbuffered;	/* the host's choice: pass each byte on at once */
 };
 
@@ -34,9 +34,9 @@ void kh_serial_out(struct kh_serial *serial, uint32_t offset, uint8_t value);
 uint8_t kh_serial_in(struct kh_serial *serial, uint32_t offset);
 /* Transmit bytes, as a guest does; waits a moment for a reader, see sink.h. */
 void kh_serial_write(struct kh_serial *serial, const uint8_t *data, uint64_t n_bytes);
-/* Give input to the guest; waits while its buffer is full. Returns what it took. */
+/* Pass input to the guest; waits while its buffer is full. Returns the bytes accepted. */
 uint64_t kh_serial_receive(struct kh_serial *serial, const uint8_t *data, uint64_t n_bytes);
-/* Take no more input: kh_serial_receive returns at once, now and later. */
+/* Accept no more input: every kh_serial_receive returns immediately from now on. */
 void kh_serial_stop_input(struct kh_serial *serial);
 /* Connect the interrupt to an in-kernel irqchip's input; vm_fd -1: to nothing. */
 void kh_serial_set_irq(struct kh_serial *serial, int vm_fd, uint32_t irq);
@@ -46,13 +46,13 @@ void kh_serial_set_unbuffered(struct kh_serial *serial, int on);
 uint64_t kh_serial_save(struct kh_serial *serial, struct kh_serial_state *out, uint8_t *input);
 void kh_serial_load(struct kh_serial *serial, const struct kh_serial_state *from,
 		    const uint8_t *input, uint64_t n_bytes);
-/* Have written what waits for the end of its line; does not wait. */
+/* Publish an incomplete line; does not wait. */
 void kh_serial_flush(struct kh_serial *serial);
-/* Wait until what was flushed is written, at most so long. Returns bytes that wait. */
+/* Wait until the flushed output is written, up to a timeout. Returns the bytes still pending. */
 uint64_t kh_serial_drain(struct kh_serial *serial, uint64_t timeout_ns);
-/* Write no more; what waits is dropped. */
+/* Stop writing; pending output is dropped. */
 void kh_serial_stop_output(struct kh_serial *serial);
-/* What became of the output. */
+/* The counters of the output. */
 struct kh_sink_counts kh_serial_output(struct kh_serial *serial);
 /* Copy up to size bytes of the log (the first bytes sent) out. */
 uint64_t kh_serial_read_log(struct kh_serial *serial, char *buffer, uint64_t size);

@@ -1,8 +1,8 @@
 /*
  * The thread may block, in poll() or, where others write to the same pipe or
- * terminal, in write(); nobody else does. It is got out of both by the kick
- * signal. A thread that does not come back even then (a dead network file
- * system) keeps the sink, and frees it if it ever returns.
+ * terminal, in write(); no other thread blocks. The kick signal interrupts both. A
+ * thread that does not return even then (a dead network file system) keeps the
+ * sink, and frees it when it returns.
  */
 #include "sink.h"
 
@@ -34,9 +34,9 @@ struct kh_sink {
 	pthread_t thread;
 	int fd, tid;
 	bool started, stopping, ended, joined, orphan;
-	bool is_file;		/* a regular one: slow at most, never without a reader */
+	bool is_file;		/* a regular file: it may be slow, but needs no reader */
 	bool patient;		/* a full ring is worth a short wait */
-	bool given_up;		/* the last such wait was in vain */
+	bool given_up;		/* the last such wait timed out */
 	uint64_t head, used, ready;
 	struct kh_sink_counts counts;
 	char *ring;
@@ -99,7 +99,7 @@ struct kh_sink *kh_sink_new(int fd)
 		return NULL;
 	}
 	sink->is_file = S_ISREG(about.st_mode);
-	/* A pseudo-terminal may have nobody at its other end: that costs nothing. */
+	/* A pseudo-terminal may have no reader at its other end: do not wait for one. */
 	sink->patient = ioctl(fd, TIOCGPTN, &number) != 0;
 	pthread_mutex_init(&sink->lock, NULL);
 	init_cond(&sink->filled);
@@ -124,13 +124,13 @@ static ssize_t write_once(struct kh_sink *sink, const char *chunk, uint64_t n_by
 	if (poll(&wait, 1, -1) < 0)
 		return -1;
 	n = write(sink->fd, chunk, n_bytes);
-	/* A pseudo-terminal that was hung up polls ready and takes nothing. */
+	/* A pseudo-terminal after a hangup polls ready but accepts no data. */
 	if (n < 0 && errno == EAGAIN)
 		nanosleep(&retry, NULL), errno = EAGAIN;
 	return n;
 }
 
-/* Called with the lock held: n bytes are through, or given up. */
+/* Called with the lock held: n bytes were written or dropped. */
 static void consume(struct kh_sink *sink, uint64_t n)
 {
 	sink->head = (sink->head + n) % KH_SINK_BYTES;
@@ -161,7 +161,9 @@ static void write_ready(struct kh_sink *sink)
 	if (!error) {
 		consume(sink, written);
 	} else if (error != EINTR && error != EAGAIN) {
-		/* This much is lost. What follows is tried: a full disk may have room again. */
+		/*
+		 * These bytes are lost. The next ones are tried: a full disk may have space again.
+		 */
 		sink->counts.error = error;
 		sink->counts.dropped += n;
 		consume(sink, n);
@@ -299,7 +301,7 @@ void kh_sink_stop(struct kh_sink *sink)
 	sink->counts.dropped += sink->used;
 	pthread_cond_broadcast(&sink->filled);
 	pthread_cond_broadcast(&sink->taken);
-	/* Again and again: a kick that comes before the system call interrupts nothing. */
+	/* Repeat the kick: one that arrives before the system call does not interrupt it. */
 	while (sink->started && !sink->ended && now_ns() < end) {
 		if (sink->tid)
 			kh_kick_thread(sink->tid);
@@ -325,7 +327,7 @@ void kh_sink_free(struct kh_sink *sink)
 		destroy(sink);
 		return;
 	}
-	/* The thread is still stuck: it frees the sink if it ever comes back. */
+	/* The thread is still stuck: it frees the sink when it returns. */
 	pthread_mutex_lock(&sink->lock);
 	sink->orphan = true;
 	pthread_mutex_unlock(&sink->lock);

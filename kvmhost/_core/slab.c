@@ -8,7 +8,7 @@
 #define CHUNK_STEPS (CHUNK_BYTES / KH_SLAB_STEP)
 #define BLOCK_BYTES (4ull << 20)
 #define BLOCK_CHUNKS (BLOCK_BYTES / CHUNK_BYTES)
-/* The first page of a file says what it is; see kvmhost/pager/storefile.py. */
+/* The first page of a file identifies it; see kvmhost/pager/storefile.py. */
 #define FILE_HEADER_BYTES 4096ull
 #define NO_CHUNK UINT32_MAX
 
@@ -74,7 +74,7 @@ static int map_block(struct kh_slab *slab, uint32_t number)
 	return 0;
 }
 
-/* A chunk that nobody uses: a returned one, or one more. */
+/* An unused chunk: a returned one, or a new one. */
 static uint32_t find_chunk(struct kh_slab *slab)
 {
 	uint32_t number = slab->empty;
@@ -124,7 +124,7 @@ static uint32_t new_chunk(struct kh_slab *slab, uint32_t class)
 	    /* All of it at once: a fault for each of its pages costs more than to pack one. */
 	    madvise(kh_slab_address(slab, number * CHUNK_STEPS), CHUNK_BYTES,
 		    MADV_POPULATE_WRITE) && errno == ENOMEM) {
-		/* Touched without that, it would end in the hands of the OOM killer. */
+		/* Without this, a touch would invoke the OOM killer. */
 		slab->chunks[number].next = slab->empty;
 		slab->empty = number;
 		return NO_CHUNK;
@@ -185,7 +185,7 @@ int64_t kh_slab_take(struct kh_slab *slab, uint64_t n_bytes)
 	number = slab->partial[class];
 	if (number == NO_CHUNK)
 		number = new_chunk(slab, class);
-	/* Rather a slot that is too large than none. */
+	/* Use a slot that is too large if there is no other. */
 	while (number == NO_CHUNK && ++class < KH_SLAB_CLASSES)
 		number = slab->partial[class];
 	if (number != NO_CHUNK)
@@ -226,7 +226,7 @@ uint64_t kh_slab_offset(uint64_t slot)
 	return FILE_HEADER_BYTES + slot * KH_SLAB_STEP;
 }
 
-/* Not worth a pass: what a few chunks of each size keep free. */
+/* Free space that does not justify a pass: a few chunks of each size. */
 #define SPARE_BYTES (16 * CHUNK_BYTES)
 
 int kh_slab_is_sparse(struct kh_slab *slab)
@@ -234,7 +234,10 @@ int kh_slab_is_sparse(struct kh_slab *slab)
 	int sparse;
 
 	pthread_mutex_lock(&slab->lock);
-	/* A quarter of what there was is gone: not one pass after the other for nothing. */
+	/*
+	 * A quarter must have been freed since the last pass, to avoid repeated passes without
+	 * effect.
+	 */
 	sparse = slab->pass_chunk ||
 		 (slab->chunk_bytes > 2 * slab->slot_bytes +
 			      (is_at_limit(slab) ? 0 : SPARE_BYTES) &&

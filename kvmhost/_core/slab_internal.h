@@ -2,12 +2,12 @@
  * Room for compressed pages: slots of a few sizes, cut from chunks, in memory
  * or in a file.
  *
- * Pages come and go for as long as a VM lives, in all sizes and no order; a
- * general allocator fragments under that by half. Here a chunk holds slots of
- * one size, a freed slot is used again by the next page of that size, and a
- * chunk without used slots goes back to the system. Chunks that hold little are
- * emptied into others of their size, by a pass. What is known of a chunk
- * stands beside it, so that nothing is read from a file to find room in it.
+ * Pages are stored and freed throughout the life of a VM, in all sizes and in no
+ * order; a general allocator loses half of its memory to fragmentation under this
+ * load. Here a chunk holds slots of one size, a freed slot is used again by the
+ * next page of that size, and a chunk without used slots is returned to the system.
+ * A pass empties sparse chunks into others of their size. The metadata of a chunk
+ * is kept in memory, so that an allocation reads nothing from the file.
  */
 #ifndef KVMHOST_SLAB_INTERNAL_H
 #define KVMHOST_SLAB_INTERNAL_H
@@ -16,7 +16,7 @@
 #include <pthread.h>
 
 #define KH_SLAB_STEP 64
-#define KH_SLAB_MAX_BYTES 4160	/* a page and what stands before it */
+#define KH_SLAB_MAX_BYTES 4160	/* a page and its header */
 #define KH_SLAB_CLASSES (KH_SLAB_MAX_BYTES / KH_SLAB_STEP)
 
 struct kh_slab_chunk;
@@ -28,7 +28,7 @@ struct kh_slab {
 	uint32_t n_chunks;
 	uint32_t chunk_room;
 	uint32_t partial[KH_SLAB_CLASSES];	/* chunks with a free slot */
-	uint32_t empty;			/* chunks of no size, with nothing behind */
+	uint32_t empty;			/* unassigned chunks, without backing memory */
 	char **blocks;			/* memory that chunks are cut from */
 	uint64_t max_blocks;
 	uint64_t chunk_bytes;		/* behind the chunks in use */
@@ -49,11 +49,11 @@ void kh_slab_give(struct kh_slab *slab, uint64_t slot);
 /* Where a slot is: its address in memory, its offset in the file. */
 char *kh_slab_address(const struct kh_slab *slab, uint64_t slot);
 uint64_t kh_slab_offset(uint64_t slot);
-/* Whether so much is held for so little that a pass is due, or one is under way. */
+/* Whether the slab is sparse enough for a pass, or a pass is in progress. */
 int kh_slab_is_sparse(struct kh_slab *slab);
-/* Next slot that a pass is to move, from a chunk of which half or more is free; -1: done. */
+/* Next slot that a pass is to move, from a chunk at least half of which is free; -1: done. */
 int64_t kh_slab_next_move(struct kh_slab *slab);
-/* A slot of the same size in a chunk before; -ENOENT if there is none. */
+/* A slot of the same size in an earlier chunk; -ENOENT if there is none. */
 int64_t kh_slab_take_before(struct kh_slab *slab, uint64_t slot);
 void kh_slab_destroy(struct kh_slab *slab);
 

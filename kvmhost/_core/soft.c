@@ -5,7 +5,7 @@
 #include <string.h>
 #include <time.h>
 
-/* Accesses of one vCPU before its thread turns to the next. */
+/* Accesses of one vCPU before its thread switches to the next. */
 #define TURN 1024
 #define WRITE_FLAG (1ull << 63)
 
@@ -49,7 +49,7 @@ static uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
 }
 
-/* splitmix64: one multiply-xor chain a number, any seed is good. */
+/* splitmix64: one multiply-xor chain per number, any seed is valid. */
 static uint64_t next_random(uint64_t *state)
 {
 	uint64_t z = *state += 0x9e3779b97f4a7c15ull;
@@ -112,7 +112,7 @@ static uint64_t next_access(struct trace *trace, const struct kh_soft_config *co
 	return gfn;
 }
 
-/* Handle a fault until it is settled; false if the access cannot be made at all. */
+/* Handle a fault until it is resolved; false if the access is impossible. */
 static bool handle_fault(struct kh_soft *soft, struct vcpu *vcpu, uint64_t gfn, bool write)
 {
 	struct kh_mmu *mmu = soft->mmu;
@@ -133,7 +133,7 @@ static bool handle_fault(struct kh_soft *soft, struct vcpu *vcpu, uint64_t gfn, 
 static void access_page(struct kh_soft *soft, struct vcpu *vcpu, uint64_t gfn, bool write)
 {
 	struct kh_mmu *mmu = soft->mmu;
-	/* Before the walk: a flush that comes during it is then seen at the next access. */
+	/* Before the walk: a flush during the walk is then seen at the next access. */
 	uint64_t seq = __atomic_load_n(&mmu->tlb_seq, __ATOMIC_SEQ_CST);
 	struct kh_translation found;
 	uint64_t set = 0;

@@ -7,14 +7,14 @@
 
 #include "mmu_ops.h"
 
-#define KH_TRACE_STRIDE 0   /* gfns in steps of `stride`, round and round */
+#define KH_TRACE_STRIDE 0   /* gfns in steps of `stride`, repeated */
 #define KH_TRACE_RANDOM 1   /* uniform */
 #define KH_TRACE_QUANTILE 2 /* by a table of rank quantiles: zipf, hot and cold */
-#define KH_TRACE_LIST 3     /* the given gfns in order, round and round */
+#define KH_TRACE_LIST 3     /* the given gfns in order, repeated */
 
 /* kh_soft_config.flags */
 #define KH_SOFT_PRIVATE 1 /* vCPU i has its own n_pages, from gfn_start + i * n_pages */
-#define KH_SOFT_PHASED 2  /* shared pages: vCPU i starts i/n of the way in */
+#define KH_SOFT_PHASED 2  /* shared pages: vCPU i starts at offset i/n */
 
 struct kh_soft_config {
 	uint32_t n_vcpus;
@@ -46,7 +46,7 @@ struct kh_soft_result {
 	uint64_t fault_retries;
 	uint64_t set_young;
 	uint64_t errors;      /* accesses to no slot, or writes to a read-only one */
-	uint64_t busy_ns;     /* time in the vCPU's own turns */
+	uint64_t busy_ns;     /* time in the vCPU's own time slices */
 	uint64_t last_gfn;
 };
 
@@ -61,7 +61,7 @@ void kh_soft_stop(struct kh_soft *soft);
 uint64_t kh_soft_progress(struct kh_soft *soft);
 /* Wait up to timeout_ms for the threads to end: 1 if they have, 0 if not yet. */
 int kh_soft_wait(struct kh_soft *soft, uint32_t timeout_ms);
-/* Wait for the threads to end, fill in one result a vCPU, free everything. */
+/* Wait for the threads to end, fill in one result per vCPU, free everything. */
 int kh_soft_finish(struct kh_soft *soft, struct kh_soft_result *results);
 /* The next n gfns of one vCPU's trace (bit 63: a write), without running anything. */
 int kh_soft_trace(const struct kh_soft_config *config, uint32_t vcpu, uint64_t *out, uint64_t n);

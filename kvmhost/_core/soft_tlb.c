@@ -1,7 +1,8 @@
 /*
- * A TLB: set-associative, least recently used goes; huge translations in a part of
- * their own. It caches that a page was accessed (and written): a hit sets nothing in
- * the tables, which is why a page can be used and stay old after a harvest.
+ * A TLB: set-associative, evicting the least recently used entry; huge translations
+ * have a separate part. It caches that a page was accessed (and written): a hit
+ * does not set bits in the tables, so after a harvest a page can be used and stay
+ * old.
  */
 #include "soft_internal.h"
 

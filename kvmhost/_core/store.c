@@ -15,7 +15,7 @@
 /* A page in its slot. */
 struct record {
 	uint64_t checksum;
-	uint64_t index;		/* whose page this is, for who moves it */
+	uint64_t index;		/* the page index, for compaction */
 	char content[KH_PAGE_BYTES];
 };
 
@@ -89,7 +89,7 @@ int kh_take_injected(uint64_t *failures)
 	return 0;
 }
 
-/* A file that takes only a part has no room either: the rest would not have fitted. */
+/* A short write also means that the file is full. */
 static int write_record(struct kh_store *store, uint64_t slot, const struct record *record,
 			uint64_t n_bytes)
 {
@@ -121,7 +121,7 @@ static int put_record(struct kh_store *store, uint64_t index, struct record *rec
 					     batch % KH_BATCHES);
 	record->index = index;
 	slot = kh_slab_take(&store->slab, n_bytes);
-	/* At the limit, and where the host has no memory for the store. */
+	/* At the limit, and if the host has no memory for the store. */
 	if (slot < 0)
 		return KH_EVICT_FULL;
 	outcome = write_record(store, slot, record, n_bytes);
@@ -216,7 +216,7 @@ int64_t kh_store_owner(const struct kh_store *store, uint64_t slot)
 	return index;
 }
 
-/* The bytes as they are: a damaged record stays one. */
+/* Copy the bytes unchanged: a damaged record stays damaged. */
 int kh_store_move(struct kh_store *store, uint64_t index, uint64_t slot)
 {
 	uint64_t entry = store->entry[index];

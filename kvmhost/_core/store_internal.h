@@ -2,9 +2,9 @@
  * The compressed store: the contents of evicted pages, by page index, in memory
  * or in a file. The caller holds the page's lock; the totals lock themselves.
  *
- * What is kept of a page is led by a checksum that also covers whose page it
- * is and which eviction put it there, under a random key of this store: what
- * comes back is what was put, or an error, also if someone rewrote the file.
+ * Each record starts with a checksum that also covers the page index and the
+ * eviction that wrote it, under a random key of this store: a read returns the
+ * stored contents or an error, even if the file was modified.
  */
 #ifndef KVMHOST_STORE_INTERNAL_H
 #define KVMHOST_STORE_INTERNAL_H
@@ -21,7 +21,7 @@ struct kh_store {
 	uint64_t raw_pages;
 	uint64_t failing_stores;
 	uint64_t failing_loads;
-	uint64_t disk_full;	/* writes that the file did not take for want of room */
+	uint64_t disk_full;	/* writes that failed because the file was full */
 	int refuse_raw;
 	struct kh_slab slab;
 	struct kh_coder coder;
@@ -41,18 +41,21 @@ int kh_store_put(struct kh_store *store, uint64_t index, const void *page, uint3
  */
 int kh_store_get(struct kh_store *store, uint64_t index, void *page);
 void kh_store_drop(struct kh_store *store, uint64_t index);
-/* Whose page lies in a slot, as far as can be read: to be checked under that page's lock. */
+/*
+ * The index of the page in a slot, as far as it can be read: to be checked under that
+ * page's lock.
+ */
 int64_t kh_store_owner(const struct kh_store *store, uint64_t slot);
 /*
- * Move a page out of a slot, if it lies there, to a chunk before; whether it was moved.
- * The caller holds the page's lock.
+ * Move a page from a slot, if it is there, to an earlier chunk; returns whether it
+ * was moved. The caller holds the page's lock.
  */
 int kh_store_move(struct kh_store *store, uint64_t index, uint64_t slot);
 /* Bytes of a page's content: 8 if same-filled, 0 if it is not there. */
 uint64_t kh_store_bytes(const struct kh_store *store, uint64_t index);
-/* Batch of a page, or -1 if that is not known: same-filled pages have no room for it. */
+/* Batch of a page, or -1 if that is not known: same-filled pages do not store it. */
 int kh_store_batch(const struct kh_store *store, uint64_t index);
-/* Count one injected failure down; whether there was one. */
+/* Consume one injected failure; returns whether there was one. */
 int kh_take_injected(uint64_t *failures);
 void kh_store_destroy(struct kh_store *store);
 

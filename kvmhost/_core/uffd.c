@@ -23,7 +23,7 @@ static int open_descriptor(void)
 	return uffd < 0 ? -errno : uffd;
 }
 
-/* UFFDIO_API settles a descriptor for good, so asking takes one of its own. */
+/* UFFDIO_API fixes the features of a descriptor, so the query uses a separate one. */
 static int offered_features(uint64_t *features)
 {
 	struct uffdio_api api = { .api = UFFD_API };
@@ -92,14 +92,15 @@ int kh_uffd_unregister(int uffd, uint64_t address, uint64_t n_bytes)
 	if (ioctl(uffd, UFFDIO_UNREGISTER, &range))
 		return -errno;
 	/*
-	 * The kernel wakes who waits before it takes the registration away: a fault
-	 * that queues in between (it holds only the lock of its VMA) would sleep on.
+	 * The kernel wakes the waiters before it removes the registration: a fault
+	 * that queues in between (it holds only the lock of its VMA) would keep
+	 * sleeping.
 	 */
 	ioctl(uffd, UFFDIO_WAKE, &range);
 	return 0;
 }
 
-/* EAGAIN: the address space changes under us (fork, munmap elsewhere). */
+/* EAGAIN: the address space changes concurrently (fork, munmap elsewhere). */
 static int retry_ioctl(int uffd, unsigned long request, void *argument)
 {
 	while (ioctl(uffd, request, argument))
@@ -143,7 +144,9 @@ int kh_uffd_copy_range(int uffd, uint64_t address, const void *pages, uint64_t n
 		};
 		int error = ioctl(uffd, UFFDIO_COPY, &argument) ? errno : 0;
 
-		/* An error after some pages is told as EAGAIN, and again by the next call. */
+		/*
+		 * An error after some pages is reported as EAGAIN; the next call returns the error.
+		 */
 		if (argument.copy > 0)
 			*done += argument.copy;
 		else if (error != EAGAIN && error != EINTR)
@@ -185,7 +188,7 @@ static int map_nothing(int uffd, uint64_t address)
 		 0) == MAP_FAILED)
 		error = -errno;
 	close(fd);
-	/* Who waits in the mapping that was there does not notice by itself. */
+	/* Waiters in the previous mapping are not woken automatically. */
 	return error ? error : kh_uffd_wake(uffd, address);
 }
 

@@ -18,16 +18,16 @@
  * the system call is allowed, EOPNOTSUPP where shmem write-protect is missing.
  */
 int kh_uffd_open(uint64_t *features);
-/* Whether a userfaultfd can be had that delivers faults of user mode alone. */
+/* Whether a userfaultfd that delivers only user-mode faults can be opened. */
 int kh_uffd_user_mode_only(void);
 /* Register a range for KH_UFFD_* faults; may be called again to add a mode. */
 int kh_uffd_register(int uffd, uint64_t address, uint64_t n_bytes, int modes);
 int kh_uffd_unregister(int uffd, uint64_t address, uint64_t n_bytes);
 /* Write-protect a range, or lift it and wake who waits for that. */
 int kh_uffd_write_protect(int uffd, uint64_t address, uint64_t n_bytes, int protect);
-/* Fill one missing page and wake nobody yet; EEXIST where another thread was faster. */
+/* Fill one missing page and wake nobody yet; EEXIST if another thread filled it first. */
 int kh_uffd_copy(int uffd, uint64_t address, const void *page);
-/* Fill missing pages in a row; *done tells how many bytes are filled also where it fails. */
+/* Fill missing pages in a row; *done is the number of bytes filled, also on an error. */
 int kh_uffd_copy_range(int uffd, uint64_t address, const void *pages, uint64_t n_bytes,
 		       uint64_t *done);
 int kh_uffd_zero(int uffd, uint64_t address);

@@ -46,7 +46,7 @@ static void ring_doorbell(struct kh_vcpu *vcpu, const uint8_t *data, uint8_t siz
 	__atomic_fetch_add(&vcpu->doorbells, 1, __ATOMIC_RELEASE);
 }
 
-/* A wide access goes to the registers that follow, byte by byte, as on an ISA bus. */
+/* A wide access is split into bytes for consecutive registers, as on an ISA bus. */
 static void access_serial(const struct kvm_run *run, const struct kh_port *port, uint8_t *data,
 			  uint64_t n_bytes)
 {
@@ -62,7 +62,7 @@ static void access_serial(const struct kvm_run *run, const struct kh_port *port,
 	}
 }
 
-/* Handle a port exit here if the bus says so; 0 if Python has to see it. */
+/* Handle a port exit here if the bus says so; 0 if Python must handle it. */
 static int handle_port(struct kh_vcpu *vcpu, const struct kh_bus *bus)
 {
 	struct kvm_run *run = vcpu->run;
@@ -105,7 +105,7 @@ static void decode_words(struct kh_exit *out, const uint64_t *words, uint32_t n)
 	memcpy(out->internal, words, out->n_internal * sizeof(uint64_t));
 }
 
-/* Exits that somebody asked for: debugging, hypercalls, MSRs. */
+/* Exits that the caller enabled: debugging, hypercalls, MSRs. */
 static void decode_asked(struct kh_exit *out, struct kvm_run *run)
 {
 	switch (run->exit_reason) {

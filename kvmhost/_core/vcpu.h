@@ -18,7 +18,7 @@
 #define KH_INTERNAL_DATA 16
 #define KH_IO_DATA 256
 
-/* What kh_vcpu_run returns beside -errno. */
+/* Results of kh_vcpu_run other than -errno. */
 #define KH_RUN_EXIT 0
 #define KH_RUN_KICKED 1
 
@@ -52,10 +52,10 @@ struct kh_exit {
 struct kh_vcpu {
 	int fd;
 	int tid;		/* thread inside kh_vcpu_run, or 0 */
-	int stop_at_doorbell;	/* return at doorbells instead of counting only */
+	int stop_at_doorbell;	/* return at doorbells instead of only counting them */
 	struct kvm_run *run;
 	uint64_t run_bytes;
-	uint64_t exits;		/* returns of KVM_RUN to this loop */
+	uint64_t exits;		/* number of returns of KVM_RUN to this loop */
 	uint64_t doorbells;
 	uint64_t doorbell_value;	/* last one */
 	uint64_t doorbell_ns;	/* CLOCK_MONOTONIC of the last one */
@@ -63,7 +63,7 @@ struct kh_vcpu {
 	struct kh_exit exit;
 };
 
-/* Map struct kvm_run; whoever asks for it unmaps run_bytes of it. */
+/* Map struct kvm_run; the caller unmaps run_bytes of it. */
 int kh_vcpu_map(struct kh_vcpu *vcpu, int fd, uint64_t run_bytes);
 /* Run until an exit that the bus does not handle, a kick, or -errno. */
 int kh_vcpu_run(struct kh_vcpu *vcpu, struct kh_bus *bus);

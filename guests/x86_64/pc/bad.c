@@ -1,6 +1,7 @@
 /*
- * Ends badly, in the way that the last letter of the command line names: h halts for
- * ever, t faults three times, p runs an instruction that some KVMs cannot emulate.
+ * Ends with a failure selected by the last letter of the command line: h halts
+ * forever, t causes a triple fault, p runs an instruction that some KVMs cannot
+ * emulate.
  */
 #include "main.h"
 

@@ -33,7 +33,7 @@ u32 main(u32 magic, struct mb_info *info)
 	write32(0xfec00000, 0x11 + 8);
 	write32(0xfec00010, apic_id() << 24);
 	write32(0xfec00000, 0x10 + 8);
-	write32(0xfec00010, 0x8054);	/* level: what is left in the FIFO asks again */
+	write32(0xfec00010, 0x8054);	/* level: remaining FIFO data interrupts again */
 	out8(0x3fa, 7);
 	out8(0x3fc, 0xb);
 	print("ready\n");

@@ -1,4 +1,4 @@
-/* Frame of a pc guest: its main, and empty handlers unless it has its own. */
+/* Frame of a pc guest: its main, and empty handlers unless the guest defines them. */
 #include "pc.h"
 
 u32 main(u32 magic, struct mb_info *info);

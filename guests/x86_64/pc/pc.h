@@ -1,7 +1,7 @@
 /*
- * What the pc guests share. They run on any PC that boots multiboot 1 images and
- * has a serial port at 0x3f8 and a debug-exit port at 0xf4: here, and elsewhere.
- * Source files end in their main(magic, info); its result is written to 0xf4.
+ * Code shared by the pc guests. They run on any PC that boots multiboot 1 images
+ * and has a serial port at 0x3f8 and a debug-exit port at 0xf4. Source files end in
+ * their main(magic, info); its result is written to 0xf4.
  */
 #ifndef PC_H
 #define PC_H
@@ -94,7 +94,7 @@ static inline u32 fw_u32(u16 key)
 static inline u32 swap32(u32 v) { return __builtin_bswap32(v); }
 static inline u16 cpu_count(void) { return (u16)fw_u32(0x05); }
 
-/* Interrupts: handle() is the image's own if it has any. */
+/* Interrupts: the image defines handle() if it uses any. */
 struct gate {
 	u16 low, selector, flags, high;
 } __attribute__((packed));
@@ -142,7 +142,7 @@ static inline void ipi(u32 id, u32 command)
 		pause();
 }
 
-/* Start every other processor: INIT and SIPI, as Intel SDM vol. 3A 9.4.4 has it. */
+/* Start every other processor: INIT and SIPI, as in Intel SDM vol. 3A, 9.4.4. */
 static inline void start_processors(u32 count)
 {
 	volatile u8 *to = (volatile u8 *)0x8000;

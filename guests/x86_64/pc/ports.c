@@ -1,4 +1,4 @@
-/* What small kernels poke at: clock, memory size, PCI, holes, speaker and reset port. */
+/* Devices that small kernels probe: clock, memory size, PCI, holes, speaker and reset port. */
 #include "main.h"
 
 static u8 cmos(u8 index)

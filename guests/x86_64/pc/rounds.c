@@ -1,8 +1,8 @@
 /*
- * Rounds of work that a snapshot must not disturb: timer interrupts, an interrupt to
- * each other processor and its answer, a pattern in memory, a clock that never goes
- * back. Prints a line a round; 60 rounds, or as many as the last two digits of the
- * command line say. Exit value 0, or the number of what was wrong.
+ * Rounds of work that a snapshot must not disturb: timer interrupts, an interrupt
+ * to each other processor and its answer, a pattern in memory, a monotonic clock.
+ * Prints one line per round; 60 rounds, or as many as the last two digits of the
+ * command line say. Exit value 0, or the number of the failed check.
  */
 #define OWN_HANDLER
 #define OWN_AP

@@ -55,7 +55,7 @@ u32 main(u32 magic, struct mb_info *info)
 	sti();
 	for (u32 id = 1; id < count; id++) {
 		ipi(id, 0x41);
-		wait(&got[0x42], id); /* one at a time: two that wait would be one */
+		wait(&got[0x42], id); /* one at a time: pending ones merge */
 	}
 	show("answers", got[0x42]);
 	ipi(0, 0xc0043);	/* all but self */

@@ -1,6 +1,6 @@
 /*
- * What the boot protocol leaves: control registers, selectors, flags, PICs, local APIC,
- * I/O APIC, and who this processor says it is.
+ * The state that the boot protocol sets up: control registers, selectors, flags,
+ * PICs, local APIC, I/O APIC, and the identification of this processor.
  */
 #include "main.h"
 

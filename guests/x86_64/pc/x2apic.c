@@ -1,6 +1,7 @@
 /*
- * The local APICs in x2APIC mode: every processor switches, says its id by MSR, and
- * answers an interrupt that goes to a 32-bit id. The exit value is how many answered.
+ * The local APICs in x2APIC mode: every processor switches, reads its id by MSR,
+ * and answers an interrupt sent to a 32-bit id. The exit value is the number of
+ * answers.
  */
 #define OWN_HANDLER
 #define OWN_AP
