@@ -24,7 +24,7 @@ __all__ = [
 Gfns = npt.NDArray[np.int64]
 
 _U64 = np.uint64
-#: Spreads ranks over the pages; a prime, so that no two ranks meet.
+#: Spreads ranks over the pages; a prime, so that two ranks never share a page.
 _SCATTER = 2654435761
 _LOG_ONE = 1 << 24
 
@@ -119,7 +119,7 @@ def _hotcold_epoch(params: Mapping[str, int], epoch: int, base: int, run: int) -
 
 
 def zipf_ranks(draws: npt.NDArray[np.uint64], n_ranks: int, permille: int) -> npt.NDArray[np.int64]:
-    """Return the ranks that random numbers stand for, as ``zipf.h`` defines it."""
+    """Return the rank that each random number selects, as ``zipf.h`` defines it."""
     sums = zipf_sums(n_ranks, permille)
     ranks: Gfns = np.searchsorted(sums, draws % sums[-1], side="right").astype(np.int64)
     return ranks
@@ -129,8 +129,8 @@ def zipf_ranks(draws: npt.NDArray[np.uint64], n_ranks: int, permille: int) -> np
 def zipf_sums(n_ranks: int, permille: int) -> npt.NDArray[np.uint64]:
     """Return the sums of the weights up to each rank.
 
-    The definition is taken literally, in the widest floating point that numpy has; the
-    guest has its own integer arithmetic. Tests hold them against each other.
+    This evaluates the definition in the widest floating point of numpy; the guest uses
+    integer arithmetic. Tests compare the two.
     """
     logs = np.log2(np.arange(1, n_ranks + 1).astype(np.longdouble))
     exponents = permille * np.floor(logs * _LOG_ONE).astype(np.int64) // 1000

@@ -1,7 +1,7 @@
 """KVM capabilities by their kernel numbers: all that can mean something on x86.
 
-Those of other architectures are left out; any number can be asked for all the
-same, since :meth:`~kvmhost.kvm.System.check_extension` takes plain integers.
+Those of other architectures are omitted; any number can still be queried, since
+:meth:`~kvmhost.kvm.System.check_extension` takes plain integers.
 """
 
 from __future__ import annotations

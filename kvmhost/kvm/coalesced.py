@@ -28,7 +28,7 @@ class CoalescedWrite:
 class CoalescedRing(Closing):
     """The ring, read in place through a mapping of one of the vCPUs.
 
-    KVM appends; whoever reads must do so often enough: a write that finds the ring
+    KVM appends; the reader must drain the ring often enough: a write that finds the ring
     full ends the run as an ordinary exit. One reader at a time.
 
     >>> vm.coalesce(0xD000_0000, 4096)  # doctest: +SKIP

@@ -23,7 +23,7 @@ __all__ = ["Attributes", "Capabilities", "Descriptor", "Enabling", "Source", "as
 #: What fills a structure: the structure, its fields, or a buffer of its size.
 Source = Struct | Mapping[str, Any] | bytes | bytearray | memoryview
 
-#: No list of KVM's is longer; a kernel that asks for more is answered with its E2BIG.
+#: No list of KVM is longer; if a kernel needs more, its E2BIG is raised.
 _MAX_ENTRIES = 65536
 
 
@@ -68,10 +68,10 @@ class Descriptor(Closing):
         return self._pass(request, Struct(ctype, **fields), **fields)
 
     def _get_table(self, request: str, ctype: str, n_entries: int = 64) -> Struct:
-        """Make a request that fills a table, with as much room as KVM asks for.
+        """Make a request that fills a table, with as many entries as KVM needs.
 
-        KVM answers ``E2BIG`` where the table is too short; some requests tell the
-        number that they need, others leave it to a second try with more.
+        KVM returns ``E2BIG`` if the table is too short; some requests return the number
+        of entries that they need, others must be repeated with a larger table.
         """
         counter = "n" if ctype == "kvm_reg_list" else "nent" if "cpuid" in ctype else "nmsrs"
         while True:
@@ -89,9 +89,9 @@ class Capabilities(Descriptor):
     """Asking for capabilities, and switching them on."""
 
     def check_extension(self, cap: Cap | int) -> int:
-        """Return what KVM says of a capability; 0 means that it is missing.
+        """Return KVM's value of a capability; 0 means that it is missing.
 
-        A VM may know better than the system what it can do: ask it first.
+        The result for a VM may differ from that for the system: prefer the VM.
 
         >>> vm.check_extension(Cap.NR_MEMSLOTS)  # doctest: +SKIP
         32764
@@ -110,7 +110,7 @@ class Enabling(Descriptor):
         >>> vm.enable_cap(Cap.X86_USER_SPACE_MSR, lib.KVM_MSR_EXIT_REASON_FILTER)  # doctest: +SKIP
 
         :raises IoctlError: ``EINVAL`` for a capability or an argument that this KVM does
-            not know, or one that comes too late (after the first vCPU, for some)
+            not support, or that is enabled too late (for some, after the first vCPU)
 
         Source: KVM_ENABLE_CAP.
         """
@@ -123,7 +123,7 @@ class Attributes(Descriptor):
     """Attributes in groups, as devices of the kernel, VMs, vCPUs and the system have them."""
 
     def has_attr(self, group: int, attr: int) -> bool:
-        """Return whether there is such an attribute.
+        """Return whether the device has an attribute.
 
         >>> vcpu.has_attr(lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET)  # doctest: +SKIP
         True

@@ -10,8 +10,8 @@ __all__ = ["Device"]
 class Device(Attributes):
     """A device, as KVM_CREATE_DEVICE returned it. Owns its descriptor.
 
-    Everything about it is attributes: groups and numbers are the device's own.
-    KVM keeps the device until the VM goes.
+    All access is by attributes, whose groups and numbers depend on the device. KVM keeps
+    the device until the VM is destroyed.
 
     >>> vfio.has_attr(lib.KVM_DEV_VFIO_GROUP, lib.KVM_DEV_VFIO_GROUP_ADD)  # doctest: +SKIP
     True

@@ -29,7 +29,7 @@ class MsrRange:
 
     @classmethod
     def refuse(cls, first: int, n_msrs: int = 1, flags: int = 3) -> MsrRange:
-        """Make a range of which nothing may be used.
+        """Make a range in which every MSR is denied.
 
         >>> MsrRange.refuse(0x10, 9).allowed
         b'\\x00\\x00'
@@ -50,7 +50,7 @@ class MsrRange:
 
 
 def build_msr_filter(ranges: Sequence[MsrRange], allow: bool) -> tuple[Any, list[Any]]:
-    """Return ``struct kvm_msr_filter *`` and what has to live as long as it.
+    """Return ``struct kvm_msr_filter *`` and the objects that must outlive it.
 
     :raises LayoutError: for too many ranges or a bitmap of another size than the range
     """

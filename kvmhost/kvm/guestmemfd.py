@@ -33,7 +33,7 @@ class GuestMemfd(Descriptor):
         return mmap.mmap(self.fd, self.n_bytes)
 
     def punch(self, offset: int, n_bytes: int) -> None:
-        """Give pages back; the guest finds zeros there.
+        """Free pages; the guest then reads zeros.
 
         :param offset: in bytes, page-aligned as ``n_bytes``
         :raises OSError: ``EINVAL`` for a range that is not whole pages

@@ -2,8 +2,8 @@
 
 KVM_GET_MSR_INDEX_LIST names some hundred MSRs at most. KVM keeps more of a guest's state
 than that: memory types (MTRRs), machine-check banks, TSC_AUX, performance counters and
-others. So the ranges in which KVM has MSRs are read through, on a vCPU of the same CPUID
-that nobody waits for, and what can be read is state.
+others. So this module reads all ranges in which KVM has MSRs, on an idle vCPU with the
+same CPUID, and every MSR that can be read is state.
 
 A host can take a value and not keep it. Each MSR is read back after it was set; what
 differs is returned and never passed over.
@@ -41,7 +41,7 @@ _RANGES = (
 _ELSEWHERE = frozenset({0x1B, 0xC000_0080, 0xC000_0100, 0xC000_0101}) | frozenset(
     range(0x800, 0x900)
 )
-#: Kept also where KVM answers for every MSR there is (module parameter ignore_msrs).
+#: Kept even if KVM accepts every MSR (module parameter ignore_msrs).
 _NAMED = frozenset({0xC000_0103, 0x179, 0x17B, 0x2FF, 0xDA0}).union(
     range(0x200, 0x210), {0x250, 0x258, 0x259}, range(0x268, 0x270), range(0x280, 0x2A0)
 )
@@ -101,7 +101,7 @@ def _find_msrs(core: KvmVcpu, listed: Iterable[int]) -> list[int]:
 
 
 def read_msrs(core: KvmVcpu, indices: list[int]) -> dict[int, int]:
-    """Return the values of those MSRs that this vCPU has, in the order asked."""
+    """Return the values of those MSRs that this vCPU has, in the order requested."""
     table = _table(dict.fromkeys(indices, 0))
     lib.kh_msrs_get(core.fd, table, len(table))
     return {int(m.index): int(m.value) for m in table if not m.status}
@@ -110,8 +110,8 @@ def read_msrs(core: KvmVcpu, indices: list[int]) -> dict[int, int]:
 def load_msrs(core: KvmVcpu, values: Mapping[int, int], tsc_khz: int) -> MsrReport:
     """Set MSRs in the order of ``values`` and read each back.
 
-    :param tsc_khz: frequency of the guest's TSC, to tell time that passed from a TSC that
-        was not set
+    :param tsc_khz: frequency of the guest's TSC, to distinguish elapsed time from a TSC
+        that was not set
     """
     before = read_msrs(core, list(values))
     # What is right already is left alone: much of that is read-only.

@@ -1,8 +1,8 @@
 """KVM's dirty rings: which pages each vCPU wrote, in order, in shared memory.
 
-KVM refuses to run a vCPU whose ring is full (KVM_EXIT_DIRTY_RING_FULL). The run
-loop answers that in C: it empties all rings into bitmaps and goes on, so that a
-guest never stops for want of a collector.
+KVM refuses to run a vCPU whose ring is full (KVM_EXIT_DIRTY_RING_FULL). The run loop
+handles that in C: it collects all rings into bitmaps and continues, so that a guest never
+stops for lack of a collector.
 
 Source: Documentation/virt/kvm/api.rst, section 8.29, Linux v6.12.
 """
@@ -53,7 +53,7 @@ class DirtyRings:
     def harvest(
         self, slot: int, first: int, n_pages: int, clear: bool, mask: Words | None, words: Words
     ) -> None:
-        """Empty the rings; tell, and with ``clear`` forget, which pages were written.
+        """Collect the rings; return, and with ``clear`` reset, the bitmap of written pages.
 
         :param words: zeros at entry; bit 0 is page ``first`` of the slot
         :raises IoctlError: if the reset fails, or ``ERANGE`` for pages outside the slot

@@ -66,7 +66,7 @@ class StatDescriptor:
     bucket_size: int
 
     def unit_text(self) -> str:
-        """Say the unit with its exponent.
+        """Return the unit with its exponent.
 
         >>> StatDescriptor("x", Kind.PEAK, Unit.SECONDS, 10, -9, 1, 0, 0).unit_text()
         'ns'
@@ -134,7 +134,7 @@ class Stats(Descriptor):
 
     :ivar id: the kernel's name of the VM or vCPU
     :ivar descriptors: by name, in the kernel's order
-    :raises KvmHostError: if the file is not as its header says
+    :raises KvmHostError: if the file does not match its header
     """
 
     def __init__(self, fd: int) -> None:

@@ -1,10 +1,10 @@
-"""One wrapper for every structure that KVM takes or gives.
+"""One wrapper for every structure that KVM reads or writes.
 
-A :class:`Struct` has the kernel's field names as attributes, prints itself with
-hex where people expect hex, and goes to and from dict, bytes and numpy through
-the memory it wraps, never byte by byte. Paddings and reserved fields stay hidden;
-a table (``struct kvm_cpuid2`` and its like) knows how many entries are in use.
-Structures compare by content, and survive pickling.
+A :class:`Struct` has the kernel's field names as attributes, prints addresses and flags
+in hex, and converts to and from dict, bytes and numpy through the memory that it wraps,
+never byte by byte. Paddings and reserved fields stay hidden; a table (``struct
+kvm_cpuid2`` and its like) knows how many entries are in use. Structures compare by
+content, and survive pickling.
 
 >>> regs = Struct("kvm_regs", rip=0x1000, rflags=2)
 >>> regs.rip += 4
@@ -43,7 +43,7 @@ _TABLES = {
     "kvm_xsave": ("", "extra"),
 }
 
-#: Which member of a union is valid: the field that tells, and the members by its value.
+#: Which member of a union is valid: the field that selects it, and the members by its value.
 _UNIONS: dict[str, tuple[str, dict[int, str]]] = {
     "kvm_irqchip": ("chip_id", {0: "pic", 1: "pic", 2: "ioapic"}),
     "kvm_irq_routing_entry": ("type", {1: "irqchip", 2: "msi", 4: "hv_sint", 5: "xen_evtchn"}),
@@ -110,7 +110,7 @@ class Struct:
 
     @classmethod
     def view(cls, ctype: str, pointer: Any, owner: Any) -> Self:
-        """Look at memory that belongs to someone else.
+        """Wrap memory that another object owns.
 
         :param pointer: cffi pointer to the structure
         :param owner: what keeps that memory alive; held as long as the view
@@ -198,7 +198,7 @@ class Struct:
         return Struct.from_bytes(self.ctype, self.raw())
 
     def _wrap(self, ctype: str, pointer: Any, owner: Any) -> None:
-        # SAFETY: the owner is held here, so the pointer stays good while this object lives.
+        # SAFETY: this object references the owner, so the pointer stays valid.
         object.__setattr__(self, "ctype", ctype)
         object.__setattr__(self, "_pointer", pointer)
         object.__setattr__(self, "_owner", owner)
@@ -288,12 +288,12 @@ class Struct:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={_show(name, getattr(self, name))}" for name in self._names())
-        # cffi numbers the structures that C gives no name.
+        # cffi numbers the structures that have no name in C.
         return f"{'' if self.ctype.startswith('$') else self.ctype}({shown})"
 
 
 class Union(Struct):
-    """A union inside a structure: shows the member that the structure says is valid."""
+    """A union inside a structure: shows the member that the structure marks as valid."""
 
     __slots__ = ("_valid",)
 
@@ -301,7 +301,7 @@ class Union(Struct):
 
     @classmethod
     def of(cls, outer: Struct, value: Any, owner: Any) -> Union:
-        """Look at the union ``value`` of ``outer``."""
+        """Wrap the union ``value`` of ``outer``."""
         made = cls.view(_plain_name(ffi.typeof(value)), ffi.addressof(value), owner)
         teller, members = _UNIONS.get(outer.ctype, ("", {}))
         valid = members.get(getattr(outer, teller), "") if teller else ""

@@ -15,7 +15,7 @@ from kvmhost.kvm.vm import Vm
 
 __all__ = ["API_VERSION", "HIDE_KVM_ENV", "System"]
 
-#: Settled since Linux 2.6.22; KVM_GET_API_VERSION has returned nothing else since.
+#: Stable since Linux 2.6.22; KVM_GET_API_VERSION has returned the same value since.
 API_VERSION = 12
 
 #: Set to a non-empty value to make kvmhost act as if there were no /dev/kvm.
@@ -106,7 +106,7 @@ class System(Attributes, Capabilities):
         return list(table.indices)
 
     def msr_feature_index_list(self) -> list[int]:
-        """Return the MSRs that tell features of the host; read them with :meth:`get_msrs`.
+        """Return the MSRs that describe features of the host; read them with :meth:`get_msrs`.
 
         >>> [hex(msr) for msr in kvm.msr_feature_index_list()]  # doctest: +SKIP
         ['0x8b', '0x10a', '0x345', '0xce']

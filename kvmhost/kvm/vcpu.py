@@ -51,8 +51,8 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
     def run(self, bus: Any = ffi.NULL) -> Exit:
         """Run until an exit that the C bus does not handle.
 
-        :param bus: ``struct kh_bus *``: ports that C answers by itself
-        :return: the exit; :class:`Kicked` after :meth:`kick`, or when a signal came
+        :param bus: ``struct kh_bus *``: ports that the C loop handles
+        :return: the exit; :class:`Kicked` after :meth:`kick` or a signal
         :raises IoctlError: if KVM_RUN itself fails
         """
         result = lib.kh_vcpu_run(self.core, bus)
@@ -114,7 +114,8 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
 
         >>> vcpu.interrupt(0x20)  # doctest: +SKIP
 
-        Taken when the guest next allows one: ask ``run_page.ready_for_interrupt_injection``.
+        Delivered when the guest next allows one: check
+        ``run_page.ready_for_interrupt_injection``.
 
         :raises IoctlError: ``EINVAL`` above 255, ``ENXIO`` where the kernel has the PICs,
             ``EEXIST`` if one is queued and the local APICs are in the kernel
@@ -160,7 +161,7 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
         self._pass("KVM_SET_GUEST_DEBUG", request, control=control)
 
     def single_step(self, on: bool = True) -> None:
-        """Stop after every instruction, or no more."""
+        """Stop after every instruction, or stop doing so."""
         step = lib.KVM_GUESTDBG_ENABLE | lib.KVM_GUESTDBG_SINGLESTEP
         self.set_guest_debug(step if on else 0)
 
@@ -192,7 +193,7 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
         return int(answer.physical_address) if answer.valid else None
 
     def kvmclock_ctrl(self) -> None:
-        """Tell a guest that uses kvmclock that it was paused, so that its watchdog is quiet.
+        """Notify a guest that uses kvmclock of a pause, so that its watchdog does not fire.
 
         >>> vcpu.kvmclock_ctrl()  # doctest: +SKIP
 
@@ -203,7 +204,7 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
         self._call("KVM_KVMCLOCK_CTRL")
 
     def tpr_access_reporting(self, on: bool) -> None:
-        """End the run as the guest uses the task priority register of its local APIC.
+        """Exit when the guest accesses the task priority register of its local APIC.
 
         >>> vcpu.tpr_access_reporting(True); vcpu.run()  # doctest: +SKIP
         TprAccess(rip=4108, is_write=True)
@@ -255,7 +256,7 @@ class KvmVcpu(VcpuState, VcpuXen, Enabling):
         >>> vcpu.pre_fault_memory(0, 2 << 20)  # doctest: +SKIP
         0
 
-        :return: bytes that are left, if a signal came in between
+        :return: bytes that remain, if a signal interrupted the request
         :raises IoctlError: ``ENOTTY`` or ``EOPNOTSUPP`` where KVM_CAP_PRE_FAULT_MEMORY is
             missing (it needs hardware paging), ``ENOENT`` outside all slots
 

@@ -147,8 +147,8 @@ class _Floating(Descriptor):
 
         >>> vcpu.get_xsave2(vm.check_extension(Cap.XSAVE2))  # doctest: +SKIP
 
-        :param n_bytes: what the VM's KVM_CAP_XSAVE2 says, at least 4096. A smaller
-            number would be written past its end, and is taken as 4096
+        :param n_bytes: the value of the VM's KVM_CAP_XSAVE2, at least 4096. KVM would
+            write past the end of a smaller buffer, so a smaller number means 4096
 
         Source: KVM_GET_XSAVE2.
         """
@@ -168,7 +168,7 @@ class _Floating(Descriptor):
         self._set("KVM_SET_XSAVE", "kvm_xsave", area)
 
     def get_xcrs(self) -> Struct:
-        """Return ``struct kvm_xcrs``: extended control registers, of which there is XCR0.
+        """Return ``struct kvm_xcrs``: extended control registers, currently only XCR0.
 
         >>> vcpu.get_xcrs().xcrs[0]  # doctest: +SKIP
         kvm_xcr(xcr=0, value=1)
@@ -190,10 +190,10 @@ class _Floating(Descriptor):
 
 
 class _Identity(Descriptor):
-    """What the processor says of itself: CPUID, MSRs, frequency."""
+    """The identification of the processor: CPUID, MSRs, frequency."""
 
     def set_cpuid(self, cpuid2: Source) -> None:
-        """Set what CPUID tells, from ``struct kvm_cpuid2``; before the first run.
+        """Set the CPUID leaves, from ``struct kvm_cpuid2``; before the first run.
 
         >>> vcpu.set_cpuid(kvm.supported_cpuid())  # doctest: +SKIP
 
@@ -205,7 +205,7 @@ class _Identity(Descriptor):
         self._set("KVM_SET_CPUID2", "kvm_cpuid2", cpuid2)
 
     def get_cpuid(self) -> Struct:
-        """Return ``struct kvm_cpuid2``: what CPUID tells, as KVM has it now.
+        """Return ``struct kvm_cpuid2``: the current CPUID leaves.
 
         >>> len(vcpu.get_cpuid().entries)  # doctest: +SKIP
         75
@@ -217,7 +217,7 @@ class _Identity(Descriptor):
         return self._get_table("KVM_GET_CPUID2", "kvm_cpuid2", 128)
 
     def set_cpuid1(self, cpuid: Source) -> None:
-        """Set what CPUID tells, from ``struct kvm_cpuid``: leaves without sub-leaves.
+        """Set the CPUID leaves, from ``struct kvm_cpuid``: without sub-leaves.
 
         >>> vcpu.set_cpuid1({"entries": [{"function": 0, "eax": 1}]})  # doctest: +SKIP
 
@@ -238,7 +238,7 @@ class _Identity(Descriptor):
         >>> vcpu.get_msrs([0x10, 0x277])  # TSC and PAT  # doctest: +SKIP
         {16: 81526344, 631: 1974748653749254}
 
-        :return: in the order asked; a dict that ends early: KVM stops at the first
+        :return: in the order requested; the dict may be incomplete: KVM stops at the first
             MSR that it refuses
 
         Source: KVM_GET_MSRS.
@@ -328,7 +328,7 @@ class _Events(Descriptor):
     """What is about to happen to the processor."""
 
     def get_vcpu_events(self) -> Struct:
-        """Return ``struct kvm_vcpu_events``: exceptions, interrupts, NMIs under way.
+        """Return ``struct kvm_vcpu_events``: pending and injected exceptions, interrupts and NMIs.
 
         >>> vcpu.get_vcpu_events().nmi  # doctest: +SKIP
         (injected=0, pending=0, masked=0)
@@ -338,7 +338,7 @@ class _Events(Descriptor):
         return self._get("KVM_GET_VCPU_EVENTS", "kvm_vcpu_events")
 
     def set_vcpu_events(self, events: Source) -> None:
-        """Set what is under way; ``flags`` says which of the optional fields count.
+        """Set pending events; ``flags`` selects the valid optional fields.
 
         >>> other.set_vcpu_events(vcpu.get_vcpu_events())  # doctest: +SKIP
 
@@ -398,7 +398,7 @@ class _Events(Descriptor):
 
         >>> vcpu.get_nested_state(vm.check_extension(Cap.NESTED_STATE))  # doctest: +SKIP
 
-        :param n_bytes: room, as KVM_CAP_NESTED_STATE says
+        :param n_bytes: size of the buffer: the value of KVM_CAP_NESTED_STATE
         :raises IoctlError: ``EINVAL`` without KVM_CAP_NESTED_STATE, ``E2BIG``
 
         Source: KVM_GET_NESTED_STATE.
@@ -424,7 +424,7 @@ class _Events(Descriptor):
         ffi.memmove(head, state, min(len(state), ffi.sizeof("struct kvm_nested_state")))
         if head.size != len(state):
             raise LayoutError(f"nested state: {len(state)} bytes, its header says {head.size}")
-        # SAFETY: KVM reads the header and then as much as it says, which is in the buffer.
+        # SAFETY: KVM reads the header and then the size in it, which lies within the buffer.
         buffer = ffi.new("uint8_t[]", bytes(state).ljust(128, b"\0"))
         self._pass("KVM_SET_NESTED_STATE", buffer, size=len(state))
 
@@ -467,7 +467,7 @@ def _controls(sregs: Struct) -> dict[str, int]:
 
 
 def _one_reg(register: int, value: Any) -> Struct:
-    # KVM_REG_SIZE, Linux v6.12, include/uapi/linux/kvm.h: the id says how much KVM copies.
+    # KVM_REG_SIZE, Linux v6.12, include/uapi/linux/kvm.h: the id encodes how many bytes KVM copies.
     n_bytes = 1 << (register >> 52 & 0xF)
     if n_bytes > ffi.sizeof("uint64_t"):
         raise LayoutError(f"register {register:#x} has {n_bytes} bytes; need 8 or less")

@@ -56,7 +56,7 @@ class Vm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
 
         >>> vfio = vm.create_device(lib.KVM_DEV_TYPE_VFIO)  # doctest: +SKIP
 
-        :param test: only ask whether it could be created; returns None
+        :param test: only check whether it could be created; returns None
         :raises IoctlError: ``ENODEV`` if this KVM has no such device, ``EEXIST`` or
             ``EBUSY`` if the VM has one
 
@@ -89,7 +89,7 @@ class Vm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
         self._call("KVM_SET_TSS_ADDR", gpa, gpa=gpa)
 
     def set_identity_map_addr(self, gpa: int) -> None:
-        """Name a page below 4 GiB for KVM's identity map (Intel); before the first vCPU.
+        """Set the page below 4 GiB of KVM's identity map (Intel); before the first vCPU.
 
         >>> vm.set_identity_map_addr(0xFFFB_C000)  # doctest: +SKIP
 
@@ -103,7 +103,7 @@ class Vm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
     def get_clock(self) -> Struct:
         """Return ``struct kvm_clock_data``: kvmclock in ns, wall clock and TSC with it.
 
-        ``flags`` says which fields are valid: ``KVM_CLOCK_REALTIME``,
+        ``flags`` marks the valid fields: ``KVM_CLOCK_REALTIME``,
         ``KVM_CLOCK_HOST_TSC``, and ``KVM_CLOCK_TSC_STABLE``.
 
         >>> vm.get_clock().clock  # nanoseconds since the VM was made  # doctest: +SKIP
@@ -174,16 +174,16 @@ class Vm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
         from kvmhost.kvm.filters import build_msr_filter
 
         request, keep = build_msr_filter(ranges, allow)
-        # SAFETY: keep holds the bitmaps that the filter points to until the call returns.
+        # SAFETY: keep references the bitmaps that the filter points to until the call returns.
         self._pass("KVM_X86_SET_MSR_FILTER", request, ranges=len(keep))
 
     def set_pmu_event_filter(self, events: Sequence[int], allow: bool, flags: int = 0) -> None:
-        """Say which events the guest may count.
+        """Set which events the guest may count.
 
         >>> vm.set_pmu_event_filter([0xC0], allow=True)  # instructions retired  # doctest: +SKIP
 
         :param events: event select and unit mask, as in PERF_EVTSEL
-        :param allow: count these alone, or all but these
+        :param allow: count only these, or all except these
         :raises IoctlError: ``EINVAL`` for flags or an action that KVM does not know
 
         Source: KVM_SET_PMU_EVENT_FILTER.

@@ -1,8 +1,8 @@
 """Guest accesses that end in the kernel: ioeventfd, and coalesced writes.
 
-Both save the exit to userspace: an ioeventfd turns the access into a count on an
-eventfd, coalescing puts writes into a ring that is read when a vCPU comes out
-for another reason. Neither sees reads.
+Both avoid the exit to userspace: an ioeventfd turns the access into a count on an
+eventfd, coalescing appends writes to a ring that is read when a vCPU exits for another
+reason. Neither handles reads.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class VmEvents(Descriptor):
         self._ioeventfd(eventfd, address, n_bytes, port, match, removal)
 
     def coalesce(self, address: int, n_bytes: int, *, port: bool = False) -> None:
-        """Gather the guest's writes to a range in a ring (see :class:`CoalescedRing`).
+        """Collect the guest's writes to a range in a ring (see :class:`CoalescedRing`).
 
         >>> vm.coalesce(0xD000_0000, 4096)  # doctest: +SKIP
 

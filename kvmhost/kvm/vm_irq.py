@@ -1,8 +1,8 @@
 """Interrupts of a VM: controllers in the kernel, their lines, routes, MSIs, the timer chip.
 
 Without a controller in the kernel (:meth:`VmInterrupts.create_irqchip`, or
-:meth:`VmInterrupts.split_irqchip` for the local APICs alone) most requests here
-answer ``ENXIO``. Controllers come before the first vCPU.
+:meth:`VmInterrupts.split_irqchip` for the local APICs alone) most requests here return
+``ENXIO``. Create controllers before the first vCPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class VmInterrupts(Enabling):
     """The requests of a VM that have to do with interrupts."""
 
     def create_irqchip(self) -> None:
-        """Put both PICs, an IOAPIC of 24 pins and a local APIC per vCPU into the kernel.
+        """Create both PICs, an IOAPIC of 24 pins and a local APIC per vCPU in the kernel.
 
         GSIs 0 to 15 go to PIC and IOAPIC, 16 to 23 to the IOAPIC alone.
 
@@ -35,12 +35,12 @@ class VmInterrupts(Enabling):
         self._call("KVM_CREATE_IRQCHIP")
 
     def split_irqchip(self, n_routes: int = 24) -> None:
-        """Put only the local APICs into the kernel; PICs and IOAPIC are the caller's.
+        """Create only the local APICs in the kernel; the caller emulates PICs and IOAPIC.
 
         >>> vm.split_irqchip()  # doctest: +SKIP
 
         An interrupt that the guest ends becomes an exit
-        (:class:`~kvmhost.exits.IoapicEoi`) where a level-triggered route asks for it.
+        (:class:`~kvmhost.exits.IoapicEoi`) if a level-triggered route requires it.
 
         :param n_routes: GSIs to reserve for the caller's IOAPIC
         :raises IoctlError: ``EEXIST`` if there is a controller, ``EINVAL`` for too many
@@ -63,7 +63,7 @@ class VmInterrupts(Enabling):
         return self._get("KVM_GET_IRQCHIP", "kvm_irqchip", chip_id=chip)
 
     def set_irqchip(self, state: Source) -> None:
-        """Set one controller from ``struct kvm_irqchip``; its ``chip_id`` says which.
+        """Set one controller from ``struct kvm_irqchip``; its ``chip_id`` selects it.
 
         >>> state = vm.get_irqchip(0); state.chip.pic.imr = 0; vm.set_irqchip(state)
         ... # doctest: +SKIP
@@ -93,7 +93,7 @@ class VmInterrupts(Enabling):
         >>> vm.irq_line_status(4, 1)  # doctest: +SKIP
         1
 
-        :return: above 0: delivered to so many vCPUs; 0: merged with one that was
+        :return: above 0: the number of vCPUs that received it; 0: merged with one that was
             pending; below 0: ignored (masked, or no route)
         :raises IoctlError: ``ENXIO`` without controllers
 
@@ -144,7 +144,7 @@ class VmInterrupts(Enabling):
         >>> vm.irqfd(bell, 4)  # doctest: +SKIP
 
         :param resample_eventfd: makes the GSI level-triggered: it stays up until the
-            guest ends the interrupt, which KVM tells through this eventfd
+            guest ends the interrupt, which KVM signals through this eventfd
         :raises IoctlError: ``EBUSY`` if the eventfd has a GSI, ``EBADF`` for none,
             ``EINVAL`` without controllers (with ``resample_eventfd``)
 
@@ -165,11 +165,11 @@ class VmInterrupts(Enabling):
         self._make("KVM_IRQFD", "kvm_irqfd", fd=eventfd, gsi=gsi, flags=flags)
 
     def create_pit2(self, speaker: bool = False) -> None:
-        """Put an i8254 timer into the kernel: ports 0x40 to 0x43, interrupt on GSI 0.
+        """Create an i8254 timer in the kernel: ports 0x40 to 0x43, interrupt on GSI 0.
 
         >>> vm.create_irqchip(); vm.create_pit2()  # doctest: +SKIP
 
-        :param speaker: answer port 0x61 as well
+        :param speaker: emulate port 0x61 as well
         :raises IoctlError: ``EEXIST`` if there is one, ``ENOENT`` without PICs in the kernel
 
         Source: KVM_CREATE_PIT2.
@@ -178,7 +178,7 @@ class VmInterrupts(Enabling):
         self._make("KVM_CREATE_PIT2", "kvm_pit_config", flags=flags)
 
     def create_pit(self) -> None:
-        """Put an i8254 timer into the kernel, the old way; with a speaker port.
+        """Create an i8254 timer in the kernel, by the older request; with a speaker port.
 
         :raises IoctlError: as :meth:`create_pit2`
 
@@ -199,7 +199,7 @@ class VmInterrupts(Enabling):
         return self._get("KVM_GET_PIT2", "kvm_pit_state2")
 
     def set_pit2(self, state: Source) -> None:
-        """Set the timer chip from ``struct kvm_pit_state2``; counting starts anew.
+        """Set the timer chip from ``struct kvm_pit_state2``; counting restarts.
 
         >>> state = vm.get_pit2(); state.channels[0].count = 1193; vm.set_pit2(state)
         ... # doctest: +SKIP
@@ -225,7 +225,7 @@ class VmInterrupts(Enabling):
         self._set("KVM_SET_PIT", "kvm_pit_state", state)
 
     def reinject_control(self, reinject: bool) -> None:
-        """Say whether timer ticks that the guest missed are made up for.
+        """Set whether KVM reinjects timer ticks that the guest missed.
 
         >>> vm.reinject_control(False)  # doctest: +SKIP
 

@@ -1,9 +1,9 @@
-"""Guest memory as a VM knows it: memslots, dirty logs, guest_memfd, attributes.
+"""Guest memory of a VM: memslots, dirty logs, guest_memfd, attributes.
 
-A memslot is a range of guest physical addresses backed by a range of the caller's.
-It is created, changed and deleted by one request; what may change depends on what
-stays: flags (``KVM_MEM_LOG_DIRTY_PAGES``) and, with the same size and backing,
-the place. Read-only is for a slot's whole life.
+A memslot is a range of guest physical addresses backed by a range of the caller's address
+space. One request creates, changes and deletes it. A change may set flags
+(``KVM_MEM_LOG_DIRTY_PAGES``) or, with the same size and backing, move the slot. Read-only
+cannot change.
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ class VmMemory(Descriptor):
 
     @contextlib.contextmanager
     def _backed_by(self, slot: int, n_bytes: int, memory: int | WriteableBuffer) -> Iterator[int]:
-        """Give the address of memory; after a request that succeeds, hold its buffer.
+        """Yield the address of memory; after a request that succeeds, keep its buffer exported.
 
         The buffer that backed the slot before is held until then.
         """
         export = None if isinstance(memory, int) else _export(memory, n_bytes)
         try:
-            # SAFETY: the export keeps the buffer where it is; the slot holds it from here on.
+            # SAFETY: the export pins the buffer; the slot references the export from here on.
             yield memory if isinstance(memory, int) else int(ffi.cast("uintptr_t", export))
         except BaseException:
             if export is not None:
@@ -117,7 +117,7 @@ class VmMemory(Descriptor):
         self._slot_bytes[slot] = n_bytes
 
     def _hold(self, slot: int, export: typing.Any) -> None:
-        """Hold the buffer that backs a slot from now on, and release the one before."""
+        """Keep the buffer that backs a slot exported, and release the previous one."""
         before = self._backing.pop(slot, None)
         if before is not None:
             ffi.release(before)
@@ -191,7 +191,7 @@ class VmMemory(Descriptor):
         return GuestMemfd(fd, n_bytes)
 
     def set_memory_attributes(self, gpa: int, n_bytes: int, attributes: int) -> None:
-        """Say what a range of guest memory is, slots or not.
+        """Set the attributes of a range of guest memory, with or without slots.
 
         >>> vm.set_memory_attributes(0, 4096, lib.KVM_MEMORY_ATTRIBUTE_PRIVATE)  # doctest: +SKIP
 
@@ -262,7 +262,7 @@ class VmMemory(Descriptor):
         self._pass("KVM_CLEAR_DIRTY_LOG", log, **fields)
 
     def reset_dirty_rings(self) -> int:
-        """Give the ring entries back that were marked as harvested, of all vCPUs.
+        """Return the ring entries that were marked as harvested to KVM, for all vCPUs.
 
         >>> vm.reset_dirty_rings()  # doctest: +SKIP
         2

@@ -1,11 +1,12 @@
 """Epochs, as steps for the explorer: freeing under readers, and new memslots under faults.
 
-:func:`explore_free` has one reader and one thread that unlinks an object and frees it once
-it sees no reader, as ``kh_epoch_enter()`` and ``oldest_reader()`` in ``_core/mmu_epoch.c``
-do; the C code has the steps' names in brackets. Memory is weak: a store waits in a
-buffer of its thread until it, or a full fence, drains the buffer, and loads do not wait
-for it. So every load may pass the stores before it, which is what C11 allows an acquire load
-after a sequentially consistent store to another place, and what arm64 and powerpc do.
+:func:`explore_free` has one reader and one thread that unlinks an object and frees it
+once it sees no reader, as ``kh_epoch_enter()`` and ``oldest_reader()`` in
+``_core/mmu_epoch.c`` do; the C code has the steps' names in brackets. Memory is weak: a
+store stays in a buffer of its thread until the thread, or a full fence, drains the
+buffer, and loads do not wait for it. So every load may pass the stores before it, as C11
+allows an acquire load after a sequentially consistent store to another place, and what
+arm64 and powerpc do.
 
 :func:`explore_slots` has one fault and one change of memslots that takes a slot away, as
 ``kh_mmu_fault_finish()``, ``kh_mmu_set_slots()`` and ``Table.set_slots()`` do: with the grace
@@ -24,7 +25,7 @@ __all__ = ["FENCES", "explore_free", "explore_slots"]
 
 _END = 99
 
-#: Who has a full fence between its store and its loads; the code has the last.
+#: Which threads have a full fence between store and loads; the code uses the last.
 FENCES = ("neither", "reader", "writer", "both")
 
 
@@ -62,7 +63,7 @@ def _drain_writer(s: State) -> None:
 
 
 def _scan(s: State) -> int | None:
-    """See a reader and leave the object to a later scan, or go on and free it."""
+    """If there is a reader, leave the object to a later scan; otherwise free it."""
     return _END if s["slot"] else None
 
 
@@ -133,7 +134,7 @@ def _unmap(s: State) -> None:
 def explore_slots(grace: bool) -> Report:
     """Explore a fault and the removal of its slot in all orders.
 
-    A schedule fails if a leaf is left of the slot that is gone.
+    A schedule fails if a leaf of the removed slot is left.
 
     :param grace: whether a grace period passes between new slots and unmap
     """

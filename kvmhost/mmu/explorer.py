@@ -1,9 +1,10 @@
-"""Every interleaving of a few actors' steps, and what goes wrong in which.
+"""Exploration of every interleaving of a few actors' steps.
 
-An actor is a list of steps; a step changes the shared state, or says that it cannot be
-taken yet (a lock that someone holds). The explorer takes the steps in every possible order
-and checks the state at the end of each. States that are reached again are not explored
-again, but their schedules are counted, so the number of schedules is the true one.
+An actor is a list of steps; a step changes the shared state, or reports that it is
+blocked (on a lock that another actor holds). The explorer runs the steps in every
+possible order and checks the state at the end of each. States that are reached again are
+not explored again, but their schedules are counted, so the number of schedules is the
+true one.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def explore(
 ) -> Report:
     """Take the actors' steps in every order.
 
-    A step gets a copy of the state that it may change. It returns None to go on, an integer
-    to go on at that step of its actor (a retry), or :data:`BLOCKED`. Loops must make
-    progress: a step that goes back without having changed anything is an endless schedule.
+    A step gets a copy of the state that it may change. It returns None to continue, an
+    integer to continue at that step of its actor (a retry), or :data:`BLOCKED`. Loops
+    must make progress: a step that goes back without having changed anything is an
+    endless schedule.
 
     :param check: is the state at the end of a schedule right?
     :raises RecursionError: if a schedule has no end

@@ -1,14 +1,14 @@
 """Feed what a tracker found into a model table of any format, and harvest it there.
 
-A tracker says which pages were touched; here those pages get their accessed bits in a
+A tracker reports which pages were touched; this module sets their accessed bits in a
 table of :mod:`kvmhost.mmu`, as hardware would have set them, and the walker of that
-format harvests them. So one guest can be looked at through every format, and the
-answers must be the same bits.
+format harvests them. So one guest can be harvested through every format, and the bitmaps
+must be equal.
 
-The table maps what a tracker has reported: 4 KiB leaves a block of 512 pages at a time,
-or one leaf of 2 MiB where a whole block was reported coarse. A huge leaf is split when a
-later report tells its pages apart. It costs what page tables cost: 8 bytes a page of
-the blocks that were ever touched (0.2 %), and is made only when it is asked for.
+The table maps what a tracker has reported: 4 KiB leaves in blocks of 512 pages, or one
+leaf of 2 MiB if a whole block was reported coarse. A huge leaf is split when a later
+report distinguishes its pages. The table uses as much memory as page tables: 8 bytes per
+page of the blocks that were ever touched (0.2 %), and is created on demand.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Feed(Closing):
         )
         self._n_blocks = -(-max(slot.gfn_end for slot in slots) // _BLOCK)
         self._blocks = np.zeros(self._n_blocks, dtype=np.uint8)
-        # Room for every level, in full: what is not used costs nothing.
+        # Room for every level in full: unused room uses no memory.
         self.table = _make(self.name, (self._n_blocks + 64) * 2 * PAGE_BYTES)
         self.table.set_slots(slots)
         self._slots = slots
@@ -72,7 +72,7 @@ class Feed(Closing):
     def harvest_via_model(self, bitmap: YoungBitmap) -> YoungBitmap:
         """Feed a harvest and have the walker harvest it: what the format makes of it.
 
-        Nothing stays young in the table; the window is the tracker's. The provenance names
+        No page stays young in the table; the tracker defines the window. The provenance names
         the tracker, its window, and the model's format.
         """
         self.feed(bitmap)
@@ -80,7 +80,7 @@ class Feed(Closing):
         found = self.table.harvest(bitmap.gfn_start, bitmap.n_pages, True, provenance=source)
         if bitmap.coarse is None:
             return found
-        # Coarse for the tracker is coarse, whatever the size of the leaf.
+        # What the tracker reports as coarse is coarse, for any size of the leaf.
         coarse = bitmap.coarse if found.coarse is None else found.coarse | bitmap.coarse
         return dataclasses.replace(found, coarse=coarse)
 
@@ -93,13 +93,13 @@ class Feed(Closing):
             yield piece.gfn_start, piece.n_pages
 
     def _young_blocks(self, bitmap: YoungBitmap) -> Iterator[int]:
-        """Yield the first gfns of blocks that hold a young page."""
+        """Yield the first gfns of blocks that contain a young page."""
         blocks = np.unique(bitmap.gfns() // _BLOCK)
         for block in blocks[blocks < self._n_blocks]:
             yield int(block) * _BLOCK
 
     def _map(self, gfn: int, bitmap: YoungBitmap) -> None:
-        """Make the leaves of a block such that they can tell what the bitmap tells."""
+        """Map the leaves of a block so that they can represent the bitmap."""
         block = gfn // _BLOCK
         whole = self._is_one(gfn, bitmap)
         if self._blocks[block] == _ABSENT and whole:
@@ -115,7 +115,7 @@ class Feed(Closing):
             self._blocks[block] = _SMALL
 
     def _is_one(self, gfn: int, bitmap: YoungBitmap) -> bool:
-        """Whether the bitmap has a block whole, young and coarse, and one slot holds it."""
+        """Return whether a whole block is young and coarse, and lies in one slot."""
         first, end = gfn - bitmap.gfn_start, gfn + _BLOCK - bitmap.gfn_start
         if bitmap.coarse is None or first < 0 or end > bitmap.n_pages:
             return False

@@ -1,7 +1,8 @@
 """Deferred remote TLB flush: the orders of 2009, as steps for the explorer.
 
-Who zaps an entry may put the flush off by raising a dirty mark, and whoever needs the
-flush later asks for it if the mark is up. Two things decide whether a flush can be lost:
+A thread that zaps an entry may defer the flush by raising a dirty mark, and a thread that
+needs the flush later requests it if the mark is raised. Two orderings decide whether a
+flush can be lost:
 
 - the zapping side changes the entry and raises the mark: in which order?
 - the flushing side flushes and lowers the mark: in which order, and by what?
@@ -74,8 +75,8 @@ LOWER_ORDERS: dict[str, list[Step]] = {
 def explore_flush(raise_order: str, lower_order: str, *, mark: int = 0) -> Report:
     """Explore one vCPU, one zap that defers its flush, and one flush, in all orders.
 
-    A schedule fails if afterwards nobody would flush (the mark is down) although the TLB
-    still holds a translation of an entry that is gone.
+    A schedule fails if the mark is down at the end although the TLB still holds a
+    translation of a zapped entry.
 
     :param mark: value of the mark at the start; 1 if an earlier zap left it up
     """

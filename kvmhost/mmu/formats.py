@@ -1,7 +1,7 @@
 """Table entries of four formats: encode, decode, and print them.
 
-Written from the manuals, and apart from the C core, so that each checks the other.
-Values are in CPU order; :meth:`Format.to_memory` gives the bytes as they lie in a table.
+Written from the manuals, independently of the C core, so that each checks the other.
+Values are in CPU order; :meth:`Format.to_memory` returns the bytes as stored in a table.
 
 Levels count from 1, the base page, on every format. Native numbers: x86 1 to 4 (or 5) as
 here; stage 2 counts down, 3 is the base page; radix names them PTE, PMD, PUD, PGD.
@@ -24,9 +24,9 @@ def _bit(n: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What an entry says.
+    """A decoded entry.
 
-    ``kind`` is ``"absent"``, ``"frozen"`` (absent, someone is at work on it), ``"leaf"`` or
+    ``kind`` is ``"absent"``, ``"frozen"`` (absent, locked by another thread), ``"leaf"`` or
     ``"table"``; ``address`` the byte address of the page or the next table.
     """
 
@@ -38,12 +38,12 @@ class Entry:
 
     @property
     def pfn(self) -> int:
-        """The 4 KiB frame that the address lies in."""
+        """The 4 KiB frame that contains the address."""
         return self.address >> _FRAME
 
 
 class Format:
-    """One layout. Subclasses say where the bits are.
+    """One layout. Subclasses define the positions of the bits.
 
     :cvar bits: names of the bits that :meth:`describe` prints, by number
     :cvar frozen: value of a frozen entry, None if the format has none
@@ -94,7 +94,7 @@ class Format:
         return pa | self._table_bits(level)
 
     def decode(self, value: int, level: int) -> Entry:
-        """Say what an entry of a level means."""
+        """Decode an entry of a level."""
         if not self._present(value):
             return Entry("frozen" if value == self.frozen else "absent")
         if level > 1 and not self._is_leaf(value, level):
@@ -110,7 +110,7 @@ class Format:
         )
 
     def describe(self, value: int, level: int) -> str:
-        """Print an entry for people: kind, address, and the names of its bits."""
+        """Format an entry as text: kind, address, and the names of its bits."""
         entry = self.decode(value, level)
         where = "" if entry.kind in ("absent", "frozen") else f" -> {entry.address:#x}"
         covered = (self.table_mask if entry.kind == "table" else self.address_mask) if where else 0
@@ -195,7 +195,7 @@ class Ept(_X86):
     }  # fmt: skip
 
     def _leaf_bits(self, level: int, write: bool) -> int:
-        # Readable, executable, write-back (6) whatever the guest's PAT says.
+        # Readable, executable, write-back (6), ignoring the guest's PAT.
         value = 0b101 | 6 << 3 | _bit(6)
         if write:
             value |= _bit(1) | _bit(57) | _bit(58)
@@ -211,8 +211,9 @@ class Ept(_X86):
 class Stage2(Format):
     """VMSAv8-64 stage 2, 4 KiB granule: Arm ARM DDI 0487, D8.3; kvm_pgtable.h.
 
-    With hardware management (FEAT_HAFDBS), DBM (bit 51) says that a write may set S2AP[1]
-    (bit 7), which is then the dirty state. Without, software bit 55 takes DBM's part.
+    With hardware management (FEAT_HAFDBS), DBM (bit 51) means that a write may set
+    S2AP[1] (bit 7), which is then the dirty state. Without it, software bit 55 replaces
+    DBM.
     """
 
     name = "stage2"

@@ -70,12 +70,12 @@ class Handle:
                 self._idle.notify_all()
 
     def hold(self) -> Hold:
-        """Keep the pointer alive for longer than a call, until the hold is closed."""
+        """Keep the pointer valid beyond a call, until the hold is closed."""
         stack = contextlib.ExitStack()
         return Hold(stack.enter_context(self.use()), stack.close)
 
     def close(self) -> None:
-        """Free the tables once nobody is inside a call; does nothing the second time."""
+        """Free the tables once no thread is inside a call. Idempotent."""
         with self._idle:
             pointer, self._pointer = self._pointer, None
             self._idle.wait_for(lambda: self._users == 0)
@@ -85,7 +85,7 @@ class Handle:
 
 def words_pointer(words: Words | None) -> Any:
     """Return a ``uint64_t *`` to an array, NULL for None."""
-    # SAFETY: the caller holds the array for as long as C uses the pointer (one call).
+    # SAFETY: the caller references the array while C uses the pointer (one call).
     return ffi.NULL if words is None else ffi.cast("uint64_t *", words.ctypes.data)
 
 
@@ -114,7 +114,7 @@ class WalkedTable:
 
     @contextlib.contextmanager
     def hold_open(self) -> Iterator[Any]:
-        """Give the C pointer for the length of a block."""
+        """Yield the C pointer for the duration of a block."""
         with self._handle.use() as pointer:
             yield pointer
 
@@ -123,7 +123,7 @@ class WalkedTable:
         return self._handle.hold()
 
     def close(self) -> None:
-        """Let go of the tables; waits for what still uses them."""
+        """Free the tables; waits for calls that still use them."""
         self._handle.close()
 
     def __enter__(self) -> Any:
@@ -180,7 +180,7 @@ class WalkedTable:
     def test_clear_young(self, start_hva: int, end_hva: int, bitmap: Words) -> int:
         """Do it in the form proposed in 2023.
 
-        Bit ``(end_hva - addr) / page_bytes - 1`` of ``bitmap`` stands for ``addr``. Each
+        Bit ``(end_hva - addr) / page_bytes - 1`` of ``bitmap`` represents ``addr``. Each
         young page flips its bit; the accessed bit is cleared only where the bit was 1 on
         entry. So a caller tests with 0 and tests and clears with 1. A page that several
         slots map flips its bit once, if any of them is young.

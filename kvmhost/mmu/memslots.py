@@ -1,10 +1,10 @@
 """Memslots: which gfns exist, and where in the host's address space they lie.
 
-A set of slots is a snapshot that never changes: whoever walks with one keeps it,
-while a change makes another (KVM's ``struct kvm_memslots`` under SRCU). Lookup by
-hva goes through an interval structure, since slots may overlap there: slots sorted
-by start, with the largest end of every subtree of the implied balanced binary
-tree. Ends may be 2**64.
+A set of slots is an immutable snapshot: a walk keeps the snapshot that it started with,
+and a change creates a new one (KVM's ``struct kvm_memslots`` under SRCU). Lookup by hva
+goes through an interval structure, since slots may overlap there: slots sorted by start,
+with the largest end of every subtree of the implied balanced binary tree. Ends may be
+2**64.
 
 Departure from the kernel: there, two copies of an rbtree are swapped; here a change
 costs O(n log n) and a lookup O(log n + hits).
@@ -28,7 +28,7 @@ TOP = 1 << 64
 class MemSlot:
     """One slot: ``n_pages`` guest pages from ``gfn_start``, at ``hva_start`` in the host.
 
-    ``slot`` is the number that the owner gave it; ``as_id`` the address space (1 is
+    ``slot`` is the number that the owner assigned; ``as_id`` the address space (1 is
     system management mode on x86).
     ``huge`` allows leaves larger than a page.
     """
@@ -100,7 +100,7 @@ class MemSlots:
         return MemSlots(others, page_bytes=self.page_bytes)
 
     def find(self, gfn: int, as_id: int = 0) -> MemSlot | None:
-        """Return the slot that holds a gfn."""
+        """Return the slot that contains a gfn."""
         at = bisect.bisect_right(self._gfn_keys, (as_id, gfn)) - 1
         if at < 0:
             return None
@@ -122,7 +122,7 @@ class MemSlots:
         """Yield the parts of slots in ``[start, end)`` of hva, of every address space.
 
         An ``end`` of 0 is the top of the address space, as a C caller's overflow gives it.
-        Pages that the range covers in part count whole, as in the kernel.
+        Pages that the range covers partly count as covered, as in the kernel.
         """
         end = end or TOP
         first_page = start // self.page_bytes

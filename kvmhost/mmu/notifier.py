@@ -1,4 +1,4 @@
-"""MMU notifiers: how the owner of memory tells secondary MMUs what it does with it.
+"""MMU notifiers: the owner of memory notifies secondary MMUs of changes.
 
 :class:`AddressSpace` is the side of ``mm/mmu_notifier.c``: it has subscribers and calls them.
 :class:`VmNotifier` is the side of ``virt/kvm/kvm_main.c``: it finds the gfns of a range of
@@ -6,12 +6,12 @@ hva in its memslots and works on its tables. Several VMs may subscribe to one me
 
 There is no ``change_pte``. Every caller in the kernel wrapped it in an invalidation
 (since commit 6bdb913f0a70 ("mm: wrap calls to set_pte_at_notify with
-invalidate_range_start and invalidate_range_end")), which takes the entry out before and
-holds faults off until after: it could find nothing to change. Linux v6.10 removed it. A
-test replays the sequence against every placement of a racing fault.
+invalidate_range_start and invalidate_range_end")), which removes the entry before and
+blocks faults until after: it could never find an entry to change. Linux v6.10 removed it.
+A test replays the sequence against every placement of a racing fault.
 
-Departures from the kernel: ranges of blockable and non-blockable callers are not told
-apart, and there is no event type.
+Departures from the kernel: blockable and non-blockable callers are not distinguished, and
+events have no type.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ class Notifier(Protocol):
     """What a secondary MMU implements (``struct mmu_notifier_ops``); ranges are of hva."""
 
     def invalidate_range_start(self, start: int, end: int) -> None:
-        """Take out what is mapped of the range, and hold faults off until the end."""
+        """Unmap the range, and block faults on it until the end."""
 
     def invalidate_range_end(self, start: int, end: int) -> None:
-        """Let faults on the range go on."""
+        """Allow faults on the range again."""
 
     def clear_flush_young(self, start: int, end: int) -> bool:
-        """Clear accessed bits and flush; say if any was set."""
+        """Clear accessed bits and flush; return whether any was set."""
 
     def clear_young(self, start: int, end: int) -> bool:
-        """Clear accessed bits; say if any was set."""
+        """Clear accessed bits; return whether any was set."""
 
     def test_young(self, start: int, end: int) -> bool:
-        """Say if any accessed bit is set."""
+        """Return whether any accessed bit is set."""
 
     def test_clear_young(self, start: int, end: int, bitmap: Words) -> bool:
         """Do the batch in the form of 2023; False if this MMU cannot."""
 
     def release(self) -> None:
-        """Let go of everything: the memory is going away."""
+        """Unmap everything: the memory is being freed."""
 
 
 class AddressSpace:
-    """Memory with subscribers. A call reaches all who were subscribed when it began."""
+    """Memory with subscribers. A call reaches all that were subscribed when it began."""
 
     def __init__(self) -> None:
         self._subscribers: tuple[Notifier, ...] = ()
@@ -66,13 +66,13 @@ class AddressSpace:
             self._subscribers = (*self._subscribers, notifier)
 
     def unsubscribe(self, notifier: Notifier) -> None:
-        """Remove a subscriber; a call that is under way may still reach it."""
+        """Remove a subscriber; a call in progress may still reach it."""
         with self._lock:
             self._subscribers = tuple(s for s in self._subscribers if s is not notifier)
 
     @contextlib.contextmanager
     def invalidating(self, start: int, end: int) -> Iterator[None]:
-        """Hold an invalidation of ``[start, end)`` for the block; it ends in any case.
+        """Invalidate ``[start, end)`` for the duration of the block; it ends even on an exception.
 
         Each subscriber whose start was reached gets its end, also if a later start fails.
         """
@@ -95,7 +95,7 @@ class AddressSpace:
         return self._any(lambda n: n.clear_young(start, end))
 
     def test_young(self, start: int, end: int) -> bool:
-        """Say if a range is young anywhere."""
+        """Return whether a range is young in any subscriber."""
         return self._any(lambda n: n.test_young(start, end))
 
     def test_clear_young(self, start: int, end: int, bitmap: Words, *, fallback: bool) -> bool:
@@ -103,9 +103,9 @@ class AddressSpace:
 
         :param bitmap: in the form of :meth:`~kvmhost.mmu.harvest.WalkedTable.test_clear_young`.
             Each subscriber flips bits, so a page that two of them find young flips back:
-            as in 2023, the caller of one bitmap has one subscriber in mind
+            as in 2023, a bitmap is meant for one subscriber
         :param fallback: age by :meth:`Notifier.clear_young` where a subscriber cannot batch
-        :return: False without fallback; else whether a fallback found something young
+        :return: False without fallback; else whether a fallback found a young page
         """
         young = False
         for notifier in self._subscribers:
@@ -116,7 +116,7 @@ class AddressSpace:
         return young
 
     def release(self) -> None:
-        """Tell every subscriber that the memory goes away, and forget them."""
+        """Notify every subscriber that the memory is freed, and remove them."""
         with self._lock:
             subscribers, self._subscribers = self._subscribers, ()
         for notifier in subscribers:
@@ -131,7 +131,7 @@ class AddressSpace:
 class VmNotifier:
     """A VM's tables as a subscriber.
 
-    :param table: the tables; its memslots say which gfns a range of hva is
+    :param table: the tables; its memslots map a range of hva to gfns
     :param batches: whether ``test_clear_young`` is offered. A kernel without it, or whose
         tables lack accessed bits, answers False there, and the caller falls back
     """
@@ -145,7 +145,7 @@ class VmNotifier:
     def invalidate_range_start(self, start: int, end: int) -> None:
         """Unmap the range; faults on it retry until the end."""
         ranges = self._ranges(start, end)
-        # The slots may change before the end comes: it must end what was begun.
+        # The slots may change before the end: end exactly the ranges that were begun.
         with self._lock:
             self._open.setdefault((start, end), []).append(ranges)
         self.table.invalidate_start(ranges)
@@ -171,7 +171,7 @@ class VmNotifier:
         return self._any(self.table.clear_young, start, end)
 
     def test_young(self, start: int, end: int) -> bool:
-        """Say if anything in the range is young."""
+        """Return whether any page in the range is young."""
         return self._any(self.table.test_young, start, end)
 
     def test_clear_young(self, start: int, end: int, bitmap: Words) -> bool:
@@ -182,7 +182,7 @@ class VmNotifier:
         return True
 
     def release(self) -> None:
-        """Zap everything, for good; walks that are under way end safely."""
+        """Zap everything, permanently; walks in progress end safely."""
         self.table.release()
 
     def _ranges(self, start: int, end: int) -> list[tuple[int, int, int]]:

@@ -2,15 +2,15 @@
 
 Three ways to clear an accessed bit that was read as set:
 
-- ``"store"``: write back what was read, without the bit;
-- ``"and-not"``: atomically clear the bit, whatever the entry is by then;
-- ``"swap"``: compare-and-swap, and look again if it failed.
+- ``"store"``: write back the value that was read, without the bit;
+- ``"and-not"``: atomically clear the bit, in whichever state the entry is by then;
+- ``"swap"``: compare-and-swap, and read the entry again if it failed.
 
 The entry is ``(kind, accessed, dirty)``; a split turns a ``huge`` leaf into a ``table``
-whose own accessed bit is not the harvest's to change. What must hold at the end of every
-schedule: accesses that set the bit, and leaves born with it, were each reported by exactly
-one harvest, dropped with the leaf by the unmap, or are still there; no dirty bit was lost,
-no entry came back from the dead, no table entry changed.
+whose own accessed bit the harvest must not change. The invariants at the end of every
+schedule: accesses that set the bit, and leaves born with it, were each reported by
+exactly one harvest, dropped with the leaf by the unmap, or are still set; no dirty bit
+was lost, no unmapped entry reappeared, no table entry changed.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _splitter() -> list[Step]:
         if _entry(s) != s["seen split"]:
             return 0
         _, accessed, dirty = _entry(s)
-        # The leaves below take the bits over; a table entry of its own has A set.
+        # The leaves below inherit the bits; the table entry itself has A set.
         s["below"] = (accessed, dirty)
         s["entry"] = ("table", True, False)
         return None
@@ -146,7 +146,7 @@ def _right(s: State) -> bool:
 def explore_harvest(
     clear: str, others: Sequence[str], *, huge: bool = False, harvesters: int = 1
 ) -> Report:
-    """Explore harvests that clear in one way against other actors, in all orders.
+    """Explore harvests that use one clearing method against other actors, in all orders.
 
     :param others: of ``"hardware"``, ``"unmap"``, ``"map"``, ``"split"``
     :param huge: the entry is a huge leaf at the start (which a split needs)

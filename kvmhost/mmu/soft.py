@@ -33,8 +33,8 @@ class Trace:
     """Which pages a vCPU accesses, and in which order. Made by the class methods.
 
     :param gfn_start: first page; of vCPU ``i``, ``i * n_pages`` further on if ``private``
-    :param write_permille: accesses in a thousand that write
-    :param phased: vCPU ``i`` of ``n`` starts ``i / n`` of the way in (strided traces)
+    :param write_permille: writes per thousand accesses
+    :param phased: vCPU ``i`` of ``n`` starts at offset ``i / n`` of the range (strided traces)
     """
 
     kind: int
@@ -116,7 +116,7 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class VcpuReport:
-    """What one vCPU did. ``busy_ns`` is the wall time of its own turns."""
+    """The counters of one vCPU. ``busy_ns`` is the wall time of its own time slices."""
 
     accesses: int
     tlb_hits: int
@@ -144,7 +144,7 @@ class SoftRun:
         return int(lib.kh_soft_progress(self._pointer()))
 
     def stop(self) -> None:
-        """Ask the vCPUs to end after their next access."""
+        """Request the vCPUs to end after their next access."""
         lib.kh_soft_stop(self._pointer())
 
     def wait(self) -> list[VcpuReport]:
@@ -179,7 +179,7 @@ class SoftRun:
 class SoftEngine:
     """vCPUs over one table.
 
-    :param table: what they translate through; its memslots say what a fault finds
+    :param table: the tables that they translate through; its memslots resolve faults
     :param tlb: geometry of every vCPU's TLB; None for no TLB at all
     """
 

@@ -4,10 +4,11 @@ The walk is ``kvm_pgtable_walk()`` of ``arch/arm64/kvm/hyp/pgtable.c``: a visito
 table-pre and table-post callbacks (``_core/mmu_stage2.c``). Departures from the kernel:
 
 - concatenated start tables are one table with a wider index, not a loop over pages;
-- a table-pre callback may say that it did the table's entries itself (the harvest does);
-- a walk may ask not to be shown invalid entries;
+- a table-pre callback may report that it processed the table's entries itself (the
+  harvest does);
+- a walk may skip invalid entries;
 - a table is found empty by reading it, not by a page count, before it is freed;
-- the harvest is cut into chunks of 2**22 pages, between which it may leave its epoch;
+- the harvest is divided into chunks of 2**22 pages, between which it may leave its epoch;
 - hardware dirty state (DBM) is used; KVM tracks writes by faults only;
 - memory attributes, execute permission, and nested stage 2 are not modelled.
 

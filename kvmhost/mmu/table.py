@@ -66,9 +66,8 @@ class Mmu(WalkedTable):
     :param n_as: number of address spaces, each with a root
     :param sw_access: accessed and dirty state are set by the fault handler, as on arm64
         without FEAT_HAFDBS (stage 2 and radix)
-    :param poison: fill freed table pages with a pattern that every walk would notice
-    :param arena_bytes: room for table pages, rounded up to 64 KiB; what is not used costs
-        nothing
+    :param poison: fill freed table pages with a pattern that every walk detects
+    :param arena_bytes: room for table pages, rounded up to 64 KiB; unused room uses no memory
     :param arena_pa: made-up physical address of the arena, a multiple of 64 KiB
     :raises IoctlError: ``EINVAL`` if the parameters do not fit the format
     """
@@ -137,10 +136,10 @@ class Mmu(WalkedTable):
     # Memslots.
 
     def set_slots(self, slots: MemSlots) -> None:
-        """Replace the memslots; what goes or moves is unmapped.
+        """Replace the memslots; ranges that are removed or moved are unmapped.
 
-        Waits until no fault uses the old slots, as KVM's synchronize_srcu() does: none
-        can map a page again that is unmapped here. Not inside of :meth:`epoch`.
+        Waits until no fault uses the old slots, as KVM's synchronize_srcu() does: no
+        fault can map a page again that was unmapped here. Not inside :meth:`epoch`.
 
         A page of a slot is backed by the frame ``hva >> 12`` (a made-up identity, cut to
         what the format's leaves can hold), so a huge leaf needs hva and gfn aligned alike.
@@ -191,7 +190,7 @@ class Mmu(WalkedTable):
 
         On: huge leaves are split, dirty state is cleared (where the fault handler keeps
         it, that is write-protection), and later faults map single pages. Off: the leaves
-        stay as they are; :meth:`collapse` makes huge ones of them again.
+        are unchanged; :meth:`collapse` makes them huge again.
 
         :raises LayoutError: if there is no such slot
         """
@@ -237,7 +236,7 @@ class Mmu(WalkedTable):
         check(result, "kh_mmu_map", gfn=gfn, pfn=pfn, level=level, n=n)
 
     def unmap(self, start: int, end: int, *, as_id: int = 0, defer_flush: bool = False) -> bool:
-        """Take out every leaf that touches the range; say if there was one.
+        """Remove every leaf that overlaps the range; return whether there was one.
 
         :param defer_flush: raise the dirty mark instead of flushing remote TLBs
         """
@@ -256,18 +255,18 @@ class Mmu(WalkedTable):
         """Make one leaf out of the table under ``gfn``; it is young if any leaf was.
 
         :raises IoctlError: ``EINVAL`` if there is no table, or if its entries are not all
-            leaves of the level below, one after the other and alike
+            contiguous, equal leaves of the level below
         """
         with self._handle.use() as mmu:
             result = lib.kh_mmu_collapse(mmu, as_id, gfn, level)
         check(result, "kh_mmu_collapse", gfn=gfn, level=level)
 
     def test_young(self, start: int, end: int, *, as_id: int = 0) -> bool:
-        """Say if any leaf in the range is young; takes no lock."""
+        """Return whether any leaf in the range is young; takes no lock."""
         return self._range("kh_mmu_test_young", as_id, start, end)
 
     def clear_young(self, start: int, end: int, *, as_id: int = 0) -> bool:
-        """Clear the accessed bits of the range; takes no lock and flushes nothing."""
+        """Clear the accessed bits of the range; takes no lock and does not flush."""
         return self._range("kh_mmu_clear_young", as_id, start, end)
 
     def clear_flush_young(self, start: int, end: int, *, as_id: int = 0) -> bool:
@@ -292,7 +291,7 @@ class Mmu(WalkedTable):
     def mark_young(
         self, start: int, n_pages: int, bitmap: Words | None = None, *, as_id: int = 0
     ) -> int:
-        """Make leaves young: how a tracker that learned of accesses elsewhere tells the model.
+        """Make leaves young, for a tracker that observes accesses elsewhere.
 
         :param bitmap: shape ``(ceil(n_pages / 64),)``; None for all pages of the range
         :return: how many leaves were old before
@@ -328,7 +327,7 @@ class Mmu(WalkedTable):
 
     @contextlib.contextmanager
     def epoch(self) -> Iterator[None]:
-        """Be a walk: nothing that is reachable now is freed before the end of the block."""
+        """Enter an epoch as a walk does: no table reachable now is freed before the block ends."""
         with self._handle.use() as mmu:
             slot = lib.kh_mmu_epoch_enter(mmu)
             try:
@@ -339,7 +338,7 @@ class Mmu(WalkedTable):
     # Accesses and faults.
 
     def access(self, gfn: int, write: bool = False, *, as_id: int = 0) -> int:
-        """Access a page as hardware would: 0, or what kind of fault that gives.
+        """Access a page as hardware would; return 0 or the kind of fault.
 
         1: no leaf; 2: accessed bit clear, and hardware does not set it; 3: a write that
         needs the fault handler.
@@ -375,12 +374,12 @@ class Mmu(WalkedTable):
         return True
 
     def invalidate_retry(self, gfn: int, seq: int) -> bool:
-        """Say if a fault that began at ``seq`` has to start over."""
+        """Return whether a fault that began at ``seq`` must start over."""
         with self._handle.use() as mmu:
             return bool(lib.kh_mmu_invalidate_retry(mmu, gfn, seq))
 
     def invalidate_start(self, ranges: Sequence[tuple[int, int, int]]) -> bool:
-        """Begin an invalidation of ``(as_id, start, end)`` ranges: unmap, and hold faults off."""
+        """Begin an invalidation of ``(as_id, start, end)`` ranges: unmap, and block faults."""
         return bool(self._invalidate("kh_mmu_invalidate_start", ranges))
 
     def invalidate_end(self, ranges: Sequence[tuple[int, int, int]]) -> None:
@@ -398,7 +397,7 @@ class Mmu(WalkedTable):
             lib.kh_mmu_flush_remote(mmu)
 
     def flush_remote_cond(self, wanted: bool) -> bool:
-        """Flush if wanted, or if somebody put a flush off; say if it did."""
+        """Flush if requested or if a flush was deferred; return whether it flushed."""
         with self._handle.use() as mmu:
             return bool(lib.kh_mmu_flush_remote_cond(mmu, wanted))
 

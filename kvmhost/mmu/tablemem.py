@@ -1,4 +1,4 @@
-"""Table memory: which host bytes stand for a physical address in a table entry."""
+"""Table memory: the host bytes that back a physical address in a table entry."""
 
 from __future__ import annotations
 

@@ -6,15 +6,15 @@ snapshot of each entry, down to a minimum level, restarted from the root after a
 
 - last-level tables are harvested as runs of entries instead of being stepped through;
 - the walk may leave its epoch, not a lock, and only when table pages wait for it;
-- the frozen entry is 0x480, not 0x5a0, which has the accessed bits of both layouts in it;
+- the frozen entry is 0x480, not 0x5a0, which contains the accessed bits of both layouts;
 - huge leaves lose their accessed bit by compare-and-swap (and-not could hit the bit of a
   table that took the leaf's place);
 - a fault never replaces a table by a huge leaf; :meth:`~kvmhost.mmu.table.Mmu.collapse` does;
-- tables that became empty stay until their root goes, as in tdp_mmu_zap_leafs();
+- tables that became empty stay until their root is freed, as in tdp_mmu_zap_leafs();
 - access tracking without A/D bits, MMIO entries and PAE are not modelled;
 - "present" is what hardware sees (bit 0; any of R, W, X), not a software bit, since the
   same walk reads tables that a guest owns;
-- a pointer out of the table memory is counted and passed by: live tables are not trusted.
+- a pointer out of the table memory is counted and skipped: live tables are not trusted.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class TdpTable(Mmu):
 
 
 class LiveTable(WalkedTable):
-    """A table that something else owns and hardware changes, walked where it lies.
+    """A table that another component owns and hardware changes, walked in place.
 
     The usual case: a guest's own tables, laid out by the VMM in guest memory, with the
     guest's CR3 as root. A "gfn" is then a page number of the guest's linear addresses.
 
-    Hardware may set bits at any time. A guest that rewrites its tables meanwhile may find the
-    accessed bit cleared in an entry that it has just put in a young one's place; nothing
-    outside its own memory can be reached.
+    Hardware may set bits at any time. A guest that rewrites its tables meanwhile may find
+    the accessed bit cleared in an entry that has just replaced a young one; memory
+    outside the guest cannot be reached.
 
     :param memory: where tables may lie
     :param root_pa: physical address of the root table

@@ -1,9 +1,9 @@
-"""A vCPU's TLB: set-associative, with a part of its own for huge translations.
+"""A vCPU's TLB: set-associative, with a separate part for huge translations.
 
 It caches that a page was accessed, and that it was written: a hit changes nothing in the
 tables. So after a harvest without a flush a page can be used and stay old, until its
-translation is flushed or pushed out. How often that happens is a matter of the TLB's size
-and the access pattern; it is the price of not flushing, and part of the harvest's contract.
+translation is flushed or evicted. How often that happens depends on the TLB's size and
+the access pattern; it is the cost of not flushing, and part of the harvest's contract.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Tlb:
         return int(lib.kh_tlb_lookup(self._tlb, gfn, write))
 
     def insert(self, gfn: int, level: int = 1, write: bool = False) -> None:
-        """Cache a translation; the least recently used of its set goes."""
+        """Cache a translation; the least recently used one of its set is evicted."""
         lib.kh_tlb_insert(self._tlb, gfn, level, write)
 
     def flush(self) -> None:
