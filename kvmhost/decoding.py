@@ -1,7 +1,7 @@
-"""Decodes JSON and msgpack from outside; everything that is wrong with them is one error.
+"""Decodes untrusted JSON and msgpack; any defect raises one kind of error.
 
-msgspec has an exception of its own, but lets through what Python raises for text that is
-not UTF-8, for nesting that is too deep, and for numbers that no type holds.
+msgspec has its own exception, but does not convert Python's exceptions for text that is not
+UTF-8, for nesting that is too deep, and for numbers out of range.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the kvmhost half of the project can use on this host, found out by trying.
+"""Probes the features of this host that kvmhost uses.
 
-Each probe does the act: it opens the device, makes a VM, scans a page. None
-compares versions, and none changes anything that outlives it.
+Each probe performs the operation: it opens the device, creates a VM, scans a page. None
+compares versions, and none leaves a change behind.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from kvmhost.errors import CapabilityError, KvmHostError
 
 __all__ = ["Finding", "probe_host"]
 
-#: Parameters of the KVM modules that say how guest memory is translated.
+#: Parameters of the KVM modules that determine how guest memory is translated.
 _PAGING = ("kvm_intel/parameters/ept", "kvm_amd/parameters/npt", "kvm/parameters/tdp_mmu")
 
 #: As in the patches of July 2026; no released header has it.
 _UFFD_FEATURE_RWP = 1 << 17
-#: Capabilities that kvmhost itself has a use for, or does without if it must.
+#: Capabilities that kvmhost uses if they are available.
 _USED_CAPS = (
     "IRQCHIP",
     "NR_VCPUS",
@@ -45,11 +45,11 @@ _USED_CAPS = (
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that works or does not.
+    """The result of one probe.
 
-    :ivar works: None for a plain fact that neither helps nor hurts
-    :ivar found: what is there, or why it does not work
-    :ivar remedy: what to do where it does not work
+    :ivar works: None for information without a verdict
+    :ivar found: what was found, or why it does not work
+    :ivar remedy: how to make it work
     """
 
     area: str
@@ -60,7 +60,7 @@ class Finding:
 
 
 def probe_host() -> Iterator[Finding]:
-    """Try everything that kvmhost uses; engines have the area ``engine``."""
+    """Probe everything that kvmhost uses; engines have the area ``engine``."""
     yield Finding("host", "kernel", None, platform.release())
     yield Finding("host", "python", sys.version_info >= (3, 11), platform.python_version())
     yield from _kvm()
@@ -93,12 +93,12 @@ def _kvm() -> Iterator[Finding]:
             yield Finding("kvm", "not offered", None, ", ".join(_missing(values)) or "nothing")
             yield Finding("kvm", "statistics", None, _try_statistics())
     except KvmHostError:
-        return  # the engine's line says why
+        return  # the engine's finding has the reason
     yield Finding("kvm", "paging", None, _paging())
 
 
 def _present(values: dict[str, int]) -> list[str]:
-    """Return names, with what KVM says of them where that is more than yes."""
+    """Return names, with KVM's value if it is more than 1."""
     shown = {name: value for name, value in values.items() if value}
     return [name if value == 1 else f"{name}={value:#x}" for name, value in shown.items()]
 
@@ -132,7 +132,7 @@ def _try_kvm() -> str:
 
 
 def _paging() -> str:
-    """Say what the modules claim; only a calibration on a running guest knows."""
+    """Return the paging mode by module parameters; only calibration on a guest verifies it."""
     told = []
     for name in _PAGING:
         try:
@@ -165,7 +165,7 @@ def _trackers() -> Iterator[Finding]:
 
 
 def _ways() -> Iterator[Finding]:
-    """Yield the ways to look at processes that are not ours."""
+    """Yield a finding for each method of tracking other processes."""
     from kvmhost.process.methods import probe_methods
 
     for name, support in probe_methods().items():
@@ -214,7 +214,7 @@ def _store() -> Iterator[Finding]:
 
 
 def _read_write_protect(features: int) -> str:
-    """Tell of the mode that traps reads and writes; docs/trackers.md says why none uses it."""
+    """Report the mode that traps reads and writes; docs/trackers.md explains why it is unused."""
     offered = features & _UFFD_FEATURE_RWP
     return f"{'offered' if offered else 'not offered'}; no tracker uses it yet"
 

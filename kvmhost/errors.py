@@ -14,7 +14,7 @@
     ├─ ControlError: a VM refused a request for a reason that only a socket has
     ├─ PauseTimeout: vCPUs did not stop in time; nothing is paused
     ├─ NameInUseError (also ValueError): a VM of that name runs already
-    ├─ VmGoneError (also ConnectionError): no VM answers there, or it went away
+    ├─ VmGoneError (also ConnectionError): no VM responds, or it has ended
     ├─ GuestError
     │  ├─ UnexpectedExit: the decoded exit
     │  └─ GuestTimeout
@@ -55,7 +55,7 @@ __all__ = [
 
 
 class KvmHostError(Exception):
-    """Base of everything that kvmhost raises on purpose."""
+    """Base of all exceptions that kvmhost defines."""
 
 
 class IoctlError(KvmHostError, OSError):
@@ -82,9 +82,9 @@ class IoctlError(KvmHostError, OSError):
 class HostError(KvmHostError, OSError):
     """The operating system refused a file or memory: disk full, no memory, a limit, a path.
 
-    :param what: the file, or what the memory was for
+    :param what: the file, or the purpose of the memory
     :param errno_: positive errno
-    :param remedy: what to do about it; by default what helps against that errno
+    :param remedy: how to fix it; by default a remedy for that errno
     """
 
     def __init__(self, what: str, errno_: int, remedy: str = "") -> None:
@@ -93,7 +93,7 @@ class HostError(KvmHostError, OSError):
 
     @property
     def is_bad_path(self) -> bool:
-        """Whether another path would do: not a full disk, a limit or a lack of memory."""
+        """Whether another path would help: not a full disk, a limit or a lack of memory."""
         return self.errno in _BAD_PATH
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ class CapabilityError(KvmHostError):
 
     :param name: what does not work, for example ``tracker idle``
     :param needed: what it needs
-    :param found: what is there instead: a noun, or a clause that begins with ``which``
+    :param found: what was found instead: a noun, or a clause that begins with ``which``
     :param remedy: what to do, as an imperative
     """
 
@@ -148,7 +148,7 @@ class CapabilityError(KvmHostError):
 
 
 class LayoutError(KvmHostError, ValueError):
-    """Guest memory does not fit together: overlap, alignment or range.
+    """An invalid argument or memory layout: overlap, alignment or range.
 
     :param field: the argument that is wrong, where one is known
     """
@@ -163,7 +163,7 @@ class ImageError(KvmHostError, ValueError):
 
     :param file: path of the image
     :param field: the header field or part that is wrong
-    :param problem: what is wrong with it
+    :param problem: the defect
     :param offset: byte offset in the file, where one is known
     """
 
@@ -177,14 +177,14 @@ class ImageError(KvmHostError, ValueError):
 
 
 class PagerError(KvmHostError):
-    """The pager could not do what was asked; the guest's data is where it was."""
+    """A pager operation failed; the guest's data is unchanged."""
 
 
 class LostPageError(PagerError):
-    """Contents of guest pages are gone, as memory is after a machine check.
+    """Contents of guest pages are lost, as after a machine check.
 
     :param gfns: which pages, ascending
-    :param reason: what was wrong with the first of them
+    :param reason: the defect of the first of them
     """
 
     def __init__(self, gfns: list[int], reason: str) -> None:
@@ -198,11 +198,11 @@ class LostPageError(PagerError):
 
 
 class StateError(KvmHostError, RuntimeError):
-    """An object is in a state in which it cannot do what was asked.
+    """An object is in a state that does not allow the operation.
 
     :param what: the object, for example ``machine 'a'``
     :param state: ``is closed``, ``is not started``
-    :param remedy: what to do first, where that helps
+    :param remedy: what to do first, if that helps
     """
 
     def __init__(self, what: str, state: str = "is closed", remedy: str = "") -> None:
@@ -215,10 +215,10 @@ class StateError(KvmHostError, RuntimeError):
 
 
 class ControlError(KvmHostError):
-    """A VM refused a control request, for a reason that only a control socket has.
+    """A VM refused a control request, for a reason specific to the control socket.
 
-    No such path, a lease that another holds, a body that is too large, a failure without
-    a class of its own. What the machine itself raised is raised as what it was.
+    Examples are an unknown path, a lease of another holder, a body that is too large, and an
+    error without its own class. Errors of the machine itself keep their class.
 
     :param status: HTTP status code
     :param problem: the server's message
@@ -233,7 +233,7 @@ class ControlError(KvmHostError):
 
 
 class PauseTimeout(KvmHostError):
-    """vCPUs did not stop in the time that a pause had; nothing is paused.
+    """vCPUs did not stop within the time-out of a pause; nothing is paused.
 
     :param vcpus: indexes of those that did not
     """
@@ -263,7 +263,7 @@ class NameInUseError(KvmHostError, ValueError):
 
 
 class VmGoneError(KvmHostError, ConnectionError):
-    """No VM answers at a socket, or it went away in the middle of a request.
+    """No VM responds at a socket, or it ended during a request.
 
     :param vm: name or socket path, as the caller gave it
     """
@@ -277,11 +277,11 @@ class VmGoneError(KvmHostError, ConnectionError):
 
 
 class GuestError(KvmHostError):
-    """A guest ended in a way that its contract does not know."""
+    """A guest ended abnormally."""
 
 
 class UnexpectedExit(GuestError):
-    """A vCPU left guest mode for a reason that nobody handles."""
+    """A vCPU left guest mode for a reason that no device or machine handles."""
 
     def __init__(self, vcpu: int, reason: str, detail: str = "") -> None:
         super().__init__(vcpu, reason, detail)
@@ -293,7 +293,7 @@ class UnexpectedExit(GuestError):
 
 
 class GuestTimeout(GuestError):
-    """A guest did not come to its end in the time it was given."""
+    """A guest did not end within its time-out."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -361,7 +361,7 @@ def from_fields(kind: str, values: list[Any], field: str = "") -> KvmHostError |
         made = BY_KIND[kind](*values)
         str(made)
     except (TypeError, ValueError, OverflowError, AttributeError):
-        return None  # of a server that means something else by it
+        return None  # from a server that uses the name differently
     if isinstance(made, LayoutError):
         made.field = field
     return made

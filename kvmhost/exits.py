@@ -34,8 +34,8 @@ __all__ = [
 class Exit:
     """Base of all exits: values with the fields that a subclass annotates.
 
-    They are what frozen dataclasses would be, without the code that those compile for
-    every class at import: there are many, and a guest that only prints starts sooner.
+    They behave like frozen dataclasses, without the code that those compile for every
+    class at import, which would delay the start of short guests.
     """
 
     __match_args__: typing.ClassVar[tuple[str, ...]] = ()
@@ -124,7 +124,7 @@ class Shutdown(Exit):
 
 
 class Kicked(Exit):
-    """No exit of the guest: someone asked for the vCPU's attention."""
+    """Not an exit of the guest: another thread kicked the vCPU."""
 
 
 class MemoryFault(Exit):
@@ -142,7 +142,7 @@ class FailEntry(Exit):
 
 
 class InternalError(Exit):
-    """KVM gave up, for example on an instruction that it cannot emulate.
+    """An internal error of KVM, for example an instruction that it cannot emulate.
 
     ``data`` are the words that KVM adds; for suberror 1 with data, the low byte
     of the second is an instruction size and the bytes follow.
@@ -153,7 +153,7 @@ class InternalError(Exit):
 
     @property
     def instruction(self) -> bytes:
-        """The instruction bytes that KVM could not emulate, if it told."""
+        """The instruction bytes that KVM could not emulate, if it reports them."""
         if self.suberror != 1 or len(self.data) < 4:
             return b""
         raw = b"".join(word.to_bytes(8, "little") for word in self.data[1:4])
@@ -163,8 +163,8 @@ class InternalError(Exit):
 class Debug(Exit):
     """A single step or a breakpoint.
 
-    ``exception`` is 1 for a step or a hardware breakpoint, 3 for ``int3``; ``dr6`` says
-    which (bit 14: a step; bits 0 to 3: a breakpoint). ``pc`` is the next instruction,
+    ``exception`` is 1 for a step or a hardware breakpoint, 3 for ``int3``; ``dr6`` has
+    the cause (bit 14: a step; bits 0 to 3: a breakpoint). ``pc`` is the next instruction,
     and the ``int3`` itself.
     """
 
@@ -175,7 +175,7 @@ class Debug(Exit):
 
 
 class Hypercall(Exit):
-    """The guest asks for something by hypercall, and waits for what it returns."""
+    """The guest made a hypercall and waits for its result."""
 
     number: int
     args: tuple[int, ...]
@@ -201,7 +201,7 @@ class MsrWrite(Exit):
 
 
 class SystemEvent(Exit):
-    """The guest asks to shut down (1), reset (2), or says that it crashed (3)."""
+    """The guest requests shutdown (1) or reset (2), or reports a crash (3)."""
 
     kind: int
     data: tuple[int, ...] = ()
@@ -214,7 +214,7 @@ class IoapicEoi(Exit):
 
 
 class IrqWindow(Exit):
-    """The guest takes interrupts now, as was asked by ``request_interrupt_window``."""
+    """The guest accepts interrupts now, as requested by ``request_interrupt_window``."""
 
 
 class SetTpr(Exit):
@@ -222,18 +222,18 @@ class SetTpr(Exit):
 
 
 class TprAccess(Exit):
-    """The guest used its task priority register, and that is to be reported."""
+    """The guest used its task priority register, with reporting enabled."""
 
     rip: int
     is_write: bool
 
 
 class BusLock(Exit):
-    """The guest locked the bus across cache lines, and that is to be reported."""
+    """The guest locked the bus across cache lines, with reporting enabled."""
 
 
 class UnknownExit(Exit):
-    """A reason that this version does not know."""
+    """An exit reason unknown to this version."""
 
     reason: int
     detail: int = 0

@@ -1,8 +1,8 @@
-"""Files: written whole or not at all, read only where they are regular and bounded.
+"""File access: atomic writes, and reads of regular files of bounded size.
 
-What is written came out of a guest: its memory, or which of it was touched when. New files
-have mode 0600 unless the caller says otherwise, paths are followed as
-:mod:`kvmhost.ownership` does it, and nothing is written into a file of another user.
+The files contain guest data: memory contents or access times. New files have mode 0600 by
+default, paths are resolved by :mod:`kvmhost.ownership`, and files of other users are not
+written.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ __all__ = [
     "write_file",
 ]
 
-#: What the name of a file or directory begins with until it is whole.
+#: Prefix of the name of a file or directory until it is complete.
 TEMPORARY = ".tmp-"
-#: Mode of what holds guest memory, young bitmaps, or pictures of them.
+#: Mode of files with guest memory, young bitmaps, or plots of them.
 PRIVATE = 0o600
 
 
@@ -54,11 +54,11 @@ def replacing(
     """Write a file through a temporary one beside it and a rename.
 
     A reader sees the old contents or the new ones. If anything fails, the temporary file
-    is removed and what was at ``path`` stays. A symbolic link of this user or root stays a
-    link, its target is replaced. A device or a pipe is written in place: a rename would
+    is removed and ``path`` is unchanged. A symbolic link of this user or root is
+    kept, and its target is replaced. A device or a pipe is written in place: a rename would
     remove it. A file of this user keeps its mode.
 
-    :param sync: also have the contents on the disk before the rename
+    :param sync: also flush the contents to disk before the rename
     :param mode: of a new file, before the umask
     :param follow_last: else a link at ``path`` itself is replaced
     :raises HostError: if the system refuses to create, write or rename the file
@@ -91,19 +91,19 @@ def replacing(
 def write_file(
     path: Path, raw: bytes, *, sync: bool = True, mode: int = PRIVATE, follow_last: bool = True
 ) -> None:
-    """Write a file whole or not at all; see :func:`replacing`."""
+    """Write a file atomically; see :func:`replacing`."""
     with replacing(path, sync=sync, mode=mode, follow_last=follow_last) as file:
         file.write(raw)
 
 
 def open_log(path: Path, *, keep: bool, follow_last: bool = False) -> int:
-    """Open a file that is written bit by bit while others may read it.
+    """Open a file that is written incrementally while others may read it.
 
-    :param keep: append to what it holds; else it is emptied
+    :param keep: append to its contents; else it is truncated
     :param follow_last: follow a link of this user or root in the last component
     :return: a descriptor for writing, in append mode
     :raises HostError: if the system refuses
-    :raises LayoutError: if what is there is a link, another user's, or writable by others
+    :raises LayoutError: if it is a link, belongs to another user, or is writable by others
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
     with os_errors(path), _located(path, follow_last) as place:
@@ -127,13 +127,13 @@ def open_log(path: Path, *, keep: bool, follow_last: bool = False) -> int:
 
 
 class NamelessFile:
-    """A file without a name until it is complete: whatever ends the process, it is gone.
+    """A file without a name until it is complete, so that a crash leaves no partial file.
 
-    For what holds guest memory: mode 0600, and no link is followed. Where the file system
-    has no O_TMPFILE it has a temporary name meanwhile.
+    For files with guest memory: mode 0600, and no link is followed. On a file system
+    without O_TMPFILE it has a temporary name meanwhile.
 
     :raises HostError: if the system refuses
-    :raises LayoutError: if what is at ``path`` already is not a regular file
+    :raises LayoutError: if an existing file at ``path`` is not a regular file
     """
 
     def __init__(self, path: Path) -> None:
@@ -169,7 +169,7 @@ class NamelessFile:
         return os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._folder)
 
     def commit(self) -> None:
-        """Bring it to the disk and give it its name, in the place of what has that now.
+        """Flush the file to disk and give it its name, replacing an existing file.
 
         :raises HostError: if it cannot be written or named
         """
@@ -178,7 +178,7 @@ class NamelessFile:
             folder = self._folder
             if self._hidden is None:
                 hidden = f"{TEMPORARY}{os.urandom(6).hex()}"
-                # A name of its own first: a link cannot take the place of another file.
+                # A temporary name first: linkat(2) cannot replace an existing file.
                 os.link(f"/proc/self/fd/{self.fd}", hidden, dst_dir_fd=folder)
                 self._hidden = hidden
             os.replace(self._hidden, self._name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -186,7 +186,7 @@ class NamelessFile:
             _sync(folder)
 
     def close(self) -> None:
-        """Close it; without :meth:`commit` nothing is left. Idempotent."""
+        """Close the file; without :meth:`commit` it is discarded. Idempotent."""
         if self._hidden is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._hidden, dir_fd=self._folder)
@@ -259,7 +259,7 @@ def read_regular(path: str | Path, most_bytes: int) -> bytes:
 
 
 def _read_up_to(file: io.FileIO, most_bytes: int) -> bytes:
-    # Not all at once where the system does not know the size, as of the kernel's own files.
+    # In pieces where fstat(2) does not report the size, as for files of procfs.
     step = min(max(os.fstat(file.fileno()).st_size + 1, 1 << 16), 1 << 24)
     parts, left = [], most_bytes
     while left and (part := file.read(min(left, step))):
@@ -269,7 +269,7 @@ def _read_up_to(file: io.FileIO, most_bytes: int) -> bytes:
 
 
 def own_directory(path: Path) -> None:
-    """Make a directory with mode 0700, or make sure that one is there and is private.
+    """Create a directory with mode 0700, or check that an existing one is private.
 
     :raises HostError: if it cannot be made
     :raises LayoutError: if it is a link, another user's, or others can write to it
@@ -286,7 +286,7 @@ def own_directory(path: Path) -> None:
 
 
 def check_target(path: Path) -> None:
-    """Refuse a place where no file can be written, before any work is done for it.
+    """Check that a file can be written at a path, before any work is done for it.
 
     :raises HostError: if it is a directory, or its directory is missing or read-only
     :raises LayoutError: as :func:`replacing`
@@ -318,7 +318,7 @@ def os_errors(what: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _located(path: Path, follow_last: bool) -> Iterator[Located]:
-    """Follow a path; close its folder in the end."""
+    """Resolve a path; close its folder at the end of the context."""
     place = locate(path, follow_last=follow_last)
     try:
         yield place
@@ -331,7 +331,7 @@ def _is_own_file(status: os.stat_result) -> bool:
 
 
 def _is_special(place: Located) -> bool:
-    """Whether what is there is written in place: a device, a pipe, an open descriptor.
+    """Whether the file is written in place: a device, a pipe, an open descriptor.
 
     :raises IsADirectoryError: if it is a directory
     """
@@ -344,9 +344,9 @@ def _is_special(place: Located) -> bool:
 
 
 def _check_special(path: Path, place: Located) -> None:
-    """Refuse a pipe that another user made, lest he reads what is written.
+    """Refuse a pipe of another user, who could read the data.
 
-    What is reached through a descriptor of this process was given to it by its caller.
+    A descriptor of this process is accepted: its caller provided it.
     """
     assert place.status is not None
     uid = place.status.st_uid
@@ -369,11 +369,11 @@ def _open_beside(folder: int, mode: int) -> tuple[int, str]:
 
 
 def _sync(folder: int) -> None:
-    """Have the names in a folder on the disk, where its file system can do that."""
+    """Flush the names in a folder to disk, if its file system supports that."""
     try:
         fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
     except PermissionError:
-        return  # A folder that may be written and not read.
+        return  # A folder with write but not read permission.
     try:
         os.fsync(fd)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How to install what an optional feature needs, from where this installation came."""
+"""Install commands for the dependencies of optional features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def install_hint(extra: str) -> str:
     """Return a remedy that installs an extra into this interpreter's environment.
 
     From a checkout it installs the checkout with the extra; elsewhere it names what the
-    extra requires, since the file that kvmhost was installed from may be gone.
+    extra requires, since the file that kvmhost was installed from may not exist.
 
     >>> install_hint("plot")  # doctest: +SKIP
     'run: /usr/bin/python3 -m pip install -e "/home/me/kvmhost[plot]"'
@@ -29,7 +29,7 @@ def install_hint(extra: str) -> str:
 
 
 def _requirements(extra: str) -> list[str]:
-    """Return what an extra requires, as the metadata of the installation has it."""
+    """Return what an extra requires, from the metadata of the installation."""
     from importlib import metadata
 
     found = []

@@ -1,15 +1,15 @@
-"""Where a path leads, and whether what is there belongs to this process alone.
+"""Resolves paths safely, and checks that files belong to this process's user alone.
 
-In a folder that others can write to, another user may have made a file first, or put a
-symbolic link there, or exchange a folder for a link between two calls. So paths are
-followed one component at a time, by directory descriptor:
+In a folder that others can write to, another user may have created a file or a symbolic
+link first, or may replace a folder by a link between two calls. So paths are resolved
+one component at a time, by directory descriptor:
 
 - a symbolic link is followed only if it belongs to this process's user or to root; a
-  link of another user is refused, wherever in the path it is;
-- what is opened is then used through the descriptor of its folder, never by path again.
+  link of another user is refused in any position of the path;
+- a file is then used through the descriptor of its folder, never by path again.
 
-:func:`open_private_folder` also wants every folder on the way to be one that no other
-user can change: the folders of sockets and locks are opened by it.
+:func:`open_private_folder` also requires that no other user can change any folder in the
+path: it opens the folders of sockets and locks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Located(NamedTuple):
     """A name in an open folder.
 
     :ivar folder: descriptor of the folder (``O_PATH``); the receiver closes it
-    :ivar status: of what has the name now; None if nothing has
+    :ivar status: of the file of that name; None if there is none
     :ivar by_kernel: the name is a link that only the kernel can follow (``/proc/self/fd/1``);
         ``status`` is that of its target
     """
@@ -55,14 +55,14 @@ class Located(NamedTuple):
 
 
 def is_trusted(uid: int) -> bool:
-    """Whether what belongs to a user can be relied on: root, and this process's own."""
+    """Whether files of a user are trusted: those of root and of this process's user."""
     return uid in (0, os.geteuid())
 
 
 def locate(path: Path, *, follow_last: bool = True) -> Located:
-    """Follow a path to the folder and the name in it that it stands for.
+    """Resolve a path to a folder and a name in it.
 
-    :param follow_last: follow a link in the last component too; else it is what is found
+    :param follow_last: follow a link in the last component too; else return the link
     :raises LayoutError: for a link of another user
     :raises OSError: if a folder on the way is missing
     """
@@ -70,25 +70,25 @@ def locate(path: Path, *, follow_last: bool = True) -> Located:
 
 
 def open_folder(path: Path, *, private: bool = False) -> int:
-    """Open a folder, following only links that can be relied on.
+    """Open a folder, following only trusted links.
 
-    :param private: refuse folders on the way, and this one, that another user can change
+    :param private: refuse a path with a folder that another user can change
     :return: an ``O_PATH`` descriptor
     :raises LayoutError: as :func:`locate`
-    :raises OSError: if there is no such folder
+    :raises OSError: if the folder does not exist
     """
     return _follow(path, (*path.parts, "."), follow_last=True, private=private).folder
 
 
 def open_private_folder(path: Path) -> int:
-    """Open a folder of this process's user in which nobody else can change anything.
+    """Open a folder of this process's user that no other user can change.
 
-    Folders above it may belong to root, too, and others may write there if the sticky
-    bit keeps them from renaming what is not theirs, as in ``/tmp``.
+    Parent folders may also belong to root, and may be writable by others if the sticky
+    bit prevents them from renaming files of other users, as in ``/tmp``.
 
     :return: an ``O_PATH`` descriptor
-    :raises LayoutError: says which folder is not private, and why
-    :raises OSError: if there is no such folder
+    :raises LayoutError: states which folder is not private, and why
+    :raises OSError: if the folder does not exist
     """
     folder = open_folder(path, private=True)
     status = os.fstat(folder)
@@ -100,7 +100,7 @@ def open_private_folder(path: Path) -> int:
 
 
 def why_not_private(status: os.stat_result) -> str:
-    """Return why a folder or file is not this user's alone to change; "" if it is."""
+    """Return why another user can change a folder or file; "" if none can."""
     if status.st_uid != os.geteuid():
         return f"belongs to uid {status.st_uid}, not to {os.geteuid()}"
     if status.st_mode & 0o022:
@@ -109,10 +109,10 @@ def why_not_private(status: os.stat_result) -> str:
 
 
 def check_own_file(path: Path, status: os.stat_result, *, readable: bool = False) -> None:
-    """Refuse a file that was there before, unless it is this user's, and nobody else's.
+    """Refuse an existing file unless only this user can access it.
 
     :param readable: others may read it
-    :raises LayoutError: says what is wrong with it
+    :raises LayoutError: states the reason
     """
     if not stat.S_ISREG(status.st_mode):
         raise LayoutError(f"{path}: exists and is not a regular file")
@@ -177,7 +177,7 @@ def _status(folder: int, name: str, *, missing_is_fine: bool) -> os.stat_result 
 
 
 def _enter(folder: int, name: str, flags: int) -> int:
-    """Open a folder in a folder, in whose place it comes."""
+    """Open a folder in a folder, and close the latter."""
     entered = os.open(name, flags, dir_fd=folder)
     os.close(folder)
     return entered
@@ -193,7 +193,7 @@ def _check_link(path: Path, name: str, status: os.stat_result, links: int) -> No
 
 
 def _is_magic(status: os.stat_result) -> bool:
-    """Whether a link is one of procfs, whose text is not where it leads."""
+    """Whether a link is a magic link of procfs, whose text is not its target."""
     try:
         return status.st_dev == Path("/proc/self/fd").stat().st_dev
     except OSError:

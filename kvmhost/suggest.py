@@ -1,4 +1,4 @@
-"""One wording for every message about an unknown name, with the name that was probably meant."""
+"""Messages about unknown names, in one wording, with the closest known name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Return ``"unknown tracker 'dity', did you mean 'dirty'? (there are: auto, dirty)"``.
 
     :param what: kind of the name, such as ``tracker``
-    :param known: the names that there are; if none, the message ends after the name
+    :param known: the existing names; if none, the message ends after the name
     """
     names = list(known)
     there = f" (there are: {', '.join(names)})" if names else ""

@@ -9,8 +9,8 @@ type        written                       value
 `Mark`      ``90%``, ``80M``              a share of something, or bytes
 =========== ============================= ===========================================
 
-Each is written back by ``str()`` so that reading that gives the same value again. Each is
-bounded where it is read, so that arithmetic on it neither overflows nor becomes infinite:
+Reading the output of ``str()`` gives the same value again. Each value is bounded when it
+is read, so that arithmetic on it neither overflows nor becomes infinite:
 sizes to the 52 bits of a physical address, times to a day, shares to 10,000 times 100 %.
 """
 
@@ -38,11 +38,11 @@ __all__ = [
 PAGE_SHIFT = 12
 PAGE_BYTES = 1 << PAGE_SHIFT
 
-#: The largest size, time and share that are read.
+#: The largest size, time and share that are accepted.
 MAX_BYTES = 1 << 52
 MAX_SECONDS = 86400
 MAX_SHARE = 10_000
-#: No amount is longer when written; digits without end would cost time of their square.
+#: Maximum length of the text of an amount; parsing digits takes quadratic time.
 _MAX_CHARACTERS = 64
 
 _BINARY = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -97,7 +97,7 @@ class Seconds(float):
 
 
 class Share(float):
-    """A part of something: 1 is all of it."""
+    """A fraction of a total: 1 is all of it."""
 
     @classmethod
     def parse(cls, given: object) -> Share:
@@ -108,7 +108,7 @@ class Share(float):
         match = _match(_SHARE, given)
         if match is None or (match[3] and not int(match[3])):
             raise ValueError(f"invalid share {_shown(given)}; write for example 90% or 1/8")
-        # In decimals: what is written back has to read as the same number.
+        # In decimals: the written text must read as the same number.
         share = int(match[2]) / int(match[3]) if match[3] else Decimal(match[1]) / 100
         return cls(_at_most(share, MAX_SHARE, "share", f"{100 * MAX_SHARE}%"))
 
@@ -117,7 +117,7 @@ class Share(float):
 
 
 class Mark:
-    """A share of something, or bytes: exactly one of the two is not None."""
+    """A share of a total, or bytes: exactly one of the two is not None."""
 
     def __init__(self, *, size: Bytes | None = None, share: Share | None = None) -> None:
         self.size, self.share = size, share
@@ -183,7 +183,7 @@ _KINDS = (Bytes, Seconds, Share, Mark)
 def read_amount(kind: type, given: Any, bare: bool = False) -> Any:
     """Read an amount of a kind: the hook of a msgspec decoder.
 
-    :raises ValueError: if it is written wrong
+    :raises ValueError: if the text is malformed
     """
     if kind is Seconds:
         return Seconds.parse(given, bare)

@@ -122,7 +122,7 @@ def find_header(data: bytes) -> int | None:
 def parse_multiboot(path: str, data: bytes) -> MultibootImage:
     """Check an image and determine its load addresses.
 
-    :raises ImageError: if there is no header, or it contradicts itself or the file
+    :raises ImageError: if there is no header, or it is inconsistent with itself or the file
     """
     at = find_header(data)
     if at is None:

@@ -1,4 +1,4 @@
-"""What goes over the control socket: one Struct a message, in JSON.
+"""The messages of the control socket: one Struct per message, in JSON.
 
 Binary parts are little-endian: bitmaps as 64-bit words in the layout of
 :mod:`kvmhost.bitmap`, lists of gfns as 64-bit numbers. A request with a field that
@@ -67,17 +67,17 @@ Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of what a client sends."""
+    """Base of the messages that a client sends."""
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """Base of what a server sends; a client takes answers of a newer server."""
+    """Base of the messages that a server sends; clients ignore fields of newer servers."""
 
 
 class SchemaError(ValueError):
-    """A message does not have the shape that it should have.
+    """A message does not match its schema.
 
-    :param field: where, as ``gfns[3]``; empty for the whole message
+    :param field: the field, such as ``gfns[3]``; empty for the whole message
     """
 
     def __init__(self, problem: str, field: str = "") -> None:
@@ -92,18 +92,18 @@ class SchemaError(ValueError):
 
 
 class RangeQuery(_Strict, frozen=True):
-    """Query of what works on a range; without ``n_pages`` to the end of memory."""
+    """Query of requests on a range; without ``n_pages`` to the end of memory."""
 
     gfn_start: Gfn = 0
     n_pages: Count | None = None
 
 
 class HarvestQuery(RangeQuery, frozen=True):
-    """Query of ``POST /v1/harvest``; the body may hold a mask, one bit a page.
+    """Query of ``POST /v1/harvest``; the body may hold a mask, one bit per page.
 
-    ``rearm=sample`` clears and re-arms only a ``fraction`` of the pages, other ones at
-    each harvest of the range; without ``fraction`` a default that was measured. With
-    ``format`` the harvest is fed into a model table, and its walker answers.
+    ``rearm=sample`` clears and re-arms only a ``fraction`` of the pages, different ones
+    at each harvest of the range; the default of ``fraction`` is measured. With ``format``
+    the harvest is fed into a model table, and its walker's bitmap is returned.
     """
 
     tracker: str = "auto"
@@ -114,7 +114,7 @@ class HarvestQuery(RangeQuery, frozen=True):
 
 
 class EvictQuery(_Strict, frozen=True):
-    """Query of ``POST /v1/evict``: ``each`` asks for every page's outcome.
+    """Query of ``POST /v1/evict``: ``each`` returns every page's outcome.
 
     ``actuator`` is the pager's own store or the host's swap.
     """
@@ -124,13 +124,13 @@ class EvictQuery(_Strict, frozen=True):
 
 
 class GfnList(_Strict, frozen=True):
-    """Body of ``PUT /v1/victims``; or binary."""
+    """Body of ``PUT /v1/victims``; may also be binary."""
 
     gfns: list[Gfn]
 
 
 class EvictRequest(GfnList, frozen=True):
-    """Body of ``POST /v1/evict``; or binary."""
+    """Body of ``POST /v1/evict``; may also be binary."""
 
 
 class RestoreRequest(_Strict, frozen=True):
@@ -143,7 +143,7 @@ class RestoreRequest(_Strict, frozen=True):
 class LimitRequest(_Strict, frozen=True):
     """Body of ``PUT /v1/limit``: bytes that may be resident, 0 for no limit.
 
-    ``shrink`` evicts at once what is above; else the limit acts at the next faults.
+    ``shrink`` evicts down to it at once; else the limit acts at the next faults.
     """
 
     resident_max_bytes: Bytes
@@ -153,7 +153,7 @@ class LimitRequest(_Strict, frozen=True):
 class SnapshotRequest(_Strict, frozen=True):
     """Body of ``POST /v1/snapshot``: where the VM writes the file, an absolute path.
 
-    With ``stop`` the guest ends where the snapshot was taken; else it goes on.
+    With ``stop`` the guest ends where the snapshot was taken; else it resumes.
     """
 
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=4096, pattern=r"^[^\0]*$")]
@@ -161,13 +161,13 @@ class SnapshotRequest(_Strict, frozen=True):
 
 
 class PauseQuery(_Strict, frozen=True):
-    """Query of ``POST /v1/pause``: seconds until it ends by itself; 0: never."""
+    """Query of ``POST /v1/pause``: seconds until it ends automatically; 0: never."""
 
     for_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 60.0
 
 
 class ResumeQuery(_Strict, frozen=True):
-    """Query of ``POST /v1/resume``: which pause to undo; without, the last one."""
+    """Query of ``POST /v1/resume``: the pause to undo, by default the last one."""
 
     pause: Annotated[int, msgspec.Meta(ge=1, lt=1 << 52)] | None = None
 
@@ -175,10 +175,10 @@ class ResumeQuery(_Strict, frozen=True):
 class LeaseRequest(_Strict, frozen=True):
     """Body of ``PUT /v1/lease``.
 
-    :param holder: who asks, for people to read
-    :param ttl_s: after so long without a request the holder counts as hung
-    :param socket: where the holder answers questions; empty: nowhere
-    :param take_over: take it away from who has it
+    :param holder: description of the caller, for messages
+    :param ttl_s: time without a request after which the lease ends
+    :param socket: the holder's own control socket; empty: none
+    :param take_over: take it over from the current holder
     """
 
     holder: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -188,13 +188,13 @@ class LeaseRequest(_Strict, frozen=True):
 
 
 class NoQuery(_Strict, frozen=True):
-    """Nothing may be asked."""
+    """An empty query."""
 
 
 class DrainQuery(_Strict, frozen=True):
-    """What a drain may be asked for.
+    """Query of ``POST /v1/drain``.
 
-    :ivar force: also while a daemon holds the lease, which may evict again
+    :ivar force: also while a daemon holds the lease; the daemon may evict again
     """
 
     force: bool = False
@@ -207,8 +207,8 @@ class ErrorInfo(_Answer, frozen=True, omit_defaults=True):
     """Why a request failed.
 
     ``kind`` is the class of the error that the VM raised, one of
-    :data:`kvmhost.errors.BY_KIND`, and ``arguments`` are what it was made of; empty for
-    what only a control socket refuses.
+    :data:`kvmhost.errors.BY_KIND`, and ``arguments`` are its constructor arguments; both
+    are empty for errors of the control socket itself.
     """
 
     status: int
@@ -227,7 +227,7 @@ class ErrorReply(_Answer, frozen=True):
 class VcpuStatus(_Answer, frozen=True):
     """One vCPU. ``epoch`` is the value of its last doorbell.
 
-    ``doing`` is what it does and its registers, while the VM is paused; null else.
+    ``doing`` is its activity and registers while the VM is paused, else null.
     """
 
     index: int
@@ -238,10 +238,10 @@ class VcpuStatus(_Answer, frozen=True):
 
 
 class LeaseInfo(_Answer, frozen=True):
-    """Who looks after a VM.
+    """The holder of a VM's lease.
 
-    :param held_s: since when
-    :param silent_s: since the last request
+    :param held_s: seconds since it took the lease
+    :param silent_s: seconds since its last request
     """
 
     holder: str
@@ -253,13 +253,13 @@ class LeaseInfo(_Answer, frozen=True):
 
 
 class LeaseState(_Answer, frozen=True):
-    """Answer of ``GET /v1/lease``; None: nobody has it."""
+    """Answer of ``GET /v1/lease``; None: the lease is free."""
 
     lease: LeaseInfo | None
 
 
 class LeaseGrant(_Answer, frozen=True):
-    """Answer of ``PUT /v1/lease``: what goes into the header ``X-Kvmhost-Lease``."""
+    """Answer of ``PUT /v1/lease``: the value for the header ``X-Kvmhost-Lease``."""
 
     token: str
 
@@ -317,12 +317,12 @@ class MemoryMap(_Answer, frozen=True):
     pinned: list[PageRange]
 
 
-#: The most gfns that a client believes in: a terabyte, and 4 GiB of holes.
+#: Maximum number of gfns that a client accepts: a terabyte, and 4 GiB of holes.
 MAX_GFNS = (1 << 28) + (1 << 20)
 
 
 def problem_of_map(found: MemoryMap) -> str:
-    """Return what is wrong with a memory map, before anything is allocated for it.
+    """Return the defect of a memory map, to check it before anything is allocated for it.
 
     Its regions must be in order, and of at most :data:`MAX_GFNS`; the rest follows from them.
     """
@@ -342,7 +342,7 @@ class Page(_Answer, frozen=True):
     """Answer of ``GET /v1/pages/GFN``.
 
     ``state`` is ``resident``, ``evicted``, ``lost`` or ``fresh`` (never touched);
-    ``resident`` tells whether the memfd holds the page at this moment.
+    ``resident`` is whether the memfd holds the page now.
     """
 
     gfn: int
@@ -359,7 +359,7 @@ class Page(_Answer, frozen=True):
 class EvictReport(_Answer, frozen=True):
     """Answer of ``POST /v1/evict``: pages by outcome (``done``, ``pinned``, ``absent``, …).
 
-    ``each`` has one byte a page of the request, its ``EvictOutcome``; base64 in JSON.
+    ``each`` has one byte per page of the request, its ``EvictOutcome``; base64 in JSON.
     """
 
     pages: int
@@ -375,7 +375,7 @@ class EvictReport(_Answer, frozen=True):
 class RestoreReport(_Answer, frozen=True):
     """Answer of ``POST /v1/restore`` and ``POST /v1/drain``: evicted pages of the range.
 
-    ``lost`` cannot be given back, ``left`` found no memory on the host.
+    ``lost`` pages cannot be restored; for ``left`` pages the host had no memory.
     """
 
     restored: int
@@ -384,10 +384,10 @@ class RestoreReport(_Answer, frozen=True):
 
 
 class LimitState(_Answer, frozen=True):
-    """Answer of ``PUT /v1/limit``: what is in force, rounded down to pages.
+    """Answer of ``PUT /v1/limit``: the limit in force, rounded down to pages.
 
-    With ``shrink``: ``shrunk_pages`` went to make it hold; ``over_pages`` are resident
-    above it still, since nothing else could go.
+    With ``shrink``: ``shrunk_pages`` were evicted to reach it; ``over_pages`` remain
+    above it because no further page can be evicted.
     """
 
     resident_max_bytes: int
@@ -418,7 +418,8 @@ class SnapshotReport(_Answer, frozen=True):
 class MachineCounters(_Answer, frozen=True):
     """Counts since the start of the VM.
 
-    ``serial_lost_bytes`` are those of ``serial_bytes`` that were dropped because nobody read them.
+    ``serial_lost_bytes`` are those of ``serial_bytes`` that were dropped because no reader
+    read them in time.
     """
 
     exits: int
@@ -430,7 +431,7 @@ class MachineCounters(_Answer, frozen=True):
 
 
 class HarvestTotals(_Answer, frozen=True):
-    """Harvests made over the control socket, and what they took."""
+    """Number and total cost of harvests over the control socket."""
 
     harvests: int
     pages: int
@@ -451,7 +452,7 @@ class Counters(_Answer, frozen=True):
 
 
 class HarvestCost(msgspec.Struct, frozen=True):
-    """What one harvest took inside the VM process."""
+    """Cost of one harvest inside the VM process."""
 
     harvest_ns: int
     rearm_ns: int
@@ -476,7 +477,7 @@ def encode(message: msgspec.Struct) -> bytes:
 def decode(body: bytes, kind: type[T]) -> T:
     """Read a message from JSON.
 
-    :raises SchemaError: if it is no JSON or not of that kind; names the field
+    :raises SchemaError: if it is not JSON or not of that kind; names the field
     """
     try:
         return decode_json(body, kind)
@@ -499,7 +500,7 @@ def decode_query(query: dict[str, str], kind: type[T]) -> T:
 def convert(plain: Any, kind: type[T], dec_hook: Callable[[type, Any], Any] | None = None) -> T:
     """Read a message from plain objects, as a file's parser returns them.
 
-    :param dec_hook: reads types of its own, raising ValueError
+    :param dec_hook: reads custom types; raises ValueError
     :raises SchemaError: if they are not of that kind; names the field
     """
     try:

@@ -2,9 +2,10 @@
 
 Starting one costs a socket and a thread. The web server itself (asyncio, aiohttp)
 is imported by that thread when the first client connects, so that a guest that
-runs for a tenth of a second never waits for it; or before it listens, with ``eager``.
-If that or the server fails (no descriptor left, say), the thread tries again. Whatever
-ends the thread closes the listener, so that clients are refused and do not wait.
+runs for a tenth of a second never waits for it; with ``eager``, before it listens.
+If the import or the server fails (for example without free descriptors), the thread tries
+again. The end of the thread always closes the listener, so that clients are refused and do
+not wait.
 
 >>> with Machine(image, name="a") as machine, ControlServer(machine):  # doctest: +SKIP
 ...     machine.start()
@@ -42,13 +43,13 @@ __all__ = [
     "SocketServer",
 ]
 
-#: Connections at one time, and those of one process; more get status 503.
+#: Maximum connections in total and per process; more get status 503.
 MAX_CONNECTIONS, MAX_PER_PROCESS = 64, 32
 #: Seconds that a client may take for a request, from its first byte to its last.
 REQUEST_DEADLINE_S = 10.0
-#: Seconds that a client may take to read an answer.
+#: Seconds that a client may take to read a response.
 REPLY_DEADLINE_S = 30.0
-#: Connections that wait to be accepted: more than are served, since an idle one makes room.
+#: Connections that wait to be accepted: more than are served, since an idle one can be closed.
 _BACKLOG = 128
 #: Seconds until a server that failed is started again.
 _RETRY_S = 0.5
@@ -57,11 +58,11 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """Answers HTTP on one listener until :meth:`close`; a subclass says where.
+    """Serves HTTP on one listener, which a subclass creates, until :meth:`close`.
 
     :param name: for the log
-    :param make_handler: called when the first client comes, and again after a failure
-    :param allowed_uids: who may connect; None: everybody who can
+    :param make_handler: called when the first client connects, and again after a failure
+    :param allowed_uids: uids that may connect; None: any
     :param max_connections: at one time; root has one more, and so has the lease's holder. The
         oldest idle one is closed for a new one; if all are in use, the new one gets status 503
     :param max_per_process: of these, for one process; over TCP for one user
@@ -112,7 +113,7 @@ class Server:
         return self
 
     def close(self) -> None:
-        """Finish the requests in work, end the thread, stop listening. Idempotent."""
+        """Finish the requests in progress, end the thread, stop listening. Idempotent."""
         if self._wake is not None:
             self._wake.close()
         if self._thread is not None:
@@ -136,13 +137,13 @@ class Server:
                     return
 
     def _serve(self, listener: socket.socket, stop: socket.socket, log: RateLimitedLog) -> bool:
-        """Serve until the stop; return False after a failure and a moment."""
+        """Serve until the stop; return False after a failure and a short wait."""
         try:
             from kvmhost.control.serving import serve
 
             serve(self, listener, stop)
         except Exception:
-            # The guest, or the daemon, goes on; its clients wait until it works again.
+            # The guest or daemon keeps running; its clients wait until the server works again.
             log.exception("servers", "the server %s failed; it is started again", self.name)
             stop_only = select.poll()
             stop_only.register(stop, select.POLLIN)
@@ -166,13 +167,13 @@ class Server:
 
 
 class SocketServer(Server):
-    """Answers HTTP on one unix socket.
+    """Serves HTTP on one unix socket.
 
     The socket has mode 0600; a peer whose uid is not allowed is disconnected before
     anything that it sent is read.
 
     :param lock: held while it runs, and released by :meth:`close`
-    :param allowed_uids: who may connect; else the process's own uid and root
+    :param allowed_uids: uids that may connect; default: the process's own uid and root
     :param settings: as :class:`Server` has them
     """
 
@@ -190,23 +191,23 @@ class SocketServer(Server):
         self.path, self._lock = path, lock
 
     def close(self) -> None:
-        """Finish the requests in work, end the thread, remove socket and lock. Idempotent."""
+        """Finish the requests in progress, end the thread, remove socket and lock. Idempotent."""
         super().close()
-        # Not only with a listener: a signal may have come between bind and its noting.
+        # Even without a listener: a signal may arrive between bind and its assignment.
         if self._lock.held:
             self._lock.remove(self.path.name)
         self._lock.release()
 
     def _listen(self) -> socket.socket:
-        # We hold the lock, so whatever lies there is a dead VM's.
+        # This process holds the lock, so an existing socket is that of a dead VM.
         self._lock.remove(self.path.name)
         return _listen(self.path)
 
 
 class LoopbackServer(Server):
-    """Answers HTTP on a TCP port of 127.0.0.1: for every user of the host.
+    """Serves HTTP on a TCP port of 127.0.0.1, for every user of the host.
 
-    :param port: 0: any that is free, see :attr:`port`
+    :param port: 0: any free port, see :attr:`port`
     :param settings: as :class:`Server` has them
     """
 
@@ -224,10 +225,10 @@ class LoopbackServer(Server):
 
 
 class ControlServer(SocketServer):
-    """Answers control requests for one machine. Close it before the machine.
+    """Serves control requests for one machine. Close it before the machine.
 
     :param name: the VM's name; else the machine's, else ``vm-PID``
-    :param lock: the name's lock if the caller holds it already; released by :meth:`close`
+    :param lock: the name's lock if the caller already holds it; released by :meth:`close`
     :param settings: as :class:`SocketServer` has them
     :raises NameInUseError: if a VM of that name runs already
     :raises LayoutError: for a bad name

@@ -1,12 +1,12 @@
 """The event loop behind a control socket: accepting, deadlines, errors as JSON.
 
-Every request is answered by a :class:`~kvmhost.control.handler.Handler`. This module
-keeps clients in bounds, over a unix socket and over TCP: a peer of the wrong uid is closed
-before a byte is read, a request that does not come in time is dropped, and so is an answer
-that is not read in time; a body that is too large is refused, and large bodies and answers
-share a budget. No process (over TCP: no user) gets all connections, the oldest idle one goes
-when there are too many, and who sends requests without waiting for answers is not read on
-until they are out; so nobody can keep others from being answered.
+A :class:`~kvmhost.control.handler.Handler` handles every request. This module enforces
+limits on clients, over a unix socket and over TCP: a peer of the wrong uid is disconnected
+before a byte is read; a request that does not arrive in time is dropped, and so is a
+response that is not read in time; a body that is too large is refused, and large bodies and
+responses share a budget. No process (over TCP: no user) gets all connections, and the oldest
+idle one is closed if there are too many. A connection with pipelined requests is not read
+until they are answered. So no client can prevent others from being served.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ __all__ = ["ServerSettings", "serve"]
 
 log = logging.getLogger("kvmhost.control")
 
-#: Seconds to read on after a refused body, so that the client sees the answer.
+#: Seconds to keep reading after a refused body, so that the client gets the response.
 _LINGER_S = 1.0
-#: Requests of one connection that may wait for their turn; then it is not read on.
+#: Maximum pending requests per connection; beyond that it is not read.
 _MAX_WAITING = 16
-#: Seconds not to accept after descriptors ran out.
+#: Seconds without accepting after descriptors ran out.
 _BACK_OFF_S = 0.1
 
 
 class ServerSettings(typing.Protocol):
-    """What is served, and within which limits; a ``SocketServer`` is one."""
+    """The handler and limits of a server; a ``SocketServer`` implements it."""
 
     name: str
     allowed_uids: frozenset[int] | None
@@ -55,16 +55,16 @@ class ServerSettings(typing.Protocol):
 
     @property
     def make_handler(self) -> Callable[[], Handler]:
-        """Makes what answers the requests; called once."""
+        """Create the handler of the requests; called once."""
 
 
 def serve(owner: ServerSettings, listener: socket.socket, stop: socket.socket) -> None:
-    """Serve until ``stop`` becomes readable; then finish what is in work and return."""
+    """Serve until ``stop`` becomes readable; then finish the requests in progress and return."""
     asyncio.run(_Serving(owner, listener, stop).run())
 
 
 class _Connection(web.RequestHandler):
-    """A connection that is closed if no whole request header comes in time."""
+    """A connection that is closed if no complete request header arrives in time."""
 
     def __init__(self, serving: _Serving, peer: Peer, manager: web.Server, **settings: Any) -> None:
         super().__init__(manager, loop=serving.loop, **settings)
@@ -72,9 +72,9 @@ class _Connection(web.RequestHandler):
         self._serving = serving
         self._deadline: asyncio.TimerHandle | None = None
         self._held_back = False
-        #: Requests in work.
+        #: Number of requests in progress.
         self._busy = 0
-        #: Set when the client is gone, or the server stops.
+        #: Set when the client disconnects or the server stops.
         self.gone = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -90,28 +90,28 @@ class _Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        # Older releases of aiohttp parse whatever comes and keep it until it is its turn.
+        # Older releases of aiohttp parse and queue requests without a limit.
         if len(self._messages) > _MAX_WAITING and self.transport is not None:
             self._held_back = True
             self.transport.pause_reading()
 
     @property
     def idle(self) -> bool:
-        """Whether no request is in work: between two, or before the first is whole."""
+        """Whether no request is in progress: between two, or before the first is complete."""
         return not self._busy and not self._messages
 
     def abort(self) -> None:
-        """End it at once, with what is not sent yet."""
+        """Close it at once, and discard unsent data."""
         if self.transport is not None:
             self.transport.abort()
 
     def asked(self) -> None:
-        """A request header is complete."""
+        """Count a request whose header is complete."""
         self._busy += 1
         self.request_came()
 
     def answered(self) -> None:
-        """Read on, if the requests that waited have been answered."""
+        """Resume reading if the pending requests have been answered."""
         self._busy -= 1
         self.expect_request(self._serving.owner.idle_s)
         if self._held_back and not self._messages and self.transport is not None:
@@ -124,7 +124,7 @@ class _Connection(web.RequestHandler):
         self._deadline = self._serving.loop.call_later(seconds, self.force_close)
 
     def request_came(self) -> None:
-        """Stop the clock."""
+        """Cancel the deadline."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -136,7 +136,7 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer what is no HTTP, as JSON. Not worth a log entry: anyone can send that."""
+        """Respond to malformed HTTP in JSON, without a log entry: any client can send it."""
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             self._serving.log.write(logging.ERROR, "failures", "request failed", exc_info=exc)
         elif request.writer.output_size > 0:
@@ -146,7 +146,7 @@ class _Connection(web.RequestHandler):
 
 
 class _Server(web.Server):
-    """Makes our connections."""
+    """Creates connections of this module's class."""
 
     def __init__(self, serving: _Serving, **settings: Any) -> None:
         super().__init__(serving.handle, request_factory=serving.make_request, **settings)
@@ -163,9 +163,9 @@ class _Serving:
         self.owner = owner
         self._listener, self._stop = listener, stop
         self._tasks: set[asyncio.Task[None]] = set()
-        #: Accepted connections that are not lost yet, by process or user.
+        #: Open connections by process or user.
         self._open: collections.Counter[str] = collections.Counter()
-        #: Connections in the order in which they came.
+        #: Connections in order of arrival.
         self._connections: dict[_Connection, None] = {}
         self.log = RateLimitedLog(log)
 
@@ -241,7 +241,7 @@ class _Serving:
             task.add_done_callback(self._tasks.discard)
 
     def _make_room(self, peer: Peer) -> str:
-        """Return why a connection is one too many; empty: it is not, or an idle one made room.
+        """Close an idle connection if there are too many; return why that fails, or "".
 
         One more is for root, and one more for a peer with a kept slot.
         """
@@ -257,7 +257,7 @@ class _Serving:
     def _drop_idle(self, label: str | None = None) -> bool:
         """Close the oldest idle connection; return False if there is none.
 
-        :param label: one of this peer; None: of any, but for those with a kept slot
+        :param label: only of this peer; None: of any, except those with a kept slot
         """
         for connection in self._connections:
             peer = connection.peer
@@ -271,7 +271,7 @@ class _Serving:
         return False
 
     def _cannot_accept(self, error: OSError) -> None:
-        """Out of descriptors: give one back. The listener stays readable, so wait a moment."""
+        """Free a descriptor if none is left. The listener stays readable, so wait briefly."""
         self._warn("accept", "accept: %s", error.strerror)
         self._drop_idle()
         self.loop.remove_reader(self._listener)
@@ -283,11 +283,11 @@ class _Serving:
         )
 
     def note(self, connection: _Connection) -> None:
-        """Know a connection that was made."""
+        """Register a new connection."""
         self._connections[connection] = None
 
     def forget(self, connection: _Connection) -> None:
-        """Count one connection less. Idempotent."""
+        """Unregister a connection. Idempotent."""
         if connection in self._connections:
             del self._connections[connection]
             self._count_less(connection.peer)
@@ -324,7 +324,7 @@ class _Serving:
             connection.answered()
 
     def _needed(self, request: web.BaseRequest) -> int:
-        """Return how many bytes a request and its answer take, at most."""
+        """Return the maximum number of bytes that a request and its response take."""
         limit = self._handler.max_body_bytes
         n_bytes = request.content_length
         if n_bytes is None:
@@ -336,11 +336,11 @@ class _Serving:
             return await self._answer(request)
         except Problem as problem:
             answer = _error(problem)
-            # A body that was not read in full is not read any further.
+            # The rest of a partly read body is not read.
             return answer if request.content.is_eof() else _closing(answer)
 
     async def _send(self, request: web.BaseRequest, response: web.Response) -> web.StreamResponse:
-        """Send a large answer in pieces; who does not read it in time is disconnected."""
+        """Send a large response in pieces; disconnect a client that does not read it in time."""
         body = typing.cast(bytes, response.body or b"")
         if len(body) <= SMALL_BYTES:
             return response
@@ -397,7 +397,7 @@ class _Serving:
 
 
 async def _meet_expectation(request: web.BaseRequest) -> None:
-    """Ask for the body of a client that waits for it (RFC 9110, section 10.1.1).
+    """Send ``100 Continue`` to a client that expects it (RFC 9110, section 10.1.1).
 
     :raises Problem: 417 for any other expectation
     """
@@ -438,7 +438,7 @@ def _refuse(peer: socket.socket, why: str) -> None:
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     with peer:
-        # A fresh socket takes this much at once; a peer that is gone already may miss it.
+        # A new socket accepts this much at once; a disconnected peer may not receive it.
         try:
             peer.send(head.encode() + body)
         except OSError as error:

@@ -2,8 +2,8 @@
 
 As ``httpx.HTTPTransport(uds=…)``, but a connection that is refused leaves no open
 socket behind (httpcore 1.0 forgets it, to be found by the garbage collector), the server's
-uid is checked before anything is sent, and the time-out of a read is that of the whole
-answer: a server that sends a byte a second does not hold its client.
+uid is checked before anything is sent, and the time-out of a read covers the whole
+response: a server that sends one byte per second cannot block its client.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class UnixTransport(httpx.BaseTransport):
         )
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request; the answer's body is read from the returned response."""
+        """Send a request; the body is read from the returned response."""
         assert isinstance(request.stream, httpx.SyncByteStream)
         answer = self._pool.handle_request(
             httpcore.Request(
@@ -77,7 +77,7 @@ class _Body(httpx.SyncByteStream):
 class _Backend(httpcore.SyncBackend):
     """Connects to servers of this user and of root.
 
-    Root may also connect to a socket file of another user, if that user serves it.
+    Root may also connect to another user's socket file if that user is the server.
     """
 
     def connect_unix_socket(
@@ -110,7 +110,7 @@ class _Stream(httpcore.NetworkStream):
         self._sent_s = time.monotonic()
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Read what there is, up to ``max_bytes``."""
+        """Read the available data, up to ``max_bytes``."""
         left = None if timeout is None else self._sent_s + timeout - time.monotonic()
         if left is not None and left <= 0:
             raise httpcore.ReadTimeout("the answer takes too long")
@@ -134,7 +134,7 @@ class _Stream(httpcore.NetworkStream):
         self._sent_s = time.monotonic()
 
     def close(self) -> None:
-        """Hang up. Idempotent."""
+        """Close the connection. Idempotent."""
         self._connection.close()
 
     def get_extra_info(self, info: str) -> Any:

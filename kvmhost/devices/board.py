@@ -1,7 +1,7 @@
 """The small devices of a ``pc`` board: reset, power, keyboard controller, test device.
 
-Each answers its ports; what ends the machine goes through a callback. Unless a class
-says otherwise, what is not mentioned reads as zero and ignores writes.
+Each device handles its ports; a callback ends the machine. Unless a class states otherwise,
+registers that it does not describe read as zero and ignore writes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _PM_TIMER_HZ = 3_579_545
 
 
 class Stateless:
-    """A device without anything to save."""
+    """A device without state."""
 
     def save(self) -> dict[str, Any]:
-        """Return nothing."""
+        """Return an empty state."""
         return {}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take nothing."""
+        """Ignore the state."""
 
 
 class PciConfig(Stateless):
-    """Ports 0xcf8 to 0xcff: no PCI bus answers, but the reset register 0xcf9 is there."""
+    """Ports 0xcf8 to 0xcff: no PCI bus, but the reset register 0xcf9."""
 
     def __init__(self, reset: Callable[[], None]) -> None:
         self._reset, self._control, self._address = reset, 0, 0
@@ -51,7 +51,7 @@ class PciConfig(Stateless):
         return (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Set the address; 0xcf9 resets when bit 2 goes up."""
+        """Set the address; 0xcf9 resets on a rising bit 2."""
         if offset == 0 and size == 4:
             self._address = value
         elif offset == 1 and size == 1:
@@ -115,7 +115,7 @@ class SystemControl(Stateless):
 
 
 class PowerManagement:
-    """ACPI registers at 0x600: PM1a status and enable, control, timer; and 0xb2 beside.
+    """ACPI registers at 0x600: PM1a status and enable, control, timer; see also port 0xb2.
 
     Writing sleep enable with type 0 (S5) or 2 (S4) to the control register is power-off.
     """
@@ -170,7 +170,7 @@ class SmiCommand(Stateless):
         self._power, self._commands = power, {enable: True, disable: False}
 
     def read(self, offset: int, size: int) -> int:
-        """Return 0: commands are carried out at once."""
+        """Return 0: commands complete at once."""
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -180,16 +180,16 @@ class SmiCommand(Stateless):
 
 
 class Scratch(Stateless):
-    """A port that takes anything, as 0x80 does (a short delay on hardware).
+    """A port that ignores writes, like 0x80 (a short delay on hardware).
 
-    :param byte: what it reads as
+    :param byte: the value that reads return
     """
 
     def __init__(self, byte: int = 0xFF) -> None:
         self._byte = byte
 
     def read(self, offset: int, size: int) -> int:
-        """Return that byte, as often as asked for."""
+        """Return that byte, repeated to the access size."""
         return int.from_bytes(bytes([self._byte]) * size, "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -197,7 +197,7 @@ class Scratch(Stateless):
 
 
 class TestMemory:
-    """Bytes that keep what was written: the test device's echo ports and its memory."""
+    """Readable and writable bytes: the test device's echo ports and its memory."""
 
     def __init__(self, n_bytes: int) -> None:
         self._bytes = bytearray(n_bytes)
@@ -207,7 +207,7 @@ class TestMemory:
         return int.from_bytes(self._bytes[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Set bytes; what runs over the end is dropped."""
+        """Set bytes; data beyond the end is dropped."""
         data = value.to_bytes(size, "little")[: max(0, len(self._bytes) - offset)]
         self._bytes[offset : offset + len(data)] = data
 
@@ -224,7 +224,7 @@ class TestMemory:
 
 
 class TestIrqs(Stateless):
-    """Ports 0x2000 on of the test device: each drives one interrupt line."""
+    """Ports from 0x2000 of the test device: each drives one interrupt line."""
 
     def __init__(self, set_line: Callable[[int, bool], None]) -> None:
         self._set_line = set_line

@@ -1,8 +1,8 @@
-"""The bus: who answers which port, in C or in Python.
+"""The bus: maps ports and MMIO ranges to devices, in C or in Python.
 
-Ports that need no decision (serial output, doorbells nobody waits for) are
-answered by the C run loop. Everything else comes up as an exit and is looked up
-here. Registration checks for overlaps; the map is fixed once a vCPU has run.
+The C run loop handles ports that need no decision (serial output, doorbells that
+no thread waits for). All other accesses return as exits and are looked up here.
+Registration checks for overlaps; the map is fixed once a vCPU has run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DOORBELL_PORT = 0x5A0
 #: 32 bits: the exit status of a tiny guest's vCPU.
 EXIT_PORT = 0x5A4
 
-#: 32 bits: the gfn of a page with a list of ranges that the guest has no more use for.
+#: 32 bits: the gfn of a page with a list of ranges that the guest declares free.
 FREE_PORT = 0x5A8
 
 _UART_PORTS = 8
@@ -75,7 +75,7 @@ class Bus:
         self._add_core_port(port, _UART_PORTS, lib.KH_PORT_SERIAL, serial)
 
     def add_doorbell(self, port: int = DOORBELL_PORT) -> None:
-        """Count doorbells in C; vCPUs that stop at doorbells come up all the same."""
+        """Count doorbells in C; vCPUs that stop at doorbells still return an exit."""
         self._claim_port(port, 4, None)
         self._add_core_port(port, 4, lib.KH_PORT_DOORBELL, None)
 
@@ -99,7 +99,7 @@ class Bus:
         return _find(self._mmio, gpa)
 
     def read_port(self, vm_exit: IoIn) -> bytes:
-        """Return what a guest reads; ones where nothing is, as on a real machine."""
+        """Return the value of a guest's read; all ones without a device, as on hardware."""
         found, size = self.port_handler(vm_exit.port), vm_exit.size
         if found is None:
             return b"\xff" * (size * vm_exit.count)
@@ -109,7 +109,7 @@ class Bus:
         return b"".join(value.to_bytes(size, "little") for value in values)
 
     def write_port(self, vm_exit: IoOut) -> None:
-        """Give a device what a guest writes; where nothing is it goes nowhere."""
+        """Pass a guest's write to the device; without a device it is ignored."""
         found, size = self.port_handler(vm_exit.port), vm_exit.size
         if found is None:
             return

@@ -1,8 +1,8 @@
 """The real-time clock and its CMOS memory (MC146818), ports 0x70 and 0x71.
 
-Registers 0x00 to 0x0d as in the MC146818 data sheet; the memory sizes where firmware
-of a PC puts them. Register 0x0c tells that the second changed since it was last read;
-there are no alarm and no interrupts.
+Registers 0x00 to 0x0d as in the MC146818 data sheet; the memory sizes are where PC
+firmware stores them. Register 0x0c reports whether the second changed since its last read;
+there is no alarm and no interrupt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Clock:
 
     def __init__(self, layout: PcLayout, n_cpus: int, now: Callable[[], float] = time.time) -> None:
         self._now, self._index = now, 0
-        self._seen_second = 0  # Nobody has read register 0x0c yet.
+        self._seen_second = 0  # Register 0x0c has not been read yet.
         self._cells = bytearray(128)
         self._cells[0x0A], self._cells[0x0B] = _A_DIVIDER, _B_24_HOURS
         self._sizes(layout)
@@ -70,7 +70,7 @@ class Clock:
         return _D_BATTERY if self._index == 0x0D else self._cells[self._index]
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Select a register, or set it; what says the time or is fixed stays."""
+        """Select a register, or set it; writes to time and fixed registers are ignored."""
         if offset == 0:
             self._index = value & 0x7F
         elif self._index not in _TIME_REGISTERS | {0x0C, 0x0D}:

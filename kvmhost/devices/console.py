@@ -1,4 +1,4 @@
-"""Where a serial port's other end is: this terminal, a file, a pty, or nothing.
+"""The host side of a serial port: this terminal, a file, a pty, or nothing.
 
 ======== =========================================================================
 word     means
@@ -6,7 +6,7 @@ word     means
 stdio    standard output and input; a terminal is put into raw mode, and Ctrl-A x
          ends the machine (Ctrl-A Ctrl-A sends Ctrl-A)
 file:P   output to a file, no input
-pty      a new pseudo-terminal, whose name is told
+pty      a new pseudo-terminal, whose name is printed
 null     no output, no input
 ======== =========================================================================
 """
@@ -40,7 +40,7 @@ _JOIN_S = 1.0
 class Console(Closing):
     """An open console: ``fd`` takes output, input goes to :meth:`feed`'s serial port.
 
-    :ivar name: what a person has to know to reach it; empty for most
+    :ivar name: name by which a user can open it; empty for most
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class Console(Closing):
 
     @property
     def interactive(self) -> bool:
-        """Whether input comes from a terminal, so that each byte counts at once."""
+        """Whether input comes from a terminal, so that each byte is passed on at once."""
         return self._input_fd >= 0 and os.isatty(self._input_fd)
 
     def feed(self, serial: Serial, on_quit: Callable[[], None]) -> None:
         """Pass input on to a serial port from now on, in a thread.
 
-        :param on_quit: called in that thread when the escape key asks for the end
+        :param on_quit: called in that thread when the escape sequence to quit is typed
         """
         if self._input_fd < 0:
             return
         if self.interactive and self._input_fd == 0:
             if _in_background():
-                return  # In the background: the terminal is not ours to change or read.
+                return  # In the background: this process may not change or read the terminal.
             self._saved = termios.tcgetattr(0)
             tty.setraw(0, termios.TCSANOW)
             # Output processing stays: messages of this process need their line ends.
@@ -128,7 +128,7 @@ def unescape(data: bytes, escaped: bool) -> tuple[bytes, bool, bool]:
     """Take escape sequences out of input.
 
     :param escaped: whether the byte before was the escape key
-    :return: what goes to the guest, whether an escape is open, whether to quit
+    :return: input for the guest, whether an escape is incomplete, whether to quit
     """
     out = bytearray()
     for value in data:
@@ -146,7 +146,7 @@ def unescape(data: bytes, escaped: bool) -> tuple[bytes, bool, bool]:
 def open_console(
     word: str, stdout: typing.TextIO | None = None, with_input: bool = True
 ) -> Console:
-    """Open a console by its word.
+    """Open the console that a word of the table above selects.
 
     :param stdout: what ``stdio`` writes to; standard output if not given
     :param with_input: whether ``stdio`` reads too
@@ -176,7 +176,7 @@ def _in_background() -> bool:
     try:
         return os.tcgetpgrp(0) != os.getpgrp()
     except OSError:
-        return False  # Not the controlling terminal: nobody stops us.
+        return False  # Not the controlling terminal: no signal stops this process.
 
 
 def _is_open(fd: int) -> bool:

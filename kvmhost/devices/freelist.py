@@ -3,11 +3,11 @@
 The guest fills a page with ranges and writes its gfn to the port. The list,
 little-endian 64-bit words: number of ranges; then, for the host to fill in, pages
 dropped and pages kept; a reserved word; then first gfn and number of pages of each
-range. From the write on a dropped page reads as zeros, whatever it held and wherever
-it was. A guest can only free its own memory: a range that is not wholly in one of its
+range. After the write a dropped page reads as zeros, whether it was resident or
+evicted. A guest can only free its own memory: a range that is not wholly in one of its
 regions counts as kept, and so does a page that the host has pinned. So do ranges after
-those that make up more pages than the guest has: a list that names pages over and over
-would keep the vCPU's thread from anything else.
+those that make up more pages than the guest has: a list that repeats pages
+would block the vCPU's thread.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ MAX_RANGES = (PAGE_BYTES - _HEAD.size) // _RANGE.size
 
 
 class FreeList:
-    """The device behind the port; reads give all ones, as where there is nothing.
+    """The device behind the port; reads return all ones, as without a device.
 
     :param drop: discards ``n`` pages from a gfn on and returns how many; raises
         ``LayoutError`` for a range that is not in one region
-    :param fault_in: brings a page back before it is read
+    :param fault_in: restores a page before it is read
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class FreeList:
         return (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Work off the list at gfn ``value``; a list outside memory is passed over.
+        """Process the list at gfn ``value``; a list outside memory is ignored.
 
-        :raises LostPageError: if the list itself cannot be given back by the store
+        :raises LostPageError: if the store cannot restore the page of the list itself
         """
         try:
             page = self._memory.view(value << PAGE_SHIFT, PAGE_BYTES)

@@ -31,7 +31,7 @@ class FwCfg:
 
     :param items: contents by key
     :param files: contents by name
-    :param memory: for DMA; without it there is none
+    :param memory: guest memory for DMA; None: no DMA
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class FwCfg:
         try:
             control, n_bytes, address = struct.unpack(">IIQ", memory.read(gpa, 16))
         except LayoutError:
-            return  # No descriptor there: nowhere to report it to.
+            return  # No descriptor there: the error cannot be reported.
         if control & _SELECT:
             self._select(control >> 16)
         failed = bool(control & _WRITE)
@@ -107,7 +107,7 @@ class FwCfg:
         memory.write(gpa, (_ERROR if failed else 0).to_bytes(4, "big"))
 
     def _copy_out(self, memory: GuestDma, gpa: int, n_bytes: int) -> bool:
-        """Copy what is left of the item; zeros follow, which cost nothing by their number."""
+        """Copy the rest of the item; pad with zeros, at a cost independent of their number."""
         try:
             memory.check(gpa, n_bytes)
         except LayoutError:

@@ -1,4 +1,4 @@
-"""A 16550 serial port; its registers are in C, here are its host side and its state."""
+"""A 16550 serial port: its host side and its state; the registers are in C."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvmhost.errors import HostError
 
 __all__ = ["Serial"]
 
-#: How long C waits before Python looks for signals.
+#: Maximum wait in C before Python handles signals.
 _SLICE_NS = 20_000_000
 _REGISTERS = (
     "divisor", "ier", "fcr", "lcr", "mcr", "scratch", "modem", "overrun", "tx_pending",
@@ -19,11 +19,11 @@ _REGISTERS = (
 
 
 class Serial:
-    """Where a guest's output goes, and its input comes from.
+    """A serial port: the guest's output and input.
 
-    Output is written by a thread out of a buffer of a mebibyte. A guest that is so far
-    ahead of its reader waits for a moment, then what finds no room is dropped and
-    counted: no vCPU stands still because nobody reads.
+    A thread writes the output from a buffer of one mebibyte. If the buffer is full, the
+    guest waits briefly, then further output is dropped and counted: no vCPU blocks
+    because the output is not read.
 
     :param fd: descriptor that gets the output, line by line; -1 for none. A duplicate is
         written to until :meth:`close`
@@ -33,13 +33,13 @@ class Serial:
 
     def __init__(self, fd: int = -1, log_bytes: int = 1 << 16) -> None:
         self._log_bytes = log_bytes
-        # SAFETY: freed by ffi.gc when this object and every bus that holds it are gone.
+        # SAFETY: freed by ffi.gc when this object and every bus that holds it are freed.
         self.core = ffi.gc(lib.kh_serial_new(fd, log_bytes), lib.kh_serial_free)
         if self.core == ffi.NULL:
             raise HostError(f"serial port on descriptor {fd}", ffi.errno)
 
     def write(self, data: bytes) -> None:
-        """Transmit bytes, as a guest does."""
+        """Transmit bytes as the guest would."""
         lib.kh_serial_write(self.core, data, len(data))
 
     def connect(self, vm_fd: int, irq: int) -> None:
@@ -47,7 +47,7 @@ class Serial:
         lib.kh_serial_set_irq(self.core, vm_fd, irq)
 
     def set_unbuffered(self, on: bool = True) -> None:
-        """Pass each byte on at once instead of line by line: for a console with a person."""
+        """Pass each byte on at once instead of line by line: for an interactive console."""
         lib.kh_serial_set_unbuffered(self.core, int(on))
 
     def receive(self, data: bytes) -> int:
@@ -58,7 +58,7 @@ class Serial:
         return int(lib.kh_serial_receive(self.core, data, len(data)))
 
     def stop_input(self) -> None:
-        """Take no more input; whoever waits in :meth:`receive` comes back."""
+        """Accept no more input; calls that wait in :meth:`receive` return."""
         lib.kh_serial_stop_input(self.core)
 
     def read(self, offset: int, size: int = 1) -> int:
@@ -85,10 +85,10 @@ class Serial:
         lib.kh_serial_load(self.core, raw, waiting, len(waiting))
 
     def flush(self, stall_s: float = 1.0, total_s: float = 10.0) -> int:
-        """Send what waits for the end of its line, and wait until all is written.
+        """Send incomplete lines, and wait until all output is written.
 
-        :param stall_s: give up once the descriptor took nothing for so long
-        :param total_s: give up after so long in any case
+        :param stall_s: maximum time without progress on the descriptor
+        :param total_s: maximum total time
         :return: bytes that are not written yet
         """
         lib.kh_serial_flush(self.core)
@@ -100,7 +100,7 @@ class Serial:
         return int(lib.kh_serial_output(self.core).waiting)
 
     def close(self) -> None:
-        """Write no more, and let the descriptor go; what is not written counts as lost."""
+        """Stop writing and close the descriptor; unwritten output counts as lost."""
         lib.kh_serial_stop_output(self.core)
 
     def text(self) -> str:
@@ -116,10 +116,10 @@ class Serial:
 
     @property
     def lost_bytes(self) -> int:
-        """Bytes that were dropped: nobody read them in time, or they could not be written."""
+        """Bytes that were dropped: not read in time, or not writable."""
         return int(lib.kh_serial_output(self.core).dropped)
 
     @property
     def write_error(self) -> int:
-        """The last errno that writing gave; 0: none."""
+        """Errno of the last failed write; 0: none."""
         return int(lib.kh_serial_output(self.core).error)

@@ -3,12 +3,12 @@
 ========= ============================================= =========================
 engine    runs                                          for
 ========= ============================================= =========================
-kvm       guest code on /dev/kvm                        the real thing
+kvm       guest code on /dev/kvm                        normal use
 emulated  the same guest code under Unicorn             hosts without /dev/kvm
 soft      access traces in C, against mmu tables        stress, ablation, scale
 ========= ============================================= =========================
 
-``soft`` runs no images and is no choice of :func:`choose`; see
+``soft`` runs no images and cannot be passed to :func:`choose`; see
 :mod:`kvmhost.mmu.soft`.
 
 :func:`choose` picks one by name; ``auto`` takes ``kvm`` where a VM can be made.

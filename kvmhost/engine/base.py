@@ -1,4 +1,4 @@
-"""What every engine offers: memory, vCPUs, and re-arming of accessed bits."""
+"""The protocol of an engine: memory, vCPUs, and re-arming of accessed bits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Engine", "RearmKind", "Vcpu"]
 class RearmKind(enum.Enum):
     """What makes the processor set an accessed bit again after it was cleared.
 
-    A translation that is still cached sets nothing. Which of these is needed is
-    found out by trying, see :mod:`kvmhost.trackers.calibration`.
+    A translation that is still cached sets no bit. Which of these is needed is
+    determined by experiment, see :mod:`kvmhost.trackers.calibration`.
     """
 
-    NONE = "none"  # the bit comes back by itself
+    NONE = "none"  # the bit is set again without help
     ZAP = "zap"  # zap the guest mapping, so that KVM drops its shadow entries
-    TLB_FLUSH = "tlb-flush"  # tell the emulator to drop its cached translations
+    TLB_FLUSH = "tlb-flush"  # make the emulator drop its cached translations
 
 
 class Vcpu(Protocol):
@@ -43,14 +43,14 @@ class Vcpu(Protocol):
         """Return at each doorbell instead of only counting it."""
 
     def set_doorbells(self, count: int) -> None:
-        """Set how many doorbells were rung so far: it goes on from a snapshot."""
+        """Set how many doorbells were rung so far: it continues from a snapshot."""
 
     def registers(self) -> dict[str, int]:
         """Return general registers, rip, rflags, cr2 and cr3; the vCPU must not run."""
 
     @property
     def exits(self) -> int:
-        """How often guest mode was left."""
+        """Number of exits from guest mode."""
 
     @property
     def doorbells(self) -> int:
@@ -81,7 +81,7 @@ class Engine(Protocol):
         """Drop cached translations of all vCPUs, where the engine keeps them itself."""
 
     def max_vcpus(self) -> int:
-        """How many vCPUs a VM may have."""
+        """Maximum number of vCPUs of a VM."""
 
     def close(self) -> None:
         """Free everything; the vCPUs must be closed. Idempotent."""

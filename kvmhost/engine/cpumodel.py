@@ -1,9 +1,9 @@
-"""What a ``pc`` guest sees of its processor: CPUID, and the MSRs that firmware sets.
+"""The processor model of a ``pc`` guest: CPUID, and the MSRs that firmware sets.
 
-Two models. ``plain``, the default, is what QEMU shows without ``-cpu`` (its ``qemu64``):
-the same on every host, so that an image prints the same here and there. ``host`` is
-everything that KVM supports. A KVM may add to what it is given: it cannot hide from the
-guest what the hardware shows without asking.
+Two models. ``plain``, the default, is QEMU's default model (``qemu64``): the same on
+every host, so that an image behaves the same under both. ``host`` is everything that KVM
+supports. KVM may add to the model: it cannot hide features that the hardware exposes to
+the guest directly.
 
 Source: target/i386/cpu.c of QEMU 7.2 (model and caches); its firmware for the MTRRs.
 """
@@ -30,7 +30,7 @@ _SIGNATURE = 0x0006_0FB1  # family 15, model 107, stepping 1
 _NAME = b"QEMU Virtual CPU version 2.5+".ljust(48, b"\0")
 _PHYSICAL_BITS, _VIRTUAL_BITS = 40, 48
 _ALL = 0xFFFF_FFFF
-#: Which bits of KVM's answer stay: (eax, ebx, ecx, edx).
+#: Masks for KVM's supported bits: (eax, ebx, ecx, edx).
 _MASKS = {
     0x1: (0, _ALL, 0x8020_2001, 0x078B_FBFD),
     0x6: (0, 0, 0, 0),
@@ -42,7 +42,7 @@ _MASKS = {
     0x8000_0008: (0, 0, _ALL, 0),
     0x8000_000A: (0, 0, 0, 0),
 }
-#: What is put there beside.
+#: Values that the model adds.
 _VALUES = {
     0x1: (_SIGNATURE, 0, 0, 0),
     0x5: (0, 0, 3, 0),
@@ -90,7 +90,7 @@ def pc_cpuid(supported: bytes, index: int, n_vcpus: int, model: str = "plain") -
 
 
 def firmware_msrs(cpuid: bytes, low_end: int) -> dict[int, int]:
-    """Return what firmware leaves in a processor's MSRs: memory types, microcode revision.
+    """Return the MSR values that firmware sets: memory types, microcode revision.
 
     :param cpuid: what :func:`pc_cpuid` returned
     :param low_end: first gpa behind the memory below 4 GiB
@@ -124,7 +124,7 @@ def _plain(entries: list[_Entry]) -> Iterator[_Entry]:
         limit = _MAX_EXTENDED if function >= 0x8000_0000 else _MAX_BASIC
         if function > limit and not 0x4000_0000 <= function < 0x4000_0010:
             continue
-        if function == 7 and sub:  # Sub-leaf 0 says that there are no others.
+        if function == 7 and sub:  # Sub-leaf 0 reports that there are no others.
             continue
         seen.add(function)
         if function in (0, 0x8000_0000):
@@ -146,7 +146,7 @@ def _plain(entries: list[_Entry]) -> Iterator[_Entry]:
 
 
 def _identify(entry: _Entry, index: int, n_vcpus: int, model: str, intel: bool) -> _Entry:
-    """Put in which processor of how many it is."""
+    """Set the index and the number of processors."""
     function, sub, flags, eax, ebx, ecx, edx = entry
     bits = _id_bits(n_vcpus)
     if function == 1:

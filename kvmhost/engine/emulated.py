@@ -3,19 +3,19 @@
 Each vCPU is a Unicorn instance of its own over one shared guest memory: the
 guest mapping, so that zapping, eviction and fault-in work as under KVM. Unicorn
 sets accessed and dirty bits in the guest's page tables when it fills its TLB;
-what it has cached sets nothing until a flush, which is how bits are re-armed.
+cached translations set no bits until a flush, which is how bits are re-armed.
 
-Where this departs from a processor:
+Differences from a processor:
 
 - vCPUs run in turns of a few milliseconds, one at a time: Unicorn makes neither
   a locked instruction nor its setting of accessed and dirty bits atomic against
-  another instance. A turn ends between blocks, so each instruction is whole.
+  another instance. A turn ends between blocks, so each instruction completes.
 - An exception is a triple fault at once, as there is no IDT.
 - Code is searched for port instructions before its first run. A guest that
   writes new ones over code that ran before ends with an InternalError.
 - Code that was translated before runs without being read from memory again: after a
   flush its accessed bit is set as on a processor, but a zapped page of code stays away.
-- ``rdtsc`` and ``cpuid`` tell of the emulator.
+- ``rdtsc`` and ``cpuid`` return the emulator's values.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class EmulatedEngine:
         self._turns = Turns()
 
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
-        """Take memory and bus for the vCPUs to come."""
+        """Set the memory and bus of later vCPUs."""
         self._memory, self._bus = memory, bus
 
     def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
@@ -71,7 +71,7 @@ class EmulatedEngine:
     def flush_tlbs(self) -> None:
         """Drop cached translations; return when no vCPU can use an old one.
 
-        A vCPU that waits for an evicted page is waited for.
+        Also waits for a vCPU that waits for an evicted page.
         """
         for vcpu in self._vcpus:
             vcpu.request_flush()
@@ -79,11 +79,11 @@ class EmulatedEngine:
             vcpu.wait_flushed()
 
     def max_vcpus(self) -> int:
-        """Return what a tiny guest may have; Unicorn sets no limit."""
+        """Return the maximum of a tiny guest; Unicorn has no limit."""
         return MAX_TINY_VCPUS
 
     def close(self) -> None:
-        """Forget the vCPUs. Idempotent."""
+        """Drop the references to the vCPUs. Idempotent."""
         self._vcpus.clear()
 
 
@@ -93,19 +93,19 @@ class EmulatedVcpu:
     def __init__(self, index: int, cpu: UnicornCpu, bus: Bus, turns: Turns) -> None:
         self.index = index
         self._cpu, self._core, self._bus, self._turns = cpu, cpu.core, bus, turns
-        # Guards what other threads change: the requests and who is inside Unicorn.
+        # Protects state that other threads change: requests, and whether Unicorn runs.
         self._changed = threading.Condition()
         self._inside = self._kicked = self._flush = self._closed = False
         self._stop_at_doorbell = False
         self._reading: PortInsn | None = None  # waits for complete_read()
-        self._string: int | None = None  # address of INS whose data are there
+        self._string: int | None = None  # address of INS whose data are available
         self._replay: Replay | None = None
         self._exits = self._doorbells = self._doorbell_value = 0
 
     def run(self) -> Exit:
         """Run guest code until an exit that the bus does not answer."""
         while True:
-            # Before going in: who waits for a turn runs nothing, and is flushed at once.
+            # Before the turn: a vCPU that waits for one runs no code, and is flushed at once.
             with self._turns.turn(self._cpu.attend):
                 if not self._go_in():
                     return Kicked()
@@ -144,7 +144,7 @@ class EmulatedVcpu:
 
     @property
     def exits(self) -> int:
-        """How often emulation was left for an exit, answered here or not."""
+        """Number of exits from emulation, including those handled here."""
         return self._exits
 
     @property
@@ -166,7 +166,7 @@ class EmulatedVcpu:
     # -- requests of other threads --------------------------------------------
 
     def request_flush(self) -> None:
-        """Have the TLB flushed before guest code runs on; at once if none runs."""
+        """Request a TLB flush before guest code continues; flush at once if none runs."""
         with self._changed:
             self._flush = not self._closed
             if self._inside:
@@ -181,7 +181,7 @@ class EmulatedVcpu:
 
     def _go_in(self) -> bool:
         with self._changed:
-            # Lowered under the lock under which it is raised: no request is lost.
+            # Cleared under the lock under which it is set: no request is lost.
             self._core.attention = 0
             if self._kicked:
                 self._kicked = False
@@ -203,7 +203,7 @@ class EmulatedVcpu:
     # -- guest code -----------------------------------------------------------
 
     def _once(self) -> Exit | None:
-        """Run until something stops it; None if that is dealt with."""
+        """Run until a stop; return None if it was handled here."""
         if self._reading is not None:
             self.complete_read(b"\xff" * lib.KH_EMU_DATA)
         if self._string is not None:
@@ -214,7 +214,7 @@ class EmulatedVcpu:
         return self._stopped(self._cpu.run())
 
     def _stopped(self, error: str, whole: bool = False) -> Exit | None:
-        """Look at why it stopped; ``whole``: a stop after one instruction is meant."""
+        """Handle the reason for a stop; ``whole``: a stop after one instruction is expected."""
         core = self._core
         reason, address, size = core.reason, int(core.address), int(core.size)
         if reason == lib.KH_EMU_ATTENTION or (whole and reason == lib.KH_EMU_NONE and not error):
@@ -297,7 +297,7 @@ class EmulatedVcpu:
         self._cpu.write("rip", address + insn.n_bytes)
 
     def _core_port(self, port: int) -> Any:
-        """Return the ``struct kh_port`` that C answers for KVM; None if Python has to."""
+        """Return the ``struct kh_port`` that C handles for KVM; None if Python handles it."""
         for entry in self._bus.core.ports[0 : self._bus.core.n_ports]:
             if entry.port <= port < entry.port + entry.n_ports:
                 return entry
@@ -314,7 +314,7 @@ class EmulatedVcpu:
         return self._replay.ask(core.address, core.size, core.value if is_write else None)
 
     def _run_outside(self, replay: Replay) -> Exit | None:
-        """Run the instruction again, its accesses answered as far as they are known."""
+        """Run the instruction again, with the known results of its accesses."""
         error, put_back = self._cpu.step_outside(replay.pages, replay.read, replay.write)
         missing = replay.take_missing()
         if missing is not None:

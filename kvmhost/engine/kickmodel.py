@@ -1,4 +1,4 @@
-"""The kick of a vCPU, as steps for the explorer: one flag, one signal, any number of kickers.
+"""A model of the vCPU kick for the explorer: one flag, one signal, any number of kickers.
 
 ``kh_vcpu_kick()`` and ``kh_vcpu_run()`` in ``_core/vcpu.c`` and the loop of
 :class:`~kvmhost.machine.runner.Runner` take these steps; the C code has their names in
@@ -22,7 +22,7 @@ vCPU       ``see``      ``Runner._park``: look at what is requested
 
 A signal that comes while the thread is outside ``KVM_RUN`` runs its handler and interrupts
 nothing. Memory is sequentially consistent here, as the fences make it in the code.
-Departure: the vCPU leaves guest mode for kicks only; the model ends when it is in guest mode
+Simplification: the vCPU leaves guest mode only for kicks; the model ends when it is in guest mode
 and every kick is over.
 """
 
@@ -33,8 +33,8 @@ from kvmhost.mmu.explorer import BLOCKED, Report, State, Step, explore
 __all__ = ["KICKS", "LOWERINGS", "explore_kicks"]
 
 _END = 99
-#: Flag and signal of one kick may each come after the request was seen, and make the vCPU
-#: return for nothing. More often than that: it spins.
+#: Flag and signal of one kick may each arrive after the request was seen, and cause one
+#: spurious return of the vCPU. More of them mean that it spins.
 _LATE = 2
 
 
@@ -98,7 +98,7 @@ def _lower(s: State) -> None:
 
 
 def _take_word(s: State) -> None:
-    """Lower the word; ``flag`` follows only if it was up, as the first version had it."""
+    """Clear the word; clear ``flag`` only if the word was set, as in the first version."""
     s["took"], s["kicked"] = s["kicked"], False
 
 
@@ -147,7 +147,7 @@ def _vcpu(lowering: str, kickers: int) -> list[Step]:
     return [_publish, _enter, check, guest, *before, _withdraw, see, *after, again]
 
 
-#: In which order a kicker acts, and the vCPU's thread.
+#: The order of steps of a kicker, and of the vCPU's thread.
 KICKS = ("raise, look, signal", "look, raise, signal", "raise, signal refused", "two words")
 LOWERINGS = tuple(_LOWERINGS)
 
@@ -156,8 +156,8 @@ def explore_kicks(kick: str, lowering: str, *, kickers: int = 2) -> Report:
     """Explore one vCPU and several kickers in all orders.
 
     A schedule fails if the vCPU is in guest mode at the end and has not seen a request, or
-    if it returned for nothing more often than late flags and signals explain: then the flag
-    is up, and nobody lowers it.
+    if it has more spurious returns than late flags and signals explain: then the flag is
+    set and never cleared.
 
     :param kick: one of :data:`KICKS`; the code has the first
     :param lowering: one of :data:`LOWERINGS`; the code has the first

@@ -44,7 +44,7 @@ class KvmEngine:
         self.cores: list[KvmVcpu] = []
 
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
-        """Create one memslot a region, on the guest mapping."""
+        """Create one memslot per region, on the guest mapping."""
         self._bus, self._memory = bus, memory
         self._set_slots(0)
         if self.rings is not None:
@@ -52,17 +52,17 @@ class KvmEngine:
                 self.rings.add_slot(region.n_pages)
 
     def enable_dirty_ring(self, n_entries: int) -> None:
-        """Give every vCPU a ring of written pages; once, before :meth:`attach`.
+        """Enable a dirty ring for every vCPU; once, before :meth:`attach`.
 
-        KVM's dirty log cannot be read any more then.
+        KVM's dirty log is not available after that.
 
-        :param n_entries: a power of two, from 256 (1024 where the CPU logs by itself) to 65536
-        :raises LayoutError: for another number
+        :param n_entries: a power of two, from 256 (1024 with page-modification logging) to 65536
+        :raises LayoutError: for an invalid number
         :raises CapabilityError: if this KVM has no ring, or none of that size
         """
         if not 256 <= n_entries <= 65536 or n_entries & (n_entries - 1):
             raise LayoutError(f"{n_entries} dirty ring entries: a power of two from 256 to 65536")
-        # What needs memory barriers has only the second; x86 has both.
+        # Architectures that need memory barriers have only the second; x86 has both.
         acquire = self._system.check_extension(Cap.DIRTY_LOG_RING_ACQ_REL)
         cap = Cap.DIRTY_LOG_RING_ACQ_REL if acquire else Cap.DIRTY_LOG_RING
         try:
@@ -113,14 +113,14 @@ class KvmEngine:
         return self._cpuid
 
     def msr_indices(self) -> list[int]:
-        """Return which MSRs this KVM saves."""
+        """Return the indexes of the MSRs that this KVM saves."""
         return self._system.msr_index_list()
 
     def flush_tlbs(self) -> None:
-        """Nothing: KVM flushes when the guest mapping changes."""
+        """Do nothing: KVM flushes when the guest mapping changes."""
 
     def max_vcpus(self) -> int:
-        """Return KVM_CAP_MAX_VCPUS, or KVM_CAP_NR_VCPUS where it is not told."""
+        """Return KVM_CAP_MAX_VCPUS, or KVM_CAP_NR_VCPUS if it is not available."""
         return self._system.check_extension(Cap.MAX_VCPUS) or self._system.check_extension(
             Cap.NR_VCPUS
         )
@@ -187,7 +187,7 @@ def _enter_long_mode(vcpu: KvmVcpu, state: EntryState) -> None:
     for name in ("ss", "ds", "es", "fs", "gs"):
         _set(getattr(sregs, name), code | {"selector": 0x1B, "type": _DATA_TYPE, "db": 1})
     _set(sregs.tr, {"base": TSS_GPA, "limit": TSS_BYTES - 1, "present": 1, "type": _TSS_TYPE})
-    # No tables: whatever would need one is a triple fault.
+    # No descriptor tables: an event that needs one is a triple fault.
     sregs.gdt.limit = sregs.idt.limit = 0
     sregs.update(cr0=state.cr0, cr3=state.cr3, cr4=state.cr4, efer=state.efer)
     vcpu.set_sregs(sregs)

@@ -1,7 +1,7 @@
 """The kvm engine with a PC's interrupt hardware: both PICs, I/O APIC, local APICs, PIT.
 
 All of that is in the kernel. Application processors wait there for INIT and SIPI, and a
-halted processor waits there for an interrupt: ``hlt`` is no exit.
+halted processor waits there for an interrupt: ``hlt`` causes no exit.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _N_GSIS = 24
 _CR0_PE, _CR0_ET, _CR0_PG = 1, 1 << 4, 1 << 31
 _CR4_PAE = 1 << 5
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
-#: Firmware's choice: timer, keyboard and cascade are open; of the second PIC the clock.
+#: Firmware's choice: timer, keyboard and cascade are unmasked; on the second PIC the clock.
 _PIC_STATES = {_PIC_MASTER: (0x08, 0xB8, 0x00), _PIC_SLAVE: (0x70, 0x8E, 0x0C)}
-#: Spurious vector and enable; LINT0 takes the PIC, LINT1 is NMI.
+#: Spurious vector and enable; LINT0 is the PIC, LINT1 is NMI.
 _LAPIC_STATE = {0xF0: 0x1FF, 0x350: 0x8700, 0x360: 0x8400}
 
 
 class KvmPcEngine(KvmEngine):
     """A VM with an in-kernel irqchip.
 
-    :param cpu: what the guest sees of its processors, see :mod:`kvmhost.engine.cpumodel`
+    :param cpu: the processor model, see :mod:`kvmhost.engine.cpumodel`
     :raises CapabilityError: if /dev/kvm cannot be used here
     """
 
@@ -82,7 +82,7 @@ class KvmPcEngine(KvmEngine):
         return vcpu
 
     def set_up_interrupts(self) -> None:
-        """Leave the interrupt hardware as firmware does.
+        """Initialize the interrupt hardware as firmware does.
 
         PICs at vectors 0x08 and 0x70 with most lines masked, the PIT ticking 18.2 times
         a second, and the first local APIC in virtual wire mode.
@@ -107,11 +107,11 @@ class KvmPcEngine(KvmEngine):
         self.vm.irq_line(irq, int(level))
 
     def mp_state(self, index: int) -> int:
-        """Return what a processor does, a key of :data:`MP_STATES`."""
+        """Return the state of a processor, a key of :data:`MP_STATES`."""
         return self.cores[index].get_mp_state()
 
     def interrupts_open(self, index: int) -> bool:
-        """Return whether a processor takes maskable interrupts."""
+        """Return whether a processor accepts maskable interrupts."""
         return bool(self.cores[index].get_regs().rflags & 0x200)
 
     def _route_lines(self) -> None:

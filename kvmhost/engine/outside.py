@@ -1,8 +1,8 @@
 """Accesses outside guest memory, made restartable.
 
-Unicorn can neither leave an instruction in the middle nor take a value later.
-So an instruction that reaches outside memory is undone, becomes an exit, and
-runs again when the exit is answered; until all its accesses are known.
+Unicorn can neither suspend an instruction nor supply a value later. So an
+instruction that accesses an address outside memory is undone, causes an exit, and
+is run again when the exit is completed, until all its accesses are known.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Replay"]
 
 
 class Replay:
-    """What is known of one instruction's accesses outside memory."""
+    """The known accesses of one instruction outside memory."""
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}  # bytes read, by gpa
@@ -24,7 +24,7 @@ class Replay:
 
     @property
     def pages(self) -> set[int]:
-        """Gpas of the pages that the instruction reaches."""
+        """Gpas of the pages that the instruction accesses."""
         return {gpa // PAGE_BYTES * PAGE_BYTES for gpa in (*self._known, *self._written)}
 
     def ask(self, gpa: int, size: int, value: int | None) -> MmioRead | MmioWrite:
@@ -37,14 +37,14 @@ class Replay:
         return MmioWrite(gpa, (value & mask).to_bytes(size, "little"))
 
     def answer(self, data: bytes) -> None:
-        """Take what the pending read returns."""
+        """Set the result of the pending read."""
         if self._asked is not None:
             gpa, size = self._asked
             self._known.update(enumerate(data[:size].ljust(size, b"\xff"), gpa))
             self._asked = None
 
     def read(self, gpa: int, size: int) -> int:
-        """Serve a read of the instruction, if it is known."""
+        """Return the data of a read, if it is known."""
         wanted = range(gpa, gpa + size)
         if all(at in self._known for at in wanted):
             return int.from_bytes(bytes(self._known[at] for at in wanted), "little")
@@ -53,11 +53,11 @@ class Replay:
         return 0
 
     def write(self, gpa: int, size: int, value: int) -> None:
-        """Take a write of the instruction; one that was no exit yet becomes one."""
+        """Record a write; the first time, it causes an exit."""
         if self._missing is None and gpa not in self._written:
             self._missing = self.ask(gpa, size, value)
 
     def take_missing(self) -> MmioRead | MmioWrite | None:
-        """Return the exit that the last run asks for, if any."""
+        """Return the exit that the last run caused, if any."""
         missing, self._missing = self._missing, None
         return missing

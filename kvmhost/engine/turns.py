@@ -1,4 +1,4 @@
-"""Turns: vCPUs that may not run at the same time, in the order in which they ask."""
+"""Turns: runs vCPUs that must not run concurrently one at a time, in FIFO order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Turns"]
 class Turns:
     """Lets one thread at a time run, first come, first served.
 
-    Who waits longer than a slice interrupts the one that runs, again and again
-    until it gives its turn back: an interruption that comes a moment too early
-    or too late is only a slice lost.
+    A thread that waits longer than a slice interrupts the running one, repeatedly
+    until that ends its turn: an interruption that arrives too early or too late
+    costs only one slice.
 
-    :param slice_s: what a turn lasts while somebody else waits
+    :param slice_s: length of a turn while another thread waits
     """
 
     def __init__(self, slice_s: float = 0.002) -> None:
@@ -29,8 +29,8 @@ class Turns:
     def turn(self, interrupt: Callable[[], None]) -> Iterator[None]:
         """Wait for a turn and hold it.
 
-        :param interrupt: makes the holder leave soon; called by any thread, also
-            when the turn is just over
+        :param interrupt: makes the holder end its turn; called by any thread,
+            possibly just after the turn has ended
         """
         with self._changed:
             ticket = self._next_ticket

@@ -6,8 +6,8 @@ sets accessed and dirty bits in them. All hooks are C functions of the core
 
 Entry is at privilege level 3. Unicorn's register interface loads selectors but
 not the level, so the state is reached as on a processor: an ``iretq`` at level 0,
-before paging is on, in a page that is mapped for the moment and gone when guest
-code runs. As under KVM there is no GDT and no IDT afterwards.
+before paging is enabled, in a page that is mapped temporarily and unmapped before
+guest code runs. As under KVM there is no GDT and no IDT afterwards.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ except (ImportError, AttributeError, OSError) as _error:
 
 __all__ = ["UnicornCpu"]
 
-#: Not looked at: runs end by hooks only.
+#: Unused: only hooks end a run.
 _NO_END = 0
 #: A page that neither memory nor the MMIO window of a tiny guest has.
 _SCRATCH_GPA = 0xE000_0000
@@ -60,9 +60,9 @@ WriteOutside = Callable[[int, int, int], None]
 
 
 class UnicornCpu:
-    """A processor over guest memory; for one thread at a time, but for :meth:`attend`.
+    """A processor over guest memory; for one thread at a time, except :meth:`attend`.
 
-    :ivar core: ``struct kh_emu *``: what the hooks found
+    :ivar core: ``struct kh_emu *``: results of the hooks
     :raises CapabilityError: if Unicorn refuses its set-up
     """
 
@@ -84,7 +84,7 @@ class UnicornCpu:
                     region.gpa, region.n_bytes, uc_const.UC_PROT_ALL, region.guest_address
                 )
             self._enter(state)
-            # No end address: after a run Unicorn looks its code up, and that faults.
+            # No end address: after a run Unicorn looks up its code, which faults.
             self._uc.ctl_exits_enabled(True)
             self._add_hooks()
         except unicorn.UcError as error:
@@ -94,10 +94,10 @@ class UnicornCpu:
         self._watched: set[tuple[int, int]] = set()
 
     def run(self, count: int = 0) -> str:
-        """Run from where it stands until a hook stops it; the reason is in ``core``.
+        """Run from the current rip until a hook stops it; the reason is in ``core``.
 
         :param count: instructions; 0 for no limit
-        :return: what Unicorn gives as its error, or an empty string
+        :return: Unicorn's error message, or an empty string
         """
         self.core.reason = lib.KH_EMU_NONE
         try:
@@ -121,14 +121,14 @@ class UnicornCpu:
 
         :param read: gets gpa and size, returns the value
         :param write: gets gpa, size and value
-        :return: Unicorn's error or an empty string, and a function that puts the
-            registers back
+        :return: Unicorn's error or an empty string, and a function that restores
+            the registers
         """
         before = self._uc.context_save()
         mapped = sorted(pages)
         for page in mapped:
             self._map_device(page, read, write)
-        # Translated code does not count instructions unless it was made to.
+        # Translated code counts instructions only if it was translated for that.
         self._uc.ctl_flush_tb()
         self.core.stepping, self.core.address = lib.KH_EMU_STEP_RUNS, self.read("rip")
         try:
@@ -152,7 +152,7 @@ class UnicornCpu:
             self._uc.ctl_flush_tb()
 
     def code(self, address: int, n_bytes: int) -> bytes:
-        """Read guest code at a virtual address, up to where it is not mapped."""
+        """Read guest code at a virtual address, up to the first unmapped page."""
         buffer = ctypes.create_string_buffer(n_bytes)
         refused = uclib.uc_vmem_read(
             self._uc._uch,
@@ -184,7 +184,7 @@ class UnicornCpu:
         return {name: self.read(name) for name in _REGISTERS}
 
     def close(self) -> None:
-        """Free it. Idempotent."""
+        """Free the processor. Idempotent."""
         self._uc = None
 
     def _enter(self, state: EntryState) -> None:
@@ -227,7 +227,7 @@ class UnicornCpu:
     def _hook(self, kind: int, which: int, begin: int = 1, end: int = 0, *more: int) -> None:
         handle = ctypes.c_size_t()
         # SAFETY: the callback is a function of the C core, its user data self.core;
-        # both outlive the Uc, which close() gives up first.
+        # both outlive the Uc, which close() releases first.
         refused = uclib.uc_hook_add(
             self._uc._uch,
             ctypes.byref(handle),

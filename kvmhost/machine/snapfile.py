@@ -1,4 +1,4 @@
-"""The file of a snapshot: its format, and what is checked before anything is allocated.
+"""The snapshot file: its format, and the checks before anything is allocated.
 
 Little-endian::
 

@@ -102,7 +102,7 @@ def restore_machine(path: Path, *, limit_pages: int | None = None, **common: Any
 
     :param limit_pages: resident limit, enforced from the first page on: pages above it
         go to the store. None: that of the snapshot, if it had one; 0: none
-    :param common: as for :class:`~kvmhost.machine.base.BaseMachine`, without what the file says
+    :param common: as for :class:`~kvmhost.machine.base.BaseMachine`, except the values in the file
     :raises ImageError: if the file is damaged, of another version, or refused by KVM
     :raises CapabilityError: if there is a limit and no userfaultfd to enforce it
     """

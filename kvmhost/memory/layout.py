@@ -77,7 +77,7 @@ class Layout(Protocol):
 class TinyLayout:
     """The layout for a guest of ``mem_bytes``.
 
-    :raises LayoutError: if the size is no multiple of the page size, too small or too large
+    :raises LayoutError: if the size is not a multiple of the page size, too small or too large
     """
 
     mem_bytes: int

@@ -64,7 +64,7 @@ class MapEntry:
 class PcLayout:
     """The layout for a guest of ``mem_bytes``.
 
-    :raises LayoutError: if the size is no multiple of the page size or out of range
+    :raises LayoutError: if the size is not a multiple of the page size or out of range
     """
 
     mem_bytes: int

@@ -91,7 +91,7 @@ class Userfault:
             return
         if self._reader:
             # Its registration turns fault-around off as well, and would be replaced by
-            # this one. release() registers for write-protection what is noted here.
+            # this one. release() registers the regions recorded here for write-protection.
             self._quiet.add(region.gpa)
             return
         check(

@@ -37,7 +37,7 @@ _ENDING_MS = 200
 
 @dataclasses.dataclass(frozen=True)
 class AttachedState:
-    """What is known of the process.
+    """The state of the process.
 
     :param image: the program that it runs
     :param tracker: the method in use; None before the first harvest
@@ -72,7 +72,7 @@ class Attached(Closing):
     :param mapping: which one: an address in hex or a part of its path; empty: the
         largest shared mapping of memory
     :param proc: where proc is mounted
-    :raises LayoutError: if there is no such process, or no mapping that fits
+    :raises LayoutError: if there is no such process, or no matching mapping
     :raises CapabilityError: if this process lacks permission
     """
 
@@ -95,7 +95,7 @@ class Attached(Closing):
             raise
 
     def state(self) -> AttachedState:
-        """Return what is known of the process."""
+        """Return the state of the process."""
         return AttachedState(self._image, None if self._method is None else self._method.name)
 
     def memory(self) -> MemoryMap:

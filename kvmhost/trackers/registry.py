@@ -27,7 +27,7 @@ NAMES = tuple(_REGISTRY)
 
 
 def resolve(name: str, vm: TrackedVm) -> str:
-    """Return the name that ``auto`` stands for on this VM, or the name itself.
+    """Return the tracker that ``auto`` selects on this VM, or the name itself.
 
     :raises LayoutError: for an unknown name
     """
