@@ -89,7 +89,7 @@ def share(text: str) -> float:
 def count(text: str) -> int:
     """Parse a number that is at least 1.
 
-    :raises argparse.ArgumentTypeError: for a smaller number, or no number
+    :raises argparse.ArgumentTypeError: for a smaller number
     """
     value = int(text)
     if value < 1:

@@ -1,10 +1,10 @@
-"""The commands of ``kvmhost``: names, modules, and one line about each."""
+"""The commands of ``kvmhost``: names, modules, and one-line descriptions."""
 
 from __future__ import annotations
 
 __all__ = ["COMMANDS"]
 
-#: Command: its module in this package, and one line about it.
+#: Module in this package and one-line description, by command.
 COMMANDS = {
     "doctor": ("doctor", "what works on this host and what does not, with the remedy"),
     "guests": ("guests", "list the built-in guests and their parameters, or build one of your own"),

@@ -1,7 +1,7 @@
-"""``kvmhost completion``: a completion script for a shell, made from the commands' parsers.
+"""``kvmhost completion``: a shell completion script, generated from the commands' parsers.
 
-Names of VMs, guests, trackers, policies and pages of the documentation are asked for
-when they are completed.
+The script looks up the names of VMs, guests, trackers, policies and pages of the
+documentation when they are completed.
 
   bash  kvmhost completion bash > ~/.local/share/bash-completion/completions/kvmhost
   zsh   kvmhost completion zsh > DIR/_kvmhost, with DIR in $fpath
@@ -39,7 +39,7 @@ def parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a script, or words."""
+    """Print a completion script, or completion words."""
     args = parser().parse_args(argv)
     print(script(args.shell) if args.shell else "\n".join(_WORDS[args.words]()))
     return 0
@@ -55,7 +55,7 @@ def script(shell: str) -> str:
     for action in _actions(whole):
         words = _words_of(action)
         if words:
-            # The attribute is how shtab is told; argparse ignores it.
+            # shtab reads this attribute; argparse ignores it.
             action.complete = shtab.cmd(f"kvmhost completion --words {words} 2>/dev/null")  # type: ignore[attr-defined]
         elif action.type is Path or "FILE" in str(action.metavar):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
@@ -73,7 +73,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def _words_of(action: argparse.Action) -> str:
-    """Return which names an argument takes, "" for others."""
+    """Return the kind of names that an argument takes, or "" if it takes no names."""
     if action.choices is not None:
         return ""
     if action.metavar == "VM" or action.dest == "vm":

@@ -1,4 +1,4 @@
-"""Commands with subcommands, each in a module of its own that is imported when it is named."""
+"""Commands with subcommands; the module of a subcommand is imported when it is run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ __all__ = ["dispatch", "module_of"]
 def dispatch(
     prog: str, about: str, package: str, names: Mapping[str, str], argv: Sequence[str]
 ) -> int:
-    """Run the subcommand that ``argv`` begins with; its own ``--help`` tells its options.
+    """Run the subcommand named by the first word of ``argv``.
 
-    :param names: subcommand, which is also its module in ``package``, and one line about it
-    :return: the subcommand's exit code; 2 if there is none of that name
+    The ``--help`` option of the subcommand describes its options.
+
+    :param names: one-line description by subcommand, which is also a module of ``package``
+    :return: the subcommand's exit code; 2 if no subcommand has that name
     """
     if not argv or argv[0] in ("-h", "--help"):
         width = max(len(name) for name in names)
@@ -36,6 +38,6 @@ def dispatch(
 def module_of(package: str, name: str) -> str:
     """Return the module of a subcommand.
 
-    A name that is a word of Python's has its module under the name and an underscore.
+    The module of a subcommand whose name is a Python keyword ends in an underscore.
     """
     return f"{package}.{name}{'_' * keyword.iskeyword(name)}"

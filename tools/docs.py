@@ -1,7 +1,7 @@
-"""``kvmhost docs``: the documentation that is installed with kvmhost.
+"""``kvmhost docs``: show the documentation that is installed with kvmhost.
 
-Without PAGE: the pages with their titles, and the examples. With PAGE: that page; on a
-terminal it is formatted and shown by a pager, elsewhere it is printed as it is.
+Without PAGE, it lists the pages with their titles, and the examples. With PAGE, it shows
+that page: formatted and in a pager on a terminal, otherwise unformatted on standard output.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """List pages, or show one."""
+    """List the pages, or show one page."""
     args = parser().parse_args(argv)
     if args.page is None:
         print(FOLDER if args.path else _list())
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def pages() -> dict[str, Path]:
-    """Return the files of pages by name, and of examples as ``examples/NAME``."""
+    """Return the files of the pages by name; examples are named ``examples/NAME``."""
     found = {path.stem: path for path in sorted(FOLDER.glob("*.md"))}
     examples = sorted(path for path in FOLDER.glob("examples/**/*") if _is_page(path))
     return found | {str(path.relative_to(FOLDER)).removesuffix(".md"): path for path in examples}
@@ -77,7 +77,7 @@ def _list() -> str:
 
 
 def _title(path: Path) -> str:
-    """Return the first line that says something: a heading, or the start of a docstring."""
+    """Return the title of a file: its first heading, or the first line of its docstring."""
     for line in path.read_text().splitlines():
         title = line.strip('#/*"% \t')
         if title and title != "[markdown]":
@@ -90,10 +90,10 @@ def _show(path: Path) -> None:
     from rich.markdown import Markdown
     from rich.syntax import Syntax
 
-    # less shows colours only when it is told to.
+    # less shows colours only with an option.
     os.environ.setdefault("LESS", "-R")
     console = Console()
     markdown = path.suffix == ".md"
-    # Without a pager the text goes to standard output with its colours.
+    # Without a pager the text is written to standard output with its colours.
     with contextlib.redirect_stdout(unfiltered(sys.stdout)), console.pager(styles=True):
         console.print(Markdown(path.read_text()) if markdown else Syntax.from_path(str(path)))

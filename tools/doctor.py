@@ -1,4 +1,4 @@
-"""``kvmhost doctor``: what works on this host and what does not, with the remedy."""
+"""``kvmhost doctor``: report what works on this host and how to fix the rest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parser() -> CommandParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Probe, print, and return 0 if a guest can be run here, else 126."""
+    """Probe, print, and return 0 if a guest can run on this host, else 126."""
     arguments = parser().parse_args(argv)
     findings = [*probe_host(), *_pressure()]
     usable = any(f.works for f in findings if f.area == "engine")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(usable: bool, findings: list[Finding]) -> dict[str, Any]:
-    """Return what ``--json`` prints: features by name, and all findings."""
+    """Return the output of ``--json``: features by name, and all findings."""
     return {
         "usable": usable,
         "features": {
@@ -103,14 +103,14 @@ def _print_table(findings: list[Finding]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    # Four columns fit 80 characters; the remedy stands below what was found.
+    # Four columns fit in 80 characters; the remedy is printed below the finding.
     table = Table()
     for heading in ("area", "what", "works"):
         table.add_column(heading, no_wrap=True)
     table.add_column("found, and what to do", overflow="fold")
     style = {True: "green", False: "red", None: "dim"}
     for f in findings:
-        # Text, not markup: what the kernel says may hold brackets.
+        # Text instead of markup: messages of the kernel may contain brackets.
         mark = Text(_mark(f), style[f.works])
         found = Text(printable(f.found))
         if f.remedy:

@@ -1,6 +1,6 @@
-"""``kvmhost drain VM``: bring every evicted page back and evict no more.
+"""``kvmhost drain VM``: fault in all evicted pages and stop evicting.
 
-For before a daemon ends, or before a VM is to do without its store.
+Use it before a daemon ends, or before the store of a VM is removed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command: 0 if all pages came back, 1 if one did not."""
+    """Run the command; return 0 if all pages are resident, 1 if one is not."""
     args = parser().parse_args(argv)
     with Client(args.vm, timeout_s=args.timeout) as client:
         lease = client.state().lease

@@ -1,4 +1,4 @@
-"""How a command ends: signals, closed or full output, errors of the operating system.
+"""End of a command: signals, closed or full output, errors of the operating system.
 
 ====  =====================================================================
 code  meaning
@@ -57,15 +57,15 @@ __all__ = [
 EXIT_FAILED, EXIT_USAGE = 1, 2
 EXIT_TIMEOUT, EXIT_OURS, EXIT_MISSING, EXIT_SIGNAL = 124, 125, 126, 128
 
-#: Signals that end a command after it has removed what it made.
+#: Signals that end a command after it has removed its temporary files and sockets.
 ENDING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
-#: HTTP status: 400 is bad input, 501 a capability that the VM's host lacks.
+#: Exit codes by HTTP status: 400 is bad input, 501 a capability that the VM's host lacks.
 _CODE_OF_STATUS = {400: EXIT_USAGE, 501: EXIT_MISSING}
 
 
 class Ended(KeyboardInterrupt):
-    """A signal asks the command to end; it passes through the same cleanup as Ctrl-C."""
+    """A signal requested the end of the command; cleanup is the same as after Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -73,11 +73,11 @@ class Ended(KeyboardInterrupt):
 
 
 def guard(name: str, command: Callable[[], int], deadline_s: float | None = None) -> int:
-    """Run a command and return its exit code; what ends it early is one line.
+    """Run a command and return its exit code; an error is printed as one line.
 
-    :param name: what the line begins with, such as ``kvmhost run``
-    :param deadline_s: for each write to standard output or error, for a command that must
-        end although nobody reads them; None: as long as it takes
+    :param name: prefix of the line, such as ``kvmhost run``
+    :param deadline_s: deadline of each write to standard output or error, for a command
+        that must end even if its output is not read; None: no deadline
     """
     with contextlib.nullcontext() if deadline_s is None else deadline_stderr():
         return _guard(name, command, deadline_s)
@@ -106,7 +106,7 @@ def _run(name: str, command: Callable[[], int]) -> int:
         _tell(name, str(error), _has_lines(error))
         return exit_code(error)
     except (OSError, MemoryError) as error:
-        if error is not _failure_of_stdout():  # _flush tells of that
+        if error is not _failure_of_stdout():  # _flush reports that
             _tell(name, message_of(error))
         return exit_code(error)
 
@@ -130,7 +130,7 @@ def exit_code(error: Exception) -> int:
 
 
 def message_of(error: OSError | MemoryError) -> str:
-    """Return what the operating system refused, without Python's ``[Errno N]``."""
+    """Return the message of an operating system error, without Python's ``[Errno N]``."""
     if isinstance(error, MemoryError):
         return "not enough memory; free some, or raise the limit on it (ulimit -v, memory cgroup)"
     if error.errno is None:
@@ -141,7 +141,7 @@ def message_of(error: OSError | MemoryError) -> str:
 
 
 def _has_lines(error: Exception) -> bool:
-    """Whether a message has lines of its own: registers and code, or a compiler's messages."""
+    """Return whether a message has several lines: registers and code, or compiler output."""
     return isinstance(error, UnexpectedExit) or isinstance(error.__cause__, RuntimeError)
 
 
@@ -152,7 +152,7 @@ def _tell(name: str, text: str, has_lines: bool = False) -> None:
 
 
 def _open_standard_streams() -> bool:
-    """Put /dev/null where a standard descriptor is closed, lest a file takes its number.
+    """Open /dev/null for each closed standard descriptor, so that no file gets its number.
 
     :return: whether standard output was open
     """
@@ -169,7 +169,7 @@ def _open_standard_streams() -> bool:
 
 @contextlib.contextmanager
 def _ending_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exception in the main thread; nohup's stays ignored."""
+    """Turn SIGTERM and SIGHUP into an exception in the main thread; keep an ignored SIGHUP."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -185,18 +185,18 @@ def _ending_signals() -> Iterator[None]:
 
 
 def _end(number: int, frame: FrameType | None) -> typing.NoReturn:
-    # Once: another one must not stop the cleanup half-way.
+    # Once only: another signal must not interrupt the cleanup.
     signal.signal(number, signal.SIG_IGN)
     raise Ended(number)
 
 
 class _Output(DeadlineFile):
-    """Standard output that remembers a failed write: argparse and others ignore it."""
+    """Standard output that records a failed write, which argparse and others ignore."""
 
     failure: OSError | None = None
 
     def write(self, data: typing.Any) -> int:
-        """Write; keep the error."""
+        """Write; record the error if it fails."""
         try:
             return super().write(data)
         except OSError as error:
@@ -206,7 +206,7 @@ class _Output(DeadlineFile):
 
 @contextlib.contextmanager
 def _recorded_stdout(deadline_s: float | None) -> Iterator[None]:
-    """Have failed writes to the process's own standard output remembered."""
+    """Record failed writes to the standard output of this process."""
     before = sys.stdout
     if not isinstance(before, io.TextIOWrapper) or before is not sys.__stdout__:
         yield
@@ -228,7 +228,7 @@ def _failure_of_stdout() -> OSError | None:
 
 
 def _flush(name: str, status: int) -> int:
-    """Write what standard output holds; a reader that has gone is no news, a full disk is."""
+    """Flush standard output; report an error such as a full disk, but not a closed pipe."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     failure = _failure_of_stdout()
@@ -236,7 +236,7 @@ def _flush(name: str, status: int) -> int:
         return status
     if not isinstance(failure, BrokenPipeError):
         _tell(name, f"standard output: {failure.strerror}")
-    # What is left in the buffer must not fail once more at exit.
+    # Data left in the buffer must not cause another error at exit.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -1,4 +1,4 @@
-"""``kvmhost limit VM SIZE``: limit the resident memory of a running VM, and shrink it at once."""
+"""``kvmhost limit VM SIZE``: limit the resident memory of a VM and evict to the limit now."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command: 0 if the limit holds, 1 if too little could be evicted."""
+    """Run the command; return 0 if the limit holds, 1 if too few pages could be evicted."""
     args = parser().parse_args(argv)
     with Client(args.vm, timeout_s=args.timeout) as client:
         state = client.shrink(args.size)

@@ -1,4 +1,4 @@
-"""``kvmhost lru_gen``: the text interface of the kernel's lru_gen, on VMs of a daemon."""
+"""``kvmhost lru_gen``: the text interface of the kernel's lru_gen, for the VMs of a daemon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvmhost.tools.parser import CommandParser
 
 __all__ = ["main", "parser"]
 
-#: Above the columns on a terminal; the kernel's file has no header, and neither has a pipe.
+#: Header on a terminal; like the kernel's file, output to a pipe has no header.
 _HEADER = f" {'seq':>10} {'age_ms':>10} {'anon_pages':>11} {'file_pages':>10}"
 
 
@@ -64,7 +64,7 @@ def parser() -> CommandParser:
 
 
 def _as_data(text: str) -> list[dict[str, Any]]:
-    """Return what the text of ``show`` says, by VM."""
+    """Parse the text of ``show`` into one entry per VM."""
     vms: list[dict[str, Any]] = []
     for line in text.splitlines():
         words = line.split()
@@ -79,15 +79,15 @@ def _as_data(text: str) -> list[dict[str, Any]]:
 
 
 def _vm_of(text: str) -> str | None:
-    """Return the VM that the first command names; a number names one to a daemon only."""
+    """Return the VM named by the first command; a number is meaningful to a daemon only."""
     match = re.match(r"\s*[+-]\s*(\S+)", text)
     return match[1] if match and not match[1].isdigit() else None
 
 
 def _daemon(name: str | None, vm: str | None) -> DaemonClient:
-    """Find the daemon to ask.
+    """Find the daemon to query.
 
-    :raises LayoutError: if it is not clear which one is meant
+    :raises LayoutError: if the daemon is ambiguous
     """
     if name:
         return DaemonClient(name)

@@ -1,4 +1,4 @@
-"""The ``kvmhost`` command: picks the subcommand; ``ending`` has the exit codes."""
+"""The ``kvmhost`` command: selects the subcommand; ``ending`` documents the exit codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _general(arguments: Sequence[str]) -> int:
-    """Answer what is no subcommand."""
+    """Handle options without a subcommand, and unknown subcommands."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else EXIT_USAGE
@@ -47,8 +47,8 @@ def reclaimd() -> int:
 
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
-    """Run one subcommand; every error that is one of ours becomes an exit code."""
-    # A VM must stop when it is told to, whoever reads what it prints.
+    """Run one subcommand; every :class:`KvmHostError` becomes an exit code."""
+    # A VM must stop when requested, even if its output is not read.
     deadline_s = DEADLINE_S if name == "run" else None
     return guard(f"kvmhost {name}", lambda: _command(name)(arguments), deadline_s)
 

@@ -1,8 +1,8 @@
-"""``kvmhost man``: manual pages, made from the commands' parsers.
+"""``kvmhost man``: manual pages, generated from the commands' parsers.
 
-Without COMMAND: kvmhost(1), which lists them. On a terminal the page is shown by
-man(1) where it is installed; otherwise it is printed as troff. With --output, all pages
-are written into a folder such as /usr/local/share/man/man1.
+Without COMMAND, it shows kvmhost(1), which lists the commands. On a terminal the page is
+shown by man(1) if it is installed; otherwise it is printed as troff. With --output, all
+pages are written into a directory such as /usr/local/share/man/man1.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Show a page, or write all of them."""
+    """Show a page, or write all pages."""
     args = parser().parse_args(argv)
     if args.output is not None:
         if args.command:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def pages() -> dict[str, str]:
-    """Return all pages by name, such as ``kvmhost-run``, as troff."""
+    """Return all pages as troff, by name, such as ``kvmhost-run``."""
     made = {"kvmhost": _root_page()}
     for command in commands():
         name = "-".join(("kvmhost", *command.words))
@@ -69,7 +69,7 @@ def pages() -> dict[str, str]:
 
 def _root_page() -> str:
     page = _page("kvmhost", root_parser(), "a userspace KVM host, and page reclaim")
-    # The sections of the commands would be empty: each has a page of its own.
+    # The sections of the commands would be empty: each command has a separate page.
     head, _, _ = page.partition(".SH COMMAND \\fI")
     return f"{head}.SH EXIT STATUS\n{_exit_status()}{_SEE}{page.rpartition(_SEE)[2]}"
 
@@ -78,14 +78,14 @@ _SEE = ".SH SEE ALSO\n"
 
 
 def _exit_status() -> str:
-    """Return the table at the head of :mod:`kvmhost.tools.ending` as tagged paragraphs."""
+    """Return the table in the docstring of :mod:`kvmhost.tools.ending` as tagged paragraphs."""
     table = (ending.__doc__ or "").split("\n====")[2]
     rows = [line.split(maxsplit=1) for line in table.splitlines()[1:] if line]
     return "".join(f".TP\n.B {code}\n{meaning}\n" for code, meaning in rows).replace("``", "")
 
 
 def _escaped(line: str) -> str:
-    """Keep text that begins with a point or an apostrophe from being a request of troff's."""
+    """Escape a line that begins with a period or an apostrophe, which troff reads as a request."""
     return rf"\&{line}" if re.match(r"'|\.(?!nf$|fi$)[^A-Z]", line) else line
 
 
@@ -108,7 +108,7 @@ def _names() -> list[str]:
 def _write(folder: Path) -> None:
     """Write every page.
 
-    :raises LayoutError: if that is not possible
+    :raises LayoutError: if a page cannot be written
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``kvmhost page``: all that is known of one guest page, and why it was taken or not."""
+"""``kvmhost page``: the known state of one guest page, and why it was evicted or kept."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _gfn(text: str) -> int:
 
 
 def _ask_daemon(args: argparse.Namespace, name: str) -> tuple[PageAnswer | None, str]:
-    """Return what the daemon knows, or why it does not."""
+    """Return the daemon's answer, or the reason why there is none."""
     try:
         daemon = DaemonClient(args.daemon) if args.daemon else DaemonClient.of_vm(args.vm)
         with daemon:

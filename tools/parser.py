@@ -1,4 +1,4 @@
-"""The parser of every command: an error is one line and names what was probably meant."""
+"""The parser of every command: an error is one line and suggests the closest match."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["CommandParser"]
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ``argparse.ArgumentParser`` whose errors are one line, without the usage."""
+    """An ``argparse.ArgumentParser`` that prints errors as one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
         self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments; one that no option takes is an error with the closest option."""
+        """Parse arguments; the error about an unknown option names the closest option."""
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
             name = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]

@@ -1,4 +1,4 @@
-"""Progress on a terminal and none in a pipe; tables that are readable in both."""
+"""Progress output on terminals only, and tables for terminals and pipes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from kvmhost.tools.terminal import unfiltered
 
 __all__ = ["Progress", "show_table", "working"]
 
-#: A terminal shows what a command works on after this time, and how long, this often.
+#: Delay before the current step is shown on a terminal, and interval of its updates.
 _SHOW_AFTER_S, _SHOW_EVERY_S = 1.0, 1.0
 _CLEAR_LINE = "\r\x1b[K"
 
 
 class Progress:
-    """Says what is being done now: on standard error, and only on a terminal.
+    """Show the current step on standard error, if that is a terminal.
 
-    :param quiet: say nothing at all
+    :param quiet: show nothing
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -29,7 +29,7 @@ class Progress:
         self._start = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Show one step, with the seconds since the start."""
+        """Show a step, with the seconds since the start."""
         if self._on:
             print(f"[{time.monotonic() - self._start:5.1f} s] {printable(text)}", file=sys.stderr)
 
@@ -78,6 +78,6 @@ def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
     table = Table(title=title, show_header=False)
     for name, value in rows:
-        # Text, not markup: a value may hold brackets.
+        # Text instead of markup: a value may contain brackets.
         table.add_row(Text(printable(name)), Text(printable(value)))
     Console().print(table)

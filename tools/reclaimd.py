@@ -37,7 +37,7 @@ __all__ = ["main", "parser"]
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 
-#: What has no flag of its own name: the VMs are the arguments without one.
+#: Options without a flag: the VMs are the positional arguments.
 _POSITIONAL = ("daemon", "vms")
 
 
@@ -104,7 +104,7 @@ def _run(daemon: Daemon) -> int:
 
 @contextlib.contextmanager
 def _tcp(metrics: Metrics, port: int) -> Iterator[None]:
-    """Give the metrics on a port of the loopback interface too."""
+    """Serve the metrics on a port of the loopback interface too."""
     try:
         server = MetricsServer(metrics, port).start()
     except OSError as error:
@@ -116,7 +116,7 @@ def _tcp(metrics: Metrics, port: int) -> Iterator[None]:
 
 
 class _Printer:
-    """Writes the log: events to standard output, trouble to standard error."""
+    """Writes the log: events to standard output, errors to standard error."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json, self._silent = as_json, False
@@ -135,7 +135,7 @@ class _Printer:
             self.write(printable(event.line()), sys.stderr if to_stderr else sys.stdout)
 
     def write(self, line: str, stream: typing.TextIO | None = None) -> None:
-        """Write one line. A log that nobody reads any more stops nothing."""
+        """Write one line. The daemon continues if the log can no longer be written."""
         with self._lock:
             if self._silent:
                 return
@@ -143,7 +143,7 @@ class _Printer:
                 print(line, file=stream or sys.stdout, flush=True)
             except (OSError, ValueError):
                 self._silent = True
-                # Keep the interpreter from failing once more at exit.
+                # Prevent another error of the interpreter at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -230,7 +230,7 @@ def _reader(option: Option) -> Any:
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that were given as flags, by section and key."""
+    """Return the options given as flags, by section and key."""
     flags: dict[str, Any] = {}
     for option in options():
         value = getattr(args, f"{option.section}.{option.key}", None)

@@ -1,4 +1,4 @@
-"""``kvmhost run``: boot a guest, show what it prints, and pass its status through."""
+"""``kvmhost run``: boot a guest, show its output, and exit with its status."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(_join_append(argv))
     log_to_stderr("%(message)s", "kvmhost")
-    # Held back until everything that has to be taken down is known to be there. The
+    # Blocked until everything that cleanup must remove has been registered. The
     # threads started meanwhile inherit the mask: only the main thread sees signals.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _join_append(argv: Sequence[str]) -> list[str]:
-    """Make one word of ``--append TEXT``: the text may begin with a dash."""
+    """Join ``--append TEXT`` into one word, since the text may begin with a dash."""
     words, rest = [], iter(argv)
     for word in rest:
         text = next(rest, None) if word == "--append" else None
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     image = args.restore or find_image(args.image)
     if not args.name:
         return _boot(args, image, None)
-    # The name first: where it is taken, no VM is made only to be thrown away.
+    # Lock the name first, so that no VM is created if the name is in use.
     from kvmhost.control.paths import NameLock
 
     lock = NameLock(args.name)
@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _boot(args: argparse.Namespace, image: Path, lock: NameLock | None) -> int:
-    # With --json standard output belongs to the report; the guest goes to standard error.
+    # With --json the report is on standard output and guest output on standard error.
     out = sys.stderr if args.json else sys.stdout
     with open_console(args.serial, out) as console:
         if console.name:
@@ -126,13 +126,13 @@ def _run_machine(
         if lock is not None:
             server = _serve(machine, lock)
         if args.store is not None or args.codec != "auto":
-            # Now: a file or a codec that cannot be had is an error of the command.
+            # Open it now: an unavailable file or codec is an error of the command.
             machine.open_pager()
         if args.tracker:
             machine.use_tracker(args.tracker)
         if args.resident_max and not args.restore:
             machine.open_pager().set_limit(args.resident_max // PAGE_BYTES)
-        # The tiny guests never read; their input stays with whoever started them.
+        # The built-in guests never read; their standard input is left unread.
         if machine.tables_gpa is None:
             console.feed(machine.serial, _interrupt_main)
         machine.start(paused=args.paused)
@@ -144,7 +144,7 @@ def _run_machine(
         return status or (EXIT_FAILED if _lost_bytes(args, machine) else 0)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        # Before the server ends, and with it the pauses of its clients: no guest code now.
+        # Closing the server ends the pauses of its clients; no guest code may run then.
         machine.runner.request_stop()
         machine.serial.flush(stall_s=0.2, total_s=0.5)
         _tell_lost(args, machine)
@@ -153,7 +153,7 @@ def _run_machine(
 
 
 def _lost_bytes(args: argparse.Namespace, machine: BaseMachine) -> int:
-    """Return how much of the guest's output was not written, where somebody was to get it."""
+    """Return the number of output bytes of the guest that could not be written to its output."""
     if args.serial in ("pty", "null"):
         return 0
     serial = machine.serial
@@ -161,7 +161,7 @@ def _lost_bytes(args: argparse.Namespace, machine: BaseMachine) -> int:
 
 
 def _tell_lost(args: argparse.Namespace, machine: BaseMachine) -> None:
-    """Say how much of the guest's output was lost, and why."""
+    """Report how much of the guest's output was lost, and why."""
     lost = _lost_bytes(args, machine)
     if args.serial == "pty" and (lost := machine.serial.lost_bytes):
         why = "nobody read the pseudo-terminal"
@@ -240,7 +240,7 @@ def parser() -> CommandParser:
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
-    """As argparse makes one, but the width does not cost an import of shutil."""
+    """Return argparse's formatter, with a width that is found without importing shutil."""
     try:
         columns = os.get_terminal_size(sys.__stdout__.fileno() if sys.__stdout__ else 1).columns
     except (OSError, ValueError):
@@ -313,7 +313,7 @@ def _report(machine: BaseMachine, status: int) -> dict[str, typing.Any]:
 
 
 def _peak_rss_bytes() -> int:
-    """Return the most that this process ever had resident, guest memory included."""
+    """Return the peak resident memory of this process in bytes, including guest memory."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

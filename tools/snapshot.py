@@ -1,6 +1,6 @@
-"""``kvmhost snapshot``: have a running VM write itself into a file.
+"""``kvmhost snapshot``: save a running VM into a file.
 
-``kvmhost run --restore FILE`` goes on from there. The VM itself goes on too, unless
+``kvmhost run --restore FILE`` resumes the saved VM. The running VM continues too, unless
 ``--stop`` is given.
 """
 

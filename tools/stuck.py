@@ -1,8 +1,8 @@
-"""Standard output and error of a command that must end although nobody reads them.
+"""Standard output and error of a command that must end even if they are not read.
 
-A write to a pipe or terminal that is full waits for its reader; ``kvmhost run`` has
-a ``--timeout`` and signals to obey meanwhile. So a thread writes, and whoever prints
-waits for it a second at most.
+A write to a full pipe or terminal blocks until the reader reads. ``kvmhost run`` must
+still honour ``--timeout`` and signals. Therefore a separate thread writes, and the
+printing thread waits for it for at most one second.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from collections.abc import Iterator
 
 __all__ = ["DEADLINE_S", "DeadlineFile", "deadline_stderr"]
 
-#: Seconds for a write.
+#: Deadline of a write in seconds.
 DEADLINE_S = 1.0
 
 
 class DeadlineFile(io.FileIO):
-    """A descriptor whose writes end in time; it is left open.
+    """A descriptor whose writes have a deadline; it is not closed with the object.
 
-    A write that is late goes on in its thread; those after it fail at once until it is through.
+    A write that misses the deadline continues in its thread; until it completes, further
+    writes fail immediately.
 
-    :param deadline_s: for a write; None: as long as it takes
-    :param drop: lose what cannot be written, instead of raising ``TimeoutError``
+    :param deadline_s: deadline of a write; None: no deadline
+    :param drop: discard data that cannot be written, instead of raising ``TimeoutError``
     """
 
     def __init__(self, fd: int, deadline_s: float | None = DEADLINE_S, drop: bool = False) -> None:
@@ -42,7 +43,7 @@ class DeadlineFile(io.FileIO):
         self._late = False
 
     def write(self, data: typing.Any) -> int:
-        """Write all of it, or raise what the descriptor or the deadline has against it."""
+        """Write all data, or raise the error of the descriptor or of the deadline."""
         if self._deadline_s is None:
             return super().write(data) or 0
         whole = bytes(data)
@@ -59,7 +60,7 @@ class DeadlineFile(io.FileIO):
             self._done.get_nowait()
         if self._thread is None:
             self._start()
-        # Also if a signal ends the wait below: then the answer is for nobody.
+        # Set it first: if a signal interrupts the wait below, the result is still pending.
         self._late = True
         self._asked.put(data)
         failure = self._done.get(timeout=self._deadline_s)
@@ -67,7 +68,8 @@ class DeadlineFile(io.FileIO):
         return failure
 
     def _start(self) -> None:
-        # A daemon: the interpreter does not wait for it at the end. Signals are for main.
+        # A daemon thread: the interpreter does not wait for it at exit. All signals are
+        # blocked in it, so that the main thread handles them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             self._thread = threading.Thread(target=self._serve, name="output", daemon=True)
@@ -88,7 +90,7 @@ class DeadlineFile(io.FileIO):
 
 @contextlib.contextmanager
 def deadline_stderr() -> Iterator[None]:
-    """Have messages to the process's own standard error dropped if nobody reads them."""
+    """Drop messages to the standard error of this process if they are not read."""
     before = sys.stderr
     if not isinstance(before, io.TextIOWrapper) or before is not sys.__stderr__:
         yield

@@ -1,10 +1,10 @@
-"""What commands write to the terminal: no control characters but this program's own.
+"""Filter control characters from untrusted text that commands write to the terminal.
 
-Two layers. Each text of others (a name, a message, a field) is passed through
-:func:`~kvmhost.printable.printable` where it is printed, so that a newline in it forges
-no line. And all that is printed passes :class:`PrintableStream`, so that a place that was
-forgotten, a traceback or a warning of a library cannot send an escape sequence either.
-A guest's console does not pass here: its bytes go to the descriptor as they are.
+There are two layers. Text from other sources (a name, a message, a field) is passed through
+:func:`~kvmhost.printable.printable` where it is printed, so that a newline in it cannot
+forge a line. All output passes :class:`PrintableStream`, so that an unescaped text, a
+traceback or a library's warning cannot send an escape sequence either. The console of a
+guest bypasses both: its bytes are written to the descriptor unchanged.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ __all__ = ["LineFormatter", "PrintableStream", "log_to_stderr", "printable_strea
 
 
 class PrintableStream:
-    """A text stream in front of another one that shows control characters as escapes.
+    """A text stream that writes to another stream, with control characters as escapes.
 
-    Newlines and tabs pass. Everything but writing is the other stream's.
+    Newlines and tabs are kept. All attributes except the write methods are those of the
+    other stream.
 
-    :ivar rich_proxied_file: the other stream, under the name by which rich looks for it:
-        its tables and colours are written there
+    :ivar rich_proxied_file: the other stream, under the attribute name that rich reads:
+        rich writes its tables and colours to it
     """
 
     def __init__(self, stream: typing.TextIO) -> None:
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
-        """Write text; return the length of what was given."""
+        """Write text; return its length before escaping."""
         self.rich_proxied_file.write(printable_lines(text))
         return len(text)
 
@@ -49,13 +50,13 @@ class PrintableStream:
 
 
 def unfiltered(stream: typing.TextIO) -> typing.TextIO:
-    """Return the stream behind a :class:`PrintableStream`, for this program's own sequences."""
+    """Return the stream wrapped by a :class:`PrintableStream`, for kvmhost's escape sequences."""
     return stream.rich_proxied_file if isinstance(stream, PrintableStream) else stream
 
 
 @contextlib.contextmanager
 def printable_streams() -> Iterator[None]:
-    """Have standard output and error pass :class:`PrintableStream`, tracebacks too."""
+    """Wrap standard output and error in :class:`PrintableStream`, also for tracebacks."""
     before = sys.stdout, sys.stderr, sys.excepthook
     if isinstance(sys.stdout, PrintableStream):
         yield
@@ -67,13 +68,13 @@ def printable_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before[:2]
-        # After an error of our own the interpreter shows it, once this is left.
+        # The interpreter shows an internal error after this context has been left.
         if sys.exc_info()[0] is None:
             sys.excepthook = before[2]
 
 
 class LineFormatter(logging.Formatter):
-    """A log record as one printable line; a traceback follows on lines of its own."""
+    """Formats a log record as one printable line; a traceback follows on separate lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -85,7 +86,7 @@ class LineFormatter(logging.Formatter):
 
 
 def log_to_stderr(form: str, *names: str) -> None:
-    """Have the log records of these loggers written to standard error, a line each."""
+    """Write the log records of these loggers to standard error, one line per record."""
     handler = _ErrorHandler()
     handler.setFormatter(LineFormatter(form))
     for name in names:
@@ -93,7 +94,7 @@ def log_to_stderr(form: str, *names: str) -> None:
 
 
 class _ErrorHandler(logging.Handler):
-    """Writes to what is standard error at the time; what it does not take is lost."""
+    """Writes to the current ``sys.stderr``; records that cannot be written are lost."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""

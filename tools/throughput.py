@@ -1,8 +1,8 @@
-"""What harvests cost a guest: its throughput with and without them, in turn, and single steps.
+"""The cost of harvests to a guest: throughput with and without them, and single steps.
 
-Absolute times drift on a shared machine, so a segment with harvests stands between two
-without, and only the ratio counts. The measured guest touches the same pages over and
-over and rings the doorbell after each round.
+Absolute times drift on a shared machine, so each segment with harvests is measured
+between two segments without, and only the ratio is used. The measured guest touches the
+same pages repeatedly and rings the doorbell after each round.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _SETTLE_S = 10.0
 class ThroughputPlan:
     """How a guest is harvested.
 
-    :param rate: harvests a second; 0: none
-    :param period: each harvest clears and re-arms one page in so many
-    :param whole: re-arm the whole memory, and not only what was young
+    :param rate: harvests per second; 0: none
+    :param period: each harvest clears and re-arms one page in ``period``
+    :param whole: re-arm all memory instead of the young pages only
     """
 
     rate: float
@@ -44,11 +44,11 @@ class ThroughputPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Throughput with harvests, as part of that without.
+    """Throughput with harvests, relative to throughput without.
 
-    :param wall: by time
-    :param cpu: by processor time of the vCPUs, which does not mind what else runs on the
-        machine; what the guest waits for (another thread's answer) is not in it
+    :param wall: per wall time
+    :param cpu: per processor time of the vCPUs, which is independent of other load on the
+        machine; it excludes the time that the guest waits for another thread
     """
 
     wall: float
@@ -57,11 +57,11 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What single steps take, medians, the guest standing still.
+    """Median times of single steps while the guest is stopped.
 
-    :param scan_ns: a look at all of memory that clears nothing
+    :param scan_ns: a scan of all memory that clears nothing
     :param rearm_ns: a harvest that clears and re-arms the hot pages
-    :param refault_ns: what a re-armed page costs the guest, by page
+    :param refault_ns: the cost to the guest per re-armed page
     """
 
     scan_ns: float
@@ -72,7 +72,7 @@ class Steps:
 def harvest_once(
     tracker: Tracker, gfn_start: int, n_pages: int, plan: ThroughputPlan, turn: int = 0
 ) -> None:
-    """Harvest and re-arm a range as a plan says."""
+    """Harvest and re-arm a range according to a plan."""
     if plan.whole:
         tracker.harvest(gfn_start, n_pages)
         tracker.rearm(gfn_start, n_pages)
@@ -94,11 +94,11 @@ def paired_rates(
     free_s: float,
     seconds_of: Callable[[ThroughputPlan], float],
 ) -> dict[ThroughputPlan, list[Kept]]:
-    """Return the throughput kept under each plan, once a round.
+    """Return the relative throughput under each plan, once per round.
 
-    :param free_s: length of the segments without harvests, before and after each other one
+    :param free_s: length of the segments without harvests before and after each segment
     :param seconds_of: length of a plan's segment
-    :return: part of the mean of the two free segments around it
+    :return: throughput relative to the mean of the two adjacent segments without harvests
     """
     kept: dict[ThroughputPlan, list[Kept]] = {plan: [] for plan in plans}
     none = ThroughputPlan(0)
@@ -118,13 +118,13 @@ def paired_rates(
 def _epoch_rates(
     machine: Machine, tracker: Tracker, seconds: float, plan: ThroughputPlan
 ) -> tuple[float, float]:
-    """Let the guest run on and harvest it; the first harvest comes at the start.
+    """Harvest the running guest, with the first harvest at the start of the segment.
 
-    :return: epochs by second, and by second of the vCPUs' processor time
+    :return: epochs per second, and per second of the vCPUs' processor time
     """
     pause = threading.Event()
     gfn_end = machine.memory.gfn_end
-    # What the segment before cleared is paid for before this one begins.
+    # The guest takes the faults on pages cleared in the previous segment before this one.
     first, deadline = machine.doorbells, time.monotonic() + _SETTLE_S
     while machine.doorbells < first + 2 and time.monotonic() < deadline:
         pause.wait(0.001)
@@ -137,13 +137,13 @@ def _epoch_rates(
         next_one = start + turn / plan.rate if plan.rate else start + seconds
         pause.wait(max(0.0, min(left, next_one - time.perf_counter())))
     epochs = machine.doorbells - first
-    # A guest that waited all the time has used next to none of its own.
+    # A guest that only waited has used almost no processor time.
     cpu_s = max(_vcpu_seconds() - cpu_start, 1e-3)
     return epochs / (time.perf_counter() - start), epochs / cpu_s
 
 
 def _vcpu_seconds() -> float:
-    """Processor time that the threads of vCPUs have used; one machine at a time is measured."""
+    """Return the processor time of all vCPU threads; only one machine at a time is measured."""
     clocks = [
         time.pthread_getcpuclockid(thread.ident)
         for thread in threading.enumerate()
@@ -155,10 +155,10 @@ def _vcpu_seconds() -> float:
 def measure_steps(
     machine: Machine, tracker: Tracker, gfn_start: int, hot: int, repeats: int
 ) -> Steps:
-    """Time a scan, a re-arm and a warm and a re-faulting epoch of a guest that is stepped.
+    """Time a scan, a re-arm, a warm epoch and a re-faulting epoch of a stepped guest.
 
-    :param gfn_start: the guest touches ``hot`` pages from here on in every epoch
-    :raises RuntimeError: if the tracker misses one of them
+    :param gfn_start: first of the ``hot`` pages that the guest touches in every epoch
+    :raises RuntimeError: if the tracker misses one of these pages
     """
     gfn_end = machine.memory.gfn_end
     times: dict[str, list[float]] = {"scan": [], "rearm": [], "warm": [], "cold": []}
@@ -168,7 +168,7 @@ def measure_steps(
         start = time.perf_counter_ns()
         young = tracker.harvest(0, gfn_end, clear=False)
         scanned = time.perf_counter_ns()
-        # Clearing and re-arming are one act for pagemap and two for guestpt.
+        # pagemap clears and re-arms in one operation, guestpt in two.
         tracker.rearm(0, gfn_end, tracker.harvest(gfn_start, hot))
         done = time.perf_counter_ns()
         times["scan"].append(scanned - start)

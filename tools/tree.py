@@ -1,6 +1,6 @@
-"""All commands with their parsers, for what is made from them: help, completion, man pages.
+"""All commands with their parsers, for the generators of help, completion and man pages.
 
-Nothing is imported before a command's parser is asked for: starting a command stays light.
+A command's module is imported when its parser is requested, so that startup stays fast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Command", "commands", "find", "full_parser", "root_parser"]
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One command: the words that name it after ``kvmhost``, one line about it, its module."""
+    """One command: its words after ``kvmhost``, its one-line description, and its module."""
 
     words: tuple[str, ...]
     about: str
@@ -31,17 +31,17 @@ class Command:
 
     @property
     def children(self) -> Mapping[str, str]:
-        """Names that may follow, each with one line about it; their modules are in this one."""
+        """Return the one-line descriptions of the subcommands, by name."""
         module = importlib.import_module(self.module)
         return cast("Mapping[str, str]", getattr(module, "SUBCOMMANDS", {}))
 
     def parser(self) -> CommandParser:
-        """Return the parser of its arguments."""
+        """Return the parser of the command's arguments."""
         return cast(CommandParser, importlib.import_module(self.module).parser())
 
 
 def commands() -> Iterator[Command]:
-    """Iterate over all commands, each before those below it."""
+    """Iterate over all commands, each before its subcommands."""
     for name, (module, about) in COMMANDS.items():
         command = Command((name,), about, f"kvmhost.tools.{module}")
         yield command
@@ -50,7 +50,7 @@ def commands() -> Iterator[Command]:
 
 
 def find(words: Sequence[str]) -> Command:
-    """Return the command that words name.
+    """Return the command named by the words.
 
     :raises LayoutError: if there is none
     """
@@ -63,7 +63,7 @@ def find(words: Sequence[str]) -> Command:
 
 
 def root_parser() -> CommandParser:
-    """Return the parser of ``kvmhost`` alone: its options, and the commands by name."""
+    """Return the parser of ``kvmhost`` itself: its options, and the commands by name."""
     root, subparsers = _root()
     for name, (_, about) in COMMANDS.items():
         subparsers.add_parser(name, help=about.replace("%", "%%"), add_help=False)
@@ -71,7 +71,7 @@ def root_parser() -> CommandParser:
 
 
 def full_parser() -> CommandParser:
-    """Return one parser of everything: all commands with all of their arguments."""
+    """Return one parser with all commands and all of their arguments."""
     root, subparsers = _root()
     for name, (module, about) in COMMANDS.items():
         command = Command((name,), about, f"kvmhost.tools.{module}")
@@ -83,7 +83,7 @@ def full_parser() -> CommandParser:
     return root
 
 
-_Subparsers = argparse._SubParsersAction  # Its only name: add_subparsers() returns one.
+_Subparsers = argparse._SubParsersAction  # There is no public name.
 
 
 def _root() -> tuple[CommandParser, _Subparsers[CommandParser]]:
@@ -93,7 +93,7 @@ def _root() -> tuple[CommandParser, _Subparsers[CommandParser]]:
 
 
 def _add(subparsers: _Subparsers[CommandParser], command: Command) -> CommandParser:
-    """Add a command's parser, with the arguments of the command's own."""
+    """Add a command's parser with the command's arguments."""
     own = command.parser()
     return subparsers.add_parser(
         command.words[-1],

@@ -1,4 +1,4 @@
-"""One verdict per feature of kvmhost, out of the findings of ``kvmhost doctor``."""
+"""One verdict per feature of kvmhost, derived from the findings of ``kvmhost doctor``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Verdict", "verdicts"]
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether a feature works here.
+    """Whether a feature works on this host.
 
     :ivar why: how it works, or why it does not
-    :ivar remedy: what to do; empty where it works
+    :ivar remedy: how to fix it; empty if the feature works
     """
 
     feature: str
@@ -60,7 +60,7 @@ def _of(findings: _Findings, feature: str, area: str, name: str) -> Verdict:
 def _tracker(finding: Finding) -> Verdict:
     feature = f"tracker {finding.name}"
     if finding.works:
-        # What limits it stands in brackets, with a remedy: --all shows it.
+        # A limitation is shown in brackets; --all shows its remedy.
         return Verdict(feature, True, finding.found.partition(" (")[0])
     why, _, remedy = finding.found.removeprefix(f"{finding.name}: ").partition("; ")
     why = why.replace("need ", "it needs ", 1) if why.startswith("need ") else why
@@ -68,7 +68,7 @@ def _tracker(finding: Finding) -> Verdict:
 
 
 def _reclaim(findings: _Findings) -> Verdict:
-    """Evicting takes an engine, and a userfaultfd that brings pages back."""
+    """Eviction requires an engine, and a userfaultfd to fault pages back in."""
     engines = [_of(findings, "", "engine", name) for name in ("kvm", "emulated")]
     if not any(engine.works for engine in engines):
         return Verdict("reclaim", False, "no engine works", engines[0].remedy)

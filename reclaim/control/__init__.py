@@ -1,1 +1,1 @@
-"""The daemon's own socket, and what it tells the system's service manager."""
+"""The daemon's control socket: server, client, metrics, and lru_gen commands."""

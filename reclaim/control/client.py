@@ -21,15 +21,15 @@ __all__ = ["DaemonClient"]
 
 
 class DaemonClient(Caller):
-    """Talks to one daemon.
+    """A connection to one daemon.
 
     Every method raises what :class:`~kvmhost.control.client.Client` raises.
 
-    :param daemon: its name, or the path of its socket
+    :param daemon: name of the daemon, or path of its socket
     :raises LayoutError: for a bad name
     """
 
-    #: Metrics and decisions of many VMs.
+    #: Large enough for the metrics and decisions of many VMs.
     max_answer_bytes = 64 << 20
 
     def __init__(self, daemon: str | Path, *, timeout_s: float = 60.0) -> None:
@@ -39,9 +39,9 @@ class DaemonClient(Caller):
 
     @classmethod
     def of_vm(cls, vm: str) -> Self:
-        """Find the daemon that looks after a VM: the VM knows.
+        """Find the daemon that manages a VM, by asking the VM.
 
-        :raises VmGoneError: if there is no such VM, or nobody looks after it
+        :raises VmGoneError: if there is no such VM, or no daemon manages it
         """
         with Client(vm) as client:
             lease = client.lease()
@@ -50,7 +50,7 @@ class DaemonClient(Caller):
         return cls(Path(lease.socket))
 
     def status(self) -> answers.DaemonStatus:
-        """Return how the daemon and its VMs are."""
+        """Return the status of the daemon and its VMs."""
         return self._get("status", answers.DaemonStatus)
 
     def metrics(self) -> str:
@@ -64,25 +64,25 @@ class DaemonClient(Caller):
     def decisions(
         self, n: int = 100, *, vm: str | None = None, gfn: int | None = None, after: int = 0
     ) -> list[Decision]:
-        """Return the last decisions, the oldest first."""
+        """Return the latest decisions, the oldest first."""
         given = {"n": n, "vm": vm, "gfn": gfn, "after": after}
         query = {name: value for name, value in given.items() if value is not None}
         answer = self._call("GET", "decisions", params=query)
         return self._read(answer, answers.DecisionList).decisions
 
     def page(self, vm: str, gfn: int) -> answers.PageAnswer:
-        """Return what the daemon knows of one page."""
+        """Return what the daemon knows about one page."""
         answer = self._call("GET", "page", params={"vm": vm, "gfn": gfn})
         return self._read(answer, answers.PageAnswer)
 
     def show_lru_gen(self, vm: str | None = None) -> str:
-        """Return the generations of one VM, or of all."""
+        """Return the generations of one VM, or of all VMs."""
         query = {} if vm is None else {"vm": vm}
         answer = self._call("GET", "lru_gen", params=query)
         return self._read(answer, answers.CommandAnswer).text
 
     def run_lru_gen(self, command: str) -> int:
-        """Run commands of lru_gen's text interface; return how many pages went."""
+        """Run commands of lru_gen's text interface; return the number of evicted pages."""
         body = schema.encode(answers.CommandRequest(command))
         headers = {"Content-Type": "application/json"}
         answer = self._call("POST", "lru_gen", content=body, headers=headers)

@@ -16,7 +16,7 @@ __all__ = ["run_text", "show_text"]
 
 
 class _SessionWork:
-    """What a command makes a session do. The caller holds the session's lock."""
+    """Runs a command on a session. The caller holds the session's lock."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -30,7 +30,7 @@ class _SessionWork:
         return self._session.pages.candidates
 
     def evict(self, gfns: Gfns) -> int:
-        """Evict pages, as a pass does."""
+        """Evict pages in the same way as a pass."""
         session = self._session
         outcomes = session.evictor.evict(
             gfns, EvictReason.COMMAND, EvictReason.COMMAND.text, passes=session.passes
@@ -41,7 +41,7 @@ class _SessionWork:
 def show_text(sessions: Sequence[Session], vm: str | None) -> str:
     """Return the generations of one VM, or of all VMs with the policy lru_gen.
 
-    :raises LayoutError: if the VM is not managed, or has another policy
+    :raises LayoutError: if the VM is not managed, or uses another policy
     """
     text = ""
     for number, session in enumerate(sessions, 1):
@@ -58,7 +58,7 @@ def show_text(sessions: Sequence[Session], vm: str | None) -> str:
 
 
 def run_text(sessions: Sequence[Session], text: str) -> int:
-    """Run commands, after all of them have been parsed; return pages evicted.
+    """Parse all commands, then run them; return the number of evicted pages.
 
     :raises LayoutError: naming the command and what is wrong with it
     """

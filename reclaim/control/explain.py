@@ -1,4 +1,4 @@
-"""Explain one page: what the daemon knows about it, and what it would do with it now."""
+"""Explain one page: its state, and what the next pass would do with it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The daemon's metrics, as Prometheus text.
 
 They are read from the sessions on each scrape, so the metrics of a VM end with the VM.
-Names end in their unit; counters, in ``_total``. :data:`PER_VM` and :data:`PER_HOST`
-list them, and docs/reclaimd.md has the table.
+Names end in the unit, and counters in ``_total``. :data:`PER_VM` and :data:`PER_HOST`
+list the metrics, and docs/reclaimd.md describes them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kvmhost.units import PAGE_BYTES
 __all__ = ["PER_HOST", "PER_VM", "Family", "Metrics", "names"]
 
 
-#: Values by the label that a family has besides ``vm``.
+#: Values by the value of the label other than ``vm``.
 Values = dict[str, float]
 
 
@@ -36,8 +36,8 @@ class Family:
     """One metric.
 
     :param kind: ``gauge`` or ``counter``
-    :param label: a label besides ``vm``; empty for none
-    :param read: reads the value from a session, or from a daemon
+    :param label: a label in addition to ``vm``; empty for none
+    :param read: function that reads the value from a session or a daemon
     """
 
     name: str
@@ -65,7 +65,7 @@ def _pager(name: str, scale: float = 1.0) -> Callable[[Session], float]:
 
 
 def _ages(session: Session) -> Values:
-    """Return pages by age in generations: 0 is the youngest one."""
+    """Return the number of pages by age in generations; 0 is the youngest generation."""
     generations = session.last.generations if session.last is not None else []
     return {str(age): float(pages) for age, (_, pages) in enumerate(reversed(generations))}
 
@@ -281,7 +281,7 @@ class Metrics:
         ProcessCollector(namespace="reclaimd", registry=self.registry)
 
     def text(self) -> bytes:
-        """Return all of them in Prometheus text format."""
+        """Return all metrics in Prometheus text format."""
         return generate_latest(self.registry)
 
 
@@ -323,7 +323,7 @@ def _filled(
 
 
 def _latency(sessions: list[Session]) -> Metric:
-    """Return the VMs' histograms of fault-in times; bucket ``b`` ends at ``2**(b + 1)`` ns."""
+    """Return the fault-in latency histograms; bucket ``b`` ends at ``2**(b + 1)`` ns."""
     about = "time to restore a page, in the VM's fault handler"
     metric = HistogramMetricFamily(_LATENCY, about, labels=["vm"])
     for session in sessions:

@@ -1,7 +1,7 @@
-"""Where a daemon's own socket is: beside those of the VMs, under a name that no VM can have.
+"""Paths of daemon sockets: in the directory of the VM sockets, with names that VMs cannot have.
 
-A daemon is ``pid-N`` unless it is given a name. As with VMs, a lock that lives as long
-as the process tells a socket in use from a leftover.
+The default name of a daemon is ``pid-N``. As for VMs, the process holds a lock while it
+runs, which distinguishes a socket in use from a stale one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_PATH_BYTES = 107
 
 
 def socket_of(name: str) -> Path:
-    """Return the socket of the daemon of that name.
+    """Return the path of the socket of the daemon with that name.
 
     :raises LayoutError: for a bad name, or a path too long for a unix socket
     """
@@ -38,22 +38,22 @@ def socket_of(name: str) -> Path:
 
 
 def lock_daemon(name: str) -> NameLock:
-    """Take a daemon's name.
+    """Lock a daemon's name.
 
-    :raises NameInUseError: if a daemon of that name runs already
+    :raises NameInUseError: if a daemon with that name is already running
     """
     return NameLock(name, socket_of(name).with_suffix(".lock"))
 
 
 def daemon_names() -> list[str]:
-    """Return the names of the daemons whose sockets are there, sorted; some may be dead."""
+    """Return the names of the daemons whose sockets exist, sorted; some sockets may be stale."""
     with open_runtime_dir() as folder:
         found = files_in(folder, re.compile(rf"{re.escape(_PREFIX)}.*\.sock"))
     return [name.removeprefix(_PREFIX).removesuffix(".sock") for name in found]
 
 
 def sweep() -> None:
-    """Remove what daemons left behind that were killed."""
+    """Remove the files that killed daemons left behind."""
     directory = runtime_dir()
     with open_runtime_dir() as folder:
         locks = files_in(folder, re.compile(rf"{re.escape(_PREFIX)}.*\.lock"))

@@ -30,7 +30,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DecisionQuery(_Strict, frozen=True):
-    """Query of ``GET /v1/decisions``: the last ``n``, of a VM, about a page, since a number."""
+    """Query of ``GET /v1/decisions``: the latest ``n``, by VM, by gfn, after a number."""
 
     n: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 100
     vm: str | None = None
@@ -58,20 +58,20 @@ class CommandRequest(_Strict, frozen=True):
 
 
 class CommandAnswer(msgspec.Struct, frozen=True):
-    """Answer of ``/v1/lru_gen``."""
+    """Response of ``/v1/lru_gen``."""
 
     text: str
     pages: int = 0
 
 
 class DecisionList(msgspec.Struct, frozen=True):
-    """Answer of ``GET /v1/decisions``, the oldest first."""
+    """Response of ``GET /v1/decisions``, the oldest first."""
 
     decisions: list[Decision]
 
 
 class VmStatus(msgspec.Struct, frozen=True):
-    """One VM. ``budget_bytes`` is 0 if there is none; ``why`` is the last pass's reason."""
+    """One VM. ``budget_bytes`` is 0 without a budget; ``why`` is the reason of the last pass."""
 
     vm: str
     policy: str
@@ -95,7 +95,7 @@ class HostStatus(msgspec.Struct, frozen=True):
 
 
 class DaemonStatus(msgspec.Struct, frozen=True):
-    """Answer of ``GET /v1/status``."""
+    """Response of ``GET /v1/status``."""
 
     name: str
     pid: int
@@ -106,9 +106,9 @@ class DaemonStatus(msgspec.Struct, frozen=True):
 
 
 class PageAnswer(msgspec.Struct, frozen=True):
-    """Answer of ``GET /v1/page``: what the daemon knows about one page of one VM.
+    """Response of ``GET /v1/page``: what the daemon knows about one page of one VM.
 
-    :param policy: the policy's state of the page, by name
+    :param policy: state of the page in the policy, by name
     :param verdict: what the next pass would do with the page, and why
     :param story: None if no page history is kept
     """

@@ -1,4 +1,4 @@
-"""The daemon's own socket: status, decisions, pages, metrics, commands.
+"""Server of the daemon's control socket: status, decisions, pages, metrics, commands.
 
 =========================== ===========================================================
 ``GET  /metrics``           Prometheus text
@@ -10,7 +10,7 @@
 ``POST /v1/lru_gen``        commands, as the kernel's file takes them
 =========================== ===========================================================
 
-The same server as a VM's control socket, with the same bounds on connections and requests.
+It is the server of a VM's control socket, with the same bounds on connections and requests.
 Requests that wait for the end of a pass run in a worker thread, with a timeout.
 """
 
@@ -51,16 +51,16 @@ _TEXT = "text/plain"
 #: The format that Prometheus 2 and later parse; `text` writes it.
 _METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_BODY_BYTES = 128 << 10
-#: What a long answer counts for, and all of them together.
+#: Size that a long response counts as, and bound on their sum.
 _LARGE_REPLY_BYTES, _MAX_BYTES_IN_FLIGHT = 1 << 20, 8 << 20
-#: How long a request may wait for the running pass.
+#: Maximum time that a request waits for the running pass.
 _WAIT_S = 20.0
 
 
 class DaemonServer(SocketServer):
     """Serves the socket of one daemon. Close it after the daemon has ended.
 
-    :param lock: the daemon's name, held; released by :meth:`close`
+    :param lock: lock of the daemon's name; :meth:`close` releases it
     """
 
     def __init__(self, daemon: Daemon, metrics: Metrics, lock: NameLock, **settings: Any) -> None:
@@ -77,7 +77,7 @@ class DaemonServer(SocketServer):
 class MetricsServer(LoopbackServer):
     """Serves ``/metrics`` on a port of the loopback interface, to every user of the host.
 
-    :raises OSError: from ``start``, if the port is taken
+    :raises OSError: from ``start``, if the port is in use
     """
 
     def __init__(self, metrics: Metrics, port: int, **settings: Any) -> None:
@@ -88,7 +88,7 @@ class MetricsServer(LoopbackServer):
 
 
 class _MetricsRoutes:
-    """The one route of the port; a handler of :mod:`kvmhost.control.handler`."""
+    """The only route of the port; a handler of :mod:`kvmhost.control.handler`."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -96,11 +96,11 @@ class _MetricsRoutes:
         self.max_body_bytes, self.max_bytes_in_flight = 0, _MAX_BYTES_IN_FLIGHT
 
     def reply_bound(self, path: str) -> int:
-        """Return the share of an answer that grows with the VMs."""
+        """Return the bound on the part of a response that grows with the number of VMs."""
         return _LARGE_REPLY_BYTES
 
     def has_kept_slot(self, peer: Peer) -> bool:
-        """Nobody but root has one here."""
+        """Return False: no slot is reserved here, except for root."""
         return False
 
     def find(self, method: str, path: str) -> Route:
@@ -151,15 +151,15 @@ class _Routes:
 
     @property
     def max_bytes_in_flight(self) -> int:
-        """Bodies and answers of all connections together."""
+        """Bound on the bodies and responses of all connections."""
         return _MAX_BYTES_IN_FLIGHT
 
     def reply_bound(self, path: str) -> int:
-        """Return the share of an answer that grows with VMs, decisions or generations."""
+        """Return the bound on the part of a response that grows with VMs or stored data."""
         return _LARGE_REPLY_BYTES if path in ("/metrics", "/v1/decisions", "/v1/lru_gen") else 0
 
     def has_kept_slot(self, peer: Peer) -> bool:
-        """Nobody holds a lease on a daemon."""
+        """Return False: a daemon has no leases."""
         return False
 
     def find(self, method: str, path: str) -> Route:
@@ -252,7 +252,7 @@ class _Routes:
 
 
 def _locked(session: Session, call: Callable[[], Any]) -> Any:
-    """Call between two passes.
+    """Call a function between two passes.
 
     :raises Problem: 503 if the running pass does not end in time
     """

@@ -1,1 +1,1 @@
-"""Records from and to the formats of other programs: DAMON, KVM dirty logs, plain text."""
+"""Import and export of records: DAMON, KVM dirty logs, plain text."""

@@ -1,4 +1,4 @@
-"""What the formats share: windows on their way into a record, and bounded reading."""
+"""Functions shared by the formats: windows to be written to a record, and bounded reading."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = [
     "write_record",
 ]
 
-#: Text of records that unpacks to more than so many times its size, and to more than so
-#: many bytes, was made to fill memory.
+#: Compressed text is refused as a decompression bomb if it expands by more than this factor
+#: and to more than this number of bytes.
 _UNPACKED_RATIO, _UNPACKED_BYTES = 256, 16 << 20
-#: Pages that a file of any size may have: 64 GiB of memory. And how many more for each of
-#: its bytes; 1 TiB then needs half a megabyte, of which a real recording has many.
+#: Pages allowed for a file of any size (64 GiB of memory), and additional pages per byte of
+#: the file; 1 TiB then requires half a megabyte, and real recordings are much larger.
 _FREE_PAGES, _PAGES_PER_BYTE = 1 << 24, 512
-#: The same for the sum of the pages of all windows.
+#: The same limits for the sum of the pages of all windows.
 _FREE_WINDOW_PAGES, _WINDOW_PAGES_PER_BYTE = 1 << 30, 1 << 16
-#: A file to import, unpacked, is at most so large.
+#: Maximum size of an imported file after decompression.
 MAX_FILE_BYTES = 1 << 30
 
-#: A bitmap is searched for runs in parts of this size.
+#: Runs of a bitmap are found in parts of this size.
 _PART_WORDS = 1 << 16
 _ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
@@ -49,7 +49,7 @@ Edges = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class ImportedWindow:
-    """One window, as the record shall have it."""
+    """One window to be written to the record."""
 
     bitmap: YoungBitmap
     wall_ns: int = 0
@@ -58,9 +58,9 @@ class ImportedWindow:
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """A file that was read. ``windows`` is read once.
+    """The content of an imported file. ``windows`` can be iterated only once.
 
-    :ivar remark: what the user should know about what was read
+    :ivar remark: a note for the user about the import
     """
 
     gfn_start: int
@@ -73,11 +73,11 @@ class Imported:
 
 
 def write_record(found: Imported, path: Path, origin: str) -> int:
-    """Write what was read as a record; return how many windows it has.
+    """Write imported windows as a record; return the number of windows.
 
-    Nothing is left at ``path`` if the file turns out to be damaged on the way.
+    No file is left at ``path`` if the imported file turns out to be damaged.
 
-    :param origin: where it comes from, for the record's facts
+    :param origin: source of the import, for the record's facts
     """
     windows = iter(found.windows)
     first = next(windows, None)
@@ -110,9 +110,9 @@ def write_record(found: Imported, path: Path, origin: str) -> int:
 
 
 def read_bounded(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """Return a file's bytes, unpacked if they are zlib's.
+    """Return the content of a file, decompressed if it is a zlib stream.
 
-    :raises RecordError: if there are more than ``most_bytes``, or they are damaged
+    :raises RecordError: if it is larger than ``most_bytes``, or damaged
     """
     try:
         raw = read_regular(path, most_bytes)
@@ -135,9 +135,9 @@ def read_bounded(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
 
 
 def check_pages(n_pages: int, path: Path, offset: int | None = None) -> None:
-    """Refuse more pages than a record can have.
+    """Check that a record can have this number of pages.
 
-    :raises RecordError: if so
+    :raises RecordError: if it cannot
     """
     if not 0 <= n_pages <= MAX_PAGES:
         problem = f"{n_pages} pages: a record has at most {MAX_PAGES}"
@@ -145,11 +145,11 @@ def check_pages(n_pages: int, path: Path, offset: int | None = None) -> None:
 
 
 def check_cost(n_pages: int, n_windows: int, n_bytes: int, path: Path) -> None:
-    """Refuse a file that would take memory and time out of proportion to its size.
+    """Refuse a file whose import would need memory and time out of proportion to its size.
 
     :param n_pages: pages of the largest window
-    :param n_bytes: of the file, unpacked
-    :raises RecordError: if so
+    :param n_bytes: size of the file after decompression
+    :raises RecordError: if the file is refused
     """
     check_pages(n_pages, path)
     most = max(_FREE_PAGES, _PAGES_PER_BYTE * n_bytes)
@@ -163,15 +163,15 @@ def check_cost(n_pages: int, n_windows: int, n_bytes: int, path: Path) -> None:
 
 
 def ranges_of(words: Words, n_pages: int) -> tuple[Edges, Edges]:
-    """Return first and end page of the runs of a bitmap, counted from its start.
+    """Return the start and end pages of the runs of a bitmap, relative to its start.
 
-    Takes memory for the runs and for a part of the bitmap, not for each page.
+    It needs memory for the runs and for a part of the bitmap, not for each page.
     """
     words = words.astype("<u8", copy=False)
     edges, carry = [np.zeros(0, dtype=np.int64)], np.uint64(0)
     for first in range(0, len(words), _PART_WORDS):
         part = words[first : first + _PART_WORDS]
-        # Bit i is set where bit i differs from the one before it.
+        # Bit i is set if bit i differs from bit i - 1.
         before = np.concatenate([[carry], part[:-1] >> np.uint64(63)]).astype(np.uint64)
         changed = part ^ (part << np.uint64(1) | before)
         carry = part[-1] >> np.uint64(63)
@@ -187,13 +187,13 @@ def ranges_of(words: Words, n_pages: int) -> tuple[Edges, Edges]:
 
 
 def bitmap_of_ranges(ranges: Iterable[tuple[int, int]], n_pages: int) -> Words:
-    """Return the bitmap of runs of pages; they may overlap and lie in any order."""
+    """Return the bitmap of ranges of pages, which may overlap and be in any order."""
     words = np.zeros(n_words(n_pages), dtype=np.uint64)
     for first, end in ranges:
         if first >= end:
             continue
         low, high = first // 64, (end - 1) // 64
-        # Bits of the first word from the range's start on, and of the last up to its end.
+        # Bits of the first word from the start of the range, and of the last up to its end.
         head, tail = _ONES << np.uint64(first % 64), _ONES >> np.uint64(63 - (end - 1) % 64)
         if low == high:
             words[low] |= head & tail

@@ -1,10 +1,10 @@
-"""DAMON's record, as ``damo report`` reads it: JSON, or that in a zlib stream.
+"""DAMON records, as read by ``damo report``: JSON, or JSON in a zlib stream.
 
-One window is a snapshot, and pages are physical addresses. A region is a run of pages
-that were young, or not, for the same number of windows: ``nr_accesses`` is 1 sample of
-1 or 0, ``age`` is for how many windows before this one that was so. What DAMON has no
-place for stands under a key of its own, which damo does not look at: with it, a record
-that is exported and imported is the same.
+One window is one snapshot, and pages are physical addresses. A region is a run of pages
+that were young, or old, for the same number of windows: ``nr_accesses`` is 1 or 0 of 1
+sample, and ``age`` is the number of preceding windows with the same value. Data that DAMON
+has no field for is stored under a separate key, which damo ignores; with it, exporting
+and importing a record preserves it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from kvmhost.reclaim.record.writer import Cost
 __all__ = ["export", "read"]
 
 _EXTRA = "kvmhost_young"
-#: What damo writes for people has thousands separators.
+#: Numbers in damo's human-readable output have thousands separators.
 _NUMBER = re.compile(r"-?[\d,]{1,26}")
 _CONVERT = (
     "convert it: damo convert_record_format --record_file FILE --format json_compressed "
     "--output_file OUT"
 )
-#: Files that damo and perf write beside JSON: first bytes, what it is, what to do.
+#: Other file formats of damo and perf: first bytes, description, remedy.
 _OTHER_FILES = (
     (b"PERFILE2", "perf data of damo record", _CONVERT),
     (b"damon_recfmt_ver", "damo's old binary record", _CONVERT),
@@ -105,9 +105,9 @@ def export(
     *,
     compress: bool = False,
 ) -> None:
-    """Write windows as DAMON's record, a snapshot at a time.
+    """Write windows as a DAMON record, one snapshot at a time.
 
-    :param compress: as a zlib stream, damo's ``json_compressed``
+    :param compress: write a zlib stream, which damo calls ``json_compressed``
     """
     packer = zlib.compressobj() if compress else None
 
@@ -194,15 +194,15 @@ def read(
 ) -> Imported:
     """Read the snapshots of one target of a DAMON record.
 
-    A page is young in a snapshot if a region on it has any accesses. Where DAMON
-    wrote the file, its bits are as coarse as its regions.
+    A page is young in a snapshot if a region that covers it has any accesses. In a file
+    written by DAMON, bits are as coarse as its regions.
 
     :param target: ``target_id`` of the record to read; None: the only one
-    :param gfn_range: ``[start, end)`` to read; None: all regions, or where gaps between them make
-        that more than a record can hold, the largest run of adjoining regions, which
-        :attr:`Imported.remark` then says
-    :raises RecordError: if it is none, or damaged, or holds more than ``most_bytes``
-    :raises LayoutError: if several targets or none match, or nothing lies in the range
+    :param gfn_range: ``[start, end)`` to read; None: all regions, or, if the gaps between them
+        exceed the size of a record, the largest run of adjoining regions, which
+        :attr:`Imported.remark` then reports
+    :raises RecordError: if it is not a DAMON record, damaged, or larger than ``most_bytes``
+    :raises LayoutError: if not exactly one target matches, or no region is in the range
     """
     raw = read_bounded(path, most_bytes)
     whole = _choose(_decode(raw, path), path, target)
@@ -262,7 +262,7 @@ def _extent(
     gfn_range: tuple[int, int] | None,
     path: Path,
 ) -> tuple[int, int, str]:
-    """Return the gfns ``[first, end)`` to import, and what is to be said about the choice."""
+    """Return the gfns ``[first, end)`` to import, and a remark about the choice."""
     runs = _adjoining({span for regions in spans for span in regions if span[0] < span[1]})
     if gfn_range is not None:
         first, end = gfn_range
@@ -290,7 +290,7 @@ def _extent(
 
 
 def _adjoining(spans: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the union of ranges as runs without gaps, ascending."""
+    """Return the union of ranges as runs without gaps, in ascending order."""
     runs: list[tuple[int, int]] = []
     for a, b in sorted(spans):
         if runs and a <= runs[-1][1]:
@@ -364,6 +364,6 @@ def _number(value: object, path: Path, where: str) -> int:
     else:
         raise RecordError(str(path), where, f"{str(value)[:80]!r} is no number")
     if abs(number) >= 1 << 63:
-        # Addresses go up to 2**64, times do not; both fit what follows.
+        # Addresses are at most 2**64, times are smaller; later code accepts both.
         number = min(max(number, -(1 << 64)), 1 << 64)
     return number

@@ -1,8 +1,8 @@
-"""KVM dirty bitmaps: a directory of one file a window, as ``KVM_GET_DIRTY_LOG`` fills it.
+"""KVM dirty bitmaps: a directory with one file per window, as ``KVM_GET_DIRTY_LOG`` fills it.
 
-Each file holds little-endian 64-bit words, bit ``i`` of word ``w`` for page
-``64 * w + i``; ``index.json`` says which pages and which times. Single files of
-another program, without an index, can be imported too: each is a window.
+Each file contains little-endian 64-bit words; bit ``i`` of word ``w`` is page
+``64 * w + i``. ``index.json`` contains the page range and the times. Single files of
+other programs, without an index, can be imported too: each file is one window.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 def export(record: YoungRecord, directory: Path, first: int = 0, end: int | None = None) -> None:
-    """Write windows as files in a new directory; the index comes last.
+    """Write windows as files in a new directory; the index is written last.
 
-    :raises HostError: if they cannot be written; nothing is left then
+    :raises HostError: if a file cannot be written; the directory is removed then
     """
     with new_directory(directory) as partial:
         _export(record, partial, first, end)
@@ -104,7 +104,7 @@ def _export(record: YoungRecord, directory: Path, first: int, end: int | None) -
 def read(directory: Path) -> Imported:
     """Read a directory with an index.
 
-    :raises RecordError: if the index is damaged, or a file does not fit it
+    :raises RecordError: if the index is damaged, or a file does not match it
     """
     path = directory / INDEX_FILE
     try:
@@ -137,9 +137,9 @@ def read_any(
 def read_files(
     files: Sequence[Path], gfn_start: int = 0, n_pages: int | None = None, interval_s: float = 1.0
 ) -> Imported:
-    """Read single bitmaps, one a window, in the order given; made-up times.
+    """Read single bitmaps as windows, in the order given, with synthetic times.
 
-    :param n_pages: None: as many as the longest file has bits
+    :param n_pages: number of pages; None: the number of bits of the longest file
     """
     step = round(interval_s * 1e9)
     most = max((file.stat().st_size for file in files if file.is_file()), default=0) * 8
@@ -156,7 +156,7 @@ def read_files(
 
 
 def _bytes_of(index: _Index, directory: Path) -> int:
-    """Return the size of the bitmaps that an index names, each counted once."""
+    """Return the total size of the bitmaps that an index names, each counted once."""
     names = {name for window in index.windows for name in (window.file, window.coarse_file)}
     sizes = 0
     for name in names:
@@ -169,7 +169,7 @@ def _indexed(index: _Index, directory: Path) -> Iterator[ImportedWindow]:
     for window in index.windows:
         check_pages(window.n_pages, directory / INDEX_FILE)
         for name in (window.file, window.coarse_file):
-            # Nothing but names: an index must not reach files outside its directory.
+            # Plain names only: an index must not refer to files outside its directory.
             if name and not _NAME.fullmatch(name):
                 problem = f"{name[:80]!r} is no file name"
                 raise RecordError(str(directory / INDEX_FILE), "file", problem)
@@ -203,7 +203,7 @@ def _words(path: Path, n_pages: int) -> Words:
 def read_bounded_plain(path: Path) -> bytes:
     """Return a bitmap's bytes.
 
-    :raises RecordError: if there are more than a record can have
+    :raises RecordError: if it is larger than a record can be
     """
     try:
         return read_regular(path, MAX_PAGES // 8 + 4096)

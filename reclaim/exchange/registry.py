@@ -20,13 +20,13 @@ __all__ = ["EXPORTS", "IMPORTS", "ExchangeFormat", "export", "read"]
 class ExchangeFormat:
     """One format in one direction.
 
-    :param about: one line for people
+    :param about: one-line description
     :param target: ``module:function`` in this package. An exporter takes the record, a
         binary file (a path if ``is_directory``), the first and the end window, and
         ``options``, and returns the number of gfns if it writes a list of them. An importer
         takes a path, or all paths if it ``reads_many``, and ``options``.
-    :param options: arguments of the function that the format fixes
-    :param takes: names of options that the caller may give
+    :param options: arguments of the function that are fixed by the format
+    :param takes: names of the options that the caller may pass
     """
 
     about: str
@@ -88,7 +88,7 @@ IMPORTS = {
 def export(
     name: str, record: YoungRecord, out: Path, first: int, end: int, **options: Any
 ) -> int | None:
-    """Write windows ``[first, end)``; return how many gfns were listed, None for windows.
+    """Write windows ``[first, end)``; return the number of gfns listed, or None for windows.
 
     :raises OSError: if the output cannot be written
     """

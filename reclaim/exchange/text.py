@@ -7,8 +7,9 @@
     0x400 0x480
     coarse 0x400 0x480
 
-A range is ``[first, end)``. Without ``window`` lines all ranges are one window; a list
-of gfns is the same with one number a line. Numbers are decimal, or hex with 0x.
+A range is ``[first, end)``. Without ``window`` lines, all ranges belong to one window. A
+list of gfns is one window too, with one number per line. Numbers are decimal, or
+hexadecimal with 0x.
 """
 
 from __future__ import annotations
@@ -80,11 +81,11 @@ def export_ranges(
 def working_set_gfns(
     record: YoungRecord, first: int = 0, end: int | None = None, min_share: float = 0.0
 ) -> npt.NDArray[np.int64]:
-    """Return the working set of some windows, what was young most often first.
+    """Return the working set of some windows, ordered from most to least often young.
 
-    That is the order in which to bring pages back where there is not time for all.
+    This is the order in which to fault pages in if there is not enough time for all.
 
-    :param min_share: leave out what was young in a smaller share of the windows
+    :param min_share: leave out pages that were young in a smaller share of the windows
     """
     end = len(record) if end is None else end
     counts = record.between(first, end, "count").astype(np.int64)
@@ -93,7 +94,7 @@ def working_set_gfns(
 
 
 def export_gfns(gfns: npt.NDArray[np.int64], out: IO[bytes], *, binary: bool = False) -> None:
-    """Write a list of gfns: hex, one a line, or little-endian 64-bit numbers."""
+    """Write a list of gfns: hexadecimal, one per line, or little-endian 64-bit numbers."""
     if binary:
         out.write(gfns.astype("<u8").tobytes())
         return
@@ -119,7 +120,7 @@ def export_working_set(
 def read(path: Path) -> Imported:
     """Read ranges by window, or a list of gfns.
 
-    :raises RecordError: with the offset of the first line that is neither
+    :raises RecordError: with the offset of the first invalid line
     """
     head: dict[str, str] = {}
     windows: list[_Window] = []

@@ -1,1 +1,1 @@
-"""Where the wish for free memory comes from: budgets and cgroups."""
+"""Sources of memory pressure: budgets, cgroups and pressure stall information."""

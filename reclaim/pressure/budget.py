@@ -1,9 +1,9 @@
-"""A resident budget: how many pages have to go, and when.
+"""The resident budget of a VM: when to evict, and how many pages.
 
-Three levels, highest first. The **budget** itself is a hard limit, which the VM
-holds in its own fault handler. Above the **high** mark the daemon evicts in the
-background, down to the **low** mark; so between two passes a guest can grow by
-budget minus low before a fault of its own has to wait for an eviction.
+There are three levels, highest first. The **budget** is a hard limit, which the VM
+enforces in its fault handler. Above the **high** mark the daemon evicts in the
+background, down to the **low** mark. Between two passes a guest can therefore grow by
+budget minus low before one of its faults must wait for an eviction.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kvmhost.units import PAGE_BYTES
 
 __all__ = ["DEFAULT_HIGH", "DEFAULT_LOW", "Budget"]
 
-#: Marks as shares of the budget, where none are given.
+#: Default marks as shares of the budget.
 DEFAULT_HIGH, DEFAULT_LOW = 0.95, 0.85
 
 
@@ -24,9 +24,9 @@ class Budget:
     """Resident memory that one VM may have.
 
     :param max_bytes: the hard limit
-    :param high_bytes: evict above this
-    :param low_bytes: down to this
-    :raises LayoutError: unless 0 < low <= high <= max, and max is a page at least
+    :param high_bytes: usage above which the daemon evicts
+    :param low_bytes: usage down to which the daemon evicts
+    :raises LayoutError: unless 0 < low <= high <= max, and max is at least one page
     """
 
     max_bytes: int
@@ -46,7 +46,7 @@ class Budget:
     def of(
         cls, max_bytes: int, high_bytes: int | None = None, low_bytes: int | None = None
     ) -> Budget:
-        """Make a budget; marks that are not given are shares of it, in order.
+        """Make a budget; marks that are not given are the default shares of it, kept in order.
 
         :raises LayoutError: as the class
         """
@@ -55,7 +55,7 @@ class Budget:
         return cls(max_bytes, high, low)
 
     def excess_pages(self, resident_pages: int) -> int:
-        """Return how many pages have to go now; 0 up to the high mark."""
+        """Return the number of pages to evict now; 0 up to the high mark."""
         if resident_pages * PAGE_BYTES <= self.high_bytes:
             return 0
         return resident_pages - self.low_bytes // PAGE_BYTES

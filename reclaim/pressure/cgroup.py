@@ -1,4 +1,4 @@
-"""Memory cgroups, version 1 and 2: a child with a limit, for as long as it is needed.
+"""Memory cgroups, version 1 and 2: a temporary child cgroup with a limit.
 
 ======================= =========================== ==============================
                         version 1                   version 2
@@ -14,11 +14,11 @@ limits of the hierarchy memory.limit_in_bytes of    memory.max and memory.high o
                         hierarchical_memory_limit
 ======================= =========================== ==============================
 
-A cgroup is held to the limits of all cgroups above it as well; the one with the least
-memory left (:meth:`MemoryCgroup.tightest`) is what its processes will meet first.
+The limits of all ancestors apply to a cgroup as well; its processes reach the limit with
+the least memory left (:meth:`MemoryCgroup.tightest`) first.
 
-A parent is looked for at the mount's root, then at this process's own cgroup and
-what is above it; the first where a child with a memory limit can be made is taken.
+The parent is the first cgroup in which a child with a memory limit can be created, of the
+root of the mount, the cgroup of this process, and the ancestors of that cgroup.
 
 >>> with MemoryCgroup.create("demo", limit_bytes=64 << 20) as group:  # doctest: +SKIP
 ...     group.add_pid(pid)
@@ -41,20 +41,20 @@ from kvmhost.reclaim.pressure.kernelfiles import KernelFiles
 
 __all__ = ["CgroupLimit", "MemoryCgroup", "Parent", "find_parent"]
 
-#: How long a cgroup may stay busy after its last process has been reaped.
+#: Maximum time that a cgroup stays busy after its last process has been reaped.
 _REMOVE_S = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-    """What the control files are called."""
+    """Names of the control files."""
 
     limit: str
     swap_limit: str
     usage: str
     peak: str
     events: str
-    #: Files of which each limits memory.
+    #: Files that each contain a limit on memory.
     limits: tuple[str, ...]
     inactive_file: str
 
@@ -83,11 +83,11 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class CgroupLimit:
-    """A limit that a cgroup is held to, and the usage that counts against it.
+    """A limit that applies to a cgroup, and the usage that counts against it.
 
-    :ivar path: cgroup that has the limit: the one asked about, or one above it
-    :ivar file: control file that has it
-    :ivar needed_bytes: that cgroup's usage, as :meth:`MemoryCgroup.needed_bytes` has it
+    :ivar path: cgroup that has the limit: the given cgroup, or an ancestor of it
+    :ivar file: control file that contains the limit
+    :ivar needed_bytes: usage of that cgroup, see :meth:`MemoryCgroup.needed_bytes`
     """
 
     path: str
@@ -96,22 +96,22 @@ class CgroupLimit:
     needed_bytes: int
 
     def excess_bytes(self, share: float = 1.0) -> int:
-        """Return how far the usage is above a share of the limit; negative below it."""
+        """Return the usage minus a share of the limit; negative below it."""
         return self.needed_bytes - int(self.limit_bytes * share)
 
 
 @dataclasses.dataclass(frozen=True)
 class Parent:
-    """A cgroup that takes children with a memory limit: version 1 or 2, and its path."""
+    """A cgroup that allows children with a memory limit: its version, 1 or 2, and its path."""
 
     version: int
     path: str
 
 
 def find_parent(files: KernelFiles | None = None) -> Parent:
-    """Find a cgroup in which a child with a memory limit can be made, by making one.
+    """Find a cgroup that allows a child with a memory limit, by creating such a child.
 
-    :raises CapabilityError: if there is none; says what was tried and why it failed
+    :raises CapabilityError: if there is none; names the attempts and their errors
     """
     files = files or KernelFiles()
     tried = []
@@ -143,7 +143,7 @@ class MemoryCgroup(Closing):
     def create(
         cls, name: str, *, limit_bytes: int | None = None, files: KernelFiles | None = None
     ) -> MemoryCgroup:
-        """Make a cgroup ``kvmhost-NAME-PID`` with a limit; None: none yet.
+        """Create a cgroup ``kvmhost-NAME-PID`` with a limit; None: without a limit.
 
         :raises CapabilityError: if no memory cgroup can be made here
         """
@@ -162,7 +162,7 @@ class MemoryCgroup(Closing):
 
     @classmethod
     def at(cls, path: str, files: KernelFiles | None = None) -> MemoryCgroup:
-        """Return the cgroup at a path, to be read; do not close what others made.
+        """Return the existing cgroup at a path, to read from it; do not close it.
 
         :raises CapabilityError: if it has no memory controller
         """
@@ -176,9 +176,9 @@ class MemoryCgroup(Closing):
         )
 
     def set_limit(self, limit_bytes: int) -> None:
-        """Limit memory, and leave no swap to make up for it."""
+        """Limit memory, and disallow swap beyond the limit."""
         if self.version == 1:
-            # Memory and swap together may never be below memory alone.
+            # The limit of memory plus swap must not be below that of memory.
             self._set_swap(-1)
             self._write(self._names.limit, limit_bytes)
             self._set_swap(limit_bytes)
@@ -187,34 +187,34 @@ class MemoryCgroup(Closing):
             self._set_swap(0)
 
     def add_pid(self, pid: int) -> None:
-        """Move a process in; 0 is the caller."""
+        """Move a process into the cgroup; 0 is the caller."""
         self._write("cgroup.procs", pid)
 
     def pids(self) -> list[int]:
-        """Return the processes inside."""
+        """Return the processes in the cgroup."""
         return [int(line) for line in self._read("cgroup.procs").split()]
 
     def limit_bytes(self) -> int | None:
-        """Return the limit; None: there is none."""
+        """Return the limit, or None if there is none."""
         return self._limit_in(self._names.limit)
 
     def tightest(self, share: float = 1.0) -> CgroupLimit | None:
-        """Return the limit with the least memory left, of this cgroup and all above it.
+        """Return the limit with the least memory left, of this cgroup and its ancestors.
 
         :param share: the part of each limit that may be used
-        :return: None if there is no limit up to the root, as far as it can be seen
+        :return: None if no visible ancestor has a limit
         """
         limits = [limit for group in self._upwards() for limit in group._own_limits()]
         limits += self._limit_out_of_sight(limits)
         return max(limits, key=lambda limit: limit.excess_bytes(share), default=None)
 
     def _upwards(self) -> Iterator[MemoryCgroup]:
-        """Yield this cgroup and those above it whose limits count for it."""
+        """Yield this cgroup and the ancestors whose limits apply to it."""
         path = self.path.rstrip("/")
         while self._files.exists(posixpath.join(path, self._names.usage)):
             yield MemoryCgroup(path, self.version, self._files)
             path = posixpath.dirname(path)
-            # Before Linux 5.11 version 1 could leave a hierarchy's limits to each level.
+            # Before Linux 5.11, limits in version 1 could be non-hierarchical.
             switch = posixpath.join(path, "memory.use_hierarchy")
             if self._files.exists(switch) and self._files.read(switch).strip() == "0":
                 return
@@ -229,7 +229,7 @@ class MemoryCgroup(Closing):
         return found
 
     def _limit_out_of_sight(self, seen: list[CgroupLimit]) -> list[CgroupLimit]:
-        """Return the limit of a cgroup above the mount, which a container does not see."""
+        """Return the limit of an ancestor above the mount, which is not visible in a container."""
         if self.version == 2:
             return []
         lowest = min((limit.limit_bytes for limit in seen), default=1 << 62)
@@ -242,15 +242,15 @@ class MemoryCgroup(Closing):
 
     def _limit_in(self, name: str) -> int | None:
         text = self._read(name).strip()
-        # Version 1 says "none" with the largest multiple of the page size.
+        # Version 1 represents "no limit" by the largest multiple of the page size.
         return None if text == "max" or int(text) >= 1 << 62 else int(text)
 
     def usage_bytes(self) -> int:
-        """Return what is charged now; shared memory counts for who touched it first."""
+        """Return the charged memory; the first cgroup to touch shared memory is charged for it."""
         return int(self._read(self._names.usage))
 
     def needed_bytes(self) -> int:
-        """Return the usage without file pages that the kernel drops before it kills."""
+        """Return the usage without file pages that the kernel drops before an OOM kill."""
         inactive = self._statistic(self._names.inactive_file)
         return max(0, self.usage_bytes() - (inactive or 0))
 
@@ -265,13 +265,13 @@ class MemoryCgroup(Closing):
         return None
 
     def peak_bytes(self) -> int | None:
-        """Return the highest usage so far; None where the kernel does not keep it."""
+        """Return the highest usage so far, or None if the kernel does not record it."""
         if not self._files.exists(posixpath.join(self.path, self._names.peak)):
             return None
         return int(self._read(self._names.peak))
 
     def oom_kills(self) -> int:
-        """Return how many processes were killed at the limit."""
+        """Return the number of processes killed at the limit."""
         for line in self._read(self._names.events).splitlines():
             key, _, value = line.partition(" ")
             if key == "oom_kill":
@@ -281,7 +281,7 @@ class MemoryCgroup(Closing):
     def close(self) -> None:
         """Remove the cgroup; its processes must have ended. Idempotent.
 
-        :raises KernelFileError: ``EBUSY`` if a process is left inside
+        :raises KernelFileError: ``EBUSY`` if it still contains a process
         """
         if self._closed:
             return
@@ -293,7 +293,7 @@ class MemoryCgroup(Closing):
             except KernelFileError as error:
                 if error.errno == errno.ENOENT:
                     break
-                # A reaped process leaves its cgroup a little later.
+                # A reaped process leaves its cgroup shortly afterwards.
                 busy = error.errno == errno.EBUSY and not self.pids()
                 if not busy or time.monotonic() > deadline:
                     raise
@@ -352,7 +352,7 @@ def _unescape(text: str) -> str:
 
 
 def _try_child(files: KernelFiles, parent: Parent) -> str | None:
-    """Make a child and remove it; return what failed."""
+    """Create a child and remove it; return the error, if any."""
     child = posixpath.join(parent.path, f"kvmhost-probe-{os.getpid()}")
     try:
         if parent.version == 2:

@@ -103,7 +103,7 @@ class _Steps:
 
     def pages(self, share_per_min: float, facts: PassFacts) -> int:
         """Return the pages of this pass; fractions carry over to the next pass."""
-        # After a late pass (the host was suspended, say), at most a minute is made up for.
+        # After a late pass (if the host was suspended, for example), count at most a minute.
         minutes = min(max(facts.elapsed_s, 0.0), 60.0) / 60
         self._rest += share_per_min * facts.resident * minutes
         pages = int(self._rest)

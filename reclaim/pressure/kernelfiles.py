@@ -1,6 +1,6 @@
-"""The one seam through which reclaim touches files of the kernel.
+"""The only access of reclaim to kernel files.
 
-Tests put a directory in its place, so that every path is relative to a root.
+Every path is relative to a root, so that tests can use a directory instead.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from kvmhost.reclaim.errors import KernelFileError
 
 __all__ = ["KernelFiles"]
 
-#: The kernel's files that are read here have some kilobytes.
+#: Kernel files that are read here have a size of some kilobytes.
 _MAX_BYTES = 16 << 20
 
 
 class KernelFiles:
     """Files below a root; every failure is a :class:`~kvmhost.reclaim.errors.KernelFileError`.
 
-    :param root: where ``/`` is
+    :param root: directory used as ``/``
     """
 
     def __init__(self, root: Path | str = "/") -> None:
@@ -29,7 +29,7 @@ class KernelFiles:
     def read(self, path: str) -> str:
         """Return a file's text.
 
-        :raises KernelFileError: if it cannot be read, or is no regular file
+        :raises KernelFileError: if it cannot be read, or is not a regular file
         """
         try:
             return read_regular(self._at(path), _MAX_BYTES).decode("utf-8", "replace")
@@ -37,7 +37,7 @@ class KernelFiles:
             raise KernelFileError(path, error.errno or 0) from error
 
     def write(self, path: str, value: str) -> None:
-        """Write a value in one system call, as control files want it."""
+        """Write a value in one system call, as control files require."""
         try:
             fd = os.open(self._at(path), os.O_WRONLY | os.O_CLOEXEC)
             try:
@@ -52,14 +52,14 @@ class KernelFiles:
         return self._at(path).exists()
 
     def mkdir(self, path: str) -> None:
-        """Make one directory."""
+        """Create one directory."""
         try:
             self._at(path).mkdir()
         except OSError as error:
             raise KernelFileError(path, error.errno or 0) from error
 
     def rmdir(self, path: str) -> None:
-        """Remove a directory; in a cgroup file system its files do not count."""
+        """Remove a directory; control files of a cgroup do not prevent this."""
         try:
             self._at(path).rmdir()
         except OSError as error:

@@ -1,7 +1,7 @@
-"""What the daemon may use: pages a second, and processor time. Safe for several threads.
+"""Limits of the daemon: pages per second, and processor time. Thread-safe.
 
-Both are token buckets on a monotonic clock: a clock that is set does nothing, and a
-host that slept comes back with one full bucket and not with hours of saved-up work.
+Both are token buckets on a monotonic clock: setting the wall clock has no effect, and
+after a suspend of the host the bucket is full, but contains no more than that.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ __all__ = ["CpuShare", "Rate"]
 
 
 class Rate:
-    """So many pages a second, and as many at once as fit into one.
+    """A rate in pages per second, with a burst of one second's pages.
 
-    :param per_s: 0: any number
+    :param per_s: pages per second; 0: no limit
     """
 
     def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -25,7 +25,7 @@ class Rate:
         self._left, self._at_s = per_s, clock()
 
     def take(self, wanted: int) -> int:
-        """Return how many of the wanted pages may go now, and count them."""
+        """Return how many of the wanted pages may be evicted now, and count them."""
         if not self.per_s:
             return wanted
         with self._lock:
@@ -35,11 +35,11 @@ class Rate:
             return granted
 
     def give_back(self, unused: int) -> None:
-        """Count pages that were granted and did not go."""
+        """Return granted pages that were not evicted."""
         self.charge(-unused)
 
     def charge(self, pages: int) -> None:
-        """Count pages that went without having been asked for."""
+        """Count pages that were evicted without a grant."""
         if self.per_s:
             with self._lock:
                 self._refill()
@@ -52,9 +52,9 @@ class Rate:
 
 
 class CpuShare:
-    """A share of one core, kept over ten seconds.
+    """A limit on processor time as a share of one core, averaged over ten seconds.
 
-    :param share: 1 is a whole core; 0: any
+    :param share: 1 is a whole core; 0: no limit
     """
 
     WINDOW_S = 10.0
@@ -65,7 +65,7 @@ class CpuShare:
         self._left_s, self._at_s = share * self.WINDOW_S, clock()
 
     def used(self, busy_s: float) -> float:
-        """Count processor time; return for how long the caller has to rest."""
+        """Count processor time; return the time that the caller must sleep, in seconds."""
         if not self.share:
             return 0.0
         with self._lock:

@@ -1,6 +1,6 @@
-"""Which signs and limits of memory pressure this host offers, found out by trying.
+"""Probes for the memory pressure interfaces and limits of this host.
 
-Each probe returns ``(works, what was found, remedy)`` and undoes what it did.
+Each probe returns ``(works, what was found, remedy)`` and undoes its changes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _TRIGGER = b"some 500000 2000000\n"
 
 
 def probe_cgroup_v1(root: Path = _V1) -> Probe:
-    """Make a child in the v1 memory hierarchy."""
+    """Create a child in the v1 memory hierarchy."""
     if not (root / "memory.limit_in_bytes").exists():
         return False, f"no v1 memory hierarchy at {root}", "use cgroup v2"
     return _make_child(root, "memory.limit_in_bytes")
 
 
 def probe_cgroup_v2(roots: tuple[Path, ...] = _V2) -> Probe:
-    """Make a child with the memory controller in the v2 hierarchy."""
+    """Create a child with the memory controller in the v2 hierarchy."""
     for root in roots:
         controllers = root / "cgroup.controllers"
         if not controllers.exists():
@@ -49,7 +49,7 @@ def probe_psi(path: Path = _PSI) -> Probe:
 
 
 def probe_psi_trigger(path: Path = _PSI) -> Probe:
-    """Set a trigger; it goes with the descriptor."""
+    """Set a trigger; closing the descriptor removes it."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

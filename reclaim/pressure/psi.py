@@ -1,18 +1,18 @@
-"""Pressure stall information: how long tasks waited for memory, and a trigger on it.
+"""Pressure stall information: the time that tasks waited for memory, and triggers on it.
 
 ``/proc/pressure/memory`` and the ``memory.pressure`` of a version 2 cgroup have two
-lines. *some*: at least one task stalled; *full*: all of them did. Their totals only
-grow, so a meter takes two readings and divides by the time between them: exact over
-the meter's own window, where the kernel's averages are decayed over fixed ones.
+lines. *some*: at least one task stalled; *full*: all tasks stalled. Their totals only
+grow, so a meter takes two readings and divides by the time between them. The result is
+exact over the meter's window, while the kernel's averages decay over fixed windows.
 
 A trigger is written into the file and polled: the kernel reports POLLPRI when the
-stall in a window reaches the threshold, at most once a window. It lives as long as its
-descriptor. Its string has to end in a newline or NUL, and without CAP_SYS_RESOURCE
-the window has to be a multiple of 2 s.
+stall in a window reaches the threshold, at most once per window. Closing the descriptor
+removes the trigger. Its string must end in a newline or NUL, and without CAP_SYS_RESOURCE
+the window must be a multiple of 2 s.
 
-The first event after arming can be about stall from before: the kernel's window begins
-with a total that is updated only while a trigger exists. So the total is read at arming,
-and an event counts only once the total has grown by the threshold since.
+The first event after arming can be caused by stall before arming: the kernel's window
+begins with a total that is updated only while a trigger exists. Therefore the total is
+read at arming, and an event counts only once the total has grown by the threshold since.
 
 Source: Documentation/accounting/psi.rst, Linux v6.12.
 """
@@ -51,7 +51,7 @@ class Psi:
 def parse_psi(text: str, path: str = SYSTEM_PSI) -> Psi:
     """Read the text of a pressure file.
 
-    :raises KernelFileError: ``EPROTO`` if it is none
+    :raises KernelFileError: ``EPROTO`` if it is not the text of a pressure file
     """
     totals = {}
     for line in text.splitlines():
@@ -60,14 +60,14 @@ def parse_psi(text: str, path: str = SYSTEM_PSI) -> Psi:
             totals[match[1]] = int(match[5])
     if "some" not in totals:
         raise KernelFileError(path, errno.EPROTO)
-    # Before Linux 5.13 the CPU's file had no line "full"; memory's always had one.
+    # Before Linux 5.13 the file "cpu" had no line "full"; "memory" always had one.
     return Psi(totals["some"], totals.get("full", 0))
 
 
 class PsiMeter:
     """The share of time that tasks stalled between two calls.
 
-    :param clock: seconds that never go back
+    :param clock: a monotonic clock in seconds
     """
 
     def __init__(
@@ -81,16 +81,16 @@ class PsiMeter:
         self._last = self._read(), clock()
 
     def share(self) -> float:
-        """Return the share of *some* since the call before, 0 to 1.
+        """Return the share of *some* since the previous call, 0 to 1.
 
-        :raises KernelFileError: if the file cannot be read, or is no pressure file
+        :raises KernelFileError: if the file cannot be read, or is not a pressure file
         """
         (before, then_s), now_s = self._last, self._clock()
         self._last = now, _ = self._read(), now_s
         took_s = now_s - then_s
         if took_s <= 0:
             return 0.0
-        # A cgroup that was removed and made again begins at 0.
+        # The total of a cgroup that was removed and created again starts at 0.
         stalled_us = max(0, now.some_us - before.some_us)
         return min(1.0, stalled_us / 1e6 / took_s)
 
@@ -99,9 +99,9 @@ class PsiMeter:
 
 
 def parse_trigger(text: str) -> tuple[str, int, int]:
-    """Read ``some 150ms in 2s`` as (kind, stall in us, window in us).
+    """Parse ``some 150ms in 2s`` as (kind, stall in us, window in us).
 
-    :raises ValueError: if it is written wrong, or the kernel would refuse it anyway
+    :raises ValueError: if the syntax is invalid, or the kernel would refuse the trigger
     """
     match = _TRIGGER.fullmatch(text.strip())
     if match is None:
@@ -116,9 +116,9 @@ def parse_trigger(text: str) -> tuple[str, int, int]:
 class PsiTrigger(Closing):
     """A trigger; its descriptor becomes urgent (POLLPRI) each time it fires.
 
-    :param text: as :func:`parse_trigger` has it
+    :param text: in the syntax of :func:`parse_trigger`
     :raises KernelFileError: if the kernel refuses it
-    :raises ValueError: if it is written wrong
+    :raises ValueError: if the syntax is invalid
     """
 
     def __init__(self, text: str, path: str = SYSTEM_PSI) -> None:
@@ -129,7 +129,7 @@ class PsiTrigger(Closing):
         self._kind, self._stall_us = kind, stall_us
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-            #: Total at arming; None once stall since then has been enough for an event.
+            #: Total at arming; None once the stall since arming has reached the threshold.
             self._armed_us: int | None = self._total_us()
             os.write(self.fd, value.encode())
         except OSError as error:
@@ -137,11 +137,11 @@ class PsiTrigger(Closing):
             raise KernelFileError(path, error.errno or 0, value) from error
 
     def fired(self, timeout_s: float = 0.0) -> bool:
-        """Wait until it fires, or the time is over.
+        """Wait until the trigger fires or the timeout expires.
 
-        An event about stall from before arming is taken from the kernel and is none.
+        An event caused by stall before arming is consumed and ignored.
 
-        :raises KernelFileError: ``ENODEV`` if its cgroup is gone
+        :raises KernelFileError: ``ENODEV`` if its cgroup was removed
         """
         poll = select.poll()
         poll.register(self.fd, select.POLLPRI)
@@ -151,7 +151,7 @@ class PsiTrigger(Closing):
         return bool(events) and self.counts()
 
     def counts(self) -> bool:
-        """Return whether an event that was polled is about stall since arming.
+        """Return whether a polled event was caused by stall since arming.
 
         :raises KernelFileError: if the file cannot be read
         """

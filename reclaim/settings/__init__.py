@@ -1,1 +1,1 @@
-"""Every option of the daemon, with its unit, its file and its flags."""
+"""The daemon's options: definitions, configuration file and flags."""

@@ -1,19 +1,19 @@
-"""The daemon's configuration: a TOML file, with flags of the command line on top.
+"""The daemon's configuration: a TOML file, overridden by command-line flags.
 
 .. code-block:: toml
 
     [daemon]
     vms = ["web*", "db"]
 
-    [defaults]          # what holds for every VM
+    [defaults]          # options of every VM
     budget = "96M"
 
-    [vm.db]             # and for those whose name fits; the first table that does
+    [vm.db]             # options of VMs whose name matches; the first matching table applies
     budget = "1G"
     weight = 2
 
-What is not known, of the wrong type or without its unit is refused, with file, line and
-key; :mod:`kvmhost.reclaim.settings.options` lists what there is.
+An option that is unknown, of the wrong type or without its unit is refused with file, line
+and key; :mod:`kvmhost.reclaim.settings.options` lists all options.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def options() -> Iterator[Option]:
 
 
 def read_flag(option: Option, text: str) -> Any:
-    """Read an option's value from a command line, where a time may lack its unit.
+    """Parse an option's value from the command line, where a time may lack its unit.
 
-    :raises ValueError: if it is written wrong
+    :raises ValueError: if the syntax is invalid
     """
     given: Any = text
     try:
@@ -95,7 +95,7 @@ def read_flag(option: Option, text: str) -> Any:
 
 
 def load(path: str | Path | None, flags: Flags | None = None) -> Config:
-    """Read a file (None: none), put flags on top, and check it as a whole.
+    """Read a file (None: no file), apply flags over it, and check the result.
 
     :raises ConfigError: naming file, line and key
     """
@@ -125,17 +125,17 @@ def load(path: str | Path | None, flags: Flags | None = None) -> Config:
 
 
 def budget_of(options: VmOptions, memory_bytes: int) -> Budget | None:
-    """Return a VM's budget with its marks; None if it has none of its own.
+    """Return a VM's budget with its marks, or None if the VM has no separate budget.
 
-    :param memory_bytes: all memory of the VM, of which the budget may be a share
-    :raises LayoutError: if the marks do not fit
+    :param memory_bytes: memory size of the VM, of which the budget may be a share
+    :raises LayoutError: if the marks are out of order
     """
     size = options.budget.of(memory_bytes)
     return Budget.of(size, options.high.of(size), options.low.of(size)) if size else None
 
 
 def to_toml(config: Config) -> str:
-    """Write a configuration that :func:`load` reads as the same one."""
+    """Format a configuration so that :func:`load` reads it back unchanged."""
     import tomli_w
 
     raw = msgspec.to_builtins(config, enc_hook=write_amount)
@@ -148,20 +148,20 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(raw)
 
 
-#: The memory of a VM is not known yet when its options are checked. Of a budget that is a
-#: share, only marks that are shares can be checked against this size; a session limits
-#: the others to the budget.
+#: The memory size of a VM is unknown when its options are checked. If the budget is a share,
+#: only marks that are shares can be checked, against this size; a session limits the other
+#: marks to the budget.
 _ANY_MEMORY_BYTES = 1 << 52
 
 
-#: A file of several thousand tables [vm.NAME] has less.
+#: A file with several thousand tables [vm.NAME] is smaller than this.
 _MAX_FILE_BYTES = 1 << 20
 _MAX_PARTS = 64
 _LONG_NUMBER = re.compile(r"[0-9_]{400}")
 
 
 class _Where:
-    """Finds the line of a key, to be named in an error."""
+    """Finds the line of a key, for error messages."""
 
     def __init__(self, file: str, text: str) -> None:
         self._file, self._text = file, text
@@ -189,7 +189,7 @@ def _read(path: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _check_shape(text: str, path: str | Path) -> None:
-    """Refuse what is no configuration and costs a parser time of the square of its length."""
+    """Refuse text that is not a configuration and takes a parser quadratic time."""
     for number, line in enumerate(outside_strings(text).splitlines(), 1):
         if line.count(".") > _MAX_PARTS:
             problem = f"a key or number with more than {_MAX_PARTS} dots"
@@ -221,7 +221,7 @@ def _section(
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Yield the texts of an option's value."""
+    """Yield the strings in an option's value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -229,7 +229,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _check(config: Config, where: _Where) -> None:
-    """Refuse what each option allows and all of them together do not."""
+    """Refuse combinations of options that are valid separately but not together."""
     tables = {("defaults",): config.defaults} | {("vm", p): o for p, o in config.vm.items()}
     for keys, vm in tables.items():
         try:
@@ -269,7 +269,7 @@ def _check(config: Config, where: _Where) -> None:
 
 
 def _check_policy(vm: VmOptions, keys: tuple[str, ...], where: _Where) -> None:
-    """Refuse a policy that is not there, and options that it does not take."""
+    """Refuse an unknown policy, and options that the policy does not have."""
     from kvmhost.reclaim.policy.registry import options_of
 
     try:

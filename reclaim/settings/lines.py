@@ -1,8 +1,8 @@
-"""Finds the line of a TOML text on which the value of a key begins.
+"""Find the line of a TOML text on which the value of a key begins.
 
-:mod:`tomllib` does not keep lines. What is looked up here has been read by it without an
-error, so that quotes and brackets are known to match, and each statement (a header, or a
-key with its value) can be read again on its own. The cost is linear in the text.
+:mod:`tomllib` does not record lines. It has already parsed the text without an error, so
+that quotes and brackets match, and each statement (a header, or a key with its value) can
+be parsed again separately. The cost is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 __all__ = ["line_of", "outside_strings"]
 
-#: Strings and comments, each to its end or the end of the text; brackets; ends of lines.
+#: Strings and comments, each up to its end or the end of the text; brackets; line ends.
 _TOKEN = re.compile(
     r'"""(?:\\.|[^\\])*?(?:"{3,5}|\Z)'
     r"|'''.*?(?:'{3,5}|\Z)"
@@ -27,10 +27,10 @@ _TOKEN = re.compile(
 
 
 def line_of(text: str, keys: Sequence[str]) -> int:
-    """Return the line of a key, from 1 on; 0 if the text does not have it.
+    """Return the line number of a key, starting at 1; 0 if the text does not contain it.
 
-    :param text: TOML that :mod:`tomllib` reads
-    :param keys: the key's parts, from the root table on; none: no line
+    :param text: TOML that :mod:`tomllib` parses without an error
+    :param keys: parts of the key, starting at the root table; empty: no line
     """
     table: tuple[str, ...] = ()
     if not keys:
@@ -47,7 +47,7 @@ def line_of(text: str, keys: Sequence[str]) -> int:
 
 
 def outside_strings(text: str) -> str:
-    """Return a TOML text without its strings and comments; lines stay lines."""
+    """Return a TOML text without its strings and comments, with the same lines."""
     return _TOKEN.sub(lambda m: m[0] if len(m[0]) == 1 else "\n" * m[0].count("\n"), text)
 
 
@@ -70,7 +70,7 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _only_path(read: dict[str, Any]) -> tuple[str, ...]:
-    """Return the path of a table of which nothing but its header was read."""
+    """Return the path of a table of which only the header was parsed."""
     path = []
     inside: Any = read
     while inside:

@@ -1,7 +1,8 @@
-"""Every option of the daemon: its name, type, default and one line about it.
+"""The daemon's options: name, type, default and one-line description of each.
 
-Each is a key of the configuration file, in the section of its class, and a flag of the
-command line: ``interval`` is ``--interval``. :mod:`kvmhost.reclaim.settings.config` reads both.
+Each option is a key in the configuration file, in the section of its class, and a
+command-line flag: ``interval`` is ``--interval``. :mod:`kvmhost.reclaim.settings.config`
+reads both.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class DaemonOptions(_Section, frozen=True):
 
 
 class PressureOptions(_Section, frozen=True):
-    """Section ``[pressure]``: what all VMs together have to heed."""
+    """Section ``[pressure]``: pressure and limits that apply to all VMs together."""
 
     total_budget: Annotated[
         Bytes, _about("resident memory of all VMs, divided by weight and coldness; 0: off")
@@ -103,7 +104,7 @@ class PressureOptions(_Section, frozen=True):
 
 
 class Limits(_Section, frozen=True):
-    """Section ``[limits]``: what the daemon may use, over all VMs."""
+    """Section ``[limits]``: resource limits of the daemon, over all VMs."""
 
     pages_per_s: Annotated[
         int, _about("pages evicted per second; 0: no limit", ge=0, lt=1 << 40)
@@ -113,7 +114,7 @@ class Limits(_Section, frozen=True):
 
 
 class Account(_Section, frozen=True):
-    """Section ``[account]``: what is kept about decisions and pages."""
+    """Section ``[account]``: the history of decisions and pages that is kept."""
 
     decisions: Annotated[int, _about("decisions kept in memory", ge=1, le=1 << 20)] = 4096
     decisions_file: Annotated[
@@ -178,11 +179,11 @@ class Config(_Section, frozen=True):
     limits: Limits = Limits()
     account: Account = Account()
     defaults: VmOptions = VmOptions()
-    #: By pattern, in the order of the file; each holds all options of such a VM.
+    #: Options by VM name pattern, in the order of the file; each value contains all options.
     vm: dict[str, VmOptions] = {}
 
     def of_vm(self, name: str) -> VmOptions:
-        """Return the options of a VM: of the first pattern that fits, else the defaults."""
+        """Return the options of a VM: those of the first matching pattern, else the defaults."""
         import fnmatch
 
         for pattern, options in self.vm.items():
@@ -192,5 +193,5 @@ class Config(_Section, frozen=True):
 
     @property
     def log(self) -> Literal["json", "lines"]:
-        """How the log is written."""
+        """Format of the log."""
         return "json" if self.daemon.json else "lines"

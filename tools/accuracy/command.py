@@ -95,7 +95,7 @@ _QUICK = ("random-writes", "zipf-0.9", "read-only", "phases-2-vcpus")
 def run(
     settings: AccuracySettings, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Measure; each row of the report is in ``doorbells``, ``running``, ``cost`` or ``throughput``.
+    """Measure; return lists of rows: ``doorbells``, ``running``, ``cost`` and ``throughput``.
 
     :raises LayoutError: for a tracker or workload that does not exist
     :raises CapabilityError: if none of the trackers works on this host

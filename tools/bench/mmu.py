@@ -1,9 +1,10 @@
-"""``kvmhost bench mmu``: the harvest's speed, its scale, and what lock and batch cost.
+"""``kvmhost bench mmu``: speed and scaling of the harvest, and the cost of lock and batch.
 
-Parts: ``scan`` (against bare loops), ``sparse``, ``scale`` (1 TiB), ``aging`` (lockless and
-locked while vCPUs fault pages in), ``ways`` (the question of 2023: per page or batched,
-locked or lockless, with or without a flush for every page). Figures are medians, and the
-variants of a part take turns in one run, so that their ratios hold on a busy machine.
+Parts: ``scan`` (compared with bare loops), ``sparse``, ``scale`` (1 TiB), ``aging``
+(lockless and locked while vCPUs fault pages in), ``ways`` (the question of 2023: per page
+or batched, locked or lockless, with or without a flush for every page). Figures are
+medians, and the variants of a part take turns in one run, so that their ratios are valid
+on a busy machine.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _nothing() -> None:
 
 
 def bench_scan(n_entries: int, repeats: int) -> dict[str, Any]:
-    """Harvest all old and all young, per format, beside bare loops over as many entries."""
+    """Harvest all-old and all-young tables of each format, compared with bare loops."""
     return {name: _scan_format(name, n_entries, repeats) for name in FORMATS}
 
 
@@ -80,7 +81,7 @@ def _scan_format(name: str, n_entries: int, repeats: int) -> dict[str, float]:
 
 
 def _bare_entries(table: Mmu, n: int) -> tuple[mmap.mmap, Any]:
-    """Return the same entries in plain shared memory, which is what an arena is made of."""
+    """Return the same entries in plain shared memory, which an arena is made of too."""
     memory = mmap.mmap(-1, 8 * n)
     words = np.frombuffer(memory, dtype=np.uint64)
     first = int.from_bytes(table.format.to_memory(table.format.leaf(0)), "little")
@@ -89,13 +90,13 @@ def _bare_entries(table: Mmu, n: int) -> tuple[mmap.mmap, Any]:
 
 
 def _raw_bit(table: Mmu) -> int:
-    """Number of the accessed bit as it lies in memory."""
+    """Return the bit number of the accessed bit in memory."""
     raw = int.from_bytes(table.format.to_memory(table.format.accessed), "little")
     return raw.bit_length() - 1
 
 
 def bench_sparse(repeats: int, space_pages: int = 1024 * _GIB_PAGES) -> dict[str, Any]:
-    """Harvest 1 GiB of mapped pages alone, and the same in a 1 TiB range."""
+    """Harvest 1 GiB of mapped pages in a range of their size, and in a 1 TiB range."""
     result: dict[str, Any] = {}
     for name in FORMATS:
         with Mmu(name, arena_bytes=64 << 20) as table:
@@ -118,7 +119,7 @@ def bench_sparse(repeats: int, space_pages: int = 1024 * _GIB_PAGES) -> dict[str
 
 
 def _raw_harvest(table: Mmu) -> Callable[[int, int], None]:
-    """Harvest into bitmaps that exist already: what is measured is the walk."""
+    """Harvest into preallocated bitmaps, so that only the walk is measured."""
     n_words = 1024 * _GIB_PAGES // 64
     young, coarse = np.zeros(n_words, np.uint64), np.zeros(n_words, np.uint64)
     pointers = [ffi.cast("uint64_t *", a.ctypes.data) for a in (young, coarse)]
@@ -135,7 +136,7 @@ def _raw_harvest(table: Mmu) -> Callable[[int, int], None]:
 
 
 def bench_scale(gib: int = 1024) -> dict[str, Any]:
-    """Build and harvest a table of ``gib`` GiB of guest in base pages (NPT)."""
+    """Build and harvest an NPT table that maps ``gib`` GiB of guest memory in base pages."""
     n = gib * _GIB_PAGES
     before = _resident_bytes()
     with Mmu("npt", arena_bytes=n * 8 + n // 32 + (64 << 20)) as table:
@@ -174,9 +175,10 @@ def bench_aging(
 ) -> dict[str, Any]:
     """Fault in ``pages_per_vcpu`` pages on each vCPU while the same memory is aged.
 
-    In the form of the 2024 table: vCPU wall time without aging, and with it locked and
-    lockless, each with the mean time of an aging pass (in batches of 64 pages). Without
-    aging its thread sums numbers elsewhere, so that the cores are shared alike.
+    The rows are those of the 2024 table: vCPU wall time without aging, with locked aging
+    and with lockless aging, each with the mean time of an aging pass (in batches of 64
+    pages). Without aging, its thread sums numbers in other memory, so that the load on the
+    cores is the same.
     """
     result: dict[str, Any] = {}
     for n in threads:
@@ -202,7 +204,7 @@ _SPIN = np.zeros(4096, dtype=np.uint64)
 
 
 def _spin() -> None:
-    """Keep a core as busy as aging would, away from the tables."""
+    """Keep a core as busy as aging would, without access to the tables."""
     pointer = ffi.cast("uint64_t *", _SPIN.ctypes.data)
     for _ in range(64):
         lib.kh_bench_sum(pointer, _SPIN.size)
@@ -236,13 +238,13 @@ def bench_ways(
     repeats: int = 5,
     formats: Sequence[str] = FORMATS,
 ) -> dict[str, Any]:
-    """The 2x2x2 of 2023 on each format, and what each change brings.
+    """Run the 2x2x2 variants of 2023 on each format, and compute the effect of each change.
 
-    One vCPU makes random accesses (half of them writes) through a TLB, and faults in what
-    another part of the host keeps unmapping (512 pages every 5 ms, in every variant). The
-    other core ages all pages, over and over; without aging it sums numbers elsewhere.
-    ``ns_per_page`` is the cost of aging; ``slowdown`` the vCPU's time for the same
-    accesses, of that without aging in the same round.
+    One vCPU makes random accesses (half of them writes) through a TLB, and faults in pages
+    that another part of the host keeps unmapping (512 pages every 5 ms, in every variant).
+    The other core ages all pages repeatedly; without aging it sums numbers in other memory.
+    ``ns_per_page`` is the cost of aging; ``slowdown`` is the vCPU's time for the same
+    accesses, relative to its time without aging in the same round.
     """
     result: dict[str, Any] = {}
     ways = list(itertools.product((1, BATCH_PAGES), (True, False), (True, False)))
@@ -279,10 +281,10 @@ def _way_name(way: tuple[int, bool, bool]) -> str:
 
 
 def _factors(cells: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """By what each change divides the cost of a page, and the vCPU's time.
+    """Return the factor by which each change reduces the cost of a page and the vCPU's time.
 
-    Each change is seen in four pairs of cells that differ in nothing else: geometric mean,
-    and the smallest and largest of the four.
+    Four pairs of cells differ only in one change. The result is the geometric mean of
+    their four ratios, and the smallest and the largest one.
     """
     pairs = {"batching": ("per-page", "batched"), "no lock": ("locked", "lockless")}
     pairs["no flush"] = ("flush", "no-flush")
@@ -316,7 +318,7 @@ def _sentence(name: str, factors: dict[str, dict[str, float]]) -> str:
 def _ways_run(
     name: str, way: tuple[int, bool, bool] | None, n_pages: int, n_accesses: int
 ) -> tuple[float, float]:
-    """Return (ns of aging a page, seconds of the vCPU)."""
+    """Return (ns to age one page, seconds that the vCPU ran)."""
     with Mmu(name, arena_bytes=64 << 20) as table:
         slot = MemSlot(0, 0, n_pages, 1 << 40, huge=False)
         table.set_slots(MemSlots([slot]))
@@ -331,10 +333,10 @@ def _ways_run(
 
 @contextlib.contextmanager
 def _apart() -> Iterator[Callable[[], None]]:
-    """Put threads that are started in the block on another core than this thread.
+    """Place threads that are started in the block on a different core than this thread.
 
-    Left alone, the scheduler may put both on one core while others use the machine, and
-    then nothing happens at the same time. The function ends the start of threads.
+    On a loaded machine the scheduler may otherwise place both on one core, where they do
+    not run concurrently. Call the yielded function once all threads have been started.
     """
     cores = os.sched_getaffinity(0)
     mine = min(cores)
@@ -350,7 +352,7 @@ def _age_until_done(
 ) -> tuple[float, float]:
     aged, aging_s, at = 0, 0.0, 0
     next_unmap = time.monotonic()
-    # At least one part is aged, however fast the vCPU is.
+    # At least one part is aged, even if the vCPU ends first.
     while run.progress() < n_accesses or (way is not None and not aged):
         if time.monotonic() >= next_unmap:
             table.unmap(at, at + 512)
@@ -360,7 +362,7 @@ def _age_until_done(
             _spin()
             continue
         batch, locked, flush = way
-        # A part of the pages at a time, so that the unmaps keep their pace.
+        # Age only a part of the pages at a time, so that the unmaps stay on schedule.
         first = aged % n_pages
         begin = time.monotonic()
         table.age(first, first + 1024, batch, locked=locked, flush=flush)
@@ -380,7 +382,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def run(parts: Sequence[str] = tuple(PARTS)) -> dict[str, Any]:
-    """Run some parts; the result is keyed by part."""
+    """Run the given parts; the result is keyed by part."""
     return {part: PARTS[part]() for part in parts}
 
 
@@ -452,7 +454,7 @@ def parser() -> CommandParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the named parts (all of them without names) and print tables, or JSON."""
+    """Run the named parts, or all parts if none is named, and print tables or JSON."""
     known = parser()
     options = known.parse_args(argv)
     parts = dict(PARTS)

@@ -1,9 +1,9 @@
-"""``kvmhost bench pager``: fault-in latency and evictions beside a minimal C pager,
-codecs beside each other, and the memory that the pager takes.
+"""``kvmhost bench pager``: fault-in latency, eviction, codecs, and memory of the pager.
 
-The minimal pager is C that copies pages out, punches them, and copies them back in a
-thread of its own; the same thread touches the same pages in the same order, through
-the same kind of mapping, for both. They take turns in one run.
+Fault-in latency and evictions are compared with a minimal C pager, and the codecs with
+each other. The minimal pager copies pages out, punches them, and copies them back in a
+separate thread. For both pagers, the same thread touches the same pages in the same
+order, through the same kind of mapping. They take turns in one run.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ __all__ = ["CONTENTS", "contents", "main", "parser", "run_codecs", "run_faults",
 
 Pages = npt.NDArray[np.uint64]
 
-#: Kinds of pages, as :func:`contents` makes them.
+#: Kinds of page content, made by :func:`contents`.
 CONTENTS = ("counters", "pointers", "program", "random", "text", "zero")
 
 
 def contents(n_pages: int) -> dict[str, Pages]:
-    """Return kinds of pages by name, each ``(n_pages, 512)`` words.
+    """Return page contents by name, each ``(n_pages, 512)`` words.
 
-    ``text`` is Python's own library, ``program`` the interpreter, ``counters`` small
+    ``text`` is Python's standard library, ``program`` the interpreter, ``counters`` small
     numbers in 64-bit words, ``pointers`` addresses into one heap.
     """
     rng = np.random.default_rng(11)
@@ -77,9 +77,9 @@ def _tiled(data: bytes, shape: tuple[int, int]) -> Pages:
 
 
 def run_codecs(n_pages: int = 2048, repeats: int = 5) -> list[dict[str, Any]]:
-    """Put pages into a store in memory and get them back, by codec and content.
+    """Put pages into an in-memory store and get them back, for each codec and content.
 
-    ``get_unchecked_ns`` is the same without checksums.
+    ``get_unchecked_ns`` is the time of a get without checksums.
     """
     rows = []
     for kind, pages in contents(n_pages).items():
@@ -120,7 +120,7 @@ def _store(core: Any, pages: Pages) -> Any:
 
 
 class _Ours:
-    """The pager on its own memory."""
+    """The kvmhost pager on a separate memory area."""
 
     def __init__(self, pages: Pages, options: StoreOptions) -> None:
         self.memory = GuestMemory.of_size(pages.nbytes)
@@ -144,7 +144,7 @@ class _Ours:
 
 
 class _Minimal:
-    """The minimal C pager on its own memory."""
+    """The minimal C pager on a separate memory area."""
 
     def __init__(self, pages: Pages) -> None:
         self.memory = GuestMemory.of_size(pages.nbytes)
@@ -173,7 +173,7 @@ class _Minimal:
 def run_faults(
     n_pages: int = 8192, repeats: int = 7, content: str = "text", prefetch: int = 0
 ) -> dict[str, Any]:
-    """Evict all pages and touch them in random order, by turns; latencies in ns.
+    """Evict all pages and touch them in random order, with each pager in turn; times in ns.
 
     :raises CapabilityError: without userfaultfd
     """
@@ -246,11 +246,12 @@ overhead_child(int(sys.argv[1]), int(sys.argv[2]))
 
 
 def run_overhead(gib: int = 1) -> dict[str, Any]:
-    """Return what a VM process takes for each GiB of guest, without guest and store content.
+    """Return the overhead of a VM process per GiB of guest memory.
 
-    Two processes of the same make, with 64 MiB and with so many GiB more of guest
-    memory, all of it touched by the VMM, half of it evicted (same-filled, so that the
-    store holds no content), a harvest noted: the difference of their private memory.
+    The overhead excludes guest memory and the content of the store. It is the difference
+    in private memory of two processes that differ only in the size of guest memory: 64 MiB,
+    and ``gib`` GiB more. The VMM touches all guest memory and evicts half of it (same-filled,
+    so that the store holds no content), and one harvest is recorded.
     """
     small, large = (_child(0), _child(gib))
     kinds = {kind: (large[kind] - small[kind]) / gib for kind in small}
@@ -272,7 +273,7 @@ def _child(gib: int) -> dict[str, int]:
 
 
 def overhead_child(mem_bytes: int, gib: int) -> None:
-    """Measure this process, as :func:`run_overhead` says; prints JSON."""
+    """Measure this process as :func:`run_overhead` describes, and print JSON."""
     from kvmhost.bitmap import YoungBitmap, n_words
 
     memory = GuestMemory.of_size(mem_bytes)

@@ -1,9 +1,10 @@
-"""``kvmhost bench sampling``: clear and re-arm only a fraction of the pages a harvest.
+"""``kvmhost bench sampling``: clear and re-arm only a fraction of the pages per harvest.
 
-A guest of 1 GiB touches a tenth of it over and over, harvested once a second. For each
-fraction: the guest's time lost, against none, in turn; and on a small guest, whose hot
-set moves, how many harvests an untouched page takes to read as old. The default of
-``rearm=sample`` is the largest fraction of those here whose loss is surely below 3 %.
+A 1 GiB guest touches a tenth of its memory repeatedly and is harvested once per second.
+For each fraction, the benchmark measures the time that the guest loses relative to no
+harvests, in turn; and, on a small guest whose hot set moves, the number of harvests until
+an untouched page reads as old. The default of ``rearm=sample`` is the largest fraction
+measured here whose loss is certainly below 3 %.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from kvmhost.units import PAGE_BYTES
 __all__ = ["main", "parser", "run"]
 
 _FRACTIONS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
-#: Phases a staleness run sees; each is twice as long as a page may wait for its turn.
+#: Phases of a staleness run; each is twice as long as a page may wait to be sampled.
 _PHASES = 4
 
 
@@ -42,7 +43,7 @@ def run(
     seconds: float = 1.0,
     rounds: int = 9,
 ) -> dict[str, Any]:
-    """Measure; ``fractions`` holds one row each.
+    """Measure; ``fractions`` contains one row per fraction.
 
     :raises LayoutError: for an unknown tracker or a bad fraction
     :raises CapabilityError: if the tracker does not work here

@@ -1,10 +1,10 @@
-"""``kvmhost bench snapshot``: saving a VM that evicts, beside ``cp`` of the same bytes.
+"""``kvmhost bench snapshot``: snapshot of a VM that evicts, compared with ``cp`` of the file.
 
-The guest writes and checks pages all the time and has twice the memory that its resident limit
-allows. In turns, in one run: a live snapshot (pause, state, memory from memfd and store,
-file on the disk, resume), then ``cp`` of the file that came out, which is in the page
-cache, to another name in the same directory, and fsync of that. Ratios above 1 mean that
-the snapshot was faster.
+The guest continuously writes and checks pages, and uses twice as much memory as its
+resident limit allows. Two steps take turns in one run: a live snapshot (pause, state,
+memory from memfd and store, file on disk, resume), and ``cp`` of the resulting file, which
+is in the page cache, to another name in the same directory, followed by fsync of the copy.
+A ratio above 1 means that the snapshot was faster.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _WARM_UP_S = 300.0
 
 
 def run(mem_bytes: int, repeats: int, directory: Path | None = None) -> dict[str, Any]:
-    """Measure; times in seconds, each a median.
+    """Measure; times are medians in seconds.
 
     :param mem_bytes: guest memory; half of what the guest uses may be resident
     :raises GuestError: if the guest finds a wrong byte
@@ -81,7 +81,7 @@ def _evicting_guest(mem_bytes: int, n_pages: int, limit: int) -> Iterator[tuple[
         pager.set_limit(limit)
         machine.start()
         deadline = time.monotonic() + _WARM_UP_S
-        # Until the guest has been everywhere, and comes back to what was evicted.
+        # Wait until the guest has touched all pages, and refaults evicted ones.
         while time.monotonic() < deadline:
             counters = pager.counters()
             if counters["evicted_pages"] > n_pages - limit - 64 and counters["fault_ins"] > limit:
@@ -99,7 +99,7 @@ def _raise_error(machine: Machine) -> None:
 
 def _turn(machine: Machine, folder: Path) -> tuple[float, float, float, int]:
     file, copy = folder / "vm.snap", folder / "copy"
-    # What is freed here may be discarded on the disk, at somebody's next fsync.
+    # Freed blocks may be discarded on the disk at the next fsync of any process.
     for old in (file, copy):
         old.unlink(missing_ok=True)
     os.sync()

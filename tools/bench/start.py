@@ -1,10 +1,11 @@
-"""``kvmhost bench start``: how long a guest takes from nothing, and what it costs.
+"""``kvmhost bench start``: the time to start a guest, and the memory of a VM process.
 
-Wall time of whole processes, in turn and beside the same interpreter starting to do
-nothing, which is the part that nothing here can save: ``run hello`` (a tiny guest), a
-multiboot image that prints a line and exits (or ``--image``), and the same file under
-another VMM where there is one (``--qemu``). In one process: from the call that creates
-a machine to the first exit of its first instruction. And the memory of a VM process.
+The benchmark measures the wall time of whole processes, in turn: ``run hello`` (a tiny
+guest), a multiboot image that prints a line and exits (or ``--image``), the same file
+under another VMM if there is one (``--qemu``), and the same interpreter doing nothing,
+which is a lower bound for kvmhost. It also measures, within one process, the time from
+the call that creates a machine to the exit of its first instructions, and the memory of
+a VM process.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure; medians in seconds, sizes in bytes.
 
-    :raises CapabilityError: if the other VMM is asked for and not there
+    :raises CapabilityError: if the other VMM is requested but not installed
     """
     with tempfile.TemporaryDirectory() as folder:
         file = image or _hello_image(Path(folder))
@@ -84,7 +85,7 @@ def _processes(commands: dict[str, list[str]], repeats: int) -> dict[str, list[f
     for _ in range(repeats):
         for name, command in commands.items():
             start = time.perf_counter()
-            # An image's status is its own; a start that failed shows in its output.
+            # The exit status depends on the image; the output shows whether it started.
             subprocess.run(
                 command,
                 check=name in ("python", "hello"),
@@ -97,7 +98,7 @@ def _processes(commands: dict[str, list[str]], repeats: int) -> dict[str, list[f
 
 
 def _first_instruction(times: int, folder: Path) -> dict[str, float]:
-    """From creating a machine to the exit of its first instructions; nothing without KVM."""
+    """Time from creating a machine to its first exit; return nothing without KVM."""
     from kvmhost.boot.plain import parse_flat
     from kvmhost.engine.base import Vcpu
     from kvmhost.exits import IoOut
@@ -109,7 +110,7 @@ def _first_instruction(times: int, folder: Path) -> dict[str, float]:
         return {}
 
     class Timed(PcMachine):
-        """Notes when the first exit arrives."""
+        """Records the time of the first exit."""
 
         first_s = 0.0
 

@@ -1,8 +1,8 @@
-"""``kvmhost bench trackers``: harvests against the bare kernel calls, and memory.
+"""``kvmhost bench trackers``: harvests compared with the bare kernel calls, and memory.
 
-A harvest of ``pagemap`` beside one PAGEMAP_SCAN of the same range, a harvest of ``dirty``
-beside KVM_GET_DIRTY_LOG (and KVM_CLEAR_DIRTY_LOG), in turn in one run. The bare calls
-get buffers that are ready and large enough, and nothing is made of what they fill in.
+A harvest of ``pagemap`` is compared with one PAGEMAP_SCAN of the same range, and a harvest
+of ``dirty`` with KVM_GET_DIRTY_LOG (and KVM_CLEAR_DIRTY_LOG), in turn in one run. The bare
+calls get preallocated buffers that are large enough, and their results are not processed.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = ["main", "parser", "run"]
 _START_GFN = 1024
 _MEMORY_SHARE = BOUNDS["trackers.most_percent"].limit
 
-#: Case: parameters of the guest. A pagemap harvest that clears also zaps, which is not a scan.
+#: Guest parameters by case. A pagemap harvest that clears also zaps, which is not a scan.
 _PAGEMAP: dict[str, dict[str, int]] = {
     "all pages": {"stride": 1},
     "every 4th page": {"stride": 4},
     "every 64th page": {"stride": 64},
     "none": {},
 }
-#: Case: parameters of the guest, and whether the harvest clears.
+#: Guest parameters by case, and whether the harvest clears.
 _DIRTY = {
     "look": ({"stride": 10, "write": 1}, False),
     "clear, every 10th page": ({"stride": 10, "write": 1}, True),
@@ -57,10 +57,10 @@ _DIRTY = {
 
 
 def run(mem_bytes: int = 1 << 30, repeats: int = 15) -> dict[str, Any]:
-    """Measure what works here; ``engine`` is kvm where it does, else emulated.
+    """Measure the trackers that work on this host; ``engine`` is kvm if it works, else emulated.
 
     :return: ``speed``: rows with ``bare_us``, ``harvest_us`` and ``ratio``; ``memory``: rows
-        with what a tracker holds and takes at most, in bytes and as a share of the guest's
+        with the current and peak memory of a tracker, in bytes and as a share of the guest's
     """
     support = probe_all("auto")
     speed = []
@@ -78,7 +78,7 @@ def run(mem_bytes: int = 1 << 30, repeats: int = 15) -> dict[str, Any]:
 
 def _machine(mem_bytes: int, params: dict[str, int]) -> Machine:
     given = dict(params)
-    # The tables that map the guest's memory lie at its end.
+    # The page tables that map guest memory are at its end.
     pages = TinyLayout(mem_bytes).tables_gpa // PAGE_BYTES - _START_GFN
     given["pages"] = pages // given.pop("part", 1)
     given |= {"start_gfn": _START_GFN, "epochs": 0}
@@ -90,7 +90,7 @@ def _machine(mem_bytes: int, params: dict[str, int]) -> Machine:
 def _in_turn(
     prepare: Callable[[], object], variants: dict[str, Callable[[], object]], repeats: int
 ) -> dict[str, float]:
-    """Time variants in turn, which of them is first changing; median µs of each, and the ratio."""
+    """Time variants in turn, in rotating order; return median µs of each, and the ratio."""
     times: dict[str, list[int]] = {name: [] for name in variants}
     names = list(variants)
     for turn in range(repeats):
@@ -140,7 +140,7 @@ def _bare_scan(fd: int, region: Region) -> Callable[[], object]:
 
 def _dirty(machine: Machine, clear: bool, repeats: int) -> dict[str, float]:
     tracker = machine.use_tracker("dirty")
-    # One slot after the other, as the tracker does it.
+    # One slot at a time, as in the tracker.
     bare = [_bare_log(machine, slot, region, clear) for slot, region in _slots(machine)]
     machine.run_epoch()
     gfn_end = machine.memory.gfn_end
@@ -148,7 +148,7 @@ def _dirty(machine: Machine, clear: bool, repeats: int) -> dict[str, float]:
         "bare": lambda: [one() for one in bare],
         "harvest": lambda: tracker.harvest(0, gfn_end, clear),
     }
-    # Where pages are cleared, the guest writes them once more before each.
+    # If pages are cleared, the guest writes them again before each call.
     prepare: Callable[[], object] = machine.run_epoch if clear else lambda: None
     return _in_turn(prepare, variants, repeats if clear else max(repeats, 101))
 
@@ -181,13 +181,13 @@ def _bare_log(machine: Machine, slot: int, region: Region, clear: bool) -> Calla
 
 
 def _memory(name: str, mem_bytes: int) -> dict[str, Any]:
-    """Say what a tracker holds after three harvests, and what it takes at most meanwhile."""
+    """Return the memory of a tracker after three harvests, and its peak during them."""
     with _machine(16 << 20, {"stride": 1, "write": 1}) as machine:
         _use(machine, machine.use_tracker(name))  # imports, caches, calibration
     with _machine(mem_bytes, {"stride": 8, "write": 1}) as machine:
         machine.run_epoch()
         gc.collect()
-        # What earlier work freed goes back first, or new buffers would be laid into it.
+        # Return freed memory to the kernel first, or new buffers would reuse it uncounted.
         ctypes.CDLL(None).malloc_trim(0)
         tracemalloc.start()
         before = _anonymous_bytes()
@@ -214,7 +214,7 @@ def _use(machine: Machine, tracker: Tracker) -> None:
 
 
 def _anonymous_bytes() -> int:
-    """Bytes of this process that no file backs: guest memory is not among them."""
+    """Return the anonymous memory of this process in bytes, which excludes guest memory."""
     found = re.search(r"^Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
     assert found is not None
     return int(found[1]) * 1024

@@ -1,7 +1,7 @@
-"""``kvmhost bench walk``: how fast a live table is harvested, against bare loops.
+"""``kvmhost bench walk``: harvest speed on a live table, relative to bare loops.
 
-Every figure is a ratio of medians taken in one run, the variants in turn, so that a
-machine that is busy or slow does not change it much.
+Every figure is a ratio of medians of variants that take turns in one run, so that a busy
+or slow machine affects it little.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Step = tuple[Callable[[], object], Callable[[], object]]
 
 
 def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, float]:
-    """Time named steps in turn; each is (what prepares it, what is timed).
+    """Time named steps in turn; each step is (preparation, timed function).
 
-    :return: median ns of each
+    :return: median ns of each step
     """
     times: dict[str, list[int]] = {name: [] for name in steps}
     for _ in range(repeats):
@@ -47,12 +47,12 @@ def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, float]:
 
 
 def run(n_entries: int = 4 << 20, repeats: int = 15) -> dict[str, Any]:
-    """Harvest ``n_entries`` live entries, all old and all young, beside bare loops.
+    """Harvest ``n_entries`` live entries, all old and all young, and time bare loops too.
 
     :return: ``ns_per_entry`` by step, and the ratios: ``old_of_sum``, the speed of the
-        all-old harvest as a part of that of a plain 64-bit sum over the same entries
-        (``old_of_wide_sum``: of a vectorised one); ``young_of_and``, the time of the
-        all-young harvest as a multiple of that of a bare atomic-and loop
+        all-old harvest relative to a plain 64-bit sum over the same entries
+        (``old_of_wide_sum``: to a vectorised sum); ``young_of_and``, the time of the
+        all-young harvest relative to a bare atomic-and loop
     """
     memory, words, leaves = _build(n_entries)
     # SAFETY: `words` and `leaves` view `memory`, held by this frame until it returns.

@@ -1,10 +1,10 @@
-"""``kvmhost bench young``: what records cost to write, to open and to ask.
+"""``kvmhost bench young``: the cost of writing, opening and querying records.
 
-Two guests are made up, with a hot set of a tenth of their pages, of which each window
-touches half, and some cold touches: one of 1 GiB, appended window by window, and one
-of 64 GiB over an hour at one window a second, on which the questions are timed. Every
-time is the median of some rounds; the record of the large guest is made first, which
-takes minutes. ``--gib`` and ``--windows`` make it smaller.
+Two synthetic guests have a hot set of a tenth of their pages, of which each window
+touches half, and some cold touches. A record of a 1 GiB guest is appended window by
+window; the queries are timed on a record of a 64 GiB guest over one hour, with one
+window per second. Every time is the median of several rounds. The record of the large
+guest is written first, which takes minutes; ``--gib`` and ``--windows`` make it smaller.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SECOND = 10**9
 
 
 def make_windows(n_pages: int, n_variants: int = 16, seed: int = 1) -> list[Words]:
-    """Return bitmaps of a guest with a contiguous hot set, half of it touched at a time."""
+    """Return bitmaps of a guest with a contiguous hot set, half of it touched per window."""
     rng = np.random.default_rng(seed)
     hot_words = max(int(n_pages * _HOT_SHARE) // 64, 1)
     first = n_pages // 64 // 3
@@ -107,7 +107,7 @@ def _size(path: Path) -> int:
 
 
 def _question(name: str, path: Path) -> tuple[float, float]:
-    """Ask in a process of its own; return seconds, without the imports, and peak MiB."""
+    """Run a query in a separate process; return seconds, without the imports, and peak MiB."""
     words = [sys.executable, "-m", "kvmhost.tools.bench.young", "--ask", name, str(path)]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     seconds, rss = json.loads(done.stdout)
@@ -140,7 +140,7 @@ def _ask(name: str, path: Path) -> None:
             with (path.parent / "large.html").open("wb") as file:
                 write_html(RecordView(record), file)
     seconds = time.perf_counter() - start
-    # Not ru_maxrss: that begins with what the parent had as it forked.
+    # Not ru_maxrss: it starts at the parent's value at the time of the fork.
     status = Path("/proc/self/status").read_text()
     peak_kib = next(int(li.split()[1]) for li in status.splitlines() if li.startswith("VmHWM"))
     print(json.dumps([seconds, peak_kib / 1024]))

@@ -1,4 +1,4 @@
-"""``kvmhost demo``: guest and limits in ``settings``, ``processes``, and the ``command``."""
+"""``kvmhost demo``: ``settings`` (guest and limits), ``processes`` and ``command``."""
 
 from __future__ import annotations
 

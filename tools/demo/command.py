@@ -1,11 +1,11 @@
-"""``kvmhost demo``: the whole path in one command, on real input.
+"""``kvmhost demo``: a demonstration of tracking and reclaim on a real guest.
 
-1. how right each tracker is, against the gfns computed from the guest's seed;
-2. what aging costs a guest: epochs a second with and without the daemon, no limit;
-3. a guest in a memory cgroup of half of what it touches, without the daemon: the
-   kernel kills it;
-4. the same guest and limit with the daemon: it runs to its end, every byte checked;
-5. a picture: which page was touched when.
+1. the accuracy of each tracker, compared with the gfns computed from the guest's seed;
+2. the cost of aging: epochs per second with and without the daemon, without a limit;
+3. a guest in a memory cgroup limited to half of the memory that it touches, without the
+   daemon: the kernel kills it;
+4. the same guest and limit with the daemon: the guest completes and checks every byte;
+5. a plot of the touched pages over time.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ from kvmhost.trackers import NAMES, describe, probe_all
 __all__ = ["main", "parser"]
 
 _MIB = 1 << 20
-#: An emulated guest is about ten times slower: less to do in the same time.
+#: An emulated guest is about ten times slower, so it gets less work.
 _EMULATED_SHARE = 10
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo; 0 if every part did what it should."""
+    """Run the demo; return 0 if every part had the expected result."""
     args = parser().parse_args(argv)
     engine = _engine_name(args.engine)
     check_target(args.output)
-    # Both halves need it: better told now than by a child after a while.
+    # Both limited runs need it; report it now instead of later from a child process.
     Userfault().close()
     share = 1 if engine == "kvm" else _EMULATED_SHARE
     settings = DemoSettings(args.mem, args.hot // min(share, 4), args.epochs // share, engine)
@@ -115,7 +115,7 @@ def _run(settings: DemoSettings, picture: Path, progress: Progress) -> dict[str,
 
 
 def _working_trackers(settings: DemoSettings) -> list[str]:
-    """Return the trackers that work here and see every touch, not only writes."""
+    """Return the trackers that work on this host and see reads as well as writes."""
     support = probe_all(settings.engine)
     return [n for n in NAMES if support[n].works and "reads" in describe(n).sees]
 
@@ -124,7 +124,7 @@ def _working_trackers(settings: DemoSettings) -> list[str]:
 
 
 def _accuracy(settings: DemoSettings, name: str, epochs: int) -> dict[str, typing.Any]:
-    """Precision and recall of one harvest an epoch, over a smaller guest with a scan in it."""
+    """Return precision and recall of one harvest per epoch, on a smaller guest with a scan."""
     settings = dataclasses.replace(
         settings, mem_bytes=settings.mem_bytes // 4, hot_bytes=settings.hot_bytes // 4
     )
@@ -158,9 +158,9 @@ def _accuracy(settings: DemoSettings, name: str, epochs: int) -> dict[str, typin
 
 
 def _throughput(settings: DemoSettings, seconds: float = 2.0) -> dict[str, float]:
-    """Epochs a second of one VM, in turn without and with the daemon, no limit set."""
+    """Return epochs per second of one VM without a limit, without and with the daemon in turn."""
     rates: dict[bool, list[float]] = {False: [], True: []}
-    # No scans: a window with one would be compared with a window without.
+    # No scans: they would occur in some of the compared windows only.
     with start_vm(settings, "free", epochs=0, scan_every=0) as vm:
         wait_until(lambda: vm.client.state().doorbells > 2, vm, "the first epochs")
         for with_daemon in (False, True, False, True):
@@ -181,7 +181,7 @@ def _throughput(settings: DemoSettings, seconds: float = 2.0) -> dict[str, float
 
 
 def _picture(settings: DemoSettings, path: Path) -> str | None:
-    """Harvest a VM live and draw gfn by time; None without the plot extra."""
+    """Harvest a running VM and plot gfn by time; return None without the plot extra."""
     from kvmhost.reclaim.draw.heatmap import live_heatmap
     from kvmhost.reclaim.draw.render import need_plotting, render_heatmap
 
@@ -245,7 +245,7 @@ def _with_daemon(settings: DemoSettings, group: MemoryCgroup | None) -> dict[str
         vm.wait_for_end(note_peak)
         seconds = time.monotonic() - start
         report = vm.report()
-        # It ends by itself, with 0, when its only VM is gone.
+        # The daemon exits with status 0 after its only VM has ended.
         daemon_status = exit_status(daemon, "the daemon")
     pager = report["pager"] or {}
     stored = pager.get("evicted_pages", 0) - pager.get("same_filled_pages", 0)

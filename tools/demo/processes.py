@@ -1,4 +1,4 @@
-"""VM and daemon processes of the demo: started, watched for progress, and ended."""
+"""VM and daemon processes of the demo: start, wait with progress checks, and end."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ __all__ = [
     "wait_until",
 ]
 
-#: A process that does nothing for this long hangs: generous, for slow and loaded hosts.
+#: Without progress for this long, a process hangs. Generous, for slow and loaded hosts.
 _STUCK_S = 180.0
 
 
 @dataclasses.dataclass
 class DemoVm:
-    """A VM process of the demo and a client of it."""
+    """A VM process of the demo and a client connected to it."""
 
     process: subprocess.Popen[bytes]
     client: Client
     directory: Path
 
     def wait_for_end(self, each: Callable[[], None] = lambda: None) -> int:
-        """Wait until the VM ends, for as long as its guest makes progress; return its status.
+        """Wait until the VM ends, while its guest makes progress; return its exit status.
 
         :param each: called about five times a second
-        :raises GuestTimeout: if the guest does nothing for :data:`_STUCK_S`
+        :raises GuestTimeout: if the guest makes no progress for :data:`_STUCK_S`
         """
         done, since_s = -1, time.monotonic()
         while self.process.poll() is None:
@@ -67,7 +67,7 @@ class DemoVm:
         return int(counters.machine.doorbells + counters.machine.resident_bytes + faults)
 
     def report(self) -> dict[str, typing.Any]:
-        """Return what ``run --json`` printed; the VM has ended."""
+        """Return the output of ``run --json``; call it after the VM has ended."""
         exit_status(self.process, "the VM")
         text = (self.directory / "report.json").read_text()
         if not text.strip():
@@ -86,7 +86,7 @@ def start_vm(
     group: MemoryCgroup | None = None,
     **params: int,
 ) -> Iterator[DemoVm]:
-    """Start a VM process, paused if it goes into a cgroup or is to end by itself."""
+    """Start a VM process, in a cgroup if one is given; it starts paused if ``epochs`` is not 0."""
     words = [sys.executable, "-m", "kvmhost", "run", "hotcold", "--name", name, "--json"]
     words += ["--engine", settings.engine, "--mem", str(settings.mem_bytes)]
     if epochs:
@@ -100,7 +100,7 @@ def start_vm(
         directory = Path(folder)
         report = stack.enter_context((directory / "report.json").open("wb"))
         log = stack.enter_context((directory / "vm.log").open("wb"))
-        # The child waits for a line, so that it is in its cgroup before it allocates.
+        # The child waits for a line of input, so that it is in its cgroup before it allocates.
         gate = ["sh", "-c", 'read -r _ && exec "$@"', "sh", *words]
         process = subprocess.Popen(gate, stdin=subprocess.PIPE, stdout=report, stderr=log)
         stack.callback(_end, process)
@@ -133,7 +133,7 @@ def _connect(name: str, process: subprocess.Popen[bytes]) -> Iterator[Client]:
 def start_daemon(
     name: str, budget_bytes: int, interval_s: float, log: typing.BinaryIO
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a daemon for one VM; it is ended with the context."""
+    """Start a daemon for one VM; the context manager ends it."""
     words = [sys.executable, "-m", "kvmhost", "reclaimd", name]
     words += ["--budget", str(budget_bytes), "--interval", str(interval_s)]
     with log, contextlib.ExitStack() as stack:
@@ -143,12 +143,12 @@ def start_daemon(
 
 
 def open_log(directory: Path) -> typing.BinaryIO:
-    """Open the daemon's log, to append."""
+    """Open the daemon's log in append mode."""
     return (directory / "reclaimd.log").open("ab")
 
 
 def exit_status(process: subprocess.Popen[bytes], what: str) -> int:
-    """Return the status of a process that is about to end."""
+    """Wait for a process that is about to end; return its exit status."""
     try:
         return process.wait(timeout=_STUCK_S)
     except subprocess.TimeoutExpired as error:
@@ -156,7 +156,7 @@ def exit_status(process: subprocess.Popen[bytes], what: str) -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that this demo started, gently first."""
+    """End a process that this demo started: SIGTERM first, SIGKILL if that is not enough."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -167,14 +167,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def more_harvests(vm: DemoVm, than: int) -> Callable[[], bool]:
-    """Return the condition that the VM was harvested more often."""
+    """Return a condition: the VM was harvested more than ``than`` times."""
     return lambda: vm.client.counters().harvest.harvests > than
 
 
 def wait_until(condition: Callable[[], bool], vm: DemoVm, what: str) -> None:
-    """Wait for a condition while the VM lives.
+    """Wait for a condition while the VM runs.
 
-    :raises GuestError: if the VM ends before, or nothing happens for too long
+    :raises GuestError: if the VM ends first, or makes no progress for too long
     """
     deadline = time.monotonic() + _STUCK_S
     while not condition():

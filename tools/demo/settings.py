@@ -8,9 +8,9 @@ __all__ = ["START_GFN", "DemoSettings"]
 
 _MIB = 1 << 20
 START_GFN = 1024
-#: Beside guest memory and the store: interpreter, page tables, KVM's or the emulator's memory.
+#: Memory besides guest memory and store: interpreter, page tables, KVM or the emulator.
 _PROCESS_BYTES = {"kvm": 46 * _MIB, "emulated": 70 * _MIB}
-#: What a page of this guest takes in the store, compressed, about a tenth.
+#: Size of a compressed page of this guest in the store, relative to a page: about a tenth.
 _STORE_SHARE = 0.1
 
 
@@ -26,22 +26,22 @@ class DemoSettings:
 
     @property
     def pages(self) -> int:
-        """Pages that the guest owns: nearly all of its memory."""
+        """Pages that the guest uses: nearly all of its memory."""
         return (self.mem_bytes * 15 // 16) // 4096 - START_GFN
 
     @property
     def touched_bytes(self) -> int:
-        """What the guest touches over its run."""
+        """Memory that the guest touches during its run."""
         return self.pages * 4096
 
     @property
     def limit_bytes(self) -> int:
-        """Half of what it touches."""
+        """Half of the memory that the guest touches."""
         return self.touched_bytes // 2
 
     @property
     def budget_bytes(self) -> int:
-        """Resident guest memory that leaves room under the limit for store and process."""
+        """Resident guest memory that leaves room below the limit for the store and the process."""
         room = self.limit_bytes - _PROCESS_BYTES[self.engine] - self.touched_bytes * _STORE_SHARE
         return int(room / (1 - _STORE_SHARE)) // 4096 * 4096
 

@@ -1,4 +1,4 @@
-"""``kvmhost guests``: the built-in guests, images of others, and building one's own."""
+"""``kvmhost guests``: list and show guests, built-in or from an image file, and build guests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvmhost.tools.guests.show import parser, show
 
 __all__ = ["SUBCOMMANDS", "main", "parser"]
 
-#: What is not the name of a guest, and its module here.
+#: Subcommands, which are not names of guests, and their modules in this package.
 SUBCOMMANDS = {"build": "compile a guest from a C file"}
 
 

@@ -1,8 +1,8 @@
-"""``kvmhost guests build``: a guest image from a C file.
+"""``kvmhost guests build``: build a guest image from a C file.
 
 The file includes "guest.h", which is installed with kvmhost, and defines
-guest_main(); PARAM() lines name its parameters. docs/guests.md has the contract,
-docs/examples/own_guest.c is one. The compiler is $KVMHOST_GUEST_CC, else $CC, else cc.
+guest_main(); PARAM() lines name its parameters. docs/guests.md describes the contract,
+docs/examples/own_guest.c is an example. The compiler is $KVMHOST_GUEST_CC, else $CC, else cc.
 
 exit status: 0; 2 if the source does not compile; 126 if there is no compiler
 """
@@ -37,7 +37,7 @@ def parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compile, check that the result is an image, and say how to run it."""
+    """Compile, check that the result is an image, and print how to run it."""
     args = parser().parse_args(argv)
     image = build(args.source, args.output or args.source.with_suffix(".elf"))
     print(f"{image}: kvmhost run {image if '/' in str(image) else f'./{image}'}")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 def build(source: Path, image: Path) -> Path:
     """Compile a guest.
 
-    :raises ImageError: if the source cannot be read, does not compile, or makes no image
+    :raises ImageError: if the source cannot be read or compiled, or yields an invalid image
     :raises CapabilityError: if there is no compiler
     """
     if not source.is_file():

@@ -1,4 +1,4 @@
-"""Show guests: the built-in ones and images of others, with parameters and contracts."""
+"""Show built-in guests and guest image files, with parameters and contracts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parser() -> CommandParser:
 def show(argv: Sequence[str] | None = None) -> int:
     """List guests, or show one.
 
-    :raises ImageError: if there is no guest of that name, or the file is no image
+    :raises ImageError: if no guest has that name, or the file is not an image
     """
     arguments = parser().parse_args(argv)
     if arguments.name is not None:
@@ -61,7 +61,7 @@ def show(argv: Sequence[str] | None = None) -> int:
 
 
 def contract(image: Path) -> str:
-    """Return the comment at the head of the source beside an image; empty if there is none."""
+    """Return the first comment of the source next to an image; empty if there is none."""
     try:
         source = image.with_suffix(".c").read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""``kvmhost young NAME``: which guest page was touched when."""
+"""``kvmhost young NAME``: record and analyse when each guest page was touched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvmhost.tools.parser import CommandParser
 
 __all__ = ["SUBCOMMANDS", "main", "parser"]
 
-#: Name, which is also its module here, and one line about it.
+#: One-line description by name, which is also the name of the module in this package.
 SUBCOMMANDS = {
     "snapshot": "one bitmap of a running VM: counts, densities, ranges",
     "heatmap": "a picture, gfn by time",
@@ -33,7 +33,7 @@ _ABOUT = "Look at which pages were touched."
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one of the commands."""
+    """Run one of the subcommands."""
     return dispatch("kvmhost young", _ABOUT, __name__, SUBCOMMANDS, argv)
 
 

@@ -1,4 +1,4 @@
-"""``kvmhost young ages``: how cold pages are, and what it would cost to take them."""
+"""``kvmhost young ages``: the ages of pages, and the refaults that evicting them would cause."""
 
 from __future__ import annotations
 

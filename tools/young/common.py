@@ -1,4 +1,4 @@
-"""What the commands of ``kvmhost young`` share: arguments, ranges, output files."""
+"""Shared by the commands of ``kvmhost young``: arguments, ranges, output files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what can be looked at instead of a VM of ours: VM or --pid, and --mapping."""
+    """Add the arguments that select a VM or another process: VM or --pid, and --mapping."""
     parser.add_argument("vm", metavar="VM", nargs="?", help="name of a VM, or path of its socket")
     parser.add_argument(
         "--pid",
@@ -50,10 +50,10 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_source(args: argparse.Namespace) -> Client | Attached:
-    """Return what the arguments of :func:`add_source_arguments` name.
+    """Open the VM or process selected by the arguments of :func:`add_source_arguments`.
 
-    :raises LayoutError: if they name both or nothing, or a process that does not fit
-    :raises CapabilityError: if the process may not be looked at
+    :raises LayoutError: if they select both or neither, or an unsuitable process
+    :raises CapabilityError: if access to the process is not permitted
     """
     if (args.vm is None) == (args.pid is None):
         raise LayoutError("give the name of a VM, or --pid PID; one of both")
@@ -91,7 +91,7 @@ def add_vm_arguments(parser: argparse.ArgumentParser, *, or_pid: bool = False) -
 def range_of(given: tuple[int, int] | None, memory: MemoryMap) -> tuple[int, int]:
     """Return (first gfn, pages).
 
-    :raises LayoutError: for a range that is empty or ends above all memory
+    :raises LayoutError: for a range that is empty or ends above guest memory
     """
     start, end = given or (0, memory.gfn_end)
     if not 0 <= start < end <= memory.gfn_end:
@@ -100,10 +100,10 @@ def range_of(given: tuple[int, int] | None, memory: MemoryMap) -> tuple[int, int
 
 
 def check_out(path: Path, kinds: Sequence[str]) -> None:
-    """Refuse a file that cannot be written before any work is done for it.
+    """Check that an output file can be written, before any work is done.
 
-    :raises LayoutError: for a name of another kind
-    :raises HostError: if no file can be written there
+    :raises LayoutError: for a file name of another kind
+    :raises HostError: if no file can be written at ``path``
     """
     if path.suffix.lower() not in kinds:
         raise LayoutError(f"{path}: the name must end in {' or '.join(kinds)}")
@@ -112,7 +112,7 @@ def check_out(path: Path, kinds: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def progress_bar(total: int, what: str = "harvesting") -> Iterator[Callable[[], None]]:
-    """Show a bar on a terminal, nothing in a pipe."""
+    """Show a progress bar on a terminal, nothing in a pipe."""
     if not sys.stderr.isatty():
         yield lambda: None
         return

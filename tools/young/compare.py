@@ -1,10 +1,10 @@
-"""``kvmhost young compare``: trackers and table formats on the same windows.
+"""``kvmhost young compare``: compare trackers and table formats on the same windows.
 
-Records are held against the first one given. With ``--guest`` the records are made for
-it: the guest runs once for each tracker, stops at the doorbell after each of its
-epochs, and an epoch is a window; as it does the same each time, the windows are the
-same. With ``--formats`` the first record's bits are put as accesses into tables of
-other formats and harvested from there.
+Records are compared with the first one given. With ``--guest`` the command makes the
+records: the guest runs once for each tracker and stops at the doorbell after each epoch,
+and each epoch is one window; the guest does the same in each run, so the windows are the
+same. With ``--formats`` the young pages of the first record are accessed in tables of
+other formats and harvested from them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "main", "parser", "record_guest", "through_table"]
 
-#: Name: table format, level of the leaves.
+#: Table format and level of the leaves, by name.
 FORMATS = {
     "npt": ("npt", 1),
     "npt-2m": ("npt", 2),
@@ -123,7 +123,7 @@ def _causes(pages: dict[str, int]) -> str:
 
 
 def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], list[tuple[int, int]]]:
-    """Run the guest once for each tracker; return a record of its epochs each.
+    """Run the guest once for each tracker; return one record of its epochs per tracker.
 
     :return: the records, and the gfns of the guest's page tables and parameters
     """
@@ -170,10 +170,10 @@ def _format_view(name: str, record: YoungRecord) -> TrackerView:
 
 
 def through_table(name: str, record: YoungRecord) -> Iterator[YoungBitmap]:
-    """Yield the windows of a record as a table of another format reports them.
+    """Yield the windows of a record as reported by a table of another format.
 
-    Every page is mapped, by leaves of the format's level; each window's pages are made
-    young, and the table is harvested.
+    Every page is mapped, by leaves at the level of the format; for each window, its pages
+    are made young and the table is harvested.
     """
     from kvmhost.mmu.memslots import MemSlot, MemSlots
     from kvmhost.mmu.table import Mmu
@@ -181,7 +181,7 @@ def through_table(name: str, record: YoungRecord) -> Iterator[YoungBitmap]:
     table_format, level = FORMATS[name]
     with Mmu(table_format, arena_bytes=64 << 20) as table:
         leaf = table.level_pages(level)
-        # The model's own gfns: from 0, so that a large leaf is aligned as it was in the guest.
+        # Gfns of the model start at 0, so that large leaves are aligned as in the guest.
         shift = record.gfn_start % leaf
         n_leaves = max(-(-(shift + record.n_pages) // leaf), 1)
         n_pages = n_leaves * leaf

@@ -1,4 +1,4 @@
-"""``kvmhost young diff``: how alike two windows, two stretches or two runs are."""
+"""``kvmhost young diff``: the similarity of two windows, two ranges of windows, or two runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kvmhost young export``: a record in the formats of other programs."""
+"""``kvmhost young export``: convert a record to the formats of other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kvmhost young gfn``: a guest address in all its forms."""
+"""``kvmhost young gfn``: convert a guest address between all its forms."""
 
 from __future__ import annotations
 

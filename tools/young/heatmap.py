@@ -1,4 +1,4 @@
-"""``kvmhost young heatmap``: a picture, gfn by time, of a record or a running VM."""
+"""``kvmhost young heatmap``: plot a record or a running VM, gfn by time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _is_file(source: str | None) -> bool:
-    """Return whether a source is a record: the path of a VM is a socket, its name is no path."""
+    """Return whether a source is a record; a VM is given by its name or its socket's path."""
     path = Path(source or "")
     return source is not None and (path.is_dir() or ("/" in source and not path.is_socket()))
 

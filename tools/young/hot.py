@@ -1,4 +1,4 @@
-"""``kvmhost young hot``: ranges of pages that are young most of the time."""
+"""``kvmhost young hot``: list ranges of pages that are young most of the time."""
 
 from __future__ import annotations
 

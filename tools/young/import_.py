@@ -1,4 +1,4 @@
-"""``kvmhost young import``: a record out of what other programs wrote."""
+"""``kvmhost young import``: make a record from files of other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of the commands that read records: for people, as JSON or as CSV."""
+"""Tables of the commands that read records: as text, JSON or CSV."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ __all__ = [
 
 @dataclasses.dataclass
 class Table:
-    """Rows of plain values. People see columns right-aligned, floats with few digits.
+    """Rows of plain values. Text output right-aligns columns and rounds floats.
 
-    :param facts: shown above the rows; in JSON beside them
-    :param shown_rows: people see so many, evenly picked; programs all
-    :param closer_first: pick more of the first rows than of the last
-    :param notes: lines for people, below the rows
+    :param facts: shown above the rows; in JSON, fields next to the rows
+    :param shown_rows: number of evenly selected rows in text output; JSON and CSV have all
+    :param closer_first: select more of the first rows than of the last
+    :param notes: lines below the rows in text output
     """
 
     columns: Sequence[str]
@@ -78,7 +78,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_record(path: Path) -> YoungRecord:
-    """Open a record, and say on standard error what is missing at its end."""
+    """Open a record, and report on standard error if its end is missing."""
     from kvmhost.reclaim.record.reader import YoungRecord
 
     record = YoungRecord.open(path)
@@ -102,9 +102,9 @@ def window_range(text: str) -> tuple[int | None, int | None]:
 
 
 def windows_of(record: YoungRecord, given: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    """Return ``[first, end)`` of a record.
+    """Return the selected windows ``[first, end)`` of a record.
 
-    :raises LayoutError: if it has no such windows, or none are left
+    :raises LayoutError: if the record has no such windows, or the selection is empty
     """
     first, end = given or (None, None)
     n = len(record)
@@ -116,9 +116,9 @@ def windows_of(record: YoungRecord, given: tuple[int | None, int | None] | None)
 
 
 def spans(text: str) -> list[tuple[float, str]]:
-    """Parse ``1,60s,10m``: numbers of windows, or times with s, m or h.
+    """Parse ``1,60s,10m``: numbers of windows, or times in s, m or h.
 
-    :return: (number, unit); the unit of windows is empty
+    :return: pairs (number, unit); the unit is empty for a number of windows
     :raises argparse.ArgumentTypeError: for anything else
     """
     found = []
@@ -131,7 +131,7 @@ def spans(text: str) -> list[tuple[float, str]]:
 
 
 def show(table: Table, args: argparse.Namespace) -> None:
-    """Print a table the way that was asked for."""
+    """Print a table in the requested format."""
     if args.json:
         rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
         print(json.dumps({**table.facts, "rows": rows}))
@@ -199,15 +199,15 @@ def _cell(value: Any, form: str) -> str:
 
 
 def mib(pages: float, page_bytes: int) -> float:
-    """Return pages in MiB."""
+    """Return the size of pages in MiB."""
     return float(pages) * page_bytes / 2**20
 
 
 def number(value: Any) -> int:
-    """Return a numpy number as Python's, for JSON."""
+    """Convert a numpy number to a Python number, for JSON."""
     return int(value)
 
 
 def share(part: float, whole: float) -> float:
-    """Return a share, 0 of nothing."""
+    """Return ``part / whole``, or 0 if ``whole`` is 0."""
     return float(part) / float(whole) if whole else 0.0

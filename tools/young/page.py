@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _is_file(source: str) -> bool:
-    """Tell a record from a VM: a VM's path is a socket, its name is no path."""
+    """Return whether a source is a record; a VM is given by its name or its socket's path."""
     path = Path(source)
     return path.is_dir() or ("/" in source and not path.is_socket())
 
@@ -73,7 +73,7 @@ def _place_facts(found: GfnHistory) -> dict[str, Any]:
 
 
 def _show_live(args: argparse.Namespace) -> int:
-    """Show what a VM knows of the page now: looking changes nothing."""
+    """Show the current state of the page in a VM, without changing it."""
     with Client(args.source) as vm:
         page = vm.page(args.gfn)
         bitmap = vm.harvest(args.gfn, 1, clear=False)
@@ -98,7 +98,7 @@ def _show_live(args: argparse.Namespace) -> int:
 
 
 def dataclasses_of(page: Any) -> dict[str, Any]:
-    """Return the fields of an answer of the control socket."""
+    """Return the fields of a response of the control socket."""
     import msgspec
 
     found: dict[str, Any] = msgspec.structs.asdict(page)

@@ -1,12 +1,12 @@
-"""How far predictions are from what happens: a guest that is really run under a policy.
+"""The error of predictions, measured by running a guest under a policy.
 
-The guest runs twice for each budget, epoch by epoch. The first time nothing is taken
-away and its windows are recorded: that is what a prediction is made from. The second
-time the policy's victims are really evicted after each epoch and the guest really
-faults on them; the pager counts what it brings back. Both runs do the same, since the
-guest's choices follow from its seed; what differs is what the model leaves out: pages
-that cannot go, pages that the VMM or the page-table walker touches, and neighbours that
-come back unasked.
+The guest runs twice for each budget, epoch by epoch. In the first run nothing is evicted
+and the windows are recorded; predictions are made from this record. In the second run the
+policy's victims are evicted after each epoch and the guest faults on them; the pager
+counts the refaults. The guest's accesses are the same in both runs, since they depend on
+its seed only. The differences are due to effects that the model omits: pages that cannot
+be evicted, pages that the VMM or the page-table walker touches, and neighbouring pages
+that are faulted in as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["ErrorBar", "RealRun", "measure_error", "predict", "run_real"]
 
 _MEM_BYTES = 24 << 20
 _EPOCHS = 48
-#: Shares of the pages that the guest touches.
+#: Budgets as shares of the pages that the guest touches.
 _BUDGETS = (0.3, 0.5, 0.7)
 _PARAMS = {
     "start_gfn": 1024, "pages": 3072, "hot": 512, "cold": 192, "scan_every": 16,
@@ -37,7 +37,7 @@ _STEP_NS = 10**9
 
 @dataclasses.dataclass(frozen=True)
 class RealRun:
-    """One budget: refaults as predicted, and as they were."""
+    """The predicted and the measured number of refaults for one budget."""
 
     budget_pages: int
     predicted: int
@@ -45,13 +45,13 @@ class RealRun:
 
     @property
     def ratio(self) -> float:
-        """Real over predicted; with 1 added to both, so that 0 of 0 is 1."""
+        """Measured over predicted refaults, with 1 added to both, so that 0 over 0 is 1."""
         return (self.real + 1) / (self.predicted + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ErrorBar:
-    """The range of real over predicted refaults, over all real runs of a policy."""
+    """The range of measured over predicted refaults, over all runs of a policy."""
 
     engine: str
     runs: list[RealRun]
@@ -59,14 +59,14 @@ class ErrorBar:
     highest: float
 
     def around(self, predicted: float) -> tuple[float, float]:
-        """Return what to expect at least and at most."""
+        """Return the smallest and the largest number of refaults to expect."""
         return (
             round(predicted * min(self.lowest, 1.0), 3),
             round(predicted * max(self.highest, 1.0), 3),
         )
 
     def line(self, policy: str) -> str:
-        """Return it in words."""
+        """Return the range as text."""
         said = ", ".join(f"{run.real} of {run.predicted} predicted" for run in self.runs)
         return (
             f"{policy}: low and high are {min(self.lowest, 1.0):.3f} and "
@@ -78,7 +78,7 @@ class ErrorBar:
 def measure_error(
     policy: str, *, engine: str = "auto", budgets: Sequence[float] = _BUDGETS, epochs: int = _EPOCHS
 ) -> ErrorBar:
-    """Predict and run, at each of the budgets.
+    """Predict and measure refaults for each budget.
 
     :param budgets: shares of the pages that the guest touches
     """
@@ -94,13 +94,13 @@ def measure_error(
 
 
 def predict(policy: str, windows: Words, n_pages: int, budget_pages: int) -> int:
-    """Return the refaults that a replay has."""
+    """Return the number of refaults of a replay."""
     timed = [((number + 1) * _STEP_NS, row) for number, row in enumerate(windows)]
     return replay(timed, make_policy(policy, n_pages, {}), budget_pages).refaults
 
 
 def run_real(policy: str, engine: str, epochs: int, budget_pages: int) -> int:
-    """Run the guest under the policy; return the pages that faulted back in."""
+    """Run the guest under the policy; return the number of refaults."""
     with _machine(engine) as machine:
         tracker = machine.use_tracker("auto")
         n_pages = machine.memory.gfn_end
@@ -133,7 +133,7 @@ def run_real(policy: str, engine: str, epochs: int, budget_pages: int) -> int:
 
 
 def _force(machine: Machine, budget_pages: int) -> None:
-    """Have the VM choose what the policy protects, as a daemon does at the limit."""
+    """Let the VM evict pages that the policy protects, as it does at its resident limit."""
     machine.open_pager().set_limit(budget_pages)
     machine.open_pager().shrink()
     machine.open_pager().set_limit(0)

@@ -1,4 +1,4 @@
-"""``kvmhost young record``: young bitmaps of running VMs into files, for as long as wanted."""
+"""``kvmhost young record``: record young bitmaps of running VMs into files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; 1 if a VM could not be recorded to the end that was meant."""
+    """Run the command; return 1 if the recording of a VM ended early."""
     args = parser().parse_args(argv)
     from kvmhost.reclaim.record.chunks import need_zstd
     from kvmhost.reclaim.record.recorder import RecordingPlan
@@ -73,7 +73,7 @@ def _record(
     if as_json:
         shown = {"vm": vm, "file": str(path), "windows": ended.windows, "reason": ended.reason}
         counts = {"total_windows": ended.total_windows, "late_windows": ended.late}
-        # One write: the other VMs' threads print too.
+        # A single write, since the threads of other VMs print too.
         sys.stdout.write(json.dumps(shown | counts) + "\n")
         return 0
     late = f", {ended.late} of them late" if ended.late else ""
@@ -84,7 +84,7 @@ def _record(
 
 
 def _places(args: argparse.Namespace) -> dict[str, Path]:
-    """Return a path for each VM: the file itself for one, a directory of records for more."""
+    """Return a path per VM: the given file for one VM, files in a directory for several."""
     vms: list[str] = args.vms
     if not args.out.parent.is_dir():
         raise LayoutError(f"{args.out}: there is no directory {args.out.parent}")
@@ -104,7 +104,7 @@ def _places(args: argparse.Namespace) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def _stopping(stop: threading.Event) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the recording, with everything written."""
+    """Let SIGINT and SIGTERM end the recording after all data has been written."""
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
     try:

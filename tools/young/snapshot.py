@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         gfn_start, n_pages = range_of(args.range, memory)
         window_s = args.window
         is_new = tracker is None or args.tracker not in ("auto", tracker)
-        # What was ever touched has no window.
+        # The set of pages that were ever touched has no window.
         if window_s is None and is_new and args.tracker != "present":
             window_s = _FIRST_WINDOW_S
         if window_s is not None:
@@ -189,7 +189,7 @@ def _print_snapshot(vm: str, bitmap: YoungBitmap, cost: HarvestCost, memory: Mem
 
 
 def _runs(bitmap: YoungBitmap) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return starts and ends of the runs of young gfns, ends exclusive."""
+    """Return starts and exclusive ends of the runs of young gfns."""
     padded = np.concatenate([[False], bitmap.as_bool(), [False]])
     change = np.flatnonzero(padded[1:] != padded[:-1]) + bitmap.gfn_start
     return change[::2], change[1::2]

@@ -1,4 +1,4 @@
-"""``kvmhost young stat``: what is in a record, and the main figures of it."""
+"""``kvmhost young stat``: the contents of a record, and its main statistics."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _facts(record: YoungRecord) -> dict[str, Any]:
 
 
 def _history_notes(facts: dict[str, Any]) -> Iterator[str]:
-    """Tell of sessions, layouts and jumps where there is more than one, or any."""
+    """Yield notes on the sessions, memory layouts and clock jumps in a record."""
     for session in facts["sessions"]:
         said = ", ".join(f"{k} {v}" for k, v in session.items() if k != "first_window" and v)
         yield f"from window {session['first_window']}: {said}"

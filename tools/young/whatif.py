@@ -1,4 +1,4 @@
-"""``kvmhost young whatif``: records replayed through policies, at many parameters."""
+"""``kvmhost young whatif``: replay records through policies with many parameters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     policies = _words(args.policy)
     grid = _grid(args.set)
     for path in args.files:
-        open_record(path).close()  # says what is missing
+        open_record(path).close()  # reports a missing end
     cases = cases_of(args.files, policies, budgets, grid, args.windows or (None, None))
     workers = args.workers
     if workers is None and args.scheduler is None and not has_dask():
@@ -106,7 +106,7 @@ def _words(text: str) -> list[str]:
 
 
 def _budget(word: str) -> Callable[[YoungRecord], int]:
-    """Parse ``64M``, or ``50%`` of the pages ever touched; return the budget of a record."""
+    """Parse ``64M``, or ``50%`` of the pages ever touched, into a function of a record."""
     if word.endswith("%"):
         try:
             share = float(word[:-1]) / 100

@@ -1,4 +1,4 @@
-"""``kvmhost young wss``: working-set size over time, over windows of several lengths."""
+"""``kvmhost young wss``: working-set size over time, for windows of several lengths."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _windows(found: Histograms, value: float, unit: str) -> int:
-    """Return the number of windows of a span, as near as counts are exact."""
+    """Return the number of windows of a span, rounded to a number with exact counts."""
     from kvmhost.reclaim.analyse.analysis import nearest_window
 
     windows = value * _SECONDS[unit] / found.interval_s if unit else value

@@ -1,13 +1,13 @@
-"""``kvmhost bench reclaim``: what policies take away, against the fewest refaults possible.
+"""``kvmhost bench reclaim``: refaults of each policy, compared with the minimum possible.
 
-Four parts, each a comparison within one run:
+Each of the four parts is a comparison within one run:
 
-- **trace**: the pages that each window of a workload touches, computed from its seed,
-  replayed through every policy and through Belady's optimum (deterministic, no KVM);
-- **guests**: the same workloads as real guests under a limit, with one pass a second;
-  refaults, wrong evictions, throughput against the same guest with the same harvests
-  and no limit, and Belady's optimum of the windows that were recorded meanwhile;
-- **cost**: the daemon's processor time and memory for a large guest;
+- **trace**: the pages that each window of a workload touches are computed from its seed
+  and replayed through every policy and through Belady's optimum (deterministic, no KVM);
+- **guests**: the same workloads run as real guests under a limit, with one pass per
+  second; measured are refaults, wrong evictions, throughput relative to the same guest
+  with the same harvests and no limit, and Belady's optimum for the recorded windows;
+- **cost**: the processor time and memory of the daemon for a large guest;
 - **rows**: the second pass over memory under a limit, with aging page by page under the
   MMU lock, in batches without it, and with the two lists (the rows of 2023).
 """
@@ -80,7 +80,7 @@ def parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the figures as tables, or as JSON; draw them if asked."""
+    """Print the figures as tables or as JSON, and plot them if requested."""
     from kvmhost.tools.bench.reclaim import show
 
     options = parser().parse_args(argv)

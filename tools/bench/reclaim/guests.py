@@ -1,4 +1,4 @@
-"""The real part: guests on KVM under a limit, one pass a second, and what that costs."""
+"""Part ``guests``: KVM guests under a limit, with one pass per second, and its cost."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["POLICIES", "booted", "cost", "run"]
 
 POLICIES = ("lru_gen", "classic", "age", "random")
 _INTERVAL_S = 1.0
-#: Where refaults are counted: more passes in the same time.
+#: Interval while refaults are counted: shorter, for more passes in the same time.
 _SHORT_INTERVAL_S = 0.25
 _SETTLE_S = 2.0
 _FITS = ("fits", "fits-armed")
-#: A guest's memory beyond its range: image, tables, what it remembers of each page.
+#: Guest memory outside the touched range: image, page tables, the guest's data per page.
 _EXTRA_BYTES = 16 << 20
 
 
@@ -37,7 +37,7 @@ def run(
     budgets: Sequence[float],
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run workloads as guests; one row a workload, budget and policy.
+    """Run workloads as guests; return one row per workload, budget and policy.
 
     :raises CapabilityError: without /dev/kvm
     """
@@ -51,11 +51,12 @@ def run(
 
 
 def _params(name: str, pages: int) -> list[dict[str, int]]:
-    """What the guests of a workload are given: epochs of milliseconds, and no end.
+    """Return the parameters of a workload's guests: epochs of milliseconds, without end.
 
-    ``fits`` is the guest of the target: its hot set, half of its memory, fits the budget.
-    ``fits-armed`` is compared with a guest whose pager catches faults too, with no limit:
-    a mapping registered for that has no fault-around, and each harvest costs more faults.
+    ``fits`` is the guest of the performance target: its hot set, half of its memory, fits
+    the budget. ``fits-armed`` is compared with a guest that has no limit but whose pager
+    handles faults too: a mapping that is registered with userfaultfd has no fault-around,
+    so each harvest costs more faults.
     """
     if name in _FITS:
         fits = {"hot": pages // 2, "cold": 1}
@@ -65,7 +66,7 @@ def _params(name: str, pages: int) -> list[dict[str, int]]:
     found = []
     for guest in guests:
         params = guest_params(guest, share) | {"epochs": 0}
-        # A second has many epochs: fewer draws in each, for about the same a window.
+        # A window contains many epochs: fewer draws per epoch keep those of a window similar.
         for key in ("cold", "zipf"):
             params[key] = -(-params[key] // 64)
         found.append(params)
@@ -73,7 +74,7 @@ def _params(name: str, pages: int) -> list[dict[str, int]]:
 
 
 def _measure(name: str, policy: str, pages: int, seconds: float, budget: float) -> dict[str, Any]:
-    """Run the same guests twice, without and with a limit, in turns of a second."""
+    """Run the same guests twice, without and with a limit, in alternating segments."""
     interval_s = _INTERVAL_S if name in _FITS else _SHORT_INTERVAL_S
     with contextlib.ExitStack() as stack:
         free = [_free(stack, params) for params in _params(name, pages)]
@@ -105,7 +106,7 @@ def _measure(name: str, policy: str, pages: int, seconds: float, budget: float) 
             "epochs_per_s": statistics.median(with_ for _, with_ in pairs),
             "faults_in_per_epoch": (_fault_ins(limited) - start[0]) / max(epochs, 1),
             "refaulted_pages": sum(r.refaulted_pages for r in limited),
-            # The two lists harvest nothing that could be replayed.
+            # The policy with two lists harvests nothing that could be replayed.
             "belady_refaults": None
             if policy == "classic"
             else sum(belady(r.windows(), r.n_pages, r.budget_pages).refaults for r in limited),
@@ -115,12 +116,12 @@ def _measure(name: str, policy: str, pages: int, seconds: float, budget: float) 
 
 
 def _make(name: str, n_pages: int) -> Policy:
-    # The two lists as they were: pages tested alone, when they come up.
+    # The two lists as in the kernel: each page is tested separately at the end of its list.
     return create(name, n_pages, {"probes": True} if name == "classic" else None)
 
 
 def _free(stack: contextlib.ExitStack, params: Mapping[str, int]) -> Reclaimer:
-    """Boot a guest, let go of its epochs, and leave it paused."""
+    """Boot a guest, stop waiting for it after each epoch, and leave it paused."""
     machine = stack.enter_context(booted(params))
     machine.pause()
     machine.step_by_doorbell(False)
@@ -133,7 +134,7 @@ def _fault_ins(reclaimers: Sequence[Reclaimer]) -> int:
 
 @contextlib.contextmanager
 def booted(params: Mapping[str, int], image: str = "hotcold") -> Iterator[Machine]:
-    """Give a guest that stands after its first epoch, which wrote all its pages."""
+    """Yield a guest that is stopped after its first epoch, which wrote all its pages."""
     range_bytes = (params["start_gfn"] + params["pages"]) * PAGE_BYTES
     mem_bytes = -(-(range_bytes + _EXTRA_BYTES) // (2 << 20)) * (2 << 20)
     with Machine(image_path(image), mem_bytes=mem_bytes, engine="kvm", params=params) as machine:
@@ -144,7 +145,7 @@ def booted(params: Mapping[str, int], image: str = "hotcold") -> Iterator[Machin
 
 
 def _segment(reclaimers: Sequence[Reclaimer], seconds: float, interval_s: float) -> float:
-    """Let paused guests run with a pass each interval; return epochs a second, of all."""
+    """Resume paused guests with a pass each interval; return the sum of their epochs per second."""
     stop = threading.Event()
     threads = [
         threading.Thread(target=r.run_until, args=(stop, interval_s), name="reclaim")
@@ -169,7 +170,7 @@ def _segment(reclaimers: Sequence[Reclaimer], seconds: float, interval_s: float)
 
 
 def cost(mem_bytes: int, seconds: float, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Return what a pass a second costs for a large guest in steady state."""
+    """Return the cost of one pass per second for a large guest in steady state."""
     pages = (mem_bytes - _EXTRA_BYTES) // PAGE_BYTES - 4096
     params = guest_params(lambda p: {"hot": p // 4, "cold": 16}, pages)
     params |= {"epochs": 0, "words": 8}

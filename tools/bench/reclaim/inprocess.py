@@ -1,7 +1,7 @@
-"""A daemon's pass over a machine of the same process: tracker, policy, pager.
+"""A pass of the daemon over a machine in the same process: tracker, policy, pager.
 
-What :mod:`kvmhost.reclaim.daemon` does over the control socket, without the socket, and with a
-probe, so that the policies that test single pages can be measured.
+It does the work of :mod:`kvmhost.reclaim.daemon` without the control socket, and it offers a
+probe, so that policies that test single pages can be measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAMED_AHEAD = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What one pass took, and what it saw.
+    """Cost and result of one pass.
 
     :param harvest_ns: processor time of harvests, probes and re-arming
     :param policy_ns: processor time of the policy
@@ -41,11 +41,11 @@ class Pass:
 
 
 class Reclaimer:
-    """Runs passes over one machine; one thread at a time calls it.
+    """Run passes over one machine. Not safe for concurrent calls.
 
-    :param policy: for ``memory.gfn_end`` pages; None harvests and takes nothing
-    :param budget_pages: resident pages allowed, the VM's own included
-    :param slack_pages: by which the guest may exceed them until the next pass
+    :param policy: policy for ``memory.gfn_end`` pages; None: harvest without evicting
+    :param budget_pages: resident pages allowed, including those of the VM itself
+    :param slack_pages: pages by which the guest may exceed the budget until the next pass
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Reclaimer:
             machine.open_pager().set_limit(budget_pages + slack_pages)
 
     def resident(self) -> Mask:
-        """Return which gfns are resident now."""
+        """Return the mask of gfns that are resident now."""
         states = self.machine.open_pager().states()
         here = np.zeros(self.n_pages, dtype=bool)
         first = 0
@@ -109,7 +109,7 @@ class Reclaimer:
         resident = self._note_changes(policy, now_ns)
         policy.age(young, now_ns)
         self.machine.open_pager().note_young(YoungBitmap(0, self.n_pages, young))
-        # A little below the limit, so that faults until the next pass need not evict.
+        # Stay slightly below the limit, so that faults before the next pass need no eviction.
         excess = int(resident.sum()) - int(self.budget_pages * 0.98)
         if excess > 0:
             victims = policy.victims(excess, resident & self._movable, now_ns, self)
@@ -118,14 +118,14 @@ class Reclaimer:
             resident[went] = False
             self._note_evicted(policy, went, now_ns)
         if policy.name != "classic":
-            # Naming pages ahead makes the two lists test every page of them.
+            # Choosing victims in advance would make the two lists test every page.
             ahead = policy.victims(_NAMED_AHEAD, resident & self._movable, now_ns)
             self.machine.open_pager().set_victims(ahead)
         self._resident = resident
 
     def _note_changes(self, policy: Policy, now_ns: int) -> Mask:
         resident = self.resident()
-        # What the fault handler took at the limit.
+        # Pages that the fault handler evicted at the limit.
         self._note_evicted(policy, np.flatnonzero(self._resident & ~resident), now_ns)
         came = np.flatnonzero(resident & ~self._resident)
         number = len(self.passes)
@@ -152,11 +152,11 @@ class Reclaimer:
         return words
 
     def clear_young(self, pages: Words) -> Words:
-        """Test and clear in one batch, without a lock."""
+        """Test and clear the accessed bits in one batch, without a lock."""
         return self._harvest(pages)
 
     def clear_flush_young(self, gfn: int) -> bool:
-        """Test and clear one page, and flush it on its own."""
+        """Test and clear the accessed bit of one page, and flush this page."""
         start = time.thread_time_ns()
         found = self._tracker.harvest(gfn, 1)
         young = bool(found.words[0])
@@ -165,7 +165,7 @@ class Reclaimer:
         self._harvest_ns += time.thread_time_ns() - start
         return young
 
-    # -- in a thread of its own ----------------------------------------------------
+    # -- in a separate thread ------------------------------------------------------
 
     def run_until(self, stop: threading.Event, interval_s: float) -> None:
         """Run a pass at the start of each interval until ``stop`` is set."""
@@ -175,14 +175,14 @@ class Reclaimer:
             stop.wait(max(interval_s - (time.monotonic() - start), 0.0))
 
     def windows(self) -> list[tuple[int, Words]]:
-        """Return what was there at first, and the windows recorded so far, numbered."""
+        """Return the initial pages and the windows recorded so far, with their numbers."""
         return list(enumerate([self._first, *(one.young for one in self.passes)]))
 
 
 def check(machine: Machine) -> None:
-    """Raise what ended a guest.
+    """Raise the error that ended a guest, if any.
 
-    :raises KvmHostError: if it failed
+    :raises KvmHostError: if the guest failed
     """
     if machine.error is not None:
         raise KvmHostError(f"the guest failed: {machine.error}") from machine.error

@@ -1,11 +1,12 @@
-"""The three rows of 2023: the second pass over memory, aged in three ways.
+"""The three rows of 2023: the second pass over memory, with three methods of aging.
 
-A guest writes all its memory, gets a limit of half of it, and goes over it once more, a
-32nd at a time. After each, reclaim has to bring it back under the limit before it goes on,
-as in direct reclaim: harvest, aging, tests of the victims, eviction. ``lru_gen`` with the
-capability ``spte walk`` off tests what it looks at page by page, each with a flush of its
-own; with it, in batches and with one flush. ``classic`` has two lists and tests page by
-page. Each test of a single page is a call from Python, some tens of microseconds.
+A guest writes all its memory, gets a limit of half of it, and accesses it again in steps
+of a 32nd. After each step, reclaim must bring the guest back under the limit before it
+continues, as in direct reclaim: harvest, aging, tests of the victims, eviction. Without
+the capability ``spte walk``, ``lru_gen`` tests pages one by one, each with a flush; with
+it, ``lru_gen`` tests pages in batches, with one flush per batch. ``classic`` has two lists
+and tests pages one by one. Each test of a single page is a call from Python, which takes
+some tens of microseconds.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class _PageByPage(Reclaimer):
 
 
 def run(pages: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Return one row a way of aging, with the ratio to the batched one.
+    """Return one row per method of aging, with the ratio to the batched method.
 
     :raises CapabilityError: without /dev/kvm
     """

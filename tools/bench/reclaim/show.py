@@ -1,4 +1,4 @@
-"""The figures as tables and as a picture."""
+"""Show the figures as tables and as a plot."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Row = Mapping[str, Any]
 
 
 def progress(text: str) -> None:
-    """Say on a terminal what is being measured."""
+    """Show on a terminal what is being measured."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=unfiltered(sys.stderr), flush=True)
 
 
 def need_file(path: Path) -> None:
-    """Refuse a picture that could not be written, before anything is measured.
+    """Check that the plot can be written, before anything is measured.
 
-    :raises HostError: if no file can be written there
+    :raises HostError: if no file can be written at ``path``
     :raises CapabilityError: without matplotlib
     """
     from kvmhost.reclaim.draw.render import need_plotting
@@ -135,14 +135,14 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def plot(report: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draw refaults as multiples of Belady's, and throughput where guests ran."""
+    """Plot refaults as multiples of Belady's, and throughput if guests were run."""
     from matplotlib.figure import Figure
 
     parts = [part for part in ("trace", "guests") if part in report]
     figure = Figure(figsize=(11, 4.2 * len(parts)), layout="constrained")
     axes = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
     for axis, part in zip(axes, parts, strict=True):
-        # The ranking belongs to traces that do not change; elsewhere it is off the scale.
+        # The ranking is meaningful only for stationary traces; elsewhere it is off the scale.
         rows = [row for row in report[part] if row["policy"] not in ("belady", "ranking")]
         value = "of_belady" if part == "trace" else "throughput_of_no_limit"
         _bars(axis, rows, value)

@@ -1,4 +1,4 @@
-"""The deterministic part: windows computed from a seed, replayed through policies."""
+"""Part ``trace``, deterministic: windows computed from a seed, replayed through policies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Ranking", "run", "windows_of"]
 _SECOND_NS = 1_000_000_000
 
 Trace = list[tuple[int, Words]]
-#: Rows besides Belady's, which come in this order.
+#: Rows other than Belady's, in this order.
 _POLICIES: Mapping[str, Callable[[int, Trace], Policy]] = {
     "lru_gen": lambda n, trace: create("lru_gen", n),
     "lru_gen+filter": lambda n, trace: LruGen(n, probes=True),
@@ -35,10 +35,11 @@ _POLICIES: Mapping[str, Callable[[int, Trace], Policy]] = {
 
 
 class Ranking:
-    """Keeps the pages that the whole trace touches most: told the odds, but not the draws.
+    """Keep the pages with the most touches in the whole trace.
 
-    Where touches are drawn independently of the past, nobody who does not see the future
-    can do better in the long run; so it says how much of Belady's lead is out of reach.
+    This policy knows the probability of each touch, but not the sequence. If touches are
+    drawn independently of the past, no online policy can do better in the long run; so it
+    shows how much of Belady's advantage is out of reach.
     """
 
     name = "ranking"
@@ -51,14 +52,14 @@ class Ranking:
         self._counts = counts
 
     def plan(self, tables_young: Words | None = None) -> HarvestPlan:
-        """Ask for everything."""
+        """Request a harvest of all pages."""
         return Everything
 
     def refaulted(self, gfns: Gfns, now_ns: int) -> None:
-        """Nothing to note."""
+        """Ignore refaults."""
 
     def age(self, young: Words, now_ns: int) -> None:
-        """Nothing to note."""
+        """Ignore young pages."""
 
     def victims(self, n: int, candidates: Mask, now_ns: int, probe: Probe | None = None) -> Gfns:
         """Return the candidates with the fewest touches."""
@@ -66,7 +67,7 @@ class Ranking:
         return pages[np.argsort(self._counts[pages], kind="stable")[: max(n, 0)]]
 
     def evicted(self, gfns: Gfns, now_ns: int) -> None:
-        """Nothing to note."""
+        """Ignore evictions."""
 
     def sizes(self, pages: Mask) -> list[tuple[int, int]]:
         """Return nothing."""
@@ -77,7 +78,7 @@ class Ranking:
         return {}
 
     def explain(self, gfn: int) -> dict[str, int | float | str]:
-        """Return a page's count."""
+        """Return the number of touches of a page."""
         return {"windows": int(self._counts[gfn])}
 
 
@@ -88,9 +89,10 @@ def run(
     budgets: Sequence[float],
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Replay every workload under every budget; one row a policy.
+    """Replay every workload under every budget; return one row per policy.
 
-    With several guests each has a policy and its share of the budget; rows add them up.
+    If there are several guests, each has a policy instance and a share of the budget; rows
+    contain their sums.
     """
     rows = []
     for name in workloads:
@@ -111,7 +113,7 @@ def run(
 
 
 def windows_of(params: Mapping[str, int], windows: int) -> Trace:
-    """Return what each epoch of the guest touches, a second apart, from page 0 on."""
+    """Return the pages that each epoch of the guest touches, one second apart, from page 0."""
     n_pages = params["pages"]
     trace = []
     for epoch in range(windows):

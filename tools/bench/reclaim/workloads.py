@@ -1,10 +1,11 @@
 """The workloads of the comparison, as parameters of the guest ``hotcold``.
 
-A window of a trace is one epoch of the guest. How many touches it has decides what can be
-known: the sparser, the more Belady's optimum gains from knowing the very draws, which no
-policy can. ``hotcold`` and ``zipf`` stand for a guest that touches one cold page, or four
-pages, for each page of its memory between two passes (a 1 GiB guest with a million touches
-a second, harvested once a second); the ``sparse`` ones for sixteen to sixty-four times less.
+A window of a trace is one epoch of the guest. The number of touches per window determines
+how much a policy can learn: the sparser the touches, the more Belady's optimum gains from
+knowing each draw, which no policy can know. ``hotcold`` and ``zipf`` represent a guest that
+touches one cold page, or four pages, for each page of its memory between two passes (a
+1 GiB guest with a million touches per second, harvested once per second); the ``sparse``
+workloads represent sixteen to sixty-four times fewer touches.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 __all__ = ["BUDGETS", "WORKLOADS", "ReclaimWorkload", "guest_params"]
 
-#: Of the touched memory.
+#: Budgets as shares of the touched memory.
 BUDGETS = (0.75, 0.5, 0.25)
 
 Params = Mapping[str, int]
@@ -40,7 +41,7 @@ _PLAIN: Params = {
 class ReclaimWorkload:
     """One or several guests.
 
-    :param guests: parameters of each, by the number of pages that it has
+    :param guests: functions that return the parameters of each guest for a number of pages
     """
 
     name: str
@@ -49,7 +50,7 @@ class ReclaimWorkload:
 
 
 def guest_params(guest: Callable[[int], Params], pages: int) -> dict[str, int]:
-    """Return all parameters of a guest of so many pages."""
+    """Return all parameters of a guest with ``pages`` pages."""
     return {**_PLAIN, "pages": pages, **guest(pages)}
 
 
