@@ -40,9 +40,9 @@ static bool seen_before(struct kh_emu *emu, uint64_t address)
 }
 
 /*
- * Before every block, the first one of a run included. So a request that comes
- * while uc_emu_start sets up, which would forget a uc_emu_stop, is not lost.
- * A stop here ends the run before the block's first instruction.
+ * Before every block, including the first one of a run. So a request that arrives
+ * while uc_emu_start sets up, which would forget a uc_emu_stop, is not lost. A stop
+ * here ends the run before the block's first instruction.
  */
 static void on_block(void *uc, uint64_t address, uint32_t size, void *user)
 {
@@ -78,9 +78,9 @@ static void on_port(void *uc, uint64_t address, uint32_t size, void *user)
 }
 
 /*
- * The data of a string instruction come and go one access at a time. The emulation
- * cannot stop here, because the registers are not up to date: it stops at the next
- * repetition or at the next instruction.
+ * The data of a string instruction is transferred one access at a time. The
+ * emulation cannot stop here, because the registers are not up to date: it stops at
+ * the next repetition or at the next instruction.
  */
 static void on_out(void *uc, uint32_t port, int size, uint32_t value, void *user)
 {

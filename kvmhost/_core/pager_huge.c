@@ -139,7 +139,7 @@ static void pause_for_memory(void)
 	nanosleep(&pause, NULL);
 }
 
-/* Fill pages [from, to) of a piece again; one for which there is no memory is evicted. */
+/* Fill pages [from, to) of a piece again; a page for which there is no memory is evicted. */
 static void refill(struct kh_pager *pager, const struct kh_pager_region *region, uint64_t first,
 		   const char *pages, uint64_t from, uint64_t to)
 {

@@ -200,8 +200,8 @@ static inline int kh_pager_is_young(const struct kh_pager *pager, uint64_t index
 void kh_pager_lock_unfrozen(struct kh_pager *pager);
 void kh_pager_wait_thawed(struct kh_pager *pager);
 /*
- * Evict a few pages that the clock hand or the daemon chose; with *went, how many.
- * Returns the number of pages tried: 0 if there are no candidates left.
+ * Evict a few pages that the clock hand or the daemon chose; with *went, their
+ * number. Returns the number of pages tried: 0 if there are no candidates left.
  */
 uint64_t kh_pager_evict_some(struct kh_pager *pager, uint64_t *went);
 /* Retry the pages that could not be evicted. The caller holds evict_lock. */

@@ -171,8 +171,10 @@ static void write_fcr(struct kh_serial *serial, uint8_t value)
 {
 	if ((value ^ serial->now.fcr) & 1)
 		value |= 6;
-	/* What the host sent stays: a guest resets the FIFO as it starts, and only the
-	 * time at which a byte arrives would tell whether that was meant for it. */
+	/*
+	 * What the host sent stays: a guest resets the FIFO as it starts, and only the time at
+	 * which a byte arrives would show whether it was meant for that guest.
+	 */
 	if ((value & 2) && (serial->now.mcr & MCR_LOOP)) {
 		serial->in_used = 0;
 		serial->now.overrun = 0;

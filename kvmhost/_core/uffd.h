@@ -23,9 +23,9 @@ int kh_uffd_user_mode_only(void);
 /* Register a range for KH_UFFD_* faults; may be called again to add a mode. */
 int kh_uffd_register(int uffd, uint64_t address, uint64_t n_bytes, int modes);
 int kh_uffd_unregister(int uffd, uint64_t address, uint64_t n_bytes);
-/* Write-protect a range, or lift it and wake who waits for that. */
+/* Write-protect a range, or remove the protection and wake the waiters. */
 int kh_uffd_write_protect(int uffd, uint64_t address, uint64_t n_bytes, int protect);
-/* Fill one missing page and wake nobody yet; EEXIST if another thread filled it first. */
+/* Fill one missing page without waking the waiters; EEXIST if another thread filled it first. */
 int kh_uffd_copy(int uffd, uint64_t address, const void *page);
 /* Fill missing pages in a row; *done is the number of bytes filled, also on an error. */
 int kh_uffd_copy_range(int uffd, uint64_t address, const void *pages, uint64_t n_bytes,
@@ -34,8 +34,9 @@ int kh_uffd_zero(int uffd, uint64_t address);
 /* Map a page that the memfd holds, and wake; EEXIST if it is mapped, EFAULT if it is a hole. */
 int kh_uffd_continue(int uffd, uint64_t address);
 /*
- * Make a missing page one whose touch is SIGBUS, and wake who waits for it. Where the
- * kernel cannot, the page of the mapping is replaced by one of an empty file.
+ * Make a touch of a missing page raise SIGBUS, and wake the waiters. If the kernel
+ * does not support this, the page of the mapping is replaced by one of an empty
+ * file.
  */
 int kh_uffd_poison(int uffd, uint64_t address);
 /* Have kh_uffd_poison do without UFFDIO_POISON, as it does before Linux 6.6. For tests. */
