@@ -62,7 +62,7 @@ static void access_serial(const struct kvm_run *run, const struct kh_port *port,
 	}
 }
 
-/* Handle a port exit here if the bus defines it; 0 if Python must handle it. */
+/* Handle a port exit here if the bus says so; 0 if Python must handle it. */
 static int handle_port(struct kh_vcpu *vcpu, const struct kh_bus *bus)
 {
 	struct kvm_run *run = vcpu->run;
@@ -236,10 +236,8 @@ int kh_vcpu_run(struct kh_vcpu *vcpu, struct kh_bus *bus)
 {
 	int result;
 
-	/*
-	 * [publish]. The kernel's load of the flag is not an atomic operation of this program: the
-	 * fence orders it after the store of tid, as kh_vcpu_kick() relies on.
-	 */
+	/* [publish]. The kernel's load of the flag is no atomic of this program: the
+	 * fence keeps it behind the store of tid, as kh_vcpu_kick() relies on. */
 	__atomic_store_n(&vcpu->tid, (int)syscall(SYS_gettid), __ATOMIC_SEQ_CST);
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	result = run_loop(vcpu, bus);
