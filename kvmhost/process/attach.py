@@ -73,6 +73,7 @@ class Attached(Closing):
         largest shared mapping of memory
     :param proc: where proc is mounted
     :raises LayoutError: if there is no such process, or no matching mapping
+    :raises VmGoneError: if the process ends meanwhile
     :raises CapabilityError: if this process lacks permission
     """
 
@@ -89,7 +90,7 @@ class Attached(Closing):
             self.pagemap_fd = _open_pagemap(proc / str(pid) / "pagemap", pid)
             self._image = _image(proc / str(pid))
             if self._ended():
-                raise LayoutError(f"process {pid} has ended")
+                raise VmGoneError(self.vm, "the process has ended")
         except BaseException:
             self.close()
             raise

@@ -23,25 +23,27 @@ from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.control.server import ControlServer
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import TinyLayout
-from kvmhost.pager.pager import EvictResult
+from kvmhost.pager.results import EvictResult, ShrinkResult
 
 N = 1024
 
 class Pager:
     def __init__(self, here): self.here = here
-    def evict(self, gfns):
+    def evict(self, pages):
+        gfns = pages.gfns
         self.here[gfns] = False
         return EvictResult(gfns, np.zeros(gfns.size, np.uint8))
     def set_limit(self, pages): pass
     def set_victims(self, gfns): pass
-    def shrink(self): return 0
+    def shrink(self): return ShrinkResult(0, 0)
     def counters(self): return {"latency_ns": [], "latency_sum_ns": 0}
 
 class Memory(GuestMemory):
     def resident(self): return self.here.copy()
 
 class Machine:
-    has_pager, running, paused, status, error = True, True, False, None, None
+    has_pager, running, paused, still, status, error = True, True, False, False, None, None
+    serial = types.SimpleNamespace(n_bytes=0, lost_bytes=0)
     uptime_s, exits, doorbells, tracker_name = 1.0, 0, 0, "fake"
     engine = types.SimpleNamespace(name="fake")
     image = types.SimpleNamespace(path="fake")
