@@ -273,7 +273,7 @@ def test_the_service_manager_is_told(hotcold, start, tmp_path, monkeypatch):
         mine.signal(signal.SIGHUP)
         told("RELOADING=1")
         told("READY=1")
-        mine.wait_for(f"{config}:3: daemon.interval: 'fast' is no time")
+        mine.wait_for(f"{config}:3: daemon.interval: invalid time 'fast'")
         config.write_text('[daemon]\nvms = ["a"]\ninterval = "50ms"\n[defaults]\nbudget = "20M"\n')
         mine.signal(signal.SIGHUP)
         mine.wait_for("configuration reloaded")
