@@ -1,21 +1,26 @@
-"""Pages, and amounts with units as written in a configuration and on a command line.
+"""Pages, and amounts with units: the one grammar of command lines, files and queries.
 
-=========== ============================= ===========================================
-type        written                       value
-=========== ============================= ===========================================
-`Bytes`     ``96M``, ``1GiB``, ``4096``   bytes; K, M, G, T are powers of 1024
-`Seconds`   ``50ms``, ``1s``, ``2min``    seconds; a bare number only on a command line
-`Share`     ``0.2%``, ``90%``, ``1/8``    1 is 100 %
-`Mark`      ``90%``, ``80M``              a share of something, or bytes
-=========== ============================= ===========================================
+========== ===================================== ========================================
+type       written                               value
+========== ===================================== ========================================
+`Bytes`    ``96M``, ``1.5GiB``, ``8192pages``,   bytes; K, M, G, T (also KB, KiB) are
+           ``65536``                             powers of 1024, a page is 4096 bytes
+`Seconds`  ``500us``, ``50ms``, ``1s``, ``2m``,  seconds; a bare number is seconds, and
+           ``1h``, ``0.5``                       ``min`` is ``m``
+`Share`    ``12.5%``, ``1/8``, ``0.125``         1 is all; a bare number is never percent
+`Mark`     a size or a share                     a bare integer is bytes, ``0.5`` a share
+========== ===================================== ========================================
 
-Reading the output of ``str()`` gives the same value again. Each value is bounded when it
-is read, so that arithmetic on it neither overflows nor becomes infinite:
-sizes to the 52 bits of a physical address, times to a day, shares to 10,000 times 100 %.
+The same text means the same on a command line, in a file of the daemon, in a query of a
+control socket and in a parameter of a guest. Reading the output of ``str()`` gives the same
+value again. Each value is bounded when it is read, so that arithmetic on it neither
+overflows nor becomes infinite: sizes to the 52 bits of a physical address, times to a day,
+shares to 10,000 times 100 %.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -46,10 +51,18 @@ MAX_SHARE = 10_000
 _MAX_CHARACTERS = 64
 
 _BINARY = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_SIZE = re.compile(r"([0-9]+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(us|ms|s|min|h)?")
-_SECONDS = {"us": "0.000001", "ms": "0.001", "s": "1", "min": "60", "h": "3600"}
-_SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%|([0-9]+)/([0-9]+)")
+#: Only an amount with a unit may have decimals: 0.5 is a share.
+_SIZE = re.compile(
+    r"([0-9]+)(?:\.([0-9]+)(?=\s*[KMGTP]))?\s*(?:([KMGT]?)(?:i?B)?|(pages?))",
+    re.ASCII | re.IGNORECASE,
+)
+_TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(us|ms|s|min|m|h)?", re.ASCII)
+_SECONDS = {"us": "0.000001", "ms": "0.001", "s": "1", "m": "60", "min": "60", "h": "3600"}
+_SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(%)?|([0-9]+)/([0-9]+)", re.ASCII)
+
+_SIZES = "256M, 1.5GiB, 8192pages or 65536"
+_TIMES = "500ms, 1s, 2m or 1h"
+_SHARES = "12.5%, 1/8 or 0.125"
 
 
 class Bytes(int):
@@ -57,16 +70,20 @@ class Bytes(int):
 
     @classmethod
     def parse(cls, given: object) -> Bytes:
-        """Read ``96M`` or a number of bytes.
+        """Read ``96M``, ``1.5GiB``, ``8192pages`` or a number of bytes.
 
-        :raises ValueError: for anything else
+        :raises ValueError: for anything else, and for a part of a byte
         """
         if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
             return cls(_at_most(given, MAX_BYTES, "size", "4096T"))
         match = _match(_SIZE, given)
         if match is None:
-            raise ValueError(f"invalid size {_shown(given)}; write 65536, 256M or 1G")
-        size = int(match[1]) << _BINARY[match[2].upper()]
+            raise _invalid("size", given, _SIZES)
+        whole, decimals, letter, pages = match[1], match[2] or "", match[3] or "", match[4]
+        bits = PAGE_SHIFT if pages else _BINARY[letter.upper()]
+        size, rest = divmod(int(whole + decimals) << bits, 10 ** len(decimals))
+        if rest:
+            raise ValueError(f"invalid size {_shown(given)}: not a whole number of bytes")
         return cls(_at_most(size, MAX_BYTES, "size", "4096T"))
 
     def __str__(self) -> str:
@@ -80,15 +97,14 @@ class Seconds(float):
     """A span of time in seconds."""
 
     @classmethod
-    def parse(cls, given: object, bare: bool = False) -> Seconds:
-        """Read ``50ms``.
+    def parse(cls, given: object) -> Seconds:
+        """Read ``50ms``, or a number of seconds.
 
-        :param bare: take a number without a unit as seconds
         :raises ValueError: for anything else
         """
-        match = _match(_TIME, given)
-        if match is None or not (match[2] or bare):
-            raise ValueError(f"invalid time {_shown(given)}; write 50ms, 1s or 2min")
+        match = _match(_TIME, _plain(given))
+        if match is None:
+            raise _invalid("time", given, _TIMES)
         seconds = Decimal(match[1]) * Decimal(_SECONDS[match[2] or "s"])
         return cls(_at_most(seconds, MAX_SECONDS, "time", "24h"))
 
@@ -101,19 +117,30 @@ class Share(float):
 
     @classmethod
     def parse(cls, given: object) -> Share:
-        """Read ``0.2%`` or ``1/8``.
+        """Read ``12.5%``, ``1/8`` or ``0.125``; only the first two may be more than 1.
 
         :raises ValueError: for anything else
         """
-        match = _match(_SHARE, given)
-        if match is None or (match[3] and not int(match[3])):
-            raise ValueError(f"invalid share {_shown(given)}; write for example 90% or 1/8")
+        match = _match(_SHARE, _plain(given))
+        if match is None or (match[4] and not int(match[4])):
+            raise _invalid("share", given, _SHARES)
+        if match[4]:
+            return cls(_at_most(_ratio(match[3], match[4]), MAX_SHARE, "share", _MOST_SHARE))
         # In decimals: the written text must read as the same number.
-        share = int(match[2]) / int(match[3]) if match[3] else Decimal(match[1]) / 100
-        return cls(_at_most(share, MAX_SHARE, "share", f"{100 * MAX_SHARE}%"))
+        number = Decimal(match[1])
+        if not match[2] and number > 1:
+            raise ValueError(
+                f"invalid share {_shown(given)}: a bare number is at most 1, which is 100%; "
+                f"write {_SHARES}"
+            )
+        share = number / 100 if match[2] else number
+        return cls(_at_most(share, MAX_SHARE, "share", _MOST_SHARE))
 
     def __str__(self) -> str:
         return f"{(Decimal(repr(float(self))) * 100).normalize():f}%"
+
+
+_MOST_SHARE = f"{100 * MAX_SHARE}%"
 
 
 class Mark:
@@ -124,12 +151,14 @@ class Mark:
 
     @classmethod
     def parse(cls, given: object) -> Mark:
-        """Read ``90%`` or ``80M``.
+        """Read a size or a share: ``80M``, ``90%``, ``1/8``, ``0.5``.
 
         :raises ValueError: for anything else, and for shares of 0 or more than 100 %
         """
-        if not (isinstance(given, str) and given.strip().endswith("%")):
+        if isinstance(given, int) or _match(_SIZE, given):
             return cls(size=Bytes.parse(given))
+        if _match(_SHARE, _plain(given)) is None:
+            raise _invalid("size or share", given, "256M, 1.5GiB, 12.5%, 1/8 or 0.125")
         share = Share.parse(given)
         if not 0 < share <= 1:
             raise ValueError(f"{_shown(given)}: need a share above 0 and up to 100%")
@@ -162,6 +191,24 @@ def _match(pattern: re.Pattern[str], given: object) -> re.Match[str] | None:
     return pattern.fullmatch(given.strip())
 
 
+def _plain(given: object) -> object:
+    """Return the text of a number in decimals, and anything else as it is."""
+    if isinstance(given, bool) or not isinstance(given, int | float) or abs(given) > MAX_BYTES:
+        return given
+    return f"{Decimal(repr(given)):f}"
+
+
+def _ratio(part: str, whole: str) -> float:
+    try:
+        return int(part) / int(whole)
+    except OverflowError:
+        return math.inf
+
+
+def _invalid(what: str, given: object, accepted: str) -> ValueError:
+    return ValueError(f"invalid {what} {_shown(given)}; write {accepted}")
+
+
 def _at_most(value: _N, most: int, what: str, written: str) -> _N:
     if value > most:
         raise ValueError(f"{what} is too large: at most {written}")
@@ -180,14 +227,12 @@ def _shown(given: object) -> str:
 _KINDS = (Bytes, Seconds, Share, Mark)
 
 
-def read_amount(kind: type, given: Any, bare: bool = False) -> Any:
+def read_amount(kind: type, given: Any) -> Any:
     """Read an amount of a kind: the hook of a msgspec decoder.
 
     :raises ValueError: if the text is malformed
     """
-    if kind is Seconds:
-        return Seconds.parse(given, bare)
-    if kind in _KINDS:
+    if issubclass(kind, _KINDS):
         return kind.parse(given)
     raise NotImplementedError(kind)
 

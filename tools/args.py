@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvmhost.errors import ImageError, LayoutError
 from kvmhost.pager.options import CODECS, MAX_PREFETCH_PAGES, StoreOptions
-from kvmhost.units import Bytes
+from kvmhost.units import Bytes, Mark, Seconds, Share
 
 if typing.TYPE_CHECKING:
     from kvmhost.boot.pcboot import Module
@@ -19,6 +19,7 @@ __all__ = [
     "add_store_arguments",
     "count",
     "find_image",
+    "mark",
     "mem_bytes",
     "parse_fw_cfg",
     "parse_modules",
@@ -36,14 +37,11 @@ def about(docstring: str | None) -> str:
 
 
 def size_bytes(text: str) -> int:
-    """Parse a number of bytes with a binary unit: ``256M``, ``1G``, ``65536``.
+    """Parse a number of bytes: ``256M``, ``1.5GiB``, ``8192pages``, ``65536``.
 
     :raises argparse.ArgumentTypeError: for anything else
     """
-    try:
-        return int(Bytes.parse(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return int(_parsed(Bytes, text))
 
 
 def mem_bytes(text: str) -> int:
@@ -58,32 +56,43 @@ def mem_bytes(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Parse a number of seconds above 0.
+    """Parse a time above 0: ``500ms``, ``1s``, ``2m``, ``1h``; a bare number is seconds.
 
     :raises argparse.ArgumentTypeError: for anything else
     """
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: need a number of seconds above 0")
+    value = float(_parsed(Seconds, text))
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r}: need a time above 0")
     return value
 
 
 def share(text: str) -> float:
-    """Parse a share, greater than 0 and at most 1: ``1/8``, ``0.125`` or ``12.5%``.
+    """Parse a share, greater than 0 and at most 1: ``12.5%``, ``1/8`` or ``0.125``.
 
     :raises argparse.ArgumentTypeError: for anything else
     """
-    try:
-        part, slash, whole = text.partition("/")
-        if slash:
-            value = float(part) / float(whole)
-        else:
-            value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except (ValueError, ZeroDivisionError):
-        value = 0.0
+    value = float(_parsed(Share, text))
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"invalid share {text!r}; write for example 1/8 or 12.5%")
+        raise argparse.ArgumentTypeError(f"{text!r}: need a share above 0 and up to 100%")
     return value
+
+
+def mark(text: str) -> Mark:
+    """Parse a size or a share of something: ``64M``, ``25%``.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    return _parsed(Mark, text)
+
+
+_Amount = typing.TypeVar("_Amount", Bytes, Seconds, Share, Mark)
+
+
+def _parsed(kind: type[_Amount], text: str) -> _Amount:
+    try:
+        return kind.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def count(text: str) -> int:

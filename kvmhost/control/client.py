@@ -21,6 +21,7 @@ from kvmhost.control.caller import Caller
 from kvmhost.control.paths import to_socket_path
 from kvmhost.control.schema import HEADER_PREFIX, HarvestCost
 from kvmhost.errors import ControlError
+from kvmhost.units import Share
 
 __all__ = ["Client"]
 
@@ -133,7 +134,7 @@ class Client(Caller):
         query = _range_query(gfn_start, n_pages)
         query |= {"tracker": tracker, "clear": str(int(clear)), "rearm": rearm}
         if fraction is not None:
-            query["fraction"] = repr(float(fraction))
+            query["fraction"] = str(Share(fraction))
         if table_format:
             query["format"] = table_format
         body = b"" if mask is None else mask.astype("<u8", copy=False).tobytes()

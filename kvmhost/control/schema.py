@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from kvmhost.decoding import decode_json
-from kvmhost.units import PAGE_BYTES
+from kvmhost.units import PAGE_BYTES, Share, read_amount
 
 __all__ = [
     "CLIENT_TIMEOUT_S",
@@ -62,8 +62,22 @@ HEADER_PREFIX = "X-Kvmhost-"
 
 Gfn = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
-Fraction = Annotated[float, msgspec.Meta(ge=1 / 65536, le=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class Fraction(Share):
+    """A share of the pages to re-arm: ``1/8``, ``12.5%`` or ``0.125``, at least 1/65536."""
+
+    @classmethod
+    def parse(cls, given: object) -> Fraction:
+        """Read it.
+
+        :raises ValueError: for anything else
+        """
+        value = super().parse(given)
+        if not 1 / 65536 <= value <= 1:
+            raise ValueError(f"{given!r}: need a share from 1/65536 to 1")
+        return cls(value)
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -486,13 +500,13 @@ def decode(body: bytes, kind: type[T]) -> T:
 
 
 def decode_query(query: dict[str, str], kind: type[T]) -> T:
-    """Read a URL's query; numbers may be hex with ``0x``.
+    """Read a URL's query; numbers may be hex with ``0x``, shares are those of every command.
 
     :raises SchemaError: if a value or a name is wrong; names the field
     """
     plain = {name: _plain_number(value) for name, value in query.items()}
     try:
-        return msgspec.convert(plain, kind, strict=False)
+        return msgspec.convert(plain, kind, strict=False, dec_hook=read_amount)
     except msgspec.ValidationError as error:
         raise _schema_error(error) from None
 

@@ -12,7 +12,7 @@
     budget = "1G"
     weight = 2
 
-An option that is unknown, of the wrong type or without its unit is refused with file, line
+An option that is unknown or of the wrong type is refused with file, line
 and key; :mod:`kvmhost.reclaim.settings.options` lists all options.
 """
 
@@ -74,7 +74,7 @@ def options() -> Iterator[Option]:
 
 
 def read_flag(option: Option, text: str) -> Any:
-    """Parse an option's value from the command line, where a time may lack its unit.
+    """Parse an option's value from the command line; amounts read as in the file.
 
     :raises ValueError: if the syntax is invalid
     """
@@ -86,7 +86,7 @@ def read_flag(option: Option, text: str) -> Any:
             given,
             option.kind,
             strict=False,
-            dec_hook=lambda kind, given: read_amount(kind, given, True),
+            dec_hook=read_amount,
         )
     except tomllib.TOMLDecodeError:
         raise ValueError(f"{text!r}: write for example 'tiers = 2, order = \"gfn\"'") from None

@@ -17,7 +17,7 @@ from waiting import DEADLINE_S
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.settings import lines
 from kvmhost.reclaim.settings.config import budget_of, load, options, read_flag, to_toml
-from kvmhost.units import MAX_BYTES, MAX_SECONDS, Bytes, Mark, Seconds, Share
+from kvmhost.units import Bytes, Mark, Seconds, Share
 
 GOOD = """\
 # how this host is run
@@ -86,14 +86,13 @@ def test_what_is_written_reads_as_the_same(file, text):
 @pytest.mark.parametrize(
     ("line", "key", "text", "problem"),
     [
-        (4, "daemon.interval", GOOD.replace('"500ms"', "5"), "invalid time"),
-        (4, "daemon.interval", GOOD.replace('"500ms"', '"5"'), "invalid time"),
+        (4, "daemon.interval", GOOD.replace('"500ms"', "true"), "invalid time"),
         (4, "daemon.interval", GOOD.replace('"500ms"', '"5M"'), "invalid time"),
         (4, "daemon.interval", GOOD.replace('"500ms"', '"0s"'), "more than 0s"),
         (4, "daemon.intervall", GOOD.replace("interval", "intervall"), "unknown field"),
-        (7, "pressure.psi_target", GOOD.replace('"0.1%"', '"0.1"'), "invalid share"),
+        (7, "pressure.psi_target", GOOD.replace('"0.1%"', "10"), "at most 1, which is 100%"),
         (7, "pressure.psi_target", GOOD.replace('"0.1%"', '"101%"'), "more than 100%"),
-        (10, "defaults.budget", GOOD.replace('"96M"', '"96s"'), "invalid size"),
+        (10, "defaults.budget", GOOD.replace('"96M"', '"96s"'), "invalid size or share"),
         (11, "defaults.high", GOOD.replace('"90%"', '"0%"'), "above 0"),
         (9, "defaults", GOOD.replace('"40M"', '"95M"'), "need 0 < low <= high"),
         (16, "vm.db.weight", GOOD.replace("weight = 2", "weight = 0"), "> 0"),
@@ -228,7 +227,7 @@ def test_keys_are_unique_so_that_flags_are():
     assert len(keys) == len(set(keys))
 
 
-def test_flags_take_a_number_of_seconds_and_files_do_not():
+def test_a_flag_is_an_amount_or_a_table():
     interval = next(o for o in options() if o.key == "interval")
     assert read_flag(interval, "0.05") == 0.05
     with pytest.raises(ValueError, match="invalid time"):
@@ -237,31 +236,6 @@ def test_flags_take_a_number_of_seconds_and_files_do_not():
     assert read_flag(extra, 'min_ttl_ms = 500, x = "y"') == {"min_ttl_ms": 500, "x": "y"}
     with pytest.raises(ValueError, match="write for example"):
         read_flag(extra, "tiers")
-
-
-@settings(deadline=None)
-@given(st.integers(0, MAX_BYTES))
-def test_sizes_read_back(n):
-    assert Bytes.parse(str(Bytes(n))) == n
-
-
-@settings(deadline=None)
-@given(st.decimals(0, MAX_SECONDS, places=6, allow_nan=False))
-def test_times_and_shares_read_back(value):
-    for text, kind in ((f"{value}s", Seconds), (f"{value}ms", Seconds), (f"{value}%", Share)):
-        amount = kind.parse(text)
-        assert kind.parse(str(amount)) == amount
-
-
-@settings(deadline=None)
-@given(st.text(max_size=12))
-def test_any_text_is_read_or_refused(text):
-    for kind in (Bytes, Seconds, Share, Mark):
-        try:
-            amount = kind.parse(text)
-        except ValueError:
-            continue
-        assert kind.parse(str(amount)) == amount
 
 
 def test_a_budget_is_a_size_or_a_share_of_the_memory_of_the_vm():
