@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from kvmhost.control import schema
 from kvmhost.control.client import Client
 from kvmhost.errors import LayoutError
 from kvmhost.tools.args import seconds
+from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.parser import CommandParser
 
 __all__ = ["main", "parser"]
@@ -34,14 +34,14 @@ def main(argv: Sequence[str]) -> int:
             f"kvmhost drain: {lease.holder} (process {lease.pid}) may evict again", file=sys.stderr
         )
     if args.json:
-        sys.stdout.write(schema.encode(report).decode() + "\n")
+        emit(report)
     else:
-        print(f"{report.restored} pages came back")
-    if report.lost:
-        print(f"kvmhost drain: {report.lost} pages are lost: {_LOST}", file=sys.stderr)
-    if report.left:
-        print(f"kvmhost drain: {report.left} pages are still out: {_LEFT}", file=sys.stderr)
-    return 1 if report.lost or report.left else 0
+        print(f"{report.restored_pages} pages came back")
+    if report.lost_pages:
+        print(f"kvmhost drain: {report.lost_pages} pages are lost: {_LOST}", file=sys.stderr)
+    if report.left_pages:
+        print(f"kvmhost drain: {report.left_pages} pages are still out: {_LEFT}", file=sys.stderr)
+    return 1 if report.lost_pages or report.left_pages else 0
 
 
 _LOST = "the store could not give them back; a touch of one stops the VM"

@@ -41,6 +41,7 @@ from kvmhost.errors import (
 )
 from kvmhost.printable import printable, printable_lines
 from kvmhost.reclaim.errors import ConfigError, KernelFileError, RecordError
+from kvmhost.tools.parser import UsageExit
 from kvmhost.tools.stuck import DeadlineFile, deadline_stderr
 from kvmhost.tools.terminal import printable_streams
 
@@ -72,43 +73,65 @@ class Ended(KeyboardInterrupt):
         self.number = number
 
 
-def guard(name: str, command: Callable[[], int], deadline_s: float | None = None) -> int:
+def guard(
+    name: str,
+    command: Callable[[], int],
+    deadline_s: float | None = None,
+    *,
+    as_json: bool = False,
+) -> int:
     """Run a command and return its exit code; an error is printed as one line.
 
     :param name: prefix of the line, such as ``kvmhost run``
     :param deadline_s: deadline of each write to standard output or error, for a command
         that must end even if its output is not read; None: no deadline
+    :param as_json: print an error to standard output too, as docs/json.md says
     """
     with contextlib.nullcontext() if deadline_s is None else deadline_stderr():
-        return _guard(name, command, deadline_s)
+        return _guard(name, command, deadline_s, as_json)
 
 
-def _guard(name: str, command: Callable[[], int], deadline_s: float | None) -> int:
+def _guard(name: str, command: Callable[[], int], deadline_s: float | None, as_json: bool) -> int:
     if not _open_standard_streams():
         print(f"{name}: standard output is closed; use >/dev/null to discard it", file=sys.stderr)
         return EXIT_FAILED
     with _ending_signals(), _recorded_stdout(deadline_s), printable_streams():
         try:
-            status = _run(name, command)
+            status = _run(name, command, as_json)
         except KeyboardInterrupt as error:
             status = EXIT_SIGNAL + (error.number if isinstance(error, Ended) else signal.SIGINT)
         return _flush(name, status)
 
 
-def _run(name: str, command: Callable[[], int]) -> int:
+def _run(name: str, command: Callable[[], int], as_json: bool) -> int:
     try:
         return command()
     except SystemExit as error:  # argparse: 0 after --help, 2 after its message
-        return error.code if isinstance(error.code, int) else EXIT_FAILED
+        code = error.code if isinstance(error.code, int) else EXIT_FAILED
+        if as_json and isinstance(error, UsageExit):
+            _emit(error, error.message, code)
+        return code
     except BrokenPipeError:
         return EXIT_FAILED
     except KvmHostError as error:
         _tell(name, str(error), _has_lines(error))
+        if as_json:
+            _emit(error, str(error), exit_code(error))
         return exit_code(error)
     except (OSError, MemoryError) as error:
         if error is not _failure_of_stdout():  # _flush reports that
             _tell(name, message_of(error))
+            if as_json:
+                _emit(error, message_of(error), exit_code(error))
         return exit_code(error)
+
+
+def _emit(error: BaseException, message: str, code: int) -> None:
+    """Print an error as JSON; only now, since most commands start without msgspec."""
+    from kvmhost.tools.outputs.base import emit_error
+
+    with contextlib.suppress(OSError):  # _flush reports it
+        emit_error(error, message, code)
 
 
 def exit_code(error: Exception) -> int:

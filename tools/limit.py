@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from kvmhost.control import schema
 from kvmhost.control.client import Client
 from kvmhost.tools.args import seconds, size_bytes
+from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.parser import CommandParser
 
 __all__ = ["main", "parser"]
@@ -19,9 +19,9 @@ def main(argv: Sequence[str]) -> int:
     with Client(args.vm, timeout_s=args.timeout) as client:
         state = client.shrink(args.size)
     if args.json:
-        sys.stdout.write(schema.encode(state).decode() + "\n")
+        emit(state)
     else:
-        print(f"{state.shrunk_pages} pages evicted, limit {state.resident_max_bytes} bytes")
+        print(f"{state.evicted_pages} pages evicted, limit {state.resident_max_bytes} bytes")
     if state.over_pages:
         print(
             f"kvmhost limit: {state.over_pages} pages are resident above the limit: {_OVER}",

@@ -50,7 +50,8 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     """Run one subcommand; every :class:`KvmHostError` becomes an exit code."""
     # A VM must stop when requested, even if its output is not read.
     deadline_s = DEADLINE_S if name == "run" else None
-    return guard(f"kvmhost {name}", lambda: _command(name)(arguments), deadline_s)
+    as_json = "--json" in arguments
+    return guard(f"kvmhost {name}", lambda: _command(name)(arguments), deadline_s, as_json=as_json)
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any, NoReturn
 
 from kvmhost.printable import printable
 from kvmhost.suggest import did_you_mean
 
-__all__ = ["CommandParser"]
+__all__ = ["CommandParser", "UsageExit"]
+
+
+class UsageExit(SystemExit):
+    """Wrong usage: the message is on standard error, and the exit status is 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -16,7 +25,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+        self._print_message(
+            f"{self.prog}: {printable(message)} (see {self.prog} --help)\n", sys.stderr
+        )
+        raise UsageExit(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse arguments; the error about an unknown option names the closest option."""

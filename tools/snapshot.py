@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.control.client import Client
 from kvmhost.printable import printable
 from kvmhost.tools.args import about
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.vms import SnapshotOutput
 from kvmhost.tools.parser import CommandParser
 
 __all__ = ["main", "parser"]
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     with Client(args.vm) as client:
         n_bytes = client.snapshot(str(args.file.absolute()), args.stop)
     if args.json:
-        print(json.dumps({"file": str(args.file), "memory_bytes": n_bytes, "stopped": args.stop}))
+        emit(SnapshotOutput(file=str(args.file), memory_bytes=n_bytes, stopped=args.stop))
         return 0
     print(f"{printable(args.file)}: {n_bytes / (1 << 20):.1f} MiB of memory")
     return 0

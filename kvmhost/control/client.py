@@ -171,7 +171,7 @@ class Client(Caller):
         """Restore the evicted pages of a range; return how many were restored."""
         body = schema.encode(schema.RestoreRequest(gfn, n_pages))
         answer = self._call("POST", "restore", content=body, headers=_JSON)
-        return self._read(answer, schema.RestoreReport).restored
+        return self._read(answer, schema.RestoreReport).restored_pages
 
     def drain(self, force: bool = False) -> schema.RestoreReport:
         """Restore all pages, remove the limit and the victim list; the VM keeps running.

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from kvmhost.control import schema
 from kvmhost.control.peers import Peer
+from kvmhost.decoding import json_value
 from kvmhost.errors import KvmHostError, fields_of
 
 __all__ = [
@@ -77,18 +78,8 @@ class Problem(Exception):
     def info(self) -> schema.ErrorInfo:
         """Return the body of the answer."""
         kind, values = fields_of(self.error) if self.error is not None else ("", [])
-        plain = [_plain(value) for value in values]
+        plain = [json_value(value) for value in values]
         return schema.ErrorInfo(self.status, self.message, self.field, kind, plain)
-
-
-def _plain(value: Any) -> Any:
-    """Return an argument of an error as a JSON value."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    fits = isinstance(value, int) and -(1 << 63) <= value < 1 << 64
-    return value if value is None or fits or isinstance(value, str | float) else str(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -387,26 +387,25 @@ class EvictReport(_Answer, frozen=True):
 
 
 class RestoreReport(_Answer, frozen=True):
-    """Answer of ``POST /v1/restore`` and ``POST /v1/drain``: evicted pages of the range.
+    """Answer of ``POST /v1/restore`` and ``POST /v1/drain``: evicted pages of the range."""
 
-    ``lost`` pages cannot be restored; for ``left`` pages the host had no memory.
-    """
-
-    restored: int
-    lost: int = 0
-    left: int = 0
+    restored_pages: int
+    """pages that are resident again"""
+    lost_pages: int = 0
+    """pages that the store could not give back; they are still evicted"""
+    left_pages: int = 0
+    """pages that are still evicted because the host had no memory for them"""
 
 
 class LimitState(_Answer, frozen=True):
-    """Answer of ``PUT /v1/limit``: the limit in force, rounded down to pages.
-
-    With ``shrink``: ``shrunk_pages`` were evicted to reach it; ``over_pages`` remain
-    above it because no further page can be evicted.
-    """
+    """Answer of ``PUT /v1/limit``."""
 
     resident_max_bytes: int
-    shrunk_pages: int
+    """the limit in force, rounded down to pages; 0 is no limit"""
+    evicted_pages: int
+    """pages that were evicted to reach the limit"""
     over_pages: int = 0
+    """resident pages above the limit, because no further page can be evicted"""
 
 
 class VictimsReport(_Answer, frozen=True):

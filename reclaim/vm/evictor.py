@@ -129,7 +129,7 @@ class Evictor:
     def shrink(self, budget: Budget, passes: int) -> int:
         """Make the VM shrink to its budget, choosing pages itself; return pages evicted."""
         state = self._client.shrink(budget.max_bytes)
-        pages = state.shrunk_pages
+        pages = state.evicted_pages
         self._note_over(state.over_pages, budget)
         self._context.rate.charge(pages)
         if pages:

@@ -123,7 +123,7 @@ def test_a_limit_evicts_nothing_and_a_shrink_evicts_down_to_it(client):
     assert client.set_limit(before * 4096) == before * 4096
     assert int(client.resident(0, n_pages).sum()) == before
     target = before - 64
-    assert client.shrink(target * 4096).shrunk_pages >= 64
+    assert client.shrink(target * 4096).evicted_pages >= 64
     assert int(client.resident(0, n_pages).sum()) <= target
 
 

@@ -92,7 +92,7 @@ def killed_again_and_again(vm, times):
     assert (state.running, state.status, state.error) == (True, None, None)
     assert vm.pager()["lost_pages"] == 0
     until(lambda: vm.client.lease() is None, "the last one's lease is free")
-    assert vm.client.drain().left == 0
+    assert vm.client.drain().left_pages == 0
     assert vm.goes_on(2)
     vm.client.stop()
     # Every page that the guest touched held what it had written last.

@@ -46,7 +46,7 @@ def test_drain_of_a_running_vm(vm: Machine, capsys: pytest.CaptureFixture[str]) 
         assert evicted > 500
         assert main(["drain", "a", "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
-        assert report == {"restored": evicted, "lost": 0, "left": 0}
+        assert report == {"restored_pages": evicted, "lost_pages": 0, "left_pages": 0}
         assert vm.open_pager().counters()["evicted_pages"] == 0
         assert main(["drain", "a"]) == 0
         assert capsys.readouterr().out == "0 pages came back\n"

@@ -180,11 +180,11 @@ def test_drain_brings_all_back_and_lifts_the_limit(vm, machine):
     vm.set_limit(1 << 20)
     vm.evict([7, 9, GFN_HIGH])
     report = vm.drain()
-    assert (report.restored, report.lost, report.left) == (3, 0, 0)
+    assert (report.restored_pages, report.lost_pages, report.left_pages) == (3, 0, 0)
     assert vm.page(7).state == "resident"
     assert vm.state().limit_bytes == 0
     assert machine.open_pager().limit_pages == 0
-    assert vm.drain().restored == 0
+    assert vm.drain().restored_pages == 0
 
 
 def test_drain_beside_a_lease_holder_needs_force(vm, machine, serve):
@@ -196,15 +196,15 @@ def test_drain_beside_a_lease_holder_needs_force(vm, machine, serve):
             vm.drain()
         assert caught.value.status == 423
         assert machine.open_pager().out == {7, 9}
-        assert holder.drain().restored == 2
+        assert holder.drain().restored_pages == 2
         vm.evict([7])
-        assert vm.drain(force=True).restored == 1
+        assert vm.drain(force=True).restored_pages == 1
 
 
 def test_drain_of_a_vm_that_never_evicted_makes_no_pager(vm, machine):
     machine.pager_problem = CapabilityError("userfaultfd", "one", "none", "get one")
     report = vm.drain()
-    assert (report.restored, report.lost, report.left) == (0, 0, 0)
+    assert (report.restored_pages, report.lost_pages, report.left_pages) == (0, 0, 0)
 
 
 def test_swap_actuator_that_the_host_lacks(vm):
@@ -239,7 +239,7 @@ def test_limit_and_victims(vm, machine):
     assert vm.set_victims(np.array([9, 8, 7])) == 3
     assert machine._pager.victims == [9, 8, 7]
     state = vm.shrink(5 * 4096)
-    assert (state.resident_max_bytes, state.shrunk_pages, state.over_pages) == (5 * 4096, 7, 2)
+    assert (state.resident_max_bytes, state.evicted_pages, state.over_pages) == (5 * 4096, 7, 2)
     assert machine._pager.limit_pages == 5
     assert vm.set_limit(0) == 0
     refused(LayoutError, vm.set_limit, 100)

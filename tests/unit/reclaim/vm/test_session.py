@@ -83,7 +83,7 @@ def test_a_budget_that_the_vm_cannot_reach_is_logged_once(vm, caplog):
     vm.touches, vm.over_pages = lambda window: range(N), 7
     mine = make_session(vm, policy=SparesAllWhileYoung(N))
     shrink = vm.shrink
-    vm.shrink = lambda n_bytes: msgspec.structs.replace(shrink(n_bytes), shrunk_pages=0)
+    vm.shrink = lambda n_bytes: msgspec.structs.replace(shrink(n_bytes), evicted_pages=0)
     with caplog.at_level(logging.WARNING, "reclaim"):
         for _ in range(6):
             vm.here[:] = True

@@ -1,0 +1,1 @@
+"""What commands print with ``--json``: one structure per command, one function that prints it."""

@@ -1,0 +1,41 @@
+"""Which structure each command prints with ``--json``, and which commands have no ``--json``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+
+from kvmhost.control import schema
+from kvmhost.tools.outputs import vms
+
+__all__ = ["OUTPUTS", "WITHOUT_JSON", "Shape"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a command prints: one object, or one per event as JSON lines.
+
+    :ivar per: what each line is about; empty: one object
+    """
+
+    of: type[msgspec.Struct]
+    per: str = ""
+
+
+#: By command.
+OUTPUTS = {
+    "limit": Shape(schema.LimitState),
+    "drain": Shape(schema.RestoreReport),
+    "snapshot": Shape(vms.SnapshotOutput),
+}
+
+#: Commands without ``--json``, and why.
+WITHOUT_JSON = {
+    "completion": "prints a script for a shell",
+    "docs": "shows pages for people",
+    "guests build": "writes a file, and its exit code says whether it did",
+    "man": "shows pages for people",
+    "young heatmap": "writes a picture",
+    "young watch": "draws on a terminal",
+}
