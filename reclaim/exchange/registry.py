@@ -55,6 +55,11 @@ EXPORTS = {
         "a directory of KVM dirty bitmaps with an index", "dirty:export", is_directory=True
     ),
     "ranges": ExchangeFormat("plain text: ranges of gfns by window", "text:export_ranges"),
+    "record": ExchangeFormat(
+        "a record of the current format: of an older record, or of some windows",
+        "copy:export",
+        is_directory=True,
+    ),
     "gfns": ExchangeFormat(
         "the working set as a list, most often young pages first: for prefetch",
         "text:export_working_set",

@@ -1,4 +1,7 @@
-"""Chunk files: Zarr's codecs on numpy arrays, with bounds that do not depend on the file.
+"""Chunk files: numpy arrays as zstd frames, with bounds that do not depend on the file.
+
+A frame holds the plain bytes of an array, in C order. Chunks of records of format 1 also
+have Zarr's filters: ``packbits`` (a byte of padding bits before the bits) and ``shuffle``.
 
 A chunk is written to a temporary file and renamed, so a reader never sees a partial
 chunk. A zstd frame contains the size and checksum of its content: the size must match
@@ -81,37 +84,41 @@ def unzstd(packed: bytes, n_bytes: int, path: Path, field: str, offset: int = 0)
 
 
 def encode_bits(history: Words) -> bytes:
-    """Return a chunk of a bit array: Zarr's packbits (padding of 0 bits), then zstd."""
-    return zstd(b"\0" + history.astype(">u8").tobytes())
+    """Return a chunk of a bit array: eight bytes for each page, its first window first."""
+    return zstd(history.astype(">u8").tobytes())
 
 
-def decode_bits(packed: bytes, n_pages: int, path: Path) -> Words:
+def decode_bits(packed: bytes, n_pages: int, path: Path, *, filtered: bool = False) -> Words:
     """Return one word per page: the inverse of :func:`encode_bits`.
 
+    :param filtered: of a record of format 1
     :raises RecordError: if the chunk is damaged
     """
-    raw = unzstd(packed, 1 + 8 * n_pages, path, "chunk")
-    if raw[0]:
+    raw = unzstd(packed, filtered + 8 * n_pages, path, "chunk")
+    if filtered and raw[0]:
         raise RecordError(str(path), "padding", f"{raw[0]} bits, need 0", 0)
-    return np.frombuffer(raw, dtype=">u8", offset=1).astype(np.uint64)
+    return np.frombuffer(raw, dtype=">u8", offset=int(filtered)).astype(np.uint64)
 
 
 def encode_array(values: npt.NDArray[Any], dtype: str) -> bytes:
-    """Return a chunk of numbers: Zarr's shuffle, then zstd."""
-    raw = np.ascontiguousarray(values, dtype=dtype).reshape(-1).view(np.uint8)
-    return zstd(raw.reshape(-1, np.dtype(dtype).itemsize).T.tobytes())
+    """Return a chunk of numbers."""
+    return zstd(np.ascontiguousarray(values, dtype=dtype).tobytes())
 
 
-def decode_array(packed: bytes, shape: tuple[int, ...], dtype: str, path: Path) -> Any:
+def decode_array(
+    packed: bytes, shape: tuple[int, ...], dtype: str, path: Path, *, filtered: bool = False
+) -> Any:
     """Return an array: the inverse of :func:`encode_array`.
 
+    :param filtered: of a record of format 1
     :raises RecordError: if the chunk is damaged
     """
     size = np.dtype(dtype).itemsize
     n_bytes = int(np.prod(shape)) * size
-    raw = unzstd(packed, n_bytes, path, "chunk")
-    plain = np.frombuffer(raw, dtype=np.uint8).reshape(size, -1).T
-    return np.ascontiguousarray(plain).reshape(-1).view(dtype).reshape(shape)
+    plain = np.frombuffer(unzstd(packed, n_bytes, path, "chunk"), dtype=np.uint8)
+    if filtered:
+        plain = np.ascontiguousarray(plain.reshape(size, -1).T).reshape(-1)
+    return plain.view(dtype).reshape(shape)
 
 
 def read_file(path: Path, most_bytes: int) -> bytes | None:

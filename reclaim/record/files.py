@@ -197,7 +197,7 @@ class RecordFiles(Closing):
             raw = read_file(path, 2 * n_bytes + _SLACK)
             if raw is None:
                 raise RecordError(str(path), "chunk", "is missing")
-            whole = decode_array(raw, (size, *shape), dtype, path)
+            whole = self._decode(raw, (size, *shape), dtype, path)
             parts.append(whole[max(first - chunk * size, 0) : end - chunk * size])
         return np.concatenate(parts) if parts else np.zeros((0, *shape), dtype=dtype)
 
@@ -206,7 +206,10 @@ class RecordFiles(Closing):
         path = self.path / f"sum{level}" / f"{block}.{column}"
         shape, dtype = (BLOCK_WINDOWS, recordmeta.LEVEL_CHUNK_BINS), recordmeta.level_dtype(level)
         raw = read_file(path, 2 * shape[0] * shape[1] * 4 + _SLACK)
-        return None if raw is None else decode_array(raw, shape, dtype, path)
+        return None if raw is None else self._decode(raw, shape, dtype, path)
+
+    def _decode(self, raw: bytes, shape: tuple[int, ...], dtype: str, path: Path) -> Any:
+        return decode_array(raw, shape, dtype, path, filtered=self.metadata.is_filtered)
 
     def history(self, name: str, chunk: int, block: int) -> Words | None:
         """Return one word per page of a chunk, None if it is all zeros."""
@@ -257,7 +260,7 @@ class RecordFiles(Closing):
             path = self.path / name / f"{chunk}.{block}"
             raw = read_file(path, 2 * 8 * size + _SLACK)
             if raw is not None:
-                found = decode_bits(raw, size, path)
+                found = decode_bits(raw, size, path, filtered=self.metadata.is_filtered)
                 if sealed < BLOCK_WINDOWS:
                     found &= window_mask(0, sealed)
         rows = self._tail_rows(name, chunk, block)

@@ -13,7 +13,7 @@ import numpy as np
 from kvmhost.errors import CapabilityError
 from kvmhost.installing import install_hint
 from kvmhost.reclaim.record.clock import elapsed_s
-from kvmhost.reclaim.record.meta import COLUMNS
+from kvmhost.reclaim.record.meta import BITS, COLUMNS
 from kvmhost.reclaim.record.reader import YoungRecord
 
 __all__ = ["to_dataset", "to_frame"]
@@ -38,7 +38,7 @@ def to_frame(record: YoungRecord) -> Any:
 def to_dataset(record: YoungRecord) -> Any:
     """Return an xarray dataset of the arrays, read chunk by chunk on demand.
 
-    ``young`` and ``coarse`` are booleans over ``gfn`` and ``window``, so that
+    ``young`` and ``coarse`` are booleans over ``gfn`` and ``window``, unpacked on demand, so that
     ``young.sel(gfn=0x400)`` is the history of a page. ``window`` has the coordinates
     ``seconds``, from the start of the record, and ``time``, the wall clock in UTC at the
     end of each window (NaT where it was not recorded).
@@ -49,6 +49,10 @@ def to_dataset(record: YoungRecord) -> Any:
     _need("zarr")
     data = xarray.open_zarr(str(record.path), mask_and_scale=False)
     n_windows = data.sizes["window"]
+    if not record.metadata.is_filtered:
+        from kvmhost.reclaim.record.packedbits import unpacked
+
+        data = data.assign({name: unpacked(data[name].variable, n_windows) for name in BITS})
     wall_ns = record.column("wall_ns")[:n_windows]
     ends = np.where(wall_ns > 0, wall_ns, np.iinfo(np.int64).min).view("datetime64[ns]")
     # A range takes no memory; a gfn per page would be larger than the bits.

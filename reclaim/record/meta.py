@@ -1,6 +1,6 @@
 """The metadata of a record, and the Zarr metadata derived from it.
 
-A record is a Zarr group, format 2. All of its metadata is in one file, Zarr's own
+A record is a Zarr group, in Zarr's format 2. All of its metadata is in one file, Zarr's own
 ``.zmetadata``: replacing that file adds new windows to the arrays. Its root attributes
 contain a :class:`RecordMeta`. Shape, chunks and type of every array are derived from that
 alone, and a file with different array metadata is refused before any array is read. The
@@ -22,8 +22,10 @@ from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS
 
 __all__ = [
+    "BITS",
     "COLUMNS",
     "COLUMN_CHUNK",
+    "FORMAT_VERSION",
     "HISTOGRAMS",
     "HISTOGRAM_CHUNK",
     "LEVELS",
@@ -32,6 +34,7 @@ __all__ = [
     "MAX_PAGES",
     "METADATA_FILE",
     "N_BUCKETS",
+    "PACKING",
     "UPPER",
     "Memslot",
     "MemslotLayout",
@@ -46,12 +49,26 @@ __all__ = [
 ]
 
 METADATA_FILE = ".zmetadata"
-FORMAT_VERSION = 1
+#: Versions of the record format. Chunks of version 1 are also filtered (packbits, shuffle);
+#: such records can be read, but not written.
+FORMAT_VERSION, FILTERED_VERSION = 2, 1
 MAX_PAGES = 1 << 30
 MAX_WINDOWS = 1 << 26
 #: Chunks along the gfn axis. If memory grows, the size of the chunks stays the same.
 MAX_CHUNKS = 1 << 16
 MIN_CHUNK_PAGES, MAX_CHUNK_PAGES = 1 << 12, 1 << 18
+#: One bit per page and window.
+BITS = {
+    "young": "page gfn_start + i was young in the window",
+    "coarse": "the bit came from a leaf larger than a page",
+}
+#: How the bits are packed, for readers of the arrays; in the attributes of each such array.
+PACKING = {
+    "packed_dimension": "window",
+    "bit_order": "big",
+    "unpack": "window w of page i is bit 7 - w % 8 of byte [i, w // 8], as in numpy.unpackbits"
+    "(array, axis=1); bits after the last window are to be ignored",
+}
 #: One number per window. Times are ``CLOCK_MONOTONIC``, except ``wall_ns``. The descriptions
 #: are part of the format: a record with other descriptions is refused.
 COLUMNS = {
@@ -147,6 +164,11 @@ class RecordMeta(msgspec.Struct, frozen=True):
         """Chunks along the gfn axis."""
         return -(-self.n_pages // self.chunk_pages)
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether chunks have the filters of format 1."""
+        return self.version == FILTERED_VERSION
+
 
 def chunk_pages_for(n_pages: int) -> int:
     """Return the number of pages per chunk of a new record."""
@@ -170,8 +192,6 @@ def array_metadata(meta: RecordMeta) -> dict[str, Any]:
     def add(
         name: str, axes: dict[str, tuple[int, int]], dtype: str, about: str, sparse: bool = False
     ) -> None:
-        item = np.dtype(dtype).itemsize
-        packed = {"id": "packbits"} if dtype == "|b1" else {"id": "shuffle", "elementsize": item}
         found[f"{name}/.zarray"] = {
             "zarr_format": 2,
             "shape": [size for size, _ in axes.values()],
@@ -180,7 +200,7 @@ def array_metadata(meta: RecordMeta) -> dict[str, Any]:
             # In arrays where many chunks can be all zeros, such chunks have no file.
             "fill_value": (False if dtype == "|b1" else 0) if sparse else None,
             "order": "C",
-            "filters": [packed],
+            "filters": _filters(dtype) if meta.is_filtered else None,
             "compressor": _ZSTD,
             "dimension_separator": ".",
         }
@@ -188,11 +208,13 @@ def array_metadata(meta: RecordMeta) -> dict[str, Any]:
 
     n, t = meta.n_pages, meta.n_windows
     gfns = (n, meta.chunk_pages)
-    for name, about in (
-        ("young", "page gfn_start + i was young in the window"),
-        ("coarse", "the bit came from a leaf larger than a page"),
-    ):
-        add(name, {"gfn": gfns, "window": (t, BLOCK_WINDOWS)}, "|b1", about, sparse=True)
+    for name, about in BITS.items():
+        if meta.is_filtered:
+            add(name, {"gfn": gfns, "window": (t, BLOCK_WINDOWS)}, "|b1", about, sparse=True)
+        else:
+            window_bytes = (-(-t // 8), BLOCK_WINDOWS // 8)
+            add(name, {"gfn": gfns, "window_byte": window_bytes}, "|u1", about, sparse=True)
+            found[f"{name}/.zattrs"] |= PACKING
     for name, about in COLUMNS.items():
         add(name, {"window": (t, COLUMN_CHUNK)}, "<i8", about)
     buckets = (N_BUCKETS, N_BUCKETS)
@@ -207,6 +229,13 @@ def array_metadata(meta: RecordMeta) -> dict[str, Any]:
         about = f"young pages in bins of {1 << level} pages"
         add(f"sum{level}", axes, level_dtype(level), about, sparse=True)
     return found
+
+
+def _filters(dtype: str) -> list[dict[str, Any]]:
+    """Return the filters of an array of format 1."""
+    if dtype == "|b1":
+        return [{"id": "packbits"}]
+    return [{"id": "shuffle", "elementsize": np.dtype(dtype).itemsize}]
 
 
 def encode_meta(meta: RecordMeta) -> tuple[dict[str, Any], bytes]:
@@ -235,8 +264,8 @@ def decode_meta(raw: bytes, path: Path) -> RecordMeta:
     except (msgspec.DecodeError, KeyError, TypeError) as error:
         text = f"is invalid: {type(error).__name__}: {error}"
         raise RecordError(str(path), "metadata", text) from None
-    if version != FORMAT_VERSION:
-        problem = f"is {version!r}; this program reads {FORMAT_VERSION}"
+    if version not in (FORMAT_VERSION, FILTERED_VERSION):
+        problem = f"is {version!r}; this program reads {FILTERED_VERSION} and {FORMAT_VERSION}"
         raise RecordError(str(path), "version", problem)
     if crc != _crc32(plain):
         raise RecordError(str(path), "kvmhost_young_crc32", "the metadata was changed or damaged")

@@ -148,14 +148,15 @@ class RecordWriter(Closing):
         :param session: the source of the bits from now on; None: unchanged
         :raises NameInUseError: if another process is writing it
         :raises RecordError: if it is damaged
-        :raises LayoutError: if it is another user's, others can write to it, or a part of
-            it is a link
+        :raises LayoutError: if it is another user's, others can write to it, a part of
+            it is a link, or it has an older format
         """
         path = Path(path)
         _check_own(path)
         lock_fd = _lock(path)
         try:
             with YoungRecord(path) as record:
+                _check_version(record)
                 writer = cls(path, record.metadata, lock_fd)
                 writer._restore(record)
         except BaseException:
@@ -479,6 +480,14 @@ def _make_skeleton(path: Path, meta: RecordMeta) -> int:
         beside.rename(path)
         undo.pop_all()
     return lock_fd
+
+
+def _check_version(record: YoungRecord) -> None:
+    if record.metadata.version != recordmeta.FORMAT_VERSION:
+        raise LayoutError(
+            f"{record.path}: records of format {record.metadata.version} can be read but not "
+            "continued; convert it first: kvmhost young export --format record"
+        )
 
 
 def _check_own(path: Path) -> None:

@@ -124,7 +124,7 @@ LAYERS = {
         {"heatmaptiles", "registry", "render"},
         {"heatmaphtml"},
     ),
-    "reclaim/exchange": ({"common"}, {"damon", "dirty", "registry", "text"}),
+    "reclaim/exchange": ({"common"}, {"copy", "damon", "dirty", "registry", "text"}),
     "reclaim/policy": (
         {"base", "lru_gen_filter", "lru_gen_tiers"},
         {"age", "classic", "lru_gen", "random", "registry", "replay"},
@@ -135,7 +135,7 @@ LAYERS = {
         {"cgroup", "controllers", "psi"},
     ),
     "reclaim/record": (
-        {"chunks", "meta"},
+        {"chunks", "meta", "packedbits"},
         {"journal", "summary"},
         {"files"},
         {"reader"},

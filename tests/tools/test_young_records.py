@@ -130,6 +130,9 @@ def test_export_and_import(young, file, tmp_path):
         young("import", tmp_path / name, "--format", reader, "-o", tmp_path / f"{name}.young")
         with YoungRecord.open(file) as a, YoungRecord.open(tmp_path / f"{name}.young") as b:
             assert all(x == y for x, y in zip(a.bitmaps(), b.bitmaps(), strict=True))
+    young("export", file, "--format", "record", "-o", tmp_path / "part", "--windows", "5:80")
+    with YoungRecord.open(file) as a, YoungRecord.open(tmp_path / "part") as b:
+        assert all(x == y for x, y in zip(a.bitmaps(5), b.bitmaps(), strict=True))
     young("export", file, "--format", "gfns", "-o", tmp_path / "g", "--windows", "0:40",
           "--share", "50")  # fmt: skip
     assert len((tmp_path / "g").read_text().split()) == 656
