@@ -36,6 +36,7 @@ __all__ = [
     "Seconds",
     "Share",
     "read_amount",
+    "size_text",
     "write_amount",
 ]
 
@@ -242,3 +243,12 @@ def write_amount(amount: Any) -> str:
     if isinstance(amount, _KINDS):
         return str(amount)
     raise NotImplementedError(type(amount))
+
+
+def size_text(n_bytes: float) -> str:
+    """Return a size in a suitable unit, such as ``12.3 MiB``, to be read by people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"

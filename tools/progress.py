@@ -6,12 +6,12 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvmhost.printable import printable
 from kvmhost.tools.terminal import unfiltered
 
-__all__ = ["Progress", "show_table", "working"]
+__all__ = ["Progress", "show_columns", "show_table", "working"]
 
 #: Delay before the current step is shown on a terminal, and interval of its updates.
 _SHOW_AFTER_S, _SHOW_EVERY_S = 1.0, 1.0
@@ -64,6 +64,17 @@ def _show_elapsed(text: str, ended: threading.Event) -> None:
         if ended.wait(_SHOW_EVERY_S):
             break
     print(_CLEAR_LINE, end="", file=terminal, flush=True)
+
+
+def show_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with a line of titles, one line a row, columns apart by two blanks.
+
+    Lines are never cut, so that names can be copied and programs can split them.
+    """
+    lines = [list(titles), *([printable(text) for text in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    for line in lines:
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -291,8 +292,9 @@ def _serve(machine: BaseMachine, lock: NameLock) -> ControlServer:
 
     server = ControlServer(machine, lock=lock)
     server.start()
-    if sys.stderr.isatty():
-        print(f"control socket: {printable(server.path)}", file=sys.stderr)
+    # A VM runs whether or not somebody reads this.
+    with contextlib.suppress(OSError, ValueError):
+        print(f"control socket: {printable(server.path)}", file=sys.stderr, flush=True)
     return server
 
 

@@ -30,6 +30,9 @@ _BAD_REQUEST = 400
 
 T = TypeVar("T")
 
+#: Names of other servers in an error message.
+_MAX_SHOWN = 10
+
 _TRANSFER_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
 
 
@@ -101,10 +104,17 @@ class Caller(Closing):
             raise VmGoneError(self._name, f"hung up ({_reason(error)})") from error
 
     def _nothing_answers(self, error: Exception) -> str:
-        """Return a message that the server does not respond, with a socket of a similar name."""
-        there = (path.stem for path in self.path.parent.glob("*.sock") if path != self.path)
+        """Return a message that the server does not respond, with the names of those there."""
+        there = self._others()
         hint = did_you_mean(self.path.stem, there)
-        return f"nothing answers at {self.path} ({_reason(error)}){hint}"
+        shown = ", ".join(there[:_MAX_SHOWN]) + (", ..." if len(there) > _MAX_SHOWN else "")
+        running = f" (running: {shown})" if there else ""
+        return f"nothing answers at {self.path} ({_reason(error)}){hint}{running}"
+
+    def _others(self) -> list[str]:
+        """Return the names of other servers in the same directory, sorted."""
+        found = (path.stem for path in self.path.parent.glob("*.sock") if path != self.path)
+        return sorted(found)
 
     def _read(self, answer: httpx.Response, kind: type[T]) -> T:
         try:

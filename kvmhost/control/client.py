@@ -18,7 +18,7 @@ import numpy.typing as npt
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
 from kvmhost.control import schema
 from kvmhost.control.caller import Caller
-from kvmhost.control.paths import to_socket_path
+from kvmhost.control.paths import running_names, runtime_dir, to_socket_path
 from kvmhost.control.schema import HEADER_PREFIX, HarvestCost
 from kvmhost.errors import ControlError
 from kvmhost.units import Share
@@ -51,6 +51,12 @@ class Client(Caller):
     def __init__(self, vm: str | Path, *, timeout_s: float = 60.0) -> None:
         super().__init__(str(vm), to_socket_path(vm), timeout_s)
         self.vm = str(vm)
+
+    def _others(self) -> list[str]:
+        """Return the names of the VMs that run, if this one was given by name."""
+        if self.path.parent != runtime_dir():
+            return super()._others()
+        return [name for name in running_names() if name != self.path.stem]
 
     def state(self) -> schema.VmState:
         """Return the VM's state."""

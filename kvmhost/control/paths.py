@@ -27,6 +27,7 @@ __all__ = [
     "NameLock",
     "check_name",
     "files_in",
+    "is_name",
     "lock_path",
     "open_runtime_dir",
     "running_names",
@@ -87,13 +88,18 @@ def files_in(folder: int, pattern: re.Pattern[str]) -> list[str]:
         os.close(fd)
 
 
+def is_name(name: str) -> bool:
+    """Whether a VM may have that name, see :func:`check_name`."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> str:
     """Return a VM's name unchanged.
 
     :raises LayoutError: unless it is 1 to 64 letters, digits, ``_``, ``.`` or ``-``,
         and starts with a letter or digit
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise LayoutError(
             f"name {name!r}: need 1 to 64 letters, digits, '_', '.' or '-', "
             "with a letter or digit first"

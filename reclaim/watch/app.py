@@ -29,10 +29,9 @@ from kvmhost.reclaim.watch.map import (
     bar,
     draw_changes,
     draw_density,
-    size_text,
     sparkline,
 )
-from kvmhost.units import PAGE_BYTES
+from kvmhost.units import PAGE_BYTES, size_text
 
 __all__ = ["MOST_SHARE", "Pace", "WatchApp"]
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from rich.style import Style
 from rich.text import Text
 
-__all__ = ["Grid", "bar", "counts_of", "draw_changes", "draw_density", "size_text", "sparkline"]
+__all__ = ["Grid", "bar", "counts_of", "draw_changes", "draw_density", "sparkline"]
 
 #: The number of columns is a multiple of this.
 _COLUMN_STEP = 16
@@ -138,15 +138,6 @@ def bar(share: float, width: int) -> str:
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     partial = " ▏▎▍▌▋▊▉"[eighths % 8]
     return ("█" * (eighths // 8) + partial)[:width].ljust(width)
-
-
-def size_text(n_bytes: float) -> str:
-    """Return a size in a suitable unit, such as ``12.3 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"
 
 
 def _draw(cells: list[tuple[str, int]], grid: Grid, cursor: int) -> Text:

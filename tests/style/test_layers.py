@@ -52,7 +52,7 @@ LAYERS = {
         {"handler", "transport"},
         {"caller", "lease", "pauses", "serving"},
         {"client", "routes"},
-        {"server"},
+        {"listing", "server"},
     ),
     "kvmhost/devices": (
         {"board", "clock", "freelist", "fwcfg", "serial"},

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 
 import pytest
 from waiting import DEADLINE_S, until
@@ -17,7 +15,6 @@ from kvmhost.control.client import Client
 from kvmhost.errors import VmGoneError
 
 PARAMS = {"pages": 4096, "hot": 1024, "cold": 0, "scan_every": 0, "epochs": 0}
-_SIZE = ("LINES", "COLUMNS")
 
 
 @pytest.fixture
@@ -41,57 +38,6 @@ def vm(tmp_path, monkeypatch):
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     process.wait(DEADLINE_S)
-
-
-class Terminal:
-    """A tmux server of its own, with one window."""
-
-    def __init__(self, place, width, height):
-        self.socket = str(place / "tmux")
-        self.run("-f", "/dev/null", "new-session", "-d", "-x", str(width), "-y", str(height), "sh")
-        self.type("PS1='$ '; clear")
-        self.keys("Enter")
-
-    def run(self, *words):
-        # What somebody else's terminal left there would count as the size of this one.
-        left = {name: value for name, value in os.environ.items() if name not in _SIZE}
-        command = ["tmux", "-S", self.socket, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=left)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def type(self, text):
-        self.run("send-keys", "-l", text)
-
-    def keys(self, *names):
-        self.run("send-keys", *names)
-
-    def screen(self):
-        return self.run("capture-pane", "-p").rstrip("\n").split("\n")
-
-    def shows(self, text, seconds=40):
-        until(lambda: any(text in line for line in self.screen()), f"{text!r} in {self.screen()}",
-              seconds)  # fmt: skip
-        return self.screen()
-
-
-@pytest.fixture
-def terminal():
-    if shutil.which("tmux") is None:
-        pytest.skip("needs tmux (Debian: tmux)")
-    pytest.importorskip("textual")
-    opened = []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
-
-        def open_one(width, height):
-            from pathlib import Path
-
-            opened.append(Terminal(Path(place), width, height))
-            return opened[-1]
-
-        yield open_one
-        for one in opened:
-            one.run("kill-server")
 
 
 def watch(terminal, *words):

@@ -50,10 +50,12 @@ DIMENSIONLESS = {
     "errno",
     "exit_code",
     "number",
+    "pause_number",
     "pid",
     "seq",
     "slot",
     "status",
+    "uid",
     "version",
     "window",
 }

@@ -27,6 +27,10 @@ class Shape:
 OUTPUTS = {
     "limit": Shape(schema.LimitState),
     "drain": Shape(schema.RestoreReport),
+    "list": Shape(vms.ListOutput),
+    "pause": Shape(vms.RunOutput),
+    "resume": Shape(vms.RunOutput),
+    "stop": Shape(vms.StopOutput),
     "snapshot": Shape(vms.SnapshotOutput),
 }
 
@@ -36,6 +40,7 @@ WITHOUT_JSON = {
     "docs": "shows pages for people",
     "guests build": "writes a file, and its exit code says whether it did",
     "man": "shows pages for people",
+    "top": "draws on a terminal; list has the same",
     "young heatmap": "writes a picture",
     "young watch": "draws on a terminal",
 }

@@ -32,9 +32,9 @@ from kvmhost.reclaim.watch.map import (
     counts_of,
     draw_changes,
     draw_density,
-    size_text,
     sparkline,
 )
+from kvmhost.units import size_text
 
 PAGES = 4096
 
