@@ -18,6 +18,8 @@
     ├─ GuestError
     │  ├─ UnexpectedExit: the decoded exit
     │  └─ GuestTimeout
+    ├─ LabError: an emulated host ended before its command
+    │  └─ LabTimeout
     └─ ReclaimError: the errors of :mod:`kvmhost.reclaim.errors`
 
 Every one of them survives pickling, so that it can cross a process boundary. Those of
@@ -41,6 +43,8 @@ __all__ = [
     "ImageError",
     "IoctlError",
     "KvmHostError",
+    "LabError",
+    "LabTimeout",
     "LayoutError",
     "LostPageError",
     "NameInUseError",
@@ -301,6 +305,34 @@ class GuestTimeout(GuestError):
 
     def __str__(self) -> str:
         return f"guest still running after {self.seconds:g} s"
+
+
+class LabError(KvmHostError):
+    """An emulated host of the lab ended, or hangs, before its command has ended.
+
+    :param host: name of the host
+    :param problem: what happened
+    :param evidence: the line of its console, or of QEMU, that says most about it
+    """
+
+    def __init__(self, host: str, problem: str, evidence: str = "") -> None:
+        super().__init__(host, problem, evidence)
+        self.host, self.problem, self.evidence = host, problem, evidence
+
+    def __str__(self) -> str:
+        evidence = f": {self.evidence}" if self.evidence else ""
+        return f"lab host {self.host}: {self.problem}{evidence}"
+
+
+class LabTimeout(LabError):
+    """The command in an emulated host did not end within its time-out."""
+
+    def __init__(self, host: str, seconds: float, evidence: str = "") -> None:
+        LabError.__init__(self, host, f"not done after {seconds:g} s", evidence)
+        self.seconds = seconds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.host, self.seconds, self.evidence))
 
 
 #: Errors that cross a control socket, by the name that the reply gives as ``kind``.

@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": ("demo", "the whole path: boot, harvest, reclaim under a limit, look"),
     "accuracy": ("accuracy", "how accurate and how expensive each tracker is"),
     "bench": ("bench", "measure walks, exits, harvests and starts, as ratios in one run"),
+    "lab": ("lab", "emulated hosts with a KVM of their own, on other kernels and processors"),
     "docs": ("docs", "read the documentation that is installed"),
     "completion": ("completion", "print a completion script for a shell"),
     "man": ("man", "show a manual page, or write all of them"),

@@ -7,7 +7,7 @@ code  meaning
 1     failed; also: disk full, no memory, standard output closed or full
 2     wrong usage or bad input; also: an output file that cannot be created there
 124   timed out
-125   failed on our side: internal error, triple fault, unexpected exit
+125   failed on our side: internal error, triple fault, unexpected exit, a lab host's panic
 126   a capability is missing; the message says which, and what to do
 129   SIGHUP: the terminal was closed
 130   SIGINT: Ctrl-C
@@ -34,6 +34,7 @@ from kvmhost.errors import (
     HostError,
     ImageError,
     KvmHostError,
+    LabTimeout,
     LayoutError,
     NameInUseError,
     UnexpectedExit,
@@ -140,7 +141,7 @@ def exit_code(error: Exception) -> int:
         return EXIT_MISSING
     if isinstance(error, ConfigError | ImageError | LayoutError | NameInUseError | RecordError):
         return EXIT_USAGE
-    if isinstance(error, GuestTimeout):
+    if isinstance(error, GuestTimeout | LabTimeout):
         return EXIT_TIMEOUT
     if isinstance(error, VmGoneError | MemoryError):
         return EXIT_FAILED

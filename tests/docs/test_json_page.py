@@ -26,7 +26,7 @@ PENDING = {
 def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Yield every command that can be run, with its parser."""
     for command in commands():
-        if command.children and command.words[0] in ("young", "bench"):
+        if command.children and command.words[0] in ("young", "bench", "lab"):
             continue
         yield from _below(" ".join(command.words), command.parser())
 

@@ -36,7 +36,7 @@ LAYERS = {
         {"trackers"},
         {"machine"},
         {"control"},
-        {"process"},
+        {"lab", "process"},
         {"doctor"},
         {"__main__"},
     ),
@@ -71,6 +71,12 @@ LAYERS = {
         {"vm"},
         {"coalesced", "system"},
         {"msrs"},
+    ),
+    "kvmhost/lab": (
+        {"cpio", "hosts", "kernel", "pins"},
+        {"apt", "cache", "initrd", "qemu"},
+        {"fetching"},
+        {"running"},
     ),
     "kvmhost/machine": (
         {"chunks", "disasm", "paging", "runner", "vcpustate"},

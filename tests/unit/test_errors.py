@@ -26,6 +26,8 @@ SAMPLES = {
     "HostError": errors.HostError("/tmp/out", errno.ENOSPC),
     "IoctlError": errors.IoctlError("KVM_RUN", errno.EFAULT, {"vcpu": 255}),
     "KvmHostError": errors.KvmHostError("said"),
+    "LabError": errors.LabError("amd64-6.1", "ended", "Kernel panic"),
+    "LabTimeout": errors.LabTimeout("amd64-6.1", 1.5, "its last line"),
     "LayoutError": errors.LayoutError("overlap at 0x1000"),
     "NameInUseError": errors.NameInUseError("vm0 runs already"),
     "PauseTimeout": errors.PauseTimeout([0, 2], 1.5),

@@ -7,7 +7,7 @@ import dataclasses
 import msgspec
 
 from kvmhost.control import schema
-from kvmhost.tools.outputs import vms
+from kvmhost.tools.outputs import lab, vms
 
 __all__ = ["OUTPUTS", "WITHOUT_JSON", "Shape"]
 
@@ -31,6 +31,7 @@ OUTPUTS = {
     "pause": Shape(vms.RunOutput),
     "resume": Shape(vms.RunOutput),
     "stop": Shape(vms.StopOutput),
+    "lab list": Shape(lab.LabListOutput),
     "snapshot": Shape(vms.SnapshotOutput),
 }
 
@@ -39,6 +40,9 @@ WITHOUT_JSON = {
     "completion": "prints a script for a shell",
     "docs": "shows pages for people",
     "guests build": "writes a file, and its exit code says whether it did",
+    "lab fetch": "fills the cache; lab list --json says what is in it",
+    "lab run": "passes on what the command inside prints",
+    "lab shell": "is a terminal",
     "man": "shows pages for people",
     "top": "draws on a terminal; list has the same",
     "young heatmap": "writes a picture",

@@ -1,0 +1,89 @@
+"""The emulated hosts of the lab: one description each.
+
+A host is an unmodified kernel of the distribution under QEMU's software emulation (TCG), with
+a processor that has virtualization extensions; its KVM runs guests. Nothing here depends on
+the processor of the machine outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from kvmhost.errors import LayoutError
+from kvmhost.suggest import unknown_name
+
+__all__ = ["HOSTS", "LabHost", "RootKind", "find_host"]
+
+
+class RootKind(enum.Enum):
+    """Where the root file system inside a host comes from."""
+
+    #: The root of the machine outside, read-only under an overlay.
+    MACHINE = "the machine's own, read-only"
+    #: A root of the host's architecture, made of packages.
+    PACKAGES = "made of packages"
+
+
+@dataclasses.dataclass(frozen=True)
+class LabHost:
+    """One emulated host.
+
+    :ivar name: architecture and kernel release, and what else distinguishes it
+    :ivar architecture: as Debian names it
+    :ivar about: processor and second-stage paging, one line
+    :ivar kernel: table of ``pins.toml`` with the kernel's packages
+    :ivar qemu: the emulator's executable
+    :ivar machine: QEMU's machine type with its properties, without ``memory-backend``
+    :ivar cpu: QEMU's processor model
+    :ivar console: serial console, as the kernel names it
+    :ivar modules: what the initial file system loads; built-in ones are skipped
+    :ivar root: where the root file system comes from
+    :ivar arguments: further arguments of the kernel
+    """
+
+    name: str
+    architecture: str
+    about: str
+    kernel: str
+    qemu: str
+    machine: str
+    cpu: str
+    console: str
+    modules: tuple[str, ...]
+    root: RootKind = RootKind.MACHINE
+    arguments: tuple[str, ...] = ()
+
+
+#: Modules that every host needs: its devices, the root file system, zram for swap.
+COMMON_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "zram")
+
+
+def _amd64(release: str) -> LabHost:
+    return LabHost(
+        name=f"amd64-{release}",
+        architecture="amd64",
+        about="AMD, SVM with nested paging (tdp_mmu)",
+        kernel=f"amd64-{release}",
+        qemu="qemu-system-x86_64",
+        machine="pc",
+        cpu="max",
+        console="ttyS0",
+        modules=(*COMMON_MODULES, "kvm", "kvm-amd"),
+    )
+
+
+HOSTS: dict[str, LabHost] = {
+    host.name: host for host in (_amd64("6.1"), _amd64("6.12"), _amd64("7.3"))
+}
+
+
+def find_host(name: str) -> LabHost:
+    """Return the host of that name.
+
+    :raises LayoutError: if there is none
+    """
+    if name not in HOSTS:
+        problem = unknown_name("host", name, HOSTS)
+        raise LayoutError(f"{problem}; kvmhost lab list shows all", field="host")
+    return HOSTS[name]

@@ -1,0 +1,273 @@
+"""Boots a host, passes on what its command writes, and ends it.
+
+A host is a QEMU process whose memory is a file that others can map. The command inside writes
+to ports that are sockets here; its status comes over a port of its own. Nothing is left
+behind, whatever happens: the memory is a memfd, the process dies with its parent, and the
+console's text is in a temporary file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from kvmhost.errors import HostError, LabError, LabTimeout
+from kvmhost.files import os_errors
+from kvmhost.lab.fetching import BootFiles, boot_files
+from kvmhost.lab.hosts import LabHost
+from kvmhost.lab.initrd import Job, job_archive
+from kvmhost.lab.qemu import PORTS, Devices, command_line, probe_qemu
+
+__all__ = ["HostReady", "JobEnded", "JobOutput", "RunningHost"]
+
+#: From "status N" to the end of the process.
+_POWER_OFF_S = 60.0
+_PR_SET_PDEATHSIG = 1
+_PANIC = re.compile(r"^.*?((?:Kernel panic|kvmhost-lab:).*)$", re.MULTILINE)
+_CONTROL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1bc|\r")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostReady:
+    """The host has booted; its command starts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JobOutput:
+    """The command wrote something.
+
+    :ivar error: to standard error
+    """
+
+    data: bytes
+    error: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class JobEnded:
+    """The command ended.
+
+    :ivar status: exit status, 128 and the signal's number if a signal ended it
+    """
+
+    status: int
+
+
+class RunningHost:
+    """An emulated host that runs one command.
+
+    >>> with RunningHost(find_host("amd64-6.12"), job) as host:  # doctest: +SKIP
+    ...     for event in host.events(timeout_s=600):
+    ...         print(event)
+
+    :param shared: folder that becomes the host's root, read-only
+    :param keep: empty folder for the host's memory and console, which stay
+    :ivar ram: path of the host's memory, for mappings; as long as the host exists
+    :raises CapabilityError: if QEMU or the host's kernel is missing
+    :raises HostError: if the system refuses memory, a file or a process
+    """
+
+    def __init__(
+        self,
+        host: LabHost,
+        job: Job,
+        *,
+        mem_bytes: int = 3 << 30,
+        shared: Path = Path("/"),
+        keep: Path | None = None,
+    ) -> None:
+        probe_qemu(host)
+        files = boot_files(host)
+        self.host, self.mem_bytes = host, mem_bytes
+        self._resources = contextlib.ExitStack()
+        self._open = True
+        self._status: int | None = None
+        self._control = b""
+        try:
+            self._start(files, job, shared, keep)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Process of the emulator."""
+        return self._process.pid
+
+    def console_text(self) -> str:
+        """Return what the host wrote to its console so far, without control codes."""
+        if self._console is None:
+            return ""
+        with os_errors(self._console):
+            raw = self._console.read_bytes()
+        return _CONTROL_CODES.sub("", raw.decode(errors="replace"))
+
+    def events(self, timeout_s: float) -> Iterator[HostReady | JobOutput | JobEnded]:
+        """Yield what happens, until the command has ended and the host is off.
+
+        :param timeout_s: for all of it
+        :raises LabTimeout: if the command has not ended by then
+        :raises LabError: if the host ends without its command's status
+        """
+        deadline = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            for name, port in self._ports.items():
+                selector.register(port, selectors.EVENT_READ, name)
+            while selector.get_map():
+                left_s = deadline - time.monotonic()
+                ready = selector.select(max(left_s, 0))
+                if not ready:
+                    raise self._late(timeout_s)
+                for key, _ in ready:
+                    yield from self._read(selector, key)
+                if self._status is not None:
+                    deadline = min(deadline, time.monotonic() + _POWER_OFF_S)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self._process.wait(0)
+        if self._status is None:
+            raise self._failed()
+        yield JobEnded(self._status)
+
+    def _late(self, timeout_s: float) -> LabError:
+        if self._status is not None:
+            return LabError(self.host.name, "does not power off", self._evidence())
+        return LabTimeout(self.host.name, timeout_s, self._evidence())
+
+    def _read(
+        self, selector: selectors.BaseSelector, key: selectors.SelectorKey
+    ) -> Iterator[HostReady | JobOutput]:
+        assert isinstance(key.fileobj, socket.socket)
+        try:
+            data = key.fileobj.recv(1 << 16)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            selector.unregister(key.fileobj)
+        elif key.data != "lab.control":
+            yield JobOutput(data, error=key.data == "lab.err")
+        else:
+            yield from self._take_control(data)
+
+    def _take_control(self, data: bytes) -> Iterator[HostReady]:
+        *lines, self._control = (self._control + data).split(b"\n")
+        for line in lines:
+            word, _, value = line.partition(b" ")
+            if word == b"ready":
+                yield HostReady()
+            elif word == b"status" and value.isdigit():
+                self._status = int(value)
+
+    def close(self) -> None:
+        """End the host, whatever it does, and free its memory. Idempotent."""
+        if self._open:
+            self._open = False
+            self._resources.close()
+
+    def _start(self, files: BootFiles, job: Job, shared: Path, keep: Path | None) -> None:
+        folder = keep or Path(
+            self._resources.enter_context(tempfile.TemporaryDirectory(prefix="kvmhost-lab-"))
+        )
+        with os_errors(folder):
+            (folder / "initrd").write_bytes(files.initrd.read_bytes() + job_archive(job))
+        self._console = None if job.interactive else folder / "console.log"
+        ram_fd = self._open_ram(keep)
+        self.ram = Path(f"/proc/{os.getpid()}/fd/{ram_fd}") if keep is None else keep / "ram"
+        theirs = self._open_ports()
+        devices = Devices(
+            files.kernel, folder / "initrd", Path(f"/proc/self/fd/{ram_fd}"), self.mem_bytes,
+            shared, tuple(theirs), self._console,
+        )  # fmt: skip
+        messages = None if job.interactive else folder / "qemu.log"
+        self._process = _spawn(command_line(self.host, devices), (ram_fd, *theirs), messages)
+        self._resources.callback(self._kill)
+        for fd in theirs:
+            os.close(fd)
+
+    def _open_ram(self, keep: Path | None) -> int:
+        with os_errors("memory of the host"):
+            if keep is None:
+                fd = os.memfd_create("kvmhost-lab", os.MFD_CLOEXEC)
+            else:
+                fd = os.open(keep / "ram", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._resources.callback(os.close, fd)
+            os.ftruncate(fd, self.mem_bytes)
+        return fd
+
+    def _open_ports(self) -> list[int]:
+        """Make a pair of sockets for each port; return QEMU's ends."""
+        self._ports: dict[str, socket.socket] = {}
+        theirs = []
+        for name in PORTS:
+            ours, other = socket.socketpair()
+            self._resources.callback(ours.close)
+            self._ports[name] = ours
+            theirs.append(other.detach())
+        return theirs
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _failed(self) -> LabError:
+        """Return the error of a host that is gone without a status."""
+        code = self._process.wait()
+        if code:
+            how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+            return LabError(self.host.name, f"{self.host.qemu}: {how}", self._evidence())
+        return LabError(self.host.name, "ended without a status of its command", self._evidence())
+
+    def _evidence(self) -> str:
+        """Return the line of the console, or of QEMU's messages, that says most."""
+        text = self.console_text()
+        if found := _PANIC.findall(text):
+            return str(found[0])
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1] if lines else "nothing on its console"
+
+
+def _spawn(
+    command: list[str], fds: tuple[int, ...], messages: Path | None
+) -> subprocess.Popen[bytes]:
+    """Start a process that keeps some descriptors, ignores Ctrl-C, and dies with its parent.
+
+    :param messages: file of its messages; None: it has this process's terminal
+    """
+    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
+
+    def die_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(messages.open("wb")) if messages else None
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=None if log is None else subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=fds,
+                preexec_fn=die_with_parent,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise HostError(command[0], error.errno or 0) from error

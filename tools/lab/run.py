@@ -1,0 +1,100 @@
+"""``kvmhost lab run HOST -- COMMAND...``: run a command in an emulated host."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvmhost.errors import LayoutError
+from kvmhost.files import new_directory
+from kvmhost.lab.hosts import find_host
+from kvmhost.lab.initrd import Job
+from kvmhost.lab.running import JobEnded, JobOutput, RunningHost
+from kvmhost.tools.args import mem_bytes, seconds
+from kvmhost.tools.parser import CommandParser
+
+__all__ = ["add_host_arguments", "environment", "main", "parser"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its status."""
+    own, command = _split(list(argv))
+    args = parser().parse_args(own)
+    host = find_host(args.host)
+    if not command:
+        raise LayoutError("no command: write it after --, as in kvmhost lab run HOST -- uname -r")
+    job = Job(command, Path.cwd(), environment())
+    if args.keep is None:
+        return _run(RunningHost(host, job, mem_bytes=args.mem), args.timeout)
+    with new_directory(args.keep):
+        pass
+    return _run(RunningHost(host, job, mem_bytes=args.mem, keep=args.keep), args.timeout)
+
+
+def _run(running: RunningHost, timeout_s: float) -> int:
+    with running:
+        for event in running.events(timeout_s):
+            if isinstance(event, JobOutput):
+                stream = sys.stderr if event.error else sys.stdout
+                stream.flush()
+                stream.buffer.write(event.data)
+                stream.buffer.flush()
+            elif isinstance(event, JobEnded):
+                return event.status
+    raise AssertionError("events end with the command's end")
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of commands inside: this interpreter's programs come first."""
+    own = str(Path(sys.executable).parent)
+    path = f"{own}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return {"PATH": path, "HOME": "/root", "LANG": "C.UTF-8", "TERM": os.environ.get("TERM", "")}
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return what is before ``--`` and what is after it."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
+
+
+def add_host_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every command that boots a host."""
+    parser.add_argument("host", metavar="HOST", help="kvmhost lab list shows all")
+    parser.add_argument(
+        "--mem",
+        type=mem_bytes,
+        default=3 << 30,
+        metavar="SIZE",
+        help="memory of the host (default: 3G)",
+    )
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command's arguments."""
+    parser = CommandParser(
+        prog="kvmhost lab run",
+        usage="kvmhost lab run [options] HOST -- COMMAND...",
+        description="Boot an emulated host, run a command in it as root, and power it off. This "
+        "machine's files are there, read-only under an overlay; what the command writes is lost "
+        "at the end. Its output and exit status are passed on; its input is empty.",
+        epilog="Exit codes: the command's own; 124 timed out, 125 the host failed, 126 QEMU or "
+        "the host's kernel is missing.",
+    )
+    add_host_arguments(parser)
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=3600.0,
+        metavar="SECONDS",
+        help="end the host after this time (default: 3600)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FOLDER",
+        help="make this folder and leave the host's memory (ram) and console text in it",
+    )
+    return parser
