@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.control.paths import daemon_names
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.daemons import (
+    EvictedOutput,
+    GenerationRow,
+    GenerationsOutput,
+    VmGenerations,
+)
 from kvmhost.tools.parser import CommandParser
 
 __all__ = ["main", "parser"]
@@ -26,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         with _daemon(args.daemon, args.vm) as daemon:
             text = daemon.show_lru_gen(args.vm)
         if args.json:
-            print(json.dumps({"vms": _as_data(text)}))
+            emit(GenerationsOutput(vms=_vms(text)))
             return 0
         if sys.stdout.isatty():
             print(_HEADER)
@@ -35,7 +40,10 @@ def main(argv: Sequence[str]) -> int:
     text = sys.stdin.read() if args.command == "-" else args.command
     with _daemon(args.daemon, _vm_of(text)) as daemon:
         n_pages = daemon.run_lru_gen(text)
-    print(json.dumps({"evicted_pages": n_pages}) if args.json else f"{n_pages} pages evicted")
+    if args.json:
+        emit(EvictedOutput(evicted_pages=n_pages))
+    else:
+        print(f"{n_pages} pages evicted")
     return 0
 
 
@@ -63,17 +71,17 @@ def parser() -> CommandParser:
     return parser
 
 
-def _as_data(text: str) -> list[dict[str, Any]]:
+def _vms(text: str) -> list[VmGenerations]:
     """Parse the text of ``show`` into one entry per VM."""
-    vms: list[dict[str, Any]] = []
+    vms: list[VmGenerations] = []
     for line in text.splitlines():
         words = line.split()
         if words[0] == "memcg":
-            vms.append({"number": int(words[1]), "vm": words[2], "generations": []})
+            vms.append(VmGenerations(number=int(words[1]), vm=words[2], generations=[]))
         elif words[0] != "node":
             seq, age_ms, anon_pages, file_pages = map(int, words)
-            vms[-1]["generations"].append(
-                {"seq": seq, "age_ms": age_ms, "anon_pages": anon_pages, "file_pages": file_pages}
+            vms[-1].generations.append(
+                GenerationRow(seq=seq, age_ms=age_ms, anon_pages=anon_pages, file_pages=file_pages)
             )
     return vms
 

@@ -7,8 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-import msgspec
-
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Page
 from kvmhost.errors import ControlError, LayoutError, VmGoneError
@@ -16,6 +14,8 @@ from kvmhost.printable import printable
 from kvmhost.reclaim.account.decisions import Decision
 from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.control.schema import PageAnswer
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.daemons import PageOutput
 from kvmhost.tools.parser import CommandParser
 
 __all__ = ["main", "parser"]
@@ -28,8 +28,7 @@ def main(argv: Sequence[str]) -> int:
         name, page = client.state().name, client.page(args.gfn)
     known, problem = _ask_daemon(args, name)
     if args.json:
-        whole = {"vm": name, "page": page, "daemon": known, "problem": problem}
-        print(msgspec.json.encode(whole).decode())
+        emit(PageOutput(vm=name, page=page, daemon=known, problem=problem))
         return 0
     for label, text in _lines(page, known):
         print(f"{label:<12} {printable(text)}")
@@ -92,13 +91,13 @@ def _lines(page: Page, known: PageAnswer | None) -> list[tuple[str, str]]:
         lines.append(("store", f"{page.stored_bytes} bytes"))
     if known is None:
         return lines
-    lines.append((known.policy_name, ", ".join(f"{k} {v}" for k, v in known.policy.items())))
+    lines.append((known.policy, ", ".join(f"{k} {v}" for k, v in known.policy_state.items())))
     if known.story is not None:
         story = known.story
         bits = "".join("1" if young else "." for young in story.windows)
         lines += [
             ("windows", f"{bits or 'none yet'} (newest first, 1 is young, pass {story.passes})"),
-            ("generations", _joined(story.joined, story.passes)),
+            ("generations", _joined(story.young_passes, story.passes)),
             ("evictions", f"{story.evictions}, came back {story.refaults}"),
             ("last action", f"{story.action} in pass {story.action_pass}, {story.why_text}"),
         ]

@@ -205,6 +205,6 @@ _NUMBERS: dict[str, Callable[[ListedVm], float]] = {
     "VCPUS": lambda vm: 0.0 if vm.state is None else len(vm.state.vcpus),
     "MEM": _state_number("mem_bytes"),
     "RESIDENT": _state_number("resident_bytes"),
-    "LIMIT": _state_number("limit_bytes"),
+    "LIMIT": _state_number("resident_max_bytes"),
     "UP": _state_number("uptime_s"),
 }

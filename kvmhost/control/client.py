@@ -203,7 +203,7 @@ class Client(Caller):
     def set_victims(self, gfns: Gfns) -> int:
         """Set the pages to evict first at the limit, best candidates first."""
         answer = self._call("PUT", "victims", content=_gfn_bytes(gfns), headers=_BINARY)
-        return self._read(answer, schema.VictimsReport).pages
+        return self._read(answer, schema.VictimsReport).n_pages
 
     def pause(self, for_s: float = 60.0) -> schema.RunState:
         """Hold the vCPUs; pauses nest.

@@ -218,7 +218,7 @@ class Routes:
                 doorbells=machine.doorbells,
                 mem_bytes=machine.memory.n_pages * PAGE_BYTES,
                 resident_bytes=machine.memory.resident_bytes(),
-                limit_bytes=self._limit_bytes,
+                resident_max_bytes=self._limit_bytes,
                 tracker=machine.tracker_name,
                 lease=self._lease.info(),
             )
@@ -227,15 +227,15 @@ class Routes:
     async def _get_memory(self, request: Request) -> Reply:
         nothing_asked(request)
         memory = self._machine.memory
-        regions = [
-            schema.RegionInfo(slot, r.gpa, r.n_bytes, r.gfn, r.n_pages, r.guest_address)
+        memslots = [
+            schema.MemslotInfo(slot, r.gpa, r.n_bytes, r.gfn, r.n_pages, r.guest_address)
             for slot, r in enumerate(memory.regions)
         ]
         pinned = [
             schema.PageRange(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
             for gpa, n_bytes in self._machine.layout.pinned_ranges
         ]
-        return json_reply(schema.MemoryMap(PAGE_BYTES, memory.gfn_end, regions, pinned))
+        return json_reply(schema.MemoryMap(PAGE_BYTES, memory.gfn_end, memslots, pinned))
 
     async def _get_counters(self, request: Request) -> Reply:
         nothing_asked(request)
@@ -336,8 +336,8 @@ class Routes:
         old = self._totals
         self._totals = schema.HarvestTotals(
             old.harvests + 1,
-            old.pages + n_pages,
-            old.young + found.young.count(),
+            old.n_pages + n_pages,
+            old.n_young + found.young.count(),
             old.harvest_ns + found.harvest_ns,
             old.rearm_ns + found.rearm_ns,
         )
@@ -368,10 +368,10 @@ class Routes:
     async def _restore(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)
         asked = schema.decode(request.body, schema.RestoreRequest)
-        self._machine.memory.region_at(asked.gfn << PAGE_SHIFT, asked.n_pages << PAGE_SHIFT)
+        self._machine.memory.region_at(asked.gfn_start << PAGE_SHIFT, asked.n_pages << PAGE_SHIFT)
         async with self._turn(self._paging, request):
             result = await self._work(
-                lambda: self._machine.open_pager().restore(asked.gfn, asked.n_pages)
+                lambda: self._machine.open_pager().restore(asked.gfn_start, asked.n_pages)
             )
         return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
 

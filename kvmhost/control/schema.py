@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from kvmhost.decoding import decode_json
+from kvmhost.suggest import unknown_name
 from kvmhost.units import PAGE_BYTES, Share, read_amount
 
 __all__ = [
@@ -37,11 +38,11 @@ __all__ = [
     "LimitState",
     "MachineCounters",
     "MemoryMap",
+    "MemslotInfo",
     "Page",
     "PageRange",
     "PauseQuery",
     "RangeQuery",
-    "RegionInfo",
     "RestoreReport",
     "RestoreRequest",
     "ResumeQuery",
@@ -150,7 +151,7 @@ class EvictRequest(GfnList, frozen=True):
 class RestoreRequest(_Strict, frozen=True):
     """Body of ``POST /v1/restore``."""
 
-    gfn: Gfn
+    gfn_start: Gfn
     n_pages: Annotated[int, msgspec.Meta(ge=1, lt=1 << 52)] = 1
 
 
@@ -217,118 +218,152 @@ class DrainQuery(_Strict, frozen=True):
 # -- answers ------------------------------------------------------------------
 
 
-class ErrorInfo(_Answer, frozen=True, omit_defaults=True):
-    """Why a request failed.
-
-    ``kind`` is the class of the error that the VM raised, one of
-    :data:`kvmhost.errors.BY_KIND`, and ``arguments`` are its constructor arguments; both
-    are empty for errors of the control socket itself.
-    """
+class ErrorInfo(_Answer, frozen=True):
+    """Why a request failed."""
 
     status: int
+    """the HTTP status"""
     message: str
+    """what is wrong, and what to do about it"""
     field: str = ""
+    """the parameter, key or header that is wrong; empty if it is none of them"""
     kind: str = ""
+    """the class of kvmhost.errors that the machine raised; empty if the socket refused"""
     arguments: list[Any] = []
+    """the arguments of that class"""
 
 
 class ErrorReply(_Answer, frozen=True):
     """Body of every answer with a status of 400 or more."""
 
     error: ErrorInfo
+    """why it failed"""
 
 
 class VcpuStatus(_Answer, frozen=True):
-    """One vCPU. ``epoch`` is the value of its last doorbell.
+    """One vCPU."""
 
-    ``doing`` is its activity and registers while the VM is paused, else null.
-    """
-
-    index: int
+    vcpu: int
+    """its number"""
     exits: int
+    """exits to the VMM"""
     doorbells: int
+    """writes to the doorbell port"""
     epoch: int
+    """the value of its last doorbell"""
     doing: str | None = None
+    """its activity and registers while the VM is paused, else null"""
 
 
 class LeaseInfo(_Answer, frozen=True):
-    """The holder of a VM's lease.
-
-    :param held_s: seconds since it took the lease
-    :param silent_s: seconds since its last request
-    """
+    """The holder of a VM's lease."""
 
     holder: str
+    """its own description"""
     pid: int
+    """its process"""
     socket: str
+    """its own control socket; empty if it has none"""
     ttl_s: float
+    """time without a request after which the lease ends"""
     held_s: float
+    """time since it took the lease"""
     silent_s: float
+    """time since its last request"""
 
 
 class LeaseState(_Answer, frozen=True):
-    """Answer of ``GET /v1/lease``; None: the lease is free."""
+    """Answer of ``GET`` and ``DELETE /v1/lease``."""
 
     lease: LeaseInfo | None
+    """its holder; null if the lease is free"""
 
 
 class LeaseGrant(_Answer, frozen=True):
-    """Answer of ``PUT /v1/lease``: the value for the header ``X-Kvmhost-Lease``."""
+    """Answer of ``PUT /v1/lease``."""
 
     token: str
+    """the value for the header ``X-Kvmhost-Lease``"""
 
 
 class VmState(_Answer, frozen=True):
-    """Answer of ``GET /v1/state``.
-
-    ``status`` is None while the guest has not exited; ``limit_bytes`` 0 is no limit.
-    """
+    """Answer of ``GET /v1/state``."""
 
     name: str
+    """the VM"""
     pid: int
+    """its process"""
     engine: str
+    """what runs its vCPUs: kvm or emulated"""
     image: str
+    """the file that was loaded"""
     params: dict[str, int]
+    """the guest's parameters"""
     running: bool
+    """whether the guest has started and not ended"""
     paused: bool
+    """whether its vCPUs are held"""
     status: int | None
+    """its exit status; null before it exits"""
     error: str | None
+    """why it failed, else null"""
     uptime_s: float
+    """time since the start"""
     vcpus: list[VcpuStatus]
+    """its vCPUs"""
     exits: int
+    """exits to the VMM, of all vCPUs"""
     doorbells: int
+    """writes to the doorbell port, of all vCPUs"""
     mem_bytes: int
+    """guest memory"""
     resident_bytes: int
-    limit_bytes: int
+    """guest memory that the memfds hold now"""
+    resident_max_bytes: int
+    """the resident limit; 0 for none"""
     tracker: str | None
+    """the tracker in use; null before the first harvest"""
     lease: LeaseInfo | None = None
+    """the holder of the lease; null if it is free"""
 
 
 class PageRange(_Answer, frozen=True):
-    """Pages ``[gfn, gfn + n_pages)``."""
+    """Pages ``[gfn_start, gfn_start + n_pages)``."""
 
-    gfn: int
+    gfn_start: int
+    """the first page"""
     n_pages: int
+    """number of pages"""
 
 
-class RegionInfo(_Answer, frozen=True):
-    """One memslot; ``hva`` is its address in the guest mapping."""
+class MemslotInfo(_Answer, frozen=True):
+    """One memslot."""
 
     slot: int
+    """its number"""
     gpa: int
+    """its first guest physical address"""
     n_bytes: int
-    gfn: int
+    """its size"""
+    gfn_start: int
+    """its first page"""
     n_pages: int
+    """number of pages"""
     hva: int
+    """its address in the guest mapping of the VM process"""
 
 
 class MemoryMap(_Answer, frozen=True):
-    """Answer of ``GET /v1/memory``; ``gfn_end`` is the first gfn above all regions."""
+    """Answer of ``GET /v1/memory``."""
 
     page_bytes: int
+    """size of a page"""
     gfn_end: int
-    regions: list[RegionInfo]
+    """the first gfn above all memslots"""
+    memslots: list[MemslotInfo]
+    """the memslots, in order"""
     pinned: list[PageRange]
+    """pages that are never evicted: live page tables and parameters"""
 
 
 #: Maximum number of gfns that a client accepts: a terabyte, and 4 GiB of holes.
@@ -338,47 +373,53 @@ MAX_GFNS = (1 << 28) + (1 << 20)
 def problem_of_map(found: MemoryMap) -> str:
     """Return the defect of a memory map, to check it before anything is allocated for it.
 
-    Its regions must be in order, and of at most :data:`MAX_GFNS`; the rest follows from them.
+    Its memslots must be in order, and of at most :data:`MAX_GFNS`; the rest follows from them.
     """
     end = 0
-    for region in found.regions:
-        if region.gfn < end or region.n_pages <= 0 or region.gfn + region.n_pages > MAX_GFNS:
-            return f"pages [{region.gfn}, {region.gfn + region.n_pages}) in slot {region.slot}"
-        end = region.gfn + region.n_pages
+    for memslot in found.memslots:
+        first, past = memslot.gfn_start, memslot.gfn_start + memslot.n_pages
+        if first < end or memslot.n_pages <= 0 or past > MAX_GFNS:
+            return f"pages [{first}, {past}) in slot {memslot.slot}"
+        end = past
     if found.page_bytes != PAGE_BYTES or found.gfn_end != end:
-        return f"gfn_end {found.gfn_end}, but the last region ends at {end}"
-    if any(r.gfn < 0 or r.n_pages < 0 or r.gfn + r.n_pages > end for r in found.pinned):
+        return f"gfn_end {found.gfn_end}, but the last memslot ends at {end}"
+    if any(r.gfn_start < 0 or r.n_pages < 0 or r.gfn_start + r.n_pages > end for r in found.pinned):
         return "a pinned range beyond memory"
     return ""
 
 
 class Page(_Answer, frozen=True):
-    """Answer of ``GET /v1/pages/GFN``.
-
-    ``state`` is ``resident``, ``evicted``, ``lost`` or ``fresh`` (never touched);
-    ``resident`` is whether the memfd holds the page now.
-    """
+    """Answer of ``GET /v1/pages/GFN``."""
 
     gfn: int
+    """the page"""
     gpa: int
+    """its guest physical address"""
     slot: int
+    """its memslot"""
     slot_offset_bytes: int
+    """where it lies in the memslot"""
     hva: int
+    """its address in the guest mapping of the VM process"""
     pinned: bool
+    """whether it is never evicted"""
     resident: bool
+    """whether the memfd holds it now"""
     state: str
+    """resident, evicted, lost, swapped, or fresh (never touched)"""
     stored_bytes: int
+    """its size in the store; 0 if it is not there"""
 
 
 class EvictReport(_Answer, frozen=True):
-    """Answer of ``POST /v1/evict``: pages by outcome (``done``, ``pinned``, ``absent``, …).
+    """Answer of ``POST /v1/evict``."""
 
-    ``each`` has one byte per page of the request, its ``EvictOutcome``; base64 in JSON.
-    """
-
-    pages: int
+    n_pages: int
+    """pages of the request"""
     outcomes: dict[str, int]
+    """pages by outcome: ``done``, ``pinned``, ``absent``, …"""
     each: bytes | None = None
+    """with ``each=1`` one byte per page of the request, its ``EvictOutcome``; else null"""
 
     @property
     def done(self) -> int:
@@ -411,57 +452,69 @@ class LimitState(_Answer, frozen=True):
 class VictimsReport(_Answer, frozen=True):
     """Answer of ``PUT /v1/victims``."""
 
-    pages: int
+    n_pages: int
+    """pages of the request"""
 
 
 class RunState(_Answer, frozen=True):
-    """Answer of ``POST /v1/pause``, ``resume`` and ``stop``; a pause has a number."""
+    """Answer of ``POST /v1/pause``, ``resume`` and ``stop``."""
 
     running: bool
+    """whether the guest has started and not ended"""
     paused: bool
+    """whether its vCPUs are held"""
     pause: int | None = None
+    """the number of the pause that was begun, else null"""
 
 
 class SnapshotReport(_Answer, frozen=True):
-    """Answer of ``POST /v1/snapshot``: bytes of memory in the file."""
+    """Answer of ``POST /v1/snapshot``."""
 
     memory_bytes: int
+    """guest memory in the file"""
 
 
 class MachineCounters(_Answer, frozen=True):
-    """Counts since the start of the VM.
-
-    ``serial_lost_bytes`` are those of ``serial_bytes`` that were dropped because no reader
-    read them in time.
-    """
+    """Counts since the start of the VM."""
 
     exits: int
+    """exits to the VMM, of all vCPUs"""
     doorbells: int
+    """writes to the doorbell port, of all vCPUs"""
     uptime_s: float
+    """time since the start"""
     resident_bytes: int
+    """guest memory that the memfds hold now"""
     serial_bytes: int = 0
+    """output of the serial port"""
     serial_lost_bytes: int = 0
+    """output that was dropped because no reader read it in time"""
 
 
 class HarvestTotals(_Answer, frozen=True):
     """Number and total cost of harvests over the control socket."""
 
     harvests: int
-    pages: int
-    young: int
+    """number of harvests"""
+    n_pages: int
+    """sum of the pages tested"""
+    n_young: int
+    """sum of the young pages found"""
     harvest_ns: int
+    """time spent testing and clearing"""
     rearm_ns: int
+    """time spent re-arming"""
 
 
 class Counters(_Answer, frozen=True):
-    """Answer of ``GET /v1/counters``; ``pager`` is None until something used the pager.
-
-    The pager's counters are described in ``kvmhost/_core/pager.h``.
-    """
+    """Answer of ``GET /v1/counters``."""
 
     machine: MachineCounters
+    """the VM"""
     harvest: HarvestTotals
+    """harvests over this socket"""
     pager: dict[str, Any] | None
+    """counters of ``kvmhost/_core/pager.h``; null until something used the pager"""
 
 
 class HarvestCost(msgspec.Struct, frozen=True):
@@ -495,7 +548,7 @@ def decode(body: bytes, kind: type[T]) -> T:
     try:
         return decode_json(body, kind)
     except msgspec.DecodeError as error:
-        raise _schema_error(error) from None
+        raise _schema_error(error, kind) from None
 
 
 def decode_query(query: dict[str, str], kind: type[T]) -> T:
@@ -507,7 +560,7 @@ def decode_query(query: dict[str, str], kind: type[T]) -> T:
     try:
         return msgspec.convert(plain, kind, strict=False, dec_hook=read_amount)
     except msgspec.ValidationError as error:
-        raise _schema_error(error) from None
+        raise _schema_error(error, kind) from None
 
 
 def convert(plain: Any, kind: type[T], dec_hook: Callable[[type, Any], Any] | None = None) -> T:
@@ -531,9 +584,14 @@ def _plain_number(text: str) -> str:
     return text
 
 
-def _schema_error(error: Exception) -> SchemaError:
+def _schema_error(error: Exception, kind: type | None = None) -> SchemaError:
+    """Return the error of msgspec with the field; of an unknown one with the known names."""
     text = str(error)
     at = _AT_FIELD.search(text)
     named = _NAMED.search(text)
     parts = [m["field"] for m in (at, named) if m and m["field"]]
+    fields = getattr(kind, "__struct_fields__", None)
+    if named and not at and fields is not None and "unknown" in named[0]:
+        problem = unknown_name("name", named["field"], fields)
+        return SchemaError(problem, named["field"])
     return SchemaError(_AT_FIELD.sub("", text), ".".join(parts))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.closing import Closing
-from kvmhost.control.schema import HarvestCost, MemoryMap, RegionInfo
+from kvmhost.control.schema import HarvestCost, MemoryMap, MemslotInfo
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError, VmGoneError
 from kvmhost.process.foreign import Method, check_part, open_method
 from kvmhost.process.procmaps import Mapping, choose_mapping, shared_mappings, shared_ranges
@@ -100,11 +100,11 @@ class Attached(Closing):
         return AttachedState(self._image, None if self._method is None else self._method.name)
 
     def memory(self) -> MemoryMap:
-        """Return the mapping as one memory region from gfn 0 on."""
+        """Return the mapping as one memslot from gfn 0 on."""
         mapping = self.mapping
         n_bytes = mapping.n_pages * PAGE_BYTES
-        region = RegionInfo(0, 0, n_bytes, 0, mapping.n_pages, mapping.start)
-        return MemoryMap(PAGE_BYTES, mapping.n_pages, [region], [])
+        memslot = MemslotInfo(0, 0, n_bytes, 0, mapping.n_pages, mapping.start)
+        return MemoryMap(PAGE_BYTES, mapping.n_pages, [memslot], [])
 
     def harvest(
         self,

@@ -85,31 +85,33 @@ class DecisionKind(enum.StrEnum):
     COMMAND = "command"
 
 
-class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One decision.
-
-    :param number: counts from 1
-    :param time_s: wall clock, since 1970
-    :param mono_ns: monotonic clock
-    :param vm: empty if it is about no particular VM
-    :param why: name of an :class:`EvictReason`, in lower case
-    :param runs: ``[first gfn, pages]`` of the pages concerned
-    """
+class Decision(msgspec.Struct, frozen=True):
+    """One decision."""
 
     number: int
+    """its number, counted from 1"""
     time_s: float
-    mono_ns: int
+    """wall clock, since 1970"""
+    monotonic_ns: int
+    """monotonic clock"""
     kind: DecisionKind
+    """what was decided"""
     vm: str = ""
+    """the VM; empty if it is about no particular one"""
     passes: int = 0
+    """number of the VM's pass"""
     why: str = ""
-    pages: int = 0
+    """the reason of an eviction, by name; else empty"""
+    n_pages: int = 0
+    """pages concerned"""
     text: str = ""
-    runs: list[tuple[int, int]] = []
+    """the reason in words, with figures"""
+    ranges: list[tuple[int, int]] = []
+    """the pages concerned, as pairs of gfn_start and n_pages; dropped first when memory is short"""
 
     def about(self, gfn: int) -> bool:
         """Return whether the decision lists a page."""
-        return any(first <= gfn < first + n for first, n in self.runs)
+        return any(first <= gfn < first + n for first, n in self.ranges)
 
 
 class Decisions(Closing):
@@ -155,14 +157,14 @@ class Decisions(Closing):
             decision = Decision(
                 number=next(self._numbers),
                 time_s=self._clock(),
-                mono_ns=time.monotonic_ns(),
+                monotonic_ns=time.monotonic_ns(),
                 kind=kind,
                 vm=vm,
                 passes=passes,
                 why=why.name.lower() if why else "",
-                pages=pages,
+                n_pages=pages,
                 text=text,
-                runs=runs,
+                ranges=runs,
             )
             self._keep(decision)
             self._totals[vm, kind.value] += 1
@@ -170,15 +172,15 @@ class Decisions(Closing):
 
     def _keep(self, decision: Decision) -> None:
         if len(self._ring) == self._ring.maxlen:
-            self._n_runs -= len(self._ring[0].runs)
+            self._n_runs -= len(self._ring[0].ranges)
         self._ring.append(decision)
-        self._n_runs += len(decision.runs)
+        self._n_runs += len(decision.ranges)
         for i in range(len(self._ring) - 1):
             if self._n_runs <= _MAX_RUNS:
                 break
             old = self._ring[i]
-            self._n_runs -= len(old.runs)
-            self._ring[i] = msgspec.structs.replace(old, runs=[])
+            self._n_runs -= len(old.ranges)
+            self._ring[i] = msgspec.structs.replace(old, ranges=[])
         if self._fd >= 0:
             self._write(decision)
 

@@ -50,23 +50,28 @@ OUTCOMES = (
 
 
 class PageStory(msgspec.Struct, frozen=True):
-    """The history of one page.
-
-    :param windows: whether the page was young in each of the last windows, newest first
-    :param joined: the passes that found it young, newest first; each moved it to the
-        generation that was youngest then
-    """
+    """The history of one page."""
 
     gfn: int
+    """the page"""
     passes: int
+    """passes of the VM so far"""
     windows: list[bool]
-    joined: list[int]
+    """whether it was young in each of the last windows, newest first"""
+    young_passes: list[int]
+    """the passes that found it young, newest first; each moved it to the youngest generation"""
     action: str
+    """what was done to it last"""
     action_pass: int
+    """the pass that did it"""
     why: str
+    """the reason, by name"""
     why_text: str
+    """the reason in words"""
     evictions: int
+    """how often it was evicted"""
     refaults: int
+    """how often it came back"""
 
 
 class PageHistory:
@@ -131,7 +136,7 @@ class PageHistory:
             gfn=gfn,
             passes=self.passes,
             windows=windows,
-            joined=[self.passes - age for age, young in enumerate(windows) if young],
+            young_passes=[self.passes - age for age, young in enumerate(windows) if young],
             action=PageAction(int(self._act[gfn])).name.lower(),
             action_pass=int(self._when[gfn]),
             why=why.name.lower(),

@@ -62,10 +62,10 @@ class DaemonClient(Caller):
         return self._call("GET", "config").text
 
     def decisions(
-        self, n: int = 100, *, vm: str | None = None, gfn: int | None = None, after: int = 0
+        self, count: int = 100, *, vm: str | None = None, gfn: int | None = None, after: int = 0
     ) -> list[Decision]:
         """Return the latest decisions, the oldest first."""
-        given = {"n": n, "vm": vm, "gfn": gfn, "after": after}
+        given = {"count": count, "vm": vm, "gfn": gfn, "after": after}
         query = {name: value for name, value in given.items() if value is not None}
         answer = self._call("GET", "decisions", params=query)
         return self._read(answer, answers.DecisionList).decisions
@@ -79,11 +79,11 @@ class DaemonClient(Caller):
         """Return the generations of one VM, or of all VMs."""
         query = {} if vm is None else {"vm": vm}
         answer = self._call("GET", "lru_gen", params=query)
-        return self._read(answer, answers.CommandAnswer).text
+        return self._read(answer, answers.LruGenText).text
 
     def run_lru_gen(self, command: str) -> int:
         """Run commands of lru_gen's text interface; return the number of evicted pages."""
         body = schema.encode(answers.CommandRequest(command))
         headers = {"Content-Type": "application/json"}
         answer = self._call("POST", "lru_gen", content=body, headers=headers)
-        return self._read(answer, answers.CommandAnswer).pages
+        return self._read(answer, answers.LruGenReport).evicted_pages

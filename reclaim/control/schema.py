@@ -10,12 +10,13 @@ from kvmhost.reclaim.account.decisions import Decision
 from kvmhost.reclaim.account.history import PageStory
 
 __all__ = [
-    "CommandAnswer",
     "CommandRequest",
     "DaemonStatus",
     "DecisionList",
     "DecisionQuery",
     "HostStatus",
+    "LruGenReport",
+    "LruGenText",
     "PageAnswer",
     "PageQuery",
     "VmQuery",
@@ -30,9 +31,9 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DecisionQuery(_Strict, frozen=True):
-    """Query of ``GET /v1/decisions``: the latest ``n``, by VM, by gfn, after a number."""
+    """Query of ``GET /v1/decisions``: the latest ``count``, by VM, by gfn, after a number."""
 
-    n: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 100
+    count: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 100
     vm: str | None = None
     gfn: Gfn | None = None
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -57,68 +58,100 @@ class CommandRequest(_Strict, frozen=True):
     command: Annotated[str, msgspec.Meta(min_length=1, max_length=65536)]
 
 
-class CommandAnswer(msgspec.Struct, frozen=True):
-    """Response of ``/v1/lru_gen``."""
+class LruGenText(msgspec.Struct, frozen=True):
+    """Response of ``GET /v1/lru_gen``."""
 
     text: str
-    pages: int = 0
+    """generations, as the kernel's file shows them"""
+
+
+class LruGenReport(msgspec.Struct, frozen=True):
+    """Response of ``POST /v1/lru_gen``."""
+
+    evicted_pages: int
+    """pages that the commands evicted"""
 
 
 class DecisionList(msgspec.Struct, frozen=True):
-    """Response of ``GET /v1/decisions``, the oldest first."""
+    """Response of ``GET /v1/decisions``."""
 
     decisions: list[Decision]
+    """the decisions, the oldest first"""
 
 
 class VmStatus(msgspec.Struct, frozen=True):
-    """One VM. ``budget_bytes`` is 0 without a budget; ``why`` is the reason of the last pass."""
+    """One VM."""
 
     vm: str
+    """its name"""
     policy: str
+    """the policy that chooses its pages"""
     passes: int
+    """passes over it so far"""
     resident_bytes: int
+    """its resident memory after the last pass"""
     budget_bytes: int
+    """its budget; 0 for none"""
     evicted_pages: int
+    """pages that were evicted so far"""
     refaulted_pages: int
+    """evicted pages that came back so far"""
     holding: bool
+    """whether the daemon holds back, because evicted pages come back"""
     why: str
+    """the reason of the last pass's evictions, by name; empty if it evicted none"""
 
 
 class HostStatus(msgspec.Struct, frozen=True):
-    """Pressure on the host; ``stall`` is None if it is not measured."""
+    """Pressure on the host."""
 
-    stall: float | None
-    trigger_fired: int
+    stall_ratio: float | None
+    """share of time that some task waited for memory; null if it is not measured"""
+    triggers: int
+    """how often the kernel's pressure trigger fired"""
     cgroup_bytes: int
+    """memory of the cgroup, less what can be freed at once; 0 without a cgroup"""
     cgroup_limit_bytes: int
+    """the cgroup's limit; 0 without a cgroup"""
     problem: str
+    """why a figure could not be read; else empty"""
 
 
 class DaemonStatus(msgspec.Struct, frozen=True):
     """Response of ``GET /v1/status``."""
 
     name: str
+    """the daemon"""
     pid: int
+    """its process"""
     dry_run: bool
+    """whether it only says what it would do"""
     uptime_s: float
+    """time since the daemon's start"""
     vms: list[VmStatus]
+    """the VMs that it manages"""
     host: HostStatus
+    """pressure on the host"""
 
 
 class PageAnswer(msgspec.Struct, frozen=True):
-    """Response of ``GET /v1/page``: what the daemon knows about one page of one VM.
-
-    :param policy: state of the page in the policy, by name
-    :param verdict: what the next pass would do with the page, and why
-    :param story: None if no page history is kept
-    """
+    """Response of ``GET /v1/page``: what the daemon knows about one page of one VM."""
 
     vm: str
+    """the VM"""
     gfn: int
+    """the page"""
     resident: bool
+    """whether it was resident after the last pass"""
     movable: bool
-    policy_name: str
-    policy: dict[str, int | float | str]
+    """whether it may be evicted: it is guest memory and not pinned"""
+    policy: str
+    """the policy that chooses the VM's pages"""
+    policy_state: dict[str, int | float | str]
+    """what the policy knows of the page, by name"""
     verdict: str
+    """what the next pass would do with it, and why"""
     story: PageStory | None
+    """its history; null if none is kept"""
     decisions: list[Decision]
+    """the last decisions that list it"""

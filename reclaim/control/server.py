@@ -4,7 +4,7 @@
 ``GET  /metrics``           Prometheus text
 ``GET  /v1/status``         the daemon and its VMs
 ``GET  /v1/config``         the options in force, as TOML
-``GET  /v1/decisions``      the last decisions: ``n``, ``vm``, ``gfn``, ``after``
+``GET  /v1/decisions``      the last decisions: ``count``, ``vm``, ``gfn``, ``after``
 ``GET  /v1/page``           one page of one VM: ``vm``, ``gfn``
 ``GET  /v1/lru_gen``        generations, as the kernel's file shows them: ``vm``
 ``POST /v1/lru_gen``        commands, as the kernel's file takes them
@@ -212,7 +212,7 @@ class _Routes:
         asked = schema.decode_query(request.query, answers.DecisionQuery)
         found = await self._work(
             lambda: self._daemon.context.decisions.last(
-                asked.n, vm=asked.vm, gfn=asked.gfn, after=asked.after
+                asked.count, vm=asked.vm, gfn=asked.gfn, after=asked.after
             )
         )
         return json_reply(answers.DecisionList(found))
@@ -231,7 +231,7 @@ class _Routes:
 
         asked = schema.decode_query(request.query, answers.VmQuery)
         text = await self._work(lambda: show_text(self._daemon.sessions(), asked.vm))
-        return json_reply(answers.CommandAnswer(text))
+        return json_reply(answers.LruGenText(text))
 
     async def _post_lru_gen(self, request: Request) -> Reply:
         from kvmhost.reclaim.control.commands import run_text
@@ -239,7 +239,7 @@ class _Routes:
         schema.decode_query(request.query, schema.NoQuery)
         asked = schema.decode(request.body, answers.CommandRequest)
         pages = await self._work(lambda: run_text(self._daemon.sessions(), asked.command))
-        return json_reply(answers.CommandAnswer("", pages))
+        return json_reply(answers.LruGenReport(pages))
 
     def _session(self, vm: str) -> Session:
         for session in self._daemon.sessions():

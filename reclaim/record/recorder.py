@@ -183,7 +183,7 @@ def _range(gfns: tuple[int, int] | None, memory: MemoryMap) -> tuple[int, int]:
 
 
 def _memslots(memory: MemoryMap) -> list[Memslot]:
-    return [Memslot(r.slot, r.gfn, r.n_pages, r.hva) for r in memory.regions]
+    return [Memslot(m.slot, m.gfn_start, m.n_pages, m.hva) for m in memory.memslots]
 
 
 def _facts(client: Client) -> dict[str, str]:

@@ -43,14 +43,14 @@ class VmPages:
 
     def __init__(self, memory: MemoryMap) -> None:
         self.n_pages = memory.gfn_end
-        #: In a memory region and not pinned.
+        #: In a memslot and not pinned.
         self.movable: Mask = np.zeros(self.n_pages, dtype=bool)
-        for region in memory.regions:
-            self.movable[region.gfn : region.gfn + region.n_pages] = True
+        for memslot in memory.memslots:
+            self.movable[memslot.gfn_start : memslot.gfn_start + memslot.n_pages] = True
         for pinned in memory.pinned:
-            self.movable[pinned.gfn : pinned.gfn + pinned.n_pages] = False
+            self.movable[pinned.gfn_start : pinned.gfn_start + pinned.n_pages] = False
         #: All pages of the VM, pinned ones included.
-        self.n_memory = sum(region.n_pages for region in memory.regions)
+        self.n_memory = sum(memslot.n_pages for memslot in memory.memslots)
         self.n_pinned = sum(pinned.n_pages for pinned in memory.pinned)
         self.resident: Mask = np.zeros(self.n_pages, dtype=bool)
         self._has_baseline = False

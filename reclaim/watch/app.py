@@ -337,8 +337,8 @@ class WatchApp(App[None]):
             text.append("  peeking", "color(226)")
         text.append(f"  {printable(sample.tracker)} ({printable(sample.table_format)})")
         text.append(f"  {size_text(state.resident_bytes)} of {size_text(state.mem_bytes)}")
-        if state.limit_bytes:
-            text.append(f", limit {size_text(state.limit_bytes)}")
+        if state.resident_max_bytes:
+            text.append(f", limit {size_text(state.resident_max_bytes)}")
         image = state.image.rsplit("/", 1)[-1]
         return text.append(f"  {printable(image)}, {printable(state.engine)}")
 
@@ -346,8 +346,8 @@ class WatchApp(App[None]):
         low, high = grid.range_of(self.cursor_cell)
         part, n = young[low:high], max(high - low, 1)
         slot = next(
-            (f"slot {r.slot}" for r in self.sampler.memory.regions
-             if r.gfn <= low < r.gfn + r.n_pages), "no memory"
+            (f"slot {m.slot}" for m in self.sampler.memory.memslots
+             if m.gfn_start <= low < m.gfn_start + m.n_pages), "no memory"
         )  # fmt: skip
         span = f"gfn {low:#x}" if high - low == 1 else f"gfns {low:#x}:{high:#x}"
         count = int(np.count_nonzero(part))

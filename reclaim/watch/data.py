@@ -110,8 +110,8 @@ class WatchSampler:
         self.last_young = np.full(self.n_pages, _NEVER, dtype=np.int32)
         self.history: collections.deque[int] = collections.deque(maxlen=_HISTORY)
         self.mapped = np.zeros(self.n_pages, dtype=bool)
-        for region in self.memory.regions:
-            self.mapped[region.gfn : region.gfn + region.n_pages] = True
+        for memslot in self.memory.memslots:
+            self.mapped[memslot.gfn_start : memslot.gfn_start + memslot.n_pages] = True
         self._before: tuple[float, Counters] | None = None
         self._pid = 0
 

@@ -16,8 +16,7 @@ from kvmhost.tools.tree import commands
 
 #: To be described yet.
 PENDING = {
-    *("accuracy", "demo", "doctor", "guests", "page", "reclaimd", "run"),
-    *("lru_gen run", "lru_gen show"),
+    *("accuracy", "demo", "doctor", "guests", "reclaimd", "run"),
     *(f"bench {name}" for name in bench.SUBCOMMANDS),
     *(f"young {name}" for name in young.SUBCOMMANDS if name not in ("heatmap", "watch")),
 }

@@ -55,7 +55,7 @@ class FakeVm:
 
     def memory(self):
         self._meet("memory")
-        regions = [schema.RegionInfo(0, 0, N * 4096, 0, N, 0)]
+        regions = [schema.MemslotInfo(0, 0, N * 4096, 0, N, 0)]
         return schema.MemoryMap(4096, N, regions, [schema.PageRange(0, N_PINNED)])
 
     def take_lease(self, asked):

@@ -18,6 +18,8 @@ _TYPES = {
     "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
     "string": lambda v: isinstance(v, str),
     "boolean": lambda v: isinstance(v, bool),
+    "scalar": lambda v: isinstance(v, int | float | str),
+    "pair": lambda v: [type(n) for n in v] == [int, int],
     "anything": lambda v: True,
 }
 

@@ -52,16 +52,16 @@ def candidates(client):
     memory = client.memory()
     movable = client.resident(0, memory.gfn_end).copy()
     for pinned in memory.pinned:
-        movable[pinned.gfn : pinned.gfn + pinned.n_pages] = False
+        movable[pinned.gfn_start : pinned.gfn_start + pinned.n_pages] = False
     return np.flatnonzero(movable)
 
 
-def test_memory_has_regions_and_pinned_pages_inside(client):
+def test_memory_has_memslots_and_pinned_pages_inside(client):
     memory = client.memory()
     assert memory.page_bytes == 4096
-    pages = {g for r in memory.regions for g in range(r.gfn, r.gfn + r.n_pages)}
+    pages = {g for m in memory.memslots for g in range(m.gfn_start, m.gfn_start + m.n_pages)}
     assert max(pages) + 1 == memory.gfn_end
-    pinned = {g for p in memory.pinned for g in range(p.gfn, p.gfn + p.n_pages)}
+    pinned = {g for p in memory.pinned for g in range(p.gfn_start, p.gfn_start + p.n_pages)}
     assert pinned
     assert pinned <= pages
 
@@ -105,9 +105,9 @@ def test_residency_is_one_boolean_per_page(client):
 
 def test_an_eviction_reports_each_page_in_order(client):
     first, second = candidates(client)[:2]
-    pinned = client.memory().pinned[0].gfn
+    pinned = client.memory().pinned[0].gfn_start
     done = client.evict(np.array([second]), each=True)
-    assert (done.pages, done.outcomes["done"], list(done.each)) == (1, 1, [DONE])
+    assert (done.n_pages, done.outcomes["done"], list(done.each)) == (1, 1, [DONE])
     report = client.evict(np.array([pinned, second, first]), each=True)
     assert list(report.each) == [PINNED, ABSENT, DONE]
     counted = {name: n for name, n in report.outcomes.items() if n}

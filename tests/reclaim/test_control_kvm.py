@@ -89,7 +89,9 @@ def test_evict_and_restore_of_a_running_guest(hotcold):
     assert vm.client.resident()[gfns].all()
     assert vm.client.page(1024).state == "resident"
     # Tables, parameters and the task state segment never go.
-    pinned = [g for r in vm.client.memory().pinned for g in range(r.gfn, r.gfn + r.n_pages)]
+    pinned = [
+        g for r in vm.client.memory().pinned for g in range(r.gfn_start, r.gfn_start + r.n_pages)
+    ]
     assert vm.client.evict(pinned).outcomes["pinned"] == len(pinned)
     vm.client.resume()
     assert vm.goes_on()

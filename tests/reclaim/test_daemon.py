@@ -33,7 +33,7 @@ def background_evictions(vm):
 def test_the_budget_holds_and_every_check_passes(hotcold, daemon, tracker, vcpus):
     vm = hotcold("a", "--paused", "--vcpus", str(vcpus), epochs=150)
     mine = daemon("a", "--budget", "24M", "--tracker", tracker, "--json")
-    until(lambda: vm.client.state().limit_bytes == BUDGET, "the limit")
+    until(lambda: vm.client.state().resident_max_bytes == BUDGET, "the limit")
     vm.client.resume()
     highest, pager = 0, {}
     with contextlib.suppress(VmGoneError):
@@ -156,7 +156,7 @@ def test_the_daemon_may_come_first_and_waits(hotcold, daemon):
     vm = hotcold("late")
     assert mine.end() == 0
     assert mine.out.count("\n") == 2
-    assert vm.client.state().limit_bytes == BUDGET
+    assert vm.client.state().resident_max_bytes == BUDGET
 
 
 def test_without_wait_a_missing_vm_is_an_error(daemon):
@@ -217,7 +217,7 @@ def test_under_a_cgroup_limit_only_the_daemon_saves_the_guest(hotcold, start, da
         vm = hotcold("helped", *words, **params)
         group.add_pid(vm.pid)
         mine = daemon("helped", "--budget", "48M")
-        until(lambda: vm.client.state().limit_bytes, "the limit")
+        until(lambda: vm.client.state().resident_max_bytes, "the limit")
         vm.client.resume()
         assert vm.end() == 0, vm.err
         assert mine.end() == 0

@@ -149,7 +149,7 @@ def test_a_daemon_that_hangs_is_noticed_in_the_vms_log(hotcold, daemon):
     assert mine.end() == 1
     assert "nobody has it now" in mine.err
     assert vm.goes_on()
-    assert vm.client.state().limit_bytes == BUDGET
+    assert vm.client.state().resident_max_bytes == BUDGET
     assert "reclaimd sleepy" in vm.err
     assert "has not called for" in vm.err
 
@@ -162,12 +162,12 @@ def test_two_daemons_on_one_vm(hotcold, daemon):
     assert second.end() == 1
     assert "looked after by reclaimd first" in second.err
     assert "--take-over" in second.err
-    assert vm.client.state().limit_bytes == BUDGET
+    assert vm.client.state().resident_max_bytes == BUDGET
     third = daemon("a", "--budget", "20M", "--name", "third", "--take-over")
     third.wait_for("a pass 2:")
     assert first.end() == 1
     assert "it is with reclaimd third" in first.err
-    assert vm.client.state().limit_bytes == 20 * MIB
+    assert vm.client.state().resident_max_bytes == 20 * MIB
     assert "third takes over from reclaimd first" in vm.err
     assert vm.goes_on()
 
@@ -238,7 +238,7 @@ def test_a_dry_run_leaves_the_vm_alone(hotcold, daemon):
     assert sum(p["outcomes"].get("done", 0) for p in passes) > 1000
     assert passes[-1]["resident_bytes"] <= BUDGET
     state = vm.client.state()
-    assert (state.limit_bytes, state.lease) == (0, None)
+    assert (state.resident_max_bytes, state.lease) == (0, None)
     assert vm.pager().get("evictions", 0) == 0
     assert state.resident_bytes > BUDGET
 
@@ -278,7 +278,7 @@ def test_the_service_manager_is_told(hotcold, start, tmp_path, monkeypatch):
         mine.signal(signal.SIGHUP)
         mine.wait_for("configuration reloaded")
         with Client("a") as vm:
-            until(lambda: vm.state().limit_bytes == 20 * MIB, "the new budget")
+            until(lambda: vm.state().resident_max_bytes == 20 * MIB, "the new budget")
         mine.signal(signal.SIGTERM)
         told("STOPPING=1")
     assert mine.end(10) == 0

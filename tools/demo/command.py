@@ -234,7 +234,7 @@ def _with_daemon(settings: DemoSettings, group: MemoryCgroup | None) -> dict[str
         start_vm(settings, "kept", epochs=settings.epochs, group=group) as vm,
         start_daemon("kept", settings.budget_bytes, 0.25, open_log(vm.directory)) as daemon,
     ):
-        wait_until(lambda: vm.client.state().limit_bytes > 0, vm, "the daemon's limit")
+        wait_until(lambda: vm.client.state().resident_max_bytes > 0, vm, "the daemon's limit")
         start = time.monotonic()
         vm.client.resume()
 

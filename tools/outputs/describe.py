@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import enum
 import functools
 import inspect
 import textwrap
@@ -45,8 +46,23 @@ _UNITS = {
     "hva": "address",
 }
 
+#: Numbers of what the key names.
+_COUNTS = {
+    "doorbells",
+    "epochs",
+    "evictions",
+    "exits",
+    "harvests",
+    "promotions",
+    "refaults",
+    "samples",
+    "touches",
+    "vcpus",
+}
+
 #: Numbers that are names, positions or codes and have no unit.
 DIMENSIONLESS = {
+    "action_pass",
     "errno",
     "exit_code",
     "number",
@@ -98,7 +114,8 @@ def unit_of(name: str, kind: str) -> str:
         return name.removeprefix("n_").replace("_", " ")
     if name.startswith("gfn"):
         return "gfn"
-    return _UNITS.get(name.rpartition("_")[2], "")
+    last = name.rpartition("_")[2]
+    return last if last in _COUNTS else _UNITS.get(last, "")
 
 
 @functools.cache
@@ -123,11 +140,22 @@ def _own_meanings(structure: type) -> dict[str, str]:
     return found
 
 
-_SIMPLE = {int: "integer", float: "number", str: "string", bool: "boolean", Any: "anything"}
+_SIMPLE = {
+    int: "integer",
+    float: "number",
+    str: "string",
+    bool: "boolean",
+    bytes: "string",
+    int | float | str: "scalar",
+    tuple[int, int]: "pair",
+    Any: "anything",
+}
 
 
 def _describe(hint: Any) -> tuple[str, str, type[msgspec.Struct] | None]:
     """Return the words for a type, what follows its name in a path, and the structure in it."""
+    if hint in _SIMPLE:
+        return _SIMPLE[hint], "", None
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return _describe(parts[0])
@@ -143,6 +171,7 @@ def _describe(hint: Any) -> tuple[str, str, type[msgspec.Struct] | None]:
         return f"map of {kind}", f".*{suffix}", inner
     if origin is typing.Literal:
         return " or ".join(f'"{part}"' for part in parts), "", None
-    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-        return "object", "", hint
-    return _SIMPLE[hint], "", None
+    if issubclass(hint, enum.StrEnum):
+        return " or ".join(f'"{part.value}"' for part in hint), "", None
+    assert issubclass(hint, msgspec.Struct), hint
+    return "object", "", hint

@@ -26,7 +26,8 @@ section says so. Numbers have their unit in the name of the key. Keys may be add
 versions; a key that is there keeps its meaning.
 
 In the tables, `a.b` is key `b` of the object `a`, `a[].b` is key `b` of each object in the
-array `a`, and `a.*` stands for keys that are names, such as those of parameters.
+array `a`, and `a.*` stands for keys that are names, such as those of parameters. A `pair` is an
+array of two integers, a `scalar` a number or a string.
 
 `tools/outputs/` has the structures, and this page is made from them
 (`python -m kvmhost.tools.outputs.page`). `tests/tools/test_json.py` runs the commands and

@@ -7,7 +7,7 @@ import dataclasses
 import msgspec
 
 from kvmhost.control import schema
-from kvmhost.tools.outputs import lab, vms
+from kvmhost.tools.outputs import daemons, lab, vms
 
 __all__ = ["OUTPUTS", "WITHOUT_JSON", "Shape"]
 
@@ -32,6 +32,9 @@ OUTPUTS = {
     "resume": Shape(vms.RunOutput),
     "stop": Shape(vms.StopOutput),
     "lab list": Shape(lab.LabListOutput),
+    "lru_gen run": Shape(daemons.EvictedOutput),
+    "lru_gen show": Shape(daemons.GenerationsOutput),
+    "page": Shape(daemons.PageOutput),
     "snapshot": Shape(vms.SnapshotOutput),
 }
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         with Client(args.source) as vm:
             memory = vm.memory()
-        memslots = [Memslot(r.slot, r.gfn, r.n_pages, r.hva) for r in memory.regions]
+        memslots = [Memslot(m.slot, m.gfn_start, m.n_pages, m.hva) for m in memory.memslots]
         page_bytes = memory.page_bytes
     place = find_place(args.address, args.kind, memslots, page_bytes, args.slot)
     if args.json:

@@ -145,9 +145,9 @@ def _summary(vm: str, bitmap: YoungBitmap, cost: HarvestCost, memory: MemoryMap)
 def _regions(bitmap: YoungBitmap, memory: MemoryMap) -> list[dict[str, int]]:
     """Count young pages by memslot, inside the bitmap's range."""
     young, found = bitmap.as_bool(), []
-    for region in memory.regions:
-        first = max(region.gfn, bitmap.gfn_start)
-        end = min(region.gfn + region.n_pages, bitmap.gfn_start + bitmap.n_pages)
+    for region in memory.memslots:
+        first = max(region.gfn_start, bitmap.gfn_start)
+        end = min(region.gfn_start + region.n_pages, bitmap.gfn_start + bitmap.n_pages)
         if first < end:
             inside = young[first - bitmap.gfn_start : end - bitmap.gfn_start]
             found.append(

@@ -50,7 +50,7 @@ queries = st.dictionaries(
     st.one_of(keys, st.text(max_size=5)), st.one_of(words, st.sampled_from(names)), max_size=4
 )
 fields = st.sampled_from(
-    ["gfn", "n_pages", "gfns", "resident_max_bytes", "shrink", "holder", "ttl_s", "take_over"]
+    ["gfn_start", "n_pages", "gfns", "resident_max_bytes", "shrink", "holder", "ttl_s", "take_over"]
 )
 values = st.recursive(
     st.one_of(numbers, st.none(), st.booleans(), st.text(max_size=8)),

@@ -94,13 +94,13 @@ def test_another_range_than_asked_for_is_refused(hostile):
 @pytest.mark.parametrize(
     "memory",
     [
-        b'{"page_bytes":4096,"gfn_end":4503599627370496,"regions":[],"pinned":[]}',
-        b'{"page_bytes":4096,"gfn_end":3000000000,"regions":[{"slot":0,"gpa":0,"n_bytes":4096,'
-        b'"gfn":-5,"n_pages":1,"hva":0}],"pinned":[]}',
-        b'{"page_bytes":4096,"gfn_end":3000000000,"regions":[{"slot":0,"gpa":0,"n_bytes":4096,'
-        b'"gfn":0,"n_pages":3000000000,"hva":0}],"pinned":[]}',
-        b'{"page_bytes":4096,"gfn_end":1,"regions":[{"slot":0,"gpa":0,"n_bytes":4096,'
-        b'"gfn":0,"n_pages":1,"hva":0}],"pinned":[{"gfn":0,"n_pages":4503599627370496}]}',
+        b'{"page_bytes":4096,"gfn_end":4503599627370496,"memslots":[],"pinned":[]}',
+        b'{"page_bytes":4096,"gfn_end":3000000000,"memslots":[{"slot":0,"gpa":0,"n_bytes":4096,'
+        b'"gfn_start":-5,"n_pages":1,"hva":0}],"pinned":[]}',
+        b'{"page_bytes":4096,"gfn_end":3000000000,"memslots":[{"slot":0,"gpa":0,"n_bytes":4096,'
+        b'"gfn_start":0,"n_pages":3000000000,"hva":0}],"pinned":[]}',
+        b'{"page_bytes":4096,"gfn_end":1,"memslots":[{"slot":0,"gpa":0,"n_bytes":4096,'
+        b'"gfn_start":0,"n_pages":1,"hva":0}],"pinned":[{"gfn_start":0,"n_pages":4503599627370496}]}',
     ],
 )
 def test_a_memory_map_that_cannot_be_is_refused(hostile, memory):

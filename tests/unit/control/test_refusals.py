@@ -105,7 +105,7 @@ def test_a_limit_that_cannot_be_reached_leaves_the_one_before(vm, machine):
     with pytest.raises(PagerError, match="store is full"):
         vm.shrink(1 << 16)
     assert pager.limit_pages == 256
-    assert vm.state().limit_bytes == 1 << 20
+    assert vm.state().resident_max_bytes == 1 << 20
 
 
 def test_a_harvest_for_an_unknown_model_clears_nothing(serve, machine, monkeypatch):

@@ -54,10 +54,13 @@ def test_state(vm, machine):
 
 def test_memory(vm, machine):
     found = vm.memory()
-    assert [(r.slot, r.gfn, r.n_pages) for r in found.regions] == [(0, 0, 1024), (1, GFN_HIGH, 256)]
+    assert [(m.slot, m.gfn_start, m.n_pages) for m in found.memslots] == [
+        (0, 0, 1024),
+        (1, GFN_HIGH, 256),
+    ]
     assert found.gfn_end == GFN_HIGH + 256
-    assert found.regions[1].hva == machine.memory.regions[1].guest_address
-    assert found.pinned[0].gfn == 1
+    assert found.memslots[1].hva == machine.memory.regions[1].guest_address
+    assert found.pinned[0].gfn_start == 1
 
 
 def test_resident_is_by_gfn_and_skips_the_hole(vm, machine):
@@ -82,7 +85,7 @@ def test_harvest_clears_and_rearms_what_it_cleared(vm, machine):
     assert machine.tracker.rearmed == [(0, GFN_HIGH + 256, [5, 70, GFN_HIGH])]
     assert vm.harvest().count() == 0
     assert vm.counters().harvest.harvests == 2
-    assert vm.counters().harvest.young == 3
+    assert vm.counters().harvest.n_young == 3
     machine = vm.counters().machine
     assert (machine.serial_bytes, machine.serial_lost_bytes) == (27, 4)
 
@@ -164,7 +167,7 @@ def test_bad_harvests(vm):
 
 def test_evict_restore_and_lookup(vm, machine):
     report = vm.evict([7, 1, 7, GFN_HIGH], each=True)
-    assert (report.pages, report.done) == (4, 2)
+    assert (report.n_pages, report.done) == (4, 2)
     assert report.outcomes["pinned"] == 1
     assert report.each == bytes([0, 1, 2, 0])
     page = vm.page(GFN_HIGH)
@@ -182,7 +185,7 @@ def test_drain_brings_all_back_and_lifts_the_limit(vm, machine):
     report = vm.drain()
     assert (report.restored_pages, report.lost_pages, report.left_pages) == (3, 0, 0)
     assert vm.page(7).state == "resident"
-    assert vm.state().limit_bytes == 0
+    assert vm.state().resident_max_bytes == 0
     assert machine.open_pager().limit_pages == 0
     assert vm.drain().restored_pages == 0
 
@@ -235,7 +238,7 @@ def test_restore_across_a_hole_is_refused(vm):
 def test_limit_and_victims(vm, machine):
     assert vm.set_limit(10 * 4096 + 5) == 10 * 4096
     assert machine._pager.limit_pages == 10
-    assert vm.state().limit_bytes == 10 * 4096
+    assert vm.state().resident_max_bytes == 10 * 4096
     assert vm.set_victims(np.array([9, 8, 7])) == 3
     assert machine._pager.victims == [9, 8, 7]
     state = vm.shrink(5 * 4096)

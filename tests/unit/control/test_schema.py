@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +20,7 @@ from kvmhost.control.schema import SchemaError
         (b"{}", schema.LimitRequest, "resident_max_bytes"),
         (b'{"gfns": [1, 2, "x"]}', schema.EvictRequest, "gfns[2]"),
         (b'{"gfns": [4503599627370496]}', schema.EvictRequest, "gfns[0]"),
-        (b'{"gfn": 1, "n_pages": 0}', schema.RestoreRequest, "n_pages"),
+        (b'{"gfn_start": 1, "n_pages": 0}', schema.RestoreRequest, "n_pages"),
         (b"[]", schema.EvictRequest, ""),
         (b"{", schema.EvictRequest, ""),
         (b"", schema.EvictRequest, ""),
@@ -52,6 +55,25 @@ def test_bad_queries_name_the_field(query, field):
     with pytest.raises(SchemaError) as caught:
         schema.decode_query(query, schema.HarvestQuery)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "wanted"),
+    [
+        ({"start_gfn": "1"}, schema.HarvestQuery, "'gfn_start'?"),
+        ({"pages": "1"}, schema.RangeQuery, "gfn_start, n_pages"),
+        ({"max_resident_bytes": "1"}, schema.LimitRequest, "'resident_max_bytes'?"),
+        ({"x": "1"}, schema.NoQuery, "unknown name 'x'"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_right_one(given, kind, wanted):
+    for decode in (
+        lambda: schema.decode_query(given, kind),
+        lambda: schema.decode(json.dumps(given).encode(), kind),
+    ):
+        with pytest.raises(SchemaError, match=re.escape(wanted)) as caught:
+            decode()
+        assert caught.value.field == next(iter(given))
 
 
 @given(st.lists(st.integers(0, 2**52 - 1)))

@@ -73,8 +73,8 @@ def test_the_lists_of_old_decisions_go_before_their_counts(monkeypatch):
     for _ in range(6):
         ring.add(DecisionKind.EVICT, "x", pages=4, gfns=np.array([1, 3, 5, 7]))
     found = ring.last(100)
-    assert [len(d.runs) for d in found] == [0, 0, 0, 0, 4, 4]
-    assert [d.pages for d in found] == [4] * 6
+    assert [len(d.ranges) for d in found] == [0, 0, 0, 0, 4, 4]
+    assert [d.n_pages for d in found] == [4] * 6
 
 
 def test_the_file_has_all_of_them_a_line_each(tmp_path):
@@ -117,7 +117,7 @@ def test_a_page_is_told_from_its_bits_and_acts():
         history.window(pack(young))
     story = history.story(7)
     assert len(story.windows) == WINDOWS
-    assert story.joined == [37 - 4 * i for i in range(8)]
+    assert story.young_passes == [37 - 4 * i for i in range(8)]
     gfns = np.array([5, 6, 7, 8])
     history.evicted(gfns, np.array([0, 1, 2, 0], np.uint8), EvictReason.CGROUP)
     history.became_resident(np.array([5]), np.array([50]))

@@ -224,8 +224,8 @@ def test_every_decision_has_its_reason(vm):
     found = mine.context.decisions.last(100, vm="fake")
     assert [d.kind for d in found] == ["budget", "attach", "spare", "evict"]
     evict = found[-1]
-    assert (evict.why, evict.pages, evict.passes) == ("budget", 600, 2)
-    assert evict.runs == [(100, 600)]
+    assert (evict.why, evict.n_pages, evict.passes) == ("budget", 600, 2)
+    assert evict.ranges == [(100, 600)]
     assert "above the high mark" in evict.text
     story = mine.history.story(100)
     assert (story.action, story.why, story.evictions) == ("evicted", "budget", 1)

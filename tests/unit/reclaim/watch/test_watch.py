@@ -20,7 +20,7 @@ from kvmhost.control.schema import (
     LeaseInfo,
     MachineCounters,
     MemoryMap,
-    RegionInfo,
+    MemslotInfo,
     VmState,
 )
 from kvmhost.errors import ControlError, VmGoneError
@@ -64,14 +64,14 @@ class FakeVm:
             name="v", pid=self.pid, engine="kvm", image="/x/hot\x1b[31m.elf", params={},
             running=True, paused=False, status=None, error=None, uptime_s=1.0, vcpus=[],
             exits=0, doorbells=0, mem_bytes=14 << 20, resident_bytes=8 << 20,
-            limit_bytes=10 << 20, tracker="guestpt", lease=self.lease,
+            resident_max_bytes=10 << 20, tracker="guestpt", lease=self.lease,
         )  # fmt: skip
 
     def memory(self):
         regions = [
-            RegionInfo(slot, gfn * 4096, n * 4096, gfn, n, 0) for slot, gfn, n in self.regions
+            MemslotInfo(slot, gfn * 4096, n * 4096, gfn, n, 0) for slot, gfn, n in self.regions
         ]
-        return MemoryMap(4096, max(r.gfn + r.n_pages for r in regions), regions, [])
+        return MemoryMap(4096, max(r.gfn_start + r.n_pages for r in regions), regions, [])
 
     def counters(self):
         machine = MachineCounters(0, 0, 1.0, 8 << 20)
