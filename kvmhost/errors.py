@@ -10,6 +10,7 @@
     ├─ ImageError (also ValueError): file, offset, field
     ├─ PagerError: eviction or fault-in failed; no data was lost
     │  └─ LostPageError: the store cannot give pages back; the guest has stopped
+    ├─ TableError: a page table that is not what it should be; entry, level, gfn
     ├─ StateError (also RuntimeError): what was asked is closed, not started, or over
     ├─ ControlError: a VM refused a request for a reason that only a socket has
     ├─ PauseTimeout: vCPUs did not stop in time; nothing is paused
@@ -51,6 +52,7 @@ __all__ = [
     "PagerError",
     "PauseTimeout",
     "StateError",
+    "TableError",
     "UnexpectedExit",
     "VmGoneError",
     "fields_of",
@@ -199,6 +201,31 @@ class LostPageError(PagerError):
         shown = ", ".join(f"{gfn:#x}" for gfn in self.gfns[:8])
         more = f" and {len(self.gfns) - 8} more" if len(self.gfns) > 8 else ""
         return f"machine check: the store cannot give back gfn {shown}{more}: {self.reason}"
+
+
+class TableError(KvmHostError):
+    """An entry of a page table that others own does not make sense, or its root is gone.
+
+    :param problem: what is wrong with it
+    :param gfn: where the walk was
+    :param level: of the entry; 1 is the base page
+    :param entry: its value, in CPU order
+    :param cleared: accessed bits that were cleared before it was met
+    """
+
+    def __init__(
+        self, problem: str, gfn: int = 0, level: int = 0, entry: int = 0, cleared: int = 0
+    ) -> None:
+        super().__init__(problem, gfn, level, entry, cleared)
+        self.problem, self.gfn, self.level = problem, gfn, level
+        self.entry, self.cleared = entry, cleared
+
+    def __str__(self) -> str:
+        if not self.level:
+            return self.problem
+        before = f"; {self.cleared} accessed bits were cleared before" if self.cleared else ""
+        where = f"entry {self.entry:#018x} of level {self.level} for gfn {self.gfn:#x}"
+        return f"{where} {self.problem}{before}"
 
 
 class StateError(KvmHostError, RuntimeError):

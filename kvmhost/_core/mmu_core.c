@@ -195,12 +195,62 @@ void kh_mmu_close(struct kh_mmu *mmu)
 	free(mmu);
 }
 
+void kh_refuse(const struct kh_mmu *mmu, struct kh_descent *descent, uint64_t raw,
+	       unsigned int level, uint64_t gfn, uint32_t reason)
+{
+	if (!descent->n_bad++)
+		descent->first = (struct kh_bad_entry){
+			.gfn = gfn,
+			.entry = kh_raw(&mmu->fmt, raw),
+			.level = level,
+			.reason = reason,
+		};
+}
+
+/* A table may not contain itself. A guest's own may, since guests map their tables that way. */
+static bool in_path(const struct kh_mmu *mmu, const struct kh_descent *descent,
+		    const uint64_t *child, unsigned int level)
+{
+	for (unsigned int above = level; above <= mmu->fmt.n_levels; above++) {
+		uint64_t words = 1ull << mmu->fmt.bits[above];
+
+		if (child >= descent->path[above] && child < descent->path[above] + words)
+			return true;
+	}
+	return false;
+}
+
+/* A radix entry names the index width of the next table. */
+static bool wrong_width(const struct kh_format *fmt, uint64_t raw, unsigned int level)
+{
+	return fmt->id == KH_FMT_RADIX && (kh_raw(fmt, raw) & 0x1f) != fmt->bits[level - 1];
+}
+
+uint64_t *kh_descend(const struct kh_mmu *mmu, struct kh_descent *descent, uint64_t raw,
+		     unsigned int level, uint64_t gfn)
+{
+	uint64_t *child = kh_child(mmu, raw, level);
+	uint32_t reason = child ? 0 : KH_BAD_OUTSIDE;
+
+	if (mmu->flags & KH_MMU_KVM) {
+		if (wrong_width(&mmu->fmt, raw, level))
+			reason = KH_BAD_WIDTH;
+		else if (child && in_path(mmu, descent, child, level))
+			reason = KH_BAD_LOOP;
+	}
+	if (reason) {
+		kh_refuse(mmu, descent, raw, level, gfn, reason);
+		return NULL;
+	}
+	descent->path[level - 1] = child;
+	return child;
+}
+
 int kh_mmu_read_entry(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t level,
 		      uint64_t *raw)
 {
 	unsigned int slot;
 	struct kh_root *root;
-	uint64_t ignored = 0;
 	int result = -ENOENT;
 
 	if (gfn >= kh_n_gfns(&mmu->fmt) || level < 1 || level > mmu->fmt.n_levels)
@@ -219,7 +269,7 @@ int kh_mmu_read_entry(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t
 				break;
 			}
 			table = kh_table(&mmu->fmt, *raw, at) ?
-				kh_child(mmu, *raw, at, &ignored) : NULL;
+				kh_child(mmu, *raw, at) : NULL;
 		}
 		break;
 	}

@@ -19,8 +19,15 @@
 /* kh_mmu_config.flags */
 #define KH_MMU_POISON 1    /* fill freed table pages with KH_POISON */
 #define KH_MMU_SW_ACCESS 2 /* the fault handler sets accessed bits, not hardware */
+#define KH_MMU_KVM 4       /* live tables of a KVM: its own bit for "present", see kh_mmu_open_live */
 
 #define KH_POISON 0xdeadbeefdeadffffull
+
+/* Why a walk did not follow an entry, or did not take it for a leaf. */
+#define KH_BAD_OUTSIDE 1 /* points outside the table memory */
+#define KH_BAD_LOOP 2    /* points to a table that the walk came through */
+#define KH_BAD_LEAF 3    /* a leaf at a level that has none */
+#define KH_BAD_WIDTH 4   /* radix: another index width than the next level has */
 
 /* kh_mmu_harvest flags */
 #define KH_HARVEST_CLEAR 1  /* clear the pages in the mask (all without a mask) */
@@ -31,7 +38,7 @@
 struct kh_mmu_config {
 	uint32_t format;      /* KH_FMT_* */
 	uint32_t levels;      /* tdp: 4 or 5 */
-	uint32_t ipa_bits;    /* stage 2: 32 to 48 */
+	uint32_t ipa_bits;    /* stage 2: 32 to 48, to 52 for live tables */
 	uint32_t page_shift;  /* radix: 12 or 16 */
 	uint32_t flags;       /* KH_MMU_* */
 	uint32_t n_as;        /* address spaces (1) */
@@ -76,10 +83,23 @@ struct kh_walk_stats {
 	uint64_t yields;       /* times the walk left its epoch and re-entered */
 };
 
+/* The first entry of a walk that was refused. */
+struct kh_bad_entry {
+	uint64_t gfn;    /* where the walk was */
+	uint64_t entry;  /* its value, in CPU order */
+	uint32_t level;
+	uint32_t reason; /* KH_BAD_*; 0: none was refused */
+};
+
 struct kh_mmu;
 
 int kh_mmu_shape(const struct kh_mmu_config *config, struct kh_mmu_shape *shape);
-/* Walk tables that this layer does not own, from the root at root_pa. */
+/*
+ * Walk tables that this layer does not own, from the root at root_pa. With KH_MMU_KVM
+ * they are those that a KVM has built and goes on changing: bits are cleared by
+ * compare-and-swap only, and a harvest checks the tables above the last level before it
+ * clears anything.
+ */
 int kh_mmu_open_live(struct kh_mmu **mmu, const struct kh_mmu_config *config,
 		     const struct kh_region *regions, uint32_t n_regions, uint64_t root_pa);
 void kh_mmu_close(struct kh_mmu *mmu);
@@ -87,6 +107,14 @@ void kh_mmu_close(struct kh_mmu *mmu);
 int kh_mmu_harvest(struct kh_mmu *mmu, const struct kh_segment *segments, uint32_t n_segments,
 		   uint32_t flags, const uint64_t *mask, uint64_t *young, uint64_t *coarse,
 		   struct kh_walk_stats *stats);
+/*
+ * The same for tables of KH_MMU_KVM: -EUCLEAN if an entry is refused, with that entry.
+ * If stats->cleared is 0 then, nothing was changed.
+ */
+int kh_mmu_harvest_checked(struct kh_mmu *mmu, const struct kh_segment *segments,
+			   uint32_t n_segments, uint32_t flags, const uint64_t *mask,
+			   uint64_t *young, uint64_t *coarse, struct kh_walk_stats *stats,
+			   struct kh_bad_entry *bad);
 /* Host bytes of a table entry for a gfn at a level: the raw entry, or -ENOENT. */
 int kh_mmu_read_entry(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, uint32_t level,
 		      uint64_t *raw);

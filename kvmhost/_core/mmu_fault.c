@@ -87,7 +87,6 @@ int kh_hw_walk(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, bool write,
 	struct kh_root *root = kh_root_current(mmu, as_id);
 	uint64_t *table = root ? root->table : NULL;
 	uint64_t bits = fmt->young.raw_clear | (write ? fmt->raw_dirty_set : 0);
-	uint64_t bad = 0;
 
 	if (gfn >= kh_n_gfns(fmt))
 		return KH_FAULT_ABSENT;
@@ -96,7 +95,7 @@ int kh_hw_walk(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, bool write,
 		uint64_t raw = kh_read_entry(entry);
 
 		if (!kh_leaf(fmt, raw, level)) {
-			table = kh_table(fmt, raw, level) ? kh_child(mmu, raw, level, &bad) : NULL;
+			table = kh_table(fmt, raw, level) ? kh_child(mmu, raw, level) : NULL;
 			continue;
 		}
 		if (write && !(raw & fmt->raw_write))

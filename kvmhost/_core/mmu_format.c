@@ -49,9 +49,18 @@ static int init_tdp(struct kh_format *fmt, const struct kh_mmu_config *config)
 	fmt->max_leaf_level = 3;
 	fmt->addr_mask = fmt->table_mask = 0x000ffffffffff000ull;
 	fmt->raw_present = ept ? 7 : KH_BIT(0);
+	/*
+	 * KVM tells present entries by a bit of its own (SPTE_MMU_PRESENT_MASK, since commit
+	 * edea7c4fc215 (in v5.13)): its MMIO entries have hardware's bit set, and a generation
+	 * where others have the accessed bit.
+	 */
+	if (config->flags & KH_MMU_KVM)
+		fmt->raw_present = KH_BIT(11);
 	fmt->raw_huge[0] = fmt->raw_huge[1] = KH_BIT(7);
 	/* Leaves of this layer's own EPT are readable, so that the scan's answer is exact. */
 	readable = ept && config->arena_bytes ? 1 : 0;
+	if (config->flags & KH_MMU_KVM)
+		readable = ept ? 0x1 : 0x5; /* readable; present and user */
 	fmt->young = probe_for(fmt, KH_BIT(ept ? 8 : 5), readable);
 	fmt->dirty = probe_for(fmt, KH_BIT(ept ? 9 : 6), readable);
 	fmt->raw_write = fmt->raw_write_all = KH_BIT(1);
@@ -64,14 +73,17 @@ static int init_tdp(struct kh_format *fmt, const struct kh_mmu_config *config)
 static int init_stage2(struct kh_format *fmt, const struct kh_mmu_config *config)
 {
 	unsigned int ipa_bits = config->ipa_bits ? config->ipa_bits : 40;
+	bool kvm = config->flags & KH_MMU_KVM;
 	uint64_t writable;
 
-	if (ipa_bits < 32 || ipa_bits > 48)
+	if (ipa_bits < 32 || ipa_bits > (kvm ? 52 : 48))
 		return -EINVAL;
 	even_levels(fmt, (ipa_bits - 8) / 9);
 	fmt->bits[fmt->n_levels] = ipa_bits - fmt->shift[fmt->n_levels];
 	fmt->max_leaf_level = fmt->n_levels < 3 ? fmt->n_levels : 3;
 	fmt->addr_mask = fmt->table_mask = 0x0000fffffffff000ull;
+	if (kvm) /* FEAT_LPA2 has bits 48 and 49 of the address there */
+		fmt->addr_mask = fmt->table_mask = 0x0003fffffffff000ull;
 	fmt->raw_present = KH_BIT(0);
 	fmt->raw_page[0] = fmt->raw_page[1] = KH_BIT(1);
 	fmt->raw_huge[0] = KH_BIT(1);

@@ -103,9 +103,14 @@ static uint64_t clear_swapped(const struct kh_format *fmt, const struct kh_probe
 	return got;
 }
 
-static uint64_t clear_word(const struct kh_format *fmt, const struct kh_probe *probe,
+static uint64_t clear_word(const struct kh_mmu *mmu, const struct kh_probe *probe,
 			   uint64_t *entries, uint64_t todo)
 {
+	const struct kh_format *fmt = &mmu->fmt;
+
+	/* KVM's frozen entry has the accessed bits of both tdp layouts: and-not would change it. */
+	if (mmu->flags & KH_MMU_KVM)
+		return clear_swapped(fmt, probe, entries, todo);
 	if (fmt->id == KH_FMT_NPT)
 		return probe == &fmt->young ? clear_bit_5(entries, todo)
 					    : clear_bit_6(entries, todo);
@@ -137,7 +142,6 @@ static uint64_t confirm(struct kh_harvest *harvest, const uint64_t *entries, uin
 static void harvest_word(struct kh_harvest *harvest, uint64_t *entries, uint64_t bit,
 			 unsigned int n, uint64_t hint)
 {
-	const struct kh_format *fmt = &harvest->mmu->fmt;
 	uint64_t young = hint;
 	uint64_t todo = 0;
 
@@ -150,7 +154,7 @@ static void harvest_word(struct kh_harvest *harvest, uint64_t *entries, uint64_t
 	if (harvest->clear)
 		todo = harvest->mask ? young & get_bits(harvest->mask, bit, n) : young;
 	if (todo) {
-		uint64_t got = clear_word(fmt, harvest->probe, entries, todo);
+		uint64_t got = clear_word(harvest->mmu, harvest->probe, entries, todo);
 
 		/* Another harvest, or an unmap, cleared the bit first, and reports it. */
 		young &= ~(todo & ~got);
@@ -166,6 +170,8 @@ void kh_harvest_run(struct kh_harvest *harvest, uint64_t *entries, uint64_t gfn,
 	const struct kh_probe *probe = harvest->probe;
 	uint64_t words[8];
 
+	if (harvest->tables_only)
+		return;
 	harvest->stats->tables++;
 	for (uint64_t done = 0; done < n; done += 512) {
 		unsigned int count = n - done < 512 ? (unsigned int)(n - done) : 512;
@@ -207,6 +213,13 @@ void kh_harvest_huge(struct kh_harvest *harvest, uint64_t *entry, uint64_t raw, 
 	uint64_t last = gfn + kh_level_pages(fmt, level);
 	uint64_t bit = harvest->bit + (first - harvest->start);
 
+	if (harvest->mmu->flags & KH_MMU_KVM && level > fmt->max_leaf_level &&
+	    kh_leaf(fmt, raw, level)) {
+		kh_refuse(harvest->mmu, &harvest->descent, raw, level, gfn, KH_BAD_LEAF);
+		return;
+	}
+	if (harvest->tables_only)
+		return;
 	last = last < harvest->end ? last : harvest->end;
 	harvest->stats->huge_leaves++;
 	if (raw == KH_POISON) {
@@ -278,9 +291,35 @@ static void harvest_segment(struct kh_harvest *harvest, const struct kh_segment 
 		harvest_root(harvest, root);
 }
 
-int kh_mmu_harvest(struct kh_mmu *mmu, const struct kh_segment *segments, uint32_t n_segments,
-		   uint32_t flags, const uint64_t *mask, uint64_t *young, uint64_t *coarse,
-		   struct kh_walk_stats *stats)
+static void harvest_segments(struct kh_harvest *harvest, const struct kh_segment *segments,
+			     uint32_t n_segments)
+{
+	harvest->epoch_slot = kh_epoch_enter(&harvest->mmu->epoch);
+	for (uint32_t i = 0; i < n_segments; i++)
+		harvest_segment(harvest, &segments[i]);
+	kh_epoch_exit(&harvest->mmu->epoch, harvest->epoch_slot);
+	harvest->stats->bad_pointers += harvest->descent.n_bad;
+}
+
+/*
+ * Tables that a KVM owns are checked first: what a stale root leads to may be any memory
+ * of that host, and none of it may be written.
+ */
+static bool tables_sound(struct kh_harvest *harvest, const struct kh_segment *segments,
+			 uint32_t n_segments)
+{
+	if (!(harvest->mmu->flags & KH_MMU_KVM))
+		return true;
+	harvest->tables_only = true;
+	harvest_segments(harvest, segments, n_segments);
+	harvest->tables_only = false;
+	return !harvest->descent.n_bad;
+}
+
+int kh_mmu_harvest_checked(struct kh_mmu *mmu, const struct kh_segment *segments,
+			   uint32_t n_segments, uint32_t flags, const uint64_t *mask,
+			   uint64_t *young, uint64_t *coarse, struct kh_walk_stats *stats,
+			   struct kh_bad_entry *bad)
 {
 	struct kh_harvest harvest = {
 		.mmu = mmu,
@@ -296,11 +335,20 @@ int kh_mmu_harvest(struct kh_mmu *mmu, const struct kh_segment *segments, uint32
 
 	if (flags & KH_HARVEST_LOCKED)
 		kh_write_lock(&mmu->lock);
-	harvest.epoch_slot = kh_epoch_enter(&mmu->epoch);
-	for (uint32_t i = 0; i < n_segments; i++)
-		harvest_segment(&harvest, &segments[i]);
-	kh_epoch_exit(&mmu->epoch, harvest.epoch_slot);
+	if (tables_sound(&harvest, segments, n_segments))
+		harvest_segments(&harvest, segments, n_segments);
 	if (flags & KH_HARVEST_LOCKED)
 		kh_unlock(&mmu->lock);
-	return 0;
+	*bad = harvest.descent.first;
+	return mmu->flags & KH_MMU_KVM && bad->reason ? -EUCLEAN : 0;
+}
+
+int kh_mmu_harvest(struct kh_mmu *mmu, const struct kh_segment *segments, uint32_t n_segments,
+		   uint32_t flags, const uint64_t *mask, uint64_t *young, uint64_t *coarse,
+		   struct kh_walk_stats *stats)
+{
+	struct kh_bad_entry bad;
+
+	return kh_mmu_harvest_checked(mmu, segments, n_segments, flags, mask, young, coarse,
+				      stats, &bad);
 }

@@ -114,9 +114,17 @@ static inline bool kh_try_set(uint64_t *entry, uint64_t old, uint64_t value)
 					   __ATOMIC_ACQUIRE);
 }
 
+/* What a walk from the root down has met: its tables by level, and the entries it refused. */
+struct kh_descent {
+	const uint64_t *path[KH_MAX_LEVEL + 1];
+	uint64_t n_bad;
+	struct kh_bad_entry first;
+};
+
 /* One harvest over one range; walkers pass leaves to kh_harvest_*(). */
 struct kh_harvest {
 	struct kh_mmu *mmu;
+	struct kh_descent descent;
 	const struct kh_probe *probe;
 	uint64_t start; /* gfns of this part */
 	uint64_t end;
@@ -124,6 +132,7 @@ struct kh_harvest {
 	struct kh_root *root;
 	bool clear;
 	bool careful; /* read each entry again before clearing it */
+	bool tables_only; /* check the tables above the last level, and look at no leaf */
 	bool may_yield;
 	unsigned int epoch_slot;
 	const uint64_t *mask;
@@ -142,17 +151,20 @@ static inline uint64_t kh_read_entry(const uint64_t *entry)
 	return __atomic_load_n(entry, __ATOMIC_ACQUIRE);
 }
 
-/* The table that an entry points to; NULL (and counted) if it is outside the table memory. */
-static inline uint64_t *kh_child(const struct kh_mmu *mmu, uint64_t raw, unsigned int level,
-				 uint64_t *bad_pointers)
+/* The table that an entry points to; NULL if it is outside the table memory. */
+static inline uint64_t *kh_child(const struct kh_mmu *mmu, uint64_t raw, unsigned int level)
 {
 	uint64_t pa = kh_raw(&mmu->fmt, raw) & mmu->fmt.table_mask;
-	void *table = kh_memory_host(&mmu->memory, pa, kh_table_bytes(&mmu->fmt, level - 1));
 
-	if (!table)
-		++*bad_pointers;
-	return table;
+	return kh_memory_host(&mmu->memory, pa, kh_table_bytes(&mmu->fmt, level - 1));
 }
+
+/* Note an entry that a walk refuses. */
+void kh_refuse(const struct kh_mmu *mmu, struct kh_descent *descent, uint64_t raw,
+	       unsigned int level, uint64_t gfn, uint32_t reason);
+/* kh_child() for a walk of tables that others own: refused entries give NULL and are noted. */
+uint64_t *kh_descend(const struct kh_mmu *mmu, struct kh_descent *descent, uint64_t raw,
+		     unsigned int level, uint64_t gfn);
 
 /* One present leaf that a walk found. */
 struct kh_leaf_ctx {

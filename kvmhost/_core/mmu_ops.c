@@ -29,7 +29,6 @@ uint64_t *kh_entry_find(struct kh_mmu *mmu, struct kh_root *root, uint64_t gfn,
 			unsigned int level)
 {
 	uint64_t *table = root->table;
-	uint64_t bad = 0;
 
 	for (unsigned int at = mmu->fmt.n_levels; table; at--) {
 		uint64_t *entry = table + kh_index(&mmu->fmt, gfn, at);
@@ -37,7 +36,7 @@ uint64_t *kh_entry_find(struct kh_mmu *mmu, struct kh_root *root, uint64_t gfn,
 
 		if (at == level)
 			return entry;
-		table = kh_table(&mmu->fmt, raw, at) ? kh_child(mmu, raw, at, &bad) : NULL;
+		table = kh_table(&mmu->fmt, raw, at) ? kh_child(mmu, raw, at) : NULL;
 	}
 	return NULL;
 }
@@ -380,11 +379,11 @@ static int collapse_locked(struct kh_mmu *mmu, struct kh_root *root, uint64_t gf
 	const struct kh_format *fmt = &mmu->fmt;
 	uint64_t *entry = kh_entry_find(mmu, root, gfn, level);
 	uint64_t raw = entry ? kh_read_entry(entry) : 0;
-	uint64_t *table, pfn, bad = 0;
+	uint64_t *table, pfn;
 
 	if (!kh_table(fmt, raw, level))
 		return -EINVAL;
-	table = kh_child(mmu, raw, level, &bad);
+	table = kh_child(mmu, raw, level);
 	if (!table || !uniform(fmt, table, level - 1))
 		return -EINVAL;
 	pfn = kh_leaf_pfn(fmt, kh_read_entry(table));

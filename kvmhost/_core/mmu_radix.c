@@ -5,11 +5,12 @@
 #include "mmu_radix_internal.h"
 
 uint64_t *kh_radix_find(const struct kh_mmu *mmu, const struct kh_root *root, uint64_t gfn,
-			unsigned int *shift, unsigned int *level, uint64_t *bad_pointers)
+			unsigned int *shift, unsigned int *level, struct kh_descent *descent)
 {
 	const struct kh_format *fmt = &mmu->fmt;
 	uint64_t *table = root->table;
 
+	descent->path[fmt->n_levels] = table;
 	for (unsigned int at = fmt->n_levels;; at--) {
 		uint64_t *entry = table + kh_index(fmt, gfn, at);
 		uint64_t raw = kh_read_entry(entry);
@@ -24,7 +25,7 @@ uint64_t *kh_radix_find(const struct kh_mmu *mmu, const struct kh_root *root, ui
 		 */
 		if (!kh_present(fmt, raw))
 			return NULL;
-		table = kh_child(mmu, raw, at, bad_pointers);
+		table = kh_descend(mmu, descent, raw, at, gfn);
 		if (!table)
 			return NULL;
 	}
@@ -39,7 +40,7 @@ void kh_radix_harvest(struct kh_harvest *harvest, struct kh_root *root)
 
 	for (uint64_t gfn = harvest->start; gfn < harvest->end; gfn = next) {
 		uint64_t *entry = kh_radix_find(harvest->mmu, root, gfn, &shift, &level,
-						&harvest->stats->bad_pointers);
+						&harvest->descent);
 		uint64_t span = 1ull << (shift - fmt->page_shift);
 
 		if (level == 1)
@@ -60,12 +61,12 @@ int kh_radix_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t st
 {
 	const struct kh_format *fmt = &mmu->fmt;
 	struct kh_leaf_ctx ctx = { .mmu = mmu, .arg = arg };
-	uint64_t bad = 0;
+	struct kh_descent descent = { 0 };
 	unsigned int shift;
 	int result;
 
 	for (uint64_t gfn = start, span; gfn < end; gfn = span ? (gfn & ~(span - 1)) + span : gfn) {
-		ctx.entry = kh_radix_find(mmu, root, gfn, &shift, &ctx.level, &bad);
+		ctx.entry = kh_radix_find(mmu, root, gfn, &shift, &ctx.level, &descent);
 		span = 1ull << (shift - fmt->page_shift);
 		if (!ctx.entry)
 			continue;
@@ -90,7 +91,7 @@ int kh_radix_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *
 {
 	const struct kh_format *fmt = &mmu->fmt;
 	uint64_t *table = root->table;
-	uint64_t *entry, raw, bad = 0;
+	uint64_t *entry, raw;
 
 	for (unsigned int level = fmt->n_levels;; level--) {
 		entry = table + kh_index(fmt, map->gfn, level);
@@ -106,7 +107,7 @@ int kh_radix_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *
 			raw = kh_make_table(fmt, kh_arena_pa(mmu->arena, table), level);
 			__atomic_store_n(entry, raw, __ATOMIC_RELEASE);
 		}
-		table = kh_child(mmu, raw, level, &bad);
+		table = kh_child(mmu, raw, level);
 		if (!table)
 			return -EFAULT;
 	}

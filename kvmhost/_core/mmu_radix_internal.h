@@ -10,6 +10,6 @@
  * the leaf, or of the hole, in every case; *level is its level.
  */
 uint64_t *kh_radix_find(const struct kh_mmu *mmu, const struct kh_root *root, uint64_t gfn,
-			unsigned int *shift, unsigned int *level, uint64_t *bad_pointers);
+			unsigned int *shift, unsigned int *level, struct kh_descent *descent);
 
 #endif

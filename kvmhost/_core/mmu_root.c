@@ -39,11 +39,10 @@ uint64_t kh_leaf_remove(struct kh_mmu *mmu, uint64_t *entry, unsigned int level,
 void kh_table_remove(struct kh_mmu *mmu, uint64_t *table, unsigned int level)
 {
 	const struct kh_format *fmt = &mmu->fmt;
-	uint64_t bad = 0;
 
 	for (uint64_t i = 0; i < 1ull << fmt->bits[level]; i++) {
 		uint64_t old = kh_leaf_remove(mmu, &table[i], level, fmt->raw_frozen);
-		uint64_t *child = kh_table(fmt, old, level) ? kh_child(mmu, old, level, &bad) : NULL;
+		uint64_t *child = kh_table(fmt, old, level) ? kh_child(mmu, old, level) : NULL;
 
 		if (child)
 			kh_table_remove(mmu, child, level - 1);

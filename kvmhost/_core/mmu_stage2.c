@@ -6,7 +6,7 @@ struct walk_data {
 	uint64_t start;
 	uint64_t addr;
 	uint64_t end;
-	uint64_t *bad_pointers;
+	struct kh_descent *descent;
 };
 
 static int walk_table(struct walk_data *data, uint64_t *table, unsigned int level);
@@ -67,7 +67,7 @@ static int visit(struct walk_data *data, uint64_t *ptep, unsigned int level)
 		ctx.old = kh_read_entry(ptep);
 		table = kh_table(fmt, ctx.old, level);
 	}
-	child = table ? kh_child(data->mmu, ctx.old, level, data->bad_pointers) : NULL;
+	child = table ? kh_descend(data->mmu, data->descent, ctx.old, level, data->addr) : NULL;
 	if (!child) {
 		data->addr = (data->addr & ~(span - 1)) + span;
 		return 0;
@@ -101,7 +101,7 @@ static int walk_table(struct walk_data *data, uint64_t *table, unsigned int leve
 }
 
 int kh_stage2_walk(const struct kh_mmu *mmu, const struct kh_root *root, uint64_t start,
-		   uint64_t end, const struct kh_walker *walker, uint64_t *bad_pointers)
+		   uint64_t end, const struct kh_walker *walker, struct kh_descent *descent)
 {
 	struct walk_data data = {
 		.mmu = mmu,
@@ -109,9 +109,10 @@ int kh_stage2_walk(const struct kh_mmu *mmu, const struct kh_root *root, uint64_
 		.start = start,
 		.addr = start,
 		.end = end,
-		.bad_pointers = bad_pointers,
+		.descent = descent,
 	};
 
+	descent->path[mmu->fmt.n_levels] = root->table;
 	/* Concatenated start tables are one table with a wider index. */
 	return walk_table(&data, root->table, mmu->fmt.n_levels);
 }
@@ -135,7 +136,7 @@ static int harvest_visitor(const struct kh_visit_ctx *ctx)
 	}
 	if (ctx->level != 2)
 		return 0;
-	table = kh_child(mmu, ctx->old, 2, &harvest->stats->bad_pointers);
+	table = kh_descend(mmu, &harvest->descent, ctx->old, 2, first);
 	last = last < ctx->end ? last : ctx->end;
 	if (table)
 		kh_harvest_run(harvest, table + kh_index(fmt, first, 1), first, last - first);
@@ -158,7 +159,7 @@ void kh_stage2_harvest(struct kh_harvest *harvest, struct kh_root *root)
 		next = (start & ~(CHUNK_GFNS - 1)) + CHUNK_GFNS;
 		next = next < harvest->end ? next : harvest->end;
 		kh_stage2_walk(harvest->mmu, root, start, next, &walker,
-			       &harvest->stats->bad_pointers);
+			       &harvest->descent);
 		kh_harvest_yield(harvest);
 	}
 }
@@ -196,9 +197,9 @@ int kh_stage2_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t s
 {
 	struct leaf_walk walk = { .mmu = mmu, .fn = fn, .arg = arg };
 	struct kh_walker walker = { .cb = leaf_visitor, .arg = &walk, .flags = KH_WALK_LEAF };
-	uint64_t bad = 0;
+	struct kh_descent descent = { 0 };
 
-	return kh_stage2_walk(mmu, root, start, end, &walker, &bad);
+	return kh_stage2_walk(mmu, root, start, end, &walker, &descent);
 }
 
 /*
@@ -269,8 +270,8 @@ int kh_stage2_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map 
 		.arg = &walk,
 		.flags = KH_WALK_LEAF | KH_WALK_TABLE_PRE | KH_WALK_SHARED,
 	};
-	uint64_t bad = 0;
-	int result = kh_stage2_walk(mmu, root, map->gfn, map->gfn + 1, &walker, &bad);
+	struct kh_descent descent = { 0 };
+	int result = kh_stage2_walk(mmu, root, map->gfn, map->gfn + 1, &walker, &descent);
 
 	if (result)
 		return result;
@@ -296,7 +297,6 @@ static int unmap_visitor(const struct kh_visit_ctx *ctx)
 	struct unmap_walk *walk = ctx->arg;
 	struct kh_mmu *mmu = walk->mmu;
 	const struct kh_format *fmt = &mmu->fmt;
-	uint64_t bad = 0;
 	uint64_t *table;
 
 	if (ctx->now == KH_WALK_LEAF) {
@@ -306,7 +306,7 @@ static int unmap_visitor(const struct kh_visit_ctx *ctx)
 		}
 		return 0;
 	}
-	table = kh_child(mmu, ctx->old, ctx->level, &bad);
+	table = kh_child(mmu, ctx->old, ctx->level);
 	/*
 	 * Only the thread that removes the entry retires the table: a root's teardown may run
 	 * concurrently.
@@ -326,8 +326,8 @@ int kh_stage2_unmap(struct kh_mmu *mmu, struct kh_root *root, uint64_t start, ui
 		.arg = &walk,
 		.flags = KH_WALK_LEAF | KH_WALK_TABLE_POST,
 	};
-	uint64_t bad = 0;
-	int result = kh_stage2_walk(mmu, root, start, end, &walker, &bad);
+	struct kh_descent descent = { 0 };
+	int result = kh_stage2_walk(mmu, root, start, end, &walker, &descent);
 
 	*any |= walk.any;
 	return result;

@@ -38,6 +38,6 @@ struct kh_walker {
 };
 
 int kh_stage2_walk(const struct kh_mmu *mmu, const struct kh_root *root, uint64_t start,
-		   uint64_t end, const struct kh_walker *walker, uint64_t *bad_pointers);
+		   uint64_t end, const struct kh_walker *walker, struct kh_descent *descent);
 
 #endif

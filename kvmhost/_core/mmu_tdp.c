@@ -23,9 +23,12 @@ void tdp_iter_restart(struct tdp_iter *iter)
 }
 
 void tdp_iter_start(struct tdp_iter *iter, const struct kh_mmu *mmu, const struct kh_root *root,
-		    unsigned int min_level, uint64_t next_last_level_gfn)
+		    unsigned int min_level, uint64_t next_last_level_gfn,
+		    struct kh_descent *descent)
 {
 	memset(iter, 0, sizeof(*iter));
+	iter->descent = descent;
+	descent->path[mmu->fmt.n_levels] = root->table;
 	iter->mmu = mmu;
 	iter->root_level = mmu->fmt.n_levels;
 	iter->min_level = min_level;
@@ -44,7 +47,7 @@ static bool try_step_down(struct tdp_iter *iter)
 	iter->old_spte = kh_read_entry(iter->sptep);
 	if (!kh_table(&iter->mmu->fmt, iter->old_spte, iter->level))
 		return false;
-	child = kh_child(iter->mmu, iter->old_spte, iter->level, &iter->bad_pointers);
+	child = kh_descend(iter->mmu, iter->descent, iter->old_spte, iter->level, iter->gfn);
 	if (!child)
 		return false;
 	iter->level--;
@@ -108,7 +111,7 @@ static void harvest_table(struct tdp_iter *iter, struct kh_harvest *harvest)
 	const struct kh_format *fmt = &iter->mmu->fmt;
 	uint64_t first = iter->gfn > harvest->start ? iter->gfn : harvest->start;
 	uint64_t last = iter->gfn + kh_level_pages(fmt, iter->level);
-	uint64_t *table = kh_child(iter->mmu, iter->old_spte, iter->level, &iter->bad_pointers);
+	uint64_t *table = kh_descend(iter->mmu, iter->descent, iter->old_spte, iter->level, first);
 
 	last = last < harvest->end ? last : harvest->end;
 	if (table)
@@ -124,7 +127,8 @@ void kh_tdp_harvest(struct kh_harvest *harvest, struct kh_root *root)
 	const struct kh_format *fmt = &harvest->mmu->fmt;
 	struct tdp_iter iter;
 
-	for_each_tdp_pte_min_level(iter, harvest->mmu, root, 2, harvest->start, harvest->end) {
+	for_each_tdp_pte_min_level(iter, harvest->mmu, root, 2, harvest->start, harvest->end,
+				   &harvest->descent) {
 		if (tdp_iter_cond_yield(&iter, harvest))
 			continue;
 		if (kh_leaf(fmt, iter.old_spte, iter.level))
@@ -132,16 +136,16 @@ void kh_tdp_harvest(struct kh_harvest *harvest, struct kh_root *root)
 		else if (iter.level == 2 && kh_present(fmt, iter.old_spte))
 			harvest_table(&iter, harvest);
 	}
-	harvest->stats->bad_pointers += iter.bad_pointers;
 }
 
 int kh_tdp_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t start, uint64_t end,
 			 kh_leaf_fn fn, void *arg)
 {
+	struct kh_descent descent = { 0 };
 	struct tdp_iter iter;
 	int result;
 
-	for_each_tdp_pte_min_level(iter, mmu, root, 1, start, end) {
+	for_each_tdp_pte_min_level(iter, mmu, root, 1, start, end, &descent) {
 		struct kh_leaf_ctx ctx = {
 			.mmu = mmu,
 			.entry = iter.sptep,
@@ -180,10 +184,11 @@ static int link_table(struct tdp_iter *iter, struct kh_mmu *mmu)
 int kh_tdp_map(struct kh_mmu *mmu, struct kh_root *root, const struct kh_map *map)
 {
 	const struct kh_format *fmt = &mmu->fmt;
+	struct kh_descent descent = { 0 };
 	struct tdp_iter iter;
 	int result;
 
-	for_each_tdp_pte_min_level(iter, mmu, root, map->level, map->gfn, map->gfn + 1) {
+	for_each_tdp_pte_min_level(iter, mmu, root, map->level, map->gfn, map->gfn + 1, &descent) {
 		if (kh_table(fmt, iter.old_spte, iter.level) && iter.level > map->level)
 			continue;
 		if (kh_present(fmt, iter.old_spte))

@@ -23,16 +23,17 @@ struct tdp_iter {
 	uint64_t old_spte;                     /* snapshot of *sptep */
 	bool valid;                            /* false: the walk is over */
 	bool yielded;                          /* restart from the root on the next step */
-	uint64_t bad_pointers;
+	struct kh_descent *descent;            /* what the walk has met */
 };
 
 void tdp_iter_start(struct tdp_iter *iter, const struct kh_mmu *mmu, const struct kh_root *root,
-		    unsigned int min_level, uint64_t next_last_level_gfn);
+		    unsigned int min_level, uint64_t next_last_level_gfn,
+		    struct kh_descent *descent);
 void tdp_iter_next(struct tdp_iter *iter);
 void tdp_iter_restart(struct tdp_iter *iter);
 
-#define for_each_tdp_pte_min_level(iter, mmu, root, min_level, start, end)                       \
-	for (tdp_iter_start(&iter, mmu, root, min_level, start); iter.valid && iter.gfn < (end); \
-	     tdp_iter_next(&iter))
+#define for_each_tdp_pte_min_level(iter, mmu, root, min_level, start, end, descent)              \
+	for (tdp_iter_start(&iter, mmu, root, min_level, start, descent);                        \
+	     iter.valid && iter.gfn < (end); tdp_iter_next(&iter))
 
 #endif

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ import numpy as np
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, pack, unpack
-from kvmhost.errors import LayoutError, StateError
+from kvmhost.errors import LayoutError, StateError, TableError
 from kvmhost.mmu.memslots import MemSlots
 
 __all__ = ["Handle", "Hold", "WalkedTable", "words_pointer"]
@@ -33,6 +34,12 @@ _STATS = (
     "poisoned",
     "yields",
 )
+_REFUSED = {
+    lib.KH_BAD_OUTSIDE: "points outside the table memory",
+    lib.KH_BAD_LOOP: "points to a table that contains it",
+    lib.KH_BAD_LEAF: "is a leaf, where the format has none",
+    lib.KH_BAD_WIDTH: "names another index width than the next level has",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,15 +259,19 @@ class WalkedTable:
         young: Words,
         coarse: Words,
     ) -> int:
-        """Walk; return the number of huge leaves met."""
+        """Walk; return the number of huge leaves met.
+
+        :raises TableError: for tables of a KVM, if an entry is refused
+        """
         c_segments = ffi.new(
             "struct kh_segment[]",
             [{"gfn_start": g, "n_pages": n, "bit": b, "as_id": a} for g, n, b, a in segments],
         )
         stats = ffi.new("struct kh_walk_stats *")
+        bad = ffi.new("struct kh_bad_entry *")
         with self._handle.use() as mmu:
             # SAFETY: the arrays are this call's own and live until it returns.
-            result = lib.kh_mmu_harvest(
+            result = lib.kh_mmu_harvest_checked(
                 mmu,
                 c_segments,
                 len(c_segments),
@@ -269,9 +280,18 @@ class WalkedTable:
                 words_pointer(young),
                 words_pointer(coarse),
                 stats,
+                bad,
             )
-        check(result, "kh_mmu_harvest", flags=flags)
         with self._stats_lock:
             for name in _STATS:
                 self._stats[name] += getattr(stats, name)
+        if result == -errno.EUCLEAN:
+            raise TableError(
+                _REFUSED[bad.reason],
+                int(bad.gfn),
+                int(bad.level),
+                int(bad.entry),
+                int(stats.cleared),
+            )
+        check(result, "kh_mmu_harvest", flags=flags)
         return int(stats.huge_leaves)

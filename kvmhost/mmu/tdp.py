@@ -14,7 +14,7 @@ snapshot of each entry, down to a minimum level, restarted from the root after a
 - access tracking without A/D bits, MMIO entries and PAE are not modelled;
 - "present" is what hardware sees (bit 0; any of R, W, X), not a software bit, since the
   same walk reads tables that a guest owns;
-- a pointer out of the table memory is counted and skipped: live tables are not trusted.
+- a pointer outside the table memory is counted and skipped: live tables are not trusted.
 """
 
 from __future__ import annotations

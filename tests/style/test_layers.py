@@ -73,7 +73,7 @@ LAYERS = {
         {"msrs"},
     ),
     "kvmhost/lab": (
-        {"cpio", "hosts", "kernel", "pins"},
+        {"cpio", "hosts", "kernel", "pins", "ram"},
         {"apt", "cache", "initrd", "qemu"},
         {"fetching"},
         {"running"},
@@ -90,7 +90,7 @@ LAYERS = {
         {"explorer", "formats", "memslots", "tablemem", "tlb"},
         {"epochs", "flush", "harvest", "races"},
         {"table"},
-        {"notifier", "radix", "soft", "stage2", "tdp"},
+        {"kvmtable", "notifier", "radix", "soft", "stage2", "tdp"},
         {"feed"},
     ),
     "kvmhost/pager": (
