@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import typing
 from pathlib import Path
 
@@ -19,8 +20,11 @@ __all__ = [
     "add_store_arguments",
     "count",
     "find_image",
+    "gfn",
+    "gfn_range",
     "mark",
     "mem_bytes",
+    "pages",
     "parse_fw_cfg",
     "parse_modules",
     "parse_params",
@@ -28,6 +32,7 @@ __all__ = [
     "share",
     "size_bytes",
     "store_options",
+    "window_range",
 ]
 
 
@@ -100,10 +105,67 @@ def count(text: str) -> int:
 
     :raises argparse.ArgumentTypeError: for a smaller number
     """
-    value = int(text)
+    value = _integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: need 1 or more")
     return value
+
+
+def pages(text: str) -> int:
+    """Parse a number of pages, which may be 0.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    value = _integer(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: need 0 or more pages")
+    return value
+
+
+def gfn(text: str) -> int:
+    """Parse a guest frame number, in hex with ``0x``.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    value = _integer(text)
+    if not 0 <= value < 1 << 52:
+        raise argparse.ArgumentTypeError(f"{text!r}: a gfn is a number from 0 to 2^52 - 1")
+    return value
+
+
+def gfn_range(text: str) -> tuple[int, int]:
+    """Parse ``A:B``, in hex with ``0x``.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    try:
+        start, end = (int(part, 0) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"invalid range {text!r}; write for example 0x400:0x1000"
+        ) from None
+    return start, end
+
+
+def window_range(text: str) -> tuple[int | None, int | None]:
+    """Parse ``A:B``, either of which may be missing.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    match = re.fullmatch(r"(-?[0-9]{1,18})?:(-?[0-9]{1,18})?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"invalid range of windows {text!r}; write 0:60, or =-60: for the last 60"
+        )
+    first, end = match.groups()
+    return (None if first is None else int(first), None if end is None else int(end))
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text[:64], 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid number {text!r}") from None
 
 
 def parse_params(given: list[str]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from kvmhost.control.schema import MemoryMap
 from kvmhost.errors import LayoutError
 from kvmhost.files import check_target
+from kvmhost.tools.args import gfn_range
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.client import Client
@@ -127,17 +128,3 @@ def progress_bar(total: int, what: str = "harvesting") -> Iterator[Callable[[], 
 def percent(part: int, whole: int) -> str:
     """Return a share as text, such as ``12.5 %``."""
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
-
-
-def gfn_range(text: str) -> tuple[int, int]:
-    """Parse ``GFN:GFN``.
-
-    :raises argparse.ArgumentTypeError: for anything else
-    """
-    try:
-        start, end = (int(part, 0) for part in text.split(":"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"invalid range {text!r}; write for example 0x400:0x1000"
-        ) from None
-    return start, end

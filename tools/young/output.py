@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmhost.errors import LayoutError
 from kvmhost.printable import printable
-from kvmhost.tools.young.common import gfn_range
+from kvmhost.tools.args import gfn_range, window_range
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.record.reader import YoungRecord
@@ -85,20 +85,6 @@ def open_record(path: Path) -> YoungRecord:
     if record.loss:
         print(f"warning: {printable(record.loss)}", file=sys.stderr)
     return record
-
-
-def window_range(text: str) -> tuple[int | None, int | None]:
-    """Parse ``A:B``, either of which may be missing.
-
-    :raises argparse.ArgumentTypeError: for anything else
-    """
-    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(
-            f"invalid range of windows {text!r}; write 0:60, or =-60: for the last 60"
-        )
-    first, end = match.groups()
-    return (None if first is None else int(first), None if end is None else int(end))
 
 
 def windows_of(record: YoungRecord, given: tuple[int | None, int | None] | None) -> tuple[int, int]:
