@@ -1,7 +1,7 @@
 """A client of a VM's control socket.
 
 >>> with Client("a") as vm:  # doctest: +SKIP
-...     young = vm.harvest()
+...     young = vm.harvest().young
 ...     vm.evict(cold_gfns)
 """
 
@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import numpy as np
 import numpy.typing as npt
 
-from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words
+from kvmhost.bitmap import Provenance, YoungBitmap, n_words
 from kvmhost.control import schema
 from kvmhost.control.caller import Caller
 from kvmhost.control.paths import running_names, runtime_dir, to_socket_path
-from kvmhost.control.schema import HEADER_PREFIX, HarvestCost
+from kvmhost.control.schema import HEADER_PREFIX
 from kvmhost.errors import ControlError
 from kvmhost.units import Share
+from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest
 
 __all__ = ["Client"]
 
@@ -30,12 +31,10 @@ _MAX_DIGITS = 20
 _BINARY = {"Content-Type": "application/octet-stream"}
 _JSON = {"Content-Type": "application/json"}
 
-#: Pages to re-arm after a harvest, see :mod:`kvmhost.trackers.harvesting`.
-Rearm = Literal["none", "young", "all", "sample"]
 Gfns = Iterable[int] | npt.NDArray[Any]
 
 
-class Client(Caller):
+class Client(Caller, Harvestable):
     """A connection to one VM. Methods are thread-safe.
 
     Every method raises:
@@ -88,71 +87,27 @@ class Client(Caller):
         """Return the number of pages requested, which the response must match."""
         return max(0, self.memory().gfn_end - gfn_start) if n_pages is None else n_pages
 
-    def harvest(
-        self,
-        gfn_start: int = 0,
-        n_pages: int | None = None,
-        *,
-        tracker: str = "auto",
-        clear: bool = True,
-        rearm: Rearm = "young",
-        fraction: float | None = None,
-        mask: Words | None = None,
-        table_format: str = "",
-    ) -> YoungBitmap:
-        """Return which pages were young.
-
-        :param n_pages: None: to the end of memory
-        :param clear: begin a new window for them
-        :param rearm: ``none``, ``young`` (those that were cleared), ``all``, or ``sample``:
-            clear and re-arm only a ``fraction`` of the pages, in turn; the guest pays less,
-            and a page that is no longer touched reads as young for ``1 / fraction`` harvests
-        :param fraction: with ``sample``, from 1/65536 to 1; None: a default
-        :param mask: shape ``(ceil(n_pages / 64),)``: clear only where the bit is 1
-        :param table_format: feed the harvest into a model table of this format (``tdp``,
-            ``ept``, ``stage2``, ``radix``) and return what its walker finds
-        """
-        return self.harvest_timed(
-            gfn_start,
-            n_pages,
-            tracker=tracker,
-            clear=clear,
-            rearm=rearm,
-            fraction=fraction,
-            mask=mask,
-            table_format=table_format,
-        )[0]
-
-    def harvest_timed(
-        self,
-        gfn_start: int = 0,
-        n_pages: int | None = None,
-        *,
-        tracker: str = "auto",
-        clear: bool = True,
-        rearm: Rearm = "young",
-        fraction: float | None = None,
-        mask: Words | None = None,
-        table_format: str = "",
-    ) -> tuple[YoungBitmap, HarvestCost]:
-        """Do the same as :meth:`harvest`, and also return its cost inside the VM."""
-        n_pages = self._n_pages(gfn_start, n_pages)
+    def run_harvest(self, asked: HarvestRequest) -> Harvest:
+        """Do a harvest in the VM, see :meth:`harvest`."""
+        if asked.n_pages is None:
+            asked = asked.within(self.memory().gfn_end)
+        gfn_start, n_pages = asked.gfn_start, asked.count
         query = _range_query(gfn_start, n_pages)
-        query |= {"tracker": tracker, "clear": str(int(clear)), "rearm": rearm}
-        if fraction is not None:
-            query["fraction"] = str(Share(fraction))
-        if table_format:
-            query["format"] = table_format
-        body = b"" if mask is None else mask.astype("<u8", copy=False).tobytes()
+        query |= {"tracker": asked.tracker, "clear": str(int(asked.clear)), "rearm": asked.rearm}
+        if asked.fraction is not None:
+            query["fraction"] = str(Share(asked.fraction))
+        if asked.table_format is not None:
+            query["format"] = asked.table_format
+        body = b"" if asked.mask is None else asked.mask.astype("<u8", copy=False).tobytes()
         most = _bitmap_bytes(n_pages)
         answer = self._call(
             "POST", "harvest", at_most=most, params=query, content=body, headers=_BINARY
         )
-        cost = HarvestCost(
+        return Harvest(
+            _read_bitmap(self.vm, answer, gfn_start, n_pages),
             _header_number(self.vm, answer, "Harvest-Ns"),
             _header_number(self.vm, answer, "Rearm-Ns"),
         )
-        return _read_bitmap(self.vm, answer, gfn_start, n_pages), cost
 
     def evict(
         self, gfns: Gfns, each: bool = False, *, actuator: str = "store"

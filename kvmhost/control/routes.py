@@ -65,12 +65,11 @@ from kvmhost.errors import (
     StateError,
 )
 from kvmhost.memory.pagelist import PageList, page_list
-from kvmhost.trackers.base import check_range
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.vm.harvest import Harvest, HarvestRequest, check_range
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine.base import BaseMachine
-    from kvmhost.mmu.feed import Feed
     from kvmhost.pager.results import EvictResult, ShrinkResult
 
 __all__ = ["Routes", "problem_of"]
@@ -115,7 +114,6 @@ class Routes:
         self._pauses = Pauses(machine, name, self._work)
         self._lease = Lease(name)
         self._limit_bytes = 0
-        self._feeds: dict[str, Feed] = {}
         self._totals = schema.HarvestTotals(0, 0, 0, 0, 0)
         self._table: dict[str, dict[str, Answering]] = {
             "/v1/state": {"GET": self._get_state},
@@ -164,8 +162,6 @@ class Routes:
     def close(self) -> None:
         """Wait for the worker threads to end. Without the event loop."""
         self._executor.shutdown(wait=True)
-        for feed in self._feeds.values():
-            feed.close()
 
     def cancel_timers(self) -> None:
         """Cancel the timers of pauses and lease; in the event loop."""
@@ -311,45 +307,29 @@ class Routes:
     # -- harvest --------------------------------------------------------------
 
     async def _harvest(self, request: Request) -> Reply:
-        asked = schema.decode_query(request.query, schema.HarvestQuery)
-        if asked.fraction is not None and asked.rearm != "sample":
-            raise Problem(400, f"goes with rearm=sample, not {asked.rearm}", "fraction")
-        gfn_start, n_pages = self._range(asked)
-        mask = _mask(request.body, n_pages) if request.body else None
+        query = schema.decode_query(request.query, schema.HarvestQuery)
+        gfn_start, n_pages = self._range(query)
+        asked = HarvestRequest(
+            gfn_start,
+            n_pages,
+            tracker=query.tracker,
+            clear=query.clear,
+            rearm=query.rearm,
+            fraction=query.fraction,
+            mask=_mask(request.body, n_pages) if request.body else None,
+            table_format=query.format or None,
+        )
         async with self._turn(self._harvesting, request):
-            # First, so that a harvest that cannot be fed clears nothing.
-            feed = await self._work(lambda: self._feed(asked.format)) if asked.format else None
-            found = await self._work(
-                lambda: self._machine.harvest(
-                    gfn_start,
-                    n_pages,
-                    tracker=asked.tracker,
-                    clear=asked.clear,
-                    rearm=asked.rearm,
-                    fraction=asked.fraction,
-                    mask=mask,
-                )
-            )
-            young = found.young
-            if feed is not None:
-                young = await self._work(lambda: feed.harvest_via_model(found.young))
+            found = await self._work(lambda: self._machine.run_harvest(asked))
         old = self._totals
         self._totals = schema.HarvestTotals(
             old.harvests + 1,
             old.n_pages + n_pages,
-            old.n_young + found.young.count(),
+            old.n_young + found.n_young,
             old.harvest_ns + found.harvest_ns,
             old.rearm_ns + found.rearm_ns,
         )
-        return _bitmap(young, schema.HarvestCost(found.harvest_ns, found.rearm_ns))
-
-    def _feed(self, table_format: str) -> Feed:
-        """Return the model table of a format, made on first use."""
-        if table_format not in self._feeds:
-            from kvmhost.mmu.feed import Feed
-
-            self._feeds[table_format] = Feed(table_format, self._machine.memory.regions)
-        return self._feeds[table_format]
+        return _bitmap(found.young, found)
 
     # -- pager ----------------------------------------------------------------
 
@@ -533,7 +513,7 @@ def _mask(body: bytes, n_pages: int) -> Words:
     return np.frombuffer(body, dtype="<u8").astype(np.uint64)
 
 
-def _bitmap(bitmap: YoungBitmap, cost: schema.HarvestCost | None = None) -> Reply:
+def _bitmap(bitmap: YoungBitmap, cost: Harvest | None = None) -> Reply:
     source = bitmap.provenance
     values: dict[str, Any] = {
         "Gfn-Start": bitmap.gfn_start,

@@ -16,6 +16,8 @@ import msgspec
 from kvmhost.decoding import decode_json
 from kvmhost.suggest import unknown_name
 from kvmhost.units import PAGE_BYTES, Share, read_amount
+from kvmhost.vm.harvest import MIN_FRACTION
+from kvmhost.vm.names import Rearm, TableFormat
 
 __all__ = [
     "CLIENT_TIMEOUT_S",
@@ -27,7 +29,6 @@ __all__ = [
     "EvictReport",
     "EvictRequest",
     "GfnList",
-    "HarvestCost",
     "HarvestQuery",
     "HarvestTotals",
     "LeaseGrant",
@@ -76,7 +77,7 @@ class Fraction(Share):
         :raises ValueError: for anything else
         """
         value = super().parse(given)
-        if not 1 / 65536 <= value <= 1:
+        if not MIN_FRACTION <= value <= 1:
             raise ValueError(f"{given!r}: need a share from 1/65536 to 1")
         return cls(value)
 
@@ -123,9 +124,9 @@ class HarvestQuery(RangeQuery, frozen=True):
 
     tracker: str = "auto"
     clear: bool = True
-    rearm: Literal["none", "young", "all", "sample"] = "young"
+    rearm: Rearm = "young"
     fraction: Fraction | None = None
-    format: Literal["", "tdp", "npt", "ept", "stage2", "radix"] = ""
+    format: TableFormat | Literal[""] = ""
 
 
 class EvictQuery(_Strict, frozen=True):
@@ -515,13 +516,6 @@ class Counters(_Answer, frozen=True):
     """harvests over this socket"""
     pager: dict[str, Any] | None
     """counters of ``kvmhost/_core/pager.h``; null until something used the pager"""
-
-
-class HarvestCost(msgspec.Struct, frozen=True):
-    """Cost of one harvest inside the VM process."""
-
-    harvest_ns: int
-    rearm_ns: int
 
 
 # -- coding -------------------------------------------------------------------

@@ -45,15 +45,15 @@ from kvmhost.machine.paging import Paging
 from kvmhost.machine.runner import PAUSE_TIMEOUT_S, Runner, Step
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import Layout
+from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest
 
 if typing.TYPE_CHECKING:
-    from kvmhost.bitmap import Words
     from kvmhost.kvm import KvmVcpu
     from kvmhost.pager.options import StoreOptions
     from kvmhost.pager.pager import Pager
     from kvmhost.pager.userfault import Userfault
     from kvmhost.trackers.base import TrackedVm, Tracker
-    from kvmhost.trackers.harvesting import Harvest, Harvester, Rearm
+    from kvmhost.trackers.harvesting import Harvester
 
 __all__ = ["BaseMachine", "NamedImage"]
 
@@ -70,7 +70,7 @@ class NamedImage(typing.Protocol):
         """Requests of the image that are not met, one line each."""
 
 
-class BaseMachine(Closing, abc.ABC):
+class BaseMachine(Closing, Harvestable):
     """One VM of any kind.
 
     :ivar bus: its ports and MMIO ranges; add devices before the first run
@@ -536,40 +536,9 @@ class BaseMachine(Closing, abc.ABC):
         """The tracker in use; None before the first."""
         return None if self._harvester is None else self._harvester.tracker_name
 
-    def harvest(
-        self,
-        gfn_start: int = 0,
-        n_pages: int | None = None,
-        *,
-        tracker: str = "auto",
-        clear: bool = True,
-        rearm: Rearm = "young",
-        fraction: float | None = None,
-        mask: Words | None = None,
-    ) -> Harvest:
-        """Return the young pages of a range; concurrent calls wait.
-
-        :param n_pages: None: to the end of memory
-        :param tracker: ``auto`` keeps the one in use
-        :param clear: begin a new window for the young pages
-        :param rearm: what to re-arm, see :meth:`~kvmhost.trackers.harvesting.Harvester.harvest`
-        :param fraction: with ``rearm="sample"``, from 1/65536 to 1; None: a default
-        :param mask: shape ``(ceil(n_pages / 64),)``: clear only where the bit is 1
-        :raises CapabilityError: if the tracker does not work here
-        :raises LayoutError: if the range, the mask or a name is invalid
-        """
-        harvester = self.harvester()
-        if n_pages is None:
-            n_pages = max(0, self.memory.gfn_end - gfn_start)
-        return harvester.harvest(
-            gfn_start,
-            n_pages,
-            tracker=tracker,
-            clear=clear,
-            rearm=rearm,
-            fraction=fraction,
-            mask=mask,
-        )
+    def run_harvest(self, asked: HarvestRequest) -> Harvest:
+        """Do a harvest, see :meth:`harvest`."""
+        return self.harvester().harvest(asked)
 
     # -- exits ----------------------------------------------------------------
 

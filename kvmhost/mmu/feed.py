@@ -20,7 +20,6 @@ import numpy as np
 
 from kvmhost.bitmap import YoungBitmap, sub_words
 from kvmhost.closing import Closing
-from kvmhost.errors import LayoutError
 from kvmhost.memory.guest import GfnRange
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.radix import RadixTable
@@ -28,11 +27,10 @@ from kvmhost.mmu.stage2 import Stage2Table
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tdp import TdpTable
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.names import TABLE_FORMATS, TableFormat, check_name
 
-__all__ = ["FORMATS", "Feed"]
+__all__ = ["Feed"]
 
-#: Names that :class:`Feed` takes. ``tdp`` is ``npt``.
-FORMATS = ("tdp", "npt", "ept", "stage2", "radix")
 _BLOCK = 512
 _ABSENT, _SMALL, _HUGE = 0, 1, 2
 
@@ -40,13 +38,12 @@ _ABSENT, _SMALL, _HUGE = 0, 1, 2
 class Feed(Closing):
     """A model table over a VM's memory slots.
 
-    :param table_format: one of :data:`FORMATS`
+    :param table_format: ``tdp`` is ``npt``
     :raises LayoutError: for another format, or slots that do not fit its address space
     """
 
-    def __init__(self, table_format: str, regions: Iterable[GfnRange]) -> None:
-        if table_format not in FORMATS:
-            raise LayoutError(f"no table format {table_format!r}: {', '.join(FORMATS)}")
+    def __init__(self, table_format: TableFormat, regions: Iterable[GfnRange]) -> None:
+        check_name("table format", table_format, TABLE_FORMATS, "table_format")
         self.name = "npt" if table_format == "tdp" else table_format
         slots = MemSlots(
             MemSlot(i, r.gfn, r.n_pages, r.guest_address) for i, r in enumerate(regions)

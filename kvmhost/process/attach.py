@@ -2,7 +2,7 @@
 
 >>> with Attached(4711) as vm:  # doctest: +SKIP
 ...     vm.harvest()  # begins a window
-...     young = vm.harvest()
+...     young = vm.harvest().young
 
 Works for any VMM (or other program) whose memory is a shared mapping: a memfd, a file
 in tmpfs. Gfns are page numbers in the mapping: equal to the guest's own where the
@@ -19,13 +19,16 @@ import time
 import typing
 from pathlib import Path
 
-from kvmhost.bitmap import Words, YoungBitmap
+from kvmhost.bitmap import YoungBitmap
 from kvmhost.closing import Closing
-from kvmhost.control.schema import HarvestCost, MemoryMap, MemslotInfo
+from kvmhost.control.schema import MemoryMap, MemslotInfo
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError, VmGoneError
-from kvmhost.process.foreign import Method, check_part, open_method
+from kvmhost.process.foreign import Method, open_method
 from kvmhost.process.procmaps import Mapping, choose_mapping, shared_mappings, shared_ranges
+from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest
+from kvmhost.vm.names import TableFormat
 
 if typing.TYPE_CHECKING:
     from kvmhost.mmu.feed import Feed
@@ -63,7 +66,7 @@ class _Slot:
         return self.mapping.start
 
 
-class Attached(Closing):
+class Attached(Closing, Harvestable):
     """One mapping of another process, with the harvest interface of a control socket.
 
     Every method raises :class:`~kvmhost.errors.VmGoneError` once the process has
@@ -82,7 +85,8 @@ class Attached(Closing):
         self.vm = f"pid {pid}"
         self.pidfd = self.pagemap_fd = -1
         self._method: Method | None = None
-        self._feeds: dict[str, Feed] = {}
+        self._feeds: dict[TableFormat, Feed] = {}
+        self._sampler = Sampler()
         try:
             # First the descriptor, which keeps referring to this process if the pid is reused.
             self.pidfd = _open_pid(pid)
@@ -106,60 +110,39 @@ class Attached(Closing):
         memslot = MemslotInfo(0, 0, n_bytes, 0, mapping.n_pages, mapping.start)
         return MemoryMap(PAGE_BYTES, mapping.n_pages, [memslot], [])
 
-    def harvest(
-        self,
-        gfn_start: int = 0,
-        n_pages: int | None = None,
-        *,
-        tracker: str = "auto",
-        clear: bool = True,
-        mask: Words | None = None,
-        table_format: str = "",
-    ) -> YoungBitmap:
-        """Return which pages were touched in the window. The first call begins one.
+    def run_harvest(self, asked: HarvestRequest) -> Harvest:
+        """Do a harvest of the mapping, see :meth:`harvest`. The first one begins a window.
 
-        :param n_pages: None: to the end of the mapping
-        :param tracker: ``auto`` is the method in use, or the best; a new one begins a new window
-        :param mask: clear only where the bit is 1
-        :param table_format: feed the harvest into a model table of this format, and return
-            what its walker finds
-        :raises LayoutError: for an invalid range, mask or name
-        :raises CapabilityError: if the method does not work on this host
+        Every tracker of a process re-arms as it clears: ``rearm_ns`` is 0.
+
+        :raises LayoutError: also for ``rearm`` ``none`` and ``all``
         """
-        count = self.mapping.n_pages - gfn_start if n_pages is None else n_pages
-        check_part(self.mapping, gfn_start, count, mask)
+        if asked.clear and asked.rearm not in ("young", "sample"):
+            raise LayoutError(
+                f"rearm {asked.rearm!r}: the pages of a process are re-armed as they are "
+                "cleared; need young or sample",
+                field="rearm",
+            )
+        asked = asked.within(self.mapping.n_pages)
         self._check_there()
+        feed = None if asked.table_format is None else self._feed(asked.table_format)
+        start_ns = time.perf_counter_ns()
         try:
-            found = self._use(tracker).harvest(gfn_start, count, clear, mask)
+            young = self._find(asked)
         except (IoctlError, CapabilityError, OSError):
             self._check_there()
             raise
+        harvest_ns = time.perf_counter_ns() - start_ns
         self._check_there()
-        return self._feed(table_format).harvest_via_model(found) if table_format else found
+        return Harvest(young if feed is None else feed.harvest_via_model(young), harvest_ns, 0)
 
-    def harvest_timed(
-        self,
-        gfn_start: int = 0,
-        n_pages: int | None = None,
-        *,
-        tracker: str = "auto",
-        clear: bool = True,
-        rearm: str = "young",
-        fraction: float | None = None,
-        mask: Words | None = None,
-        table_format: str = "",
-    ) -> tuple[YoungBitmap, HarvestCost]:
-        """Do the same, and return its duration. Clearing and re-arming are one operation here.
-
-        :raises LayoutError: for ``rearm="sample"``; use a mask instead
-        """
-        if rearm == "sample" or fraction is not None:
-            raise LayoutError("a process is not sampled by --rearm; harvest with a mask")
-        start = time.perf_counter_ns()
-        bitmap = self.harvest(
-            gfn_start, n_pages, tracker=tracker, clear=clear, mask=mask, table_format=table_format
-        )
-        return bitmap, HarvestCost(time.perf_counter_ns() - start, 0)
+    def _find(self, asked: HarvestRequest) -> YoungBitmap:
+        method, mask = self._use(asked.tracker), asked.mask
+        if asked.rearm == "sample" and asked.clear:
+            fraction = asked.fraction or DEFAULT_FRACTION
+            sample = self._sampler.next_mask(asked.gfn_start, asked.count, fraction)
+            mask = sample if mask is None else mask & sample
+        return method.harvest(asked.gfn_start, asked.count, asked.clear, mask)
 
     def close(self) -> None:
         """Close the process's descriptors. Idempotent."""
@@ -171,7 +154,7 @@ class Attached(Closing):
             feed.close()
         self._feeds.clear()
 
-    def _feed(self, table_format: str) -> Feed:
+    def _feed(self, table_format: TableFormat) -> Feed:
         if table_format not in self._feeds:
             from kvmhost.mmu.feed import Feed
 

@@ -50,14 +50,13 @@ from kvmhost.bitmap import (
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.process.procmaps import Mapping, shared_ranges
 from kvmhost.suggest import unknown_name
-from kvmhost.trackers.base import check_mask
 from kvmhost.trackers.pagescan import Bits, has_soft_dirty, new_scanner, page_states, scans
 from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
     from kvmhost.trackers.idle import IdleTracker
 
-__all__ = ["METHODS", "Method", "SoftDirty", "Target", "Written", "check_part", "open_method"]
+__all__ = ["METHODS", "Method", "SoftDirty", "Target", "Written", "open_method"]
 
 _FAULT_AROUND = Path("/sys/kernel/debug/fault_around_bytes")
 _FAULT_AROUND_DEFAULT = 64 << 10
@@ -413,18 +412,6 @@ def open_method(name: str, target: Target) -> Method:
         "attach", "a method to see reads from outside", "; ".join(refused),
         "use --tracker present, or --tracker written where the process tracks writes",
     )  # fmt: skip
-
-
-def check_part(mapping: Mapping, first: int, n_pages: int, mask: Words | None) -> None:
-    """Check that a range is inside a mapping, and that a mask has its size.
-
-    :raises LayoutError: if so
-    """
-    if first < 0 or n_pages < 0 or first + n_pages > mapping.n_pages:
-        raise LayoutError(
-            f"pages [{first:#x}, {first + n_pages:#x}): the mapping has {mapping.n_pages:#x}"
-        )
-    check_mask(mask, n_pages)
 
 
 def _chunks(n_pages: int) -> Iterator[tuple[int, int]]:

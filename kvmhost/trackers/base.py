@@ -10,9 +10,10 @@ import numpy as np
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words, place_words, sub_words
 from kvmhost.engine.base import Engine
-from kvmhost.errors import LayoutError, StateError
+from kvmhost.errors import StateError
 from kvmhost.memory.guest import GuestMemory, Region, pieces
 from kvmhost.pager.userfault import Userfault
+from kvmhost.vm.harvest import check_mask, check_range
 
 __all__ = [
     "Support",
@@ -20,8 +21,6 @@ __all__ = [
     "Tracker",
     "TrackerInfo",
     "add_piece",
-    "check_mask",
-    "check_range",
     "harvest_pieces",
     "need_started",
 ]
@@ -117,30 +116,6 @@ def need_started(name: str, started: bool) -> None:
     """
     if not started:
         raise StateError(f"tracker {name}", "is not started", "call start() first")
-
-
-def check_range(gfn_start: int, n_pages: int, gfn_end: int) -> None:
-    """Check a range of a VM's gfns before anything is allocated for it.
-
-    :param gfn_end: the first gfn above all memory
-    :raises LayoutError: for a negative start or length, or an end beyond ``gfn_end``
-    """
-    if gfn_start < 0 or n_pages < 0:
-        raise LayoutError(f"harvest: bad range of {n_pages} pages from gfn {gfn_start:#x}")
-    if gfn_start + n_pages > gfn_end:
-        raise LayoutError(
-            f"{n_pages} pages from gfn {gfn_start:#x}: memory ends at gfn {gfn_end:#x}",
-            field="n_pages" if gfn_start <= gfn_end else "gfn_start",
-        )
-
-
-def check_mask(mask: Words | None, n_pages: int) -> None:
-    """Check that a mask has the size of a range.
-
-    :raises LayoutError: for another shape than ``(ceil(n_pages / 64),)``
-    """
-    if mask is not None and mask.shape != (n_words(n_pages),):
-        raise LayoutError(f"harvest: mask of shape {mask.shape} for {n_pages} pages")
 
 
 def harvest_pieces(

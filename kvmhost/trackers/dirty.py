@@ -32,7 +32,6 @@ from kvmhost.trackers.base import (
     Support,
     TrackedVm,
     TrackerInfo,
-    check_range,
     harvest_pieces,
     need_started,
 )
@@ -41,6 +40,7 @@ from kvmhost.units import PAGE_BYTES
 if typing.TYPE_CHECKING:
     from kvmhost.engine.base import Engine
     from kvmhost.engine.kvm import KvmEngine
+from kvmhost.vm.harvest import check_range
 
 __all__ = ["DirtyTracker"]
 

@@ -21,9 +21,10 @@ from kvmhost.engine.base import Engine, RearmKind
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory, pieces
 from kvmhost.mmu.tdp import LiveTable
-from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_range
+from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo
 from kvmhost.trackers.calibration import calibrated_rearm
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.harvest import check_range
 
 __all__ = ["GuestptTracker"]
 

@@ -10,29 +10,21 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+import typing
 from collections.abc import Callable
-from typing import Literal, get_args
 
-from kvmhost.bitmap import Words, YoungBitmap
-from kvmhost.errors import LayoutError, StateError
+from kvmhost.bitmap import YoungBitmap
+from kvmhost.errors import StateError
 from kvmhost.trackers import registry
-from kvmhost.trackers.base import TrackedVm, Tracker, check_mask, check_range
-from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler, period_of
+from kvmhost.trackers.base import TrackedVm, Tracker
+from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler
+from kvmhost.vm.harvest import Harvest, HarvestRequest
+from kvmhost.vm.names import TableFormat
 
-__all__ = ["REARM", "Harvest", "Harvester", "Rearm"]
+if typing.TYPE_CHECKING:
+    from kvmhost.mmu.feed import Feed
 
-#: Pages to re-arm after a harvest.
-Rearm = Literal["none", "young", "all", "sample"]
-REARM: tuple[Rearm, ...] = get_args(Rearm)
-
-
-@dataclasses.dataclass(frozen=True)
-class Harvest:
-    """The young pages, and the cost of the harvest and of re-arming."""
-
-    young: YoungBitmap
-    harvest_ns: int
-    rearm_ns: int
+__all__ = ["Harvester"]
 
 
 class Harvester:
@@ -45,6 +37,7 @@ class Harvester:
         self._vm, self._note_young = vm, note_young
         self._sampler = Sampler()
         self._tracker: Tracker | None = None
+        self._feeds: dict[TableFormat, Feed] = {}
         self._lock = threading.RLock()
         self._closed = False
 
@@ -81,53 +74,50 @@ class Harvester:
                 before.stop()
             return tracker
 
-    def harvest(
-        self,
-        gfn_start: int,
-        n_pages: int,
-        *,
-        tracker: str = "auto",
-        clear: bool = True,
-        rearm: Rearm = "young",
-        fraction: float | None = None,
-        mask: Words | None = None,
-    ) -> Harvest:
+    def harvest(self, asked: HarvestRequest) -> Harvest:
         """Do one harvest; concurrent harvests wait.
 
-        :param tracker: ``auto`` keeps the one in use: a change begins a new window
-        :param rearm: ``none``; ``young``, the pages that this cleared; ``all`` of the range;
-            ``sample``, clear and re-arm a ``fraction`` only, other pages at each harvest
-        :param fraction: with ``sample``, from 1/65536 to 1; None: a default that was measured
         :raises CapabilityError: if the tracker does not work here
-        :raises LayoutError: if an argument is wrong; then the tracker in use and its state
-            do not change
+        :raises LayoutError: if the range, the mask or the tracker's name is wrong; then the
+            tracker in use and its state do not change
         """
-        if rearm not in REARM:
-            raise LayoutError(f"harvest: rearm {rearm!r}: need one of {', '.join(REARM)}")
-        if fraction is not None:
-            period_of(fraction)
-        check_range(gfn_start, n_pages, self._vm.memory.gfn_end)
-        check_mask(mask, n_pages)
+        asked = asked.within(self._vm.memory.gfn_end)
+        gfn_start, n_pages, mask = asked.gfn_start, asked.count, asked.mask
         # All arguments are checked above: from here on trackers stop and bits are cleared.
         with self._lock:
-            wanted = self.tracker_name if tracker == "auto" else tracker
+            # First, so that a harvest that cannot be fed clears nothing.
+            feed = None if asked.table_format is None else self._feed(asked.table_format)
+            wanted = self.tracker_name if asked.tracker == "auto" else asked.tracker
             source = self.use(wanted or "auto")
-            if rearm == "sample" and clear:
-                sample = self._sampler.next_mask(gfn_start, n_pages, fraction or DEFAULT_FRACTION)
+            if asked.rearm == "sample" and asked.clear:
+                fraction = asked.fraction or DEFAULT_FRACTION
+                sample = self._sampler.next_mask(gfn_start, n_pages, fraction)
                 mask = sample if mask is None else mask & sample
             start = time.perf_counter_ns()
-            young = source.harvest(gfn_start, n_pages, clear, mask)
+            young = source.harvest(gfn_start, n_pages, asked.clear, mask)
             middle = time.perf_counter_ns()
-            if clear:
+            if asked.clear:
                 self._note_young(young)
-            if rearm == "all":
+            if asked.rearm == "all":
                 source.rearm(gfn_start, n_pages)
-            elif rearm != "none" and clear:
+            elif asked.rearm != "none" and asked.clear:
                 cleared = young
                 if mask is not None:
                     cleared = dataclasses.replace(young, words=young.words & mask)
                 source.rearm(gfn_start, n_pages, cleared)
-            return Harvest(young, middle - start, time.perf_counter_ns() - middle)
+            end = time.perf_counter_ns()
+            found = young if feed is None else feed.harvest_via_model(young)
+            return Harvest(found, middle - start, end - middle)
+
+    def _feed(self, table_format: TableFormat) -> Feed:
+        """Return the model table of a format, made on first use."""
+        if self._closed:
+            raise StateError("the machine")
+        if table_format not in self._feeds:
+            from kvmhost.mmu.feed import Feed
+
+            self._feeds[table_format] = Feed(table_format, self._vm.memory.regions)
+        return self._feeds[table_format]
 
     def close(self) -> None:
         """Stop the tracker, and wait for a harvest in progress. Refuses later ones. Idempotent."""
@@ -135,6 +125,9 @@ class Harvester:
         self.stop()
         with self._lock:
             self.stop()
+            for feed in self._feeds.values():
+                feed.close()
+            self._feeds.clear()
 
     def stop(self) -> None:
         """Stop the tracker, from any thread and during a harvest too. Idempotent."""

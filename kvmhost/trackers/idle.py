@@ -32,8 +32,9 @@ from kvmhost._ffi import check, ffi, lib
 from kvmhost.bitmap import Provenance, Words, YoungBitmap, pack, unpack
 from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.memory.guest import GfnRange, Region, pieces
-from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo, check_mask, check_range
+from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.harvest import check_mask, check_range
 
 __all__ = ["IDLE_BITMAP", "IdleFiles", "IdleTracker", "PageFiles"]
 

@@ -33,11 +33,11 @@ from kvmhost.trackers.base import (
     TrackedVm,
     TrackerInfo,
     add_piece,
-    check_range,
     harvest_pieces,
 )
 from kvmhost.trackers.pagescan import PageStates, new_scanner, page_states, scans
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.harvest import check_range
 
 __all__ = ["PagemapTracker"]
 

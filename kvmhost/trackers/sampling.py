@@ -18,13 +18,14 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, pack
 from kvmhost.errors import LayoutError
+from kvmhost.vm.harvest import MIN_FRACTION
 
 __all__ = ["DEFAULT_FRACTION", "Sampler", "period_of", "sample_mask"]
 
 #: The largest power of a half that keeps a guest's loss well under 3 %, measured by
 #: ``kvmhost bench sampling`` (1 GiB, a tenth of it hot, one harvest a second).
 DEFAULT_FRACTION = 1 / 8
-_MAX_PERIOD = 1 << 16
+_MAX_PERIOD = round(1 / MIN_FRACTION)
 _BLOCK_SHIFT = 6
 #: Ranges whose turns are kept; the least recently used one is dropped first.
 _MAX_RANGES = 256
@@ -56,7 +57,7 @@ def period_of(fraction: float) -> int:
 
     :raises LayoutError: if the fraction is not in [1/65536, 1]
     """
-    if not 1 / _MAX_PERIOD <= fraction <= 1:
+    if not MIN_FRACTION <= fraction <= 1:
         raise LayoutError(f"a sample of {fraction:g}: need a fraction from 1/{_MAX_PERIOD} to 1")
     return round(1 / fraction)
 

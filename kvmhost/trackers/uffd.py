@@ -29,11 +29,11 @@ from kvmhost.trackers.base import (
     Support,
     TrackedVm,
     TrackerInfo,
-    check_range,
     harvest_pieces,
     need_started,
 )
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.harvest import check_range
 
 __all__ = ["AccessOrder", "UffdTracker"]
 

@@ -76,8 +76,8 @@ def record_vm(
     memory = client.memory()
     first, end = _range(plan.gfns, memory)
     # The first harvest opens the first window; its young pages were touched before that.
-    bitmap = client.harvest(first, end - first, tracker=plan.tracker)
-    source = bitmap.provenance
+    found = client.harvest(first, end - first, tracker=plan.tracker)
+    source = found.young.provenance
     session = RecordSession(
         0, source.tracker, source.table_format, round(plan.interval_s * 1e9), _boot_id(),
         _facts(client),
@@ -139,11 +139,10 @@ class _Loop:
             self._looked_s = time.monotonic()
             self._writer.set_layout(_memslots(self._memory))
         first, end = _range(self._plan.gfns, self._memory)
-        bitmap, cost = self._client.harvest_timed(first, end - first, tracker=self._tracker)
+        found = self._client.harvest(first, end - first, tracker=self._tracker)
         wall_ns = time.time_ns()
-        self._writer.append(
-            bitmap, wall_ns=wall_ns, cost=Cost(cost.harvest_ns, cost.rearm_ns)
-        )  # fmt: skip
+        cost = Cost(found.harvest_ns, found.rearm_ns)
+        self._writer.append(found.young, wall_ns=wall_ns, cost=cost)
 
 
 def _writer(

@@ -7,6 +7,7 @@ accessed bits between two harvests.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -14,13 +15,13 @@ import numpy as np
 
 from kvmhost.bitmap import Words, YoungBitmap, pack
 from kvmhost.control.client import Client
-from kvmhost.control.schema import HarvestCost
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.policy import registry
 from kvmhost.reclaim.policy.base import Gfns, Mask, Policy
 from kvmhost.reclaim.policy.lru_gen import LruGen
 from kvmhost.reclaim.settings.options import VmOptions
 from kvmhost.reclaim.vm.pages import ResidencyChanges
+from kvmhost.vm import Harvest
 
 __all__ = ["PolicyDriver", "make_policy"]
 
@@ -47,9 +48,7 @@ class PolicyDriver:
         self._tracker = "auto"
         self.probed_pages = 0
 
-    def harvest(
-        self, tracker: str, sample: float, full: bool = False
-    ) -> tuple[YoungBitmap, HarvestCost]:
+    def harvest(self, tracker: str, sample: float, full: bool = False) -> Harvest:
         """Test and clear the pages that the policy plans; re-arm the cleared ones.
 
         :param sample: clear only this share of the pages, in rotation; 0 clears all
@@ -59,7 +58,7 @@ class PolicyDriver:
         plan = self.policy.plan()
         if full and isinstance(self.policy, LruGen):
             plan = self.policy.full_plan()
-        young, cost = self._client.harvest_timed(
+        found = self._client.harvest(
             0,
             self.n_pages,
             tracker=tracker,
@@ -70,10 +69,9 @@ class PolicyDriver:
         )
         if plan.pages is not None:
             # Pages outside the plan were reported but not cleared: a later harvest reports them.
-            young = YoungBitmap(
-                0, self.n_pages, young.words & plan.pages, young.coarse, young.provenance
-            )
-        return young, cost
+            young = dataclasses.replace(found.young, words=found.young.words & plan.pages)
+            found = dataclasses.replace(found, young=young)
+        return found
 
     def age(self, young: YoungBitmap, changes: ResidencyChanges) -> None:
         """Pass one window to the policy: evictions, refaults, then young pages."""
@@ -106,7 +104,7 @@ class PolicyDriver:
         found = self._client.harvest(
             0, self.n_pages, tracker=self._tracker, clear=True, rearm="young", mask=pages
         )
-        return found.words & pages
+        return found.young.words & pages
 
     def clear_flush_young(self, gfn: int) -> bool:
         """Test and clear one page. Over a control socket this is a batch of one page."""

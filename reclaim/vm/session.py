@@ -200,9 +200,9 @@ class Session:
 
     def _harvest_and_age(self, full: bool = False) -> tuple[int, float, ResidencyChanges]:
         """Harvest and age; return young pages, cost in ns per page, and residency changes."""
-        young, cost = self.driver.harvest(self.options.tracker, self.options.sample, full)
-        n_young = young.count()
-        self.totals.note_harvest(self.pages.n_pages, n_young, cost)
+        found = self.driver.harvest(self.options.tracker, self.options.sample, full)
+        young, cost_ns = found.young, found.harvest_ns + found.rearm_ns
+        self.totals.note_harvest(found)
         resident = self.client.resident(0, self.pages.n_pages)
         changes = self.pages.update(resident, young.as_bool())
         if self.history is not None:
@@ -211,7 +211,7 @@ class Session:
             self.history.became_resident(changes.refaulted, changes.first_resident)
         self._record_changes(changes)
         self.driver.age(young, changes)
-        return n_young, (cost.harvest_ns + cost.rearm_ns) / max(self.pages.n_pages, 1), changes
+        return found.n_young, cost_ns / max(self.pages.n_pages, 1), changes
 
     def _record_changes(self, changes: ResidencyChanges) -> None:
         add = functools.partial(self.context.decisions.add, vm=self.vm, passes=self.passes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 
-from kvmhost.control.schema import HarvestCost
 from kvmhost.reclaim.account.decisions import EvictReason
+from kvmhost.vm import Harvest
 
 __all__ = ["Totals"]
 
@@ -36,12 +36,12 @@ class Totals:
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     spared: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
-    def note_harvest(self, pages: int, young: int, cost: HarvestCost) -> None:
+    def note_harvest(self, found: Harvest) -> None:
         """Count one harvest."""
-        self.harvested += pages
-        self.young += young
-        self.harvest_ns += cost.harvest_ns
-        self.rearm_ns += cost.rearm_ns
+        self.harvested += found.young.n_pages
+        self.young += found.n_young
+        self.harvest_ns += found.harvest_ns
+        self.rearm_ns += found.rearm_ns
 
     def note_outcomes(self, why: EvictReason, outcomes: dict[str, int]) -> None:
         """Count the outcomes of a batch."""

@@ -126,8 +126,8 @@ class WatchSampler:
             self.begin()
         self._pid = state.pid
         peeking = state.lease is not None if self._clear is None else not self._clear
-        bitmap, cost = self._client.harvest_timed(0, None, tracker=self.tracker, clear=not peeking)
-        young = bitmap.as_bool()[: self.n_pages]
+        found = self._client.harvest(tracker=self.tracker, clear=not peeking)
+        young = found.young.as_bool()[: self.n_pages]
         self.tick += 1
         self.last_young[: young.size][young] = self.tick
         wss = int(np.count_nonzero(self.last_young > self.tick - RECENT))
@@ -135,7 +135,7 @@ class WatchSampler:
         generations, by_daemon = self._generations(state)
         counters = self._client.counters()
         evictions, faults, evicted, window_s = self._rates(counters)
-        source = bitmap.provenance
+        source = found.young.provenance
         return Sample(
             tick=self.tick,
             state=state,
@@ -149,8 +149,8 @@ class WatchSampler:
             evicted_pages=evicted,
             tracker=source.tracker,
             table_format=source.table_format,
-            harvest_ms=cost.harvest_ns / 1e6,
-            rearm_ms=cost.rearm_ns / 1e6,
+            harvest_ms=found.harvest_ns / 1e6,
+            rearm_ms=found.rearm_ns / 1e6,
             window_s=window_s,
             peeking=peeking,
         )

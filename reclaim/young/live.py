@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import VmGoneError
+from kvmhost.vm import Harvest
 
 __all__ = ["HarvestSource", "LiveWindow", "SourceState", "live_windows"]
 
@@ -31,7 +32,7 @@ class HarvestSource(Protocol):
 
     def harvest(
         self, gfn_start: int = 0, n_pages: int | None = None, *, tracker: str = "auto"
-    ) -> YoungBitmap:
+    ) -> Harvest:
         """Return the young pages, and begin a new window for them."""
 
 
@@ -61,14 +62,14 @@ def live_windows(
     :raises ControlError: if the VM refuses to be harvested
     """
     gfn_start, n_pages = gfns
-    bitmap = source.harvest(gfn_start, n_pages, tracker=tracker)
+    bitmap = source.harvest(gfn_start, n_pages, tracker=tracker).young
     tracker = bitmap.provenance.tracker
     begin_ns = end_ns = time.monotonic_ns()
     for number in range(1, count + 1):
         # Measured from the start, so that one late window does not delay all others.
         time.sleep(max(0.0, begin_ns / 1e9 + number * interval_s - time.monotonic()))
         try:
-            bitmap = source.harvest(gfn_start, bitmap.n_pages, tracker=tracker)
+            bitmap = source.harvest(gfn_start, bitmap.n_pages, tracker=tracker).young
         except VmGoneError:
             return
         start_ns, end_ns = end_ns, time.monotonic_ns()

@@ -44,12 +44,12 @@ def test_writes_are_seen_page_by_page(toucher: Callable) -> None:
         pageout_or_skip(attached)
         for first, step, number in [(0, 1, PAGES), (5, 17, 200), (100, 3, 900), (4095, 1, 1)]:
             victim.tell(f"w {first} {step} {number}")
-            young = attached.harvest()
+            young = attached.harvest().young
             touched = np.arange(first, first + step * number, step)
             assert young.gfns().tolist() == touched.tolist()
             assert young.provenance.tracker == "pageout"
             assert young.provenance.table_format == "host-process"
-            assert attached.harvest().count() == 0
+            assert attached.harvest().young.count() == 0
             # Neighbours that were touched too cannot be told from ones that were mapped along.
             alone = step >= 16
             assert young.coarse_as_bool().any() == (not alone and number > 1)
@@ -62,7 +62,7 @@ def test_reads_bring_their_block_and_say_so(toucher: Callable) -> None:
         pageout_or_skip(attached)
         for first, step, number in [(3, 37, 100), (0, 64, 64), (1, 1, 40)]:
             victim.tell(f"r {first} {step} {number}")
-            young = attached.harvest()
+            young = attached.harvest().young
             touched = np.arange(first, first + step * number, step)
             assert set(touched.tolist()) <= set(young.gfns().tolist())
             assert set(young.gfns().tolist()) <= near(touched)
@@ -77,16 +77,28 @@ def test_ranges_masks_and_looking(toucher: Callable) -> None:
         pageout_or_skip(attached)
         victim.tell("w 0 2 2048")
         all_even = list(range(0, PAGES, 2))
-        assert attached.harvest(clear=False).gfns().tolist() == all_even
-        assert attached.harvest(1001, 500).gfns().tolist() == list(range(1002, 1501, 2))
+        assert attached.harvest(clear=False).young.gfns().tolist() == all_even
+        assert attached.harvest(1001, 500).young.gfns().tolist() == list(range(1002, 1501, 2))
         left = [g for g in all_even if not 1001 <= g < 1501]
-        assert attached.harvest(clear=False).gfns().tolist() == left
+        assert attached.harvest(clear=False).young.gfns().tolist() == left
         asked = np.zeros(PAGES, dtype=bool)
         asked[[0, 4, 3000]] = True
-        assert attached.harvest(mask=pack(asked)).gfns().tolist() == left
+        assert attached.harvest(mask=pack(asked)).young.gfns().tolist() == left
         left = [g for g in left if g not in (0, 4, 3000)]
-        assert attached.harvest().gfns().tolist() == left
-        assert attached.harvest().count() == 0
+        assert attached.harvest().young.gfns().tolist() == left
+        assert attached.harvest().young.count() == 0
+
+
+def test_a_sample_clears_each_page_in_its_turn(toucher: Callable) -> None:
+    victim = toucher(PAGES)
+    with Attached(victim.pid) as attached:
+        pageout_or_skip(attached)
+        victim.tell("w 0 2 2048")
+        first = attached.harvest(rearm="sample", fraction=0.5).young
+        assert first.count() == PAGES // 2
+        second = attached.harvest(rearm="sample", fraction=0.5).young
+        assert 0 < second.count() < first.count()
+        assert attached.harvest(clear=False).young.count() == 0
 
 
 def test_pages_that_cannot_be_taken_out_are_coarse(toucher: Callable) -> None:
@@ -97,7 +109,7 @@ def test_pages_that_cannot_be_taken_out_are_coarse(toucher: Callable) -> None:
     with Attached(victim.pid) as attached:
         pageout_or_skip(attached)
         victim.tell("w 1000 100 10")
-        young = attached.harvest()
+        young = attached.harvest().young
         locked = list(range(8))
         assert young.gfns().tolist() == [*locked, *range(1000, 2000, 100)]
         assert np.flatnonzero(young.coarse_as_bool()).tolist() == locked
@@ -111,10 +123,10 @@ def test_chunks_are_no_borders(toucher: Callable, monkeypatch: pytest.MonkeyPatc
         pageout_or_skip(attached)
         victim.tell("w 63 1 2")
         victim.tell("w 1000 64 20")
-        young = attached.harvest(7, PAGES - 9)
+        young = attached.harvest(7, PAGES - 9).young
         assert young.gfns().tolist() == [63, 64, *range(1000, 2280, 64)]
         assert (np.flatnonzero(young.coarse_as_bool()) + 7).tolist() == [63, 64]
-        assert attached.harvest().count() == 0
+        assert attached.harvest().young.count() == 0
 
 
 def test_swap_that_comes_up_is_noticed(toucher: Callable, tmp_path: Path) -> None:
@@ -128,7 +140,7 @@ def test_swap_that_comes_up_is_noticed(toucher: Callable, tmp_path: Path) -> Non
         with pytest.raises(CapabilityError, match="a host without swap"):
             attached.harvest()
         attached.proc = Path("/proc")
-        assert attached.harvest().count() == 5
+        assert attached.harvest().young.count() == 5
 
 
 def test_present_changes_nothing_and_clears_nothing(toucher: Callable) -> None:
@@ -137,7 +149,7 @@ def test_present_changes_nothing_and_clears_nothing(toucher: Callable) -> None:
     touched = np.arange(7, 7 + 50 * 60, 50).tolist()
     with Attached(victim.pid) as attached:
         for _ in range(2):
-            young = attached.harvest(tracker="present")
+            young = attached.harvest(tracker="present").young
             assert young.gfns().tolist() == touched
             assert young.provenance.window_start_ns == 0
             assert young.coarse is None
@@ -156,13 +168,13 @@ def test_writes_by_the_owners_own_tracking(toucher: Callable) -> None:
         victim.tell("w 3 5 700")
         victim.tell(f"r 0 1 {PAGES}")
         written = list(range(3, 3 + 5 * 700, 5))
-        assert attached.harvest(clear=False).gfns().tolist() == written
-        young = attached.harvest()
+        assert attached.harvest(clear=False).young.gfns().tolist() == written
+        young = attached.harvest().young
         assert young.gfns().tolist() == written
         assert young.provenance.tracker == "written"
-        assert attached.harvest().count() == 0
+        assert attached.harvest().young.count() == 0
         victim.tell("w 8 5 10")
-        assert attached.harvest().gfns().tolist() == list(range(8, 58, 5))
+        assert attached.harvest().young.gfns().tolist() == list(range(8, 58, 5))
         with pytest.raises(LayoutError, match="no mask"):
             attached.harvest(mask=np.zeros(n_words(PAGES), dtype=np.uint64))
 
@@ -175,7 +187,7 @@ def test_userfaultfd_of_the_owner_makes_reads_exact(toucher: Callable) -> None:
     with Attached(victim.pid) as attached:
         pageout_or_skip(attached)
         victim.tell("r 3 5 700")
-        young = attached.harvest()
+        young = attached.harvest().young
         assert young.gfns().tolist() == list(range(3, 3 + 5 * 700, 5))
         assert young.coarse is None
 
@@ -186,7 +198,7 @@ def test_idle_from_outside_or_why_not(toucher: Callable) -> None:
         if IDLE_BITMAP.exists():
             attached.harvest(tracker="idle")
             victim.tell("w 3 5 10")
-            assert set(range(3, 53, 5)) <= set(attached.harvest().gfns().tolist())
+            assert set(range(3, 53, 5)) <= set(attached.harvest().young.gfns().tolist())
         else:
             with pytest.raises(CapabilityError, match="CONFIG_IDLE_PAGE_TRACKING"):
                 attached.harvest(tracker="idle")
@@ -241,12 +253,12 @@ def test_qemu_guest_memory(qemu) -> None:
         pageout_or_skip(attached)
         for phase in (1, 3, 5):  # writes are exact
             qemu.touch(phase)
-            young = attached.harvest(4096, 256 * 7)
+            young = attached.harvest(4096, 256 * 7).young
             assert young.gfns().tolist() == list(range(4096 + phase, 4096 + phase + 7 * 256, 7))
         for phase in (0, 2, 1):  # reads bring their blocks, and then say that they are coarse
             qemu.touch(phase)
             touched = set(range(4096 + phase, 4096 + phase + 7 * 256, 7))
-            young = attached.harvest(4096, 256 * 7)
+            young = attached.harvest(4096, 256 * 7).young
             found = set(young.gfns().tolist())
             assert touched <= found
             coarse = set((np.flatnonzero(young.coarse_as_bool()) + 4096).tolist())
@@ -315,6 +327,9 @@ def test_bad_ranges_and_names(toucher: Callable) -> None:
                 attached.harvest(first, n_pages)
         with pytest.raises(LayoutError, match="mask"):
             attached.harvest(mask=np.zeros(2, dtype=np.uint64))
+        for rearm in ("none", "all"):
+            with pytest.raises(LayoutError, match="as they are cleared"):
+                attached.harvest(rearm=rearm)
         with pytest.raises(LayoutError, match="pageout"):
             attached.harvest(tracker="guestpt")
 
@@ -380,7 +395,7 @@ def test_probes_say_what_attaching_then_does(toucher: Callable) -> None:
         assert support.reason
         with Attached(victim.pid) as attached:
             if support.works:
-                assert attached.harvest(tracker=name).provenance.tracker == name
+                assert attached.harvest(tracker=name).young.provenance.tracker == name
             else:
                 with pytest.raises(CapabilityError):
                     attached.harvest(tracker=name)

@@ -84,7 +84,7 @@ def test_what_is_refused(toucher: Callable) -> None:
     refused(2, "guest-ram", "snapshot", "--pid", pid, "--mapping", "nothing")
     refused(2, "pageout", "snapshot", "--pid", pid, "--tracker", "guestpt")
     refused(2, "memory has gfns [0, 0x40)", "snapshot", "--pid", pid, "--range", "0:65")
-    refused(2, "sampled", "snapshot", "--pid", pid, "--tracker", "present", "--rearm", "sample")
+    refused(2, "as they are cleared", "snapshot", "--pid", pid, "--clear", "--rearm", "all")
     refused(2, "--pid", "snapshot", "--pid", "x")
     refused(126, "itself can register", "snapshot", "--pid", pid, "--tracker", "written")
 

@@ -18,6 +18,7 @@ from kvmhost.reclaim.settings.config import load
 from kvmhost.reclaim.settings.options import Config
 from kvmhost.reclaim.vm.session import Session
 from kvmhost.units import Bytes, Mark, Seconds
+from kvmhost.vm import Harvest
 
 N, N_PINNED = 1000, 10
 
@@ -87,19 +88,21 @@ class FakeVm:
         self.here[evicted] = False
         return schema.LimitState(n_bytes, len(evicted), self.over_pages)
 
-    def harvest_timed(
-        self, gfn_start, n_pages, *, tracker, clear=True, rearm="young", fraction=None, mask=None
+    def harvest(
+        self, gfn_start, n_pages, *, tracker, clear=True, rearm="young", fraction=0, mask=None
     ):
+        """Return what was touched since the last pass.
+
+        A probe between two passes names no fraction: nothing was touched since the last one.
+        """
+        if fraction == 0:
+            return Harvest(YoungBitmap.from_gfns(0, N, []), 3000, 2000)
         self._meet("harvest")
         self.asked.append((gfn_start, n_pages, tracker, clear, rearm))
         young = list(self.touches(self.window))
         self.window += 1
         self.here[young] = True
-        return YoungBitmap.from_gfns(0, N, young), schema.HarvestCost(3000, 2000)
-
-    def harvest(self, gfn_start, n_pages, **how):
-        """A look between two windows: nothing was touched since the last one began."""
-        return YoungBitmap.from_gfns(0, N, [])
+        return Harvest(YoungBitmap.from_gfns(0, N, young), 3000, 2000)
 
     def resident(self, gfn_start, n_pages):
         return self.here.copy()

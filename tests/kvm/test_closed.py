@@ -35,6 +35,7 @@ from kvmhost.reclaim.record.meta import RecordSession
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.writer import RecordWriter
 from kvmhost.trackers import NAMES, create
+from kvmhost.vm import HarvestRequest
 
 pytestmark = pytest.mark.requires_kvm
 
@@ -48,7 +49,6 @@ def fake_vcpu() -> Any:
 
 #: A value for each required parameter: by name, else by annotation.
 BY_NAME: dict[str, Callable[[], Any]] = {
-    "asked": lambda: LeaseRequest("me"),
     "edges": lambda: [0, 1],
     "error": lambda: ValueError("made up"),
     "gfn": lambda: 1,
@@ -66,6 +66,8 @@ BY_NAME: dict[str, Callable[[], Any]] = {
     "window": lambda: 0,
 }
 BY_ANNOTATION: dict[str, Callable[[], Any]] = {
+    "HarvestRequest": HarvestRequest,
+    "schema.LeaseRequest": lambda: LeaseRequest("me"),
     "bool": lambda: True,
     "bytes": lambda: bytes(8),
     "bytes | bytearray | memoryview": lambda: bytes(8),

@@ -13,7 +13,8 @@ from kvmhost.control.server import ControlServer
 from kvmhost.errors import LayoutError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
-from kvmhost.trackers.harvesting import REARM
+from kvmhost.process.attach import Attached
+from kvmhost.vm import Harvest, Harvestable, HarvestRequest
 
 pytestmark = pytest.mark.requires_kvm
 
@@ -25,6 +26,7 @@ CALLS: list[dict[str, Any]] = [
     {"gfn_start": 0x100, "n_pages": 64, "mask": np.ones(1, np.uint64)},
     {"rearm": "none"},
     {"rearm": "sample", "fraction": 0.5},
+    {"table_format": "stage2"},
 ]
 WRONG: list[dict[str, Any]] = [
     {"n_pages": 1 << 40},
@@ -32,7 +34,14 @@ WRONG: list[dict[str, Any]] = [
     {"gfn_start": -1, "n_pages": 5},
     {"tracker": "nonsense"},
     {"rearm": "nonsense"},
+    {"n_pages": -1},
     {"n_pages": 100, "mask": np.ones(1, np.uint64)},
+    {"n_pages": 64, "mask": np.ones(1, bool)},
+    {"n_pages": 64, "mask": [1]},
+    {"mask": np.ones(1, np.uint64)},
+    {"fraction": 0.5},
+    {"rearm": "sample", "fraction": 2.0},
+    {"table_format": "nonsense"},
 ]
 
 
@@ -59,25 +68,27 @@ def test_the_same_pages(both, how) -> None:
     machine.run_epoch()
     before = machine.harvest(clear=False).young
     assert before
-    assert client.harvest(clear=False) == before
-    here = machine.harvest(**how, clear=False).young
-    assert client.harvest(**how, clear=False) == here
+    assert client.harvest(clear=False).young == before
+    here, there = machine.harvest(**how, clear=False), client.harvest(**how, clear=False)
+    assert type(here) is type(there) is Harvest
+    assert there.young == here.young
+    assert there.young.provenance.table_format == here.young.provenance.table_format
 
 
 @pytest.mark.parametrize("how", WRONG, ids=str)
-def test_the_same_class_of_error(both, how) -> None:
+def test_the_same_error(both, how) -> None:
+    found = []
     for side in both:
         with pytest.raises(LayoutError) as caught:
             side.harvest(**how)
-        assert type(caught.value) is LayoutError
+        found.append((type(caught.value), str(caught.value), caught.value.field))
+    assert found[0] == found[1]
+    assert both[0].tracker_name is None, "what is refused starts no tracker"
 
 
-def test_the_same_arguments_and_defaults() -> None:
-    here = inspect.signature(Machine.harvest).parameters
-    there = inspect.signature(Client.harvest).parameters
-    assert {name: there[name].default for name in here} == {
-        name: parameter.default for name, parameter in here.items()
-    }
-    assert set(there) - set(here) == {"table_format"}
-    assert str(here["rearm"].annotation) == str(there["rearm"].annotation) == "Rearm"
-    assert REARM == ("none", "young", "all", "sample")
+def test_one_list_of_arguments() -> None:
+    assert Machine.harvest is Client.harvest is Attached.harvest is Harvestable.harvest
+    asked = inspect.signature(HarvestRequest).parameters
+    taken = inspect.signature(Machine.harvest).parameters
+    assert list(asked) == list(taken)[1:]
+    assert all(taken[name].default == asked[name].default for name in asked)

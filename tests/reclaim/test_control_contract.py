@@ -14,7 +14,8 @@ from fake_vm import FakeVm
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.control.client import Client
-from kvmhost.control.schema import HarvestCost, LeaseRequest
+from kvmhost.control.schema import LeaseRequest
+from kvmhost.vm import Harvest
 
 DONE, PINNED, ABSENT = 0, 1, 2
 METHODS = (
@@ -22,7 +23,6 @@ METHODS = (
     "evict",
     "give_back_lease",
     "harvest",
-    "harvest_timed",
     "lease",
     "memory",
     "resident",
@@ -39,7 +39,7 @@ def client(request):
     """A VM that has touched its pages and is paused, so that nothing changes by itself."""
     if request.param == "fake":
         fake = FakeVm()
-        fake.harvest_timed(0, fake.memory().gfn_end, tracker="auto")
+        fake.harvest(0, fake.memory().gfn_end, tracker="auto", fraction=None)
         return fake
     vm = request.getfixturevalue("hotcold")("contract", cold=0, scan_every=0)
     vm.goes_on()
@@ -82,16 +82,19 @@ def test_counters_have_the_fault_latency_of_the_pager(client):
 
 def test_a_harvest_returns_all_pages_and_its_cost(client):
     n_pages = client.memory().gfn_end
-    young, cost = client.harvest_timed(
+    found = client.harvest(
         0, n_pages, tracker="auto", clear=True, rearm="young", fraction=None, mask=None
     )
+    assert isinstance(found, Harvest)
+    young = found.young
     assert isinstance(young, YoungBitmap)
     assert (young.gfn_start, young.n_pages) == (0, n_pages)
     assert young.words.shape == (-(-n_pages // 64),)
-    assert isinstance(cost, HarvestCost)
-    assert cost.harvest_ns >= 0
-    assert cost.rearm_ns >= 0
-    again = client.harvest(0, n_pages, tracker="auto", clear=True, rearm="young", mask=young.words)
+    assert found.harvest_ns >= 0
+    assert found.rearm_ns >= 0
+    again = client.harvest(
+        0, n_pages, tracker="auto", clear=True, rearm="young", mask=young.words
+    ).young
     assert (again.gfn_start, again.n_pages) == (0, n_pages)
 
 

@@ -45,7 +45,7 @@ def test_harvest_of_a_running_guest(hotcold):
     vm.goes_on()
     vm.client.harvest()
     vm.goes_on()
-    young = vm.client.harvest()
+    young = vm.client.harvest().young
     assert young.provenance.tracker == "guestpt"
     assert young.provenance.window_end_ns > young.provenance.window_start_ns
     params = vm.client.state().params
@@ -60,14 +60,14 @@ def test_mask_and_clear_on_a_paused_guest(hotcold):
     vm.client.harvest()
     vm.goes_on()
     vm.client.pause()
-    seen = vm.client.harvest(clear=False)
-    assert vm.client.harvest(clear=False) == seen
+    seen = vm.client.harvest(clear=False).young
+    assert vm.client.harvest(clear=False).young == seen
     mask = np.zeros(seen.n_pages, bool)
     mask[HOT] = True
-    assert vm.client.harvest(mask=pack(mask)) == seen
-    left = vm.client.harvest()
+    assert vm.client.harvest(mask=pack(mask)).young == seen
+    left = vm.client.harvest().young
     assert left.as_bool().tolist() == (seen.as_bool() & ~mask).tolist()
-    assert vm.client.harvest().count() == 0
+    assert vm.client.harvest().young.count() == 0
     assert not vm.client.resume().paused
     assert vm.goes_on()
 
@@ -148,14 +148,14 @@ def test_sampled_harvests_of_a_running_guest(hotcold):
     vm.goes_on()
     vm.client.harvest()
     vm.goes_on()
-    hot = vm.client.harvest(HOT.start, 2048, rearm="sample", fraction=0.25)
+    hot = vm.client.harvest(HOT.start, 2048, rearm="sample", fraction=0.25).young
     assert hot.count() == 2048
     vm.client.pause()
     # Only one page in four was cleared; the guest may have touched it again since.
     for turn in range(3):
-        young = vm.client.harvest(HOT.start, 2048, rearm="sample", fraction=0.25)
+        young = vm.client.harvest(HOT.start, 2048, rearm="sample", fraction=0.25).young
         assert young.count() >= 2048 * (3 - turn) // 4 - 256
     vm.client.harvest(HOT.start, 2048, rearm="sample", fraction=0.25)
-    assert vm.client.harvest(HOT.start, 2048, clear=False).count() == 0
+    assert vm.client.harvest(HOT.start, 2048, clear=False).young.count() == 0
     with pytest.raises(LayoutError, match="fraction"):
         vm.client.harvest(rearm="sample", fraction=2.0)

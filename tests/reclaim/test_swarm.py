@@ -24,6 +24,7 @@ from kvmhost.control.server import ControlServer
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import TinyLayout
 from kvmhost.pager.results import EvictResult, ShrinkResult
+from kvmhost.vm import Harvest
 
 N = 1024
 
@@ -54,9 +55,9 @@ class Machine:
         self.here = self.memory.here = np.ones(N, bool)
         self._pager = Pager(self.here)
         self.vcpus = [types.SimpleNamespace(index=0, exits=0, doorbells=0, doorbell_value=0)]
-    def harvest(self, gfn_start, n_pages, **how):
+    def run_harvest(self, asked):
         young = YoungBitmap.from_gfns(0, N, range(100), provenance=Provenance("fake", "npt", 1, 2))
-        return types.SimpleNamespace(young=young, harvest_ns=5, rearm_ns=5)
+        return Harvest(young, 5, 5)
     def open_pager(self): return self._pager
     def close(self): self.memory.close()
 

@@ -29,7 +29,7 @@ LAYERS = {
             "units",
         },
         {"_ffi", "bitmap", "ownership"},
-        {"files"},
+        {"files", "vm"},
         {"kvm", "memory"},
         {"boot", "devices", "mmu", "pager"},
         {"engine"},
@@ -105,6 +105,7 @@ LAYERS = {
         {"registry"},
         {"harvesting"},
     ),
+    "kvmhost/vm": ({"names"}, {"harvest"}),
     "reclaim": (
         {"errors", "policy", "sdnotify", "young"},
         {"account", "record"},

@@ -73,7 +73,7 @@ def test_snapshot_opens_a_window_where_nobody_harvests_yet(vm, hot, tmp_path):
     assert [int(hot[0]), int(hot[-1]) + 1] in found["ranges"]
     assert found["tracker"] == "guestpt"
     # Looking changed nothing: the window is still open.
-    assert vm.harvest(clear=False).count() >= found["young"]
+    assert vm.harvest(clear=False).young.count() >= found["young"]
 
 
 def test_snapshot_for_people(vm, hot):
@@ -94,7 +94,7 @@ def test_snapshot_with_clear_begins_a_new_window(vm, tmp_path):
     assert kvmhost("young", "snapshot", "v", "--clear", "--out", str(out)).returncode == 0
     words = np.frombuffer(out.read_bytes(), "<u8")
     assert unpack(words, MEM_PAGES).sum() >= 1024
-    assert vm.harvest().count() == 0
+    assert vm.harvest().young.count() == 0
     vm.resume()
 
 

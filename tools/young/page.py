@@ -76,7 +76,7 @@ def _show_live(args: argparse.Namespace) -> int:
     """Show the current state of the page in a VM, without changing it."""
     with Client(args.source) as vm:
         page = vm.page(args.gfn)
-        bitmap = vm.harvest(args.gfn, 1, clear=False)
+        bitmap = vm.harvest(args.gfn, 1, clear=False).young
     facts = {
         **dataclasses_of(page),
         "young": bool(bitmap.count()),

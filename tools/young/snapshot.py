@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import YoungBitmap
-from kvmhost.control.schema import CLIENT_TIMEOUT_S, HarvestCost, MemoryMap
+from kvmhost.control.schema import CLIENT_TIMEOUT_S, MemoryMap
 from kvmhost.files import replacing
 from kvmhost.printable import printable
 from kvmhost.tools.args import seconds, share
@@ -28,6 +28,8 @@ from kvmhost.tools.young.common import (
     range_of,
 )
 from kvmhost.trackers.sampling import DEFAULT_FRACTION
+from kvmhost.vm import Harvest
+from kvmhost.vm.names import REARM, TABLE_FORMATS
 
 __all__ = ["main", "parser"]
 
@@ -57,21 +59,21 @@ def main(argv: Sequence[str]) -> int:
             with working(f"waiting for the end of a window of {window_s:g} s"):
                 time.sleep(window_s)
         with working(waiting):
-            bitmap, cost = vm.harvest_timed(
+            found = vm.harvest(
                 gfn_start,
                 n_pages,
                 tracker=args.tracker,
                 clear=args.clear,
                 rearm=args.rearm,
                 fraction=args.fraction,
-                table_format=args.format,
+                table_format=args.format or None,
             )
     if args.out is not None:
-        _write_bitmap(bitmap, args.out)
+        _write_bitmap(found.young, args.out)
     if args.json:
-        print(json.dumps(_summary(vm.vm, bitmap, cost, memory)))
+        print(json.dumps(_summary(vm.vm, found, memory)))
     else:
-        _print_snapshot(vm.vm, bitmap, cost, memory)
+        _print_snapshot(vm.vm, found, memory)
     return 0
 
 
@@ -85,7 +87,7 @@ def parser() -> CommandParser:
     add_vm_arguments(parser, or_pid=True)
     parser.add_argument(
         "--format",
-        choices=("", "tdp", "npt", "ept", "stage2", "radix"),
+        choices=("", *TABLE_FORMATS),
         default="",
         help="feed the harvest into a model table of this format and show what its walker finds "
         "(default: what the tracker finds)",
@@ -105,7 +107,7 @@ def parser() -> CommandParser:
     )
     parser.add_argument(
         "--rearm",
-        choices=("none", "young", "all", "sample"),
+        choices=REARM,
         default="young",
         help="with --clear: what to arm again (default: young); sample clears and re-arms "
         "only a fraction of the pages, other ones each time",
@@ -126,7 +128,8 @@ def parser() -> CommandParser:
     return parser
 
 
-def _summary(vm: str, bitmap: YoungBitmap, cost: HarvestCost, memory: MemoryMap) -> dict[str, Any]:
+def _summary(vm: str, found: Harvest, memory: MemoryMap) -> dict[str, Any]:
+    bitmap = found.young
     starts, ends = _runs(bitmap)
     return {
         "vm": vm,
@@ -135,8 +138,8 @@ def _summary(vm: str, bitmap: YoungBitmap, cost: HarvestCost, memory: MemoryMap)
         "young": bitmap.count(),
         "coarse": bitmap.coarse is not None,
         **dataclasses.asdict(bitmap.provenance),
-        "harvest_ns": cost.harvest_ns,
-        "rearm_ns": cost.rearm_ns,
+        "harvest_ns": found.harvest_ns,
+        "rearm_ns": found.rearm_ns,
         "regions": _regions(bitmap, memory),
         "ranges": np.stack([starts, ends], axis=1).tolist(),
     }
@@ -161,7 +164,8 @@ def _regions(bitmap: YoungBitmap, memory: MemoryMap) -> list[dict[str, int]]:
     return found
 
 
-def _print_snapshot(vm: str, bitmap: YoungBitmap, cost: HarvestCost, memory: MemoryMap) -> None:
+def _print_snapshot(vm: str, found: Harvest, memory: MemoryMap) -> None:
+    bitmap = found.young
     young, source = bitmap.count(), bitmap.provenance
     window = ""
     if source.window_start_ns:
@@ -173,7 +177,7 @@ def _print_snapshot(vm: str, bitmap: YoungBitmap, cost: HarvestCost, memory: Mem
     coarse = ", coarse: bits stand for more than one page" if bitmap.coarse is not None else ""
     where = f"tracker {source.tracker}, format {source.table_format}"
     print(f"{printable(where)}{window}{coarse}")
-    print(f"harvest {cost.harvest_ns / 1e6:.2f} ms, re-arming {cost.rearm_ns / 1e6:.2f} ms")
+    print(f"harvest {found.harvest_ns / 1e6:.2f} ms, re-arming {found.rearm_ns / 1e6:.2f} ms")
     for region in _regions(bitmap, memory):
         pages = region["gfn_end"] - region["gfn_start"]
         print(

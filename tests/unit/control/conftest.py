@@ -21,6 +21,7 @@ from kvmhost.pager.results import (
     ShrinkResult,
 )
 from kvmhost.trackers.harvesting import Harvester
+from kvmhost.vm import Harvestable
 
 GFN_HIGH = 0x4000
 
@@ -113,7 +114,7 @@ class FakeHarvester(Harvester):
         return self._machine.use_tracker(name)
 
 
-class FakeMachine:
+class FakeMachine(Harvestable):
     """What the control server uses of a machine. Two regions with a hole between them."""
 
     def __init__(self, name="fake"):
@@ -166,8 +167,8 @@ class FakeMachine:
     def tracker_name(self):
         return self.tracker and self.tracker.name
 
-    def harvest(self, gfn_start, n_pages, **how):
-        return self.harvester.harvest(gfn_start, n_pages, **how)
+    def run_harvest(self, asked):
+        return self.harvester.harvest(asked)
 
     def note_young(self, young):
         if self.has_pager:

@@ -68,8 +68,8 @@ def test_a_range_beyond_the_vm_costs_nothing(serve, machine, method, path, field
 
 
 def test_the_whole_vm_can_be_asked_for(vm):
-    assert vm.harvest(0, GFN_END).n_pages == GFN_END
-    assert vm.harvest(GFN_END).n_pages == 0
+    assert vm.harvest(0, GFN_END).young.n_pages == GFN_END
+    assert vm.harvest(GFN_END).young.n_pages == 0
     assert vm.resident(GFN_END - 1).size == 1
 
 

@@ -74,16 +74,17 @@ def test_resident_is_by_gfn_and_skips_the_hole(vm, machine):
 
 def test_harvest_clears_and_rearms_what_it_cleared(vm, machine):
     machine.use_tracker().young = {5, 70, GFN_HIGH}
-    bitmap, cost = vm.harvest_timed()
+    found = vm.harvest()
+    bitmap = found.young
     assert bitmap.gfns().tolist() == [5, 70, GFN_HIGH]
     assert bitmap.n_pages == GFN_HIGH + 256
     assert bitmap.coarse is None
     source = bitmap.provenance
     assert (source.tracker, source.table_format) == ("guestpt", "npt")
     assert (source.window_start_ns, source.window_end_ns) == (10, 20)
-    assert cost.harvest_ns > 0
+    assert found.harvest_ns > 0
     assert machine.tracker.rearmed == [(0, GFN_HIGH + 256, [5, 70, GFN_HIGH])]
-    assert vm.harvest().count() == 0
+    assert vm.harvest().young.count() == 0
     assert vm.counters().harvest.harvests == 2
     assert vm.counters().harvest.n_young == 3
     machine = vm.counters().machine
@@ -93,7 +94,7 @@ def test_harvest_clears_and_rearms_what_it_cleared(vm, machine):
 def test_harvest_without_clear_changes_nothing(vm, machine):
     machine.use_tracker().young = {5}
     for _ in range(2):
-        assert vm.harvest(0, 64, clear=False).gfns().tolist() == [5]
+        assert vm.harvest(0, 64, clear=False).young.gfns().tolist() == [5]
     assert machine.tracker.rearmed == []
 
 
@@ -101,9 +102,9 @@ def test_harvest_with_mask_clears_only_that(vm, machine):
     machine.use_tracker().young = {5, 6}
     mask = np.zeros(100, bool)
     mask[6] = True
-    assert vm.harvest(0, 100, mask=pack(mask)).gfns().tolist() == [5, 6]
+    assert vm.harvest(0, 100, mask=pack(mask)).young.gfns().tolist() == [5, 6]
     assert machine.tracker.rearmed == [(0, 100, [6])]
-    assert vm.harvest(0, 100).gfns().tolist() == [5]
+    assert vm.harvest(0, 100).young.gfns().tolist() == [5]
 
 
 def test_rearm_kinds(vm, machine):
@@ -118,7 +119,7 @@ def test_a_sample_clears_every_page_once_in_its_turns(vm, machine):
     armed = []
     for _ in range(4):
         machine.use_tracker().young = set(young)
-        assert vm.harvest(0, 64, rearm="sample", fraction=0.25).count() == 64
+        assert vm.harvest(0, 64, rearm="sample", fraction=0.25).young.count() == 64
         # Another range has turns of its own, and a look takes nobody's.
         vm.harvest(100, 64, rearm="sample", fraction=0.25)
         vm.harvest(0, 64, rearm="sample", fraction=0.25, clear=False)
@@ -148,18 +149,20 @@ def test_bad_samples(vm):
 
 
 def test_auto_keeps_the_tracker_in_use(vm):
-    assert vm.harvest(tracker="pagemap").provenance.tracker == "pagemap"
-    assert vm.harvest().provenance.tracker == "pagemap"
+    assert vm.harvest(tracker="pagemap").young.provenance.tracker == "pagemap"
+    assert vm.harvest().young.provenance.tracker == "pagemap"
     assert vm.state().tracker == "pagemap"
-    assert vm.harvest(tracker="guestpt").provenance.tracker == "guestpt"
+    assert vm.harvest(tracker="guestpt").young.provenance.tracker == "guestpt"
 
 
 def test_bad_harvests(vm):
-    assert "mask of 8 bytes" in str(
+    assert "100 pages need uint64, shape (2,)" in str(
         refused(LayoutError, vm.harvest, 0, 100, mask=np.zeros(1, np.uint64))
     )
+    with pytest.raises(LayoutError, match="mask of 8 bytes: 100 pages need 16"):
+        vm._call("POST", "harvest", params={"n_pages": 100}, content=bytes(8))
     assert "memory ends at" in str(refused(LayoutError, vm.harvest, 0, 1 << 40))
-    assert "gfn_start" in str(refused(LayoutError, vm.harvest, -1, 5))
+    assert refused(LayoutError, vm.harvest, -1, 5).field == "gfn_start"
     assert "rearm" in str(refused(LayoutError, vm.harvest, 0, 5, rearm="x"))
     error = refused(CapabilityError, vm.harvest, tracker="broken")
     assert "take another" in str(error)

@@ -9,7 +9,8 @@ import pytest
 
 from kvmhost.bitmap import Provenance, YoungBitmap, pack
 from kvmhost.errors import LayoutError
-from kvmhost.mmu.feed import FORMATS, Feed
+from kvmhost.mmu.feed import Feed
+from kvmhost.vm.names import TABLE_FORMATS as FORMATS
 
 
 @dataclasses.dataclass(frozen=True)

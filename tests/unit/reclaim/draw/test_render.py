@@ -13,6 +13,7 @@ from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
 from kvmhost.reclaim.draw.heatmap import Heatmap, bin_edges, bin_shares, live_heatmap
 from kvmhost.reclaim.draw.render import render_heatmap
+from kvmhost.vm import Harvest
 
 
 @settings(deadline=None)
@@ -112,7 +113,7 @@ class FakeClient:
         if not self.windows:
             raise VmGoneError("a", "hung up")
         self.windows -= 1
-        return bitmap(0x400, start=gfn_start, pages=n_pages or 256)
+        return Harvest(bitmap(0x400, start=gfn_start, pages=n_pages or 256), 1, 1)
 
 
 def test_a_live_recording_has_its_windows_end_to_end():

@@ -15,7 +15,6 @@ from kvmhost import trackers
 from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.control.schema import (
     Counters,
-    HarvestCost,
     HarvestTotals,
     LeaseInfo,
     MachineCounters,
@@ -35,6 +34,7 @@ from kvmhost.reclaim.watch.map import (
     sparkline,
 )
 from kvmhost.units import size_text
+from kvmhost.vm import Harvest
 
 PAGES = 4096
 
@@ -77,7 +77,7 @@ class FakeVm:
         machine = MachineCounters(0, 0, 1.0, 8 << 20)
         return Counters(machine, HarvestTotals(0, 0, 0, 0, 0), self.pager)
 
-    def harvest_timed(self, gfn_start, n_pages, *, tracker, clear):
+    def harvest(self, *, tracker, clear):
         self._here()
         if tracker not in self.works:
             raise ControlError(501, f"tracker {tracker} does not work here")
@@ -86,7 +86,7 @@ class FakeVm:
         bitmap = YoungBitmap.from_gfns(
             0, PAGES, np.flatnonzero(self.young).tolist(), provenance=source
         )
-        return bitmap, HarvestCost(1_500_000, 2_000_000)
+        return Harvest(bitmap, 1_500_000, 2_000_000)
 
 
 @pytest.fixture

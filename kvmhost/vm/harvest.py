@@ -1,0 +1,184 @@
+"""Arguments and result of a harvest, the same for a machine, its client and a process.
+
+:class:`Harvestable` has the one list of arguments; whoever can be harvested implements
+:meth:`Harvestable.run_harvest` on a :class:`HarvestRequest`, which is checked.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import typing
+
+from kvmhost.errors import LayoutError
+from kvmhost.vm.names import REARM, TABLE_FORMATS, Rearm, TableFormat, check_name
+
+if typing.TYPE_CHECKING:
+    from kvmhost.bitmap import Words, YoungBitmap
+
+__all__ = ["MIN_FRACTION", "Harvest", "HarvestRequest", "Harvestable", "check_mask", "check_range"]
+
+#: The smallest part of the pages that a harvest with ``rearm="sample"`` clears.
+MIN_FRACTION = 1 / 65536
+_GFN_BITS = 52
+
+
+@dataclasses.dataclass(frozen=True)
+class Harvest:
+    """Result of a harvest: the young pages, and the cost of finding and of re-arming them."""
+
+    young: YoungBitmap
+    harvest_ns: int
+    rearm_ns: int
+
+    @property
+    def n_young(self) -> int:
+        """Number of young pages."""
+        return self.young.count()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HarvestRequest:
+    """Arguments of a harvest, as :meth:`Harvestable.harvest` documents them; checked.
+
+    What depends on the VM is not checked here: whether the range is in its memory, and
+    whether it has the tracker.
+
+    :raises LayoutError: if an argument is wrong; names it
+    """
+
+    gfn_start: int = 0
+    n_pages: int | None = None
+    _: dataclasses.KW_ONLY
+    tracker: str = "auto"
+    clear: bool = True
+    rearm: Rearm = "young"
+    fraction: float | None = None
+    mask: Words | None = None
+    table_format: TableFormat | None = None
+
+    def __post_init__(self) -> None:
+        n_pages = 0 if self.n_pages is None else self.n_pages
+        if self.gfn_start < 0 or n_pages < 0 or (self.gfn_start + n_pages) >> _GFN_BITS:
+            raise LayoutError(
+                f"harvest: bad range of {n_pages} pages from gfn {self.gfn_start:#x}",
+                field="n_pages" if n_pages < 0 else "gfn_start",
+            )
+        check_name("rearm", self.rearm, REARM, "rearm")
+        if self.fraction is not None:
+            self._check_fraction(self.fraction)
+        if self.table_format is not None:
+            check_name("table format", self.table_format, TABLE_FORMATS, "table_format")
+        if self.n_pages is not None:
+            check_mask(self.mask, self.n_pages)
+
+    def _check_fraction(self, fraction: float) -> None:
+        if self.rearm != "sample":
+            raise LayoutError(
+                f'a fraction goes with rearm="sample", not {self.rearm!r}', field="fraction"
+            )
+        if not MIN_FRACTION <= fraction <= 1:
+            raise LayoutError(
+                f"a fraction of {fraction:g}: need one from 1/{1 / MIN_FRACTION:.0f} to 1",
+                field="fraction",
+            )
+
+    def within(self, gfn_end: int) -> HarvestRequest:
+        """Return the request for a VM: without ``n_pages``, to the end of its memory.
+
+        :param gfn_end: the first gfn above all memory
+        :raises LayoutError: if the range ends beyond it, or the mask has another size
+        """
+        sized = self
+        if self.n_pages is None:
+            sized = dataclasses.replace(self, n_pages=max(0, gfn_end - self.gfn_start))
+        check_range(sized.gfn_start, sized.count, gfn_end)
+        return sized
+
+    @property
+    def count(self) -> int:
+        """Number of pages, of a request that :meth:`within` returned."""
+        if self.n_pages is None:
+            raise TypeError("the number of pages is not known before within()")
+        return self.n_pages
+
+
+class Harvestable(abc.ABC):
+    """A VM, a client of one, or a process, that can be harvested."""
+
+    def harvest(
+        self,
+        gfn_start: int = 0,
+        n_pages: int | None = None,
+        *,
+        tracker: str = "auto",
+        clear: bool = True,
+        rearm: Rearm = "young",
+        fraction: float | None = None,
+        mask: Words | None = None,
+        table_format: TableFormat | None = None,
+    ) -> Harvest:
+        """Return the young pages of a range; concurrent calls wait.
+
+        :param n_pages: None: to the end of memory
+        :param tracker: ``auto`` keeps the one in use: a change begins a new window
+        :param clear: begin a new window for the young pages
+        :param rearm: ``none``; ``young``, the pages that this cleared; ``all`` of the range;
+            ``sample``, clear and re-arm a ``fraction`` only, other pages at each harvest: the
+            guest pays less, and a page that is no longer touched reads as young for
+            ``1 / fraction`` harvests
+        :param fraction: with ``sample``, from 1/65536 to 1; None: a default that was measured
+        :param mask: shape ``(ceil(n_pages / 64),)``, ``uint64``: clear only where the bit is 1
+        :param table_format: feed the harvest into a model table of this format and return
+            what its walker finds; None: what the tracker finds
+        :raises CapabilityError: if the tracker does not work here
+        :raises LayoutError: if an argument is wrong; then the tracker in use and its state
+            do not change
+        """
+        return self.run_harvest(
+            HarvestRequest(
+                gfn_start,
+                n_pages,
+                tracker=tracker,
+                clear=clear,
+                rearm=rearm,
+                fraction=fraction,
+                mask=mask,
+                table_format=table_format,
+            )
+        )
+
+    @abc.abstractmethod
+    def run_harvest(self, asked: HarvestRequest) -> Harvest:
+        """Do what :meth:`harvest` documents, with checked arguments."""
+
+
+def check_range(gfn_start: int, n_pages: int, gfn_end: int) -> None:
+    """Check a range of a VM's gfns before anything is allocated for it.
+
+    :param gfn_end: the first gfn above all memory
+    :raises LayoutError: for a negative start or length, or an end beyond ``gfn_end``
+    """
+    if gfn_start < 0 or n_pages < 0:
+        raise LayoutError(f"harvest: bad range of {n_pages} pages from gfn {gfn_start:#x}")
+    if gfn_start + n_pages > gfn_end:
+        raise LayoutError(
+            f"{n_pages} pages from gfn {gfn_start:#x}: memory ends at gfn {gfn_end:#x}",
+            field="n_pages" if gfn_start <= gfn_end else "gfn_start",
+        )
+
+
+def check_mask(mask: Words | None, n_pages: int) -> None:
+    """Check that a mask has the size of a range.
+
+    :raises LayoutError: for another shape than ``(ceil(n_pages / 64),)``, or another type
+    """
+    if mask is None:
+        return
+    shape, kind = getattr(mask, "shape", None), getattr(mask, "dtype", type(mask).__name__)
+    if shape != ((n_pages + 63) // 64,) or kind != "uint64":
+        raise LayoutError(
+            f"harvest: mask of {kind}, shape {shape}: {n_pages} pages need "
+            f"uint64, shape ({(n_pages + 63) // 64},)",
+            field="mask",
+        )

@@ -1,0 +1,30 @@
+"""The names that choose something, as types; a parser takes its choices from them."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any, Literal
+
+from kvmhost.errors import LayoutError
+from kvmhost.suggest import unknown_name
+
+__all__ = ["REARM", "TABLE_FORMATS", "Rearm", "TableFormat", "check_name"]
+
+#: Pages to re-arm after a harvest.
+Rearm = Literal["none", "young", "all", "sample"]
+REARM: tuple[Rearm, ...] = typing.get_args(Rearm)
+
+#: Formats of model tables. ``tdp`` is ``npt``.
+TableFormat = Literal["tdp", "npt", "ept", "stage2", "radix"]
+TABLE_FORMATS: tuple[TableFormat, ...] = typing.get_args(TableFormat)
+
+
+def check_name(what: str, name: Any, known: typing.Iterable[str], field: str = "") -> None:
+    """Check that a name is one of the known ones.
+
+    :param what: kind of the name, such as ``tracker``
+    :param field: the argument that holds it
+    :raises LayoutError: if it is not; names the closest one
+    """
+    if name not in (names := tuple(known)):
+        raise LayoutError(unknown_name(what, str(name), names), field=field)
