@@ -117,3 +117,24 @@ def test_a_refaulted_page_outlives_cold_ones(world: World) -> None:
     world.pager.set_limit(200)
     world.pager.shrink()
     assert world.resident()[:64].all()
+
+
+@pytest.mark.parametrize("way", ["evict", "drop"])
+def test_a_page_that_left_has_no_history(world: World, way: str) -> None:
+    """64 pages that were young in every window leave; then they are as cold as any."""
+    young = np.zeros(1000, dtype=bool)
+    young[:128] = True
+    for _ in range(8):
+        world.pager.note_young(YoungBitmap(0, 1000, pack(young)))
+    world.pager.arm()
+    if way == "evict":
+        world.pager.evict(world.gfns[:64])
+    else:
+        world.pager.drop(0, 64)
+    world.memory.array(0, (64, 512), "<u8")[:, 0] = 7
+    assert world.resident()[:64].all()
+    # All pages but those that were young go; among these are the ones that left.
+    world.pager.set_limit(70)
+    world.pager.shrink()
+    assert world.resident()[64:128].all()
+    assert world.resident()[:64].sum() <= 6

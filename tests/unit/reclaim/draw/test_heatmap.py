@@ -191,6 +191,24 @@ def test_what_does_not_fit_the_budget_is_left_out(tmp_path):
         assert len(out.getvalue()) < 20_000 + 40_000
 
 
+def test_guests_above_a_gibibyte_have_each_page_in_its_place(tmp_path):
+    """Bits are read in stripes of 1 GiB: here two and a part of a third."""
+    n_pages = (2 << 18) + 5000
+    young = [3, (1 << 18) - 1, 1 << 18, (1 << 18) + 70, (2 << 18) - 9, 2 << 18, n_pages - 1]
+    gfns = [frozenset(young), frozenset(young[::2])]
+    windows = [Window(n_pages, found, None, i + 1, i + 2) for i, found in enumerate(gfns)]
+    write(tmp_path / "r", 0, windows).close()
+    with YoungRecord.open(tmp_path / "r") as record:
+        pyramid = build_pyramid(RecordView(record), 1 << 30)
+    assert pyramid.left_out == []
+    for level, steps in pyramid.levels.items():
+        cells = cells_of(steps[0])
+        expected = np.zeros_like(cells)
+        for at, found in enumerate(gfns):
+            np.add.at(expected[:, at], np.array(sorted(found)) >> level, 1)
+        assert np.array_equal(cells, expected), level
+
+
 # -- the time axis -------------------------------------------------------------
 
 

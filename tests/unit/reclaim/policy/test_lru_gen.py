@@ -102,6 +102,48 @@ def test_a_tier_that_refaults_more_is_protected(pages):
     assert set(policy.victims(512, pages.everything(n), 0).tolist()) == set(never)
 
 
+@pytest.mark.parametrize(("generations", "counted"), [(0, 64), (31, 64), (32, 0), (300, 0)])
+def test_only_a_return_within_32_generations_counts_against_the_eviction(
+    pages, generations, counted
+):
+    policy = LruGen(4096, seed=None)
+    passes(policy, pages, [], [], [])
+    gone = policy.victims(64, pages.everything(4096), 0)
+    policy.evicted(gone, 0)
+    passes(policy, pages, *[[]] * generations)
+    policy.refaulted(gone, 0)
+    counters = policy.counters()
+    assert counters["tier0_refaulted"] == counted
+    assert counters["refaulted"] == 64
+
+
+def test_a_page_is_counted_as_evicted_or_as_protected_but_not_as_both(pages):
+    n = 1024
+    policy = LruGen(n, seed=None)
+    often = range(512)
+    passes(policy, pages, [], [], [])
+    for _ in range(8):
+        passes(policy, pages, often, often, [], [], [])
+        gone = policy.victims(256, pages.mask(n, often), 0)
+        policy.evicted(gone, 0)
+        policy.refaulted(gone, 0)
+        policy.evicted(pages.array(range(512, n)), 0)
+    passes(policy, pages, [], [], [])
+    # All pages that no tier protects are evicted, and 100 of those that one does.
+    assert policy.counters()["last_evictable_tier"] < policy.explain(0)["tier"]
+
+    def counted():
+        return sum(policy.counters()[f"tier{tier}_total"] for tier in range(5))
+
+    before = counted()
+    gone = policy.victims(512 + 100, pages.everything(n), 0)
+    evicted = np.sort(gone[gone < 512])
+    assert evicted.tolist() == list(range(256, 356))
+    policy.evicted(gone, 0)
+    # The first 256 pages, which refaulted, are in a younger generation: not passed over.
+    assert counted() - before == 512 + 256
+
+
 # -- probing and the filter ----------------------------------------------------
 
 
