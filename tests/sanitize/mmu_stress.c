@@ -10,7 +10,8 @@
  *
  * Conservation: every accessed bit that came to be (born with its leaf, set by an
  * access, copied by a split) was cleared by exactly one harvest or clear_young,
- * dropped with its leaf, merged by a collapse, or is still there.
+ * dropped with its leaf, merged by a collapse, or is still there. A harvest that
+ * clears all that it finds reports what it cleared, and nothing that another did.
  */
 #include "mmu_internal.h"
 
@@ -27,7 +28,7 @@
 
 static struct kh_mmu *mmu;
 static bool stop;
-static uint64_t harvested, lost, poisoned, bad_pointers, yields, harvests;
+static uint64_t harvested, lost, poisoned, bad_pointers, yields, harvests, misreported;
 static uint64_t maps, unmaps, splits, collapses, zaps, invalidations;
 
 static bool stopped(void)
@@ -50,6 +51,17 @@ static void pause_for(uint64_t us)
 	nanosleep(&t, NULL);
 }
 
+/* Whether a harvest without a mask reported more than it cleared itself. */
+static bool reports_too_much(const struct kh_walk_stats *stats, const uint64_t *young,
+			     const uint64_t *coarse)
+{
+	uint64_t single = 0;
+
+	for (unsigned int i = 0; i < N_PAGES / 64 + 1; i++)
+		single += (uint64_t)__builtin_popcountll(young[i] & ~coarse[i]);
+	return stats->young != stats->cleared || single > stats->cleared;
+}
+
 static void *harvester(void *argument)
 {
 	uint64_t random = (uint64_t)(uintptr_t)argument;
@@ -58,14 +70,17 @@ static void *harvester(void *argument)
 	while (!stopped()) {
 		struct kh_walk_stats stats = { 0 };
 		struct kh_segment segment = { .gfn_start = draw(&random, N_PAGES) };
+		bool masked = !draw(&random, 4);
 
 		segment.n_pages = 1 + draw(&random, N_PAGES - segment.gfn_start);
 		for (unsigned int i = 0; i < N_PAGES / 64 + 1; i++)
 			mask[i] = draw(&random, UINT64_MAX);
 		memset(young, 0, sizeof(young));
 		memset(coarse, 0, sizeof(coarse));
-		kh_mmu_harvest(mmu, &segment, 1, KH_HARVEST_CLEAR,
-			       draw(&random, 4) ? NULL : mask, young, coarse, &stats);
+		kh_mmu_harvest(mmu, &segment, 1, KH_HARVEST_CLEAR, masked ? mask : NULL, young,
+			       coarse, &stats);
+		if (!masked && reports_too_much(&stats, young, coarse))
+			kh_count(&misreported, 1);
 		kh_count(&harvested, stats.cleared);
 		kh_count(&lost, stats.lost);
 		kh_count(&poisoned, stats.poisoned);
@@ -263,13 +278,14 @@ static int balance(const char *name)
 	       (unsigned long long)lost, (unsigned long long)yields,
 	       (unsigned long long)s.faults, (unsigned long long)s.fault_retries,
 	       (unsigned long long)s.freed);
-	ok = in == out && !poisoned && !bad_pointers && s.retired == 0 && harvested && collapses &&
+	ok = in == out && !poisoned && !bad_pointers && !misreported && s.retired == 0 && harvested && collapses &&
 	     splits && zaps && s.freed;
 	if (!ok)
-		printf("  FAILED: in %llu out %llu poisoned %llu bad pointers %llu retired %llu\n",
+		printf("  FAILED: in %llu out %llu poisoned %llu bad pointers %llu retired %llu "
+		       "misreported %llu\n",
 		       (unsigned long long)in, (unsigned long long)out,
 		       (unsigned long long)poisoned, (unsigned long long)bad_pointers,
-		       (unsigned long long)s.retired);
+		       (unsigned long long)s.retired, (unsigned long long)misreported);
 	kh_mmu_release(mmu);
 	kh_mmu_synchronize(mmu);
 	kh_mmu_get_stats(mmu, &s);
