@@ -297,4 +297,4 @@ class Daemon:
 
 
 #: Options of [daemon] that only a restart changes.
-_FIXED = ("name", "dry_run", "passes", "json", "metrics_port")
+_FIXED = ("name", "dry_run", "passes", "json", "log_file", "metrics_port")

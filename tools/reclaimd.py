@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import json
-import logging
 import os
 import signal
 import sys
-import threading
-import typing
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 from kvmhost import __version__
 from kvmhost.control.paths import NameLock
-from kvmhost.printable import printable
-from kvmhost.reclaim.account.events import Dropped, Event, Notice, PassReport
 from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.control.metrics import Metrics
 from kvmhost.reclaim.control.paths import lock_daemon, socket_of, sweep
@@ -31,7 +24,7 @@ from kvmhost.reclaim.sdnotify import SdNotifier
 from kvmhost.reclaim.settings.config import Option, load, options, read_flag, to_toml
 from kvmhost.reclaim.settings.options import Config, VmOptions
 from kvmhost.tools.parser import CommandParser
-from kvmhost.tools.terminal import log_to_stderr
+from kvmhost.tools.reclaimlog import open_event_log
 
 __all__ = ["main", "parser"]
 
@@ -62,21 +55,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _serve(config: Config, path: str | None, flags: dict[str, Any], lock: NameLock) -> int:
-    printer = _Printer(config.log == "json")
     context = DaemonContext.of(config, socket=str(socket_of(lock.name)))
-    daemon = Daemon(
-        context,
-        printer.tell,
-        reread=None if path is None else lambda: load(path, flags),
-        notifier=SdNotifier(),
-    )
-    metrics = Metrics(daemon)
     with contextlib.closing(context), contextlib.ExitStack() as stack:
+        log = stack.enter_context(open_event_log(config.daemon))
+        daemon = Daemon(
+            context,
+            log.tell,
+            reread=None if path is None else lambda: load(path, flags),
+            notifier=SdNotifier(),
+        )
+        metrics = Metrics(daemon)
         server = stack.enter_context(DaemonServer(daemon, metrics, lock))
         if config.daemon.metrics_port:
             stack.enter_context(_tcp(metrics, config.daemon.metrics_port))
         if sys.stderr.isatty():
-            print(f"daemon socket: {printable(server.path)}", file=sys.stderr)
+            log.message("info", f"daemon socket: {server.path}")
         return _run(daemon)
 
 
@@ -113,56 +106,6 @@ def _tcp(metrics: Metrics, port: int) -> Iterator[None]:
         ) from error
     with contextlib.closing(server):
         yield
-
-
-class _Printer:
-    """Writes the log: events to standard output, errors to standard error."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json, self._silent = as_json, False
-        self._lock = threading.Lock()
-        log_to_stderr("reclaimd: %(message)s", "reclaim", "kvmhost")
-        for name in ("reclaim", "kvmhost") if as_json else ():
-            logging.getLogger(name).handlers = [_JsonHandler(self)]
-
-    def tell(self, event: Event) -> None:
-        """Write one event."""
-        bad = isinstance(event, Dropped | Notice) and event.failed
-        if self._as_json:
-            self.write(json.dumps({"event": _KINDS[type(event)]} | dataclasses.asdict(event)))
-        else:
-            to_stderr = bad or isinstance(event, Notice)
-            self.write(printable(event.line()), sys.stderr if to_stderr else sys.stdout)
-
-    def write(self, line: str, stream: typing.TextIO | None = None) -> None:
-        """Write one line. The daemon continues if the log can no longer be written."""
-        with self._lock:
-            if self._silent:
-                return
-            try:
-                print(line, file=stream or sys.stdout, flush=True)
-            except (OSError, ValueError):
-                self._silent = True
-                # Prevent another error of the interpreter at exit.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-_KINDS: dict[type, str] = {PassReport: "pass", Dropped: "dropped", Notice: "notice"}
-
-
-class _JsonHandler(logging.Handler):
-    """Writes log records as events."""
-
-    def __init__(self, printer: _Printer) -> None:
-        super().__init__()
-        self._printer = printer
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._printer.write(
-            json.dumps(
-                {"event": "log", "level": record.levelname.lower(), "text": record.getMessage()}
-            )
-        )
 
 
 def parser() -> CommandParser:

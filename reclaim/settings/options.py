@@ -7,7 +7,7 @@ reads both.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 
@@ -49,6 +49,12 @@ class DaemonOptions(_Section, frozen=True):
         int, _about("exit after this many passes over each VM; 0: never", ge=0, lt=1 << 52)
     ] = 0
     json: Annotated[bool, _about("write the log as one JSON object per line")] = False
+    log_file: Annotated[
+        str,
+        _about(
+            "append the log to this file; empty: standard output, unless a table is shown there"
+        ),
+    ] = ""
     metrics_port: Annotated[
         int, _about("also serve metrics on this TCP port of 127.0.0.1; 0: off", ge=0, lt=65536)
     ] = 0
@@ -190,8 +196,3 @@ class Config(_Section, frozen=True):
             if fnmatch.fnmatchcase(name, pattern):
                 return options
         return self.defaults
-
-    @property
-    def log(self) -> Literal["json", "lines"]:
-        """Format of the log."""
-        return "json" if self.daemon.json else "lines"
