@@ -1,4 +1,4 @@
-"""Arguments that several commands share: sizes, parameters, images, engines."""
+"""Parsers of arguments: sizes, times, shares, numbers, ranges, parameters, images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import typing
 from pathlib import Path
 
 from kvmhost.errors import ImageError, LayoutError
-from kvmhost.pager.options import CODECS, MAX_PREFETCH_PAGES, StoreOptions
 from kvmhost.units import Bytes, Mark, Seconds, Share
 
 if typing.TYPE_CHECKING:
@@ -16,8 +15,6 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "about",
-    "add_machine_arguments",
-    "add_store_arguments",
     "count",
     "find_image",
     "gfn",
@@ -31,7 +28,6 @@ __all__ = [
     "seconds",
     "share",
     "size_bytes",
-    "store_options",
     "window_range",
 ]
 
@@ -238,94 +234,3 @@ def find_image(name: str) -> Path:
         return image_path(name)
     except FileNotFoundError as error:
         raise ImageError(name, "image", f"no such file; {error}") from None
-
-
-def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every command that boots a guest takes."""
-    parser.add_argument(
-        "--engine",
-        default="auto",
-        choices=("auto", "kvm", "emulated"),
-        help="what runs the vCPUs; auto takes kvm where /dev/kvm works (default: auto)",
-    )
-    parser.add_argument(
-        "--mem",
-        type=mem_bytes,
-        default=64 << 20,
-        metavar="SIZE",
-        help="guest memory, for example 256M; a bare number is bytes "
-        "(default: 64M, 128M for images of a PC)",
-    )
-    parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="vCPUs (default: 1)")
-    parser.add_argument(
-        "--param",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="parameter of the guest, may be repeated; kvmhost guests lists them",
-    )
-
-
-def add_store_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that select where evicted pages are stored."""
-    parser.add_argument(
-        "--store",
-        type=_store_path,
-        default=None,
-        metavar="memory|FILE",
-        help="keep evicted pages in memory, or in a file that is made and removed "
-        "(default: memory)",
-    )
-    parser.add_argument(
-        "--codec",
-        choices=CODECS,
-        default="auto",
-        help="compression of evicted pages (default: auto, which is lz4 where it can be had)",
-    )
-    parser.add_argument(
-        "--store-limit",
-        type=size_bytes,
-        default=0,
-        metavar="SIZE",
-        help="memory, or bytes of the file, that the store may hold, at least 32K; a full store "
-        "refuses (default: no limit)",
-    )
-    parser.add_argument(
-        "--refuse-incompressible",
-        action="store_true",
-        help="keep pages that do not compress resident (default: they are stored as they are)",
-    )
-    parser.add_argument(
-        "--prefetch",
-        type=int,
-        default=0,
-        metavar="PAGES",
-        help="with a page that is touched, bring back up to so many after it that were "
-        f"evicted together with it, at most {MAX_PREFETCH_PAGES} (default: 0)",
-    )
-    parser.add_argument(
-        "--memory-wait",
-        type=seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="how long a fault waits for memory on the host before the VM ends (default: 60)",
-    )
-
-
-def _store_path(text: str) -> Path | None:
-    return None if text == "memory" else Path(text)
-
-
-def store_options(args: argparse.Namespace) -> StoreOptions:
-    """Return the store options given by the arguments of :func:`add_store_arguments`.
-
-    :raises LayoutError: for numbers out of range
-    """
-    return StoreOptions(
-        codec=args.codec,
-        path=args.store,
-        limit_bytes=args.store_limit,
-        memory_wait_s=args.memory_wait,
-        refuse_incompressible=args.refuse_incompressible,
-        prefetch_pages=args.prefetch,
-    )

@@ -14,6 +14,7 @@ from kvmhost.printable import printable
 from kvmhost.reclaim.pressure import probe
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.verdicts import verdicts
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["main", "parser"]
 
@@ -37,7 +38,7 @@ def parser() -> CommandParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--all", action="store_true", help="list everything that was tried")
-    parser.add_argument("--json", action="store_true", help="print one JSON object with both")
+    add_option(parser, "--json")
     return parser
 
 

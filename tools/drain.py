@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from kvmhost.control.client import Client
 from kvmhost.errors import LayoutError
-from kvmhost.tools.args import seconds
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option, add_vm
 
 __all__ = ["main", "parser"]
 
@@ -52,18 +52,19 @@ def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(
         prog="kvmhost drain",
-        description="Bring every evicted page of a running VM back, and lift its resident limit.",
+        description="Bring every evicted page of a running VM back, and remove its resident limit.",
     )
-    parser.add_argument("vm", help="the VM's name, or the path of its control socket")
-    parser.add_argument(
+    add_vm(parser)
+    add_option(
+        parser,
         "--timeout",
-        type=seconds,
-        default=600.0,
-        metavar="SECONDS",
-        help="give up after this time; the VM goes on draining (default: 600)",
+        default="10m",
+        help="give up after this time; the VM continues to drain",
     )
     parser.add_argument(
-        "--force", action="store_true", help="also while a daemon manages the VM and evicts again"
+        "--force",
+        action="store_true",
+        help="drain even if a daemon manages the VM, which may evict pages again",
     )
-    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    add_option(parser, "--json")
     return parser

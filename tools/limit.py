@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from kvmhost.control.client import Client
-from kvmhost.tools.args import seconds, size_bytes
+from kvmhost.tools.args import size_bytes
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option, add_vm
 
 __all__ = ["main", "parser"]
 
@@ -41,16 +42,15 @@ def parser() -> CommandParser:
         "now, and hold it from then on.",
         epilog="Exit code 1 if pages above the limit cannot be evicted.",
     )
-    parser.add_argument("vm", help="the VM's name, or the path of its control socket")
+    add_vm(parser)
     parser.add_argument(
-        "size", type=size_bytes, metavar="SIZE", help="for example 64M; 0 lifts the limit"
+        "size", type=size_bytes, metavar="SIZE", help="the limit, for example 64M; 0 removes it"
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--timeout",
-        type=seconds,
-        default=600.0,
-        metavar="SECONDS",
-        help="give up after this time; the VM goes on evicting (default: 600)",
+        default="10m",
+        help="give up after this time; the VM continues to evict",
     )
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    add_option(parser, "--json")
     return parser

@@ -17,6 +17,7 @@ from kvmhost.tools.outputs.daemons import (
     VmGenerations,
 )
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option, add_vm
 
 __all__ = ["main", "parser"]
 
@@ -55,19 +56,21 @@ def parser() -> CommandParser:
         "/sys/kernel/debug/lru_gen. VM is its name, or the number that show prints.",
     )
     what = parser.add_subparsers(dest="what", required=True, metavar="show|run")
-    show = what.add_parser("show", help="generations with their ages in ms and pages")
-    show.add_argument("vm", nargs="?", metavar="VM", help="this VM only")
+    show = what.add_parser("show", help="show generations with their ages in ms and pages")
+    add_vm(show, nargs="?", help="show only this VM (default: all VMs of the daemon)")
     run = what.add_parser(
         "run",
-        help="run commands",
+        help="age or evict",
         description="Run '+ VM 0 SEQ [can_swap [full_scan]]' to age and "
         "'- VM 0 SEQ [swappiness [nr_pages]]' to evict; several are separated by commas or "
         "line ends, and '-' reads them from standard input.",
     )
-    run.add_argument("command", metavar="COMMAND")
+    run.add_argument(
+        "command", metavar="COMMAND", help="one or more commands, or - for standard input"
+    )
     for one in (show, run):
-        one.add_argument("--daemon", metavar="NAME", help="which daemon (default: the VM's own)")
-        one.add_argument("--json", action="store_true", help="print one JSON object")
+        add_option(one, "--daemon")
+        add_option(one, "--json")
     return parser
 
 

@@ -1,7 +1,7 @@
 """``kvmhost man``: manual pages, generated from the commands' parsers.
 
 Without COMMAND, it shows kvmhost(1), which lists the commands. On a terminal the page is
-shown by man(1) if it is installed; otherwise it is printed as troff. With --output, all
+shown by man(1) if it is installed; otherwise it is printed as troff. With --out, all
 pages are written into a directory such as /usr/local/share/man/man1.
 """
 
@@ -22,6 +22,7 @@ from kvmhost.tools import ending
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.tree import commands, find, root_parser
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["main", "pages", "parser"]
 
@@ -36,19 +37,17 @@ def parser() -> CommandParser:
     parser.add_argument(
         "command", nargs="*", metavar="COMMAND", help="such as run, or young heatmap"
     )
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="write all pages into this folder"
-    )
+    add_option(parser, "--out", metavar="DIR", help="write all pages into this directory")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Show a page, or write all pages."""
     args = parser().parse_args(argv)
-    if args.output is not None:
+    if args.out is not None:
         if args.command:
-            raise LayoutError("--output writes all pages: give no COMMAND with it")
-        _write(args.output)
+            raise LayoutError("--out writes all pages: give no COMMAND with it")
+        _write(args.out)
     elif args.command:
         command = find(args.command)
         _show(_page("-".join(("kvmhost", *command.words)), command.parser(), command.about))

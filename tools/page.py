@@ -14,9 +14,11 @@ from kvmhost.printable import printable
 from kvmhost.reclaim.account.decisions import Decision
 from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.control.schema import PageAnswer
+from kvmhost.tools.args import gfn
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.daemons import PageOutput
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option, add_vm
 
 __all__ = ["main", "parser"]
 
@@ -42,26 +44,14 @@ def parser() -> CommandParser:
     parser = CommandParser(
         prog="kvmhost page",
         description="Explain one page: where it is, when it was young, what was done to it and "
-        "why, and what would become of it now. State comes from the VM, history and reasons "
-        "from the daemon that looks after it; without one, the state alone is shown.",
+        "why, and what the policy would do with it now. The VM reports the state; the daemon that "
+        "manages the VM reports history and reasons. Without a daemon, only the state is shown.",
     )
-    parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
-    parser.add_argument("gfn", metavar="GFN", type=_gfn, help="guest frame number, 0x for hex")
-    parser.add_argument(
-        "--daemon", metavar="NAME", help="which daemon to ask (default: the one that the VM names)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_vm(parser)
+    parser.add_argument("gfn", metavar="GFN", type=gfn, help="guest frame number; 0x for hex")
+    add_option(parser, "--daemon")
+    add_option(parser, "--json")
     return parser
-
-
-def _gfn(text: str) -> int:
-    try:
-        value = int(text, 0)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no gfn; write 1025 or 0x401")
-    return value
 
 
 def _ask_daemon(args: argparse.Namespace, name: str) -> tuple[PageAnswer | None, str]:

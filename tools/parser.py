@@ -21,7 +21,13 @@ class UsageExit(SystemExit):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ``argparse.ArgumentParser`` that prints errors as one line, without the usage."""
+    """An ``argparse.ArgumentParser`` that prints errors as one line, without the usage.
+
+    Options cannot be abbreviated: a script must not change its meaning with a new option.
+    """
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **given})
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""

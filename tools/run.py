@@ -19,21 +19,12 @@ from kvmhost.errors import LayoutError
 from kvmhost.machine import make_machine
 from kvmhost.machine.base import BaseMachine
 from kvmhost.printable import printable
-from kvmhost.tools.args import (
-    add_machine_arguments,
-    add_store_arguments,
-    count,
-    find_image,
-    parse_fw_cfg,
-    parse_modules,
-    parse_params,
-    seconds,
-    size_bytes,
-    store_options,
-)
+from kvmhost.tools.args import count, find_image, parse_fw_cfg, parse_modules, parse_params
 from kvmhost.tools.ending import ENDING_SIGNALS, EXIT_FAILED
+from kvmhost.tools.machineargs import add_machine_arguments, add_store_arguments, store_options
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.terminal import log_to_stderr
+from kvmhost.tools.vocabulary import add_option
 from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
@@ -197,22 +188,32 @@ def parser() -> CommandParser:
         epilog="The exit code is the guest's own status; 124: timed out, 125: triple fault or "
         "another end that the guest did not choose, 2: bad image or parameters.",
     )
-    parser.add_argument("image", nargs="?", help="a built-in guest (see kvmhost guests) or a file")
+    parser.add_argument(
+        "image",
+        nargs="?",
+        metavar="IMAGE",
+        help="a built-in guest (kvmhost guests lists them) or an image file",
+    )
     parser.add_argument(
         "--restore",
         type=Path,
         metavar="FILE",
-        help="go on from a snapshot; image, sizes and arguments are in the file",
+        help="resume a VM from a snapshot; image, sizes and parameters are in the file",
     )
     add_machine_arguments(parser)
     parser.set_defaults(mem=None)
     _add_pc_arguments(parser)
     parser.add_argument(
         "--name",
+        metavar="NAME",
         help="open a control socket under this name, for reclaimd, young and other clients",
     )
-    parser.add_argument(
-        "--tracker", metavar="NAME", help="start a tracker at once: auto, or one that doctor lists"
+    add_option(
+        parser,
+        "--tracker",
+        default=None,
+        help="start a tracker at once: auto, or one that doctor lists (default: at the first "
+        "harvest)",
     )
     parser.add_argument(
         "--dirty-ring",
@@ -222,21 +223,26 @@ def parser() -> CommandParser:
         help="give each vCPU a dirty ring, a power of two from 256 to 65536, which the tracker "
         "dirty then reads instead of the dirty log (engine kvm)",
     )
-    parser.add_argument(
-        "--timeout", type=seconds, metavar="SECONDS", help="stop the guest after this time"
+    add_option(
+        parser,
+        "--timeout",
+        help="stop the guest after this time, with exit code 124 (default: never)",
     )
     parser.add_argument(
         "--paused", action="store_true", help="wait for a resume over the control socket"
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--resident-max",
-        type=size_bytes,
-        metavar="SIZE",
-        help="hold guest memory under this size by evicting, with or without a daemon; with "
-        "--restore the default is the limit in the file, and 0 means none",
+        help="keep resident guest memory below this size by evicting pages, with or without a "
+        "daemon; 0 is no limit (default: no limit, or with --restore the limit in the file)",
     )
     add_store_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print a report when the guest ends")
+    add_option(
+        parser,
+        "--json",
+        help="print a report as JSON when the guest ends; its output then goes to standard error",
+    )
     return parser
 
 

@@ -15,6 +15,7 @@ from kvmhost.tools.args import about
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.vms import SnapshotOutput
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option, add_vm
 
 __all__ = ["main", "parser"]
 
@@ -22,12 +23,15 @@ __all__ = ["main", "parser"]
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(prog="kvmhost snapshot", description=about(__doc__))
-    parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
+    add_vm(parser)
     parser.add_argument(
-        "file", metavar="FILE", type=Path, help="file to write, whole or not at all"
+        "file",
+        metavar="FILE",
+        type=Path,
+        help="the snapshot, written completely or not at all",
     )
-    parser.add_argument("--stop", action="store_true", help="end the VM when the file is written")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--stop", action="store_true", help="end the VM once the file is written")
+    add_option(parser, "--json")
     return parser
 
 

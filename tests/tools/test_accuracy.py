@@ -27,9 +27,9 @@ from kvmhost.tools.main import run_command
 from kvmhost.trackers.guestpt import GuestptTracker
 
 FEW = ("sequential", "zipf-0.99", "phases-2-vcpus")
-QUICK = accuracy.AccuracySettings(workloads=FEW, epochs=10, rates=(), seconds=0.2)
+QUICK = accuracy.AccuracySettings(workloads=FEW, epochs=10, intervals_s=(), duration_s=0.2)
 ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
-ONE = ["--tracker", "guestpt", "--workload", "random", "--no-cost", "--seconds", "0.1"]
+ONE = ["--tracker", "guestpt", "--workload", "random", "--no-cost", "--duration", "100ms"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -106,7 +106,7 @@ def test_a_coarse_tracker_may_report_more_but_not_less() -> None:
 def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "accuracy.png"
     arguments = ["--tracker", "guestpt", "--workload", "zipf-0.9", "--epochs", "4", "--quick"]
-    assert accuracy.main([*arguments, "--plot", str(picture)]) == 0
+    assert accuracy.main([*arguments, "-o", str(picture)]) == 0
     out = capsys.readouterr().out
     assert "| guestpt | zipf-0.9 | all      |    1.0000 | 1.0000 |" in out
     assert "| tracker | re-armed | 10 harvests/s |" in out
@@ -115,8 +115,8 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_cost_rows_name_every_way_of_re_arming(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--tracker", "guestpt", "--workload", "strided", "--seconds", "0.1", "--json"]
-    more = ["--rate", "10", "--rate", "20", "--rounds", "1", "--mem", "16M", "--fraction", "1/4"]
+    arguments = ["--tracker", "guestpt", "--workload", "strided", "--duration", "100ms", "--json"]
+    more = ["--interval", "100ms,50ms", "--rounds", "1", "--mem", "16M", "--fraction", "1/4"]
     assert accuracy.main(arguments + more) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["period"] == 4
@@ -132,9 +132,9 @@ def test_cost_rows_name_every_way_of_re_arming(capsys: pytest.CaptureFixture[str
     [
         ["--tracker", "none"],
         ["--workload", "none"],
-        ["--plot", "/nowhere/a.png"],
-        ["--plot", "a.txt"],
-        ["--plot", "picture"],
+        ["-o", "/nowhere/a.png"],
+        ["-o", "a.txt"],
+        ["-o", "picture"],
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(

@@ -21,7 +21,7 @@ MEM_BYTES = 16 << 20
 
 @pytest.mark.requires_kvm
 def test_harvest_in_small(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--mem", "16M", "--seconds", "0.05", "--repeats", "1"]
+    small = ["--mem", "16M", "--duration", "50ms", "--rounds", "1"]
     assert harvest.main([*small, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {"guestpt", "dirty"} <= {row["tracker"] for row in result["trackers"]} <= set(KINDS)
@@ -35,7 +35,7 @@ def test_harvest_in_small(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.requires_kvm
 def test_sampling_in_small(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--mem", "16M", "--seconds", "0.05", "--rounds", "1", "--fraction", "1/3", "--json"]
+    words = ["--mem", "16M", "--duration", "50ms", "--rounds", "1", "--fraction", "1/3", "--json"]
     assert sampling.main(words) == 0
     (row,) = json.loads(capsys.readouterr().out)["fractions"]
     assert row["fraction"] == pytest.approx(1 / 3)

@@ -27,7 +27,7 @@ def test_codecs_on_every_content() -> None:
 
 
 def test_faults_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--faults", "--pages", "256", "--repeats", "1", "--prefetch", "4", "--json"]
+    argv = ["--part", "faults", "--pages", "256", "--rounds", "1", "--prefetch", "4", "--json"]
     assert main(["bench", "pager", *argv]) == 0
     ways = json.loads(capsys.readouterr().out)["faults"]["ways"]
     assert set(ways) == {
@@ -44,7 +44,7 @@ def test_faults_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_overhead_is_within_its_bound() -> None:
-    row = pager.run_overhead(1)
+    row = pager.run_overhead()
     # A GiB has 262,144 pages; the tables of the pager alone are ten bytes for each.
     assert 1 << 20 < row["private_bytes_per_gib"] < 0.005 * (1 << 30)
 
@@ -56,9 +56,9 @@ def test_a_terminal_shows_progress_while_codecs_are_measured(
     stream.isatty = lambda: True
     monkeypatch.setattr("sys.stderr", stream)
 
-    def measure(n_pages: int, repeats: int) -> list[dict[str, Any]]:
+    def measure(n_pages: int, rounds: int) -> list[dict[str, Any]]:
         until(lambda: "s] bench pager: codecs" in stream.getvalue(), "progress on the terminal")
         return []
 
     monkeypatch.setattr(pager, "run_codecs", measure)
-    assert pager.main(["--codecs"]) == 0
+    assert pager.main(["--part", "codecs"]) == 0

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.requires_kvm, pytest.mark.requires_uffd]
 
 
 def test_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    argv = ["--mem", "96M", "--repeats", "1", "--directory", str(tmp_path)]
+    argv = ["--mem", "96M", "--rounds", "1", "--directory", str(tmp_path)]
     assert main(["bench", "snapshot", *argv, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["evicted_bytes"] > 10 << 20
@@ -26,6 +26,6 @@ def test_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    argv = ["--mem", "96M", "--repeats", "1", "--directory", str(tmp_path)]
+    argv = ["--mem", "96M", "--rounds", "1", "--directory", str(tmp_path)]
     assert main(["bench", "snapshot", *argv]) == 0
     assert "relative to cp with fsync" in capsys.readouterr().out

@@ -17,7 +17,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
         "kvmhost.tools.main",
         "bench",
         "start",
-        "--repeats",
+        "--rounds",
         "1",
         *words,
     ]

@@ -12,7 +12,7 @@ from kvmhost.trackers import probe_all
 
 @pytest.mark.requires_uffd
 def test_figures_of_every_tracker_that_works(capsys: pytest.CaptureFixture[str]) -> None:
-    assert trackers.main(["--mem", "32M", "--repeats", "2", "--json"]) == 0
+    assert trackers.main(["--mem", "32M", "--rounds", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     works = {name for name, support in probe_all("auto").items() if support.works}
     assert {row["tracker"] for row in found["memory"]} == works
@@ -25,7 +25,7 @@ def test_figures_of_every_tracker_that_works(capsys: pytest.CaptureFixture[str])
 
 
 def test_bad_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--mem", "x"], ["--repeats", "0"]):
+    for words in (["--mem", "x"], ["--rounds", "0"]):
         with pytest.raises(SystemExit) as caught:
             trackers.main(words)
         assert caught.value.code == 2

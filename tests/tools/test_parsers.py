@@ -36,7 +36,7 @@ def test_every_command_has_a_parser_of_its_name(command: object) -> None:
         ("run helo", "unknown guest 'helo', did you mean 'hello'?"),
         ("young heatmp", "unknown name 'heatmp', did you mean 'heatmap'?"),
         ("bench walks", "unknown name 'walks', did you mean 'walk'?"),
-        ("bench mmu scann", "unknown part 'scann', did you mean 'scan'?"),
+        ("bench mmu --part scann", "unknown part 'scann', did you mean 'scan'?"),
         ("bench harvest --tracker dity", "unknown tracker 'dity', did you mean 'dirty'?"),
         ("reclaimd vm --budget 1M --policy lru", "unknown policy 'lru', did you mean 'lru_gen'?"),
         ("lru_gen shwo", "invalid choice 'shwo', did you mean 'show'?"),

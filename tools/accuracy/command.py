@@ -16,7 +16,7 @@ works on this host it measures:
   the possible value.
 - cost: the time of a harvest per page of memory, of clearing and re-arming per young
   page, and of the guest's fault at its next touch; and the guest's throughput relative
-  to no harvests, at several harvest rates, re-arming young pages, all of memory, or a
+  to no harvests, at several intervals, re-arming young pages, all of memory, or a
   sample.
 
 A tracker that only sees writes is compared with the written pages. The exit status is 1
@@ -44,9 +44,10 @@ from kvmhost.tools.accuracy.kinds import (
     WORKLOADS,
     probe_kinds,
 )
-from kvmhost.tools.args import about, count, seconds, share, size_bytes
+from kvmhost.tools.args import about, count, mem_bytes, seconds
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
+from kvmhost.tools.vocabulary import add_option, listing, one_of
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, period_of
 
 __all__ = ["AccuracySettings", "main", "parser", "run"]
@@ -59,9 +60,9 @@ class AccuracySettings:
     """What to measure.
 
     :param fraction: fraction of the pages that a sampled harvest clears
-    :param rates: harvests per second of the throughput rows; empty: cost is not measured
+    :param intervals_s: times between harvests of the throughput rows; empty: no cost
     :param rounds: number of segments of each kind
-    :param seconds: length of a segment; segments with infrequent harvests are longer
+    :param duration_s: length of a segment; segments with infrequent harvests are longer
     :param mem_bytes: memory size of the guest whose throughput is measured
     """
 
@@ -70,9 +71,9 @@ class AccuracySettings:
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     epochs: int = 16
     fraction: float = DEFAULT_FRACTION
-    rates: tuple[float, ...] = (0.1, 1.0, 10.0)
+    intervals_s: tuple[float, ...] = (10.0, 1.0, 0.1)
     rounds: int = 3
-    seconds: float = 1.0
+    duration_s: float = 1.0
     mem_bytes: int = 256 << 20
 
     def quick(self) -> AccuracySettings:
@@ -82,9 +83,9 @@ class AccuracySettings:
             self,
             workloads=workloads,
             epochs=min(self.epochs, 10),
-            rates=self.rates[-1:],
+            intervals_s=self.intervals_s[-1:],
             rounds=1,
-            seconds=min(self.seconds, 0.3),
+            duration_s=min(self.duration_s, 0.3),
             mem_bytes=min(self.mem_bytes, 32 << 20),
         )
 
@@ -132,17 +133,17 @@ def _measure(
                 report["doorbells"].append(row)
     for workload in FREE_WORKLOADS:
         say(f"{name}: {workload}, running")
-        report["running"].append(running.measure(kind, workload, engine, settings.seconds))
-    if settings.rates:
+        report["running"].append(running.measure(kind, workload, engine, settings.duration_s))
+    if settings.intervals_s:
         say(f"{name}: cost")
         by_page, rows = cost.measure(
             kind,
             engine,
             settings.mem_bytes,
-            settings.rates,
+            tuple(1 / interval_s for interval_s in settings.intervals_s),
             report["period"],
             settings.rounds,
-            settings.seconds,
+            settings.duration_s,
         )
         report["cost"].append(by_page)
         report["throughput"] += rows
@@ -167,24 +168,24 @@ def _known(given: Iterable[str], known: Iterable[str], what: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; return 0 if all trackers are exact where they must be, else 1."""
     options = parser().parse_args(argv)
-    if options.plot is not None:
-        _check_plot(options.plot)
+    if options.out is not None:
+        _check_plot(options.out)
     settings = AccuracySettings(
         engine=options.engine,
-        trackers=tuple(options.tracker),
-        workloads=tuple(options.workload) or tuple(WORKLOADS),
+        trackers=tuple(options.tracker or ()),
+        workloads=tuple(options.workload),
         epochs=options.epochs,
         fraction=options.fraction,
-        rates=() if options.no_cost else tuple(options.rate) or AccuracySettings.rates,
+        intervals_s=() if options.no_cost else tuple(options.interval),
         rounds=options.rounds,
-        seconds=options.seconds,
+        duration_s=options.duration,
         mem_bytes=options.mem,
     )
     report = run(settings.quick() if options.quick else settings, Progress().say)
-    if options.plot is not None:
+    if options.out is not None:
         from kvmhost.tools.accuracy.plot import draw
 
-        draw(report, options.plot)
+        draw(report, options.out)
     if options.json:
         print(json.dumps(report, indent=2))
     else:
@@ -210,63 +211,58 @@ def parser() -> CommandParser:
         description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
-    add = parser.add_argument
-    add(
+    add_option(parser, "--engine")
+    add_option(
+        parser,
         "--tracker",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"may be repeated (default: all that work of {', '.join(KINDS)})",
+        **listing(one_of("tracker", tuple(KINDS))),
+        help=f"trackers to measure (default: all that work, of {', '.join(KINDS)})",
     )
-    add(
+    add_option(
+        parser,
         "--workload",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"may be repeated (default: all: {', '.join(WORKLOADS)})",
+        **listing(one_of("workload", tuple(WORKLOADS)), default=list(WORKLOADS)),
+        help=f"workloads to measure (default: {', '.join(WORKLOADS)})",
     )
-    add("--epochs", type=_at_least_two, default=16, help="harvests of a row (default: 16)")
-    add(
-        "--fraction",
-        type=share,
-        default=DEFAULT_FRACTION,
-        metavar="SHARE",
-        help=f"of a sampled re-arming (default: 1/{period_of(DEFAULT_FRACTION)})",
+    add_option(
+        parser, "--epochs", type=_at_least_two, default=16, help="epochs, each with one harvest"
     )
-    add(
-        "--rate",
-        type=seconds,
-        action="append",
-        default=[],
-        metavar="N",
-        help="harvests a second, may be repeated (default: 0.1, 1 and 10)",
+    add_option(
+        parser, "--fraction", help="part of the pages that a harvest with sampled re-arming clears"
     )
-    add(
+    add_option(
+        parser,
+        "--interval",
+        **listing(seconds, "TIME", default=list(AccuracySettings.intervals_s)),
+        help="times between two harvests of the throughput rows (default: 10s,1s,100ms)",
+    )
+    add_option(
+        parser,
         "--mem",
         type=_guest_size,
-        default=AccuracySettings.mem_bytes,
-        metavar="SIZE",
-        help="guest whose throughput is measured, a tenth of it hot (default: 256M)",
+        default="256M",
+        help="memory of the guest whose throughput is measured; it touches a tenth of it",
     )
-    add("--rounds", type=count, default=3, help="segments of each kind (default: 3)")
-    add("--seconds", type=seconds, default=1.0, help="length of a segment (default: 1)")
-    add("--no-cost", action="store_true", help="leave cost and throughput out")
-    add("--quick", action="store_true", help="few workloads, short segments: seconds in all")
-    add("--json", action="store_true", help="print one JSON object instead")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the figures")
-    return parser  # fmt: skip
+    add_option(parser, "--rounds", default=3, help="segments of each kind")
+    add_option(parser, "--duration")
+    parser.add_argument("--no-cost", action="store_true", help="do not measure cost and throughput")
+    parser.add_argument(
+        "--quick", action="store_true", help="few workloads and short segments; takes seconds"
+    )
+    add_option(parser, "--json")
+    add_option(parser, "--out", metavar="FILE.png", help="draw the figures into this file")
+    return parser
 
 
 def _at_least_two(text: str) -> int:
-    value = int(text)
+    value = count(text)
     if value < 2:
         raise argparse.ArgumentTypeError(f"{text!r}: need 2 or more")
     return value
 
 
 def _guest_size(text: str) -> int:
-    value = size_bytes(text)
+    value = mem_bytes(text)
     if value < _MIN_MEM_BYTES or value % 4096:
         raise argparse.ArgumentTypeError(f"{text!r}: need 16M or more, in pages of 4 KiB")
     return value

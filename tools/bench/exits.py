@@ -22,10 +22,11 @@ from kvmhost.exits import IoOut
 from kvmhost.guests import image_path
 from kvmhost.kvm.coalesced import CoalescedRing
 from kvmhost.machine import Machine
-from kvmhost.tools.args import about
+from kvmhost.tools.args import about, count
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["main", "parser", "run"]
 
@@ -51,7 +52,7 @@ class _Counter:
         self.writes += 1
 
 
-def run(count: int = 10_000, repeats: int = 9) -> dict[str, Any]:
+def run(count: int = 10_000, rounds: int = 9) -> dict[str, Any]:
     """Measure ``ns_per_exit`` of each method, and the ratios to the minimal loop.
 
     :raises CapabilityError: without /dev/kvm
@@ -66,7 +67,7 @@ def run(count: int = 10_000, repeats: int = 9) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way(count // 10)
-    for turn in range(repeats):
+    for turn in range(rounds):
         names = list(ways)
         first = turn % len(names)  # rotate the method that starts a round
         for name in names[first:] + names[:first]:
@@ -75,7 +76,7 @@ def run(count: int = 10_000, repeats: int = 9) -> dict[str, Any]:
     ratio = {name: _ratio(values, times["minimal C loop"]) for name, values in times.items()}
     return {
         "count": count,
-        "repeats": repeats,
+        "rounds": rounds,
         "ns_per_exit": {name: seconds / count * 1e9 for name, seconds in median.items()},
     } | {key: ratio[name] for name, key in _RATIOS.items()}
 
@@ -174,9 +175,15 @@ def _expect(seen: int, count: int) -> None:
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(prog="kvmhost bench exits", description=about(__doc__))
-    parser.add_argument("--count", type=int, default=10_000, help="exits a repetition")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--exits",
+        type=count,
+        default=10_000,
+        metavar="N",
+        help="exits of each measurement (default: %(default)s)",
+    )
+    add_option(parser, "--rounds", default=9, help="measurements of each method")
+    add_option(parser, "--json")
     return parser
 
 
@@ -184,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the figures as a table, or as JSON."""
     options = parser().parse_args(argv)
     with working("bench exits"):
-        result = run(options.count, options.repeats)
+        result = run(options.exits, options.rounds)
     if options.json:
         print(json.dumps(result, indent=2))
         return 0

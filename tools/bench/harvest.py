@@ -21,11 +21,12 @@ from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.suggest import unknown_name
 from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, TrackerKind, probe_kinds
-from kvmhost.tools.args import about, count, seconds, share, size_bytes
+from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.throughput import ThroughputPlan, measure_steps, paired_rates
+from kvmhost.tools.vocabulary import add_option, listing, one_of
 from kvmhost.units import PAGE_BYTES
 
 __all__ = ["LOST_BOUND", "hot_machine", "main", "parser", "run"]
@@ -37,18 +38,21 @@ _STEPS = 5
 
 def run(
     mem_bytes: int = 1 << 30,
-    hot_share: float = 0.1,
-    seconds: float = 1.0,
-    repeats: int = 9,
+    hot_bytes: int | None = None,
+    duration_s: float = 1.0,
+    rounds: int = 9,
     trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure every tracker that works on this host; ``trackers`` contains one row for each.
 
-    :param seconds: length of a segment; segments without harvests precede and follow it
+    :param hot_bytes: memory that the guest touches; None: a tenth of it
+    :param duration_s: length of a segment; segments without harvests precede and follow it
     :raises LayoutError: for an unknown tracker
     :raises CapabilityError: without /dev/kvm
     """
-    hot = int(mem_bytes // PAGE_BYTES * hot_share)
+    hot = (mem_bytes // 10 if hot_bytes is None else hot_bytes) // PAGE_BYTES
+    if not 0 < hot <= mem_bytes // PAGE_BYTES - START_GFN:
+        raise LayoutError(f"--hot: {hot} pages do not fit into --mem of {mem_bytes >> 20} MiB")
     support = probe_kinds("kvm")
     for name in trackers:
         if name not in KINDS:
@@ -57,8 +61,8 @@ def run(
     for name in trackers or KINDS:
         if support[name].works:
             progress.say(name)
-            rows.append(_measure(KINDS[name], mem_bytes, hot, seconds, repeats))
-    return {"mem_bytes": mem_bytes, "hot_pages": hot, "seconds": seconds, "trackers": rows}
+            rows.append(_measure(KINDS[name], mem_bytes, hot, duration_s, rounds))
+    return {"mem_bytes": mem_bytes, "hot_pages": hot, "duration_s": duration_s, "trackers": rows}
 
 
 def hot_machine(kind: TrackerKind, mem_bytes: int, hot: int) -> Machine:
@@ -76,7 +80,7 @@ def hot_machine(kind: TrackerKind, mem_bytes: int, hot: int) -> Machine:
 
 
 def _measure(
-    kind: TrackerKind, mem_bytes: int, hot: int, seconds: float, repeats: int
+    kind: TrackerKind, mem_bytes: int, hot: int, seconds: float, rounds: int
 ) -> dict[str, Any]:
     once_a_second = ThroughputPlan(1.0)
     with hot_machine(kind, mem_bytes, hot) as machine:
@@ -85,7 +89,7 @@ def _measure(
         steps = measure_steps(machine, tracker, START_GFN, hot, _STEPS)
         machine.step_by_doorbell(False)
         kept = paired_rates(
-            machine, tracker, [once_a_second], repeats, seconds / 2, lambda plan: seconds
+            machine, tracker, [once_a_second], rounds, seconds / 2, lambda plan: seconds
         )[once_a_second]
     lost = 1 - statistics.median(one.wall for one in kept)
     lost_by_cpu = 1 - statistics.median(one.cpu for one in kept)
@@ -112,19 +116,30 @@ def parser() -> CommandParser:
         description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--mem", type=size_bytes, default=1 << 30, metavar="SIZE")
-    parser.add_argument("--seconds", type=seconds, default=1.0, help="length of each segment")
-    parser.add_argument("--repeats", type=count, default=9, help="segments of each kind")
-    parser.add_argument("--hot", type=share, default=0.1, help="share of memory that is hot")
-    parser.add_argument("--tracker", action="append", default=[], help="may be repeated")
-    parser.add_argument("--json", action="store_true")
+    add_option(parser, "--mem", default="1G")
+    add_option(parser, "--duration")
+    add_option(parser, "--rounds", default=9, help="segments of each kind")
+    add_option(parser, "--hot")
+    add_option(
+        parser,
+        "--tracker",
+        **listing(one_of("tracker", tuple(KINDS))),
+        help="trackers to measure (default: all that see reads)",
+    )
+    add_option(parser, "--json")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the figures as a table, or as JSON."""
     options = parser().parse_args(argv)
-    result = run(options.mem, options.hot, options.seconds, options.repeats, options.tracker)
+    result = run(
+        options.mem,
+        options.hot.of(options.mem),
+        options.duration,
+        options.rounds,
+        options.tracker or (),
+    )
     if options.json:
         print(json.dumps(result, indent=2))
         return 0

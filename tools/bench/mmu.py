@@ -27,10 +27,10 @@ from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.soft import SoftEngine, SoftRun, Trace
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tlb import TlbGeometry
-from kvmhost.suggest import unknown_name
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.walk import Step, interleaved
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option, listing, one_of
 
 __all__ = ["FORMATS", "PARTS", "main", "parser", "run"]
 
@@ -44,12 +44,12 @@ def _nothing() -> None:
     pass
 
 
-def bench_scan(n_entries: int, repeats: int) -> dict[str, Any]:
+def bench_scan(n_entries: int, rounds: int) -> dict[str, Any]:
     """Harvest all-old and all-young tables of each format, compared with bare loops."""
-    return {name: _scan_format(name, n_entries, repeats) for name in FORMATS}
+    return {name: _scan_format(name, n_entries, rounds) for name in FORMATS}
 
 
-def _scan_format(name: str, n_entries: int, repeats: int) -> dict[str, float]:
+def _scan_format(name: str, n_entries: int, rounds: int) -> dict[str, float]:
     with Mmu(name, arena_bytes=max(64 << 20, 10 * n_entries)) as table:
         table.map(0, 0, n=n_entries)
         bare, words = _bare_entries(table, n_entries)
@@ -70,7 +70,7 @@ def _scan_format(name: str, n_entries: int, repeats: int) -> dict[str, float]:
             "and": (touch_bare, lambda: lib.kh_bench_and(entries, n_entries, bit)),
             "young": (touch, lambda: table.harvest(0, n_entries)),
         }
-        median = interleaved(steps, repeats)
+        median = interleaved(steps, rounds)
         del bare
     return {
         **{f"{step}_ns": ns / n_entries for step, ns in median.items()},
@@ -95,7 +95,7 @@ def _raw_bit(table: Mmu) -> int:
     return raw.bit_length() - 1
 
 
-def bench_sparse(repeats: int, space_pages: int = 1024 * _GIB_PAGES) -> dict[str, Any]:
+def bench_sparse(rounds: int, space_pages: int = 1024 * _GIB_PAGES) -> dict[str, Any]:
     """Harvest 1 GiB of mapped pages in a range of their size, and in a 1 TiB range."""
     result: dict[str, Any] = {}
     for name in FORMATS:
@@ -108,7 +108,7 @@ def bench_sparse(repeats: int, space_pages: int = 1024 * _GIB_PAGES) -> dict[str
                 "alone": (_nothing, lambda h=harvest, b=base: h(b, _GIB_PAGES)),  # type: ignore[misc]
                 "sparse": (_nothing, lambda h=harvest, n=n_gfns: h(0, n)),  # type: ignore[misc]
             }
-            median = interleaved(steps, repeats)
+            median = interleaved(steps, rounds)
             result[name] = {
                 "alone_us": median["alone"] / 1e3,
                 "sparse_us": median["sparse"] / 1e3,
@@ -171,7 +171,7 @@ def _resident_bytes() -> int:
 
 
 def bench_aging(
-    threads: Sequence[int] = (1, 2, 4, 8, 16), pages_per_vcpu: int = _GIB_PAGES, repeats: int = 5
+    threads: Sequence[int] = (1, 2, 4, 8, 16), pages_per_vcpu: int = _GIB_PAGES, rounds: int = 5
 ) -> dict[str, Any]:
     """Fault in ``pages_per_vcpu`` pages on each vCPU while the same memory is aged.
 
@@ -183,7 +183,7 @@ def bench_aging(
     result: dict[str, Any] = {}
     for n in threads:
         runs: dict[str, list[tuple[float, float, int]]] = {"none": [], "locked": [], "lockless": []}
-        for _ in range(repeats):
+        for _ in range(rounds):
             for how in runs:
                 runs[how].append(_aging_run(how, n, pages_per_vcpu))
         result[str(n)] = {
@@ -235,7 +235,7 @@ def _aging_run(how: str, n_vcpus: int, pages: int) -> tuple[float, float, int]:
 def bench_ways(
     n_pages: int = 1 << 15,
     n_accesses: int = 2_000_000,
-    repeats: int = 5,
+    rounds: int = 5,
     formats: Sequence[str] = FORMATS,
 ) -> dict[str, Any]:
     """Run the 2x2x2 variants of 2023 on each format, and compute the effect of each change.
@@ -251,7 +251,7 @@ def bench_ways(
     for name in formats:
         alone: list[float] = []
         rows: dict[tuple[int, bool, bool], list[tuple[float, float]]] = {w: [] for w in ways}
-        for _ in range(repeats):
+        for _ in range(rounds):
             alone.append(_ways_run(name, None, n_pages, n_accesses)[1])
             for way in ways:
                 rows[way].append(_ways_run(name, way, n_pages, n_accesses))
@@ -447,24 +447,29 @@ _PRINTERS = {
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(prog="kvmhost bench mmu", description=about(__doc__))
-    parser.add_argument("parts", nargs="*", metavar="PART", help=" ".join(PARTS))
-    parser.add_argument("--format", choices=FORMATS, help="ways: one format only")
-    parser.add_argument("--json", action="store_true")
+    add_option(
+        parser,
+        "--part",
+        **listing(one_of("part", tuple(PARTS)), default=list(PARTS)),
+        help=f"parts to run (default: {', '.join(PARTS)})",
+    )
+    add_option(
+        parser,
+        "--format",
+        **listing(one_of("format", FORMATS), default=list(FORMATS)),
+        help=f"ways: table formats (default: {', '.join(FORMATS)})",
+    )
+    add_option(parser, "--json")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named parts, or all parts if none is named, and print tables or JSON."""
-    known = parser()
-    options = known.parse_args(argv)
+    options = parser().parse_args(argv)
     parts = dict(PARTS)
-    if options.format:
-        parts["ways"] = lambda: bench_ways(formats=[options.format])
-    unknown = set(options.parts) - set(PARTS)
-    if unknown:
-        known.error(unknown_name("part", min(unknown), PARTS))
+    parts["ways"] = lambda: bench_ways(formats=options.format)
     result = {}
-    for part in options.parts or PARTS:
+    for part in options.part:
         result[part] = parts[part]()
         if not options.json:
             print(f"-- {part}")

@@ -36,11 +36,15 @@ from kvmhost.pager.userfault import Userfault
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
+from kvmhost.tools.vocabulary import add_option, listing, one_of
 from kvmhost.units import PAGE_BYTES
 
 __all__ = ["CONTENTS", "contents", "main", "parser", "run_codecs", "run_faults", "run_overhead"]
 
 Pages = npt.NDArray[np.uint64]
+
+#: Parts of the benchmark.
+PARTS = ("codecs", "faults", "overhead")
 
 #: Kinds of page content, made by :func:`contents`.
 CONTENTS = ("counters", "pointers", "program", "random", "text", "zero")
@@ -76,7 +80,7 @@ def _tiled(data: bytes, shape: tuple[int, int]) -> Pages:
 # -- codecs --------------------------------------------------------------------
 
 
-def run_codecs(n_pages: int = 2048, repeats: int = 5) -> list[dict[str, Any]]:
+def run_codecs(n_pages: int = 2048, rounds: int = 5) -> list[dict[str, Any]]:
     """Put pages into an in-memory store and get them back, for each codec and content.
 
     ``get_unchecked_ns`` is the time of a get without checksums.
@@ -88,9 +92,7 @@ def run_codecs(n_pages: int = 2048, repeats: int = 5) -> list[dict[str, Any]]:
                 checked, bare = find_codec(name), find_codec(name, False)
             except CapabilityError:
                 continue
-            turns = [
-                (_store(checked.core, pages), _store(bare.core, pages)) for _ in range(repeats)
-            ]
+            turns = [(_store(checked.core, pages), _store(bare.core, pages)) for _ in range(rounds)]
             with_sum, without = zip(*turns, strict=True)
             rows.append(
                 {
@@ -171,7 +173,7 @@ class _Minimal:
 
 
 def run_faults(
-    n_pages: int = 8192, repeats: int = 7, content: str = "text", prefetch: int = 0
+    n_pages: int = 8192, rounds: int = 7, content: str = "text", prefetch: int = 0
 ) -> dict[str, Any]:
     """Evict all pages and touch them in random order, with each pager in turn; times in ns.
 
@@ -187,15 +189,15 @@ def run_faults(
         if prefetch:
             ahead = StoreOptions(codec="lz4", prefetch_pages=prefetch)
             ways[f"pager lz4, prefetch {prefetch}"] = lambda: _Ours(pages, ahead)
-        return _take_turns(ways, n_pages, repeats)
+        return _take_turns(ways, n_pages, rounds)
 
 
 def _take_turns(
-    ways: dict[str, Callable[[], _Ours | _Minimal]], n_pages: int, repeats: int
+    ways: dict[str, Callable[[], _Ours | _Minimal]], n_pages: int, rounds: int
 ) -> dict[str, Any]:
     rng = np.random.default_rng(4)
     taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
-    for _ in range(repeats):
+    for _ in range(rounds):
         order = rng.permutation(n_pages).astype(np.uint32)
         for name, make in ways.items():
             taken[name].append(_one_turn(make(), order))
@@ -207,7 +209,7 @@ def _take_turns(
     for row in rows.values():
         row["p50_of_minimal"] = row["p50_ns"] / base["p50_ns"]
         row["evictions_of_minimal"] = row["evictions_s"] / base["evictions_s"]
-    return {"pages": n_pages, "repeats": repeats, "ways": rows}
+    return {"pages": n_pages, "rounds": rounds, "ways": rows}
 
 
 def _one_turn(way: _Ours | _Minimal, order: npt.NDArray[np.uint32]) -> tuple[float, ...]:
@@ -241,22 +243,23 @@ def _expect(seen: int, wanted: int, what: str) -> None:
 _CHILD = """
 import sys
 from kvmhost.tools.bench.pager import overhead_child
-overhead_child(int(sys.argv[1]), int(sys.argv[2]))
+overhead_child(int(sys.argv[1]))
 """
 
 
-def run_overhead(gib: int = 1) -> dict[str, Any]:
+def run_overhead(mem_bytes: int = 1 << 30) -> dict[str, Any]:
     """Return the overhead of a VM process per GiB of guest memory.
 
     The overhead excludes guest memory and the content of the store. It is the difference
     in private memory of two processes that differ only in the size of guest memory: 64 MiB,
-    and ``gib`` GiB more. The VMM touches all guest memory and evicts half of it (same-filled,
+    and ``mem_bytes`` more. The VMM touches all guest memory and evicts half of it (same-filled,
     so that the store holds no content), and one harvest is recorded.
     """
-    small, large = (_child(0), _child(gib))
+    small, large = (_child(0), _child(mem_bytes))
+    gib = mem_bytes / (1 << 30)
     kinds = {kind: (large[kind] - small[kind]) / gib for kind in small}
     return {
-        "gib": gib,
+        "mem_bytes": mem_bytes,
         "process_base_bytes": small["private"],
         "private_bytes_per_gib": kinds["private"],
         "page_tables_bytes_per_gib": kinds["page_tables"],
@@ -265,14 +268,14 @@ def run_overhead(gib: int = 1) -> dict[str, Any]:
     }
 
 
-def _child(gib: int) -> dict[str, int]:
-    command = [sys.executable, "-c", _CHILD, str((64 << 20) + (gib << 30)), str(gib)]
+def _child(more_bytes: int) -> dict[str, int]:
+    command = [sys.executable, "-c", _CHILD, str((64 << 20) + more_bytes)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     shown: dict[str, int] = json.loads(done.stdout)
     return shown
 
 
-def overhead_child(mem_bytes: int, gib: int) -> None:
+def overhead_child(mem_bytes: int) -> None:
     """Measure this process as :func:`run_overhead` describes, and print JSON."""
     from kvmhost.bitmap import YoungBitmap, n_words
 
@@ -309,20 +312,19 @@ def overhead_child(mem_bytes: int, gib: int) -> None:
 def main(argv: Sequence[str]) -> int:
     """Print the figures as tables, or as JSON."""
     options = parser().parse_args(argv)
-    chosen = {name for name in ("codecs", "faults", "overhead") if getattr(options, name)}
-    chosen = chosen or {"codecs", "faults"}
+    chosen = options.part
     result: dict[str, Any] = {"machine": platform.machine()}
     if "codecs" in chosen:
         with working("bench pager: codecs"):
-            result["codecs"] = run_codecs(min(options.pages, 2048), options.repeats)
+            result["codecs"] = run_codecs(min(options.pages, 2048), options.rounds)
     if "faults" in chosen:
         with working("bench pager: faults"):
             result["faults"] = run_faults(
-                options.pages, options.repeats, options.content, options.prefetch
+                options.pages, options.rounds, options.content, options.prefetch
             )
     if "overhead" in chosen:
         with working("bench pager: overhead"):
-            result["overhead"] = run_overhead(options.gib)
+            result["overhead"] = run_overhead(options.mem)
     if options.json:
         print(json.dumps(result, indent=2))
     else:
@@ -332,17 +334,29 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
-    default = "Without --codecs, --faults or --overhead: codecs and faults."
-    parser = CommandParser(prog="kvmhost bench pager", description=about(__doc__), epilog=default)
-    parser.add_argument("--codecs", action="store_true", help="codecs on several page contents")
-    parser.add_argument("--faults", action="store_true", help="fault-in latency and evictions")
-    parser.add_argument("--overhead", action="store_true", help="memory a GiB of guest")
-    parser.add_argument("--pages", type=int, default=8192, help="pages evicted and touched")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--content", default="text", choices=CONTENTS)
-    parser.add_argument("--prefetch", type=int, default=0, help="also measure with prefetch")
-    parser.add_argument("--gib", type=int, default=1, help="guest size for --overhead")
-    parser.add_argument("--json", action="store_true")
+    parser = CommandParser(prog="kvmhost bench pager", description=about(__doc__))
+    add_option(
+        parser,
+        "--part",
+        **listing(one_of("part", PARTS), default=["codecs", "faults"]),
+        help="codecs: codecs on several page contents; faults: fault-in latency and evictions; "
+        "overhead: memory of a VM process per GiB of guest memory (default: codecs,faults)",
+    )
+    add_option(parser, "--pages", help="faults: pages that are evicted and touched")
+    add_option(parser, "--rounds", default=7, help="measurements of each variant")
+    parser.add_argument(
+        "--content",
+        default="text",
+        choices=CONTENTS,
+        help="faults: contents of the pages (default: %(default)s)",
+    )
+    add_option(
+        parser, "--prefetch", help="faults: also measure with this many pages of prefetch; 0: not"
+    )
+    add_option(
+        parser, "--mem", default="1G", help="overhead: guest memory that is compared with none"
+    )
+    add_option(parser, "--json")
     return parser
 
 
@@ -370,7 +384,7 @@ def _show(result: dict[str, Any]) -> None:
 def _show_overhead(row: dict[str, Any]) -> None:
     print(f"process without guest memory:  {row['process_base_bytes'] / 1e6:6.1f} MB")
     print(
-        f"its own memory, a GiB of guest: {row['private_bytes_per_gib'] / 1e6:5.2f} MB, "
+        f"its own memory, per GiB of guest: {row['private_bytes_per_gib'] / 1e6:5.2f} MB, "
         f"{row['private_percent']:.3f} %"
     )
     print(

@@ -19,11 +19,12 @@ from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.suggest import unknown_name
 from kvmhost.tools.accuracy import doorbells
 from kvmhost.tools.accuracy.kinds import KINDS, AccuracyWorkload, TrackerKind, probe_kinds
-from kvmhost.tools.args import about, count, seconds, share, size_bytes
+from kvmhost.tools.args import about, share
 from kvmhost.tools.bench.harvest import hot_machine
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.throughput import Kept, ThroughputPlan, paired_rates
+from kvmhost.tools.vocabulary import add_option, listing, one_of
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, period_of
 from kvmhost.units import PAGE_BYTES
 
@@ -40,7 +41,7 @@ def run(
     *,
     mem_bytes: int = 1 << 30,
     hot_share: float = 0.1,
-    seconds: float = 1.0,
+    duration_s: float = 1.0,
     rounds: int = 9,
 ) -> dict[str, Any]:
     """Measure; ``fractions`` contains one row per fraction.
@@ -61,7 +62,7 @@ def run(
         machine.run_epoch()
         used = kind.use(machine)
         machine.step_by_doorbell(False)
-        kept = paired_rates(machine, used, plans, rounds, seconds / 2, lambda plan: seconds)
+        kept = paired_rates(machine, used, plans, rounds, duration_s / 2, lambda plan: duration_s)
     rows = []
     for plan, values in kept.items():
         progress.say(f"staleness of 1/{plan.period}")
@@ -97,14 +98,23 @@ def parser() -> CommandParser:
         description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tracker", default="guestpt", help="default: guestpt")
-    parser.add_argument(
-        "--fraction", type=share, action="append", default=[], help="for example 1/8; repeatable"
+    add_option(
+        parser,
+        "--tracker",
+        type=one_of("tracker", tuple(KINDS)),
+        default="guestpt",
+        help="the tracker to measure",
     )
-    parser.add_argument("--mem", type=size_bytes, default=1 << 30, metavar="SIZE")
-    parser.add_argument("--seconds", type=seconds, default=1.0, help="length of each segment")
-    parser.add_argument("--rounds", type=count, default=9, help="segments of each fraction")
-    parser.add_argument("--json", action="store_true")
+    add_option(
+        parser,
+        "--fraction",
+        **listing(share, "SHARE"),
+        help="fractions to measure (default: 1,1/2,1/4,1/8,1/16,1/32)",
+    )
+    add_option(parser, "--mem", default="1G")
+    add_option(parser, "--duration")
+    add_option(parser, "--rounds", default=9, help="segments of each fraction")
+    add_option(parser, "--json")
     return parser
 
 
@@ -115,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
         options.tracker,
         options.fraction or _FRACTIONS,
         mem_bytes=options.mem,
-        seconds=options.seconds,
+        duration_s=options.duration,
         rounds=options.rounds,
     )
     if options.json:

@@ -24,9 +24,10 @@ from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.machine.snapshot import restore_machine, save_machine
 from kvmhost.pager.pager import Pager
-from kvmhost.tools.args import about, count, size_bytes
+from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option
 from kvmhost.units import PAGE_BYTES
 
 __all__ = ["main", "parser", "run"]
@@ -35,7 +36,7 @@ _START_GFN = 4096
 _WARM_UP_S = 300.0
 
 
-def run(mem_bytes: int, repeats: int, directory: Path | None = None) -> dict[str, Any]:
+def run(mem_bytes: int, rounds: int, directory: Path | None = None) -> dict[str, Any]:
     """Measure; times are medians in seconds.
 
     :param mem_bytes: guest memory; half of what the guest uses may be resident
@@ -45,14 +46,14 @@ def run(mem_bytes: int, repeats: int, directory: Path | None = None) -> dict[str
     limit = n_pages // 2
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         with _evicting_guest(mem_bytes, n_pages, limit) as (machine, pager):
-            turns = [_turn(machine, Path(folder)) for _ in range(repeats)]
+            turns = [_turn(machine, Path(folder)) for _ in range(rounds)]
             counters = pager.counters()
         start = time.monotonic()
         restore_machine(Path(folder) / "vm.snap").close()
         restored_s = time.monotonic() - start
     save, cp, synced, n_bytes = zip(*turns, strict=True)
     return {
-        "repeats": repeats,
+        "rounds": rounds,
         "mem_bytes": mem_bytes,
         "resident_max_bytes": limit * PAGE_BYTES,
         "evicted_bytes": counters["evicted_pages"] * PAGE_BYTES,
@@ -127,21 +128,22 @@ def _read_through(file: Path) -> None:
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(prog="kvmhost bench snapshot", description=about(__doc__))
+    add_option(parser, "--mem", default="512M")
+    add_option(parser, "--rounds", default=5, help="snapshots, each followed by a copy")
     parser.add_argument(
-        "--mem", type=size_bytes, default=512 << 20, metavar="SIZE", help="guest memory"
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="where the files are written and removed (default: $TMPDIR)",
     )
-    parser.add_argument("--repeats", type=count, default=5, help="how often (default: 5)")
-    parser.add_argument(
-        "--directory", type=Path, help="where the files are written (default: $TMPDIR)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_option(parser, "--json")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    result = run(args.mem, args.repeats, args.directory)
+    result = run(args.mem, args.rounds, args.directory)
     print(json.dumps(result, indent=2) if args.json else _text(result))
     return 0
 
@@ -153,7 +155,7 @@ def _text(result: dict[str, Any]) -> str:
             f"guest: {result['mem_bytes'] / mib:.0f} MiB, resident at most "
             f"{result['resident_max_bytes'] / mib:.0f} MiB, evicted "
             f"{result['evicted_bytes'] / mib:.0f} MiB, {result['fault_ins']} fault-ins",
-            f"live snapshot:  {result['save_s']:.3f} s median of {result['repeats']}, "
+            f"live snapshot:  {result['save_s']:.3f} s median of {result['rounds']}, "
             f"{result['file_bytes'] / mib:.0f} MiB, {result['save_mib_per_s']:.0f} MiB/s",
             f"cp:             {result['cp_s']:.3f} s; with fsync {result['cp_fsync_s']:.3f} s",
             f"restore:        {result['restore_s']:.3f} s, under the same limit",

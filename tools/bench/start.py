@@ -26,6 +26,7 @@ from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["main", "parser", "run"]
 
@@ -36,7 +37,7 @@ _EXIT_CODE = b"\x66\xba\xf4\x00\xee\xf4"
 
 
 def run(
-    repeats: int = 10, engine: str = "auto", image: Path | None = None, qemu: bool = False
+    rounds: int = 10, engine: str = "auto", image: Path | None = None, qemu: bool = False
 ) -> dict[str, Any]:
     """Measure; medians in seconds, sizes in bytes.
 
@@ -44,15 +45,15 @@ def run(
     """
     with tempfile.TemporaryDirectory() as folder:
         file = image or _hello_image(Path(folder))
-        times = _processes(_commands(engine, file, qemu), repeats)
-        result: dict[str, Any] = {"repeats": repeats, "engine": engine, "image": str(file)}
+        times = _processes(_commands(engine, file, qemu), rounds)
+        result: dict[str, Any] = {"rounds": rounds, "engine": engine, "image": str(file)}
         result |= {f"{name}_s": statistics.median(taken) for name, taken in times.items()}
         result |= {f"{name}_max_s": max(taken) for name, taken in times.items()}
         result["image_beyond_python_s"] = result["image_s"] - result["python_s"]
         if qemu:
             ratios = (a / b for a, b in zip(times["image"], times["qemu"], strict=True))
             result["image_to_qemu"] = statistics.median(ratios)
-        result |= _first_instruction(max(repeats * 5, 20), Path(folder)) | _memory(engine)
+        result |= _first_instruction(max(rounds * 5, 20), Path(folder)) | _memory(engine)
     return result
 
 
@@ -80,9 +81,9 @@ def _hello_image(folder: Path) -> Path:
     return compile_pc_guest(source, folder / "hello.flat")
 
 
-def _processes(commands: dict[str, list[str]], repeats: int) -> dict[str, list[float]]:
+def _processes(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(repeats):
+    for _ in range(rounds):
         for name, command in commands.items():
             start = time.perf_counter()
             # The exit status depends on the image; the output shows whether it started.
@@ -158,11 +159,16 @@ def _memory(engine: str) -> dict[str, int]:
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(prog="kvmhost bench start", description=about(__doc__))
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
-    parser.add_argument("--image", type=Path, help="a multiboot image (default: one that prints)")
-    parser.add_argument("--qemu", action="store_true", help="run the image there too")
-    parser.add_argument("--json", action="store_true")
+    add_option(parser, "--rounds", default=10, help="starts of each process")
+    add_option(parser, "--engine")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="a multiboot image (default: one that prints a line)",
+    )
+    parser.add_argument("--qemu", action="store_true", help="also start the image under QEMU")
+    add_option(parser, "--json")
     return parser
 
 
@@ -170,7 +176,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the figures as text, or as JSON."""
     options = parser().parse_args(argv)
     with working("bench start"):
-        result = run(options.repeats, options.engine, options.image, options.qemu)
+        result = run(options.rounds, options.engine, options.image, options.qemu)
     print(json.dumps(result, indent=2) if options.json else _text(result))
     return 0
 
@@ -184,7 +190,7 @@ def _text(result: dict[str, Any]) -> str:
         ("the image under qemu", "qemu"),
     ]
     lines = [
-        f"{label + ':':<24}{result[f'{key}_s']:.3f} s median of {result['repeats']}, "
+        f"{label + ':':<24}{result[f'{key}_s']:.3f} s median of {result['rounds']}, "
         f"{result[f'{key}_max_s']:.3f} s at most"
         for label, key in rows
         if f"{key}_s" in result

@@ -27,10 +27,11 @@ from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.memory.guest import Region
 from kvmhost.memory.layout import TinyLayout
-from kvmhost.tools.args import about, count, size_bytes
+from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
+from kvmhost.tools.vocabulary import add_option
 from kvmhost.trackers import NAMES, Tracker, probe_all
 from kvmhost.trackers.pagescan import scans
 from kvmhost.units import PAGE_BYTES
@@ -56,7 +57,7 @@ _DIRTY = {
 }
 
 
-def run(mem_bytes: int = 1 << 30, repeats: int = 15) -> dict[str, Any]:
+def run(mem_bytes: int = 1 << 30, rounds: int = 15) -> dict[str, Any]:
     """Measure the trackers that work on this host; ``engine`` is kvm if it works, else emulated.
 
     :return: ``speed``: rows with ``bare_us``, ``harvest_us`` and ``ratio``; ``memory``: rows
@@ -66,14 +67,14 @@ def run(mem_bytes: int = 1 << 30, repeats: int = 15) -> dict[str, Any]:
     speed = []
     for case, params in _PAGEMAP.items():
         with _machine(mem_bytes, params) as machine:
-            speed.append({"tracker": "pagemap", "case": case, **_pagemap(machine, params, repeats)})
+            speed.append({"tracker": "pagemap", "case": case, **_pagemap(machine, params, rounds)})
     if support["dirty"].works:
         for case, (params, clear) in _DIRTY.items():
             with _machine(mem_bytes, params) as machine:
-                row = _dirty(machine, clear, repeats)
+                row = _dirty(machine, clear, rounds)
             speed.append({"tracker": "dirty", "case": case, **row})
     memory = [_memory(name, mem_bytes) for name in NAMES if support[name].works]
-    return {"mem_bytes": mem_bytes, "repeats": repeats, "speed": speed, "memory": memory}
+    return {"mem_bytes": mem_bytes, "rounds": rounds, "speed": speed, "memory": memory}
 
 
 def _machine(mem_bytes: int, params: dict[str, int]) -> Machine:
@@ -88,12 +89,12 @@ def _machine(mem_bytes: int, params: dict[str, int]) -> Machine:
 
 
 def _in_turn(
-    prepare: Callable[[], object], variants: dict[str, Callable[[], object]], repeats: int
+    prepare: Callable[[], object], variants: dict[str, Callable[[], object]], rounds: int
 ) -> dict[str, float]:
     """Time variants in turn, in rotating order; return median µs of each, and the ratio."""
     times: dict[str, list[int]] = {name: [] for name in variants}
     names = list(variants)
-    for turn in range(repeats):
+    for turn in range(rounds):
         for name in names if turn % 2 else reversed(names):
             prepare()
             start = lib.kh_bench_now_ns()
@@ -103,7 +104,7 @@ def _in_turn(
     return found | {"ratio": found["harvest_us"] / found["bare_us"]}
 
 
-def _pagemap(machine: Machine, params: dict[str, int], repeats: int) -> dict[str, float]:
+def _pagemap(machine: Machine, params: dict[str, int], rounds: int) -> dict[str, float]:
     tracker = machine.use_tracker("pagemap")
     if params:
         machine.run_epoch()
@@ -118,7 +119,7 @@ def _pagemap(machine: Machine, params: dict[str, int], repeats: int) -> dict[str
             "bare": bare,
             "harvest": lambda: harvest(region.gfn, region.n_pages, clear=False),
         }
-        return _in_turn(lambda: None, variants, max(repeats, 31))
+        return _in_turn(lambda: None, variants, max(rounds, 31))
     finally:
         os.close(fd)
 
@@ -138,7 +139,7 @@ def _bare_scan(fd: int, region: Region) -> Callable[[], object]:
     return scan
 
 
-def _dirty(machine: Machine, clear: bool, repeats: int) -> dict[str, float]:
+def _dirty(machine: Machine, clear: bool, rounds: int) -> dict[str, float]:
     tracker = machine.use_tracker("dirty")
     # One slot at a time, as in the tracker.
     bare = [_bare_log(machine, slot, region, clear) for slot, region in _slots(machine)]
@@ -150,7 +151,7 @@ def _dirty(machine: Machine, clear: bool, repeats: int) -> dict[str, float]:
     }
     # If pages are cleared, the guest writes them again before each call.
     prepare: Callable[[], object] = machine.run_epoch if clear else lambda: None
-    return _in_turn(prepare, variants, repeats if clear else max(repeats, 101))
+    return _in_turn(prepare, variants, rounds if clear else max(rounds, 101))
 
 
 def _slots(machine: Machine) -> list[tuple[int, Region]]:
@@ -223,9 +224,9 @@ def _anonymous_bytes() -> int:
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(prog="kvmhost bench trackers", description=about(__doc__))
-    parser.add_argument("--mem", type=size_bytes, default=1 << 30, help="guest memory (default 1G)")
-    parser.add_argument("--repeats", type=count, default=15, help="of each variant (default 15)")
-    parser.add_argument("--json", action="store_true")
+    add_option(parser, "--mem", default="1G")
+    add_option(parser, "--rounds", default=15, help="measurements of each variant")
+    add_option(parser, "--json")
     return parser
 
 
@@ -233,11 +234,11 @@ def main(argv: Sequence[str]) -> int:
     """Print the figures as tables, or as JSON."""
     options = parser().parse_args(argv)
     with working("bench trackers"):
-        result = run(options.mem, options.repeats)
+        result = run(options.mem, options.rounds)
     if options.json:
         print(json.dumps(result, indent=2))
         return 0
-    print(f"guest of {result['mem_bytes'] >> 20} MiB, {result['repeats']} rounds, medians")
+    print(f"guest of {result['mem_bytes'] >> 20} MiB, {result['rounds']} rounds, medians")
     for row in result["speed"]:
         print(
             f"{row['tracker']:8} {row['case']:24} bare {row['bare_us']:9.1f} us, "

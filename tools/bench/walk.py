@@ -18,10 +18,11 @@ from kvmhost._ffi import ffi, lib
 from kvmhost.bitmap import Words
 from kvmhost.mmu.tablemem import TableMemory
 from kvmhost.mmu.tdp import LiveTable
-from kvmhost.tools.args import about
+from kvmhost.tools.args import about, count
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["interleaved", "main", "parser", "run"]
 
@@ -31,13 +32,13 @@ _ACCESSED_BIT = 5
 Step = tuple[Callable[[], object], Callable[[], object]]
 
 
-def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     """Time named steps in turn; each step is (preparation, timed function).
 
     :return: median ns of each step
     """
     times: dict[str, list[int]] = {name: [] for name in steps}
-    for _ in range(repeats):
+    for _ in range(rounds):
         for name, (prepare, timed) in steps.items():
             prepare()
             start = lib.kh_bench_now_ns()
@@ -46,7 +47,7 @@ def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def run(n_entries: int = 4 << 20, repeats: int = 15) -> dict[str, Any]:
+def run(n_entries: int = 4 << 20, rounds: int = 15) -> dict[str, Any]:
     """Harvest ``n_entries`` live entries, all old and all young, and time bare loops too.
 
     :return: ``ns_per_entry`` by step, and the ratios: ``old_of_sum``, the speed of the
@@ -72,10 +73,10 @@ def run(n_entries: int = 4 << 20, repeats: int = 15) -> dict[str, Any]:
             "and": (touch, lambda: lib.kh_bench_and(entries, n_entries, _ACCESSED_BIT)),
             "harvest_young": (touch, lambda: table.harvest(0, n_entries)),
         }
-        median = interleaved(steps, repeats)
+        median = interleaved(steps, rounds)
     return {
         "n_entries": n_entries,
-        "repeats": repeats,
+        "rounds": rounds,
         "scan": ["scalar", "avx2"][lib.kh_scan_level(-1)],
         "ns_per_entry": {name: ns / n_entries for name, ns in median.items()},
         "old_of_sum": median["sum"] / median["harvest_old"],
@@ -110,9 +111,15 @@ def _pointers(first_page: int, n: int) -> Words:
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(prog="kvmhost bench walk", description=about(__doc__))
-    parser.add_argument("--entries", type=int, default=4 << 20)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--entries",
+        type=count,
+        default=4 << 20,
+        metavar="N",
+        help="entries of the page table (default: %(default)s)",
+    )
+    add_option(parser, "--rounds", default=15, help="measurements of each loop")
+    add_option(parser, "--json")
     return parser
 
 
@@ -120,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures as a table, or as JSON."""
     options = parser().parse_args(argv)
     with working("bench walk"):
-        result = run(options.entries, options.repeats)
+        result = run(options.entries, options.rounds)
     if options.json:
         print(json.dumps(result, indent=2))
         return 0

@@ -4,7 +4,7 @@ Two synthetic guests have a hot set of a tenth of their pages, of which each win
 touches half, and some cold touches. A record of a 1 GiB guest is appended window by
 window; the queries are timed on a record of a 64 GiB guest over one hour, with one
 window per second. Every time is the median of several rounds. The record of the large
-guest is written first, which takes minutes; ``--gib`` and ``--windows`` make it smaller.
+guest is written first, which takes minutes; ``--mem`` and ``--count`` make it smaller.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap
-from kvmhost.tools.args import about, count
+from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress, show_table
+from kvmhost.tools.vocabulary import add_option
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["main", "make_record", "parser", "run"]
 
-_PAGES_A_GIB = 1 << 18
 _HOT_SHARE, _COLD_TOUCHES = 0.1, 64
 _SECOND = 10**9
 
@@ -65,28 +66,27 @@ def make_record(path: Path, n_pages: int, n_windows: int) -> list[float]:
     return times
 
 
-def run(
-    gib: int, n_windows: int, hour: int, rounds: int, say: Callable[[str], None]
-) -> dict[str, Any]:
+def run(mem_bytes: int, n_windows: int, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure; sizes are in the result."""
     with tempfile.TemporaryDirectory() as place:
         small, large = Path(place) / "small", Path(place) / "large"
-        say("1 GiB, an hour of windows")
-        times = make_record(small, _PAGES_A_GIB, hour)
+        say(f"1 GiB, {n_windows} windows: being written")
+        times = make_record(small, (1 << 30) // PAGE_BYTES, n_windows)
         found: dict[str, Any] = {
             "append_ms": statistics.median(times) * 1e3,
             "append_mean_ms": statistics.fmean(times) * 1e3,
             "append_p99_ms": float(np.percentile(times, 99)) * 1e3,
-            "hour_mib": _size(small) / 2**20,
+            "small_mib": _size(small) / 2**20,
         }
-        say(f"{gib} GiB, {n_windows} windows: being made")
-        times = make_record(large, gib * _PAGES_A_GIB, n_windows)
+        n_pages = mem_bytes // PAGE_BYTES
+        say(f"{mem_bytes / 2**30:g} GiB, {n_windows} windows: being written")
+        times = make_record(large, n_pages, n_windows)
         found |= {
-            "large_gib": gib,
-            "large_windows": n_windows,
+            "large_mem_bytes": mem_bytes,
+            "n_windows": n_windows,
             "large_append_ms": statistics.median(times) * 1e3,
             "large_stored_mib": _size(large) / 2**20,
-            "large_bits_gib": gib * _PAGES_A_GIB * n_windows / 8 / 2**30,
+            "large_bits_gib": n_pages * n_windows / 8 / 2**30,
         }
         for name in ("open", "wss", "bitmap", "hot"):
             say(f"{name} of the large record")
@@ -149,11 +149,10 @@ def _ask(name: str, path: Path) -> None:
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(prog="kvmhost bench young", description=about(__doc__))
-    parser.add_argument("--gib", type=count, default=64, help="size of the large guest")
-    parser.add_argument("--windows", type=count, default=3600, help="windows of its record")
-    parser.add_argument("--hour", type=count, default=3600, help="windows of the 1 GiB guest")
-    parser.add_argument("--rounds", type=count, default=5)
-    parser.add_argument("--json", action="store_true")
+    add_option(parser, "--mem", default="64G", help="memory of the large guest")
+    add_option(parser, "--count", default=3600, help="windows of each record")
+    add_option(parser, "--rounds", default=5, help="repetitions of each query")
+    add_option(parser, "--json")
     parser.add_argument("--ask", nargs=2, metavar=("QUESTION", "FILE"), help=argparse.SUPPRESS)
     return parser
 
@@ -164,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.ask:
         _ask(args.ask[0], Path(args.ask[1]))
         return 0
-    found = run(args.gib, args.windows, args.hour, args.rounds, Progress().say)
+    found = run(args.mem, args.count, args.rounds, Progress().say)
     if args.json:
         print(json.dumps(found, indent=2))
         return 0

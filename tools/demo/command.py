@@ -32,7 +32,7 @@ from kvmhost.installing import install_hint
 from kvmhost.machine import Machine
 from kvmhost.pager.userfault import Userfault
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
-from kvmhost.tools.args import about, size_bytes
+from kvmhost.tools.args import about
 from kvmhost.tools.demo.processes import (
     exit_status,
     more_harvests,
@@ -44,6 +44,7 @@ from kvmhost.tools.demo.processes import (
 from kvmhost.tools.demo.settings import START_GFN, DemoSettings
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress, show_table
+from kvmhost.tools.vocabulary import add_option
 from kvmhost.trackers import NAMES, describe, probe_all
 
 __all__ = ["main", "parser"]
@@ -57,11 +58,13 @@ def main(argv: Sequence[str]) -> int:
     """Run the demo; return 0 if every part had the expected result."""
     args = parser().parse_args(argv)
     engine = _engine_name(args.engine)
-    check_target(args.output)
+    check_target(args.out)
     # Both limited runs need it; report it now instead of later from a child process.
     Userfault().close()
     share = 1 if engine == "kvm" else _EMULATED_SHARE
-    settings = DemoSettings(args.mem, args.hot // min(share, 4), args.epochs // share, engine)
+    settings = DemoSettings(
+        args.mem, args.hot.of(args.mem) // min(share, 4), max(args.epochs // share, 1), engine
+    )
     if settings.budget_bytes < settings.hot_bytes:
         raise LayoutError(
             f"--mem {args.mem >> 20} MiB leaves a budget of {settings.budget_bytes >> 20} MiB "
@@ -69,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         )
     with tempfile.TemporaryDirectory(prefix="kvmhost-demo-") as runtime:
         os.environ["KVMHOST_RUNTIME_DIR"] = runtime
-        report = _run(settings, args.output, Progress(args.json))
+        report = _run(settings, args.out, Progress(args.json))
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -84,14 +87,12 @@ def parser() -> CommandParser:
         description=about(__doc__),
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--engine", default="auto", choices=("auto", "kvm", "emulated"))
-    parser.add_argument("--mem", type=size_bytes, default=320 * _MIB, metavar="SIZE")
-    parser.add_argument("--hot", type=size_bytes, default=48 * _MIB, metavar="SIZE")
-    parser.add_argument("--epochs", type=int, default=300, help="epochs of the limited runs")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("kvmhost-demo.png"), help="the heatmap"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_option(parser, "--engine")
+    add_option(parser, "--mem", default="320M")
+    add_option(parser, "--hot", default="15%")
+    add_option(parser, "--epochs", default=300, help="epochs of the runs under the limit")
+    add_option(parser, "--out", metavar="FILE.png", default="kvmhost-demo.png", help="the heatmap")
+    add_option(parser, "--json")
     return parser
 
 

@@ -18,6 +18,7 @@ from kvmhost.errors import CapabilityError, ImageError
 from kvmhost.guests.build import CompilerMissingError, GuestBuildError, compile_guest
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["main", "parser"]
 
@@ -30,8 +31,8 @@ def parser() -> CommandParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="FILE.c", type=Path, help="the guest's source")
-    parser.add_argument(
-        "-o", "--output", metavar="OUT", type=Path, help="the image (default: FILE.elf beside it)"
+    add_option(
+        parser, "--out", metavar="FILE", help="the image (default: FILE.elf beside the source)"
     )
     return parser
 
@@ -39,7 +40,7 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Compile, check that the result is an image, and print how to run it."""
     args = parser().parse_args(argv)
-    image = build(args.source, args.output or args.source.with_suffix(".elf"))
+    image = build(args.source, args.out or args.source.with_suffix(".elf"))
     print(f"{image}: kvmhost run {image if '/' in str(image) else f'./{image}'}")
     return 0
 

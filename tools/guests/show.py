@@ -14,6 +14,7 @@ from kvmhost.boot.image import read_image
 from kvmhost.guests import image_names, image_path
 from kvmhost.tools.args import find_image
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["contract", "parser", "show"]
 
@@ -39,7 +40,7 @@ def parser() -> CommandParser:
     parser.add_argument(
         "name", metavar="NAME|PATH", nargs="?", help="show this guest or image file only"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead")
+    add_option(parser, "--json")
     return parser
 
 

@@ -22,7 +22,8 @@ from kvmhost.bitmap import YoungBitmap, n_words
 from kvmhost.errors import LayoutError
 from kvmhost.files import own_directory
 from kvmhost.suggest import unknown_name
-from kvmhost.tools.args import add_machine_arguments, count, find_image, parse_params
+from kvmhost.tools.args import count, find_image, parse_params
+from kvmhost.tools.machineargs import add_machine_arguments
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show
 

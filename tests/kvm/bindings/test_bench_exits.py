@@ -19,7 +19,7 @@ PORT, COUNT = 0x600, 400
 
 def test_every_way_is_measured() -> None:
     # Each way checks by itself that it saw as many writes as the guest made.
-    result = exits.run(count=COUNT, repeats=1)
+    result = exits.run(count=COUNT, rounds=1)
     ways = {"minimal C loop", "C run loop", "Python device", "ioeventfd", "coalesced"}
     assert set(result["ns_per_exit"]) == ways
     assert all(ns > 0 for ns in result["ns_per_exit"].values())

@@ -12,7 +12,7 @@ from kvmhost.tools.bench import walk as bench_walk
 
 
 def test_walk_in_small():
-    result = bench_walk.run(n_entries=1 << 14, repeats=3)
+    result = bench_walk.run(n_entries=1 << 14, rounds=3)
     assert result["n_entries"] == 1 << 14
     for ratio in ("old_of_sum", "old_of_wide_sum", "young_of_and"):
         assert result[ratio] > 0
@@ -34,13 +34,13 @@ def test_scale_in_small():
 
 
 def test_aging_in_small():
-    result = bench_mmu.bench_aging(threads=(1, 2), pages_per_vcpu=2048, repeats=1)
+    result = bench_mmu.bench_aging(threads=(1, 2), pages_per_vcpu=2048, rounds=1)
     assert result["2"]["none"]["slowdown"] == 1.0
     assert set(result["1"]) == {"none", "locked", "lockless"}
 
 
 def test_ways_in_small():
-    result = bench_mmu.bench_ways(n_pages=2048, n_accesses=50_000, repeats=1)
+    result = bench_mmu.bench_ways(n_pages=2048, n_accesses=50_000, rounds=1)
     for name in bench_mmu.FORMATS:
         assert len(result[name]["cells"]) == 8
         assert result[name]["sentence"].startswith(f"{name}: ")
@@ -51,12 +51,12 @@ def test_ways_in_small():
 
 def test_commands(capsys, monkeypatch):
     monkeypatch.setitem(bench_mmu.PARTS, "sparse", lambda: bench_mmu.bench_sparse(1, 1 << 20))
-    assert bench_mmu.main(["sparse"]) == 0
+    assert bench_mmu.main(["--part", "sparse"]) == 0
     assert "-- sparse" in capsys.readouterr().out
-    assert bench_mmu.main(["sparse", "--json"]) == 0
+    assert bench_mmu.main(["--part", "sparse", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"sparse"}
     with pytest.raises(SystemExit):
-        bench_mmu.main(["fast"])
+        bench_mmu.main(["--part", "fast"])
     capsys.readouterr()
-    assert bench_walk.main(["--entries", "8192", "--repeats", "1"]) == 0
+    assert bench_walk.main(["--entries", "8192", "--rounds", "1"]) == 0
     assert "all young" in capsys.readouterr().out

@@ -17,12 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from kvmhost.tools.args import about, seconds
+from kvmhost.errors import LayoutError
+from kvmhost.tools.args import about
 from kvmhost.tools.bench.reclaim.workloads import BUDGETS, WORKLOADS
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option, listing, one_of
 
 __all__ = ["PARTS", "main", "parser", "run"]
 
@@ -35,7 +36,7 @@ def run(
     workloads: Sequence[str] = tuple(WORKLOADS),
     pages: int = 8192,
     windows: int = 200,
-    seconds_each: float = 3.0,
+    duration_s: float = 3.0,
     budgets: Sequence[float] = BUDGETS,
     cost_mem_bytes: int = 1 << 30,
     tell: Callable[[str], None] = lambda text: None,
@@ -50,9 +51,9 @@ def run(
     if "trace" in parts:
         report["trace"] = trace.run(workloads, pages, windows, budgets, tell)
     if "guests" in parts:
-        report["guests"] = guests.run(workloads, pages * 2, seconds_each, budgets, tell)
+        report["guests"] = guests.run(workloads, pages * 2, duration_s, budgets, tell)
     if "cost" in parts:
-        report["cost"] = guests.cost(cost_mem_bytes, seconds_each * 2, tell)
+        report["cost"] = guests.cost(cost_mem_bytes, duration_s * 2, tell)
     if "rows" in parts:
         report["rows"] = rows.run(pages * 2, tell)
     return report
@@ -65,17 +66,23 @@ def parser() -> CommandParser:
         description=about(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--part", action="append", choices=PARTS, help="only these; repeatable")
-    parser.add_argument(
-        "--workload", action="append", choices=tuple(WORKLOADS), help="only these; repeatable"
+    add_option(
+        parser,
+        "--part",
+        **listing(one_of("part", PARTS), default=list(PARTS)),
+        help=f"parts to run (default: {', '.join(PARTS)})",
     )
-    parser.add_argument("--pages", type=int, default=8192, help="pages of a trace (default: 8192)")
-    parser.add_argument("--windows", type=int, default=200, help="windows of a trace")
-    parser.add_argument(
-        "--seconds", type=seconds, default=3.0, help="length of each real segment (default: 3)"
+    add_option(
+        parser,
+        "--workload",
+        **listing(one_of("workload", tuple(WORKLOADS)), default=list(WORKLOADS)),
+        help=f"workloads to run (default: {', '.join(WORKLOADS)})",
     )
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows")
+    add_option(parser, "--pages", help="pages of a trace; a guest has twice as many")
+    add_option(parser, "--count", default=200, help="windows of a trace")
+    add_option(parser, "--duration", default="3s")
+    add_option(parser, "--json")
+    add_option(parser, "--out", metavar="FILE.png", help="draw part rows into this file")
     return parser
 
 
@@ -84,17 +91,19 @@ def main(argv: Sequence[str]) -> int:
     from kvmhost.tools.bench.reclaim import show
 
     options = parser().parse_args(argv)
-    if options.plot is not None:
-        show.need_file(options.plot)
+    if options.out is not None:
+        if "rows" not in options.part:
+            raise LayoutError("--out draws part rows, which --part leaves out")
+        show.need_file(options.out)
     report = run(
-        options.part or PARTS,
-        workloads=options.workload or tuple(WORKLOADS),
+        options.part,
+        workloads=options.workload,
         pages=options.pages,
-        windows=options.windows,
-        seconds_each=options.seconds,
+        windows=options.count,
+        duration_s=options.duration,
         tell=show.progress,
     )
     print(json.dumps(report, indent=2) if options.json else show.tables(report))
-    if options.plot is not None:
-        show.plot(report, options.plot)
+    if options.out is not None:
+        show.plot(report, options.out)
     return 0

@@ -115,7 +115,7 @@ def test_a_plug_in_cannot_take_a_name_and_a_broken_one_harms_nobody(installed):
 
 def test_the_command_of_the_documentation_prints_its_rows():
     """One small trace, as a user would run it."""
-    command = "bench reclaim --part trace --workload zipf --pages 1024 --windows 30 --json"
+    command = "bench reclaim --part trace --workload zipf --pages 1024 --count 30 --json"
     done = subprocess.run(
         [sys.executable, "-m", "kvmhost", *command.split()],
         capture_output=True,
