@@ -7,6 +7,10 @@ of the pages they are computed again from the bits. A page is *cold* at a thresh
 that becomes young. Thresholds and windows are exact for the values in
 :data:`~kvmhost.reclaim.record.meta.UPPER` (1 to 64, then eight per octave); others are
 rounded to the nearest of these.
+
+Windows have different lengths where somebody else harvested too, or a harvest was late.
+Means over windows weigh each by the time that it covers, and rates are per covered time:
+nothing is known about the gaps between windows.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import n_words
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.record.clock import elapsed_s, interval_s
+from kvmhost.reclaim.record.clock import elapsed_s, interval_s, starts_s, weighted_mean
 from kvmhost.reclaim.record.meta import MIN_CHUNK_PAGES, UPPER
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.summary import RunningAges
@@ -27,6 +31,7 @@ __all__ = [
     "Histograms",
     "Saving",
     "Threshold",
+    "age_s",
     "age_table",
     "histograms",
     "miss_ratio_curve",
@@ -34,6 +39,7 @@ __all__ = [
     "predict_saving",
     "promotion_curve",
     "working_set",
+    "working_set_over",
 ]
 
 Counts = npt.NDArray[np.int64]
@@ -45,7 +51,8 @@ class Histograms:
 
     :param first: number of the first window
     :param n_pages: shape ``(windows,)``: pages that were harvested
-    :param seconds: end of each window, on the record's time axis
+    :param starts_s: start of every window from the first of the record, on its time axis
+    :param ends_s: end of every window from the first of the record
     :param interval_s: planned length of a window
     """
 
@@ -53,9 +60,26 @@ class Histograms:
     reuse: Counts
     ages: Counts
     n_pages: Counts
-    seconds: npt.NDArray[np.float64]
+    starts_s: npt.NDArray[np.float64]
+    ends_s: npt.NDArray[np.float64]
     interval_s: float
     page_bytes: int
+
+    @property
+    def seconds(self) -> npt.NDArray[np.float64]:
+        """Shape ``(windows,)``: end of each window."""
+        return self.ends_s[self.first :]
+
+    @property
+    def lengths_s(self) -> npt.NDArray[np.float64]:
+        """Shape ``(windows,)``: the time that each window covers."""
+        return (self.ends_s - self.starts_s)[self.first :]
+
+    @property
+    def step_s(self) -> float:
+        """The usual time from the end of a window to the end of the next one."""
+        steps = np.diff(self.ends_s)
+        return float(np.median(steps)) if steps.size else self.interval_s
 
     def __len__(self) -> int:
         return int(self.reuse.shape[0])
@@ -88,8 +112,8 @@ def histograms(
     else:
         reuse, ages, n_pages = _part(record, first, end, gfns)
     return Histograms(
-        first, reuse, ages, n_pages, elapsed_s(record)[first:end], interval_s(record),
-        record.metadata.page_bytes,
+        first, reuse, ages, n_pages, starts_s(record)[:end], elapsed_s(record)[:end],
+        interval_s(record), record.metadata.page_bytes,
     )  # fmt: skip
 
 
@@ -107,6 +131,30 @@ def working_set(found: Histograms, windows: float) -> Counts:
     return pages
 
 
+def working_set_over(found: Histograms, seconds: float) -> Counts:
+    """Return shape ``(windows,)``: pages young in the last ``seconds`` before each end.
+
+    Those are the windows of which at least half lies in that time, and at least one.
+    """
+    middles = (found.starts_s + found.ends_s) / 2
+    oldest = np.searchsorted(middles, found.seconds - seconds, side="left")
+    windows = np.arange(found.first, found.first + len(found)) + 1 - oldest
+    above = np.clip(np.searchsorted(UPPER, windows), 1, UPPER.size - 1)
+    closer = windows - UPPER[above - 1] < UPPER[above] - windows
+    buckets = np.maximum(np.where(closer, above - 1, above), 1)
+    below = np.cumsum(found.ages[:, 1:], axis=1)
+    pages: Counts = below[np.arange(len(found)), buckets - 1]
+    return pages
+
+
+def age_s(found: Histograms, windows: int) -> float:
+    """Return how long ago the last ``windows`` windows began, at the end of the last one."""
+    if not found.ends_s.size:
+        return windows * found.interval_s
+    at = max(found.ends_s.size - windows, 0)
+    return float(found.ends_s[-1] - found.starts_s[at])
+
+
 def age_table(found: Histograms, at: int = -1) -> Counts:
     """Return shape ``(buckets,)``: pages by age at the end of one of the windows.
 
@@ -122,9 +170,10 @@ def age_table(found: Histograms, at: int = -1) -> Counts:
 class Threshold:
     """The effect of treating pages as cold after a number of windows.
 
+    :param seconds: the time that so many windows usually take
     :param cold_pages: mean over the windows, including pages that were never young
     :param never_pages: mean of the pages that were never young
-    :param promotions_per_min: cold pages that became young
+    :param promotions_per_min: cold pages that became young, per minute that is covered
     :param promotion_rate: promotions per minute, as a share of the working set
     """
 
@@ -143,7 +192,7 @@ def promotion_curve(found: Histograms) -> list[Threshold]:
     in earlier windows long thresholds could not cause promotions.
     """
     curve = []
-    minutes = found.interval_s / 60
+    lengths = found.lengths_s
     # above[b]: pages whose interval is larger than UPPER[b - 1].
     reuse_above = np.cumsum(found.reuse[:, :0:-1], axis=1)[:, ::-1]
     ages_above = np.cumsum(found.ages[:, :0:-1], axis=1)[:, ::-1]
@@ -153,14 +202,16 @@ def promotion_curve(found: Histograms) -> list[Threshold]:
         since = int(np.searchsorted(numbers, windows, side="right"))
         if since >= len(found):
             break
-        promoted = reuse_above[since:, bucket].mean() / minutes
-        never = found.ages[since:, 0].mean()
-        cold = ages_above[since:, bucket].mean() + never
-        hot = (found.n_pages[since:]).mean() - cold
+        part = lengths[since:]
+        minutes = float(part.sum()) / 60 or part.size * found.interval_s / 60
+        promoted = reuse_above[since:, bucket].sum() / minutes
+        never = weighted_mean(found.ages[since:, 0], part)
+        cold = weighted_mean(ages_above[since:, bucket], part) + never
+        hot = weighted_mean(found.n_pages[since:], part) - cold
         curve.append(
             Threshold(
                 windows=windows,
-                seconds=windows * found.interval_s,
+                seconds=windows * found.step_s,
                 cold_pages=float(cold),
                 never_pages=float(never),
                 promotions_per_min=float(promoted),
@@ -191,7 +242,8 @@ def predict_saving(found: Histograms, target_rate: float = 0.002) -> Saving | No
     """
     for threshold in promotion_curve(found):
         if threshold.promotion_rate <= target_rate:
-            share = threshold.cold_pages / max(float(found.n_pages.mean()), 1.0)
+            pages = float(weighted_mean(found.n_pages, found.lengths_s))
+            share = threshold.cold_pages / max(pages, 1.0)
             return Saving(target_rate, threshold, threshold.cold_pages, share)
     return None
 
@@ -212,7 +264,9 @@ def miss_ratio_curve(found: Histograms) -> tuple[npt.NDArray[np.float64], npt.ND
     touches = max(int(found.reuse.sum()), 1)
     counts = found.reuse[:, 1:].sum(axis=0)
     per_window = np.cumsum(found.ages[:, 1:], axis=1)
-    distance = per_window.mean(axis=0) if len(found) else np.zeros(UPPER.size - 1)
+    distance = np.zeros(UPPER.size - 1)
+    if len(found):
+        distance = weighted_mean(per_window, found.lengths_s)
     seen = np.flatnonzero(counts)
     seen = seen[: np.searchsorted(UPPER[1:][seen], max(len(found) + found.first, 1)) + 1]
     sizes = np.concatenate([[0.0], distance[seen]])

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from kvmhost.bitmap import Words, YoungBitmap, n_words, unpack
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.record import meta as recordmeta
+from kvmhost.reclaim.record.clock import interval_s, lengths_s, weighted_mean
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, runs, to_rows
 
@@ -27,13 +28,16 @@ __all__ = [
 
 #: Maximum number of bins in the search for phases.
 _PHASE_BINS = 4096
+#: Lengths of windows are rounded to this part of the planned length, a power of two: windows
+#: of about that length then cost one pass over the bits. The longest counts so many of them.
+_UNITS, _MOST_UNITS = 256, (1 << 16) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class HotRange:
     """Pages ``[gfn_start, gfn_end)``.
 
-    :param density: share of (page, window) pairs that were young
+    :param density: share of (page, time) pairs that were young
     :param hot_pages: pages of the range that are themselves hot
     """
 
@@ -56,16 +60,19 @@ def hot_ranges(
     min_share: float = 0.5,
     max_gap_pages: int = 0,
 ) -> list[HotRange]:
-    """Return ranges of pages that were young in at least a share of the windows.
+    """Return ranges of pages that were young in at least a share of the time.
+
+    A window counts with its length, in 256ths of the planned one.
 
     :param max_gap_pages: merge ranges with at most this many colder pages between them
     """
     end = len(record) if end is None else end
     if not 0 < min_share <= 1:
         raise LayoutError(f"hot ranges: invalid share {min_share:g}: need more than 0, at most 1")
-    counts = record.between(first, end, "count")
-    n_windows = max(end - first, 1)
-    starts, ends = runs(counts >= max(min_share * n_windows, 1))
+    weights = _weights(record, first, end)
+    counts = record.weighted_counts(first, weights)
+    n_units = max(int(weights.sum()), 1)
+    starts, ends = runs(counts >= max(min_share * n_units, 1))
     if starts.size:
         split = np.flatnonzero(starts[1:] - ends[:-1] > max_gap_pages)
         hot = np.cumsum(np.concatenate([[0], ends - starts]))
@@ -74,7 +81,7 @@ def hot_ranges(
         hot_pages = hot[lasts + 1] - hot[firsts]
         starts, ends = starts[firsts], ends[lasts]
         below = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        density = (below[ends] - below[starts]) / ((ends - starts) * n_windows)
+        density = (below[ends] - below[starts]) / ((ends - starts) * n_units)
         return [
             HotRange(record.gfn_start + int(a), record.gfn_start + int(b), int(h), float(d))
             for a, b, h, d in zip(starts, ends, hot_pages, density, strict=True)
@@ -82,12 +89,23 @@ def hot_ranges(
     return []
 
 
+def _weights(record: YoungRecord, first: int, end: int) -> npt.NDArray[np.int64]:
+    """Return the length of each window in units; 0 only for a window of no length."""
+    lengths = lengths_s(record)[first:end]
+    units = lengths / max(interval_s(record), 1e-9) * _UNITS
+    longest = units.max(initial=0.0)
+    if longest > _MOST_UNITS:
+        units *= _MOST_UNITS / longest
+    rounded = np.rint(units).astype(np.int64)
+    return np.where(units > 0, np.maximum(rounded, 1), 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """Windows ``[first, end)`` with a similar access pattern.
 
     :param change: difference from the previous phase, 0 (none) to 1 (complete)
-    :param young_pages: mean per window
+    :param young_pages: mean of the windows, weighed by their lengths
     """
 
     first: int
@@ -111,11 +129,15 @@ def find_phases(record: YoungRecord, *, span: int = 8, threshold: float = 0.5) -
     levels = [v for v in recordmeta.LEVELS if recordmeta.n_bins(record.n_pages, v) <= _PHASE_BINS]
     level = (levels or [recordmeta.LEVELS[-1]])[0]
     change = np.zeros(n)
-    sums = record.sums(level).astype(np.float64)
+    lengths = lengths_s(record)
+    weights = np.maximum(lengths, 1e-9 * max(float(lengths.max(initial=0.0)), 1e-9))
+    sums = record.sums(level) * weights[:, None]
     below = np.concatenate([np.zeros((1, sums.shape[1])), np.cumsum(sums, axis=0)])
+    time = np.concatenate([[0.0], np.cumsum(weights)])
     for at in range(1, n):
-        before = (below[at] - below[max(at - span, 0)]) / min(span, at)
-        after = (below[min(at + span, n)] - below[at]) / min(span, n - at)
+        low, high = max(at - span, 0), min(at + span, n)
+        before = (below[at] - below[low]) / (time[at] - time[low])
+        after = (below[high] - below[at]) / (time[high] - time[at])
         larger = np.maximum(before, after).sum()
         change[at] = np.abs(before - after).sum() / larger if larger else 0.0
     # Closer to either end there are too few windows to distinguish a change from noise.
@@ -130,7 +152,7 @@ def find_phases(record: YoungRecord, *, span: int = 8, threshold: float = 0.5) -
     young = record.column("n_young")
     edges = [0, *cuts, n]
     return [
-        Phase(a, b, float(change[a]), float(young[a:b].mean()))
+        Phase(a, b, float(change[a]), float(weighted_mean(young[a:b], lengths[a:b])))
         for a, b in itertools.pairwise(edges)
     ]
 

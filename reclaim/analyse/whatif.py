@@ -24,7 +24,7 @@ from kvmhost.installing import install_hint
 from kvmhost.reclaim.policy import registry
 from kvmhost.reclaim.policy.base import Policy
 from kvmhost.reclaim.policy.replay import replay
-from kvmhost.reclaim.record.clock import elapsed_s
+from kvmhost.reclaim.record.clock import elapsed_s, lengths_s, weighted_mean
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import count_bits
 
@@ -60,8 +60,9 @@ class Case:
 class Outcome:
     """The result of a case.
 
+    :param minutes: the time that the windows cover
     :param refaults_per_min: predicted refaults of evicted pages
-    :param saved_pages: mean over the windows of pages touched so far and not resident
+    :param saved_pages: mean over that time of pages touched so far and not resident
     :param saved_share: the same as a share of the pages touched so far
     :param wrong_share: share of evictions that refaulted within a few windows
     """
@@ -137,9 +138,8 @@ def run_case(case: Case) -> Outcome:
     with YoungRecord.open(case.path) as record:
         policy = make_policy(case.policy, max(record.n_pages, 1), dict(case.options))
         result = replay(windows_of(record, case.first, case.end), policy, case.budget_pages)
-        seconds = np.concatenate([[0.0], elapsed_s(record)])
-        end = len(record) if case.end is None else case.end
-        minutes = float(seconds[end] - seconds[case.first]) / 60
+        lengths = lengths_s(record)[case.first : case.end]
+        minutes = float(lengths.sum()) / 60
         ever = _touched_so_far(record, case.first, case.end)
     held = np.maximum(ever - result.resident, 0)
     return Outcome(
@@ -153,8 +153,8 @@ def run_case(case: Case) -> Outcome:
         evictions=result.evictions,
         forced_evictions=result.forced_evictions,
         wrong_share=result.wrong_evictions / max(result.evictions, 1),
-        saved_pages=float(held.mean()) if held.size else 0.0,
-        saved_share=float((held / np.maximum(ever, 1)).mean()) if held.size else 0.0,
+        saved_pages=float(weighted_mean(held, lengths)) if held.size else 0.0,
+        saved_share=float(weighted_mean(held / np.maximum(ever, 1), lengths)) if held.size else 0.0,
         policy_s=result.policy_ns / 1e9,
     )
 

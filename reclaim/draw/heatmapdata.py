@@ -16,7 +16,14 @@ import numpy.typing as npt
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.draw.heatmap import Heatmap, HeatmapMark, bin_edges
 from kvmhost.reclaim.errors import RecordError
-from kvmhost.reclaim.record.clock import elapsed_s, find_jumps, interval_s
+from kvmhost.reclaim.record.clock import (
+    GAP_SHARE,
+    coverage_of,
+    elapsed_s,
+    find_jumps,
+    interval_s,
+    starts_s,
+)
 from kvmhost.reclaim.record.meta import LEVELS, Memslot
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, to_rows
@@ -27,8 +34,6 @@ __all__ = ["BIT_LEVELS", "RecordView", "Timeline", "heatmap_of", "timeline_of"]
 BIT_LEVELS = (6, 3, 0)
 #: Ranges of more pages than this are aligned to the bins of the record's finest sums.
 _FINE_PAGES = 1 << 15
-#: Minimum length of a gap, as a share of a window.
-_GAP_SHARE = 0.05
 #: Maximum number of counts of a band of windows in memory.
 _BAND_COUNTS = 1 << 24
 
@@ -168,12 +173,9 @@ class Timeline:
 def timeline_of(view: RecordView) -> Timeline:
     """Place the windows of a view on one monotonic time axis."""
     record = view.record
-    ends = elapsed_s(record)
-    lengths = (record.column("end_ns") - record.column("start_ns")) / 1e9
+    starts, ends = starts_s(record), elapsed_s(record)
     before = np.concatenate([[0.0], ends[:-1]])
-    known = (record.column("start_ns") > 0) & (lengths > 0)
-    starts = np.where(known, np.maximum(before, ends - lengths), before)
-    is_gap = starts - before > _GAP_SHARE * interval_s(record)
+    is_gap = starts - before > GAP_SHARE * interval_s(record)
     is_gap[view.first] = False
     zero = float(starts[view.first])
     gaps = np.flatnonzero(is_gap[view.first : view.end]) + view.first
@@ -271,7 +273,8 @@ def _described(heatmap: Heatmap, view: RecordView, times: Timeline, grouped: int
     facts = [
         f"{key} {session.facts[key]}" for key in ("engine", "kernel") if session.facts.get(key)
     ]
-    heatmap.caption = "; ".join([*parts, *facts, *([record.loss] if record.loss else [])])
+    notes = [coverage_of(record, view.first, view.end).text, record.loss]
+    heatmap.caption = "; ".join([*parts, *facts, *(note for note in notes if note)])
     heatmap.slots = [(s.slot, s.gfn, s.gfn + s.n_pages) for s in view.memslots()]
     heatmap.marks = times.marks
     return heatmap

@@ -15,10 +15,23 @@ import numpy.typing as npt
 
 from kvmhost.reclaim.record.reader import YoungRecord
 
-__all__ = ["Jump", "elapsed_s", "find_jumps", "interval_s"]
+__all__ = [
+    "GAP_SHARE",
+    "Coverage",
+    "Jump",
+    "coverage_of",
+    "elapsed_s",
+    "find_jumps",
+    "interval_s",
+    "lengths_s",
+    "starts_s",
+    "weighted_mean",
+]
 
 #: Clocks that differ by less than this over a window have not jumped.
 _SLACK_NS = 1_000_000_000
+#: Minimum length of a gap, as a share of a window.
+GAP_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +64,73 @@ def elapsed_s(record: YoungRecord) -> npt.NDArray[np.float64]:
     start, end = int(record.column("start_ns")[0]), int(record.column("end_ns")[0])
     first = end - start if 0 < start < end else planned
     return np.concatenate([[first], first + np.cumsum(steps)]) / 1e9
+
+
+def starts_s(record: YoungRecord) -> npt.NDArray[np.float64]:
+    """Return shape ``(windows,)``: the start of each window, on the axis of :func:`elapsed_s`.
+
+    A window whose start is unknown begins where the one before it ended.
+    """
+    ends = elapsed_s(record)
+    start_ns, end_ns = record.column("start_ns"), record.column("end_ns")
+    before = np.concatenate([[0.0], ends[:-1]])[: ends.size]
+    known = (start_ns > 0) & (end_ns > start_ns)
+    starts = np.maximum(before, ends - (end_ns - start_ns) / 1e9)
+    return np.where(known, starts, before)
+
+
+def lengths_s(record: YoungRecord) -> npt.NDArray[np.float64]:
+    """Return shape ``(windows,)``: the time that each window covers, without gaps."""
+    return elapsed_s(record) - starts_s(record)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """How much of a time the windows cover; outside of them no touch was seen.
+
+    :param elapsed_s: from the start of the first window to the end of the last
+    :param n_gaps: gaps longer than :data:`GAP_SHARE` of a window
+    """
+
+    covered_s: float
+    elapsed_s: float
+    n_gaps: int
+
+    @property
+    def share(self) -> float:
+        """Covered share of the time; 1 if there is none."""
+        return min(self.covered_s / self.elapsed_s, 1.0) if self.elapsed_s > 0 else 1.0
+
+    @property
+    def text(self) -> str:
+        """Return what is to be said beside results; empty if nothing is missing."""
+        if not self.n_gaps:
+            return ""
+        percent = min(round(100 * self.share), 99)
+        gaps = "1 gap" if self.n_gaps == 1 else f"{self.n_gaps:,} gaps"
+        return f"covered {percent} % of {self.elapsed_s:.1f} s ({gaps})"
+
+
+def coverage_of(record: YoungRecord, first: int = 0, end: int | None = None) -> Coverage:
+    """Return the coverage of windows ``[first, end)``."""
+    starts, ends = starts_s(record)[first:end], elapsed_s(record)[first:end]
+    if not ends.size:
+        return Coverage(0.0, 0.0, 0)
+    gaps = starts[1:] - ends[:-1] > GAP_SHARE * interval_s(record)
+    covered = float((ends - starts).sum())
+    return Coverage(covered, float(ends[-1] - starts[0]), int(gaps.sum()))
+
+
+def weighted_mean(
+    values: npt.NDArray[np.generic], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the mean along the first axis; every value counts alike if all weights are 0.
+
+    :param weights: shape ``(n,)``, such as :func:`lengths_s`
+    """
+    if not weights.sum() > 0:
+        weights = np.ones(weights.size)
+    return np.average(np.asarray(values, dtype=np.float64), axis=0, weights=weights)
 
 
 def find_jumps(record: YoungRecord) -> list[Jump]:

@@ -379,6 +379,26 @@ class YoungRecord(Closing):
             )
         return YoungBitmap(self.gfn_start, self.n_pages, found, None, times)
 
+    def weighted_counts(self, first: int, weights: npt.NDArray[np.int64]) -> Counts:
+        """Return shape ``(n_pages,)``: the sum of the weights of the windows of each page.
+
+        :param weights: of the windows from ``first`` on, below 2**16; the cost grows with the
+            number of bits in which they differ from 0
+        """
+        first, end = self._range(first, first + weights.size)
+        self._files.check_cost()
+        counts = np.zeros(self.n_pages, dtype=np.int64)
+        n_bits = int(weights.max(initial=0)).bit_length()
+        for gfn, base, words in self.blocks(first, end):
+            at, (low, high) = gfn - self.gfn_start, _overlap(base // BLOCK_WINDOWS, first, end)
+            part = counts[at : at + words.size]
+            for bit in range(n_bits):
+                chosen = np.flatnonzero(weights[low - first : high - first] >> bit & 1)
+                mask = sum(1 << (BLOCK_WINDOWS - 1 - (low - base + int(j))) for j in chosen)
+                if mask:
+                    part += count_bits(words & np.uint64(mask)).astype(np.int64) << bit
+        return counts
+
     def last_young(self, window: int = -1) -> Counts:
         """Return shape ``(n_pages,)``: the last young window up to this one, -1 for none."""
         self._files.check_cost()

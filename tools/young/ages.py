@@ -9,6 +9,7 @@ from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
     add_record_arguments,
+    coverage_facts,
     mib,
     open_record,
     share,
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
     from kvmhost.reclaim.analyse.analysis import (
+        age_s,
         age_table,
         histograms,
         predict_saving,
@@ -41,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         first, end = windows_of(record, args.windows)
         found = histograms(record, first, end, args.range)
         page_bytes = record.metadata.page_bytes
+        covered, remarks = coverage_facts(record, first, end)
     curve = {threshold.windows: threshold for threshold in promotion_curve(found)}
     ages = age_table(found)
     total = int(ages.sum())
@@ -54,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         rows.append(
             [
                 windows,
-                round(windows * found.interval_s, 3),
+                round(age_s(found, windows), 3),
                 int(ages[bucket]),
                 cold,
                 round(share(cold, total), 6),
@@ -63,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
             ]
         )
     saving = predict_saving(found, args.target / 100) if len(found) else None
-    facts = {"pages": total, "never_young": int(ages[0]), "target_percent": args.target}
+    facts = covered | {"pages": total, "never_young": int(ages[0]), "target_percent": args.target}
     if saving is not None:
         facts |= {
             "cold_after_windows": saving.threshold.windows,
@@ -73,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         }
     names = ["windows", "seconds", "pages", "colder", "share", "promotions_min", "rate_min"]
     formats = {"share": "%", "rate_min": "%"}
-    notes = list(_NOTES)
+    notes = [*_NOTES, *remarks]
     if saving is None:
         notes.append(f"no threshold keeps to {args.target:g} % of the working set a minute")
     show(Table(names, rows, facts, _SHOWN, True, notes, formats), args)

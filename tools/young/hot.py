@@ -10,6 +10,7 @@ from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
     add_record_arguments,
+    coverage_facts,
     mib,
     open_record,
     show,
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
         first, end = windows_of(record, args.windows)
         found = hot_ranges(record, first, end, min_share=args.share / 100, max_gap_pages=args.gap)
         page_bytes = record.metadata.page_bytes
+        covered, remarks = coverage_facts(record, first, end)
     if args.range is not None:
         low, high = args.range
         found = [r for r in found if r.gfn_start < high and low < r.gfn_end]
@@ -40,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
          round(r.density, 6)]
         for r in found
     ]  # fmt: skip
-    facts = {
+    facts = covered | {
         "windows": end - first,
         "ranges": len(found),
         "hot_pages": hot,
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         rows = rows[: args.top]
     names = ["gfn_start", "gfn_end", "pages", "mib", "hot_pages", "density"]
     formats = {"gfn_start": "hex", "gfn_end": "hex", "density": "%"}
-    show(Table(names, rows, facts, formats=formats), args)
+    show(Table(names, rows, facts, notes=remarks, formats=formats), args)
     if len(rows) < len(found):
         print(f"and {len(found) - len(rows)} more; --top N shows more, --gap N joins neighbours")
     return 0
@@ -60,13 +62,14 @@ def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(
         prog="kvmhost young hot",
-        description="Show ranges of pages that were young in at least a share of the windows: "
-        "start, end and density (the share of page-windows that were young), largest first.",
+        description="Show ranges of pages that were young for at least a share of the time: "
+        "start, end and density (the share of the time that its pages were young), largest first. "
+        "A window counts with its length.",
     )
     add_record_arguments(parser)
     parser.add_argument(
         "--share", type=float, default=50.0, metavar="PERCENT",
-        help="hot is what is young in at least so many of the windows (default: 50)",
+        help="hot is what is young for at least so much of the time (default: 50)",
     )  # fmt: skip
     parser.add_argument(
         "--gap", type=int, default=0, metavar="PAGES",

@@ -23,6 +23,7 @@ __all__ = [
     "Table",
     "add_output_arguments",
     "add_record_arguments",
+    "coverage_facts",
     "mib",
     "number",
     "open_record",
@@ -85,6 +86,19 @@ def open_record(path: Path) -> YoungRecord:
     if record.loss:
         print(f"warning: {printable(record.loss)}", file=sys.stderr)
     return record
+
+
+def coverage_facts(record: YoungRecord, first: int, end: int) -> tuple[dict[str, Any], list[str]]:
+    """Return how much of the time windows ``[first, end)`` cover, as facts and as notes."""
+    from kvmhost.reclaim.record.clock import coverage_of
+
+    found = coverage_of(record, first, end)
+    facts = {
+        "covered_s": round(found.covered_s, 6),
+        "covered_share": round(found.share, 6),
+        "n_gaps": found.n_gaps,
+    }
+    return facts, [found.text + ": nothing is known about the rest"] if found.n_gaps else []
 
 
 def windows_of(record: YoungRecord, given: tuple[int | None, int | None] | None) -> tuple[int, int]:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmhost.tools.parser import CommandParser
-from kvmhost.tools.young.output import Table, add_output_arguments, mib, open_record, show
+from kvmhost.tools.young.output import (
+    Table,
+    add_output_arguments,
+    coverage_facts,
+    mib,
+    open_record,
+    show,
+)
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.record.reader import YoungRecord
@@ -25,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     from kvmhost.reclaim.analyse.patterns import find_phases, jaccard_of_neighbours
 
     with open_record(args.file) as record:
-        facts = _facts(record)
+        covered, remarks = coverage_facts(record, 0, len(record))
+        facts = _facts(record) | covered
         found = histograms(record)
         if len(record):
             alike = jaccard_of_neighbours(record) if args.full else np.zeros(0)
@@ -50,14 +58,20 @@ def main(argv: Sequence[str]) -> int:
     ]  # fmt: skip
     names = ["window", "end", "until_seconds", "change", "young_mean"]
     notes = ["these are phases; change: how much differs from the phase before, from 0 to 1"]
-    notes = [*(notes if rows else []), *_reuse_notes(facts), *_history_notes(facts)]
+    notes = [*(notes if rows else []), *remarks, *_reuse_notes(facts), *_history_notes(facts)]
     formats = {"window": "plain", "end": "plain"}
     show(Table(names, rows, facts, notes=notes, formats=formats), args)
     return 0
 
 
 def _facts(record: YoungRecord) -> dict[str, Any]:
-    from kvmhost.reclaim.record.clock import elapsed_s, find_jumps, interval_s
+    from kvmhost.reclaim.record.clock import (
+        elapsed_s,
+        find_jumps,
+        interval_s,
+        lengths_s,
+        weighted_mean,
+    )
 
     meta, n = record.metadata, len(record)
     stored = sum(f.stat().st_size for f in record.path.rglob("*") if f.is_file())
@@ -83,7 +97,7 @@ def _facts(record: YoungRecord) -> dict[str, Any]:
         "smaller_than_bits": round(flat / stored, 1) if stored else 0.0,
         "being_written": record.is_being_written(),
         "loss": record.loss or None,
-        "young_mean": round(float(young.mean()), 1) if n else 0.0,
+        "young_mean": round(float(weighted_mean(young, lengths_s(record))), 1) if n else 0.0,
         "young_max": int(young.max()) if n else 0,
         "clock_jumps": [vars(jump) for jump in find_jumps(record)],
         "sessions": [

@@ -16,6 +16,7 @@ from kvmhost.tools.young.common import progress_bar
 from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
+    coverage_facts,
     mib,
     open_record,
     show,
@@ -61,11 +62,15 @@ def main(argv: Sequence[str]) -> int:
 def _show(outcomes: Sequence[Outcome], bars: dict[str, ErrorBar], args: argparse.Namespace) -> None:
     several = len({o.case.path for o in outcomes}) > 1
     rows: list[list[Any]] = []
+    remarks: set[str] = set()
     for outcome in outcomes:
         bar = bars.get(outcome.case.policy)
         low, high = (None, None) if bar is None else bar.around(outcome.refaults_per_min)
         with open_record(outcome.case.path) as record:
             page_bytes = record.metadata.page_bytes
+            end = len(record) if outcome.case.end is None else outcome.case.end
+            covered, said = coverage_facts(record, outcome.case.first, end)
+            remarks |= {f"{outcome.case.path.name}: {text}" for text in said}
         rows.append(
             [
                 *([outcome.case.path.name] if several else []),
@@ -79,22 +84,24 @@ def _show(outcomes: Sequence[Outcome], bars: dict[str, ErrorBar], args: argparse
                 round(mib(outcome.saved_pages, page_bytes), 3),
                 round(outcome.saved_share, 6),
                 round(outcome.wrong_share, 6),
+                covered["covered_share"],
             ]
         )
     names = [
         *(["record"] if several else []),
         "policy", "budget_mib", "refaults", "a_minute", "low", "high", "of_touches",
-        "saved_mib", "saved", "wrong",
+        "saved_mib", "saved", "wrong", "covered",
     ]  # fmt: skip
     facts = {f"error_{name}": dataclasses.asdict(bar) for name, bar in bars.items()}
     notes = [
         "refaults: predicted; of_touches: share of the touches that would have waited for one;",
         "saved: touched so far and not resident, mean; wrong: evictions undone within four windows",
     ]
+    notes += sorted(remarks)
     notes += [bar.line(name) for name, bar in bars.items()]
     if not bars:
         notes.append("no error bar was measured (--no-check)")
-    formats = {"of_touches": "%", "saved": "%", "wrong": "%"}
+    formats = {"of_touches": "%", "saved": "%", "wrong": "%", "covered": "%"}
     show(Table(names, rows, facts, notes=notes, formats=formats), args)
 
 

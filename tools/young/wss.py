@@ -10,6 +10,7 @@ from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
     add_record_arguments,
+    coverage_facts,
     mib,
     open_record,
     show,
@@ -18,6 +19,9 @@ from kvmhost.tools.young.output import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from kvmhost.reclaim.analyse.analysis import Histograms
 
 __all__ = ["main", "parser"]
@@ -29,44 +33,57 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    from kvmhost.reclaim.analyse.analysis import histograms, working_set
+    from kvmhost.reclaim.analyse.analysis import histograms
+    from kvmhost.reclaim.record.clock import weighted_mean
 
     with open_record(args.file) as record:
         first, end = windows_of(record, args.windows)
         found = histograms(record, first, end, args.range)
         page_bytes = record.metadata.page_bytes
+        covered, remarks = coverage_facts(record, first, end)
     lengths = [_windows(found, *span) for span in args.over]
-    columns = [working_set(found, length) for length in lengths]
+    columns = [_working_set(found, *span) for span in args.over]
+    means = [weighted_mean(c, found.lengths_s) if c.size else 0.0 for c in columns]
     rows = [
         [first + i, round(float(found.seconds[i]), 3), *(int(column[i]) for column in columns)]
         for i in range(len(found))
     ]
-    facts = {
+    facts = covered | {
         f"over_{length}_windows_mib": {
-            "mean": mib(column.mean(), page_bytes),
+            "mean": mib(float(mean), page_bytes),
             "max": mib(column.max(), page_bytes),
         }
-        for length, column in zip(lengths, columns, strict=True)
+        for length, column, mean in zip(lengths, columns, means, strict=True)
         if column.size
     }
     notes = ["wss_N: pages young in the last N windows; of all windows, also those not shown:"]
     notes += [
-        f"  over {length:>5} windows: mean {mib(column.mean(), page_bytes):.1f} MiB, "
+        f"  over {length:>5} windows: mean {mib(float(mean), page_bytes):.1f} MiB, "
         f"max {mib(column.max(), page_bytes):.1f} MiB"
-        for length, column in zip(lengths, columns, strict=True)
+        for length, column, mean in zip(lengths, columns, means, strict=True)
         if column.size
     ]
+    notes += remarks
     names = ["window", "seconds", *(f"wss_{length}" for length in lengths)]
     formats = {"window": "plain"}
     show(Table(names, rows, facts, _SHOWN, False, notes, formats), args)
     return 0
 
 
+def _working_set(found: Histograms, value: float, unit: str) -> npt.NDArray[np.int64]:
+    """Return the working set over a span; over a time, that of the windows in that time."""
+    from kvmhost.reclaim.analyse.analysis import working_set, working_set_over
+
+    if unit:
+        return working_set_over(found, value * _SECONDS[unit])
+    return working_set(found, max(value, 1.0))
+
+
 def _windows(found: Histograms, value: float, unit: str) -> int:
-    """Return the number of windows of a span, rounded to a number with exact counts."""
+    """Return the usual number of windows of a span, rounded to a number with exact counts."""
     from kvmhost.reclaim.analyse.analysis import nearest_window
 
-    windows = value * _SECONDS[unit] / found.interval_s if unit else value
+    windows = value * _SECONDS[unit] / found.step_s if unit else value
     return nearest_window(max(windows, 1.0))
 
 
