@@ -78,7 +78,7 @@ def test_a_sample_is_enough_for_the_hot_set_to_stay(hotcold, daemon):
     until(lambda: vm.client.resident()[hot].all(), "the hot set is resident")
     harvested = vm.client.counters().harvest
     # All that is touched reads as young, also what no turn has cleared.
-    assert harvested.young >= harvested.harvests * 2048 / 4
+    assert harvested.n_young >= harvested.harvests * 2048 / 4
     assert vm.client.state().resident_bytes <= BUDGET + SLACK
 
 
