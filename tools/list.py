@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from kvmhost.control.listing import ListedVm, ask_all, find_sockets
-from kvmhost.tools.args import seconds
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.vms import ListOutput
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import show_columns
 from kvmhost.tools.vmtable import COLUMNS, output_of, row_of
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["main", "parser"]
 
@@ -49,14 +49,8 @@ def parser() -> CommandParser:
         "The first column is what other commands take as VM.",
         epilog="Exit code 1 if a VM does not answer.",
     )
-    parser.add_argument(
-        "--timeout",
-        type=seconds,
-        default=10.0,
-        metavar="SECONDS",
-        help="how long to wait for a VM to answer (default: 10)",
+    add_option(
+        parser, "--timeout", default="10s", help="give up on a VM that does not answer in this time"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the VMs and their states as JSON"
-    )
+    add_option(parser, "--json")
     return parser

@@ -56,7 +56,12 @@ def parser() -> CommandParser:
         "/sys/kernel/debug/lru_gen. VM is its name, or the number that show prints.",
     )
     what = parser.add_subparsers(dest="what", required=True, metavar="show|run")
-    show = what.add_parser("show", help="show generations with their ages in ms and pages")
+    show = what.add_parser(
+        "show",
+        help="show generations with their ages in ms and pages",
+        description="Show the generations of each VM: number, age in ms, anonymous pages and file "
+        "pages, as the kernel's file does.",
+    )
     add_vm(show, nargs="?", help="show only this VM (default: all VMs of the daemon)")
     run = what.add_parser(
         "run",

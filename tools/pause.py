@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from kvmhost.control.client import Client
 from kvmhost.printable import printable
-from kvmhost.tools.args import seconds
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vmtable import run_output
+from kvmhost.tools.vocabulary import add_option, add_vm
 
 __all__ = ["main", "parser"]
 
@@ -35,12 +35,12 @@ def parser() -> CommandParser:
         "harvests and evictions go on working.",
         epilog="Pauses add up: the VM runs on when each of them was undone.",
     )
-    parser.add_argument("vm", metavar="VM", help="the VM's name, or the path of its control socket")
-    parser.add_argument(
+    add_vm(parser)
+    add_option(
+        parser,
         "--duration",
-        type=seconds,
-        metavar="SECONDS",
-        help="resume by itself after this time (default: stay paused)",
+        default=None,
+        help="resume the VM after this time (default: it stays paused)",
     )
-    parser.add_argument("--json", action="store_true", help="print the state as JSON")
+    add_option(parser, "--json")
     return parser

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -25,6 +26,8 @@ from kvmhost.reclaim.settings.config import Option, load, options, read_flag, to
 from kvmhost.reclaim.settings.options import Config, VmOptions
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.reclaimlog import open_event_log
+from kvmhost.tools.vocabulary import OPTIONS
+from kvmhost.units import Bytes, Mark, Seconds, Share
 
 __all__ = ["main", "parser"]
 
@@ -158,8 +161,28 @@ def _add_flag(group: Any, option: Option) -> None:
     default = str(option.default).replace("%", "%%")
     shown = f" (default: {default})" if option.default not in ("", {}) else ""
     group.add_argument(
-        flag, dest=dest, type=_reader(option), metavar=option.key.upper(), help=about + shown
+        flag, dest=dest, type=_reader(option), metavar=_metavar(option), help=about + shown
     )
+
+
+def _metavar(option: Option) -> str:
+    """Return the form of an option's value, as in :mod:`kvmhost.tools.vocabulary`."""
+    shared = OPTIONS.get("--" + option.key.replace("_", "-"), {})
+    kind = typing.get_args(option.kind)[0]
+    forms = {Bytes: "SIZE", Seconds: "TIME", Share: "SHARE", Mark: "SIZE|SHARE", int: "N"}
+    return str(shared.get("metavar") or forms.get(kind) or _FORMS.get(option.key, "NUMBER"))
+
+
+#: Forms of options that are text.
+_FORMS = {
+    "name": "NAME",
+    "psi": "SOURCE",
+    "psi_trigger": "TRIGGER",
+    "cgroup": "PATH",
+    "decisions_file": "FILE",
+    "log_file": "FILE",
+    "policy_options": "KEY=VALUE,...",
+}
 
 
 def _reader(option: Option) -> Any:

@@ -10,6 +10,7 @@ from kvmhost.tools.args import count
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vmtable import run_output
+from kvmhost.tools.vocabulary import add_option, add_vm
 
 __all__ = ["main", "parser"]
 
@@ -35,12 +36,12 @@ def parser() -> CommandParser:
         description="Undo a pause of a VM, by default the last one. It also starts a VM that "
         "waits since kvmhost run --paused.",
     )
-    parser.add_argument("vm", metavar="VM", help="the VM's name, or the path of its control socket")
+    add_vm(parser)
     parser.add_argument(
         "--pause",
         type=count,
         metavar="N",
         help="the pause to undo, as kvmhost pause printed it (default: the last one)",
     )
-    parser.add_argument("--json", action="store_true", help="print the state as JSON")
+    add_option(parser, "--json")
     return parser

@@ -10,11 +10,11 @@ from kvmhost.control.client import Client
 from kvmhost.control.listing import is_listening
 from kvmhost.errors import KvmHostError, VmGoneError
 from kvmhost.printable import printable
-from kvmhost.tools.args import seconds
 from kvmhost.tools.ending import EXIT_TIMEOUT
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.vms import EndedRow, StopOutput
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option, add_vm
 
 __all__ = ["main", "parser"]
 
@@ -24,10 +24,10 @@ _ASK_AGAIN_S = 0.05
 def main(argv: Sequence[str]) -> int:
     """Run the command; 0 if all have ended, 1 if one refused, 124 if one did not end in time."""
     args = parser().parse_args(argv)
-    problems = _stop_all(args.vms, time.monotonic() + args.timeout, args.timeout)
+    problems = _stop_all(args.vm, time.monotonic() + args.timeout, args.timeout)
     if args.json:
-        emit(StopOutput(vms=[_row(vm, problems.get(vm)) for vm in args.vms]))
-    for vm in args.vms:
+        emit(StopOutput(vms=[_row(vm, problems.get(vm)) for vm in args.vm]))
+    for vm in args.vm:
         if vm in problems:
             print(f"kvmhost stop: {printable(problems[vm])}", file=sys.stderr)
         elif not args.json:
@@ -80,15 +80,12 @@ def parser() -> CommandParser:
         "memory is gone: kvmhost snapshot VM FILE --stop keeps it.",
         epilog="Exit codes: 1 if a VM refused or was not there, 124 if one did not end in time.",
     )
-    parser.add_argument(
-        "vms", metavar="VM", nargs="+", help="the VM's name, or the path of its control socket"
-    )
-    parser.add_argument(
+    add_vm(parser, nargs="+")
+    add_option(
+        parser,
         "--timeout",
-        type=seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="how long to wait for the end (default: 60)",
+        default="1m",
+        help="stop waiting after this time, with exit code 124; the VM continues to end",
     )
-    parser.add_argument("--json", action="store_true", help="print which VMs ended as JSON")
+    add_option(parser, "--json")
     return parser

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.installing import install_hint
-from kvmhost.tools.args import seconds
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["main", "parser"]
 
@@ -36,11 +36,5 @@ def parser() -> CommandParser:
         "fault-ins per second: yours, and as root those of every user. s sorts by the next "
         "column, r reverses the order, p pauses or resumes the VM under the cursor, q quits.",
     )
-    parser.add_argument(
-        "--interval",
-        type=seconds,
-        default=1.0,
-        metavar="SECONDS",
-        help="between updates (default: 1)",
-    )
+    add_option(parser, "--interval", help="time between two updates")
     return parser

@@ -91,7 +91,8 @@ def read_flag(option: Option, text: str) -> Any:
     except tomllib.TOMLDecodeError:
         raise ValueError(f"{text!r}: write for example 'tiers = 2, order = \"gfn\"'") from None
     except msgspec.ValidationError as error:
-        raise ValueError(str(error)) from None
+        problem = str(error)
+        raise ValueError(problem if text in problem else f"{text!r}: {problem}") from None
 
 
 def load(path: str | Path | None, flags: Flags | None = None) -> Config:
@@ -254,6 +255,9 @@ def _check(config: Config, where: _Where) -> None:
     for share in shares:
         if getattr(pressure, share) > 1:
             raise where.error(("pressure", share), "more than 100%")
+    for keys, vm in tables.items():
+        if not 1 / 65536 <= vm.fraction <= 1:
+            raise where.error((*keys, "fraction"), "need a share from 1/65536 to 100%")
     if config.daemon.interval <= 0:
         raise where.error(("daemon", "interval"), "need more than 0s")
     if 3 * config.daemon.interval > MAX_SECONDS:

@@ -152,13 +152,13 @@ class VmOptions(_Section, frozen=True):
         str,
         _about("source of young bits: auto (the VM's choice), or one that kvmhost doctor lists"),
     ] = "auto"
-    sample: Annotated[
+    fraction: Annotated[
         Share,
         _about(
-            "clear and re-arm only this share of the pages at each harvest, for example 1/8: the "
-            "guest loses that much less, and a page takes 8 passes to look old; 0%: all"
+            "clear and re-arm only this share of the pages at each harvest; with 1/8 the guest "
+            "loses an eighth, and a page takes 8 passes to look old"
         ),
-    ] = Share(0)
+    ] = Share(1)
     policy: Annotated[
         str, _about("which pages are evicted: lru_gen, or the name of another policy")
     ] = "lru_gen"

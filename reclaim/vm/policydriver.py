@@ -48,10 +48,10 @@ class PolicyDriver:
         self._tracker = "auto"
         self.probed_pages = 0
 
-    def harvest(self, tracker: str, sample: float, full: bool = False) -> Harvest:
+    def harvest(self, tracker: str, fraction: float, full: bool = False) -> Harvest:
         """Test and clear the pages that the policy plans; re-arm the cleared ones.
 
-        :param sample: clear only this share of the pages, in rotation; 0 clears all
+        :param fraction: clear only this share of the pages, in rotation
         :param full: also scan the tables that the policy would skip
         """
         self._tracker = tracker
@@ -63,8 +63,8 @@ class PolicyDriver:
             self.n_pages,
             tracker=tracker,
             clear=True,
-            rearm="sample" if sample else "young",
-            fraction=sample or None,
+            rearm="sample" if fraction < 1 else "young",
+            fraction=fraction if fraction < 1 else None,
             mask=plan.pages,
         )
         if plan.pages is not None:

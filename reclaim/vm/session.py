@@ -200,7 +200,7 @@ class Session:
 
     def _harvest_and_age(self, full: bool = False) -> tuple[int, float, ResidencyChanges]:
         """Harvest and age; return young pages, cost in ns per page, and residency changes."""
-        found = self.driver.harvest(self.options.tracker, self.options.sample, full)
+        found = self.driver.harvest(self.options.tracker, self.options.fraction, full)
         young, cost_ns = found.young, found.harvest_ns + found.rearm_ns
         self.totals.note_harvest(found)
         resident = self.client.resident(0, self.pages.n_pages)

@@ -72,7 +72,7 @@ def test_a_hot_set_that_fits_stays(hotcold, daemon):
 def test_a_sample_is_enough_for_the_hot_set_to_stay(hotcold, daemon):
     """A quarter of the pages is cleared a pass; what is evicted in the end is not hot."""
     vm = hotcold("a", cold=4, scan_every=0)
-    mine = daemon("a", "--budget", "24M", "--sample", "1/4")
+    mine = daemon("a", "--budget", "24M", "--fraction", "1/4")
     until(lambda: mine.out.count("\n") >= 16, "sixteen passes")
     hot = slice(1024 + 12288 // 4, 1024 + 12288 // 4 + 2048)
     until(lambda: vm.client.resident()[hot].all(), "the hot set is resident")

@@ -11,6 +11,7 @@ from kvmhost.lab.qemu import qemu_version
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.lab import LabHostOutput, LabListOutput
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["main", "parser"]
 
@@ -49,5 +50,5 @@ def parser() -> CommandParser:
         description="List the emulated hosts: kernel version, whether it is in the cache, "
         "QEMU and its version here, processor and paging.",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_option(parser, "--json")
     return parser

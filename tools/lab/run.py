@@ -13,8 +13,8 @@ from kvmhost.files import new_directory
 from kvmhost.lab.hosts import find_host
 from kvmhost.lab.initrd import Job
 from kvmhost.lab.running import JobEnded, JobOutput, RunningHost
-from kvmhost.tools.args import mem_bytes, seconds
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["add_host_arguments", "environment", "main", "parser"]
 
@@ -63,13 +63,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every command that boots a host."""
     parser.add_argument("host", metavar="HOST", help="kvmhost lab list shows all")
-    parser.add_argument(
-        "--mem",
-        type=mem_bytes,
-        default=3 << 30,
-        metavar="SIZE",
-        help="memory of the host (default: 3G)",
-    )
+    add_option(parser, "--mem", default="3G", help="memory of the host")
 
 
 def parser() -> CommandParser:
@@ -84,17 +78,11 @@ def parser() -> CommandParser:
         "the host's kernel is missing.",
     )
     add_host_arguments(parser)
-    parser.add_argument(
-        "--timeout",
-        type=seconds,
-        default=3600.0,
-        metavar="SECONDS",
-        help="end the host after this time (default: 3600)",
-    )
+    add_option(parser, "--timeout", default="1h", help="end the host after this time")
     parser.add_argument(
         "--keep",
         type=Path,
-        metavar="FOLDER",
-        help="make this folder and leave the host's memory (ram) and console text in it",
+        metavar="DIR",
+        help="create this directory and leave the host's memory (ram) and console text in it",
     )
     return parser

@@ -40,7 +40,7 @@ high = "1000M"
 policy_options = { min_ttl_ms = 500 }
 
 [vm."web*"]
-sample = "1/8"
+fraction = "1/8"
 """
 
 
@@ -63,7 +63,7 @@ def test_a_file_is_read(file):
     assert (config.of_vm("db").budget.size, config.of_vm("db").weight) == (1 << 30, 2.0)
     # What a table does not say is as in [defaults].
     assert config.of_vm("db").low == Mark(size=Bytes(40 << 20))
-    assert config.of_vm("web7").sample == 0.125
+    assert config.of_vm("web7").fraction == 0.125
     assert config.of_vm("web7").budget.size == 96 << 20
     assert config.of_vm("other") == config.defaults
 
@@ -97,7 +97,9 @@ def test_what_is_written_reads_as_the_same(file, text):
         (9, "defaults", GOOD.replace('"40M"', '"95M"'), "need 0 < low <= high"),
         (16, "vm.db.weight", GOOD.replace("weight = 2", "weight = 0"), "> 0"),
         (16, "vm.db.weigth", GOOD.replace("weight", "weigth"), "unknown field"),
-        (21, "vm.web*.sample", GOOD.replace('"1/8"', '"1/0"'), "invalid share"),
+        (21, "vm.web*.fraction", GOOD.replace('"1/8"', '"1/0"'), "invalid share"),
+        (21, "vm.web*.fraction", GOOD.replace('"1/8"', '"0%"'), "from 1/65536"),
+        (21, "vm.web*.sample", GOOD.replace("fraction", "sample"), "unknown field"),
         (3, "daemon.vms", GOOD.replace('"db"]', "7]"), "Expected `str`"),
         (3, "daemon.vms", GOOD.replace('["web*", "db"]', '[\n"a",\n7]'), "Expected `str`"),
         (6, "presure", GOOD.replace("[pressure]", "[presure]"), "did you mean 'pressure'"),
