@@ -32,13 +32,14 @@ from kvmhost.reclaim.sdnotify import SdNotifier
 from kvmhost.reclaim.settings.options import Config
 from kvmhost.reclaim.vm.session import Session
 from kvmhost.reclaim.vm.worker import VmWorker
+from kvmhost.timescale import scaled
 
 __all__ = ["Daemon", "is_pattern"]
 
 #: Time that running requests may take after a stop.
-_STOP_S = 5.0
+_STOP_S = scaled(5.0)
 #: A pass is considered hung after this time; the client's own timeout is a minute.
-_STUCK_S = 150.0
+_STUCK_S = scaled(150.0)
 _MAX_TICK_S = 1.0
 #: Time before a pattern picks up the name of a VM that ended, or that failed, again.
 _IGNORE_ENDED_S, _IGNORE_FAILED_S = 2.0, 30.0

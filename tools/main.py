@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from kvmhost import __version__
 from kvmhost.printable import printable
 from kvmhost.suggest import unknown_name
+from kvmhost.timescale import check_time_scale
 from kvmhost.tools.commands import COMMANDS
 from kvmhost.tools.ending import EXIT_USAGE, guard
 from kvmhost.tools.stuck import DEADLINE_S
@@ -55,6 +56,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
+    check_time_scale()
     command: Callable[[Sequence[str]], int]
     command = importlib.import_module(f"kvmhost.tools.{COMMANDS[name][0]}").main
     return command

@@ -18,10 +18,12 @@ import threading
 import typing
 from collections.abc import Iterator
 
+from kvmhost.timescale import scaled
+
 __all__ = ["DEADLINE_S", "DeadlineFile", "deadline_stderr"]
 
 #: Deadline of a write in seconds.
-DEADLINE_S = 1.0
+DEADLINE_S = scaled(1.0)
 
 
 class DeadlineFile(io.FileIO):

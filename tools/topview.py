@@ -16,6 +16,7 @@ from kvmhost.control.client import Client
 from kvmhost.control.listing import ListedVm, ask_all, find_sockets
 from kvmhost.errors import KvmHostError
 from kvmhost.printable import printable
+from kvmhost.timescale import scaled
 from kvmhost.tools.vmtable import COLUMNS, row_of
 
 __all__ = ["RATES", "Rates", "TopApp"]
@@ -23,7 +24,7 @@ __all__ = ["RATES", "Rates", "TopApp"]
 #: Titles of the columns with counts per second, and the counter of each.
 RATES = ("EXITS/S", "EVICT/S", "FAULTS/S")
 #: How long one VM may take to answer.
-_ANSWER_S = 5.0
+_ANSWER_S = scaled(5.0)
 
 
 class Rates:

@@ -22,6 +22,7 @@ from kvmhost.errors import (
     from_fields,
 )
 from kvmhost.suggest import did_you_mean
+from kvmhost.timescale import scaled
 
 __all__ = ["Caller"]
 
@@ -53,7 +54,7 @@ class Caller(Closing):
             transport=UnixTransport(path),
             base_url="http://vm/v1/",
             headers={"Accept-Encoding": "identity"},
-            timeout=httpx.Timeout(timeout_s, connect=5.0),
+            timeout=httpx.Timeout(timeout_s, connect=scaled(5.0)),
         )
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ class Client(Caller, Harvestable):
     :raises LayoutError: for a bad name
     """
 
-    def __init__(self, vm: str | Path, *, timeout_s: float = 60.0) -> None:
+    def __init__(self, vm: str | Path, *, timeout_s: float = schema.CLIENT_TIMEOUT_S) -> None:
         super().__init__(str(vm), to_socket_path(vm), timeout_s)
         self.vm = str(vm)
 

@@ -15,6 +15,7 @@ import msgspec
 
 from kvmhost.decoding import decode_json
 from kvmhost.suggest import unknown_name
+from kvmhost.timescale import scaled
 from kvmhost.units import PAGE_BYTES, Share, read_amount
 from kvmhost.vm.harvest import MIN_FRACTION
 from kvmhost.vm.names import Rearm, TableFormat
@@ -521,7 +522,7 @@ class Counters(_Answer, frozen=True):
 # -- coding -------------------------------------------------------------------
 
 #: How long a client waits for the response to one request.
-CLIENT_TIMEOUT_S = 60.0
+CLIENT_TIMEOUT_S = scaled(60.0)
 
 T = TypeVar("T")
 

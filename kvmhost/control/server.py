@@ -29,6 +29,7 @@ from typing import Any, Self
 from kvmhost.control.paths import NameLock, socket_path
 from kvmhost.control.ratelog import RateLimitedLog
 from kvmhost.errors import KvmHostError
+from kvmhost.timescale import scaled
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.handler import Handler
@@ -46,9 +47,9 @@ __all__ = [
 #: Maximum connections in total and per process; more get status 503.
 MAX_CONNECTIONS, MAX_PER_PROCESS = 64, 32
 #: Seconds that a client may take for a request, from its first byte to its last.
-REQUEST_DEADLINE_S = 10.0
+REQUEST_DEADLINE_S = scaled(10.0)
 #: Seconds that a client may take to read a response.
-REPLY_DEADLINE_S = 30.0
+REPLY_DEADLINE_S = scaled(30.0)
 #: Connections that wait to be accepted: more than are served, since an idle one can be closed.
 _BACKLOG = 128
 #: Seconds until a server that failed is started again.

@@ -45,6 +45,7 @@ from kvmhost.machine.paging import Paging
 from kvmhost.machine.runner import PAUSE_TIMEOUT_S, Runner, Step
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import Layout
+from kvmhost.timescale import scaled
 from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest
 
 if typing.TYPE_CHECKING:
@@ -56,6 +57,9 @@ if typing.TYPE_CHECKING:
     from kvmhost.trackers.harvesting import Harvester
 
 __all__ = ["BaseMachine", "NamedImage"]
+
+#: Default time-out of an epoch, in seconds.
+EPOCH_TIMEOUT_S = scaled(60.0)
 
 
 class NamedImage(typing.Protocol):
@@ -289,7 +293,7 @@ class BaseMachine(Closing, Harvestable):
             for vcpu in self.vcpus:
                 vcpu.stop_at_doorbell(stop)
 
-    def run_epoch(self, timeout: float = 60.0) -> bool:
+    def run_epoch(self, timeout: float = EPOCH_TIMEOUT_S) -> bool:
         """Run every vCPU to its next doorbell.
 
         Needs :meth:`step_by_doorbell`; returns early if that is switched off meanwhile.

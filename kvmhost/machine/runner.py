@@ -22,11 +22,13 @@ from kvmhost._ffi import check, lib
 from kvmhost.engine.base import Vcpu
 from kvmhost.errors import PauseTimeout, StateError
 from kvmhost.exits import Exit, Kicked
+from kvmhost.timescale import scaled
 
 __all__ = ["PAUSE_TIMEOUT_S", "Runner", "Step"]
 
 #: Default time-out of a pause, in seconds.
-PAUSE_TIMEOUT_S = 30.0
+PAUSE_TIMEOUT_S = scaled(30.0)
+_STOP_TIMEOUT_S = scaled(10.0)
 
 
 class Step(enum.Enum):
@@ -217,7 +219,7 @@ class Runner:
             self._given_up = True
         self.request_stop()
 
-    def stop(self, timeout: float = 10.0) -> bool:
+    def stop(self, timeout: float = _STOP_TIMEOUT_S) -> bool:
         """End every vCPU and join the threads; False if one does not end."""
         self.request_stop()
         deadline = time.monotonic() + timeout

@@ -32,7 +32,7 @@ class DaemonClient(Caller):
     #: Large enough for the metrics and decisions of many VMs.
     max_answer_bytes = 64 << 20
 
-    def __init__(self, daemon: str | Path, *, timeout_s: float = 60.0) -> None:
+    def __init__(self, daemon: str | Path, *, timeout_s: float = schema.CLIENT_TIMEOUT_S) -> None:
         given = str(daemon)
         path = Path(daemon) if isinstance(daemon, Path) or "/" in given else socket_of(given)
         super().__init__(f"reclaimd {given}", path, timeout_s)

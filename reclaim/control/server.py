@@ -43,6 +43,7 @@ from kvmhost.reclaim.control.paths import socket_of
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.settings.config import to_toml
 from kvmhost.reclaim.vm.session import Session
+from kvmhost.timescale import scaled
 from kvmhost.units import PAGE_BYTES
 
 __all__ = ["DaemonServer", "MetricsServer"]
@@ -54,7 +55,7 @@ _MAX_BODY_BYTES = 128 << 10
 #: Size that a long response counts as, and bound on their sum.
 _LARGE_REPLY_BYTES, _MAX_BYTES_IN_FLIGHT = 1 << 20, 8 << 20
 #: Maximum time that a request waits for the running pass.
-_WAIT_S = 20.0
+_WAIT_S = scaled(20.0)
 
 
 class DaemonServer(SocketServer):

@@ -24,6 +24,7 @@ from kvmhost.errors import ControlError, LayoutError, VmGoneError
 from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.errors import KernelFileError
 from kvmhost.reclaim.pressure.psi import PsiMeter
+from kvmhost.timescale import scaled
 
 __all__ = ["RECENT", "Generation", "Sample", "WatchSampler", "parse_generations"]
 
@@ -35,7 +36,7 @@ _HISTORY = 400
 _AGES = (1, 2, 4, 8, 16, 32, 64)
 _NEVER = -(1 << 30)
 #: Timeout of requests to the daemon, so that it cannot block the view.
-_DAEMON_TIMEOUT_S = 1.0
+_DAEMON_TIMEOUT_S = scaled(1.0)
 
 Mask = npt.NDArray[np.bool_]
 

@@ -8,9 +8,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from kvmhost.timescale import scaled
+
 __all__ = ["DEADLINE_S", "until", "until_async"]
 
-DEADLINE_S = 120.0
+DEADLINE_S = scaled(120.0)
 _STEP_S = 0.005
 
 T = TypeVar("T")

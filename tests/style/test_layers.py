@@ -28,7 +28,7 @@ LAYERS = {
             "suggest",
             "units",
         },
-        {"_ffi", "bitmap", "ownership"},
+        {"_ffi", "bitmap", "ownership", "timescale"},
         {"files", "vm"},
         {"kvm", "memory"},
         {"boot", "devices", "mmu", "pager"},

@@ -20,6 +20,7 @@ import numpy as np
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.engine.base import Vcpu
 from kvmhost.machine import Machine
+from kvmhost.timescale import scaled
 from kvmhost.tools.accuracy.kinds import (
     FREE_WORKLOADS,
     PAGES,
@@ -36,7 +37,7 @@ _EPOCHS = 4
 _POLL_S = 0.0005
 _MAX_WINDOWS = 250
 #: Maximum length of the first window, on a host that is busy with other work.
-_FIRST_S = 30.0
+_FIRST_S = scaled(30.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from kvmhost.control.client import Client
 from kvmhost.errors import GuestError, GuestTimeout, KvmHostError
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
+from kvmhost.timescale import scaled
 from kvmhost.tools.demo.settings import DemoSettings
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 #: Without progress for this long, a process hangs. Generous, for slow and loaded hosts.
-_STUCK_S = 180.0
+_STUCK_S = scaled(180.0)
 
 
 @dataclasses.dataclass
