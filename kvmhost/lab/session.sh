@@ -13,6 +13,8 @@ port() {
     exit 1
 }
 
+# The emulation is 20 to 50 times slower than the processor outside.
+export KVMHOST_TIME_SCALE="${KVMHOST_TIME_SCALE:-20}"
 exec 3>"$(port lab.control)"
 echo ready >&3
 if [ "$($b cat $here/mode)" = shell ]; then

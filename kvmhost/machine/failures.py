@@ -22,6 +22,10 @@ _SUBERRORS = {
     4: "an exit that KVM does not expect",
 }
 _EMULATION = 1
+#: Where a processor starts after a reset.
+_RESET = {"cs": 0xF000, "rip": 0xFFF0}
+#: SVM leaves the guest's state undefined after a shutdown (shutdown_interception(), v6.12).
+_LOST = "its registers are lost, since KVM on AMD resets a vCPU that shuts down"
 _CR0_PE, _EFER_LMA = 1, 1 << 10
 
 
@@ -32,14 +36,17 @@ def registers_line(registers: Mapping[str, int]) -> str:
 
 def unexpected(vcpu: Vcpu, vm_exit: Exit) -> UnexpectedExit:
     """Describe an exit that ends a guest."""
+    registers = vcpu.registers()
     if isinstance(vm_exit, Shutdown):
         reason = "triple fault: an exception that the guest has no handler for"
+        if _RESET.items() <= registers.items():
+            return UnexpectedExit(vcpu.index, reason, _LOST)
     elif isinstance(vm_exit, InternalError):
         code = vm_exit.instruction.hex(" ") or "unknown"
         reason = f"KVM internal error {vm_exit.suberror}, instruction bytes: {code}"
     else:
         reason = repr(vm_exit)
-    return UnexpectedExit(vcpu.index, reason, registers_line(vcpu.registers()))
+    return UnexpectedExit(vcpu.index, reason, registers_line(registers))
 
 
 def outside_memory(vcpu: Vcpu, vm_exit: MmioRead | MmioWrite) -> UnexpectedExit:

@@ -55,11 +55,15 @@ def test_log_equals_prediction(pattern: str, n_vcpus: int) -> None:
             assert used.harvest(START - 500, PAGES + 1000).count() == 0
 
 
-def test_reads_are_not_seen() -> None:
+def test_reads_of_mapped_pages_are_not_seen() -> None:
+    """With nested paging, KVM maps a page that is read for writing too, and logs it then."""
     with touch_machine(write=0) as machine:
         used = machine.use_tracker("dirty")
         assert machine.run_epoch()
-        assert used.harvest(START, PAGES).count() == 0
+        assert used.harvest(START, PAGES).count() in (0, PAGES)
+        for _ in range(2):
+            assert machine.run_epoch()
+            assert used.harvest(START, PAGES).count() == 0
 
 
 @pytest.mark.parametrize("write", [0, 1])
@@ -69,12 +73,17 @@ def test_agrees_with_the_dirty_bits_of_the_guests_tables(write: int) -> None:
         log.start()
         tables.start()
         tables.table.harvest_dirty(START, PAGES)
-        for _ in range(6):
+        mapped: set[int] = set()
+        for epoch in range(6):
             assert machine.run_epoch()
-            from_log = log.harvest(START, PAGES)
-            from_tables = tables.table.harvest_dirty(START, PAGES)
-            assert from_log.gfns().tolist() == from_tables.gfns().tolist()
-            assert bool(from_log.count()) == bool(write)
+            from_log = set(log.harvest(START, PAGES).gfns().tolist())
+            from_tables = set(tables.table.harvest_dirty(START, PAGES).gfns().tolist())
+            touched = set(touch_gfns(machine.params, epoch).tolist())
+            assert from_tables == (touched if write else set())
+            # The log also has pages that KVM mapped since: with nested paging it maps a
+            # page that is only read for writing too, and logs it then.
+            assert from_tables <= from_log <= from_tables | touched - mapped
+            mapped |= touched
             tables.rearm(START, PAGES)
         log.stop()
         tables.stop()

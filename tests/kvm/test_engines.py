@@ -243,8 +243,10 @@ def test_exception_is_a_triple_fault(
     engine: str, body: str, make_vm: Make, compile_guest: Compile
 ) -> None:
     machine = make_vm(compile_guest(body), mem_bytes=4 * MIB, engine=engine)
-    with pytest.raises(UnexpectedExit, match=r"triple fault.*rip=0x1000"):
+    with pytest.raises(UnexpectedExit, match=r"triple fault") as caught:
         run(machine)
+    shown = "rip=0x1000" in str(caught.value)
+    assert shown or (engine == "kvm" and "KVM on AMD resets" in str(caught.value))
 
 
 @pytest.mark.parametrize(("kind", "text"), [("read", "(void)*p;"), ("write", "*p = 1;")])

@@ -13,6 +13,7 @@ from waiting import DEADLINE_S, until
 from kvmhost.boot.loaders import load_image
 from kvmhost.boot.pcboot import Module
 from kvmhost.errors import CapabilityError, GuestTimeout, UnexpectedExit
+from kvmhost.kvm import System
 from kvmhost.machine.pc import PcMachine, PcOptions
 
 Guest = Callable[[str], Path]
@@ -89,7 +90,9 @@ def test_the_processor_that_an_image_sees(pc_guest: Guest) -> None:
     assert "msr 0x400\n  value 0xffffffffffffffff\n" in text
     status, text, _ = boot(pc_guest("cpu.elf"), cpu="host")
     assert status == 1
-    assert "leaf 0x1\n  eax 0x60fb1\n" not in text
+    with System() as system:
+        host = next(e for e in system.supported_cpuid().entries if e.function == 1)
+    assert f"leaf 0x1\n  eax {host.eax:#x}\n" in text
 
 
 @needs_kvm
@@ -169,7 +172,8 @@ def test_input_reaches_the_guest_by_interrupt(pc_guest: Guest[..., None]) -> Non
 def test_bad_ends_are_told(letter: str, wanted: str, pc_guest: Guest) -> None:
     with pytest.raises(UnexpectedExit, match=wanted) as caught:
         boot(pc_guest("bad.elf"), 2, append=letter)
-    assert "rip=0x10" in str(caught.value)
+    shown = "rip=0x10" in str(caught.value)
+    assert shown or (letter == "t" and "KVM on AMD resets" in str(caught.value))
 
 
 @needs_kvm

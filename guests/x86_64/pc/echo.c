@@ -9,16 +9,17 @@ static volatile u32 used, done;
 void handle(u32 vector)
 {
 	if (vector == 0x54)
-		while ((in8(0x3fa) & 0xf) == 4 || (in8(0x3fd) & 1)) {
+		while (!done && ((in8(0x3fa) & 0xf) == 4 || (in8(0x3fd) & 1))) {
 			char c = (char)in8(0x3f8);
 
 			if (c == '\n')
 				done = 1;
 			else if (used < 255)
 				line[used++] = c;
-			if (done)
-				break;
 		}
+	/* The next line waits in the FIFO until main has taken this one. */
+	if (done)
+		out8(0x3f9, 0);
 	eoi();
 }
 

@@ -178,11 +178,15 @@ def test_a_guest_memfd_is_not_for_others(vm: Vm) -> None:
 
 @pytest.mark.requires_cap("MEMORY_ATTRIBUTES")
 @pytest.mark.covers("KVM_SET_MEMORY_ATTRIBUTES")
-def test_memory_is_made_private(vm: Vm) -> None:
-    known = vm.check_extension(Cap.MEMORY_ATTRIBUTES)
-    assert known & lib.KVM_MEMORY_ATTRIBUTE_PRIVATE
-    vm.set_memory_attributes(PLACE, PAGE, lib.KVM_MEMORY_ATTRIBUTE_PRIVATE)
-    vm.set_memory_attributes(PLACE, PAGE, 0)
+def test_memory_is_made_private(system: System) -> None:
+    protected = 1  # KVM_X86_SW_PROTECTED_VM
+    if not system.check_extension(Cap.VM_TYPES) & 1 << protected:
+        pytest.skip("this KVM has no VM type with private memory; set CONFIG_KVM_SW_PROTECTED_VM")
+    with system.create_vm(protected) as vm:
+        known = vm.check_extension(Cap.MEMORY_ATTRIBUTES)
+        assert known & lib.KVM_MEMORY_ATTRIBUTE_PRIVATE
+        vm.set_memory_attributes(PLACE, PAGE, lib.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        vm.set_memory_attributes(PLACE, PAGE, 0)
 
 
 @pytest.mark.refused("KVM_SET_MEMORY_ATTRIBUTES")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from processor import processor_is_emulated
 
 from kvmhost._ffi import ffi, lib
 from kvmhost.errors import IoctlError, LayoutError, StateError
@@ -71,6 +72,8 @@ def test_a_hardware_breakpoint_stops_before_the_instruction(tiny: Maker) -> None
     control = lib.KVM_GUESTDBG_ENABLE | lib.KVM_GUESTDBG_USE_HW_BP
     guest.vcpu.set_guest_debug(control, [0, 0x1003])
     stop = guest.run()
+    if processor_is_emulated() and isinstance(stop, IoOut):
+        pytest.skip("QEMU's VMRUN loads no breakpoint registers; run on a real processor")
     assert isinstance(stop, Debug)
     assert (stop.exception, stop.pc, stop.dr6 & 0xF) == (1, 0x1003, 2)
     assert guest.vcpu.get_regs().rax == 1
