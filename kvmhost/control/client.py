@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from kvmhost.control import schema
 from kvmhost.control.caller import Caller
 from kvmhost.control.paths import running_names, runtime_dir, to_socket_path
 from kvmhost.control.schema import HEADER_PREFIX
-from kvmhost.errors import ControlError
+from kvmhost.errors import ControlError, KvmHostError
 from kvmhost.units import Share
-from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest
+from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest, check_view
+from kvmhost.vm.names import DEFAULT_VIEW
 
 __all__ = ["Client"]
 
 #: Largest number in a header: 64 bits.
 _MAX_DIGITS = 20
+#: How long closing a client waits for its views to end; the VM ends them itself if it is late.
+_ENDING_S = 5.0
 _BINARY = {"Content-Type": "application/octet-stream"}
 _JSON = {"Content-Type": "application/json"}
 
@@ -50,6 +54,14 @@ class Client(Caller, Harvestable):
     def __init__(self, vm: str | Path, *, timeout_s: float = schema.CLIENT_TIMEOUT_S) -> None:
         super().__init__(str(vm), to_socket_path(vm), timeout_s)
         self.vm = str(vm)
+        self._views: set[str] = set()
+
+    def close(self) -> None:
+        """End the views that this client has read, and close the connection. Idempotent."""
+        while self._views and not self._http.is_closed:
+            with contextlib.suppress(KvmHostError):
+                self._call("DELETE", f"views/{self._views.pop()}", timeout=_ENDING_S)
+        super().close()
 
     def _others(self) -> list[str]:
         """Return the names of the VMs that run, if this one was given by name."""
@@ -98,6 +110,13 @@ class Client(Caller, Harvestable):
             query["fraction"] = str(Share(asked.fraction))
         if asked.table_format is not None:
             query["format"] = asked.table_format
+        if asked.view != DEFAULT_VIEW:
+            query["view"] = asked.view
+            self._views.add(asked.view)
+        if asked.max_age_s:
+            query["max_age_s"] = repr(float(asked.max_age_s))
+        if asked.force:
+            query["force"] = "1"
         body = b"" if asked.mask is None else asked.mask.astype("<u8", copy=False).tobytes()
         most = _bitmap_bytes(n_pages)
         answer = self._call(
@@ -108,6 +127,15 @@ class Client(Caller, Harvestable):
             _header_number(self.vm, answer, "Harvest-Ns"),
             _header_number(self.vm, answer, "Rearm-Ns"),
         )
+
+    def close_view(self, name: str) -> None:
+        """End a view of this process; a tracker that it forced on others is put back.
+
+        :raises ControlError: with status 404 if this process reads no view of that name
+        """
+        check_view(name)
+        self._views.discard(name)
+        self._call("DELETE", f"views/{name}")
 
     def evict(
         self, gfns: Gfns, each: bool = False, *, actuator: str = "store"

@@ -42,11 +42,17 @@ class Lease:
     """The lease of one VM.
 
     :param vm: the VM's name, for the log
+    :param on_end: called when a holder loses the lease
     :param clock: a monotonic clock, in seconds
     """
 
-    def __init__(self, vm: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._vm, self._clock = vm, clock
+    def __init__(
+        self,
+        vm: str,
+        clock: Callable[[], float] = time.monotonic,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._vm, self._clock, self._on_end = vm, clock, on_end
         self._held: schema.LeaseRequest | None = None
         self._token, self._pid, self._pidfd = "", 0, -1
         self._since_s = self._called_s = 0.0
@@ -174,6 +180,8 @@ class Lease:
         self._drop()
 
     def _drop(self) -> None:
+        if self._held is not None:
+            self._on_end()
         self._held, self._token, self._pid = None, "", 0
         if self._timer is not None:
             self._timer.cancel()

@@ -7,6 +7,7 @@
 ``GET  /v1/resident``           bitmap: which pages the memfds hold
 ``GET  /v1/pages/GFN``          one page
 ``POST /v1/harvest``            bitmap: which pages were young
+``DELETE /v1/views/NAME``       end a view of the caller
 ``POST /v1/evict``              evict a list of pages
 ``POST /v1/restore``            restore the evicted pages of a range
 ``POST /v1/drain``              restore all pages and stop evicting
@@ -31,11 +32,13 @@ import errno
 import functools
 import os
 import threading
+import time
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from kvmhost.bitmap import Words, YoungBitmap, n_words, pack
@@ -53,6 +56,7 @@ from kvmhost.control.handler import (
 from kvmhost.control.lease import Lease
 from kvmhost.control.pauses import Pauses
 from kvmhost.control.peers import Peer
+from kvmhost.control.readers import Readers, view_infos
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import (
     CapabilityError,
@@ -71,6 +75,7 @@ from kvmhost.vm.harvest import Harvest, HarvestRequest, check_range
 if typing.TYPE_CHECKING:
     from kvmhost.machine.base import BaseMachine
     from kvmhost.pager.results import EvictResult, ShrinkResult
+    from kvmhost.trackers.views import ViewKey
 
 __all__ = ["Routes", "problem_of"]
 
@@ -112,7 +117,8 @@ class Routes:
         self._executor = concurrent.futures.ThreadPoolExecutor(4, "control-worker")
         self._harvesting, self._paging = asyncio.Lock(), asyncio.Lock()
         self._pauses = Pauses(machine, name, self._work)
-        self._lease = Lease(name)
+        self._readers = Readers(self._end_views)
+        self._lease = Lease(name, on_end=self._readers.lease_ended)
         self._limit_bytes = 0
         self._totals = schema.HarvestTotals(0, 0, 0, 0, 0)
         self._table: dict[str, dict[str, Answering]] = {
@@ -167,6 +173,7 @@ class Routes:
         """Cancel the timers of pauses and lease; in the event loop."""
         self._pauses.close()
         self._lease.close()
+        self._readers.close()
 
     def find(self, method: str, path: str) -> Route:
         """Return the route of a request.
@@ -177,6 +184,9 @@ class Routes:
         if routes is None and path.startswith("/v1/pages/"):
             page = by_method({"GET": self._get_page}, method, path)
             return functools.partial(self._answer, page, (path.removeprefix("/v1/pages/"),))
+        if routes is None and path.startswith("/v1/views/"):
+            view = by_method({"DELETE": self._delete_view}, method, path)
+            return functools.partial(self._answer, view, (path.removeprefix("/v1/views/"),))
         return functools.partial(self._answer, by_method(routes, method, path), args)
 
     def problem_of(self, error: Exception) -> Problem:
@@ -217,6 +227,7 @@ class Routes:
                 resident_max_bytes=self._limit_bytes,
                 tracker=machine.tracker_name,
                 lease=self._lease.info(),
+                views=view_infos(machine.views(), time.monotonic_ns()),
             )
         )
 
@@ -247,7 +258,9 @@ class Routes:
             machine.serial.n_bytes,
             machine.serial.lost_bytes,
         )
-        return json_reply(schema.Counters(counts, self._totals, pager))
+        sweeps, n_cleared = machine.swept
+        totals = msgspec.structs.replace(self._totals, sweeps=sweeps, n_cleared=n_cleared)
+        return json_reply(schema.Counters(counts, totals, pager))
 
     async def _get_resident(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.RangeQuery)
@@ -318,9 +331,13 @@ class Routes:
             fraction=query.fraction,
             mask=_mask(request.body, n_pages) if request.body else None,
             table_format=query.format or None,
+            view=query.view,
+            max_age_s=query.max_age_s,
+            force=query.force,
         )
         async with self._turn(self._harvesting, request):
-            found = await self._work(lambda: self._machine.run_harvest(asked))
+            owner = self._readers.key_of(query.view, request).owner
+            found = await self._work(lambda: self._machine.run_harvest(asked, owner))
         old = self._totals
         self._totals = schema.HarvestTotals(
             old.harvests + 1,
@@ -330,6 +347,20 @@ class Routes:
             old.rearm_ns + found.rearm_ns,
         )
         return _bitmap(found.young, found)
+
+    async def _delete_view(self, request: Request, name: str) -> Reply:
+        nothing_asked(request)
+        if not await self._readers.end(name, request):
+            raise Problem(404, f"the caller reads no view {name[:40]!r}", "view")
+        return json_reply(schema.ViewReport(name))
+
+    async def _end_views(self, is_ended: Callable[[ViewKey], bool]) -> int:
+        """End views after the harvest in progress; return how many."""
+        async with self._harvesting:
+            keys = [view.key for view in self._machine.views() if is_ended(view.key)]
+            for key in keys:
+                await self._work(functools.partial(self._machine.close_view, key.name, key.owner))
+        return len(keys)
 
     # -- pager ----------------------------------------------------------------
 

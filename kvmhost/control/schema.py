@@ -18,7 +18,7 @@ from kvmhost.suggest import unknown_name
 from kvmhost.timescale import scaled
 from kvmhost.units import PAGE_BYTES, Share, read_amount
 from kvmhost.vm.harvest import MIN_FRACTION
-from kvmhost.vm.names import Rearm, TableFormat
+from kvmhost.vm.names import DEFAULT_VIEW, Rearm, TableFormat
 
 __all__ = [
     "CLIENT_TIMEOUT_S",
@@ -52,6 +52,8 @@ __all__ = [
     "SchemaError",
     "VcpuStatus",
     "VictimsReport",
+    "ViewInfo",
+    "ViewReport",
     "VmState",
     "convert",
     "decode",
@@ -65,6 +67,7 @@ HEADER_PREFIX = "X-Kvmhost-"
 
 Gfn = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+ViewName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")]
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
@@ -120,7 +123,9 @@ class HarvestQuery(RangeQuery, frozen=True):
 
     ``rearm=sample`` clears and re-arms only a ``fraction`` of the pages, different ones
     at each harvest of the range; the default of ``fraction`` is measured. With ``format``
-    the harvest is fed into a model table, and its walker's bitmap is returned.
+    the harvest is fed into a model table, and its walker's bitmap is returned. ``view`` is the
+    reader's own window, which may end with a sweep that is ``max_age_s`` old; ``force`` changes
+    the tracker while others read by another one.
     """
 
     tracker: str = "auto"
@@ -128,6 +133,9 @@ class HarvestQuery(RangeQuery, frozen=True):
     rearm: Rearm = "young"
     fraction: Fraction | None = None
     format: TableFormat | Literal[""] = ""
+    view: ViewName = DEFAULT_VIEW
+    max_age_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.0
+    force: bool = False
 
 
 class EvictQuery(_Strict, frozen=True):
@@ -288,6 +296,30 @@ class LeaseGrant(_Answer, frozen=True):
     """the value for the header ``X-Kvmhost-Lease``"""
 
 
+class ViewInfo(_Answer, frozen=True):
+    """A view of the young pages: the window of one reader."""
+
+    name: str
+    """the view"""
+    pid: int
+    """the reader's process; 0 for the default view, which anyone may read"""
+    process: str
+    """name of that process"""
+    window_s: float
+    """time since its oldest window began"""
+    n_young: int
+    """pages that were swept in the window and not yet taken"""
+    harvests: int
+    """harvests of this view so far"""
+
+
+class ViewReport(_Answer, frozen=True):
+    """Answer of ``DELETE /v1/views/NAME``."""
+
+    view: str
+    """the view that ended"""
+
+
 class VmState(_Answer, frozen=True):
     """Answer of ``GET /v1/state``."""
 
@@ -327,6 +359,8 @@ class VmState(_Answer, frozen=True):
     """the tracker in use; null before the first harvest"""
     lease: LeaseInfo | None = None
     """the holder of the lease; null if it is free"""
+    views: list[ViewInfo] = []
+    """the readers: one view each"""
 
 
 class PageRange(_Answer, frozen=True):
@@ -506,6 +540,10 @@ class HarvestTotals(_Answer, frozen=True):
     """time spent testing and clearing"""
     rearm_ns: int
     """time spent re-arming"""
+    sweeps: int = 0
+    """harvests that cleared accessed bits, of all readers"""
+    n_cleared: int = 0
+    """pages that sweeps cleared: each costs the guest a fault if it is touched again"""
 
 
 class Counters(_Answer, frozen=True):

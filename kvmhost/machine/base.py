@@ -55,6 +55,7 @@ if typing.TYPE_CHECKING:
     from kvmhost.pager.userfault import Userfault
     from kvmhost.trackers.base import TrackedVm, Tracker
     from kvmhost.trackers.harvesting import Harvester
+    from kvmhost.trackers.views import ViewStatus
 
 __all__ = ["BaseMachine", "NamedImage"]
 
@@ -527,22 +528,45 @@ class BaseMachine(Closing, Harvestable):
                 self._harvester = Harvester(self.tracked_vm(), self.paging.note_young)
             return self._harvester
 
-    def use_tracker(self, name: str = "auto") -> Tracker:
+    def use_tracker(self, name: str = "auto", *, force: bool = False) -> Tracker:
         """Return a started tracker; another one in use is stopped first.
 
+        :param force: also while named views are open; what the tracker itself clears is missing
+            in them
+        :raises StateError: if named views are open and another tracker is in use
         :raises CapabilityError: if it does not work on this host
         :raises LayoutError: for an unknown name
         """
-        return self.harvester().use(name)
+        return self.harvester().use(name, force=force)
 
     @property
     def tracker_name(self) -> str | None:
         """The tracker in use; None before the first."""
         return None if self._harvester is None else self._harvester.tracker_name
 
-    def run_harvest(self, asked: HarvestRequest) -> Harvest:
-        """Do a harvest, see :meth:`harvest`."""
-        return self.harvester().harvest(asked)
+    def run_harvest(self, asked: HarvestRequest, owner: int | None = None) -> Harvest:
+        """Do a harvest, see :meth:`harvest`.
+
+        :param owner: process that reads the view; None: this one
+        """
+        return self.harvester().harvest(asked, owner)
+
+    def views(self) -> list[ViewStatus]:
+        """Return the state of the views, the default one first; empty before the first harvest."""
+        return [] if self._harvester is None else self._harvester.views()
+
+    @property
+    def swept(self) -> tuple[int, int]:
+        """Sweeps so far, and pages that they cleared: each is a fault if touched again."""
+        found = self._harvester
+        return (0, 0) if found is None else (found.sweeps, found.n_cleared)
+
+    def close_view(self, name: str, owner: int | None = None) -> bool:
+        """End a view; return whether it was open. A tracker that it forced is put back.
+
+        :param owner: process that reads the view; None: this one
+        """
+        return self._harvester is not None and self._harvester.close_view(name, owner)
 
     # -- exits ----------------------------------------------------------------
 

@@ -15,20 +15,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import select
-import time
 import typing
 from pathlib import Path
 
-from kvmhost.bitmap import YoungBitmap
+from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.closing import Closing
 from kvmhost.control.schema import MemoryMap, MemslotInfo
-from kvmhost.errors import CapabilityError, IoctlError, LayoutError, VmGoneError
+from kvmhost.errors import CapabilityError, IoctlError, LayoutError, StateError, VmGoneError
 from kvmhost.process.foreign import Method, open_method
 from kvmhost.process.procmaps import Mapping, choose_mapping, shared_mappings, shared_ranges
-from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler
+from kvmhost.trackers.sharing import SharedHarvests
+from kvmhost.trackers.views import UNNAMED, ViewKey
 from kvmhost.units import PAGE_BYTES
 from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest
-from kvmhost.vm.names import TableFormat
+from kvmhost.vm.names import DEFAULT_VIEW, TableFormat
 
 if typing.TYPE_CHECKING:
     from kvmhost.mmu.feed import Feed
@@ -66,6 +66,21 @@ class _Slot:
         return self.mapping.start
 
 
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A method as a source of sweeps: what it clears, it has re-armed."""
+
+    method: Method
+
+    def harvest(
+        self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
+    ) -> YoungBitmap:
+        return self.method.harvest(gfn_start, n_pages, clear, mask)
+
+    def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:
+        pass
+
+
 class Attached(Closing, Harvestable):
     """One mapping of another process, with the harvest interface of a control socket.
 
@@ -86,11 +101,11 @@ class Attached(Closing, Harvestable):
         self.pidfd = self.pagemap_fd = -1
         self._method: Method | None = None
         self._feeds: dict[TableFormat, Feed] = {}
-        self._sampler = Sampler()
         try:
             # First the descriptor, which keeps referring to this process if the pid is reused.
             self.pidfd = _open_pid(pid)
             self.mapping = choose_mapping(shared_mappings(pid, proc), mapping)
+            self._shared = SharedHarvests(self.mapping.n_pages, lambda young: None)
             self.pagemap_fd = _open_pagemap(proc / str(pid) / "pagemap", pid)
             self._image = _image(proc / str(pid))
             if self._ended():
@@ -113,7 +128,8 @@ class Attached(Closing, Harvestable):
     def run_harvest(self, asked: HarvestRequest) -> Harvest:
         """Do a harvest of the mapping, see :meth:`harvest`. The first one begins a window.
 
-        Every tracker of a process re-arms as it clears: ``rearm_ns`` is 0.
+        Every tracker of a process re-arms as it clears: ``rearm_ns`` is 0. The views are those
+        of this object; whoever else attaches to the process takes accesses from them.
 
         :raises LayoutError: also for ``rearm`` ``none`` and ``all``
         """
@@ -126,23 +142,16 @@ class Attached(Closing, Harvestable):
         asked = asked.within(self.mapping.n_pages)
         self._check_there()
         feed = None if asked.table_format is None else self._feed(asked.table_format)
-        start_ns = time.perf_counter_ns()
+        key = UNNAMED if asked.view == DEFAULT_VIEW else ViewKey(os.getpid(), asked.view)
         try:
-            young = self._find(asked)
+            source = self._use(asked, key)
+            found = self._shared.harvest(source, key, asked)
         except (IoctlError, CapabilityError, OSError):
             self._check_there()
             raise
-        harvest_ns = time.perf_counter_ns() - start_ns
         self._check_there()
-        return Harvest(young if feed is None else feed.harvest_via_model(young), harvest_ns, 0)
-
-    def _find(self, asked: HarvestRequest) -> YoungBitmap:
-        method, mask = self._use(asked.tracker), asked.mask
-        if asked.rearm == "sample" and asked.clear:
-            fraction = asked.fraction or DEFAULT_FRACTION
-            sample = self._sampler.next_mask(asked.gfn_start, asked.count, fraction)
-            mask = sample if mask is None else mask & sample
-        return method.harvest(asked.gfn_start, asked.count, asked.clear, mask)
+        young = found.young if feed is None else feed.harvest_via_model(found.young)
+        return Harvest(young, found.harvest_ns, 0)
 
     def close(self) -> None:
         """Close the process's descriptors. Idempotent."""
@@ -161,10 +170,21 @@ class Attached(Closing, Harvestable):
             self._feeds[table_format] = Feed(table_format, [_Slot(self.mapping)])
         return self._feeds[table_format]
 
-    def _use(self, name: str) -> Method:
-        if self._method is None or name not in ("auto", self._method.name):
-            self._method = open_method(name, self)
-        return self._method
+    def _use(self, asked: HarvestRequest, key: ViewKey) -> _Source:
+        """Return the method for a harvest: the one in use, unless another may replace it."""
+        before = self._method
+        if before is not None and asked.tracker in ("auto", before.name):
+            return _Source(before)
+        others = ", ".join(str(view.key) for view in self._shared.readers(key, 0))
+        if before is not None and others and not asked.force:
+            raise StateError(
+                f"tracker {before.name}",
+                f"is in use by {others}",
+                f"read by it too, or force the change to {asked.tracker}",
+            )
+        self._method = open_method(asked.tracker, self)
+        self._shared.note_tracker(key)
+        return _Source(self._method)
 
     def _ended(self, wait_ms: int = 0) -> bool:
         poll = select.poll()

@@ -1,42 +1,61 @@
-"""Harvests of one VM: find young pages, clear them, inform the pager, re-arm.
+"""The tracker of one VM, and the harvests that its readers do with it.
 
-The order matters. The pager receives the young pages before they are re-armed, so that its
-clock hand never treats a page that was just found young as old; and only pages whose bit
-was cleared are re-armed, since re-arming costs the guest a fault.
+One tracker works at a time, and every reader gets its bits
+(:mod:`kvmhost.trackers.sharing`). So a reader may change it only while it is alone, or by
+force. A forced change by a named reader is undone when its view ends; until then the others
+are served by the new tracker, and what the old one had found stays in their views.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import threading
 import time
 import typing
 from collections.abc import Callable
 
 from kvmhost.bitmap import YoungBitmap
-from kvmhost.errors import StateError
+from kvmhost.errors import KvmHostError, StateError
 from kvmhost.trackers import registry
 from kvmhost.trackers.base import TrackedVm, Tracker
-from kvmhost.trackers.sampling import DEFAULT_FRACTION, Sampler
+from kvmhost.trackers.sharing import SharedHarvests
+from kvmhost.trackers.views import UNNAMED, ViewKey, ViewStatus
 from kvmhost.vm.harvest import Harvest, HarvestRequest
-from kvmhost.vm.names import TableFormat
+from kvmhost.vm.names import DEFAULT_VIEW, TableFormat
 
 if typing.TYPE_CHECKING:
     from kvmhost.mmu.feed import Feed
 
 __all__ = ["Harvester"]
 
+log = logging.getLogger("kvmhost.trackers")
+
+#: Whoever harvested the unnamed view in this time counts as a reader.
+_UNNAMED_NS = 60 * 10**9
+
+
+@dataclasses.dataclass
+class _Forced:
+    """A change of the tracker that a reader forced on the others."""
+
+    by: ViewKey
+    before: str
+
 
 class Harvester:
     """Owns the tracker of one VM and does its harvests, one at a time.
 
-    :param note_young: receives the young pages that were cleared, before they are re-armed
+    :param note_young: receives the young pages of each sweep, before they are re-armed
     """
 
     def __init__(self, vm: TrackedVm, note_young: Callable[[YoungBitmap], None]) -> None:
-        self._vm, self._note_young = vm, note_young
-        self._sampler = Sampler()
+        self._vm = vm
+        self._shared = SharedHarvests(vm.memory.gfn_end, note_young)
         self._tracker: Tracker | None = None
+        #: Forced changes in order; each is undone when the view of its reader ends.
+        self._forced: list[_Forced] = []
         self._feeds: dict[TableFormat, Feed] = {}
         self._lock = threading.RLock()
         self._closed = False
@@ -46,78 +65,69 @@ class Harvester:
         """The tracker in use; None before the first."""
         return None if self._tracker is None else self._tracker.name
 
-    def use(self, name: str = "auto") -> Tracker:
+    @property
+    def sweeps(self) -> int:
+        """Physical harvests that cleared."""
+        return self._shared.sweeps
+
+    @property
+    def n_cleared(self) -> int:
+        """Pages that sweeps cleared: each costs the guest a fault if it is touched again."""
+        return self._shared.n_cleared
+
+    def use(self, name: str = "auto", *, force: bool = False) -> Tracker:
         """Return a started tracker; stop the previous one.
 
         The previous one is stopped last, so that it stays in use with its state if the new
-        one cannot start.
+        one cannot start. Harvests of the tracker itself bypass the views: a page that they
+        clear is in no view.
 
         :param name: one of :data:`~kvmhost.trackers.registry.NAMES`, or ``auto``
+        :param force: also while named views are open
         :raises CapabilityError: if it does not work here
         :raises LayoutError: for an unknown name
+        :raises StateError: if named views are open, or the machine is closed
         """
         with self._lock:
-            if self._closed:
-                raise StateError("the machine")
-            wanted = registry.resolve(name, self._vm)
-            before = self._tracker
-            if before is not None and before.name == wanted:
-                return before
-            tracker = registry.create(wanted, self._vm)
-            try:
-                tracker.start()
-            except BaseException:
-                tracker.stop()
-                raise
-            self._tracker = tracker
-            if before is not None:
-                before.stop()
-            return tracker
+            return self._use(registry.resolve(name, self._vm), UNNAMED, force)
 
-    def harvest(self, asked: HarvestRequest) -> Harvest:
+    def harvest(self, asked: HarvestRequest, owner: int | None = None) -> Harvest:
         """Do one harvest; concurrent harvests wait.
 
+        :param owner: process of the reader; None: this one
         :raises CapabilityError: if the tracker does not work here
         :raises LayoutError: if the range, the mask or the tracker's name is wrong; then the
             tracker in use and its state do not change
+        :raises StateError: if others read by another tracker, or there are too many views
         """
         asked = asked.within(self._vm.memory.gfn_end)
-        gfn_start, n_pages, mask = asked.gfn_start, asked.count, asked.mask
+        key = _key(asked.view, owner)
         # All arguments are checked above: from here on trackers stop and bits are cleared.
         with self._lock:
             # First, so that a harvest that cannot be fed clears nothing.
             feed = None if asked.table_format is None else self._feed(asked.table_format)
-            wanted = self.tracker_name if asked.tracker == "auto" else asked.tracker
-            source = self.use(wanted or "auto")
-            if asked.rearm == "sample" and asked.clear:
-                fraction = asked.fraction or DEFAULT_FRACTION
-                sample = self._sampler.next_mask(gfn_start, n_pages, fraction)
-                mask = sample if mask is None else mask & sample
-            start = time.perf_counter_ns()
-            young = source.harvest(gfn_start, n_pages, asked.clear, mask)
-            middle = time.perf_counter_ns()
-            if asked.clear:
-                self._note_young(young)
-            if asked.rearm == "all":
-                source.rearm(gfn_start, n_pages)
-            elif asked.rearm != "none" and asked.clear:
-                cleared = young
-                if mask is not None:
-                    cleared = dataclasses.replace(young, words=young.words & mask)
-                source.rearm(gfn_start, n_pages, cleared)
-            end = time.perf_counter_ns()
-            found = young if feed is None else feed.harvest_via_model(young)
-            return Harvest(found, middle - start, end - middle)
+            self._shared.views.check_room(key)
+            source = self._source(asked, key)
+            found = self._shared.harvest(source, key, asked)
+            if feed is None:
+                return found
+            return dataclasses.replace(found, young=feed.harvest_via_model(found.young))
 
-    def _feed(self, table_format: TableFormat) -> Feed:
-        """Return the model table of a format, made on first use."""
-        if self._closed:
-            raise StateError("the machine")
-        if table_format not in self._feeds:
-            from kvmhost.mmu.feed import Feed
+    def views(self) -> list[ViewStatus]:
+        """Return the state of the views. Any thread; does not wait for harvests."""
+        return self._shared.views.list()
 
-            self._feeds[table_format] = Feed(table_format, self._vm.memory.regions)
-        return self._feeds[table_format]
+    def close_view(self, name: str, owner: int | None = None) -> bool:
+        """End a view and undo its forced change of the tracker; return whether it was open.
+
+        :param owner: process of the reader; None: this one
+        """
+        key = _key(name, owner)
+        with self._lock:
+            is_open = self._shared.views.close(key)
+            if is_open and not self._closed:
+                self._undo(key)
+            return is_open
 
     def close(self) -> None:
         """Stop the tracker, and wait for a harvest in progress. Refuses later ones. Idempotent."""
@@ -133,3 +143,102 @@ class Harvester:
         """Stop the tracker, from any thread and during a harvest too. Idempotent."""
         if self._tracker is not None:
             self._tracker.stop()
+
+    # -- the tracker ----------------------------------------------------------
+
+    def _source(self, asked: HarvestRequest, key: ViewKey) -> Tracker:
+        """Return the tracker for a harvest: the one in use, unless another may replace it."""
+        current = self._tracker
+        if current is not None and asked.tracker == "auto":
+            return self._use(current.name, key, force=False)
+        wanted = registry.resolve(asked.tracker, self._vm)
+        forced = [change.by for change in self._forced]
+        is_forced = bool(forced) and key not in forced and wanted == self._forced[0].before
+        if current is not None and is_forced:
+            # Who reads by the tracker before goes on with the one that was forced on it.
+            return self._use(current.name, key, force=False)
+        return self._use(wanted, key, asked.force)
+
+    def _use(self, wanted: str, key: ViewKey, force: bool) -> Tracker:
+        if self._closed:
+            raise StateError("the machine")
+        before = self._tracker
+        if before is not None and before.name == wanted:
+            return before
+        others = self._others(key)
+        if before is not None and others and not (force or self._is_undone_by(wanted, key)):
+            raise StateError(
+                f"tracker {before.name}",
+                f"is in use by {', '.join(others)}",
+                f"read by it too, or force the change to {wanted}",
+            )
+        tracker = self._start(wanted)
+        if key == UNNAMED:
+            self._forced.clear()
+        elif before is not None and others:
+            self._note_forced(key, before.name, wanted)
+        self._shared.note_tracker(key)
+        return tracker
+
+    def _start(self, wanted: str) -> Tracker:
+        """Replace the tracker; what it had found moves into the views."""
+        before, tracker = self._tracker, registry.create(wanted, self._vm)
+        try:
+            if before is not None and len(self._shared.views) > 1:
+                self._shared.sweep_all(before)
+            tracker.start()
+        except BaseException:
+            tracker.stop()
+            raise
+        self._tracker = tracker
+        if before is not None:
+            before.stop()
+        return tracker
+
+    def _others(self, key: ViewKey) -> list[str]:
+        """Return the names of the other readers."""
+        since_ns = time.monotonic_ns() - _UNNAMED_NS
+        views = self._shared.readers(key, since_ns)
+        return [str(view.key) if view.key.owner else "the unnamed view" for view in views]
+
+    def _is_undone_by(self, wanted: str, key: ViewKey) -> bool:
+        return (key, wanted) in [(change.by, change.before) for change in self._forced]
+
+    def _note_forced(self, key: ViewKey, before: str, wanted: str) -> None:
+        own = next((change for change in self._forced if change.by == key), None)
+        if own is None:
+            self._forced.append(_Forced(key, before))
+        elif own.before == wanted:
+            self._forced.remove(own)
+
+    def _undo(self, key: ViewKey) -> None:
+        """Undo a reader's forced change; below another reader's, leave that one to undo it."""
+        at = next((i for i, change in enumerate(self._forced) if change.by == key), None)
+        if at is None:
+            return
+        change = self._forced.pop(at)
+        if at < len(self._forced):
+            self._forced[at].before = change.before
+            return
+        try:
+            self._start(change.before)
+        except KvmHostError as error:
+            log.warning("tracker %s is not back in use: %s", change.before, error)
+            return
+        self._shared.note_tracker(key)
+
+    def _feed(self, table_format: TableFormat) -> Feed:
+        """Return the model table of a format, made on first use."""
+        if self._closed:
+            raise StateError("the machine")
+        if table_format not in self._feeds:
+            from kvmhost.mmu.feed import Feed
+
+            self._feeds[table_format] = Feed(table_format, self._vm.memory.regions)
+        return self._feeds[table_format]
+
+
+def _key(name: str, owner: int | None) -> ViewKey:
+    if name == DEFAULT_VIEW:
+        return UNNAMED
+    return ViewKey(os.getpid() if owner is None else owner, name)

@@ -8,19 +8,38 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 import typing
 
 from kvmhost.errors import LayoutError
-from kvmhost.vm.names import REARM, TABLE_FORMATS, Rearm, TableFormat, check_name
+from kvmhost.vm.names import (
+    DEFAULT_VIEW,
+    REARM,
+    TABLE_FORMATS,
+    Rearm,
+    TableFormat,
+    check_name,
+)
 
 if typing.TYPE_CHECKING:
     from kvmhost.bitmap import Words, YoungBitmap
 
-__all__ = ["MIN_FRACTION", "Harvest", "HarvestRequest", "Harvestable", "check_mask", "check_range"]
+__all__ = [
+    "MIN_FRACTION",
+    "Harvest",
+    "HarvestRequest",
+    "Harvestable",
+    "check_mask",
+    "check_range",
+    "check_view",
+]
 
 #: The smallest part of the pages that a harvest with ``rearm="sample"`` clears.
 MIN_FRACTION = 1 / 65536
 _GFN_BITS = 52
+#: The longest time that a sweep may be old, which is a day.
+_MAX_AGE_S = 86400
+_VIEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +75,9 @@ class HarvestRequest:
     fraction: float | None = None
     mask: Words | None = None
     table_format: TableFormat | None = None
+    view: str = DEFAULT_VIEW
+    max_age_s: float = 0.0
+    force: bool = False
 
     def __post_init__(self) -> None:
         n_pages = 0 if self.n_pages is None else self.n_pages
@@ -71,6 +93,12 @@ class HarvestRequest:
             check_name("table format", self.table_format, TABLE_FORMATS, "table_format")
         if self.n_pages is not None:
             check_mask(self.mask, self.n_pages)
+        check_view(self.view)
+        if not 0 <= self.max_age_s <= _MAX_AGE_S:
+            raise LayoutError(
+                f"harvest: an age of {self.max_age_s:g} s: need 0 to {_MAX_AGE_S}",
+                field="max_age_s",
+            )
 
     def _check_fraction(self, fraction: float) -> None:
         if self.rearm != "sample":
@@ -117,6 +145,9 @@ class Harvestable(abc.ABC):
         fraction: float | None = None,
         mask: Words | None = None,
         table_format: TableFormat | None = None,
+        view: str = DEFAULT_VIEW,
+        max_age_s: float = 0.0,
+        force: bool = False,
     ) -> Harvest:
         """Return the young pages of a range; concurrent calls wait.
 
@@ -131,6 +162,14 @@ class Harvestable(abc.ABC):
         :param mask: shape ``(ceil(n_pages / 64),)``, ``uint64``: clear only where the bit is 1
         :param table_format: feed the harvest into a model table of this format and return
             what its walker finds; None: what the tracker finds
+        :param view: the reader's own window: what became young since the last harvest of this
+            view, whatever other readers do. The first harvest of a name begins the window and
+            returns nothing. The default one is shared by all who name none
+        :param max_age_s: the window may end with the sweep of another reader that is not older,
+            which saves the guest a sweep; 0: it ends now
+        :param force: change the tracker also while others read by the present one. It is put
+            back when the view ends, unless that is the default one
+        :raises StateError: if others read by another tracker, or there are too many views
         :raises CapabilityError: if the tracker does not work here
         :raises LayoutError: if an argument is wrong; then the tracker in use and its state
             do not change
@@ -145,12 +184,26 @@ class Harvestable(abc.ABC):
                 fraction=fraction,
                 mask=mask,
                 table_format=table_format,
+                view=view,
+                max_age_s=max_age_s,
+                force=force,
             )
         )
 
     @abc.abstractmethod
     def run_harvest(self, asked: HarvestRequest) -> Harvest:
         """Do what :meth:`harvest` documents, with checked arguments."""
+
+
+def check_view(name: str) -> None:
+    """Check the name of a view.
+
+    :raises LayoutError: unless it is 1 to 32 letters, digits and ``._-``, a letter or digit first
+    """
+    if not _VIEW_NAME.fullmatch(name):
+        raise LayoutError(
+            f"view {name[:40]!r}: need up to 32 letters, digits, dots and dashes", field="view"
+        )
 
 
 def check_range(gfn_start: int, n_pages: int, gfn_end: int) -> None:

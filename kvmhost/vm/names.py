@@ -8,7 +8,7 @@ from typing import Any, Literal
 from kvmhost.errors import LayoutError
 from kvmhost.suggest import unknown_name
 
-__all__ = ["REARM", "TABLE_FORMATS", "Rearm", "TableFormat", "check_name"]
+__all__ = ["DEFAULT_VIEW", "REARM", "TABLE_FORMATS", "Rearm", "TableFormat", "check_name"]
 
 #: Pages to re-arm after a harvest.
 Rearm = Literal["none", "young", "all", "sample"]
@@ -17,6 +17,10 @@ REARM: tuple[Rearm, ...] = typing.get_args(Rearm)
 #: Formats of model tables. ``tdp`` is ``npt``.
 TableFormat = Literal["tdp", "npt", "ept", "stage2", "radix"]
 TABLE_FORMATS: tuple[TableFormat, ...] = typing.get_args(TableFormat)
+
+
+#: The view of everyone who names none.
+DEFAULT_VIEW = "default"
 
 
 def check_name(what: str, name: Any, known: typing.Iterable[str], field: str = "") -> None:

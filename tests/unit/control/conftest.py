@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import types
 
 import numpy as np
@@ -38,7 +39,10 @@ class FakeTracker:
         if clear:
             self.young -= {g for g in found if asked[g - gfn_start]}
         return YoungBitmap.from_gfns(
-            gfn_start, n_pages, found, provenance=Provenance(self.name, "npt", 10, 20)
+            gfn_start,
+            n_pages,
+            found,
+            provenance=Provenance(self.name, "npt", 10, time.monotonic_ns()),
         )
 
     def rearm(self, gfn_start, n_pages, young=None):
@@ -110,8 +114,9 @@ class FakeHarvester(Harvester):
     def tracker_name(self):
         return self._machine.tracker_name
 
-    def use(self, name="auto"):
-        return self._machine.use_tracker(name)
+    def _source(self, asked, key):
+        wanted = self.tracker_name if asked.tracker == "auto" else asked.tracker
+        return self._machine.use_tracker(wanted or "auto")
 
 
 class FakeMachine(Harvestable):
@@ -167,8 +172,18 @@ class FakeMachine(Harvestable):
     def tracker_name(self):
         return self.tracker and self.tracker.name
 
-    def run_harvest(self, asked):
-        return self.harvester.harvest(asked)
+    def run_harvest(self, asked, owner=None):
+        return self.harvester.harvest(asked, owner)
+
+    def views(self):
+        return self.harvester.views()
+
+    def close_view(self, name, owner=None):
+        return self.harvester.close_view(name, owner)
+
+    @property
+    def swept(self):
+        return self.harvester.sweeps, self.harvester.n_cleared
 
     def note_young(self, young):
         if self.has_pager:
