@@ -115,10 +115,12 @@ class View:
         if not self._is_empty:
             waiting = sub_words(self._young, self.n_pages, first, count)
             words, coarse = waiting | words, self._merged_coarse(found, waiting)
+        start_ns = self.started_ns(first, count)
+        if start_ns < self._tracker_changed_ns:
+            source = dataclasses.replace(source, tracker="mixed")
         # A source without windows says so by 0.
-        start_ns = source.window_start_ns and self.started_ns(first, count)
-        tracker = "mixed" if start_ns < self._tracker_changed_ns else source.tracker
-        source = dataclasses.replace(source, tracker=tracker, window_start_ns=start_ns)
+        if source.window_start_ns:
+            source = dataclasses.replace(source, window_start_ns=start_ns)
         return YoungBitmap(first, count, words, coarse, source)
 
     def take(self, gfn_start: int, n_pages: int, mask: Words | None, now_ns: int) -> None:
