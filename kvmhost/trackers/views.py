@@ -34,7 +34,8 @@ _MAX_PARTS = 64
 class ViewKey(typing.NamedTuple):
     """Identifies a view.
 
-    :param owner: the process that reads it; 0 for the unnamed one, which anyone may read
+    :param owner: the process that reads it, or a negative number for a connection whose process
+        is not known; 0 for the unnamed one, which anyone may read
     :param name: unique for its owner; ``default`` for the unnamed one
     """
 
@@ -42,7 +43,10 @@ class ViewKey(typing.NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return f"{self.name} (process {self.owner})" if self.owner else self.name
+        if self.owner == 0:
+            return self.name
+        whose = f"process {self.owner}" if self.owner > 0 else "a process of another namespace"
+        return f"{self.name} ({whose})"
 
 
 #: The view of everyone who names none. It is open from the start and does not end.

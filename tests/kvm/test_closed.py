@@ -170,6 +170,7 @@ def answers(target: Any) -> set[str]:
 #: What a closed machine still answers: what it remembers, and what ends it once more.
 OF_A_MACHINE = {
     "__repr__",
+    "close_view",
     "closed",
     "console_text",
     "describe_failure",
@@ -187,9 +188,11 @@ OF_A_MACHINE = {
     "status",
     "statuses",
     "still",
+    "swept",
     "tables_gpa",
     "tracker_name",
     "uptime_s",
+    "views",
 }
 BY_ENGINES = ["kvm", "emulated"]
 

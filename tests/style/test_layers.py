@@ -50,7 +50,7 @@ LAYERS = {
     "kvmhost/control": (
         {"inflight", "paths", "peers", "ratelog", "schema"},
         {"handler", "transport"},
-        {"caller", "lease", "pauses", "serving"},
+        {"caller", "lease", "pauses", "readers", "serving"},
         {"client", "routes"},
         {"listing", "server"},
     ),
@@ -102,7 +102,8 @@ LAYERS = {
     "kvmhost/trackers": (
         {"base", "calibration", "pagescan", "sampling"},
         {"dirty", "guestpt", "idle", "pagemap", "uffd"},
-        {"registry"},
+        {"registry", "views"},
+        {"sharing"},
         {"harvesting"},
     ),
     "kvmhost/vm": ({"names"}, {"harvest"}),
