@@ -29,7 +29,7 @@ static int make_tables(struct kh_pager *pager, const struct kh_codec *codec, int
 	if (!pager->state || !pager->resident || !pager->pinned || !pager->refused ||
 	    !pager->passed || !pager->mixed || !pager->history || !pager->run_pages)
 		return -ENOMEM;
-	return result;
+	return result ? result : kh_log_init(&pager->log, pager->max_pages);
 }
 
 struct kh_pager *kh_pager_new(int uffd, uint64_t n_pages, const struct kh_codec *codec,
@@ -189,6 +189,7 @@ void kh_pager_free(struct kh_pager *pager)
 	if (pager->failure_event >= 0)
 		close(pager->failure_event);
 	kh_huge_destroy(pager);
+	kh_log_destroy(&pager->log);
 	kh_store_destroy(&pager->store);
 	free(pager->run_pages);
 	free(pager->refused);
@@ -296,7 +297,7 @@ static int restore_page(struct kh_pager *pager, uint64_t index)
 
 	kh_pager_lock_page(pager, index);
 	if (kh_pager_state_of(pager, index) == KH_PAGE_EVICTED)
-		result = kh_pager_bring_back(pager, index, address);
+		result = kh_pager_bring_back(pager, index, address, KH_EVENT_RESTORED);
 	if (!result)
 		COUNT(pager, restored_pages);
 	kh_pager_unlock_page(pager, index);

@@ -28,6 +28,16 @@
 #define KH_EVICT_STAYED 6	/* in a huge page that was not split; still resident */
 #define KH_EVICT_OUTCOMES 7
 
+/* What happened to a page; evictions by whose decision. */
+#define KH_EVENT_EVICTED_DAEMON 0	/* requested by the holder of the VM's lease */
+#define KH_EVENT_EVICTED_REQUEST 1	/* requested by anybody else */
+#define KH_EVENT_EVICTED_LIMIT 2	/* chosen by the pager, to hold the resident limit */
+#define KH_EVENT_EVICTED_MEMORY 3	/* chosen by the pager, the host had no memory */
+#define KH_EVENT_REFAULTED 4		/* brought back by a touch */
+#define KH_EVENT_RESTORED 5		/* brought back without one: on request, or prefetched */
+#define KH_EVENT_DROPPED 6		/* declared free by the guest */
+#define KH_EVENTS 7
+
 #define KH_LATENCY_BUCKETS 40	/* bucket b: [2^b, 2^(b+1)) ns */
 
 struct kh_pager_counters {
@@ -141,8 +151,11 @@ int kh_pager_set_victims(struct kh_pager *pager, const uint32_t *index, uint64_t
 int kh_pager_note_young(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
 			const uint64_t *words);
 int kh_pager_pin(struct kh_pager *pager, uint64_t index, uint64_t n_pages, int pinned);
-/* Evict pages; outcome[i] is the result for index[i]. Returns the number of evicted pages. */
-int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n,
+/*
+ * Evict pages; outcome[i] is the result for index[i]. Returns the number of evicted pages.
+ * event: KH_EVENT_EVICTED_*, which says who decided so.
+ */
+int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n, uint32_t event,
 		       uint8_t *outcome);
 /* Bring pages back without a touch of the guest; a page that fails does not affect the others. */
 int kh_pager_restore(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
@@ -157,6 +170,19 @@ int kh_pager_drop(struct kh_pager *pager, uint64_t index, uint64_t n_pages,
 int64_t kh_pager_pageout(struct kh_pager *pager, const uint32_t *index, uint64_t n,
 			 uint8_t *outcome);
 int kh_pager_state(struct kh_pager *pager, uint64_t index, uint64_t n_pages, uint8_t *states);
+/* Where a reader of the log is. */
+struct kh_log_position {
+	uint64_t next;	/* number of the event after those that were read */
+	uint64_t end;	/* number of the next event that will happen */
+	uint64_t lost;	/* events that were overwritten before they were read */
+};
+
+/*
+ * Read up to n events of the log from number since on, each as event << 32 | index of the
+ * page; returns their number.
+ */
+uint64_t kh_pager_read_log(struct kh_pager *pager, uint64_t since, uint64_t *out, uint64_t n,
+			   struct kh_log_position *position);
 void kh_pager_counters(struct kh_pager *pager, struct kh_pager_counters *counters);
 /* Bytes that page i uses in the store (8 for a same-filled one, 0 for none). */
 uint64_t kh_pager_stored_bytes(struct kh_pager *pager, uint64_t index);

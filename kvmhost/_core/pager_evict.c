@@ -77,6 +77,7 @@ static void commit_pages(struct kh_pager *pager, const struct kh_pager_region *r
 		kh_pager_set_state(pager, first + i, KH_PAGE_EVICTED);
 		kh_pager_forget_history(pager, first + i);
 		COUNT(pager, evictions);
+		kh_pager_log(pager, first + i, pager->evicting);
 	}
 }
 
@@ -269,10 +270,11 @@ static uint64_t run_length(const struct kh_pager *pager, const uint32_t *index, 
 }
 
 static int64_t evict_locked(struct kh_pager *pager, const uint32_t *index, uint64_t n,
-			    uint8_t *outcome)
+			    uint32_t event, uint8_t *outcome)
 {
 	int64_t done = 0;
 
+	pager->evicting = event;
 	pager->batch++;
 	/* At the limit of the store, this frees space. */
 	if (__atomic_load_n(&pager->store.slab.limit_bytes, __ATOMIC_RELAXED))
@@ -295,12 +297,14 @@ static int check_indexes(const struct kh_pager *pager, const uint32_t *index, ui
 	return 0;
 }
 
-int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n,
+int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n, uint32_t event,
 		       uint8_t *outcome)
 {
 	int64_t done = 0;
 
 	if (!kh_pager_is_armed(pager))
+		return -EINVAL;
+	if (event > KH_EVENT_EVICTED_MEMORY)
 		return -EINVAL;
 	if (check_indexes(pager, index, n))
 		return -ERANGE;
@@ -309,7 +313,7 @@ int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n
 		uint64_t piece = n - i < KH_RUN_PAGES ? n - i : KH_RUN_PAGES;
 
 		kh_pager_lock_unfrozen(pager);
-		done += evict_locked(pager, index + i, piece, outcome + i);
+		done += evict_locked(pager, index + i, piece, event, outcome + i);
 		if (i + piece == n)
 			give_back_tables(pager, 0);
 		pthread_mutex_unlock(&pager->evict_lock);
@@ -317,7 +321,7 @@ int64_t kh_pager_evict(struct kh_pager *pager, const uint32_t *index, uint64_t n
 	return done;
 }
 
-uint64_t kh_pager_evict_some(struct kh_pager *pager, uint64_t *went)
+uint64_t kh_pager_evict_some(struct kh_pager *pager, uint32_t event, uint64_t *went)
 {
 	uint32_t index[KH_RUN_PAGES];
 	uint8_t outcome[KH_RUN_PAGES];
@@ -325,7 +329,7 @@ uint64_t kh_pager_evict_some(struct kh_pager *pager, uint64_t *went)
 
 	pthread_mutex_lock(&pager->evict_lock);
 	tried = kh_pager_choose(pager, index, KH_RUN_PAGES);
-	*went = evict_locked(pager, index, tried, outcome);
+	*went = evict_locked(pager, index, tried, event, outcome);
 	pthread_mutex_unlock(&pager->evict_lock);
 	return tried;
 }
@@ -351,7 +355,7 @@ void kh_pager_shrink(struct kh_pager *pager, struct kh_shrink_result *result)
 		uint64_t went;
 
 		kh_pager_wait_thawed(pager);
-		tried = kh_pager_evict_some(pager, &went);
+		tried = kh_pager_evict_some(pager, KH_EVENT_EVICTED_LIMIT, &went);
 		result->evicted += went;
 	}
 	__atomic_fetch_add(&pager->counters.direct_evictions, result->evicted, __ATOMIC_RELAXED);
@@ -381,6 +385,7 @@ static void forget_page(struct kh_pager *pager, uint64_t index, int stayed)
 	uint8_t state = kh_pager_state_of(pager, index);
 
 	COUNT(pager, dropped_pages);
+	kh_pager_log(pager, index, KH_EVENT_DROPPED);
 	kh_pager_forget_history(pager, index);
 	if (!kh_pager_is_armed(pager))
 		return;

@@ -65,7 +65,7 @@ static void hold_limit(struct kh_pager *pager)
 	uint64_t tried, went;
 
 	for (int batch = 0; batch < LIMIT_BATCHES && !has_room(pager); batch++) {
-		tried = kh_pager_evict_some(pager, &went);
+		tried = kh_pager_evict_some(pager, KH_EVENT_EVICTED_LIMIT, &went);
 		__atomic_fetch_add(&pager->counters.direct_evictions, went, __ATOMIC_RELAXED);
 		if (went)
 			return;
@@ -86,7 +86,7 @@ static int fill(struct kh_pager *pager, uint64_t address, const void *page)
 	return page ? kh_uffd_copy(pager->uffd, address, page) : kh_uffd_zero(pager->uffd, address);
 }
 
-int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address)
+int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address, uint64_t event)
 {
 	char page[KH_PAGE_BYTES] __attribute__((aligned(64)));
 	int result = kh_store_get(&pager->store, index, page);
@@ -103,7 +103,8 @@ int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address
 	kh_store_drop(&pager->store, index);
 	__atomic_store_n(&pager->space_freed, 1, __ATOMIC_RELAXED);
 	kh_pager_set_state(pager, index, KH_PAGE_RESIDENT);
-	/* Last, so that the waiters find the state and the counters updated. */
+	kh_pager_log(pager, index, event);
+	/* Last, so that the waiters find the state, the log and the counters updated. */
 	return kh_uffd_wake(pager->uffd, address);
 }
 
@@ -149,7 +150,7 @@ static void prefetch(struct kh_pager *pager, uint64_t index, int batch)
 		other = kh_store_batch(&pager->store, i);
 		more = kh_pager_state_of(pager, i) == KH_PAGE_EVICTED &&
 		       (other == batch || other < 0 || batch < 0) &&
-		       !kh_pager_bring_back(pager, i, address);
+		       !kh_pager_bring_back(pager, i, address, KH_EVENT_RESTORED);
 		if (more)
 			COUNT(pager, prefetched_pages);
 		kh_pager_unlock_page(pager, i);
@@ -165,7 +166,7 @@ static int serve_evicted(struct kh_pager *pager, uint64_t index, uint64_t addres
 	kh_pager_mark_young(pager, index);
 	/* Counted before the wakeup, so that the waiters find the counters updated. */
 	COUNT(pager, fault_ins);
-	result = kh_pager_bring_back(pager, index, address);
+	result = kh_pager_bring_back(pager, index, address, KH_EVENT_REFAULTED);
 	if (result)
 		UNCOUNT(pager, fault_ins);
 	else
@@ -216,7 +217,7 @@ static int make_memory(struct kh_pager *pager)
 {
 	uint64_t went;
 
-	if (!kh_pager_evict_some(pager, &went))
+	if (!kh_pager_evict_some(pager, KH_EVENT_EVICTED_MEMORY, &went))
 		end_round(pager);
 	__atomic_fetch_add(&pager->counters.memory_evictions, went, __ATOMIC_RELAXED);
 	return went > 0;

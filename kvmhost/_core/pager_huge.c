@@ -162,6 +162,7 @@ static void refill(struct kh_pager *pager, const struct kh_pager_region *region,
 		if (kh_store_put(&pager->store, first + from, page, pager->batch) == KH_EVICT_DONE) {
 			kh_pager_set_state(pager, first + from, KH_PAGE_EVICTED);
 			COUNT(pager, evictions);
+			kh_pager_log(pager, first + from, KH_EVENT_EVICTED_MEMORY);
 			from++;
 			continue;
 		}

@@ -2,7 +2,7 @@
  * The pager's own structures. pager.c has setup, teardown and settings,
  * pager_evict.c eviction, pager_huge.c the splitting of huge pages before it,
  * pager_tidy.c the compaction of the store, pager_fault.c fault-in, pager_clock.c
- * victim selection.
+ * victim selection, pager_log.c the log of events.
  */
 #ifndef KVMHOST_PAGER_INTERNAL_H
 #define KVMHOST_PAGER_INTERNAL_H
@@ -46,9 +46,16 @@ struct kh_pending {
 	uint64_t pause_ns;
 };
 
+struct kh_page_log {
+	pthread_mutex_t lock;
+	uint64_t *events;	/* a ring, as in kh_pager_read_log */
+	uint64_t mask;
+	uint64_t next;		/* number of the next event */
+};
+
 /*
  * Locks, outermost first: evict_lock (one evictor at a time, so that only one
- * thread ever holds several stripes), then a page's stripe. The fault handler
+ * thread ever holds several stripes), then a page's stripe, then the log's lock. The fault handler
  * takes one stripe at a time, and evict_lock only while it holds none. No lock
  * is held across anything that could fault on guest memory: pages are read with
  * pread, which returns zeros for a hole and instantiates nothing.
@@ -101,6 +108,8 @@ struct kh_pager {
 	uint64_t failing_splits;
 	struct kh_pending pending[KH_MAX_PENDING];	/* of the thread that serves faults */
 	uint32_t n_pending;
+	uint32_t evicting;	/* KH_EVENT_EVICTED_*, of the pages that are evicted now */
+	struct kh_page_log log;
 	struct kh_pager_counters counters;
 };
 
@@ -203,7 +212,7 @@ void kh_pager_wait_thawed(struct kh_pager *pager);
  * Evict a few pages that the clock hand or the daemon chose; with *went, their
  * number. Returns the number of pages tried: 0 if there are no candidates left.
  */
-uint64_t kh_pager_evict_some(struct kh_pager *pager, uint64_t *went);
+uint64_t kh_pager_evict_some(struct kh_pager *pager, uint32_t event, uint64_t *went);
 /* Retry the pages that could not be evicted. The caller holds evict_lock. */
 void kh_pager_new_round(struct kh_pager *pager);
 /* Whether there are more resident pages than the limit allows. */
@@ -239,7 +248,12 @@ uint64_t kh_pager_choose(struct kh_pager *pager, uint32_t *index, uint64_t n);
 /* A page is evicted: clear its history. */
 void kh_pager_forget_history(struct kh_pager *pager, uint64_t index);
 /* Copy an evicted page in at an address of either mapping. The caller holds its stripe. */
-int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address);
+int kh_pager_bring_back(struct kh_pager *pager, uint64_t index, uint64_t address, uint64_t event);
 uint64_t kh_now_ns(void);
+
+int kh_log_init(struct kh_page_log *log, uint64_t n_pages);
+void kh_log_destroy(struct kh_page_log *log);
+/* Add an event. The caller holds the page's stripe. */
+void kh_pager_log(struct kh_pager *pager, uint64_t index, uint64_t event);
 
 #endif

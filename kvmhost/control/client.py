@@ -95,6 +95,20 @@ class Client(Caller, Harvestable):
         answer = self._call("GET", "resident", at_most=most, params=query)
         return _read_bitmap(self.vm, answer, gfn_start, n_pages).as_bool()
 
+    def residency(self, since: int = 0, n_pages: int | None = None) -> schema.Residency:
+        """Return where all pages are, and what happened to them from event ``since`` on.
+
+        :param n_pages: pages from gfn 0 on that the VM has; None: ask it
+        """
+        n_pages = self._n_pages(0, n_pages)
+        # Base64 of two bitmaps, and of up to four events a page, at least 65,536 in all.
+        most = (64 << 10) + 2 * n_pages + 16 * max(4 * n_pages, 1 << 16)
+        answer = self._call("GET", "residency", at_most=most, params={"since": since})
+        found = self._read(answer, schema.Residency)
+        if problem := schema.problem_of_residency(found, n_pages):
+            raise ControlError(200, f"VM {self.vm!r}: malformed response: {problem}")
+        return found
+
     def _n_pages(self, gfn_start: int, n_pages: int | None) -> int:
         """Return the number of pages requested, which the response must match."""
         return max(0, self.memory().gfn_end - gfn_start) if n_pages is None else n_pages

@@ -5,6 +5,7 @@
 ``GET  /v1/memory``             regions and pinned ranges
 ``GET  /v1/counters``           machine, harvests, pager
 ``GET  /v1/resident``           bitmap: which pages the memfds hold
+``GET  /v1/residency``          where pages are, and what happened to them
 ``GET  /v1/pages/GFN``          one page
 ``POST /v1/harvest``            bitmap: which pages were young
 ``DELETE /v1/views/NAME``       end a view of the caller
@@ -57,6 +58,7 @@ from kvmhost.control.lease import Lease
 from kvmhost.control.pauses import Pauses
 from kvmhost.control.peers import Peer
 from kvmhost.control.readers import Readers, view_infos
+from kvmhost.control.residency import residency_of
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import (
     CapabilityError,
@@ -69,6 +71,7 @@ from kvmhost.errors import (
     StateError,
 )
 from kvmhost.memory.pagelist import PageList, page_list
+from kvmhost.pager.results import PageEvent
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 from kvmhost.vm.harvest import Harvest, HarvestRequest, check_range
 
@@ -126,6 +129,7 @@ class Routes:
             "/v1/memory": {"GET": self._get_memory},
             "/v1/counters": {"GET": self._get_counters},
             "/v1/resident": {"GET": self._get_resident},
+            "/v1/residency": {"GET": self._get_residency},
             "/v1/harvest": {"POST": self._harvest},
             "/v1/evict": {"POST": self._evict},
             "/v1/restore": {"POST": self._restore},
@@ -158,6 +162,9 @@ class Routes:
         if path in ("/v1/harvest", "/v1/resident"):
             # Young and coarse, as arrays and as bytes.
             return 4 * 8 * n_words(self._machine.memory.gfn_end)
+        if path == "/v1/residency":
+            # A byte a page, two bitmaps, and up to four events of a page, as arrays and as text.
+            return 96 * self._machine.memory.gfn_end
         return 4 * self._machine.memory.n_pages if path == "/v1/evict" else 0
 
     def has_kept_slot(self, peer: Peer) -> bool:
@@ -269,6 +276,12 @@ class Routes:
         words = await self._work(lambda: self._resident_words(gfn_start, n_pages))
         return _bitmap(YoungBitmap(gfn_start, n_pages, words))
 
+    async def _get_residency(self, request: Request) -> Reply:
+        asked = schema.decode_query(request.query, schema.ResidencyQuery)
+        _no_body(request)
+        found = await self._work(lambda: residency_of(self._machine, asked.since))
+        return json_reply(found)
+
     async def _get_page(self, request: Request, text: str) -> Reply:
         nothing_asked(request)
         try:
@@ -368,13 +381,17 @@ class Routes:
         asked = schema.decode_query(request.query, schema.EvictQuery)
         pages = self._gfns(request, schema.EvictRequest)
         async with self._turn(self._paging, request):
-            result = await self._work(lambda: self._run_evict(asked, pages))
+            daemon = bool(request.lease)
+            result = await self._work(lambda: self._run_evict(asked, pages, daemon))
         each = result.outcomes.tobytes() if asked.each else None
         return json_reply(schema.EvictReport(int(pages.gfns.size), result.by_name(), each))
 
-    def _run_evict(self, asked: schema.EvictQuery, pages: PageList) -> EvictResult:
+    def _run_evict(self, asked: schema.EvictQuery, pages: PageList, daemon: bool) -> EvictResult:
         pager = self._machine.open_pager()
-        return pager.page_out(pages) if asked.actuator == "swap" else pager.evict(pages)
+        if asked.actuator == "swap":
+            return pager.page_out(pages)
+        event = PageEvent.EVICTED_DAEMON if daemon else PageEvent.EVICTED_REQUEST
+        return pager.evict(pages, event=event)
 
     async def _restore(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)

@@ -45,6 +45,7 @@ __all__ = [
     "PageRange",
     "PauseQuery",
     "RangeQuery",
+    "Residency",
     "RestoreReport",
     "RestoreRequest",
     "ResumeQuery",
@@ -60,6 +61,7 @@ __all__ = [
     "decode_query",
     "encode",
     "problem_of_map",
+    "problem_of_residency",
 ]
 
 #: Bitmaps carry their description in headers of this prefix.
@@ -136,6 +138,12 @@ class HarvestQuery(RangeQuery, frozen=True):
     view: ViewName = DEFAULT_VIEW
     max_age_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.0
     force: bool = False
+
+
+class ResidencyQuery(_Strict, frozen=True):
+    """Query of ``GET /v1/residency``: events are those from number ``since`` on."""
+
+    since: Count = 0
 
 
 class EvictQuery(_Strict, frozen=True):
@@ -424,6 +432,17 @@ def problem_of_map(found: MemoryMap) -> str:
     return ""
 
 
+def problem_of_residency(found: Residency, n_pages: int) -> str:
+    """Return the defect of the reply of a VM of ``n_pages``, so that its bytes can be used."""
+    if any(len(bits) != 8 * -(-n_pages // 64) for bits in (found.resident, found.evicted)):
+        return f"bitmaps that are not of {n_pages} pages"
+    if any(len(gfns) % 8 for gfns in found.gfns.values()):
+        return "gfns that are no 64-bit numbers"
+    if min([found.next, found.lost, *found.counts.values()]) < 0:
+        return "negative counts"
+    return ""
+
+
 class Page(_Answer, frozen=True):
     """Answer of ``GET /v1/pages/GFN``."""
 
@@ -445,6 +464,24 @@ class Page(_Answer, frozen=True):
     """resident, evicted, lost, swapped, or fresh (never touched)"""
     stored_bytes: int
     """its size in the store; 0 if it is not there"""
+
+
+class Residency(_Answer, frozen=True):
+    """Answer of ``GET /v1/residency``: where pages are, and what happened to them.
+
+    ``resident`` and ``evicted`` are bitmaps of all pages from gfn 0 on, base64 in JSON; a page
+    in neither was never touched, or is in no memory region. ``counts`` has the number of events
+    by name, and ``gfns`` the pages of each as ascending little-endian 64-bit numbers, each page
+    once. ``next`` is the ``since`` of the next request, and ``lost`` the number of events that
+    were overwritten before this one.
+    """
+
+    resident: bytes
+    evicted: bytes
+    counts: dict[str, int]
+    gfns: dict[str, bytes]
+    next: int
+    lost: int
 
 
 class EvictReport(_Answer, frozen=True):

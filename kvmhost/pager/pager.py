@@ -37,6 +37,8 @@ from kvmhost.pager.results import (
     DropResult,
     EvictOutcome,
     EvictResult,
+    PageEvent,
+    PageEvents,
     PageState,
     RestoreResult,
     ShrinkResult,
@@ -153,21 +155,24 @@ class Pager:
         """Whether faults are being caught."""
         return self._armed
 
-    def evict(self, gfns: Gfns) -> EvictResult:
+    def evict(self, gfns: Gfns, *, event: PageEvent = PageEvent.EVICTED_REQUEST) -> EvictResult:
         """Evict pages, in the given order; partial success is normal.
 
+        :param event: who decided so, for :meth:`events`
         :raises LayoutError: if a gfn is in no region; then nothing was evicted
         """
         pages = page_list(self._memory, gfns)
         self.arm()
-        return self._batch(lib.kh_pager_evict, "kh_pager_evict", pages)
+        return self._batch(lib.kh_pager_evict, "kh_pager_evict", pages, int(event))
 
-    def _batch(self, call: Callable[..., int], name: str, pages: PageList) -> EvictResult:
+    def _batch(
+        self, call: Callable[..., int], name: str, pages: PageList, *options: int
+    ) -> EvictResult:
         outcomes = np.zeros(pages.indexes.size, dtype=np.uint8)
         # SAFETY: both arrays live until the call returns.
         buffer = ffi.from_buffer("uint8_t[]", outcomes, require_writable=True)
         given = ffi.from_buffer("uint32_t[]", pages.indexes)
-        check(call(self._core, given, outcomes.size, buffer), name, n=outcomes.size)
+        check(call(self._core, given, outcomes.size, *options, buffer), name, n=outcomes.size)
         return EvictResult(pages.gfns, outcomes)
 
     def page_out(
@@ -356,6 +361,28 @@ class Pager:
         shown["latency_ns"] = [int(raw.latency[b]) for b in range(lib.KH_LATENCY_BUCKETS)]
         return shown
 
+    def events(self, since: int = 0) -> PageEvents:
+        """Return what happened to pages, from event number ``since`` on.
+
+        The latest events are kept, four for each page but at least 65,536 and at most
+        1,048,576. Any number of readers can ask, each from its own number on. Pages in
+        the host's swap have no events.
+        """
+        position = ffi.new("struct kh_log_position *")
+        lib.kh_pager_read_log(self._core, since, ffi.NULL, 0, position)
+        size = int(position.end) - min(since + int(position.lost), int(position.end))
+        raw = np.zeros(size, dtype=np.uint64)
+        # SAFETY: the array lives until the call returns.
+        buffer = ffi.from_buffer("uint64_t[]", raw, require_writable=True)
+        found = int(lib.kh_pager_read_log(self._core, since, buffer, size, position))
+        indexes = (raw[:found] & np.uint64(0xFFFF_FFFF)).astype(np.int64)
+        return PageEvents(
+            gfns=_gfns_of(self._memory, indexes),
+            events=(raw[:found] >> np.uint64(32)).astype(np.uint8),
+            next=int(position.next),
+            lost=int(position.lost),
+        )
+
     def inject_failures(
         self, stores: int = 0, loads: int = 0, fills: int = 0, splits: int = 0
     ) -> None:
@@ -430,3 +457,13 @@ class Pager:
         if number == errno.EBADMSG:
             return f"its checksum does not fit{where}"
         return f"it cannot be read{where}: {os.strerror(number)}"
+
+
+def _gfns_of(memory: GuestMemory, indexes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the gfns of pages that are numbered over all regions."""
+    sizes = np.array([region.n_pages for region in memory.regions], dtype=np.int64)
+    starts = np.array([region.gfn for region in memory.regions], dtype=np.int64)
+    ends = np.cumsum(sizes)
+    where = np.searchsorted(ends, indexes, side="right")
+    found: npt.NDArray[np.int64] = starts[where] + indexes - (ends - sizes)[where]
+    return found

@@ -12,6 +12,8 @@ __all__ = [
     "DropResult",
     "EvictOutcome",
     "EvictResult",
+    "PageEvent",
+    "PageEvents",
     "PageState",
     "RestoreResult",
     "ShrinkResult",
@@ -26,6 +28,34 @@ class PageState(enum.IntEnum):
     LOST = 2  # the store could not restore it; the VM stops
     FRESH = 3  # never touched
     SWAPPED = 4  # in the memfd, swapped out by the host
+
+
+class PageEvent(enum.IntEnum):
+    """What happened to a page; evictions by whose decision."""
+
+    EVICTED_DAEMON = 0  # requested by the holder of the VM's lease
+    EVICTED_REQUEST = 1  # requested by anybody else
+    EVICTED_LIMIT = 2  # chosen by the pager, to hold the resident limit
+    EVICTED_MEMORY = 3  # chosen by the pager, because the host had no memory
+    REFAULTED = 4  # brought back by a touch
+    RESTORED = 5  # brought back without one: on request, or prefetched
+    DROPPED = 6  # declared free by the guest
+
+
+@dataclasses.dataclass(frozen=True)
+class PageEvents:
+    """Events from a number on, in order.
+
+    :param gfns: shape ``(n,)``
+    :param events: shape ``(n,)``: each page's :class:`PageEvent` (``uint8``)
+    :param next: number of the next event, with which to ask again
+    :param lost: events that were overwritten before they were read
+    """
+
+    gfns: npt.NDArray[np.int64]
+    events: npt.NDArray[np.uint8]
+    next: int
+    lost: int
 
 
 class EvictOutcome(enum.IntEnum):

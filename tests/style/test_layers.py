@@ -49,7 +49,7 @@ LAYERS = {
     ),
     "kvmhost/control": (
         {"inflight", "paths", "peers", "ratelog", "schema"},
-        {"handler", "transport"},
+        {"handler", "residency", "transport"},
         {"caller", "lease", "pauses", "readers", "serving"},
         {"client", "routes"},
         {"listing", "server"},

@@ -17,6 +17,8 @@ from kvmhost.memory.layout import TinyLayout
 from kvmhost.pager.results import (
     EvictOutcome,
     EvictResult,
+    PageEvent,
+    PageEvents,
     PageState,
     RestoreResult,
     ShrinkResult,
@@ -55,8 +57,9 @@ class FakePager:
         self.out, self.pinned = set(), {1}
         self.victims, self.limit_pages = [], 0
         self.error = None
+        self.log = []
 
-    def evict(self, pages):
+    def evict(self, pages, event=PageEvent.EVICTED_REQUEST):
         gfns = pages.gfns
         if self.error:
             raise self.error
@@ -66,6 +69,8 @@ class FakePager:
                 outcomes[i] = EvictOutcome.PINNED
             elif gfn in self.out:
                 outcomes[i] = EvictOutcome.ABSENT
+            else:
+                self.log.append((gfn, event))
             self.out |= {gfn} - self.pinned
         return EvictResult(gfns, outcomes)
 
@@ -73,6 +78,25 @@ class FakePager:
         back = {g for g in self.out if gfn <= g < gfn + n_pages}
         self.out -= back
         return RestoreResult(len(back), lost=0, left=0)
+
+    def events(self, since=0):
+        part = self.log[since:]
+        return PageEvents(
+            np.array([gfn for gfn, _ in part], dtype=np.int64),
+            np.array([event for _, event in part], dtype=np.uint8),
+            len(self.log),
+            0,
+        )
+
+    def states(self):
+        return np.array(
+            [
+                self.state(gfn)
+                for region in self._memory.regions
+                for gfn in range(region.gfn, region.gfn + region.n_pages)
+            ],
+            dtype=np.uint8,
+        )
 
     def drain(self):
         self.limit_pages, self.victims = 0, []
