@@ -5,23 +5,37 @@ plain declarations only. :func:`declarations` bridges the two: it drops the
 preprocessor lines of a header and leaves ``#define NAME number`` to the
 compiler (``#define NAME ...``). Headers named ``*_internal.h`` or ``compat.h``
 are for C alone. Kernel structures and constants are declared in ``*.cdef``.
+
+What only x86 has is in :data:`ONLY_X86` and in files named ``*_x86.cdef``. For another
+architecture the core is the walkers, the models, memory and the pager: everything but vCPUs.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import runpy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from cffi import FFI
 from setuptools.command.build_ext import build_ext
 
-__all__ = ["BuildExt", "declarations", "make_ffi"]
+__all__ = ["CFLAGS", "BuildExt", "c_sources", "declarations", "make_ffi"]
 
 CORE = Path(__file__).resolve().parent
-CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+CFLAGS = [
+    *("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"),
+    # The kernel's 64-bit types are long long, on powerpc too.
+    "-D__SANE_USERSPACE_TYPES__",
+]
+
+#: Sources and headers, without suffix, that are built on x86 alone.
+ONLY_X86 = frozenset({"bench_exits", "msrs", "vcpu"})
+#: Suffix of ``*_SUFFIX.cdef`` by what uname calls the machine.
+ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64", "ppc64le": "powerpc"}
 
 _DEFINE = re.compile(r"#define\s+([A-Z][A-Z0-9_]*)\s+(\S+)$")
 
@@ -41,23 +55,43 @@ def declarations(header: str) -> str:
     return "\n".join(lines)
 
 
-def public_headers() -> list[Path]:
+def _for_machine(paths: Iterable[Path], machine: str) -> list[Path]:
+    """Leave out what another architecture than ``machine`` has."""
+    kept = ARCHITECTURES.get(machine, "")
+    others = tuple(f"_{name}.cdef" for name in ARCHITECTURES.values() if name != kept)
+    return [
+        path
+        for path in sorted(paths)
+        if not path.name.endswith(others) and (machine == "x86_64" or path.stem not in ONLY_X86)
+    ]
+
+
+def c_sources(machine: str) -> list[Path]:
+    """Return the C files of the core on a machine."""
+    return _for_machine(CORE.glob("*.c"), machine)
+
+
+def public_headers(machine: str) -> list[Path]:
     """Headers that Python sees, in the order in which they may be included."""
     return [
         path
-        for path in sorted(CORE.glob("*.h"))
+        for path in _for_machine(CORE.glob("*.h"), machine)
         if path.name != "compat.h" and not path.name.endswith("_internal.h")
     ]
 
 
-def make_ffi() -> FFI:
-    """Describe the extension module to cffi."""
+def make_ffi(machine: str = "") -> FFI:
+    """Describe the extension module to cffi.
+
+    :param machine: that the module is for, as uname names it; default: this one
+    """
+    machine = machine or platform.machine()
     ffi = FFI()
-    for path in sorted(CORE.glob("*.cdef")):
+    for path in _for_machine(CORE.glob("*.cdef"), machine):
         ffi.cdef(path.read_text())
-    for path in public_headers():
+    for path in public_headers(machine):
         ffi.cdef(declarations(path.read_text()))
-    includes = "\n".join(f'#include "{path.name}"' for path in public_headers())
+    includes = "\n".join(f'#include "{path.name}"' for path in public_headers(machine))
     quiet = '#pragma GCC diagnostic ignored "-Wunused-parameter"\n'
     ffi.set_source("kvmhost._core._native", quiet + '#include "compat.h"\n' + includes)
     return ffi
@@ -71,7 +105,7 @@ class BuildExt(build_ext):
         generated = Path(self.build_temp) / "_native.c"
         generated.parent.mkdir(parents=True, exist_ok=True)
         make_ffi().emit_c_code(str(generated))
-        ext.sources = [str(generated), *(str(path) for path in sorted(CORE.glob("*.c")))]
+        ext.sources = [str(generated), *map(str, c_sources(platform.machine()))]
         ext.depends = [str(path) for path in CORE.glob("*.h")]
         ext.include_dirs = [str(CORE)]
         ext.extra_compile_args = list(CFLAGS)

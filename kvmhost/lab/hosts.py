@@ -40,6 +40,8 @@ class LabHost:
     :ivar modules: what the initial file system loads; built-in ones are skipped
     :ivar root: where the root file system comes from
     :ivar arguments: further arguments of the kernel
+    :ivar buses: of a machine with one slot to a PCI bus, and buses only with QEMU's default
+        devices: where ports and root go
     """
 
     name: str
@@ -53,6 +55,7 @@ class LabHost:
     modules: tuple[str, ...]
     root: RootKind = RootKind.MACHINE
     arguments: tuple[str, ...] = ()
+    buses: tuple[str, ...] = ()
 
 
 #: Modules that every host needs: its devices, the root file system, zram for swap.
@@ -74,8 +77,52 @@ def _amd64(release: str) -> LabHost:
     )
 
 
+def _arm64(release: str, *, hardware_access: bool = True) -> LabHost:
+    """Return a host at EL2; without hardware access flags, an old page faults when it is used."""
+    flag = "hardware access flag" if hardware_access else "no hardware access flag"
+    return LabHost(
+        name=f"arm64-{release}" + ("" if hardware_access else "-noaf"),
+        architecture="arm64",
+        about=f"EL2, stage 2, {flag}",
+        kernel=f"arm64-{release}",
+        qemu="qemu-system-aarch64",
+        machine="virt,virtualization=on,gic-version=3",
+        # The architected algorithm of pointer authentication is slow to emulate.
+        cpu="max,pauth-impdef=on" if hardware_access else "cortex-a72",
+        console="ttyAMA0",
+        modules=COMMON_MODULES,
+        root=RootKind.PACKAGES,
+    )
+
+
+def _ppc64el(release: str) -> LabHost:
+    return LabHost(
+        name=f"ppc64el-{release}",
+        architecture="ppc64el",
+        about="POWER9 bare metal, radix, 64 KiB pages",
+        kernel=f"ppc64el-{release}",
+        qemu="qemu-system-ppc64",
+        machine="powernv9",
+        cpu="power9",
+        console="hvc0",
+        modules=(*COMMON_MODULES, "kvm", "kvm-hv"),
+        root=RootKind.PACKAGES,
+        buses=("pcie.1", "pcie.0"),
+    )
+
+
 HOSTS: dict[str, LabHost] = {
-    host.name: host for host in (_amd64("6.1"), _amd64("6.12"), _amd64("7.3"))
+    host.name: host
+    for host in (
+        _amd64("6.1"),
+        _amd64("6.12"),
+        _amd64("7.3"),
+        _arm64("6.12"),
+        _arm64("6.12", hardware_access=False),
+        _arm64("7.3"),
+        _arm64("7.3", hardware_access=False),
+        _ppc64el("6.1"),
+    )
 }
 
 

@@ -33,4 +33,5 @@ hostname lab
 
 mkdir -p /new/run/kvmhost-lab
 try cp /bin/busybox /session.sh /job.sh /mode /new/run/kvmhost-lab/
+[ -d /project ] && try cp -r /project /new/run/kvmhost-lab/
 exec switch_root /new /run/kvmhost-lab/busybox sh /run/kvmhost-lab/session.sh

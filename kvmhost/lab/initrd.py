@@ -59,14 +59,16 @@ def base_archive(host: LabHost, tree: KernelTree, busybox: bytes) -> bytes:
     return cpio_archive(files, _FOLDERS)
 
 
-def job_archive(job: Job) -> bytes:
-    """Return the part with the command."""
+def job_archive(job: Job, project: Mapping[str, bytes]) -> bytes:
+    """Return the part with the command, and with files of the project by name, if any."""
     lines = [f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()]
     directory = shlex.quote(str(job.directory))
     lines.append(f"cd {directory} || exit 125")
     lines.append(f"exec {shlex.join(job.argv)}")
     mode = "shell" if job.interactive else "run"
-    return cpio_archive({"job.sh": "\n".join([*lines, ""]).encode(), "mode": mode.encode()})
+    files = {"job.sh": "\n".join([*lines, ""]).encode(), "mode": mode.encode()}
+    files |= {f"project/{name}": data for name, data in project.items()}
+    return cpio_archive(files)
 
 
 def _script(name: str) -> bytes:

@@ -19,7 +19,8 @@ from kvmhost.lab.hosts import LabHost
 __all__ = ["PORTS", "Devices", "command_line", "probe_qemu", "qemu_version"]
 
 #: Serial ports by which host and machine outside talk, in the order of ``Devices.port_fds``.
-PORTS = ("lab.control", "lab.out", "lab.err")
+#: ``lab.agent`` is for a command inside that answers questions.
+PORTS = ("lab.control", "lab.out", "lab.err", "lab.agent")
 #: Debian's package of an emulator, by its executable.
 _PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
@@ -86,10 +87,11 @@ def command_line(host: LabHost, devices: Devices) -> list[str]:
         *("-kernel", str(devices.kernel)),
         *("-initrd", str(devices.initrd)),
         *("-append", " ".join((*kernel_arguments, *quiet))),
-        *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        *("-no-user-config", "-no-reboot", "-display", "none"),
+        *(("-nic", "none", "-vga", "none") if host.buses else ("-nodefaults",)),
         *_console(devices),
-        *_ports(devices),
-        *_root(devices.shared),
+        *_ports(devices, *host.buses[:1]),
+        *_root(devices.shared, *host.buses[1:]),
     ]
 
 
@@ -99,14 +101,15 @@ def _console(devices: Devices) -> tuple[str, ...]:
     return ("-chardev", f"file,id=console,path={devices.console}", "-serial", "chardev:console")
 
 
-def _ports(devices: Devices) -> list[str]:
-    words = ["-device", "virtio-serial-pci"]
+def _ports(devices: Devices, bus: str = "") -> list[str]:
+    words = ["-device", "virtio-serial-pci" + (f",bus={bus}" if bus else "")]
     for name, fd in zip(PORTS, devices.port_fds, strict=True):
         words += ["-chardev", f"socket,id={name},fd={fd}"]
         words += ["-device", f"virtserialport,chardev={name},name={name}"]
     return words
 
 
-def _root(folder: Path) -> tuple[str, ...]:
+def _root(folder: Path, bus: str = "") -> tuple[str, ...]:
     options = "security_model=none,readonly=on,multidevs=remap"
-    return ("-virtfs", f"local,path={folder},mount_tag=root,{options}")
+    device = "virtio-9p-pci,fsdev=root,mount_tag=root" + (f",bus={bus}" if bus else "")
+    return ("-fsdev", f"local,id=root,path={folder},{options}", "-device", device)

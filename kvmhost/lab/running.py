@@ -28,6 +28,7 @@ from kvmhost.files import os_errors
 from kvmhost.lab.fetching import BootFiles, boot_files
 from kvmhost.lab.hosts import LabHost
 from kvmhost.lab.initrd import Job, job_archive
+from kvmhost.lab.inside import project_of, root_of
 from kvmhost.lab.qemu import PORTS, Devices, command_line, probe_qemu
 
 __all__ = ["HostReady", "JobEnded", "JobOutput", "RunningHost"]
@@ -72,7 +73,6 @@ class RunningHost:
     ...     for event in host.events(timeout_s=600):
     ...         print(event)
 
-    :param shared: folder that becomes the host's root, read-only
     :param keep: empty folder for the host's memory and console, which stay
     :ivar ram: path of the host's memory, for mappings; as long as the host exists
     :raises CapabilityError: if QEMU or the host's kernel is missing
@@ -85,18 +85,18 @@ class RunningHost:
         job: Job,
         *,
         mem_bytes: int = 3 << 30,
-        shared: Path = Path("/"),
         keep: Path | None = None,
     ) -> None:
         probe_qemu(host)
         files = boot_files(host)
+        shared, project = root_of(host), project_of(host)
         self.host, self.mem_bytes = host, mem_bytes
         self._resources = contextlib.ExitStack()
         self._open = True
         self._status: int | None = None
         self._control = b""
         try:
-            self._start(files, job, shared, keep)
+            self._start(files, job_archive(job, project), job.interactive, shared, keep)
         except BaseException:
             self.close()
             raise
@@ -111,6 +111,20 @@ class RunningHost:
     def pid(self) -> int:
         """Process of the emulator."""
         return self._process.pid
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the emulator runs."""
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        """End the emulator; its ports then report their end."""
+        self._process.kill()
+
+    @property
+    def agent(self) -> socket.socket:
+        """The other end of the port ``lab.agent``, for a command that answers questions."""
+        return self._ports["lab.agent"]
 
     def console_text(self) -> str:
         """Return what the host wrote to its console so far, without control codes."""
@@ -129,7 +143,8 @@ class RunningHost:
         """
         deadline = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
-            for name, port in self._ports.items():
+            for name in PORTS[:3]:
+                port = self._ports[name]
                 selector.register(port, selectors.EVENT_READ, name)
             while selector.get_map():
                 left_s = deadline - time.monotonic()
@@ -181,13 +196,15 @@ class RunningHost:
             self._open = False
             self._resources.close()
 
-    def _start(self, files: BootFiles, job: Job, shared: Path, keep: Path | None) -> None:
+    def _start(
+        self, files: BootFiles, archive: bytes, interactive: bool, shared: Path, keep: Path | None
+    ) -> None:
         folder = keep or Path(
             self._resources.enter_context(tempfile.TemporaryDirectory(prefix="kvmhost-lab-"))
         )
         with os_errors(folder):
-            (folder / "initrd").write_bytes(files.initrd.read_bytes() + job_archive(job))
-        self._console = None if job.interactive else folder / "console.log"
+            (folder / "initrd").write_bytes(files.initrd.read_bytes() + archive)
+        self._console = None if interactive else folder / "console.log"
         ram_fd = self._open_ram(keep)
         self.ram = Path(f"/proc/{os.getpid()}/fd/{ram_fd}") if keep is None else keep / "ram"
         theirs = self._open_ports()
@@ -195,7 +212,7 @@ class RunningHost:
             files.kernel, folder / "initrd", Path(f"/proc/self/fd/{ram_fd}"), self.mem_bytes,
             shared, tuple(theirs), self._console,
         )  # fmt: skip
-        messages = None if job.interactive else folder / "qemu.log"
+        messages = None if interactive else folder / "qemu.log"
         self._process = _spawn(command_line(self.host, devices), (ram_fd, *theirs), messages)
         self._resources.callback(self._kill)
         for fd in theirs:

@@ -73,10 +73,13 @@ LAYERS = {
         {"msrs"},
     ),
     "kvmhost/lab": (
-        {"cpio", "hosts", "kernel", "pins", "ram"},
-        {"apt", "cache", "initrd", "qemu"},
-        {"fetching"},
+        {"cpio", "epochs", "hosts", "kernel", "messages", "pins", "probes", "ram"},
+        {"agent", "apt", "cache", "initrd", "qemu"},
+        {"fetching", "project"},
+        {"roots"},
+        {"inside"},
         {"running"},
+        {"tables"},
     ),
     "kvmhost/machine": (
         {"chunks", "disasm", "paging", "runner", "vcpustate"},

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kvmhost.lab.fetching import fetch, fetch_latest
 from kvmhost.lab.hosts import HOSTS, find_host
+from kvmhost.lab.inside import prepare
 from kvmhost.tools.parser import CommandParser
 
 __all__ = ["main", "parser"]
@@ -19,6 +20,7 @@ def main(argv: Sequence[str]) -> int:
         parser().error("name hosts, or write --all for every one of them")
     for host in [find_host(name) for name in (HOSTS if args.all else args.host)]:
         files = (fetch_latest if args.latest else fetch)(host, _tell)
+        prepare(host, _tell)
         print(f"{host.name}: kernel {files.version} is cached", flush=True)
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,12 @@ from pathlib import Path
 from kvmhost.errors import LayoutError
 from kvmhost.files import new_directory
 from kvmhost.lab.hosts import find_host
-from kvmhost.lab.initrd import Job
+from kvmhost.lab.inside import inside_job
 from kvmhost.lab.running import JobEnded, JobOutput, RunningHost
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option
 
-__all__ = ["add_host_arguments", "environment", "main", "parser"]
+__all__ = ["add_host_arguments", "main", "parser"]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     host = find_host(args.host)
     if not command:
         raise LayoutError("no command: write it after --, as in kvmhost lab run HOST -- uname -r")
-    job = Job(command, Path.cwd(), environment())
+    job = inside_job(host, command)
     if args.keep is None:
         return _run(RunningHost(host, job, mem_bytes=args.mem), args.timeout)
     with new_directory(args.keep):
@@ -45,13 +44,6 @@ def _run(running: RunningHost, timeout_s: float) -> int:
             elif isinstance(event, JobEnded):
                 return event.status
     raise AssertionError("events end with the command's end")
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of commands inside: this interpreter's programs come first."""
-    own = str(Path(sys.executable).parent)
-    path = f"{own}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    return {"PATH": path, "HOME": "/root", "LANG": "C.UTF-8", "TERM": os.environ.get("TERM", "")}
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -8,13 +8,12 @@ import sys
 import termios
 import tty
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from kvmhost.errors import LayoutError
-from kvmhost.lab.hosts import find_host
-from kvmhost.lab.initrd import Job
+from kvmhost.lab.hosts import RootKind, find_host
+from kvmhost.lab.inside import inside_job
 from kvmhost.lab.running import JobEnded, RunningHost
-from kvmhost.tools.lab.run import add_host_arguments, environment
+from kvmhost.tools.lab.run import add_host_arguments
 from kvmhost.tools.parser import CommandParser
 
 __all__ = ["main", "parser"]
@@ -28,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
     host = find_host(args.host)
     if not sys.stdin.isatty():
         raise LayoutError("standard input is no terminal; use kvmhost lab run HOST -- COMMAND")
-    job = Job(["/bin/bash", "-i"], Path.cwd(), environment(), interactive=True)
+    shell = "/bin/bash" if host.root is RootKind.MACHINE else "/bin/sh"
+    job = inside_job(host, [shell, "-i"], interactive=True)
     print("boots; leave the shell with exit or Ctrl-D", file=sys.stderr)
     with _raw_terminal(), RunningHost(host, job, mem_bytes=args.mem) as running:
         for event in running.events(_FOREVER_S):
