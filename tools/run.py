@@ -25,7 +25,6 @@ from kvmhost.tools.machineargs import add_machine_arguments, add_store_arguments
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.terminal import log_to_stderr
 from kvmhost.tools.vocabulary import add_option
-from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.paths import NameLock
@@ -96,8 +95,7 @@ def _make(args: argparse.Namespace, image: Path, console: Console) -> BaseMachin
     if args.restore:
         from kvmhost.machine.snapshot import restore_machine
 
-        limit_pages = None if args.resident_max is None else args.resident_max // PAGE_BYTES
-        return restore_machine(args.restore, limit_pages=limit_pages, **common)
+        return restore_machine(args.restore, resident_max_bytes=args.resident_max, **common)
     return make_machine(
         image,
         loader=args.loader,
@@ -123,7 +121,7 @@ def _run_machine(
         if args.tracker:
             machine.use_tracker(args.tracker)
         if args.resident_max and not args.restore:
-            machine.open_pager().set_limit(args.resident_max // PAGE_BYTES)
+            machine.set_limit(args.resident_max)
         # The built-in guests never read; their standard input is left unread.
         if machine.tables_gpa is None:
             console.feed(machine.serial, _interrupt_main)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from kvmhost.control.paths import running_names, runtime_dir, to_socket_path
 from kvmhost.control.schema import HEADER_PREFIX
 from kvmhost.errors import ControlError, KvmHostError
 from kvmhost.units import Share
-from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest, check_view
-from kvmhost.vm.names import DEFAULT_VIEW
+from kvmhost.vm.checks import check_gfns, check_resident_max, check_view
+from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest
+from kvmhost.vm.names import ACTUATORS, DEFAULT_VIEW, Actuator, check_name
 
 __all__ = ["Client"]
 
@@ -73,7 +75,7 @@ class Client(Caller, Harvestable):
         """Return the VM's state."""
         return self._get("state", schema.VmState)
 
-    def memory(self) -> schema.MemoryMap:
+    def memory_map(self) -> schema.MemoryMap:
         """Return memory regions and pinned ranges."""
         found = self._get("memory", schema.MemoryMap)
         if problem := schema.problem_of_map(found):
@@ -90,6 +92,7 @@ class Client(Caller, Harvestable):
 
     def resident(self, gfn_start: int = 0, n_pages: int | None = None) -> npt.NDArray[np.bool_]:
         """Return which pages the memfds hold: ``[i]`` is gfn ``gfn_start + i``."""
+        check_gfns(gfn_start, n_pages)
         n_pages = self._n_pages(gfn_start, n_pages)
         query, most = _range_query(gfn_start, n_pages), _bitmap_bytes(n_pages)
         answer = self._call("GET", "resident", at_most=most, params=query)
@@ -111,12 +114,12 @@ class Client(Caller, Harvestable):
 
     def _n_pages(self, gfn_start: int, n_pages: int | None) -> int:
         """Return the number of pages requested, which the response must match."""
-        return max(0, self.memory().gfn_end - gfn_start) if n_pages is None else n_pages
+        return max(0, self.memory_map().gfn_end - gfn_start) if n_pages is None else n_pages
 
     def run_harvest(self, asked: HarvestRequest) -> Harvest:
         """Do a harvest in the VM, see :meth:`harvest`."""
         if asked.n_pages is None:
-            asked = asked.within(self.memory().gfn_end)
+            asked = asked.within(self.memory_map().gfn_end)
         gfn_start, n_pages = asked.gfn_start, asked.count
         query = _range_query(gfn_start, n_pages)
         query |= {"tracker": asked.tracker, "clear": str(int(asked.clear)), "rearm": asked.rearm}
@@ -142,23 +145,30 @@ class Client(Caller, Harvestable):
             _header_number(self.vm, answer, "Rearm-Ns"),
         )
 
-    def close_view(self, name: str) -> None:
-        """End a view of this process; a tracker that it forced on others is put back.
+    def close_view(self, name: str) -> bool:
+        """End a view of this process; return whether it was open.
 
-        :raises ControlError: with status 404 if this process reads no view of that name
+        A tracker that it forced on others is put back.
         """
         check_view(name)
         self._views.discard(name)
-        self._call("DELETE", f"views/{name}")
+        try:
+            self._call("DELETE", f"views/{name}")
+        except ControlError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            return False
+        return True
 
     def evict(
-        self, gfns: Gfns, each: bool = False, *, actuator: str = "store"
+        self, gfns: Gfns, each: bool = False, *, actuator: Actuator = "store"
     ) -> schema.EvictReport:
         """Evict pages in the given order; partial success is normal.
 
         :param each: also return every page's outcome
         :param actuator: ``store``, the pager's own, or ``swap``, the host's
         """
+        check_name("actuator", actuator, ACTUATORS, "actuator")
         body = _gfn_bytes(gfns)
         answer = self._call(
             "POST",
@@ -170,11 +180,12 @@ class Client(Caller, Harvestable):
         )
         return self._read(answer, schema.EvictReport)
 
-    def restore(self, gfn: int, n_pages: int = 1) -> int:
-        """Restore the evicted pages of a range; return how many were restored."""
-        body = schema.encode(schema.RestoreRequest(gfn, n_pages))
+    def restore(self, gfn_start: int, n_pages: int = 1) -> schema.RestoreReport:
+        """Restore the evicted pages of a range; a failure does not stop the others."""
+        check_gfns(gfn_start, n_pages, least=1)
+        body = schema.encode(schema.RestoreRequest(gfn_start, n_pages))
         answer = self._call("POST", "restore", content=body, headers=_JSON)
-        return self._read(answer, schema.RestoreReport).restored_pages
+        return self._read(answer, schema.RestoreReport)
 
     def drain(self, force: bool = False) -> schema.RestoreReport:
         """Restore all pages, remove the limit and the victim list; the VM keeps running.
@@ -187,12 +198,14 @@ class Client(Caller, Harvestable):
 
     def set_limit(self, resident_max_bytes: int) -> int:
         """Limit the resident bytes, 0 for no limit; return what is in force now."""
+        check_resident_max(resident_max_bytes)
         body = schema.encode(schema.LimitRequest(resident_max_bytes))
         answer = self._call("PUT", "limit", content=body, headers=_JSON)
         return self._read(answer, schema.LimitState).resident_max_bytes
 
     def shrink(self, resident_max_bytes: int) -> schema.LimitState:
         """Set the limit and evict down to it at once; return the resulting state."""
+        check_resident_max(resident_max_bytes)
         body = schema.encode(schema.LimitRequest(resident_max_bytes, shrink=True))
         answer = self._call("PUT", "limit", content=body, headers=_JSON)
         return self._read(answer, schema.LimitState)
@@ -236,16 +249,16 @@ class Client(Caller, Harvestable):
         """Return the holder of the lease; None: it is free."""
         return self._get("lease", schema.LeaseState).lease
 
-    def snapshot(self, path: str, stop: bool = False) -> int:
+    def snapshot(self, path: str | Path, stop: bool = False) -> int:
         """Write a snapshot of the VM to a file; the VM keeps running.
 
         Waits without a time-out. If the client disconnects meanwhile, no file is written.
 
-        :param path: absolute, in the VM's file system
+        :param path: in the VM's file system; a relative one is that of this process
         :param stop: end the guest instead, where the snapshot was taken
         :return: bytes of memory in the file
         """
-        body = schema.encode(schema.SnapshotRequest(path, stop))
+        body = schema.encode(schema.SnapshotRequest(str(Path(path).absolute()), stop))
         answer = self._call(
             "POST", "snapshot", content=body, headers=_JSON, timeout=httpx.Timeout(None, connect=5)
         )

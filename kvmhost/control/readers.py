@@ -14,17 +14,14 @@ Not thread-safe: everything runs in the server's event loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import Awaitable, Callable, Iterable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from kvmhost.control.handler import Problem, Request
-from kvmhost.control.schema import ViewInfo
-from kvmhost.trackers.views import UNNAMED, ViewKey, ViewStatus
+from kvmhost.trackers.views import UNNAMED, ViewKey
 
-__all__ = ["Readers", "view_infos"]
+__all__ = ["Readers"]
 
 
 #: Ends the views whose keys it accepts, after the harvest in progress; returns how many.
@@ -120,26 +117,3 @@ class Readers:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def view_infos(views: Iterable[ViewStatus], now_ns: int) -> list[ViewInfo]:
-    """Return the views as ``GET /v1/state`` lists them."""
-    return [
-        ViewInfo(
-            name=view.key.name,
-            pid=max(view.key.owner, 0),
-            process=_process_name(view.key.owner),
-            window_s=max(0, now_ns - view.window_start_ns) / 1e9,
-            n_young=view.n_young,
-            harvests=view.harvests,
-        )
-        for view in views
-    ]
-
-
-def _process_name(pid: int) -> str:
-    """Return the name of a process; empty if it has none."""
-    with contextlib.suppress(OSError):
-        if pid > 0:
-            return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
-    return ""

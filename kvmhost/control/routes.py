@@ -31,9 +31,7 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
-import os
 import threading
-import time
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -57,7 +55,7 @@ from kvmhost.control.handler import (
 from kvmhost.control.lease import Lease
 from kvmhost.control.pauses import Pauses
 from kvmhost.control.peers import Peer
-from kvmhost.control.readers import Readers, view_infos
+from kvmhost.control.readers import Readers
 from kvmhost.control.residency import residency_of
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import (
@@ -72,12 +70,11 @@ from kvmhost.errors import (
 )
 from kvmhost.memory.pagelist import PageList, page_list
 from kvmhost.pager.results import PageEvent
-from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
-from kvmhost.vm.harvest import Harvest, HarvestRequest, check_range
+from kvmhost.vm.checks import range_within
+from kvmhost.vm.harvest import Harvest, HarvestRequest
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine.base import BaseMachine
-    from kvmhost.pager.results import EvictResult, ShrinkResult
     from kvmhost.trackers.views import ViewKey
 
 __all__ = ["Routes", "problem_of"]
@@ -122,8 +119,6 @@ class Routes:
         self._pauses = Pauses(machine, name, self._work)
         self._readers = Readers(self._end_views)
         self._lease = Lease(name, on_end=self._readers.lease_ended)
-        self._limit_bytes = 0
-        self._totals = schema.HarvestTotals(0, 0, 0, 0, 0)
         self._table: dict[str, dict[str, Answering]] = {
             "/v1/state": {"GET": self._get_state},
             "/v1/memory": {"GET": self._get_memory},
@@ -208,73 +203,24 @@ class Routes:
 
     async def _get_state(self, request: Request) -> Reply:
         nothing_asked(request)
-        machine = self._machine
-        doing = await self._work(machine.describe_vcpus) if machine.still else {}
-        vcpus = [
-            schema.VcpuStatus(v.index, v.exits, v.doorbells, v.doorbell_value, doing.get(v.index))
-            for v in machine.vcpus
-        ]
-        return json_reply(
-            schema.VmState(
-                name=self._name,
-                pid=os.getpid(),
-                engine=machine.engine.name,
-                image=machine.image.path,
-                params=dict(machine.params),
-                running=machine.running,
-                paused=machine.paused,
-                status=machine.status,
-                error=None if machine.error is None else str(machine.error),
-                uptime_s=machine.uptime_s,
-                vcpus=vcpus,
-                exits=machine.exits,
-                doorbells=machine.doorbells,
-                mem_bytes=machine.memory.n_pages * PAGE_BYTES,
-                resident_bytes=machine.memory.resident_bytes(),
-                resident_max_bytes=self._limit_bytes,
-                tracker=machine.tracker_name,
-                lease=self._lease.info(),
-                views=view_infos(machine.views(), time.monotonic_ns()),
-            )
-        )
+        doing = await self._work(self._machine.describe_vcpus) if self._machine.still else {}
+        state = self._machine.state_with(doing)
+        return json_reply(msgspec.structs.replace(state, name=self._name, lease=self._lease.info()))
 
     async def _get_memory(self, request: Request) -> Reply:
         nothing_asked(request)
-        memory = self._machine.memory
-        memslots = [
-            schema.MemslotInfo(slot, r.gpa, r.n_bytes, r.gfn, r.n_pages, r.guest_address)
-            for slot, r in enumerate(memory.regions)
-        ]
-        pinned = [
-            schema.PageRange(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
-            for gpa, n_bytes in self._machine.layout.pinned_ranges
-        ]
-        return json_reply(schema.MemoryMap(PAGE_BYTES, memory.gfn_end, memslots, pinned))
+        return json_reply(self._machine.memory_map())
 
     async def _get_counters(self, request: Request) -> Reply:
         nothing_asked(request)
-        machine = self._machine
-        pager = None
-        if machine.has_pager:
-            pager = await self._work(lambda: machine.open_pager().counters())
-        counts = schema.MachineCounters(
-            machine.exits,
-            machine.doorbells,
-            machine.uptime_s,
-            machine.memory.resident_bytes(),
-            machine.serial.n_bytes,
-            machine.serial.lost_bytes,
-        )
-        sweeps, n_cleared = machine.swept
-        totals = msgspec.structs.replace(self._totals, sweeps=sweeps, n_cleared=n_cleared)
-        return json_reply(schema.Counters(counts, totals, pager))
+        return json_reply(await self._work(self._machine.counters))
 
     async def _get_resident(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.RangeQuery)
         _no_body(request)
         gfn_start, n_pages = self._range(asked)
-        words = await self._work(lambda: self._resident_words(gfn_start, n_pages))
-        return _bitmap(YoungBitmap(gfn_start, n_pages, words))
+        resident = await self._work(lambda: self._machine.resident(gfn_start, n_pages))
+        return _bitmap(YoungBitmap(gfn_start, n_pages, pack(resident)))
 
     async def _get_residency(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.ResidencyQuery)
@@ -288,47 +234,7 @@ class Routes:
             gfn = int(text, 0)
         except ValueError:
             raise Problem(400, f"no gfn: {text[:80]!r}", "gfn") from None
-        return json_reply(await self._work(lambda: self._page(gfn)))
-
-    def _page(self, gfn: int) -> schema.Page:
-        machine, memory = self._machine, self._machine.memory
-        memory.index_of_gfn(gfn)
-        slot, region = next(
-            (i, r) for i, r in enumerate(memory.regions) if r.gfn <= gfn < r.gfn + r.n_pages
-        )
-        offset = (gfn - region.gfn) << PAGE_SHIFT
-        state, stored = "resident", 0
-        if machine.has_pager:
-            state = machine.open_pager().state(gfn).name.lower()
-            stored = machine.open_pager().stored_bytes(gfn)
-        return schema.Page(
-            gfn=gfn,
-            gpa=gfn << PAGE_SHIFT,
-            slot=slot,
-            slot_offset_bytes=offset,
-            hva=region.guest_address + offset,
-            pinned=any(
-                gpa >> PAGE_SHIFT <= gfn < -(-(gpa + n_bytes) // PAGE_BYTES)
-                for gpa, n_bytes in machine.layout.pinned_ranges
-            ),
-            resident=bool(self._resident_words(gfn, 1)[0]),
-            state=state,
-            stored_bytes=stored,
-        )
-
-    def _resident_words(self, gfn_start: int, n_pages: int) -> Words:
-        """Residency by gfn: the memory has it by page number, without the holes."""
-        resident = self._machine.memory.resident()
-        bits = np.zeros(n_pages, dtype=bool)
-        first = 0
-        for region in self._machine.memory.regions:
-            low = max(gfn_start, region.gfn)
-            high = min(gfn_start + n_pages, region.gfn + region.n_pages)
-            if low < high:
-                shift = first - region.gfn
-                bits[low - gfn_start : high - gfn_start] = resident[low + shift : high + shift]
-            first += region.n_pages
-        return pack(bits)
+        return json_reply(await self._work(lambda: self._machine.page(gfn)))
 
     # -- harvest --------------------------------------------------------------
 
@@ -351,14 +257,6 @@ class Routes:
         async with self._turn(self._harvesting, request):
             owner = self._readers.key_of(query.view, request).owner
             found = await self._work(lambda: self._machine.run_harvest(asked, owner))
-        old = self._totals
-        self._totals = schema.HarvestTotals(
-            old.harvests + 1,
-            old.n_pages + n_pages,
-            old.n_young + found.n_young,
-            old.harvest_ns + found.harvest_ns,
-            old.rearm_ns + found.rearm_ns,
-        )
         return _bitmap(found.young, found)
 
     async def _delete_view(self, request: Request, name: str) -> Reply:
@@ -381,69 +279,43 @@ class Routes:
         asked = schema.decode_query(request.query, schema.EvictQuery)
         pages = self._gfns(request, schema.EvictRequest)
         async with self._turn(self._paging, request):
-            daemon = bool(request.lease)
-            result = await self._work(lambda: self._run_evict(asked, pages, daemon))
-        each = result.outcomes.tobytes() if asked.each else None
-        return json_reply(schema.EvictReport(int(pages.gfns.size), result.by_name(), each))
-
-    def _run_evict(self, asked: schema.EvictQuery, pages: PageList, daemon: bool) -> EvictResult:
-        pager = self._machine.open_pager()
-        if asked.actuator == "swap":
-            return pager.page_out(pages)
-        event = PageEvent.EVICTED_DAEMON if daemon else PageEvent.EVICTED_REQUEST
-        return pager.evict(pages, event=event)
+            event = PageEvent.EVICTED_DAEMON if request.lease else PageEvent.EVICTED_REQUEST
+            evict = functools.partial(self._machine.evict, pages, asked.each)
+            report = await self._work(lambda: evict(actuator=asked.actuator, event=event))
+        return json_reply(report)
 
     async def _restore(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)
         asked = schema.decode(request.body, schema.RestoreRequest)
-        self._machine.memory.region_at(asked.gfn_start << PAGE_SHIFT, asked.n_pages << PAGE_SHIFT)
         async with self._turn(self._paging, request):
-            result = await self._work(
-                lambda: self._machine.open_pager().restore(asked.gfn_start, asked.n_pages)
-            )
-        return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
+            report = await self._work(lambda: self._machine.restore(asked.gfn_start, asked.n_pages))
+        return json_reply(report)
 
     async def _drain(self, request: Request) -> Reply:
         query = schema.decode_query(request.query, schema.DrainQuery)
         if request.body:
             raise Problem(400, "takes no body", "body")
         self._lease.check_free(request.lease, query.force)
-        if not self._machine.has_pager:
-            return json_reply(schema.RestoreReport(0))
         async with self._turn(self._paging, request):
-            result = await self._work(lambda: self._machine.open_pager().drain())
-            self._limit_bytes = 0
-        return json_reply(schema.RestoreReport(result.restored, result.lost, result.left))
+            return json_reply(await self._work(self._machine.drain))
 
     async def _put_limit(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)
         asked = schema.decode(request.body, schema.LimitRequest)
-        n_pages = asked.resident_max_bytes // PAGE_BYTES
-        if asked.resident_max_bytes and not n_pages:
-            raise Problem(400, f"less than a page of {PAGE_BYTES} bytes", "resident_max_bytes")
         async with self._turn(self._paging, request):
-            shrunk = await self._work(lambda: self._run_limit(n_pages, asked.shrink))
-            self._limit_bytes = n_pages * PAGE_BYTES
-        if shrunk is None:
-            return json_reply(schema.LimitState(self._limit_bytes, 0))
-        return json_reply(schema.LimitState(self._limit_bytes, shrunk.evicted, shrunk.over_pages))
+            return json_reply(await self._work(lambda: self._run_limit(asked)))
 
-    def _run_limit(self, n_pages: int, shrink: bool) -> ShrinkResult | None:
-        """Set the limit, and shrink to it if requested; on error the old limit remains."""
-        pager = self._machine.open_pager()
-        pager.set_limit(n_pages)
-        try:
-            return pager.shrink() if shrink else None
-        except KvmHostError:
-            pager.set_limit(self._limit_bytes // PAGE_BYTES)
-            raise
+    def _run_limit(self, asked: schema.LimitRequest) -> schema.LimitState:
+        if asked.shrink:
+            return self._machine.shrink(asked.resident_max_bytes)
+        return schema.LimitState(self._machine.set_limit(asked.resident_max_bytes), 0)
 
     async def _put_victims(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)
         pages = self._gfns(request, schema.GfnList)
         async with self._turn(self._paging, request):
-            await self._work(lambda: self._machine.open_pager().set_victims(pages))
-        return json_reply(schema.VictimsReport(int(pages.gfns.size)))
+            n_pages = await self._work(lambda: self._machine.set_victims(pages))
+        return json_reply(schema.VictimsReport(n_pages))
 
     # -- vCPUs ----------------------------------------------------------------
 
@@ -451,13 +323,14 @@ class Routes:
         asked = schema.decode_query(request.query, schema.PauseQuery)
         _no_body(request)
         number = await self._pauses.pause(asked.for_s)
-        return json_reply(self._run_state(number))
+        state = self._machine.run_state()
+        return json_reply(msgspec.structs.replace(state, pause=number))
 
     async def _resume(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.ResumeQuery)
         _no_body(request)
         await self._pauses.resume(asked.pause)
-        return json_reply(self._run_state())
+        return json_reply(self._machine.run_state())
 
     async def _snapshot(self, request: Request) -> Reply:
         schema.decode_query(request.query, schema.NoQuery)
@@ -469,9 +342,7 @@ class Routes:
         cancelled = threading.Event()
 
         def save() -> int:
-            from kvmhost.machine.snapshot import save_machine
-
-            return save_machine(self._machine, path, cancelled=cancelled.is_set, stop=asked.stop)
+            return self._machine.snapshot(path, asked.stop, cancelled=cancelled.is_set)
 
         async def watch() -> None:
             await request.gone.wait()
@@ -488,10 +359,7 @@ class Routes:
     async def _stop(self, request: Request) -> Reply:
         nothing_asked(request)
         await self._pauses.stop()
-        return json_reply(self._run_state())
-
-    def _run_state(self, pause: int | None = None) -> schema.RunState:
-        return schema.RunState(self._machine.running, self._machine.paused, pause)
+        return json_reply(self._machine.run_state())
 
     # -- lease ----------------------------------------------------------------
 
@@ -524,12 +392,7 @@ class Routes:
             yield
 
     def _range(self, asked: schema.RangeQuery) -> tuple[int, int]:
-        gfn_end = self._machine.memory.gfn_end
-        n_pages = asked.n_pages
-        if n_pages is None:
-            n_pages = max(0, gfn_end - asked.gfn_start)
-        check_range(asked.gfn_start, n_pages, gfn_end)
-        return asked.gfn_start, n_pages
+        return range_within(asked.gfn_start, asked.n_pages, self._machine.memory.gfn_end)
 
     def _gfns(self, request: Request, kind: type[schema.GfnList]) -> PageList:
         """Read and check a list of gfns, JSON or binary.

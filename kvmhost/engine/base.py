@@ -57,7 +57,7 @@ class Vcpu(Protocol):
         """Doorbells rung so far."""
 
     @property
-    def doorbell_value(self) -> int:
+    def epoch(self) -> int:
         """Value of the last doorbell: for the tiny guests, the epoch that ended."""
 
     def close(self) -> None:

@@ -100,7 +100,7 @@ class EmulatedVcpu:
         self._reading: PortInsn | None = None  # waits for complete_read()
         self._string: int | None = None  # address of INS whose data are available
         self._replay: Replay | None = None
-        self._exits = self._doorbells = self._doorbell_value = 0
+        self._exits = self._doorbells = self._epoch = 0
 
     def run(self) -> Exit:
         """Run guest code until an exit that the bus does not answer."""
@@ -153,9 +153,9 @@ class EmulatedVcpu:
         return self._doorbells
 
     @property
-    def doorbell_value(self) -> int:
+    def epoch(self) -> int:
         """Value of the last doorbell."""
-        return self._doorbell_value
+        return self._epoch
 
     def close(self) -> None:
         """Free the vCPU. Idempotent."""
@@ -260,7 +260,7 @@ class EmulatedVcpu:
             for i, byte in enumerate(data):
                 lib.kh_serial_out(entry.serial, port - entry.port + i % size, byte)
             return None
-        self._doorbell_value = int.from_bytes(data[:size], "little")
+        self._epoch = int.from_bytes(data[:size], "little")
         self._doorbells += 1
         return IoOut(port, size, data, len(data) // size) if self._stop_at_doorbell else None
 

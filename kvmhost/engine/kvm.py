@@ -173,7 +173,7 @@ class _EngineVcpu:
         return int(self._vcpu.core.doorbells)
 
     @property
-    def doorbell_value(self) -> int:
+    def epoch(self) -> int:
         return int(self._vcpu.core.doorbell_value)
 
     def close(self) -> None:

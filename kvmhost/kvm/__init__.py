@@ -3,7 +3,7 @@
 ::
 
     System      /dev/kvm                     kvm.system
-    ├─ Vm       KVM_CREATE_VM                kvm.vm, vm_memory, vm_irq, vm_events, xen
+    ├─ KvmVm    KVM_CREATE_VM                kvm.vm, vm_memory, vm_irq, vm_events, xen
     │  ├─ KvmVcpu      KVM_CREATE_VCPU       kvm.vcpu, vcpu_state, xen
     │  │  ├─ Stats          KVM_GET_STATS_FD kvm.stats
     │  │  └─ CoalescedRing  mmap             kvm.coalesced
@@ -24,6 +24,6 @@ from kvmhost.kvm.ring import DirtyRings
 from kvmhost.kvm.structs import Struct
 from kvmhost.kvm.system import System
 from kvmhost.kvm.vcpu import KvmVcpu
-from kvmhost.kvm.vm import Vm
+from kvmhost.kvm.vm import KvmVm
 
-__all__ = ["Cap", "DirtyRings", "KvmVcpu", "Struct", "System", "Vm"]
+__all__ = ["Cap", "DirtyRings", "KvmVcpu", "KvmVm", "Struct", "System"]

@@ -11,7 +11,7 @@ from kvmhost.closing import Closing
 from kvmhost.errors import CapabilityError
 from kvmhost.kvm.caps import Cap
 from kvmhost.kvm.vcpu import KvmVcpu
-from kvmhost.kvm.vm import Vm
+from kvmhost.kvm.vm import KvmVm
 
 __all__ = ["CoalescedRing", "CoalescedWrite"]
 
@@ -39,7 +39,7 @@ class CoalescedRing(Closing):
     :raises CapabilityError: without KVM_CAP_COALESCED_MMIO
     """
 
-    def __init__(self, vm: Vm, vcpu: KvmVcpu) -> None:
+    def __init__(self, vm: KvmVm, vcpu: KvmVcpu) -> None:
         page = vm.check_extension(Cap.COALESCED_MMIO)
         if not page:
             raise CapabilityError(

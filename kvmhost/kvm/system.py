@@ -11,7 +11,7 @@ from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.kvm.descriptor import Attributes, Capabilities
 from kvmhost.kvm.structs import Struct
 from kvmhost.kvm.vcpu_state import msr_table
-from kvmhost.kvm.vm import Vm
+from kvmhost.kvm.vm import KvmVm
 
 __all__ = ["API_VERSION", "HIDE_KVM_ENV", "System"]
 
@@ -143,7 +143,7 @@ class System(Attributes, Capabilities):
         self._pass("KVM_X86_GET_MCE_CAP_SUPPORTED", value)
         return int(value[0])
 
-    def create_vm(self, kind: int = 0) -> Vm:
+    def create_vm(self, kind: int = 0) -> KvmVm:
         """Create an empty VM. Source: KVM_CREATE_VM.
 
         :param kind: type of VM, a bit number of KVM_CAP_VM_TYPES: 0 is the ordinary one.
@@ -155,7 +155,7 @@ class System(Attributes, Capabilities):
             result = lib.kh_ioctl_int(self.fd, lib.KVM_CREATE_VM, kind)
             if result != -errno.EINTR:
                 break
-        return Vm(check(result, "KVM_CREATE_VM", type=kind), self.vcpu_run_bytes())
+        return KvmVm(check(result, "KVM_CREATE_VM", type=kind), self.vcpu_run_bytes())
 
 
 def probe() -> str | None:

@@ -25,10 +25,10 @@ if typing.TYPE_CHECKING:
     from kvmhost.kvm.filters import MsrRange
     from kvmhost.kvm.stats import Stats
 
-__all__ = ["Vm"]
+__all__ = ["KvmVm"]
 
 
-class Vm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
+class KvmVm(VmMemory, VmInterrupts, VmEvents, VmXen, Attributes, Capabilities):
     """A VM, as KVM_CREATE_VM returned it. Owns its descriptor.
 
     KVM frees the VM with its last descriptor: VM, vCPUs, devices, statistics.

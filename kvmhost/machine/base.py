@@ -1,82 +1,63 @@
-"""Base of all machines: memory, engine, vCPUs, devices and pager of one VM.
+"""Base of all machines: what can be asked of one VM of any kind.
 
 A kind of machine is one module with a subclass of :class:`BaseMachine`:
 :mod:`kvmhost.machine.tiny` and :mod:`kvmhost.machine.pc` are the two that exist. Its
 constructor checks image, sizes and options, and gives image, layout and engine to
 :class:`BaseMachine`. It implements :meth:`BaseMachine.assemble` and overrides the
 ``handle_`` methods for the exits that mean something of their own on this kind.
+
+The control server calls the methods of this module too, so that a client gets the same
+results and errors as the process of the machine.
 """
 
 from __future__ import annotations
 
-import abc
-import contextlib
+import importlib
+import os
 import threading
 import time
 import typing
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from kvmhost.boot.params import GuestResult, read_result
-from kvmhost.closing import Closing
-from kvmhost.devices.bus import Bus
-from kvmhost.devices.serial import Serial
-from kvmhost.engine.base import Engine, Vcpu
-from kvmhost.errors import (
-    CapabilityError,
-    GuestTimeout,
-    KvmHostError,
-    LayoutError,
-    PagerError,
-    StateError,
-    UnexpectedExit,
-)
-from kvmhost.exits import (
-    Debug,
-    Exit,
-    IoIn,
-    IoOut,
-    Kicked,
-    MmioRead,
-    MmioWrite,
-)
-from kvmhost.machine.failures import outside_memory, registers_line, unexpected
-from kvmhost.machine.paging import Paging
-from kvmhost.machine.runner import PAUSE_TIMEOUT_S, Runner, Step
-from kvmhost.memory.guest import GuestMemory, Region
-from kvmhost.memory.layout import Layout
-from kvmhost.timescale import scaled
+from kvmhost.machine.runner import PAUSE_TIMEOUT_S
+from kvmhost.machine.running import NamedImage, RunnableMachine
+from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.vm.checks import check_gfns, check_resident_max, check_view, range_within
 from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest
+from kvmhost.vm.names import ACTUATORS, Actuator, check_name
 
 if typing.TYPE_CHECKING:
-    from kvmhost.kvm import KvmVcpu
+    import numpy as np
+    import numpy.typing as npt
+
+    from kvmhost.engine.base import Engine
+    from kvmhost.memory.layout import Layout
     from kvmhost.pager.options import StoreOptions
-    from kvmhost.pager.pager import Pager
+    from kvmhost.pager.pager import Gfns, Pager
+    from kvmhost.pager.results import PageEvent, RestoreResult
     from kvmhost.pager.userfault import Userfault
     from kvmhost.trackers.base import TrackedVm, Tracker
     from kvmhost.trackers.harvesting import Harvester
     from kvmhost.trackers.views import ViewStatus
+    from kvmhost.vm.answers import (
+        Counters,
+        DropReport,
+        EvictReport,
+        LimitState,
+        MemoryMap,
+        Page,
+        RestoreReport,
+        RunState,
+        ViewInfo,
+        VmState,
+    )
 
-__all__ = ["BaseMachine", "NamedImage"]
-
-#: Default time-out of an epoch, in seconds.
-EPOCH_TIMEOUT_S = scaled(60.0)
-
-
-class NamedImage(typing.Protocol):
-    """Any image: where it came from."""
-
-    @property
-    def path(self) -> str:
-        """The file, for messages."""
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """Requests of the image that are not met, one line each."""
+__all__ = ["BaseMachine"]
 
 
-class BaseMachine(Closing, Harvestable):
-    """One VM of any kind.
+class BaseMachine(RunnableMachine, Harvestable):
+    """One VM of any kind; it implements :class:`~kvmhost.vm.protocol.Vm`.
 
     :ivar bus: its ports and MMIO ranges; add devices before the first run
     :ivar vcpus: its vCPUs by index, to read registers of while they are stopped
@@ -92,9 +73,6 @@ class BaseMachine(Closing, Harvestable):
     :raises CapabilityError: if the engine has no dirty ring
     """
 
-    #: Name of the kind, as reports and snapshots have it.
-    kind: ClassVar[str]
-
     def __init__(
         self,
         image: NamedImage,
@@ -108,143 +86,23 @@ class BaseMachine(Closing, Harvestable):
         store: StoreOptions | None = None,
         dirty_ring_entries: int = 0,
     ) -> None:
-        self.name = name
-        self.image, self.layout, self.engine = image, layout, engine
-        self.n_vcpus = n_vcpus
-        self.params = dict(params or {})
-        self.vcpus: list[Vcpu] = []
-        self._statuses: dict[int, int] = {}
-        self._error: BaseException | None = None
-        # Held while the vCPUs are started or stepping by doorbell is switched.
-        self._run_lock = threading.RLock()
-        # Held while a vCPU is run or read outside of its thread.
-        self._vcpu_access = threading.RLock()
         self._harvester: Harvester | None = None
         self._opening = threading.Lock()
-        self._started_ns = 0
-        self._closed = False
-        try:
-            self.memory = GuestMemory(
-                [Region(gpa, n_bytes, name or "guest") for gpa, n_bytes in layout.regions]
-            )
-            self.paging = Paging(self.memory, layout.pinned_ranges, store, self.fail)
-            if dirty_ring_entries:
-                self._enable_dirty_ring(dirty_ring_entries)
-            if n_vcpus > engine.max_vcpus():
-                raise LayoutError(
-                    f"{n_vcpus} vCPUs: the {engine.name} engine has {engine.max_vcpus()}"
-                )
-            self.serial = Serial(console_fd)
-            self.bus = Bus()
-            self.bus.add_serial(self.serial)
-            self.vcpus += self.assemble()
-        except BaseException:
-            self.close()
-            raise
-        self.runner = Runner(self.vcpus, self._handle_exit, self._on_error)
-
-    def __repr__(self) -> str:
-        name = f" {self.name!r}" if self.name else ""
-        plural = "s" if self.n_vcpus > 1 else ""
-        return (
-            f"<{type(self).__name__}{name} {self.image.path}: {self.n_vcpus} vCPU{plural}, "
-            f"{self.layout.mem_bytes >> 20} MiB, engine {self.engine.name}, {self._run_state()}>"
+        super().__init__(
+            image,
+            layout,
+            engine,
+            n_vcpus=n_vcpus,
+            params=params,
+            console_fd=console_fd,
+            name=name,
+            store=store,
+            dirty_ring_entries=dirty_ring_entries,
         )
 
-    def _run_state(self) -> str:
-        if self._closed:
-            return "closed"
-        if not self._started_ns:
-            return "not started"
-        if not self.running:
-            return "ended"
-        return "paused" if self.paused else "running"
+    # -- running ----------------------------------------------------------------
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called: methods that need the VM then raise ``StateError``."""
-        return self._closed
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StateError(self._title)
-
-    def _check_started(self) -> None:
-        self._check_open()
-        if not self._started_ns and not self.runner.ended:
-            raise StateError(self._title, "is not started", "call start() first")
-
-    @property
-    def _title(self) -> str:
-        return f"machine {self.name!r}" if self.name else "the machine"
-
-    # -- methods that a kind of machine implements -------------------------------
-
-    @abc.abstractmethod
-    def assemble(self) -> list[Vcpu]:
-        """Fill memory, put devices on the bus, attach the engine, create the vCPUs.
-
-        Called once by the constructor: ``memory``, ``bus`` (with the serial port on it)
-        and ``engine`` exist, nothing runs.
-
-        :return: the vCPUs by index, each in the state in which it starts
-        """
-
-    def handle_port_read(self, vcpu: Vcpu, vm_exit: IoIn) -> Step:
-        """Complete a port read, in the vCPU's thread. Here: from the bus."""
-        vcpu.complete_read(self.bus.read_port(vm_exit))
-        return Step.GO_ON
-
-    def handle_port_write(self, vcpu: Vcpu, vm_exit: IoOut) -> Step:
-        """Carry out a port write, in the vCPU's thread. Here: on the bus."""
-        self.bus.write_port(vm_exit)
-        return Step.GO_ON
-
-    def handle_mmio(self, vcpu: Vcpu, vm_exit: MmioRead | MmioWrite) -> Step:
-        """Carry out an access outside the memslots, in the vCPU's thread. Here: on the bus.
-
-        :raises UnexpectedExit: if there is no device at that address
-        """
-        found = self.bus.mmio_handler(vm_exit.gpa)
-        if found is None:
-            raise outside_memory(vcpu, vm_exit)
-        device, offset = found
-        if isinstance(vm_exit, MmioRead):
-            value = device.read(offset, vm_exit.size)
-            vcpu.complete_read(value.to_bytes(vm_exit.size, "little"))
-        else:
-            device.write(offset, len(vm_exit.data), int.from_bytes(vm_exit.data, "little"))
-        return Step.GO_ON
-
-    def describe_failure(self, vcpu: Vcpu, vm_exit: Exit) -> UnexpectedExit:
-        """Return the error for an exit that no method handles; it ends the guest."""
-        return unexpected(vcpu, vm_exit)
-
-    def report_status(self, vcpu: Vcpu, status: int) -> None:
-        """Note the exit status that a vCPU reported; for the ``handle_`` methods."""
-        self._statuses[vcpu.index] = status & 0xFF
-
-    def _enable_dirty_ring(self, n_entries: int) -> None:
-        from kvmhost.engine.kvm import KvmEngine
-
-        if not isinstance(self.engine, KvmEngine):
-            raise CapabilityError(
-                "dirty ring", "the kvm engine", f"engine {self.engine.name}", "use --engine kvm"
-            )
-        self.engine.enable_dirty_ring(n_entries)
-
-    # -- running --------------------------------------------------------------
-
-    def start(self, paused: bool = False) -> None:
-        """Start the vCPUs' threads; with ``paused`` they wait for :meth:`resume`."""
-        self._check_open()
-        with self._run_lock:
-            if paused:
-                self.runner.pause_at_start()
-            self._started_ns = time.monotonic_ns()
-            self.runner.start()
-
-    def pause(self, timeout: float = PAUSE_TIMEOUT_S) -> None:
+    def pause(self, timeout_s: float = PAUSE_TIMEOUT_S) -> RunState:
         """Stop guest code on every vCPU; return when all have stopped. Pauses nest.
 
         Works before :meth:`start` and after the end. Any thread.
@@ -252,264 +110,176 @@ class BaseMachine(Closing, Harvestable):
         :raises PauseTimeout: if a vCPU does not stop in time; then nothing is paused
         """
         self._check_open()
-        self.runner.pause(timeout)
+        self.runner.pause(timeout_s)
+        return self.run_state()
 
-    def resume(self) -> None:
+    def resume(self) -> RunState:
         """Undo one :meth:`pause`."""
         self._check_open()
         self.runner.resume()
+        return self.run_state()
 
-    @contextlib.contextmanager
-    def stopped_vcpus(self, timeout: float = PAUSE_TIMEOUT_S) -> Iterator[None]:
-        """Use the vCPUs exclusively inside the context: none runs, no other thread uses them.
-
-        A concurrent pause or resume takes effect after the context.
-
-        :raises PauseTimeout: if a vCPU does not stop in time
-        """
-        self._check_open()
-        with self._vcpu_access, self.runner.hold(timeout):
-            yield
-
-    @property
-    def paused(self) -> bool:
-        """Whether the vCPUs are paused."""
-        return self.runner.paused
-
-    @property
-    def still(self) -> bool:
-        """Whether the vCPUs are paused and none runs any more."""
-        return self.runner.still
-
-    @property
-    def running(self) -> bool:
-        """Whether a vCPU has yet to end."""
-        return self._started_ns > 0 and not self.runner.ended
-
-    def step_by_doorbell(self, stop: bool = True) -> None:
-        """Make each vCPU stop at its doorbells, for :meth:`run_epoch`."""
-        self._check_open()
-        with self._run_lock:
-            self.runner.set_stepping(stop)
-            for vcpu in self.vcpus:
-                vcpu.stop_at_doorbell(stop)
-
-    def run_epoch(self, timeout: float = EPOCH_TIMEOUT_S) -> bool:
-        """Run every vCPU to its next doorbell.
-
-        Needs :meth:`step_by_doorbell`; returns early if that is switched off meanwhile.
-        The first call starts the machine.
-
-        :return: False if the guest has ended instead
-        :raises StateError: without :meth:`step_by_doorbell`
-        :raises GuestTimeout: if a vCPU does not get there in time
-        :raises GuestError: if the guest failed
-        """
-        self._check_open()
-        with self._run_lock:
-            if not self.runner.stepping:
-                raise StateError(
-                    self._title, "does not stop at doorbells", "call step_by_doorbell() first"
-                )
-            if not self._started_ns:
-                self.start()
-            else:
-                self.runner.release()
-        if not self.runner.wait_held(timeout):
-            raise GuestTimeout(timeout)
-        self._raise_error()
-        return not self.runner.ended
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for the guest's end and return its status.
-
-        :raises StateError: before :meth:`start`, or after :meth:`close`
-        :raises GuestTimeout: if it still runs after ``timeout`` seconds
-        :raises GuestError: if a vCPU ended abnormally
-        """
-        self._check_started()
-        if not self.runner.wait_ended(timeout):
-            raise GuestTimeout(timeout or 0.0)
-        self.serial.flush()
-        self._raise_error()
-        return self.status or 0
-
-    @property
-    def status(self) -> int | None:
-        """The guest's exit status: the first that is not 0; None before any exit."""
-        if not self._statuses:
-            return None
-        return next((s for _, s in sorted(self._statuses.items()) if s), 0)
-
-    def describe_vcpu(self, index: int) -> str:
-        """Return the state of a vCPU and its address; it must not run."""
-        self._check_open()
-        what = "ended" if index in self.ended_vcpus else "stands"
-        return f"vCPU {index} {what}: {registers_line(self.vcpus[index].registers())}"
-
-    def describe_vcpus(self) -> dict[int, str]:
-        """Return :meth:`describe_vcpu` of all, by index; they are paused meanwhile.
-
-        :raises PauseTimeout: if a vCPU does not stop in time
-        """
-        self._check_open()
-        with self.runner.hold():
-            return {vcpu.index: self.describe_vcpu(vcpu.index) for vcpu in self.vcpus}
-
-    @property
-    def statuses(self) -> dict[int, int]:
-        """Exit statuses reported so far, by vCPU index."""
-        return dict(self._statuses)
-
-    @property
-    def ended_vcpus(self) -> set[int]:
-        """Indexes of the vCPUs that have ended."""
-        return self.runner.ended_vcpus
-
-    def settle(self) -> None:
-        """Complete the access of a paused vCPU's last exit.
-
-        KVM's registers are consistent only after that. Call it inside :meth:`stopped_vcpus`.
-        """
-        self._check_open()
-        for vcpu in self.vcpus:
-            if vcpu.index not in self.ended_vcpus:
-                vcpu.kick()
-                while not isinstance(vm_exit := vcpu.run(), Kicked):
-                    if self._handle_exit(vcpu, vm_exit) in (Step.END, Step.END_ALL):
-                        raise KvmHostError(f"vCPU {vcpu.index} ended while it was paused")
-
-    def single_step(self, index: int = 0) -> Exit:
-        """Run one instruction of a vCPU while all others are stopped; on the kvm engine.
-
-        A machine that is not paused resumes afterwards.
-
-        :return: :class:`~kvmhost.exits.Debug`, or the exit that the instruction caused
-            and that ends the guest
-        :raises CapabilityError: on another engine
-        """
-        self._check_open()
-        from kvmhost.engine.kvm import KvmEngine
-
-        if not isinstance(self.engine, KvmEngine):
-            raise CapabilityError(
-                "single step", "the kvm engine", f"engine {self.engine.name}", "use --engine kvm"
-            )
-        with self.stopped_vcpus():
-            return self._single_step(self.engine.cores[index], self.vcpus[index])
-
-    def _single_step(self, core: KvmVcpu, vcpu: Vcpu) -> Exit:
-        core.single_step()
-        try:
-            while True:
-                vm_exit = vcpu.run()
-                if isinstance(vm_exit, Debug):
-                    return vm_exit
-                if not isinstance(vm_exit, Kicked) and self._handle_exit(vcpu, vm_exit) in (
-                    Step.END,
-                    Step.END_ALL,
-                ):
-                    self.runner.request_stop()
-                    return vm_exit
-        finally:
-            core.single_step(False)
-
-    def adopt(self, ended: set[int], statuses: Mapping[int, int], doorbells: list[int]) -> None:
-        """Set the state of a snapshot that KVM does not hold; before :meth:`start`."""
-        self._check_open()
-        self.runner.mark_ended(ended)
-        self._statuses = dict(statuses)
-        for vcpu, count in zip(self.vcpus, doorbells, strict=True):
-            vcpu.set_doorbells(count)
-
-    @property
-    def error(self) -> BaseException | None:
-        """The error that ended the guest, if any."""
-        return self._error
-
-    def fail(self, error: BaseException) -> None:
-        """End the machine with an error; :meth:`wait` raises it. Any thread."""
-        self._error = self._error or error
-        self.runner.give_up()
-
-    def stop(self) -> None:
-        """End every vCPU, in any state.
+    def stop(self) -> RunState:
+        """End the guest, in any state.
 
         :raises KvmHostError: if a vCPU's thread does not end
         """
-        # After a fault that cannot be served, a long wait is useless.
-        if self.runner.stop(timeout=0.5 if isinstance(self._error, PagerError) else 5.0):
-            return
-        # A thread may wait in the kernel for a page that cannot be restored: closing the
-        # userfaultfd wakes it, and the stop request keeps it out of guest mode.
+        self._end_vcpus()
+        return self.run_state()
+
+    def run_state(self) -> RunState:
+        """Return whether the guest runs, and whether it is paused."""
+        from kvmhost.vm.answers import RunState
+
+        return RunState(self.running, self.paused)
+
+    def snapshot(
+        self,
+        path: str | Path,
+        stop: bool = False,
+        *,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Write a snapshot to a file; the machine is paused meanwhile and then resumes.
+
+        The file appears whole or not at all.
+
+        :param stop: end the guest instead, where the snapshot was taken
+        :param cancelled: called between pieces of memory; if true, no file is written
+        :return: bytes of memory in the file
+        :raises CapabilityError: if the machine does not run on KVM
+        :raises PauseTimeout: if a vCPU does not stop in time
+        :raises HostError: if the file cannot be written
+        :raises LayoutError: if something that is not a regular file has its name
+        :raises PagerError: if a page is lost; names its gfn
+        """
+        self._check_open()
+        # By name: that module imports this one, to make machines from files.
+        snapshot = importlib.import_module("kvmhost.machine.snapshot")
+        n_bytes: int = snapshot.save_machine(self, Path(path), cancelled=cancelled, stop=stop)
+        return n_bytes
+
+    # -- state ------------------------------------------------------------------
+
+    def state(self) -> VmState:
+        """Return the state of the VM; of paused vCPUs also what they do."""
+        self._check_open()
+        return self.state_with(self.describe_vcpus() if self.still else {})
+
+    def state_with(self, doing: Mapping[int, str]) -> VmState:
+        """Return the state of the VM without asking the vCPUs what they do.
+
+        :param doing: what :meth:`describe_vcpus` returned
+        """
+        self._check_open()
+        from kvmhost.vm.answers import VcpuStatus, VmState
+
+        return VmState(
+            name=self.name,
+            pid=os.getpid(),
+            engine=self.engine.name,
+            image=self.image.path,
+            params=dict(self.params),
+            running=self.running,
+            paused=self.paused,
+            status=self.status,
+            error=None if self.error is None else str(self.error),
+            uptime_s=self.uptime_s,
+            vcpus=[
+                VcpuStatus(v.index, v.exits, v.doorbells, v.epoch, doing.get(v.index))
+                for v in self.vcpus
+            ],
+            exits=self.exits,
+            doorbells=self.doorbells,
+            mem_bytes=self.memory.n_pages * PAGE_BYTES,
+            resident_bytes=self.memory.resident_bytes(),
+            resident_max_bytes=self.resident_max_bytes,
+            tracker=self.tracker_name,
+            views=self._view_infos(),
+        )
+
+    def _view_infos(self) -> list[ViewInfo]:
+        if self._harvester is None:
+            return []
+        from kvmhost.trackers.views import view_infos
+
+        return view_infos(self._harvester.views(), time.monotonic_ns())
+
+    def memory_map(self) -> MemoryMap:
+        """Return the memslots and the pinned ranges."""
+        self._check_open()
+        from kvmhost.vm.answers import MemoryMap, MemslotInfo, PageRange
+
+        memslots = [
+            MemslotInfo(slot, r.gpa, r.n_bytes, r.gfn, r.n_pages, r.guest_address)
+            for slot, r in enumerate(self.memory.regions)
+        ]
+        pinned = [
+            PageRange(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
+            for gpa, n_bytes in self.layout.pinned_ranges
+        ]
+        return MemoryMap(PAGE_BYTES, self.memory.gfn_end, memslots, pinned)
+
+    def counters(self) -> Counters:
+        """Return all counters."""
+        self._check_open()
+        from kvmhost.vm.answers import Counters, HarvestTotals, MachineCounters
+
+        machine = MachineCounters(
+            self.exits,
+            self.doorbells,
+            self.uptime_s,
+            self.memory.resident_bytes(),
+            self.serial.n_bytes,
+            self.serial.lost_bytes,
+        )
+        totals = HarvestTotals(0, 0, 0, 0, 0)
         if self._harvester is not None:
-            self._harvester.stop()
-        self.paging.abandon()
-        if not self.runner.stop(timeout=5.0):
-            raise KvmHostError("a vCPU thread does not come back from guest mode")
+            totals = self._harvester.totals
+        return Counters(machine, totals, self.open_pager().counters() if self.has_pager else None)
 
-    def console_text(self) -> str:
-        """Return the guest's console output, up to 64 KiB."""
-        return self.serial.text()
+    def resident(self, gfn_start: int = 0, n_pages: int | None = None) -> npt.NDArray[np.bool_]:
+        """Return which pages the memfds hold: ``[i]`` is gfn ``gfn_start + i``.
 
-    def result(self, vcpu: int = 0) -> GuestResult:
-        """Return a vCPU's result from the parameter page."""
-        self._check_open()
-        return read_result(self.memory, vcpu)
-
-    @property
-    def doorbells(self) -> int:
-        """Doorbells of all vCPUs: for the tiny guests, epochs finished."""
-        return sum(vcpu.doorbells for vcpu in self.vcpus)
-
-    @property
-    def exits(self) -> int:
-        """Exits of all vCPUs."""
-        return sum(vcpu.exits for vcpu in self.vcpus)
-
-    @property
-    def uptime_s(self) -> float:
-        """Seconds since the start; 0 before it."""
-        return (time.monotonic_ns() - self._started_ns) / 1e9 if self._started_ns else 0.0
-
-    # -- memory ---------------------------------------------------------------
-
-    @property
-    def tables_gpa(self) -> int | None:
-        """Root of the guest's page tables, if the VMM laid them out; None: the guest's own."""
-        return None
-
-    def open_userfault(self) -> Userfault:
-        """Open the VM's userfaultfd, or return the open one.
-
-        :raises CapabilityError: if the kernel has none, or forbids it
+        :raises LayoutError: if the range ends beyond the memory
         """
         self._check_open()
-        return self.paging.open_userfault()
+        gfn_start, n_pages = range_within(gfn_start, n_pages, self.memory.gfn_end)
+        return self.memory.resident_gfns(gfn_start, n_pages)
 
-    def open_pager(self) -> Pager:
-        """Open the VM's pager, or return the open one; live tables and parameters are pinned.
+    def page(self, gfn: int) -> Page:
+        """Return the state of one page.
 
-        :raises CapabilityError: if there is no userfaultfd, or no such codec
-        :raises LayoutError: if the store's file cannot be made
+        :raises LayoutError: if no memslot holds it
         """
         self._check_open()
-        return self.paging.open_pager()
+        from kvmhost.vm.answers import Page
 
-    @property
-    def has_pager(self) -> bool:
-        """Whether the pager is open."""
-        return self.paging.has_pager
+        self.memory.index_of_gfn(gfn)
+        slot, region = next(
+            (i, r) for i, r in enumerate(self.memory.regions) if r.gfn <= gfn < r.gfn + r.n_pages
+        )
+        offset = (gfn - region.gfn) << PAGE_SHIFT
+        state, stored = "resident", 0
+        if self.has_pager:
+            state = self.open_pager().state(gfn).name.lower()
+            stored = self.open_pager().stored_bytes(gfn)
+        return Page(
+            gfn=gfn,
+            gpa=gfn << PAGE_SHIFT,
+            slot=slot,
+            slot_offset_bytes=offset,
+            hva=region.guest_address + offset,
+            pinned=any(
+                gpa >> PAGE_SHIFT <= gfn < -(-(gpa + n_bytes) // PAGE_BYTES)
+                for gpa, n_bytes in self.layout.pinned_ranges
+            ),
+            resident=bool(self.memory.resident_gfns(gfn, 1)[0]),
+            state=state,
+            stored_bytes=stored,
+        )
 
-    def drop(self, gfn: int, n_pages: int) -> int:
-        """Discard pages that the guest declared free; return how many will read as zeros.
-
-        Pinned pages stay as they are.
-
-        :raises LayoutError: if the range is not in one region; then nothing was dropped
-        """
-        self._check_open()
-        return self.paging.drop(gfn, n_pages)
+    # -- harvests -----------------------------------------------------------------
 
     def tracked_vm(self) -> TrackedVm:
         """Return the parts of this VM that trackers use."""
@@ -553,58 +323,167 @@ class BaseMachine(Closing, Harvestable):
 
     def views(self) -> list[ViewStatus]:
         """Return the state of the views, the default one first; empty before the first harvest."""
+        self._check_open()
         return [] if self._harvester is None else self._harvester.views()
-
-    @property
-    def swept(self) -> tuple[int, int]:
-        """Sweeps so far, and pages that they cleared: each is a fault if touched again."""
-        found = self._harvester
-        return (0, 0) if found is None else (found.sweeps, found.n_cleared)
 
     def close_view(self, name: str, owner: int | None = None) -> bool:
         """End a view; return whether it was open. A tracker that it forced is put back.
 
         :param owner: process that reads the view; None: this one
         """
+        self._check_open()
+        check_view(name)
         return self._harvester is not None and self._harvester.close_view(name, owner)
 
-    # -- exits ----------------------------------------------------------------
-
-    def _handle_exit(self, vcpu: Vcpu, vm_exit: Exit) -> Step:
-        if isinstance(vm_exit, IoOut):
-            return self.handle_port_write(vcpu, vm_exit)
-        if isinstance(vm_exit, IoIn):
-            return self.handle_port_read(vcpu, vm_exit)
-        if isinstance(vm_exit, MmioRead | MmioWrite):
-            return self.handle_mmio(vcpu, vm_exit)
-        raise self.describe_failure(vcpu, vm_exit)
-
-    def _on_error(self, vcpu: Vcpu, error: BaseException) -> None:
-        self._error = self._error or error
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    # -- end ------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Stop and free everything, in order. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        if hasattr(self, "runner"):
-            self.stop()
-        if hasattr(self, "serial"):
-            self.serial.flush(stall_s=0.2, total_s=0.5)
-            self.serial.close()
+    def _release_trackers(self, closing: bool = False) -> None:
+        """Stop the tracker, from any thread; with ``closing`` no harvest begins again."""
         if self._harvester is not None:
-            self._harvester.close()
-        with self._vcpu_access:
-            for vcpu in self.vcpus:
-                vcpu.close()
-            self.engine.close()
-        if hasattr(self, "paging"):
-            self.paging.close()
-        if hasattr(self, "memory"):
-            self.memory.close()
+            if closing:
+                self._harvester.close()
+            else:
+                self._harvester.stop()
+
+    # -- pager --------------------------------------------------------------------
+
+    @property
+    def tables_gpa(self) -> int | None:
+        """Root of the guest's page tables, if the VMM laid them out; None: the guest's own."""
+        return None
+
+    def open_userfault(self) -> Userfault:
+        """Open the VM's userfaultfd, or return the open one.
+
+        :raises CapabilityError: if the kernel has none, or forbids it
+        """
+        self._check_open()
+        return self.paging.open_userfault()
+
+    def open_pager(self) -> Pager:
+        """Open the VM's pager, or return the open one; live tables and parameters are pinned.
+
+        :raises CapabilityError: if there is no userfaultfd, or no such codec
+        :raises LayoutError: if the store's file cannot be made
+        """
+        self._check_open()
+        return self.paging.open_pager()
+
+    @property
+    def has_pager(self) -> bool:
+        """Whether the pager is open."""
+        return self.paging.has_pager
+
+    def evict(
+        self,
+        gfns: Gfns,
+        each: bool = False,
+        *,
+        actuator: Actuator = "store",
+        event: PageEvent | None = None,
+    ) -> EvictReport:
+        """Evict pages in the given order; partial success is normal.
+
+        :param each: also return every page's outcome
+        :param actuator: ``store``, the pager's own, or ``swap``, the host's
+        :param event: who decided so, for the pager's log of events; None: a request
+        :raises LayoutError: if a gfn is in no memslot; then nothing was evicted
+        :raises CapabilityError: if there is no userfaultfd, or no swap
+        """
+        self._check_open()
+        check_name("actuator", actuator, ACTUATORS, "actuator")
+        from kvmhost.memory.pagelist import page_list
+        from kvmhost.pager.results import PageEvent
+        from kvmhost.vm.answers import EvictReport
+
+        pages = page_list(self.memory, gfns)
+        pager = self.open_pager()
+        if actuator == "swap":
+            result = pager.page_out(pages)
+        else:
+            result = pager.evict(pages, event=event or PageEvent.EVICTED_REQUEST)
+        outcomes = result.outcomes.tobytes() if each else None
+        return EvictReport(int(pages.gfns.size), result.by_name(), outcomes)
+
+    def restore(self, gfn_start: int, n_pages: int = 1) -> RestoreReport:
+        """Restore the evicted pages of a range; a failure does not stop the others.
+
+        :raises LayoutError: if the range is not in one memslot
+        """
+        self._check_open()
+        check_gfns(gfn_start, n_pages, least=1)
+        self.memory.region_at(gfn_start << PAGE_SHIFT, n_pages << PAGE_SHIFT)
+        return _report(self.open_pager().restore(gfn_start, n_pages))
+
+    def drain(self) -> RestoreReport:
+        """Restore all pages, remove the limit and the victim list; the VM keeps running."""
+        self._check_open()
+        from kvmhost.vm.answers import RestoreReport
+
+        return _report(self.open_pager().drain()) if self.has_pager else RestoreReport(0)
+
+    def drop(self, gfn_start: int, n_pages: int = 1) -> DropReport:
+        """Discard pages that the guest declared free; they read as zeros.
+
+        Pinned pages stay as they are. A client cannot ask for it: the pages' data is lost.
+
+        :raises LayoutError: if the range is not in one memslot; then nothing was dropped
+        """
+        self._check_open()
+        check_gfns(gfn_start, n_pages, least=1)
+        from kvmhost.vm.answers import DropReport
+
+        return DropReport(*self.paging.drop_by_outcome(gfn_start, n_pages))
+
+    @property
+    def resident_max_bytes(self) -> int:
+        """The resident limit; 0: none."""
+        self._check_open()
+        return self.open_pager().resident_max_bytes if self.has_pager else 0
+
+    def set_limit(self, resident_max_bytes: int) -> int:
+        """Limit the resident bytes, 0 for no limit; return what is in force now.
+
+        The limit acts at the next faults; it is rounded down to pages.
+
+        :raises LayoutError: for less than a page
+        """
+        self._check_open()
+        check_resident_max(resident_max_bytes)
+        pager = self.open_pager()
+        pager.set_limit(resident_max_bytes)
+        return pager.resident_max_bytes
+
+    def shrink(self, resident_max_bytes: int) -> LimitState:
+        """Set the limit and evict down to it at once; return the resulting state.
+
+        :raises LayoutError: for less than a page
+        :raises PagerError: if it fails; then the old limit holds
+        """
+        self._check_open()
+        from kvmhost.vm.answers import LimitState
+
+        before = self.resident_max_bytes
+        limit = self.set_limit(resident_max_bytes)
+        try:
+            result = self.open_pager().shrink()
+        except BaseException:
+            self.open_pager().set_limit(before)
+            raise
+        return LimitState(limit, result.evicted, result.over_pages)
+
+    def set_victims(self, gfns: Gfns) -> int:
+        """Set the pages to evict first at the limit, best candidates first; return their number.
+
+        :raises LayoutError: if a gfn is in no memslot
+        """
+        self._check_open()
+        from kvmhost.memory.pagelist import page_list
+
+        pages = page_list(self.memory, gfns)
+        self.open_pager().set_victims(pages)
+        return int(pages.gfns.size)
+
+
+def _report(result: RestoreResult) -> RestoreReport:
+    from kvmhost.vm.answers import RestoreReport
+
+    return RestoreReport(result.restored, result.lost, result.left)

@@ -130,7 +130,7 @@ class ChunkWriter:
         self._memory, self._pager = memory, ffi.NULL if pager is None else pager.core
         self._chunk = ffi.new("struct kh_chunk *")
         self._bad = ffi.new("uint32_t *")
-        limit = 0 if pager is None else pager.limit_pages
+        limit = 0 if pager is None else pager.resident_max_bytes // PAGE_BYTES
         self._room = max(0, limit - n_pinned) if limit else memory.n_pages
 
     def fill(self, where: ChunkRange, held: bytes, data: memoryview) -> None:

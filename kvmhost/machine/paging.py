@@ -88,14 +88,22 @@ class Paging:
     def drop(self, gfn: int, n_pages: int) -> int:
         """Discard pages that the guest declared free; return how many will read as zeros.
 
-        Pinned pages stay as they are.
+        :raises LayoutError: if the range is not in one region; then nothing was dropped
+        """
+        return self.drop_by_outcome(gfn, n_pages)[0]
 
+    def drop_by_outcome(self, gfn: int, n_pages: int) -> tuple[int, int, int]:
+        """Discard pages that the guest declared free.
+
+        :return: pages that will read as zeros, pinned pages, and pages that could not be discarded
         :raises LayoutError: if the range is not in one region; then nothing was dropped
         """
         with self._lock:
             if self._pager is None:
-                return self._memory.punch(gfn, n_pages, self._pinned)
-        return self._pager.drop(gfn, n_pages).dropped
+                dropped = self._memory.punch(gfn, n_pages, self._pinned)
+                return dropped, n_pages - dropped, 0
+        result = self._pager.drop(gfn, n_pages)
+        return result.dropped, result.pinned, result.failed
 
     def fault_in(self, gfn: int) -> None:
         """Restore a page before the VMM itself reads it.

@@ -8,7 +8,7 @@ PCI bus, no disk and no display. The guest runs at privilege level 0.
 >>> from kvmhost.machine.pc import PcMachine
 >>> with PcMachine(load_image(Path("hello.flat"))) as machine:  # doctest: +SKIP
 ...     machine.start()
-...     machine.wait(timeout=5)
+...     machine.wait(timeout_s=5)
 1
 """
 
@@ -176,7 +176,7 @@ class PcMachine(BaseMachine):
             for entry in layout.memory_map()
         )
         files = {"etc/e820": e820} | dict(self._options.fw_cfg)
-        dma = GuestDma(self.memory, self.drop, layout.pinned_ranges)
+        dma = GuestDma(self.memory, self.paging.drop, layout.pinned_ranges)
         echo = board.TestMemory(4)
         ports: list[tuple[str, int, int, SnapshotDevice]] = [
             ("keyboard", 0x60, 1, board.Keyboard(reset)),

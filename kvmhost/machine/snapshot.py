@@ -97,10 +97,12 @@ def save_machine(
     return n_pages * PAGE_BYTES
 
 
-def restore_machine(path: Path, *, limit_pages: int | None = None, **common: Any) -> BaseMachine:
+def restore_machine(
+    path: Path, *, resident_max_bytes: int | None = None, **common: Any
+) -> BaseMachine:
     """Create a machine from a snapshot; it is not started yet.
 
-    :param limit_pages: resident limit, enforced from the first page on: pages above it
+    :param resident_max_bytes: resident limit, enforced from the first page on: pages above it
         go to the store. None: that of the snapshot, if it had one; 0: none
     :param common: as for :class:`~kvmhost.machine.base.BaseMachine`, except the values in the file
     :raises ImageError: if the file is damaged, of another version, or refused by KVM
@@ -110,7 +112,7 @@ def restore_machine(path: Path, *, limit_pages: int | None = None, **common: Any
     try:
         fd = snapfile.open_regular(path)
         try:
-            return _restore(name, fd, limit_pages, common)
+            return _restore(name, fd, resident_max_bytes, common)
         finally:
             os.close(fd)
     except OSError as error:
@@ -186,7 +188,9 @@ def _write(
     cancelled: Callable[[], bool],
 ) -> int:
     with pager.frozen() if pager else contextlib.nullcontext() as core:
-        state = _state(machine, engine, pager.limit_pages if pager else 0, msrs)
+        state = _state(
+            machine, engine, pager.resident_max_bytes // PAGE_BYTES if pager else 0, msrs
+        )
         raw = snapfile.encode_state(state)
         reader = ChunkReader(machine.memory, core)
         first = snapfile.memory_offset(len(raw))
@@ -257,13 +261,17 @@ def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
 # -- reading --------------------------------------------------------------------
 
 
-def _restore(name: str, fd: int, limit_pages: int | None, common: dict[str, Any]) -> BaseMachine:
+def _restore(
+    name: str, fd: int, resident_max_bytes: int | None, common: dict[str, Any]
+) -> BaseMachine:
     state, state_bytes, n_pages, table_crc = snapfile.read_state(name, fd)
     first = snapfile.memory_offset(state_bytes)
     table = snapfile.read_table(name, fd, state, first, n_pages, table_crc)
     machine = _empty_machine(name, state, common)
     try:
-        limit = state.limit_pages if limit_pages is None else limit_pages
+        limit = resident_max_bytes
+        if limit is None:
+            limit = state.limit_pages * PAGE_BYTES
         _fill_memory(name, machine, fd, first, table, limit)
         _fill_state(name, machine, state)
     except BaseException:
@@ -307,13 +315,13 @@ def _fill_memory(
     fd: int,
     offset: int,
     table: list[tuple[ChunkRange, bytes, int]],
-    limit_pages: int,
+    resident_max_bytes: int,
 ) -> None:
     machine.memory.punch_all()
     pager, n_pinned = None, 0
-    if limit_pages:
+    if resident_max_bytes:
         pager = machine.open_pager()
-        pager.set_limit(limit_pages)
+        pager.set_limit(resident_max_bytes)
         n_pinned = sum(-(-n_bytes // PAGE_BYTES) for _, n_bytes in machine.layout.pinned_ranges)
     writer = ChunkWriter(machine.memory, pager, n_pinned)
     room = memoryview(bytearray(CHUNK_BYTES))

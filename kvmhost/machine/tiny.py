@@ -4,7 +4,7 @@
 >>> from kvmhost.guests import image_path
 >>> with Machine(image_path("hello"), mem_bytes=4 << 20) as machine:  # doctest: +SKIP
 ...     machine.start()
-...     machine.wait(timeout=5)
+...     machine.wait(timeout_s=5)
 ...     machine.console_text()
 0
 'hello from vCPU 0x0 of 0x1\\n'

@@ -18,7 +18,7 @@ from kvmhost.kvm import KvmVcpu
 from kvmhost.kvm.msrs import MAX_MSRS, MsrReport, load_msrs, read_msrs
 
 if typing.TYPE_CHECKING:
-    from kvmhost.kvm.vm import Vm
+    from kvmhost.kvm.vm import KvmVm
 
 __all__ = ["BoardState", "SavedVcpu", "load_board", "load_vcpu", "save_board", "save_vcpu"]
 
@@ -106,13 +106,13 @@ def load_vcpu(core: KvmVcpu, state: SavedVcpu, irqchip: bool) -> tuple[MsrReport
     return report, remarks
 
 
-def save_board(vm: Vm) -> BoardState:
+def save_board(vm: KvmVm) -> BoardState:
     """Return the state of PICs, I/O APIC, PIT and clock."""
     chips = [bytes(vm.get_irqchip(chip)) for chip in _CHIPS]
     return BoardState(chips, bytes(vm.get_pit2()), int(vm.get_clock().clock))
 
 
-def load_board(vm: Vm, state: BoardState) -> None:
+def load_board(vm: KvmVm, state: BoardState) -> None:
     """Put a state from :func:`save_board` into a fresh VM.
 
     :raises IoctlError: if KVM refuses it

@@ -219,6 +219,20 @@ class GuestMemory(Closing):
             "mincore", lambda r, words: lib.kh_resident(r.alias_address, r.n_pages, words)
         )
 
+    def resident_gfns(self, gfn_start: int, n_pages: int) -> npt.NDArray[np.bool_]:
+        """Return :meth:`resident` by gfn: ``[i]`` is ``gfn_start + i``, False in holes."""
+        import numpy as np
+
+        resident, found, first = self.resident(), np.zeros(n_pages, dtype=bool), 0
+        for region in self.regions:
+            low = max(gfn_start, region.gfn)
+            high = min(gfn_start + n_pages, region.gfn + region.n_pages)
+            if low < high:
+                shift = first - region.gfn
+                found[low - gfn_start : high - gfn_start] = resident[low + shift : high + shift]
+            first += region.n_pages
+        return found
+
     def held(self) -> npt.NDArray[np.bool_]:
         """Return which pages the memfds hold, in memory or in swap: shape ``(n_pages,)``."""
         return self._by_region("lseek", lambda r, words: lib.kh_held(r.memfd, 0, r.n_pages, words))

@@ -46,6 +46,7 @@ from kvmhost.pager.results import (
 from kvmhost.pager.storefile import StoreFile
 from kvmhost.pager.userfault import Userfault
 from kvmhost.units import PAGE_SHIFT
+from kvmhost.vm.checks import check_resident_max
 
 __all__ = ["Gfns", "Pager"]
 
@@ -236,19 +237,22 @@ class Pager:
         if check(lib.kh_pager_pin(self._core, index, n_pages, 1), "kh_pager_pin", gfn=gfn):
             self.restore(gfn, n_pages)
 
-    def set_limit(self, resident_pages: int) -> None:
-        """Limit the resident pages, enforced by the fault handler; 0: no limit.
+    def set_limit(self, resident_max_bytes: int) -> None:
+        """Limit the resident bytes, enforced by the fault handler; 0: no limit.
+
+        The limit is rounded down to pages.
 
         At the limit each fault first evicts a page: one from :meth:`set_victims`, or, if
         none is left, one that the clock hand finds (see :meth:`note_young`).
         """
+        check_resident_max(resident_max_bytes)
         self.arm()
-        lib.kh_pager_set_limit(self._core, resident_pages)
+        lib.kh_pager_set_limit(self._core, resident_max_bytes >> PAGE_SHIFT)
 
     @property
-    def limit_pages(self) -> int:
+    def resident_max_bytes(self) -> int:
         """The limit of :meth:`set_limit`; 0: none."""
-        return int(lib.kh_pager_limit(self._core))
+        return int(lib.kh_pager_limit(self._core)) << PAGE_SHIFT
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[Any]:

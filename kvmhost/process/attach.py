@@ -118,7 +118,7 @@ class Attached(Closing, Harvestable):
         """Return the state of the process."""
         return AttachedState(self._image, None if self._method is None else self._method.name)
 
-    def memory(self) -> MemoryMap:
+    def memory_map(self) -> MemoryMap:
         """Return the mapping as one memslot from gfn 0 on."""
         mapping = self.mapping
         n_bytes = mapping.n_pages * PAGE_BYTES

@@ -13,7 +13,7 @@ from kvmhost.engine.base import Engine
 from kvmhost.errors import StateError
 from kvmhost.memory.guest import GuestMemory, Region, pieces
 from kvmhost.pager.userfault import Userfault
-from kvmhost.vm.harvest import check_mask, check_range
+from kvmhost.vm.checks import check_mask, check_range
 
 __all__ = [
     "Support",

@@ -40,7 +40,7 @@ from kvmhost.units import PAGE_BYTES
 if typing.TYPE_CHECKING:
     from kvmhost.engine.base import Engine
     from kvmhost.engine.kvm import KvmEngine
-from kvmhost.vm.harvest import check_range
+from kvmhost.vm.checks import check_range
 
 __all__ = ["DirtyTracker"]
 

@@ -24,7 +24,7 @@ from kvmhost.mmu.tdp import LiveTable
 from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo
 from kvmhost.trackers.calibration import calibrated_rearm
 from kvmhost.units import PAGE_BYTES
-from kvmhost.vm.harvest import check_range
+from kvmhost.vm.checks import check_range
 
 __all__ = ["GuestptTracker"]
 

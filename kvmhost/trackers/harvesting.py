@@ -22,6 +22,7 @@ from kvmhost.trackers import registry
 from kvmhost.trackers.base import TrackedVm, Tracker
 from kvmhost.trackers.sharing import SharedHarvests
 from kvmhost.trackers.views import UNNAMED, ViewKey, ViewStatus
+from kvmhost.vm.answers import HarvestTotals
 from kvmhost.vm.harvest import Harvest, HarvestRequest
 from kvmhost.vm.names import DEFAULT_VIEW, TableFormat
 
@@ -59,6 +60,8 @@ class Harvester:
         self._feeds: dict[TableFormat, Feed] = {}
         self._lock = threading.RLock()
         self._closed = False
+        #: Number and total cost of the harvests.
+        self.totals = HarvestTotals(0, 0, 0, 0, 0)
 
     @property
     def tracker_name(self) -> str | None:
@@ -109,9 +112,22 @@ class Harvester:
             self._shared.views.check_room(key)
             source = self._source(asked, key)
             found = self._shared.harvest(source, key, asked)
-            if feed is None:
-                return found
-            return dataclasses.replace(found, young=feed.harvest_via_model(found.young))
+            if feed is not None:
+                found = dataclasses.replace(found, young=feed.harvest_via_model(found.young))
+            self._count(found)
+            return found
+
+    def _count(self, found: Harvest) -> None:
+        old = self.totals
+        self.totals = HarvestTotals(
+            old.harvests + 1,
+            old.n_pages + found.young.n_pages,
+            old.n_young + found.n_young,
+            old.harvest_ns + found.harvest_ns,
+            old.rearm_ns + found.rearm_ns,
+            self._shared.sweeps,
+            self._shared.n_cleared,
+        )
 
     def views(self) -> list[ViewStatus]:
         """Return the state of the views. Any thread; does not wait for harvests."""

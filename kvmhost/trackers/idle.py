@@ -34,7 +34,7 @@ from kvmhost.errors import CapabilityError, IoctlError
 from kvmhost.memory.guest import GfnRange, Region, pieces
 from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo
 from kvmhost.units import PAGE_BYTES
-from kvmhost.vm.harvest import check_mask, check_range
+from kvmhost.vm.checks import check_mask, check_range
 
 __all__ = ["IDLE_BITMAP", "IdleFiles", "IdleTracker", "PageFiles"]
 

@@ -37,7 +37,7 @@ from kvmhost.trackers.base import (
 )
 from kvmhost.trackers.pagescan import PageStates, new_scanner, page_states, scans
 from kvmhost.units import PAGE_BYTES
-from kvmhost.vm.harvest import check_range
+from kvmhost.vm.checks import check_range
 
 __all__ = ["PagemapTracker"]
 

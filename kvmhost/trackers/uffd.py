@@ -33,7 +33,7 @@ from kvmhost.trackers.base import (
     need_started,
 )
 from kvmhost.units import PAGE_BYTES
-from kvmhost.vm.harvest import check_range
+from kvmhost.vm.checks import check_range
 
 __all__ = ["AccessOrder", "UffdTracker"]
 

@@ -12,18 +12,21 @@ serialize the calls, except :meth:`Views.list`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from kvmhost.bitmap import Words, YoungBitmap, clear_words, n_words, place_words, sub_words
 from kvmhost.errors import StateError
 from kvmhost.trackers.sampling import Sampler
+from kvmhost.vm.answers import ViewInfo
 from kvmhost.vm.names import DEFAULT_VIEW
 
-__all__ = ["MAX_VIEWS", "UNNAMED", "View", "ViewKey", "ViewStatus", "Views"]
+__all__ = ["MAX_VIEWS", "UNNAMED", "View", "ViewKey", "ViewStatus", "Views", "view_infos"]
 
 #: Named views at one time: with coarse bits, all of them take 0.1 % of the memory of the VM.
 MAX_VIEWS = 16
@@ -259,3 +262,26 @@ class _Windows:
             (ns for low, high, ns in self._runs if low < end and start < high),
             default=self._runs[0][2],
         )
+
+
+def view_infos(views: Iterable[ViewStatus], now_ns: int) -> list[ViewInfo]:
+    """Return the views as the state of a VM lists them."""
+    return [
+        ViewInfo(
+            name=view.key.name,
+            pid=max(view.key.owner, 0),
+            process=_process_name(view.key.owner),
+            window_s=max(0, now_ns - view.window_start_ns) / 1e9,
+            n_young=view.n_young,
+            harvests=view.harvests,
+        )
+        for view in views
+    ]
+
+
+def _process_name(pid: int) -> str:
+    """Return the name of a process; empty if it has none."""
+    with contextlib.suppress(OSError):
+        if pid > 0:
+            return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    return ""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import re
 import typing
 
 from kvmhost.errors import LayoutError
+from kvmhost.vm.checks import check_gfns, check_mask, check_view, range_within
 from kvmhost.vm.names import (
     DEFAULT_VIEW,
     REARM,
@@ -24,22 +24,12 @@ from kvmhost.vm.names import (
 if typing.TYPE_CHECKING:
     from kvmhost.bitmap import Words, YoungBitmap
 
-__all__ = [
-    "MIN_FRACTION",
-    "Harvest",
-    "HarvestRequest",
-    "Harvestable",
-    "check_mask",
-    "check_range",
-    "check_view",
-]
+__all__ = ["MIN_FRACTION", "Harvest", "HarvestRequest", "Harvestable"]
 
 #: The smallest part of the pages that a harvest with ``rearm="sample"`` clears.
 MIN_FRACTION = 1 / 65536
-_GFN_BITS = 52
 #: The longest time that a sweep may be old, which is a day.
 _MAX_AGE_S = 86400
-_VIEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +70,7 @@ class HarvestRequest:
     force: bool = False
 
     def __post_init__(self) -> None:
-        n_pages = 0 if self.n_pages is None else self.n_pages
-        if self.gfn_start < 0 or n_pages < 0 or (self.gfn_start + n_pages) >> _GFN_BITS:
-            raise LayoutError(
-                f"harvest: bad range of {n_pages} pages from gfn {self.gfn_start:#x}",
-                field="n_pages" if n_pages < 0 else "gfn_start",
-            )
+        check_gfns(self.gfn_start, self.n_pages)
         check_name("rearm", self.rearm, REARM, "rearm")
         if self.fraction is not None:
             self._check_fraction(self.fraction)
@@ -117,11 +102,8 @@ class HarvestRequest:
         :param gfn_end: the first gfn above all memory
         :raises LayoutError: if the range ends beyond it, or the mask has another size
         """
-        sized = self
-        if self.n_pages is None:
-            sized = dataclasses.replace(self, n_pages=max(0, gfn_end - self.gfn_start))
-        check_range(sized.gfn_start, sized.count, gfn_end)
-        return sized
+        _, n_pages = range_within(self.gfn_start, self.n_pages, gfn_end)
+        return self if n_pages == self.n_pages else dataclasses.replace(self, n_pages=n_pages)
 
     @property
     def count(self) -> int:
@@ -193,45 +175,3 @@ class Harvestable(abc.ABC):
     @abc.abstractmethod
     def run_harvest(self, asked: HarvestRequest) -> Harvest:
         """Do what :meth:`harvest` documents, with checked arguments."""
-
-
-def check_view(name: str) -> None:
-    """Check the name of a view.
-
-    :raises LayoutError: unless it is 1 to 32 letters, digits and ``._-``, a letter or digit first
-    """
-    if not _VIEW_NAME.fullmatch(name):
-        raise LayoutError(
-            f"view {name[:40]!r}: need up to 32 letters, digits, dots and dashes", field="view"
-        )
-
-
-def check_range(gfn_start: int, n_pages: int, gfn_end: int) -> None:
-    """Check a range of a VM's gfns before anything is allocated for it.
-
-    :param gfn_end: the first gfn above all memory
-    :raises LayoutError: for a negative start or length, or an end beyond ``gfn_end``
-    """
-    if gfn_start < 0 or n_pages < 0:
-        raise LayoutError(f"harvest: bad range of {n_pages} pages from gfn {gfn_start:#x}")
-    if gfn_start + n_pages > gfn_end:
-        raise LayoutError(
-            f"{n_pages} pages from gfn {gfn_start:#x}: memory ends at gfn {gfn_end:#x}",
-            field="n_pages" if gfn_start <= gfn_end else "gfn_start",
-        )
-
-
-def check_mask(mask: Words | None, n_pages: int) -> None:
-    """Check that a mask has the size of a range.
-
-    :raises LayoutError: for another shape than ``(ceil(n_pages / 64),)``, or another type
-    """
-    if mask is None:
-        return
-    shape, kind = getattr(mask, "shape", None), getattr(mask, "dtype", type(mask).__name__)
-    if shape != ((n_pages + 63) // 64,) or kind != "uint64":
-        raise LayoutError(
-            f"harvest: mask of {kind}, shape {shape}: {n_pages} pages need "
-            f"uint64, shape ({(n_pages + 63) // 64},)",
-            field="mask",
-        )

@@ -14,6 +14,10 @@ __all__ = ["DEFAULT_VIEW", "REARM", "TABLE_FORMATS", "Rearm", "TableFormat", "ch
 Rearm = Literal["none", "young", "all", "sample"]
 REARM: tuple[Rearm, ...] = typing.get_args(Rearm)
 
+#: Where evicted pages go: the pager's own store, or the host's swap.
+Actuator = Literal["store", "swap"]
+ACTUATORS: tuple[Actuator, ...] = typing.get_args(Actuator)
+
 #: Formats of model tables. ``tdp`` is ``npt``.
 TableFormat = Literal["tdp", "npt", "ept", "stage2", "radix"]
 TABLE_FORMATS: tuple[TableFormat, ...] = typing.get_args(TableFormat)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import LayoutError, VmGoneError
-from kvmhost.reclaim.young.live import HarvestSource, live_windows
+from kvmhost.reclaim.young.live import NamedSource, live_windows
 
 __all__ = ["Heatmap", "HeatmapMark", "bin_edges", "bin_shares", "live_heatmap"]
 
@@ -104,7 +104,7 @@ class Heatmap:
 
 
 def live_heatmap(
-    source: HarvestSource,
+    source: NamedSource,
     *,
     interval_s: float = 0.1,
     count: int = 120,

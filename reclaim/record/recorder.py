@@ -73,7 +73,7 @@ def record_vm(
     :raises LayoutError: if the range is outside its memory, or differs from the record's
     :raises OSError: if the record cannot be written; complete windows are kept
     """
-    memory = client.memory()
+    memory = client.memory_map()
     first, end = _range(plan.gfns, memory)
     # The first harvest opens the first window; its young pages were touched before that.
     found = client.harvest(first, end - first, tracker=plan.tracker)
@@ -135,7 +135,7 @@ class _Loop:
 
     def _window(self) -> None:
         if time.monotonic() - self._looked_s >= _LAYOUT_S:
-            self._memory = self._client.memory()
+            self._memory = self._client.memory_map()
             self._looked_s = time.monotonic()
             self._writer.set_layout(_memslots(self._memory))
         first, end = _range(self._plan.gfns, self._memory)

@@ -70,7 +70,7 @@ class Session:
         #: Duration of the lease, as last sent to the VM.
         self.lease_s = context.lease_s
         self.options = context.options_of(self.vm)
-        self.pages = VmPages(client.memory())
+        self.pages = VmPages(client.memory_map())
         n_pages = self.pages.n_pages
         self.driver = PolicyDriver(client, n_pages, policy or make_policy(n_pages, self.options))
         if not self.dry_run:

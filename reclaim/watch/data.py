@@ -106,7 +106,7 @@ class WatchSampler:
 
     def begin(self) -> None:
         """Discard all ticks, for a new VM or a changed memory layout."""
-        self.memory = self._client.memory()
+        self.memory = self._client.memory_map()
         self.tick = 0
         self.last_young = np.full(self.n_pages, _NEVER, dtype=np.int32)
         self.history: collections.deque[int] = collections.deque(maxlen=_HISTORY)
@@ -123,7 +123,7 @@ class WatchSampler:
         :raises ControlError: if it rejects harvests
         """
         state = self._client.state()
-        if self._pid not in (0, state.pid) or self._client.memory() != self.memory:
+        if self._pid not in (0, state.pid) or self._client.memory_map() != self.memory:
             self.begin()
         self._pid = state.pid
         peeking = state.lease is not None if self._clear is None else not self._clear

@@ -9,31 +9,15 @@ from typing import Protocol
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import VmGoneError
-from kvmhost.vm import Harvest
+from kvmhost.vm.protocol import YoungSource
 
-__all__ = ["HarvestSource", "LiveWindow", "SourceState", "live_windows"]
-
-
-class SourceState(Protocol):
-    """The part of a source's state that names what runs there."""
-
-    @property
-    def image(self) -> str:
-        """Path of the guest image, or of the program."""
+__all__ = ["LiveWindow", "NamedSource", "live_windows"]
 
 
-class HarvestSource(Protocol):
+class NamedSource(YoungSource, Protocol):
     """A VM's :class:`~kvmhost.control.client.Client`, or another process."""
 
     vm: str
-
-    def state(self) -> SourceState:
-        """Return the state, which names the image or program."""
-
-    def harvest(
-        self, gfn_start: int = 0, n_pages: int | None = None, *, tracker: str = "auto"
-    ) -> Harvest:
-        """Return the young pages, and begin a new window for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +30,7 @@ class LiveWindow:
 
 
 def live_windows(
-    source: HarvestSource,
+    source: NamedSource,
     *,
     interval_s: float,
     count: int,

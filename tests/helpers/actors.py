@@ -140,7 +140,7 @@ class Snapshot(Actor):
     def check_restored(self, path: Path) -> None:
         """Run a restored VM to its doorbells, under a limit, and compare its memory."""
         self.last = f"restore {path.name}"
-        with restore_machine(path, limit_pages=LIMIT_PAGES) as machine:
+        with restore_machine(path, resident_max_bytes=LIMIT_PAGES * 4096) as machine:
             machine.step_by_doorbell()
             assert machine.run_epoch(STALL_S), machine.console_text()
             assert_hotcold_memory(machine)
@@ -158,7 +158,7 @@ class LimitChange(Actor):
     def act(self) -> None:
         limit = self.random.choice((LIMIT_PAGES, 900, 1300, 2000, 0))
         self.last = f"limit {limit} and shrink"
-        self.world.pager.set_limit(limit)
+        self.world.pager.set_limit(limit * 4096)
         shrunk = self.world.pager.shrink()
         if not {"FULL", "OVER", "ERROR", "STAYED"} & self.world.permits:
             assert shrunk.over_pages == 0

@@ -54,7 +54,7 @@ class FakeVm:
         if problem:
             raise problem
 
-    def memory(self):
+    def memory_map(self):
         self._meet("memory")
         regions = [schema.MemslotInfo(0, 0, N * 4096, 0, N, 0)]
         return schema.MemoryMap(4096, N, regions, [schema.PageRange(0, N_PINNED)])

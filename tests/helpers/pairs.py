@@ -166,7 +166,7 @@ class World:
 
     def assert_limit(self) -> None:
         """Fail unless a limit still holds, whatever the actors had refused."""
-        self.pager.set_limit(LIMIT_PAGES)
+        self.pager.set_limit(LIMIT_PAGES * 4096)
         shrunk = self.pager.shrink()
         if "FULL" not in self.permits:
             assert shrunk.over_pages == 0

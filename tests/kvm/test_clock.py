@@ -73,7 +73,7 @@ def test_colder_pages_go_first(world: World, seed: int) -> None:
     laps = world.laps()
     for limit in (1500, 1000, 400, 100):
         before = world.resident()
-        world.pager.set_limit(limit)
+        world.pager.set_limit(limit * 4096)
         went = world.pager.shrink().evicted
         after = world.resident()
         gone = before & ~after
@@ -92,7 +92,7 @@ def test_the_hand_goes_on_where_it_stopped(world: World) -> None:
     order: list[int] = []
     before = world.resident()
     for limit in range(total - 16, 0, -16):
-        world.pager.set_limit(limit)
+        world.pager.set_limit(limit * 4096)
         world.pager.shrink()
         after = world.resident()
         order += np.flatnonzero(before & ~after).tolist()
@@ -104,7 +104,7 @@ def test_the_hand_goes_on_where_it_stopped(world: World) -> None:
 def test_nothing_left_to_evict_ends(world: World) -> None:
     for gfn, n in REGIONS:
         world.pager.pin(gfn, n)
-    world.pager.set_limit(10)
+    world.pager.set_limit(10 * 4096)
     shrunk = world.pager.shrink()
     assert (shrunk.evicted, shrunk.over_pages) == (0, world.pager.counters()["resident_pages"] - 10)
     assert world.resident().all()
@@ -114,7 +114,7 @@ def test_a_refaulted_page_outlives_cold_ones(world: World) -> None:
     world.pager.evict(world.gfns[:64])
     for gfn in range(64):
         assert world.memory.array(gfn * PAGE_BYTES, 1, "<u8")[0] == gfn + 1
-    world.pager.set_limit(200)
+    world.pager.set_limit(200 * 4096)
     world.pager.shrink()
     assert world.resident()[:64].all()
 
@@ -136,7 +136,7 @@ def test_a_page_that_left_has_no_history(world: World, way: str) -> None:
         world.pager.drop(64, 64)
     world.memory.array(64 * PAGE_BYTES, (64, 512), "<u8")[:, 0] = 7
     assert world.resident()[64:128].all()
-    world.pager.set_limit(70)
+    world.pager.set_limit(70 * 4096)
     world.pager.shrink()
     assert world.resident()[:64].all()
     assert world.resident()[64:].sum() <= 6

@@ -57,6 +57,8 @@ BY_NAME: dict[str, Callable[[], Any]] = {
     "level": lambda: 9,
     "name": lambda: "auto",
     "path": lambda: "/nowhere",
+    "resident_max_bytes": lambda: 1 << 20,
+    "vcpu": lambda: 0,
     "region": lambda: types.SimpleNamespace(gpa=0, guest_address=0, n_bytes=4096),
     "status": lambda: 0,
     "words": lambda: np.zeros(1 << 16, np.uint64),
@@ -76,15 +78,16 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "int | WriteableBuffer": lambda: 4096,
     "int | tuple[int, ...]": lambda: 8,
     "npt.DTypeLike": lambda: "u1",
+    "npt.NDArray[np.int64]": lambda: np.ones(256, np.int64),
     "Cap | int": lambda: 0,
     "Exit": lambda: MmioRead(1 << 40, 4),
     "Gfns": lambda: [1],
     "IoIn": lambda: IoIn(0x80, 1, 1),
     "IoOut": lambda: IoOut(0x80, 1, b"x", 1),
     "Mapping[int, int]": dict,
+    "Mapping[int, str]": dict,
     "MmioRead | MmioWrite": lambda: MmioRead(1 << 40, 4),
     "Source": dict,
-    "Vcpu": fake_vcpu,
     "Words": lambda: np.zeros(1, np.uint64),
     "YoungBitmap": lambda: YoungBitmap.from_gfns(0, PAGES, [1]),
     "set[int]": set,
@@ -112,7 +115,10 @@ def public(kind: type) -> list[str]:
 
 
 def value_for(parameter: inspect.Parameter) -> Any:
-    make = BY_NAME.get(parameter.name) or BY_ANNOTATION.get(str(parameter.annotation))
+    make = BY_NAME.get(parameter.name)
+    if str(parameter.annotation) == "Vcpu":
+        make = fake_vcpu
+    make = make or BY_ANNOTATION.get(str(parameter.annotation))
     if make is None:
         kind = str(parameter.annotation).partition("[")[0]
         make = {"Iterable": list, "Sequence": list, "list": list}.get(kind)
@@ -170,7 +176,6 @@ def answers(target: Any) -> set[str]:
 #: What a closed machine still answers: what it remembers, and what ends it once more.
 OF_A_MACHINE = {
     "__repr__",
-    "close_view",
     "closed",
     "console_text",
     "describe_failure",
@@ -185,14 +190,13 @@ OF_A_MACHINE = {
     "paused",
     "report_status",
     "running",
+    "run_state",
     "status",
     "statuses",
     "still",
-    "swept",
     "tables_gpa",
     "tracker_name",
     "uptime_s",
-    "views",
 }
 BY_ENGINES = ["kvm", "emulated"]
 

@@ -220,7 +220,7 @@ def test_timeout_is_told(engine: str, make_vm: Make) -> None:
     machine = make_vm(image_path("touch"), engine=engine, params={"epochs": 0})
     machine.start()
     with pytest.raises(GuestTimeout):
-        machine.wait(timeout=0.05)
+        machine.wait(timeout_s=0.05)
     machine.stop()
 
 

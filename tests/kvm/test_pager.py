@@ -113,7 +113,7 @@ def test_guest_ends_well_with_everything_evicted_between_epochs(engine: str) -> 
 def test_resident_limit_is_held_by_the_fault_handler() -> None:
     limit = 2500
     with hotcold() as machine:
-        machine.open_pager().set_limit(limit)
+        machine.open_pager().set_limit(limit * 4096)
         machine.start()
         until(lambda: machine.doorbells >= 20, "twenty epochs under the limit")
         counters = machine.open_pager().counters()
@@ -144,7 +144,7 @@ def test_shrinking_evicts_what_was_not_young_first() -> None:
             machine.open_pager().note_young(young)
             tracker.rearm(0, machine.memory.gfn_end, young)
         limit = 2000
-        machine.open_pager().set_limit(limit)
+        machine.open_pager().set_limit(limit * 4096)
         before = machine.open_pager().counters()["resident_pages"]
         assert machine.open_pager().shrink().evicted >= before - limit
         assert machine.open_pager().counters()["resident_pages"] <= limit
@@ -165,7 +165,7 @@ def test_named_victims_go_first_at_the_limit() -> None:
         machine.open_pager().set_victims(victims)
         machine.open_pager().arm()
         machine.open_pager().evict(START + np.arange(PAGES // 4, PAGES // 4 + 50))
-        machine.open_pager().set_limit(machine.open_pager().counters()["resident_pages"])
+        machine.open_pager().set_limit((machine.open_pager().counters()["resident_pages"]) * 4096)
         machine.run_epoch()
         states = machine.open_pager().states()
         gone = np.flatnonzero(states == PageState.EVICTED)

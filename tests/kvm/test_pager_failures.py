@@ -249,7 +249,7 @@ def test_a_page_that_the_host_swapped_out_counts_as_resident_no_longer_than_to_i
 ) -> None:
     world.fill(range(64))
     world.pager.arm()
-    world.pager.set_limit(40)
+    world.pager.set_limit(40 * 4096)
     world.pager.fake_swap(0, 32)
     shrunk = world.pager.shrink()
     counters = world.pager.counters()
@@ -299,7 +299,7 @@ def test_pages_that_refuse_do_not_end_the_search(picky: World) -> None:
     noise(picky, range(300))
     picky.fill(range(300, 1000))
     picky.pager.arm()
-    picky.pager.set_limit(400)
+    picky.pager.set_limit(400 * 4096)
     shrunk = picky.pager.shrink()
     assert shrunk.over_pages == 0
     assert shrunk.evicted >= 600
@@ -307,7 +307,7 @@ def test_pages_that_refuse_do_not_end_the_search(picky: World) -> None:
     assert (picky.pager.states()[:300] == PageState.RESIDENT).all()
     assert picky.pager.counters()["outcomes"]["refused"] <= 300
     assert picky.pager.shrink().evicted == 0
-    picky.pager.set_limit(100)
+    picky.pager.set_limit(100 * 4096)
     assert picky.pager.shrink().over_pages == 200
     assert picky.pager.counters()["outcomes"]["refused"] == 300
     assert picky.pager.shrink().over_pages == 200
@@ -317,7 +317,7 @@ def test_pages_that_refuse_do_not_end_the_search(picky: World) -> None:
 def test_a_page_that_refused_is_asked_again_once_it_is_written(picky: World) -> None:
     pages = noise(picky, range(32))
     assert picky.pager.evict(range(32)).count(EvictOutcome.REFUSED) == 32
-    picky.pager.set_limit(10)
+    picky.pager.set_limit(10 * 4096)
     assert (picky.pager.shrink().evicted, picky.pager.shrink().over_pages) == (0, 22)
     for gfn in (3, 17):
         in_thread(lambda gfn=gfn: picky.memory.array(gfn << PAGE_SHIFT, 512, "<u8").fill(7))
@@ -331,7 +331,7 @@ def test_faults_at_the_limit_go_on_past_pages_that_refuse(picky: World) -> None:
     noise(picky, range(400))
     pages = picky.fill(range(400, 1000))
     picky.pager.evict(range(400, 1000))
-    picky.pager.set_limit(500)
+    picky.pager.set_limit(500 * 4096)
     for gfn in range(400, 1000):
         np.testing.assert_array_equal(in_thread(picky.read, gfn), pages[gfn - 400])
     counters = picky.pager.counters()

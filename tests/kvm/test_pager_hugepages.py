@@ -121,7 +121,7 @@ def test_pages_of_a_held_huge_page_that_the_guest_frees(
     if armed:
         machine.open_pager().arm()
     ends = window.hold()
-    assert machine.drop(GFN + 3, 40) == 40
+    assert machine.drop(GFN + 3, 40).dropped_pages == 40
     expected = contents()
     expected[3:43] = 0
     machine.open_pager().arm()
@@ -145,7 +145,7 @@ def test_a_dropped_page_that_stays_is_counted_and_resident(
     before = machine.open_pager().counters()["resident_pages"]
     machine.open_pager().inject_failures(splits=1000)
     ends = window.hold()
-    assert machine.drop(GFN, 16) == 16
+    assert machine.drop(GFN, 16).dropped_pages == 16
     counters = machine.open_pager().counters()
     assert (counters["stayed_pages"], counters["resident_pages"]) == (16, before)
     assert not seen(machine)[:16].any()

@@ -1,8 +1,9 @@
-"""The same harvests of a machine and of a client of its socket: same pages, same errors."""
+"""The same calls of a machine and of a client of its socket: same results, same errors."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 
 from kvmhost.control.client import Client
 from kvmhost.control.server import ControlServer
-from kvmhost.errors import LayoutError
+from kvmhost.errors import KvmHostError, LayoutError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
+from kvmhost.machine.pc import PcMachine
 from kvmhost.process.attach import Attached
 from kvmhost.vm import Harvest, Harvestable, HarvestRequest
+from kvmhost.vm.answers import VmState
+from kvmhost.vm.protocol import Vm, YoungSource
 
 pytestmark = pytest.mark.requires_kvm
 
@@ -92,3 +96,106 @@ def test_one_list_of_arguments() -> None:
     taken = inspect.signature(Machine.harvest).parameters
     assert list(asked) == list(taken)[1:]
     assert all(taken[name].default == asked[name].default for name in asked)
+
+
+# -- all of Vm -------------------------------------------------------------------
+
+GFN = 0x180
+#: Calls by what they show; each is made on a machine, then on its client.
+SAME: dict[str, Callable[[Vm], Any]] = {
+    "memory map": lambda vm: vm.memory_map(),
+    "page": lambda vm: vm.page(GFN),
+    "resident": lambda vm: vm.resident().tolist(),
+    "a part": lambda vm: vm.resident(GFN, 10).tolist(),
+    "evict nothing": lambda vm: vm.evict([], each=True),
+    "evict and restore": lambda vm: (vm.evict([GFN, GFN + 1], each=True), vm.restore(GFN, 8)),
+    "evict a pinned page": lambda vm: vm.evict([vm.memory_map().pinned[0].gfn_start]),
+    "drain": lambda vm: (vm.evict([GFN]), vm.drain()),
+    "limit": lambda vm: (vm.set_limit(1 << 20), vm.state().resident_max_bytes, vm.set_limit(0)),
+    "shrink": lambda vm: (vm.shrink(6 << 20), vm.drain()),
+    "victims": lambda vm: vm.set_victims([GFN, GFN + 1]),
+    "view": lambda vm: (vm.harvest(view="a").young, vm.close_view("a"), vm.close_view("a")),
+    "pause": lambda vm: (vm.pause().paused, vm.state().paused, vm.resume()),
+}
+REFUSED: dict[str, Callable[[Vm], Any]] = {
+    "page of no memslot": lambda vm: vm.page(1 << 30),
+    "page below 0": lambda vm: vm.page(-1),
+    "resident beyond": lambda vm: vm.resident(0, 1 << 40),
+    "resident below 0": lambda vm: vm.resident(-1),
+    "evict beyond": lambda vm: vm.evict([GFN, 1 << 40]),
+    "evict to nowhere": lambda vm: vm.evict([GFN], actuator="tape"),  # type: ignore[arg-type]
+    "restore beyond": lambda vm: vm.restore(1 << 40),
+    "restore no pages": lambda vm: vm.restore(GFN, 0),
+    "restore below 0": lambda vm: vm.restore(-1, 2),
+    "limit of a byte": lambda vm: vm.set_limit(1),
+    "limit below 0": lambda vm: vm.set_limit(-4096),
+    "shrink to a byte": lambda vm: vm.shrink(1),
+    "view of no name": lambda vm: vm.close_view("a/b"),
+    "victims beyond": lambda vm: vm.set_victims([1 << 40]),
+    "snapshot in no directory": lambda vm: vm.snapshot("/nowhere/at/all.snap"),
+    "snapshot over a device": lambda vm: vm.snapshot("/dev/null"),
+}
+
+
+@pytest.mark.requires_uffd
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_results(both, name: str) -> None:
+    machine, client = both
+    machine.set_limit(0)
+    here, there = SAME[name](machine), SAME[name](client)
+    assert type(here) is type(there)
+    assert here == there
+
+
+@pytest.mark.requires_uffd
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_same_refusals(both, name: str) -> None:
+    found = []
+    for vm in both:
+        with pytest.raises(KvmHostError) as caught:
+            REFUSED[name](vm)
+        error = caught.value
+        found.append((type(error), str(error), {**vars(error)}))
+    assert found[0] == found[1]
+
+
+def test_state_and_counters_have_the_same_fields(both) -> None:
+    machine, client = both
+    here, there = machine.state(), client.state()
+    assert type(here) is type(there) is VmState
+    differ = {
+        name for name in here.__struct_fields__ if getattr(here, name) != getattr(there, name)
+    }
+    # The server has its own name for the VM; the process may gain a page in between.
+    assert differ <= {"name", "uptime_s", "resident_bytes"}
+    assert type(machine.counters()) is type(client.counters())
+
+
+def test_both_are_vms_and_a_process_can_be_harvested() -> None:
+    assert issubclass(Machine, Vm)
+    assert issubclass(PcMachine, Vm)
+    assert issubclass(Client, Vm)
+    assert issubclass(Attached, YoungSource)
+    assert not issubclass(Attached, Vm)
+
+
+#: Arguments that only one side has: what holds a pause that its client forgets, what waits.
+OWN = {
+    "close_view": {"owner"},
+    "evict": {"event"},
+    "pause": {"for_s", "timeout_s"},
+    "resume": {"pause"},
+    "drain": {"force"},
+    "snapshot": {"cancelled"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(n for n in dir(Vm) if not n.startswith("_")))
+def test_arguments_and_defaults_of_the_protocol(name: str) -> None:
+    told = inspect.signature(getattr(Vm, name)).parameters
+    for side in (Machine, Client):
+        taken = inspect.signature(getattr(side, name)).parameters
+        assert set(taken) - set(told) <= OWN.get(name, set())
+        for argument, parameter in told.items():
+            assert taken[argument].default == parameter.default
+            assert taken[argument].kind == parameter.kind

@@ -74,7 +74,7 @@ def wrong_pages(machine: Machine, first: int = FIRST, end: int = END) -> int:
 @pytest.mark.requires_uffd
 def test_saving_brings_no_page_back(machine: Machine, tmp_path: Path) -> None:
     pager = machine.open_pager()
-    pager.set_limit(3000)
+    pager.set_limit(3000 * 4096)
     pager.shrink()
     before = pager.counters()
     states = pager.states()
@@ -85,21 +85,21 @@ def test_saving_brings_no_page_back(machine: Machine, tmp_path: Path) -> None:
     assert after["evictions"] == before["evictions"]
     assert (pager.states() == states).all()
     assert machine.memory.resident_bytes() == held
-    with restore_machine(tmp_path / "x.snap", limit_pages=0) as other:
+    with restore_machine(tmp_path / "x.snap", resident_max_bytes=0) as other:
         assert wrong_pages(other) == 0
 
 
 @pytest.mark.requires_kvm
 @pytest.mark.requires_uffd
 def test_a_restored_vm_never_exceeds_its_limit(machine: Machine, tmp_path: Path) -> None:
-    machine.open_pager().set_limit(3000)
+    machine.open_pager().set_limit(3000 * 4096)
     machine.open_pager().shrink()
     save_machine(machine, tmp_path / "x.snap")
     # The limit of the snapshot, and a lower one.
-    for limit, held in ((None, 3000), (1000, 1000)):
-        with restore_machine(tmp_path / "x.snap", limit_pages=limit) as other:
+    for limit, held in ((None, 3000), (1000 * 4096, 1000)):
+        with restore_machine(tmp_path / "x.snap", resident_max_bytes=limit) as other:
             pager = other.open_pager()
-            assert pager.limit_pages == held
+            assert pager.resident_max_bytes == held * 4096
             assert pager.counters()["resident_pages"] <= held
             assert other.memory.resident_bytes() <= held << 12
             assert pager.counters()["evicted_pages"] >= END - FIRST - held
@@ -120,7 +120,7 @@ def test_a_store_that_is_too_small_refuses_the_restore(machine: Machine, tmp_pat
     save_machine(machine, tmp_path / "x.snap")
     store = StoreOptions(limit_bytes=1 << 20)
     with pytest.raises(KvmHostError, match="store of evicted pages is full"):
-        restore_machine(tmp_path / "x.snap", limit_pages=1000, store=store)
+        restore_machine(tmp_path / "x.snap", resident_max_bytes=1000 * 4096, store=store)
 
 
 @pytest.mark.requires_kvm
@@ -128,7 +128,7 @@ def test_a_store_that_is_too_small_refuses_the_restore(machine: Machine, tmp_pat
 def test_everybody_at_once(machine: Machine, tmp_path: Path) -> None:
     """Evictions, restores, drops, limits and touches do not show in the file."""
     pager = machine.open_pager()
-    pager.set_limit(3000)
+    pager.set_limit(3000 * 4096)
     pager.shrink()
     stop = threading.Event()
     rounds = [0] * 4
@@ -153,7 +153,7 @@ def test_everybody_at_once(machine: Machine, tmp_path: Path) -> None:
         pager.restore(FIRST + i * 96 % 0x1700, 32)
 
     def limit(i: int) -> None:
-        pager.set_limit(2500 + i % 2 * 500)
+        pager.set_limit((2500 + i % 2 * 500) * 4096)
         pager.shrink()
 
     def drop(i: int) -> None:
@@ -175,7 +175,7 @@ def test_everybody_at_once(machine: Machine, tmp_path: Path) -> None:
     assert machine.error is None
     assert pager.counters()["lost_pages"] == 0
     for number in range(4):
-        with restore_machine(tmp_path / f"{number}.snap", limit_pages=0) as other:
+        with restore_machine(tmp_path / f"{number}.snap", resident_max_bytes=0) as other:
             assert wrong_pages(other) == 0
 
 
@@ -188,7 +188,7 @@ def test_a_frozen_read_of_a_running_guest(engine: str) -> None:
     params = {"start_gfn": 0x800, "pages": 1000, "epochs": 1 << 30}
     with Machine(image_path("touch"), mem_bytes=16 << 20, engine=engine, params=params) as machine:
         pager = machine.open_pager()
-        pager.set_limit(500)
+        pager.set_limit(500 * 4096)
         machine.start()
         for _ in range(3):
             done, evicted = machine.doorbells, pager.counters()["evictions"]
@@ -231,7 +231,7 @@ def test_a_guest_that_checks_its_bytes(tmp_path: Path) -> None:
         image_path("hotcold"), mem_bytes=48 << 20, n_vcpus=2, engine="kvm", params=params
     ) as machine:
         pager = machine.open_pager()
-        pager.set_limit(2000)
+        pager.set_limit(2000 * 4096)
         machine.start()
         for number in range(3):
             seen = pager.counters()
@@ -245,7 +245,7 @@ def test_a_guest_that_checks_its_bytes(tmp_path: Path) -> None:
     for number in range(3):
         with restore_machine(tmp_path / f"{number}.snap") as other:
             pager = other.open_pager()
-            assert pager.limit_pages == 2000
+            assert pager.resident_max_bytes == 2000 * 4096
             start = other.doorbells
             other.start()
             until(lambda m=other, n=start: m.doorbells > n + 10 or not m.running, "ten epochs")
@@ -263,7 +263,7 @@ def test_a_freeze_holds_back_whoever_changes_pages(machine: Machine) -> None:
         "evict": lambda: pager.evict([FIRST + 1]),
         "restore": lambda: pager.restore(FIRST),
         "drop": lambda: pager.drop(END - 1),
-        "limit": lambda: pager.set_limit(5000),
+        "limit": lambda: pager.set_limit(5000 * 4096),
     }
     threads = [
         threading.Thread(target=lambda n=name, a=act: (a(), done.append(n)))
@@ -276,7 +276,7 @@ def test_a_freeze_holds_back_whoever_changes_pages(machine: Machine) -> None:
         until(lambda: all(waits(thread) for thread in threads), "four that wait")
         assert done == []
         assert pager.state(FIRST) is PageState.EVICTED
-        assert pager.limit_pages == 0
+        assert pager.resident_max_bytes == 0
         # Who touches the page gets it: nobody waits for the freezer.
         assert bytes(machine.memory[FIRST << 12 : (FIRST << 12) + 8]) == bytes(
             contents(np.array([FIRST]))[0, :1]
@@ -520,7 +520,7 @@ def data(machine, check):
 params = {"start_gfn": 0x800, "pages": 4, "epochs": 0}
 with Machine(image_path("touch"), mem_bytes=512 << 20, engine="kvm", params=params) as machine:
     machine.start(paused=True)
-    machine.open_pager().set_limit(8000)
+    machine.open_pager().set_limit(8000 * 4096)
     for task in os.listdir("/proc/self/task"):
         (group / "tasks").write_text(task) if (group / "tasks").exists() else None
     if not (group / "tasks").exists():

@@ -127,7 +127,7 @@ def test_whatever_is_in_it_it_is_refused_or_restored(
     # A file that was restored once brings in what is opened only once.
     state, memory, table = bases[kind]
     put_together(tmp_path / "x", json.dumps(state).encode(), memory, table)
-    restore_machine(tmp_path / "x", limit_pages=100).close()
+    restore_machine(tmp_path / "x", resident_max_bytes=100 * 4096).close()
     for seed in range(EXAMPLES):
         path = changed(random.Random(seed), bases[kind], tmp_path / "x")
         open_before = n_open()

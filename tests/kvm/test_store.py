@@ -106,7 +106,7 @@ def test_a_guest_that_checks_its_bytes_runs_on_either_store(
     with Machine(
         image_path("hotcold"), mem_bytes=32 << 20, engine=engine, params=params, store=options
     ) as machine:
-        machine.open_pager().set_limit(600)
+        machine.open_pager().set_limit(600 * 4096)
         machine.start()
         assert machine.wait(DEADLINE_S) == 0
         assert machine.open_pager().counters()["fault_ins"] > 200
@@ -339,7 +339,7 @@ def test_guest_under_a_limit_outlives_a_full_disk(small_disk: Path) -> None:
         params=params,
         store=StoreOptions(path=small_disk / "store"),
     ) as machine:
-        machine.open_pager().set_limit(500)
+        machine.open_pager().set_limit(500 * 4096)
         machine.start()
         assert machine.wait(DEADLINE_S) == 0
         counters = machine.open_pager().counters()
@@ -420,7 +420,7 @@ def test_drain_brings_all_back_and_lifts_the_limit() -> None:
         assert machine.open_pager().drain().restored == 0
         gfns = put(machine, pages)
         machine.open_pager().evict(gfns)
-        machine.open_pager().set_limit(300)
+        machine.open_pager().set_limit(300 * 4096)
         result = machine.open_pager().drain()
         assert (result.restored, result.lost, result.left) == (600, 0, 0)
         assert machine.memory.resident()[gfns].all()
@@ -444,7 +444,7 @@ def test_drain_counts_each_page_and_stops_at_none() -> None:
 def test_drain_under_a_busy_guest() -> None:
     params = {"pages": 4000, "hot": 200, "epochs": 0, "scan_every": 3}
     with Machine(image_path("hotcold"), mem_bytes=32 << 20, engine="kvm", params=params) as machine:
-        machine.open_pager().set_limit(2000)
+        machine.open_pager().set_limit(2000 * 4096)
         machine.step_by_doorbell()
         for _ in range(4):
             machine.run_epoch()
@@ -489,7 +489,7 @@ def test_guest_with_prefetch_finds_its_bytes() -> None:
         params=params,
         store=StoreOptions(prefetch_pages=16),
     ) as machine:
-        machine.open_pager().set_limit(1000)
+        machine.open_pager().set_limit(1000 * 4096)
         machine.start()
         assert machine.wait(DEADLINE_S) == 0
         counters = machine.open_pager().counters()

@@ -256,7 +256,7 @@ def burst(pages: int, epochs: int, seconds: float) -> None:
         used = machine.use_tracker("uffd")
         before = anonymous_bytes()
         for _ in range(epochs):
-            assert machine.run_epoch(timeout=seconds)
+            assert machine.run_epoch(timeout_s=seconds)
             assert used.harvest(start_gfn, pages).count() == pages
         counters = used.counters()
         assert counters["errors"] == 0

@@ -313,7 +313,7 @@ def test_a_running_guest_is_seen_within_the_bounds_of_one_reader(kind: str) -> N
 
         others = [threading.Thread(target=harvest_often, args=(name,)) for name in ("b", "c")]
         machine.run_epoch()
-        began = armed = machine.vcpus[0].doorbell_value
+        began = armed = machine.vcpus[0].epoch
         machine.harvest(view="slow")
         machine.step_by_doorbell(False)
         for thread in others:
@@ -321,12 +321,12 @@ def test_a_running_guest_is_seen_within_the_bounds_of_one_reader(kind: str) -> N
         windows = []
         try:
             for _ in range(8):
-                until(lambda at=armed: machine.vcpus[0].doorbell_value >= at + 6, "six epochs")
-                before = machine.vcpus[0].doorbell_value
+                until(lambda at=armed: machine.vcpus[0].epoch >= at + 6, "six epochs")
+                before = machine.vcpus[0].epoch
                 young = machine.harvest(START_GFN, PAGES, view="slow").young
-                after = machine.vcpus[0].doorbell_value
+                after = machine.vcpus[0].epoch
                 windows.append((young.as_bool(), began, armed, before, after))
-                began, armed = before, machine.vcpus[0].doorbell_value
+                began, armed = before, machine.vcpus[0].epoch
         finally:
             ended.set()
             for thread in others:

@@ -24,7 +24,7 @@ METHODS = (
     "give_back_lease",
     "harvest",
     "lease",
-    "memory",
+    "memory_map",
     "resident",
     "set_limit",
     "set_victims",
@@ -39,7 +39,7 @@ def client(request):
     """A VM that has touched its pages and is paused, so that nothing changes by itself."""
     if request.param == "fake":
         fake = FakeVm()
-        fake.harvest(0, fake.memory().gfn_end, tracker="auto", fraction=None)
+        fake.harvest(0, fake.memory_map().gfn_end, tracker="auto", fraction=None)
         return fake
     vm = request.getfixturevalue("hotcold")("contract", cold=0, scan_every=0)
     vm.goes_on()
@@ -49,7 +49,7 @@ def client(request):
 
 def candidates(client):
     """Resident gfns that are not pinned."""
-    memory = client.memory()
+    memory = client.memory_map()
     movable = client.resident(0, memory.gfn_end).copy()
     for pinned in memory.pinned:
         movable[pinned.gfn_start : pinned.gfn_start + pinned.n_pages] = False
@@ -57,7 +57,7 @@ def candidates(client):
 
 
 def test_memory_has_memslots_and_pinned_pages_inside(client):
-    memory = client.memory()
+    memory = client.memory_map()
     assert memory.page_bytes == 4096
     pages = {g for m in memory.memslots for g in range(m.gfn_start, m.gfn_start + m.n_pages)}
     assert max(pages) + 1 == memory.gfn_end
@@ -81,7 +81,7 @@ def test_counters_have_the_fault_latency_of_the_pager(client):
 
 
 def test_a_harvest_returns_all_pages_and_its_cost(client):
-    n_pages = client.memory().gfn_end
+    n_pages = client.memory_map().gfn_end
     found = client.harvest(
         0, n_pages, tracker="auto", clear=True, rearm="young", fraction=None, mask=None
     )
@@ -99,7 +99,7 @@ def test_a_harvest_returns_all_pages_and_its_cost(client):
 
 
 def test_residency_is_one_boolean_per_page(client):
-    n_pages = client.memory().gfn_end
+    n_pages = client.memory_map().gfn_end
     resident = client.resident(0, n_pages)
     assert resident.shape == (n_pages,)
     assert resident.dtype == np.bool_
@@ -108,20 +108,20 @@ def test_residency_is_one_boolean_per_page(client):
 
 def test_an_eviction_reports_each_page_in_order(client):
     first, second = candidates(client)[:2]
-    pinned = client.memory().pinned[0].gfn_start
+    pinned = client.memory_map().pinned[0].gfn_start
     done = client.evict(np.array([second]), each=True)
     assert (done.n_pages, done.outcomes["done"], list(done.each)) == (1, 1, [DONE])
     report = client.evict(np.array([pinned, second, first]), each=True)
     assert list(report.each) == [PINNED, ABSENT, DONE]
     counted = {name: n for name, n in report.outcomes.items() if n}
     assert counted == {"pinned": 1, "absent": 1, "done": 1}
-    resident = client.resident(0, client.memory().gfn_end)
+    resident = client.resident(0, client.memory_map().gfn_end)
     assert not resident[[first, second]].any()
     assert client.evict(np.array([first])).each is None
 
 
 def test_a_limit_evicts_nothing_and_a_shrink_evicts_down_to_it(client):
-    n_pages = client.memory().gfn_end
+    n_pages = client.memory_map().gfn_end
     before = int(client.resident(0, n_pages).sum())
     assert client.set_limit(before * 4096) == before * 4096
     assert int(client.resident(0, n_pages).sum()) == before
@@ -131,7 +131,7 @@ def test_a_limit_evicts_nothing_and_a_shrink_evicts_down_to_it(client):
 
 
 def test_victims_are_counted(client):
-    client.set_limit(client.memory().gfn_end * 4096)
+    client.set_limit(client.memory_map().gfn_end * 4096)
     assert client.set_victims(candidates(client)[:7]) == 7
 
 

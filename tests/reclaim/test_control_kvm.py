@@ -85,12 +85,14 @@ def test_evict_and_restore_of_a_running_guest(hotcold):
     page = vm.client.page(1024)
     assert (page.state, page.resident) == ("evicted", False)
     assert page.stored_bytes > 0
-    assert vm.client.restore(1024, 12288) == 12288
+    assert vm.client.restore(1024, 12288).restored_pages == 12288
     assert vm.client.resident()[gfns].all()
     assert vm.client.page(1024).state == "resident"
     # Tables, parameters and the task state segment never go.
     pinned = [
-        g for r in vm.client.memory().pinned for g in range(r.gfn_start, r.gfn_start + r.n_pages)
+        g
+        for r in vm.client.memory_map().pinned
+        for g in range(r.gfn_start, r.gfn_start + r.n_pages)
     ]
     assert vm.client.evict(pinned).outcomes["pinned"] == len(pinned)
     vm.client.resume()

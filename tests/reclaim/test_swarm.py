@@ -21,6 +21,7 @@ import sys, types
 import numpy as np
 from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.control.server import ControlServer
+from kvmhost.machine import BaseMachine
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import TinyLayout
 from kvmhost.pager.results import EvictResult, ShrinkResult
@@ -34,7 +35,8 @@ class Pager:
         gfns = pages.gfns
         self.here[gfns] = False
         return EvictResult(gfns, np.zeros(gfns.size, np.uint8))
-    def set_limit(self, pages): pass
+    resident_max_bytes = 0
+    def set_limit(self, n_bytes): self.resident_max_bytes = n_bytes
     def set_victims(self, gfns): pass
     def shrink(self): return ShrinkResult(0, 0)
     def counters(self): return {"latency_ns": [], "latency_sum_ns": 0}
@@ -42,19 +44,21 @@ class Pager:
 class Memory(GuestMemory):
     def resident(self): return self.here.copy()
 
-class Machine:
+class FakeMachine(BaseMachine):
     has_pager, running, paused, still, status, error = True, True, False, False, None, None
     serial = types.SimpleNamespace(n_bytes=0, lost_bytes=0)
     uptime_s, exits, doorbells, tracker_name = 1.0, 0, 0, "fake"
     engine = types.SimpleNamespace(name="fake")
     image = types.SimpleNamespace(path="fake")
     def __init__(self, name):
-        self.name, self.params = name, {}
+        self.name, self.params, self._closed = name, {}, False
+        self._harvester = None
         self.layout = TinyLayout(N << 12)
         self.memory = Memory([Region(0, N << 12)])
         self.here = self.memory.here = np.ones(N, bool)
         self._pager = Pager(self.here)
-        self.vcpus = [types.SimpleNamespace(index=0, exits=0, doorbells=0, doorbell_value=0)]
+        self.vcpus = [types.SimpleNamespace(index=0, exits=0, doorbells=0, epoch=0)]
+    def assemble(self): return []
     def run_harvest(self, asked):
         young = YoungBitmap.from_gfns(0, N, range(100), provenance=Provenance("fake", "npt", 1, 2))
         return Harvest(young, 5, 5)
@@ -68,7 +72,7 @@ for line in sys.stdin:
         server, machine = held.pop(name[1:])
         server.close(); machine.close()
     else:
-        machine = Machine(name)
+        machine = FakeMachine(name)
         held[name] = (ControlServer(machine).start(), machine)
     print(name, flush=True)
 """

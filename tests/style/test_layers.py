@@ -84,6 +84,7 @@ LAYERS = {
     "kvmhost/machine": (
         {"chunks", "disasm", "paging", "runner", "vcpustate"},
         {"failures", "snapfile"},
+        {"running"},
         {"base"},
         {"pc", "tiny"},
         {"factory", "snapshot"},
@@ -109,7 +110,7 @@ LAYERS = {
         {"sharing"},
         {"harvesting"},
     ),
-    "kvmhost/vm": ({"names"}, {"harvest"}),
+    "kvmhost/vm": ({"answers", "checks", "names"}, {"harvest"}, {"protocol"}),
     "reclaim": (
         {"errors", "policy", "sdnotify", "young"},
         {"account", "record"},

@@ -301,7 +301,7 @@ def test_record_a_vm_and_go_on(start_vm, tmp_path, young):
     with YoungRecord.open(out) as record:
         assert record.name == "v"
         assert record.metadata.sessions[0].facts["image"] == "hotcold.elf"
-        assert record.memslots()[0].hva == vm.memory().memslots[0].hva
+        assert record.memslots()[0].hva == vm.memory_map().memslots[0].hva
         touched = set(record.between(0, None, "or").gfns().tolist())
         assert not touched & (set(range(1024, 1024 + 2048)) - hot)
         ends = record.column("end_ns")
@@ -361,7 +361,7 @@ def test_page_and_gfn_of_a_vm(start_vm, young):
     vm.harvest()
     found = json.loads(young("page", "v", "0x400", "--json"))
     assert (found["gfn"], found["slot"], found["tracker"]) == (0x400, 0, vm.state().tracker)
-    hva = vm.memory().memslots[0].hva
+    hva = vm.memory_map().memslots[0].hva
     place = json.loads(young("gfn", hex(hva + 0x400_010), "v", "--kind", "hva", "--json"))
     assert (place["gfn"], place["gpa"]) == (0x400, 0x400_010)
 

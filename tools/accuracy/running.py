@@ -96,7 +96,7 @@ def _harvest(machine: Machine, kind: TrackerKind, seconds: float) -> list[_Windo
 
 
 def _epochs(vcpus: list[Vcpu]) -> list[int]:
-    return [vcpu.doorbell_value for vcpu in vcpus]
+    return [vcpu.epoch for vcpu in vcpus]
 
 
 def _union(

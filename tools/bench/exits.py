@@ -163,7 +163,7 @@ def _to_the_end(machine: Machine) -> float:
 def _timed(machine: Machine) -> float:
     start = time.perf_counter()
     machine.start()
-    machine.wait(timeout=120)
+    machine.wait(timeout_s=120)
     return time.perf_counter() - start
 
 

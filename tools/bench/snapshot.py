@@ -79,7 +79,7 @@ def _evicting_guest(mem_bytes: int, n_pages: int, limit: int) -> Iterator[tuple[
         image_path("hotcold"), mem_bytes=mem_bytes, engine="kvm", params=params
     ) as machine:
         pager = machine.open_pager()
-        pager.set_limit(limit)
+        pager.set_limit(limit * PAGE_BYTES)
         machine.start()
         deadline = time.monotonic() + _WARM_UP_S
         # Wait until the guest has touched all pages, and refaults evicted ones.

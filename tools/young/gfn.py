@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
             memslots, page_bytes = record.memslots(), record.metadata.page_bytes
     else:
         with Client(args.source) as vm:
-            memory = vm.memory()
+            memory = vm.memory_map()
         memslots = [Memslot(m.slot, m.gfn_start, m.n_pages, m.hva) for m in memory.memslots]
         page_bytes = memory.page_bytes
     place = find_place(args.address, args.kind, memslots, page_bytes, args.slot)

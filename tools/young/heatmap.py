@@ -63,7 +63,7 @@ def _draw_live(args: argparse.Namespace) -> int:
         )
     windows, interval_s = args.count or 120, args.interval or 0.1
     with open_source(args) as vm, progress_bar(windows) as advance:
-        gfn_start, n_pages = range_of(args.range, vm.memory())
+        gfn_start, n_pages = range_of(args.range, vm.memory_map())
         heatmap = live_heatmap(
             vm,
             interval_s=interval_s,

@@ -21,6 +21,7 @@ from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.reclaim.analyse.whatif import make_policy
 from kvmhost.reclaim.policy.replay import replay
+from kvmhost.units import PAGE_BYTES
 
 __all__ = ["ErrorBar", "RealRun", "measure_error", "predict", "run_real"]
 
@@ -134,9 +135,9 @@ def run_real(policy: str, engine: str, epochs: int, budget_pages: int) -> int:
 
 def _force(machine: Machine, budget_pages: int) -> None:
     """Let the VM evict pages that the policy protects, as it does at its resident limit."""
-    machine.open_pager().set_limit(budget_pages)
+    machine.set_limit(budget_pages * PAGE_BYTES)
     machine.open_pager().shrink()
-    machine.open_pager().set_limit(0)
+    machine.set_limit(0)
 
 
 def _record(engine: str, epochs: int) -> tuple[Words, int, str]:

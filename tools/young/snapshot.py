@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     with open_source(args) as vm:
         waiting = f"waiting for {vm.vm} to answer, at most {CLIENT_TIMEOUT_S:g} s per request"
         with working(waiting):
-            memory, tracker = vm.memory(), vm.state().tracker
+            memory, tracker = vm.memory_map(), vm.state().tracker
         gfn_start, n_pages = range_of(args.range, memory)
         window_s = args.window
         is_new = tracker is None or args.tracker not in ("auto", tracker)

@@ -186,19 +186,19 @@ def _requests(method: ast.FunctionDef) -> set[str]:
 
 #: Classes that are parts of the public ones.
 _PUBLIC = {
-    "VmMemory": "Vm",
-    "VmInterrupts": "Vm",
-    "VmEvents": "Vm",
-    "VmXen": "Vm",
+    "VmMemory": "KvmVm",
+    "VmInterrupts": "KvmVm",
+    "VmEvents": "KvmVm",
+    "VmXen": "KvmVm",
     "VcpuXen": "KvmVcpu",
     "VcpuState": "KvmVcpu",
     "_Registers": "KvmVcpu",
     "_Floating": "KvmVcpu",
     "_Identity": "KvmVcpu",
     "_Events": "KvmVcpu",
-    "Capabilities": "System and Vm",
-    "Enabling": "Vm and KvmVcpu",
-    "Attributes": "System, Vm, KvmVcpu and Device",
+    "Capabilities": "System and KvmVm",
+    "Enabling": "KvmVm and KvmVcpu",
+    "Attributes": "System, KvmVm, KvmVcpu and Device",
 }
 
 

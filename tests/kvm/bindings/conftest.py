@@ -16,7 +16,7 @@ import pytest
 from kvmhost import kvm
 from kvmhost._ffi import check
 from kvmhost.exits import Exit, IoOut
-from kvmhost.kvm import KvmVcpu, System, Vm
+from kvmhost.kvm import KvmVcpu, KvmVm, System
 from kvmhost.memory.guest import GuestMemory
 
 #: Where the code of a tiny guest is; below it the real-mode vectors and scratch.
@@ -63,7 +63,7 @@ def system() -> Iterator[System]:
 
 
 @pytest.fixture
-def vm(system: System) -> Iterator[Vm]:
+def vm(system: System) -> Iterator[KvmVm]:
     with system.create_vm() as made:
         yield made
 
@@ -78,7 +78,7 @@ class Tiny:
     """
 
     def __init__(
-        self, system: System, code: bytes, prepare: Callable[[Vm], None] | None = None
+        self, system: System, code: bytes, prepare: Callable[[KvmVm], None] | None = None
     ) -> None:
         self.system = system
         self.vm = system.create_vm()
@@ -138,7 +138,7 @@ def tiny(system: System) -> Iterator[Callable[..., Tiny]]:
     """Return a maker of tiny guests."""
     guests: list[Tiny] = []
 
-    def make(code: bytes, prepare: Callable[[Vm], None] | None = None) -> Tiny:
+    def make(code: bytes, prepare: Callable[[KvmVm], None] | None = None) -> Tiny:
         guests.append(Tiny(system, code, prepare))
         return guests[-1]
 

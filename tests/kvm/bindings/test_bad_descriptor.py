@@ -13,14 +13,14 @@ import pytest
 
 from kvmhost._ffi import ffi
 from kvmhost.errors import IoctlError, KvmHostError
-from kvmhost.kvm import KvmVcpu, Struct, System, Vm
+from kvmhost.kvm import KvmVcpu, KvmVm, Struct, System
 from kvmhost.kvm.descriptor import Descriptor
 from kvmhost.kvm.device import Device
 from kvmhost.kvm.guestmemfd import GuestMemfd
 from kvmhost.kvm.stats import Stats
 
 CLASSES: dict[str, type[Descriptor]] = {
-    kind.__name__: kind for kind in (System, Vm, KvmVcpu, Device, GuestMemfd, Stats)
+    kind.__name__: kind for kind in (System, KvmVm, KvmVcpu, Device, GuestMemfd, Stats)
 }
 
 #: Methods that make no request of KVM, and why.
@@ -54,7 +54,7 @@ CALLS: dict[str, dict[str, tuple[Any, ...]]] = {
         "supported_hv_cpuid": (),
         "vcpu_run_bytes": (),
     },
-    "Vm": ATTRIBUTES
+    "KvmVm": ATTRIBUTES
     | XEN
     | {
         "check_extension": (0,),
@@ -178,7 +178,7 @@ def on(kind: str, fd: int) -> Any:
     cls = CLASSES[kind]
     made = cls.__new__(cls)
     Descriptor.__init__(made, fd)
-    if isinstance(made, Vm):
+    if isinstance(made, KvmVm):
         made._run_bytes, made._slot_bytes = 4096, {}
     if isinstance(made, KvmVcpu):
         made.index, made.core = 0, ffi.new("struct kh_vcpu *", {"fd": fd})

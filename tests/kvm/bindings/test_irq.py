@@ -14,7 +14,7 @@ from waiting import DEADLINE_S
 from kvmhost._ffi import lib
 from kvmhost.errors import IoctlError
 from kvmhost.exits import Hlt, IoapicEoi, Kicked, TprAccess
-from kvmhost.kvm import Struct, Vm
+from kvmhost.kvm import KvmVm, Struct
 from kvmhost.kvm.vm_irq import irqchip_route, msi_route
 
 pytestmark = [pytest.mark.requires_kvm, pytest.mark.requires_cap("IRQCHIP")]
@@ -39,7 +39,7 @@ def eventfd() -> Iterator[int]:
     os.close(made)
 
 
-def with_pic(vm: Vm, level: int = 0) -> None:
+def with_pic(vm: KvmVm, level: int = 0) -> None:
     """Both controllers in the kernel; the master PIC open, with vectors from 0x20."""
     vm.create_irqchip()
     state = vm.get_irqchip(lib.KVM_IRQCHIP_PIC_MASTER)
@@ -67,7 +67,7 @@ def test_a_line_interrupts_the_guest_through_the_pic(tiny: Maker) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
-def test_without_controllers_there_are_no_lines(vm: Vm) -> None:
+def test_without_controllers_there_are_no_lines(vm: KvmVm) -> None:
     for attempt in (lambda: vm.irq_line(4, 1), lambda: vm.get_irqchip(0), vm.get_pit2):
         with pytest.raises(IoctlError) as caught:
             attempt()
@@ -122,7 +122,7 @@ def test_the_end_of_a_level_interrupt_comes_back(tiny: Maker, eventfd: int) -> N
 @pytest.mark.requires_cap("SIGNAL_MSI")
 @pytest.mark.covers("KVM_SIGNAL_MSI")
 def test_a_message_interrupts_the_guest(tiny: Maker) -> None:
-    guest = tiny(WAIT, Vm.create_irqchip)
+    guest = tiny(WAIT, KvmVm.create_irqchip)
     guest.vector(0x31, handler(0x31))
     assert guest.vm.signal_msi(MSI_ADDRESS, 0x31) == 0  # the APIC is off
     with_apic(guest)
@@ -133,7 +133,7 @@ def test_a_message_interrupts_the_guest(tiny: Maker) -> None:
 @pytest.mark.requires_cap("IRQ_ROUTING")
 @pytest.mark.covers("KVM_SET_GSI_ROUTING")
 def test_a_route_turns_a_line_into_a_message(tiny: Maker) -> None:
-    guest = tiny(WAIT, Vm.create_irqchip)
+    guest = tiny(WAIT, KvmVm.create_irqchip)
     guest.vector(0x42, handler(0x42))
     with_apic(guest)
     guest.vm.set_gsi_routing([irqchip_route(4), msi_route(24, MSI_ADDRESS, 0x42)])
@@ -149,7 +149,7 @@ def test_a_route_turns_a_line_into_a_message(tiny: Maker) -> None:
 def test_a_split_controller_tells_the_end_of_an_interrupt(tiny: Maker) -> None:
     # mov [0xfee000b0], eax (end of interrupt); jmp to itself
     ending = bytes.fromhex("67 66 a3 b0 00 e0 fe eb fe")
-    guest = tiny(WAIT, Vm.split_irqchip)
+    guest = tiny(WAIT, KvmVm.split_irqchip)
     guest.vector(0x51, ending)
     with_apic(guest)
     # Level-triggered (bit 15), asserted (bit 14).
@@ -164,7 +164,7 @@ def test_a_split_controller_tells_the_end_of_an_interrupt(tiny: Maker) -> None:
 @pytest.mark.requires_cap("PIT2")
 @pytest.mark.covers("KVM_CREATE_PIT2", "KVM_GET_PIT2", "KVM_SET_PIT2", "KVM_REINJECT_CONTROL")
 def test_the_timer_ticks_at_the_rate_that_was_set(tiny: Maker) -> None:
-    def prepare(vm: Vm) -> None:
+    def prepare(vm: KvmVm) -> None:
         with_pic(vm)
         vm.create_pit2()
         vm.reinject_control(True)
@@ -185,7 +185,7 @@ def test_the_timer_ticks_at_the_rate_that_was_set(tiny: Maker) -> None:
 
 @pytest.mark.requires_cap("PIT")
 @pytest.mark.covers("KVM_CREATE_PIT", "KVM_GET_PIT", "KVM_SET_PIT")
-def test_the_timer_by_its_old_requests(vm: Vm) -> None:
+def test_the_timer_by_its_old_requests(vm: KvmVm) -> None:
     vm.create_irqchip()
     vm.create_pit()
     state = vm.get_pit()
@@ -229,7 +229,7 @@ def test_an_smi_is_taken(tiny: Maker) -> None:
 def test_task_priority_is_reported_and_kept_in_memory(tiny: Maker) -> None:
     # mov eax, 0x50; mov [0xfee00080], eax; out 0x80, eax; jmp to the out
     code = bytes.fromhex("66 b8 50 00 00 00 67 66 a3 80 00 e0 fe 66 e7 80 eb fb")
-    guest = tiny(code, Vm.create_irqchip)
+    guest = tiny(code, KvmVm.create_irqchip)
     with_apic(guest)
     guest.vcpu.tpr_access_reporting(True)
     # The write of the port may be first where instructions are emulated by the batch.
@@ -246,7 +246,7 @@ def test_task_priority_is_reported_and_kept_in_memory(tiny: Maker) -> None:
 @pytest.mark.requires_cap("MP_STATE")
 @pytest.mark.covers("KVM_GET_MP_STATE")
 def test_a_halted_processor_with_a_local_apic_stays_in_the_kernel(tiny: Maker) -> None:
-    guest = tiny(b"\xf4", Vm.create_irqchip)
+    guest = tiny(b"\xf4", KvmVm.create_irqchip)
     assert halt(guest) == Kicked()
     assert guest.vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED
 
@@ -269,7 +269,7 @@ def halt(guest: Any) -> Any:
 
 @pytest.mark.requires_cap("HYPERV_EVENTFD")
 @pytest.mark.covers("KVM_HYPERV_EVENTFD")
-def test_hyperv_connections(vm: Vm, eventfd: int) -> None:
+def test_hyperv_connections(vm: KvmVm, eventfd: int) -> None:
     vm.hyperv_eventfd(1, eventfd)
     with pytest.raises(IoctlError) as caught:
         vm.hyperv_eventfd(1, eventfd)
@@ -285,7 +285,7 @@ def test_hyperv_connections(vm: Vm, eventfd: int) -> None:
     "KVM_XEN_VCPU_GET_ATTR",
     "KVM_XEN_VCPU_SET_ATTR",
 )
-def test_xen_attributes(vm: Vm) -> None:
+def test_xen_attributes(vm: KvmVm) -> None:
     vm.create_irqchip()
     vm.xen_hvm_config({"flags": lib.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, "msr": 0x40000000})
     vm.xen_set_attr({"type": lib.KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, "u": {"vector": 0x50}})
@@ -300,7 +300,7 @@ def test_xen_attributes(vm: Vm) -> None:
 @pytest.mark.requires_cap("XEN_HVM")
 @pytest.mark.covers("KVM_XEN_HVM_EVTCHN_SEND")
 def test_a_xen_event_is_pending_in_the_shared_page(tiny: Maker) -> None:
-    guest = tiny(b"\xf4", Vm.create_irqchip)
+    guest = tiny(b"\xf4", KvmVm.create_irqchip)
     guest.vm.xen_hvm_config({"flags": lib.KVM_XEN_HVM_CONFIG_EVTCHN_SEND, "msr": 0x40000000})
     guest.vm.xen_set_attr({"type": lib.KVM_XEN_ATTR_TYPE_LONG_MODE, "u": {"long_mode": 1}})
     shared = {"type": lib.KVM_XEN_ATTR_TYPE_SHARED_INFO, "u": {"shared_info": {"gfn": 3}}}
@@ -313,7 +313,7 @@ def test_a_xen_event_is_pending_in_the_shared_page(tiny: Maker) -> None:
 
 
 @pytest.mark.refused("KVM_XEN_HVM_CONFIG", "KVM_XEN_HVM_EVTCHN_SEND", "KVM_HYPERV_EVENTFD")
-def test_bad_requests_of_other_hypervisors_are_refused(vm: Vm) -> None:
+def test_bad_requests_of_other_hypervisors_are_refused(vm: KvmVm) -> None:
     answers = set()
     for attempt in (
         lambda: vm.xen_hvm_config({"flags": 0xFFFF0000}),

@@ -13,7 +13,7 @@ import pytest
 from kvmhost._ffi import lib
 from kvmhost.errors import IoctlError, LayoutError
 from kvmhost.exits import Hlt, MmioRead, MmioWrite
-from kvmhost.kvm import Cap, Struct, System, Vm
+from kvmhost.kvm import Cap, KvmVm, Struct, System
 from kvmhost.memory.guest import Region
 
 pytestmark = pytest.mark.requires_kvm
@@ -96,7 +96,7 @@ def test_closing_the_vm_releases_its_buffers() -> None:
     memory.close()
 
 
-def test_buffers_that_cannot_be_guest_memory(vm: Vm) -> None:
+def test_buffers_that_cannot_be_guest_memory(vm: KvmVm) -> None:
     memory = mmap.mmap(-1, PAGE)
     for buffer, why in [
         (memory, "has 0x1000 bytes, the slot 0x2000"),
@@ -109,7 +109,7 @@ def test_buffers_that_cannot_be_guest_memory(vm: Vm) -> None:
     memory.close()
 
 
-def test_bad_slots_are_refused(vm: Vm, region: Region) -> None:
+def test_bad_slots_are_refused(vm: KvmVm, region: Region) -> None:
     address, size = region.guest_address, region.n_bytes
     vm.set_memory_region(SLOT, PLACE, size, address)
     for arguments, answer in [
@@ -165,7 +165,7 @@ def test_a_guest_writes_to_its_guest_memfd(tiny: Maker) -> None:
 
 
 @pytest.mark.requires_cap("GUEST_MEMFD")
-def test_a_guest_memfd_is_not_for_others(vm: Vm) -> None:
+def test_a_guest_memfd_is_not_for_others(vm: KvmVm) -> None:
     with vm.create_guest_memfd(4 * PAGE) as memory:
         with pytest.raises(OSError, match="No such device") as caught:
             memory.map()
@@ -190,7 +190,7 @@ def test_memory_is_made_private(system: System) -> None:
 
 
 @pytest.mark.refused("KVM_SET_MEMORY_ATTRIBUTES")
-def test_unknown_memory_attributes_are_refused(vm: Vm) -> None:
+def test_unknown_memory_attributes_are_refused(vm: KvmVm) -> None:
     with pytest.raises(IoctlError) as caught:
         vm.set_memory_attributes(PLACE, PAGE, 1 << 60)
     assert caught.value.errno in (errno.EINVAL, errno.ENOTTY)
@@ -237,7 +237,7 @@ def test_a_dirty_log_is_never_written_past_its_array(tiny: Maker, region: Region
     assert caught.value.errno == errno.ENOENT
 
 
-def dirty_log(vm: Vm) -> array[int]:
+def dirty_log(vm: KvmVm) -> array[int]:
     words = array("Q", [0] * 3)
     vm.get_dirty_log(SLOT, words)  # type: ignore[arg-type]
     return words
@@ -271,7 +271,7 @@ def test_entries_of_the_dirty_ring_are_given_back(tiny: Maker, region: Region) -
 
 @pytest.mark.requires_cap("MMU_SHADOW_CACHE_CONTROL")
 @pytest.mark.covers("KVM_SET_NR_MMU_PAGES")
-def test_pages_for_shadow_tables(vm: Vm) -> None:
+def test_pages_for_shadow_tables(vm: KvmVm) -> None:
     vm.set_nr_mmu_pages(64)
     with pytest.raises(IoctlError) as caught:
         vm.set_nr_mmu_pages(19)
@@ -279,7 +279,7 @@ def test_pages_for_shadow_tables(vm: Vm) -> None:
 
 
 @pytest.mark.refused("KVM_GET_NR_MMU_PAGES")
-def test_the_limit_on_shadow_tables_cannot_be_read_any_more(vm: Vm) -> None:
+def test_the_limit_on_shadow_tables_cannot_be_read_any_more(vm: KvmVm) -> None:
     vm.set_nr_mmu_pages(64)
     assert refusal(vm.get_nr_mmu_pages) in (0, errno.ENOTTY)  # gone since Linux 6.4
 

@@ -14,7 +14,7 @@ from kvmhost._ffi import ffi, lib
 from kvmhost.errors import IoctlError, LayoutError, StateError
 from kvmhost.exits import Debug, Hlt, Hypercall, IoOut, Kicked, MsrRead, MsrWrite, SystemEvent
 from kvmhost.guests import image_path
-from kvmhost.kvm import Cap, KvmVcpu, System, Vm
+from kvmhost.kvm import Cap, KvmVcpu, KvmVm, System
 from kvmhost.kvm.exits import decode
 from kvmhost.kvm.filters import MsrRange
 from kvmhost.machine import Machine
@@ -122,7 +122,7 @@ def test_registers_in_the_run_page(tiny: Maker) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
-def test_the_run_page_goes_with_the_vcpu(vm: Vm) -> None:
+def test_the_run_page_goes_with_the_vcpu(vm: KvmVm) -> None:
     vcpu = vm.create_vcpu(0)
     page = vcpu.run_page
     page.cr8 = 5
@@ -164,7 +164,7 @@ def test_unknown_msrs_become_exits(tiny: Maker) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
-def test_bad_msr_filters_are_refused(vm: Vm) -> None:
+def test_bad_msr_filters_are_refused(vm: KvmVm) -> None:
     with pytest.raises(LayoutError, match="17 MSR ranges"):
         vm.set_msr_filter([MsrRange.refuse(i) for i in range(17)])
     with pytest.raises(LayoutError, match="1 bytes for 9 bits"):
@@ -174,7 +174,7 @@ def test_bad_msr_filters_are_refused(vm: Vm) -> None:
 
 @pytest.mark.requires_cap("EXIT_HYPERCALL")
 @pytest.mark.covers("KVM_ENABLE_CAP")
-def test_hypercall_exits_are_switched_on_by_number(vm: Vm) -> None:
+def test_hypercall_exits_are_switched_on_by_number(vm: KvmVm) -> None:
     offered = vm.check_extension(Cap.EXIT_HYPERCALL)
     assert offered & 1 << 12  # KVM_HC_MAP_GPA_RANGE
     vm.enable_cap(Cap.EXIT_HYPERCALL, 1 << 12)

@@ -14,7 +14,7 @@ import pytest
 from kvmhost._ffi import lib
 from kvmhost.errors import IoctlError, KvmHostError
 from kvmhost.exits import Hlt
-from kvmhost.kvm import Cap, System, Vm
+from kvmhost.kvm import Cap, KvmVm, System
 from kvmhost.kvm.stats import Kind, Stat, StatDescriptor, Stats, Unit
 from kvmhost.kvm.system import API_VERSION
 
@@ -32,7 +32,7 @@ def refusal(attempt: Callable[[], Any]) -> int:
 
 @pytest.mark.requires_kvm
 @pytest.mark.covers("KVM_GET_API_VERSION", "KVM_GET_VCPU_MMAP_SIZE", "KVM_CHECK_EXTENSION")
-def test_what_the_system_says_of_itself(system: System, vm: Vm) -> None:
+def test_what_the_system_says_of_itself(system: System, vm: KvmVm) -> None:
     assert system.get_api_version() == API_VERSION
     assert system.vcpu_run_bytes() % os.sysconf("SC_PAGESIZE") == 0
     assert system.check_extension(Cap.USER_MEMORY) == vm.check_extension(3) == 1
@@ -62,7 +62,7 @@ def test_features_that_are_emulated(system: System) -> None:
 @pytest.mark.requires_kvm
 @pytest.mark.requires_cap("SYS_HYPERV_CPUID")
 @pytest.mark.covers("KVM_GET_SUPPORTED_HV_CPUID")
-def test_hyperv_leaves(system: System, vm: Vm) -> None:
+def test_hyperv_leaves(system: System, vm: KvmVm) -> None:
     leaves = [entry.function for entry in system.supported_hv_cpuid().entries]
     assert leaves[0] == 0x40000000
     with vm.create_vcpu(0) as vcpu:
@@ -90,7 +90,7 @@ def test_attributes_of_the_system(system: System) -> None:
 @pytest.mark.requires_kvm
 @pytest.mark.requires_cap("ADJUST_CLOCK")
 @pytest.mark.covers("KVM_GET_CLOCK", "KVM_SET_CLOCK")
-def test_the_clock_goes_on_from_where_it_was_set(vm: Vm) -> None:
+def test_the_clock_goes_on_from_where_it_was_set(vm: KvmVm) -> None:
     vm.set_clock({"clock": 10**15})
     first = vm.get_clock()
     second = vm.get_clock()
@@ -102,7 +102,7 @@ def test_the_clock_goes_on_from_where_it_was_set(vm: Vm) -> None:
 
 @pytest.mark.requires_kvm
 @pytest.mark.covers("KVM_SET_TSS_ADDR", "KVM_SET_IDENTITY_MAP_ADDR")
-def test_pages_for_intel(vm: Vm) -> None:
+def test_pages_for_intel(vm: KvmVm) -> None:
     vm.set_tss_addr(0xFFFBD000)
     vm.set_identity_map_addr(0xFFFBC000)
     with vm.create_vcpu(0), pytest.raises(IoctlError) as caught:
@@ -113,7 +113,7 @@ def test_pages_for_intel(vm: Vm) -> None:
 @pytest.mark.requires_kvm
 @pytest.mark.requires_cap("DEVICE_CTRL")
 @pytest.mark.covers("KVM_CREATE_DEVICE", "KVM_HAS_DEVICE_ATTR")
-def test_a_device_of_the_kernel(vm: Vm) -> None:
+def test_a_device_of_the_kernel(vm: KvmVm) -> None:
     assert vm.create_device(lib.KVM_DEV_TYPE_VFIO, test=True) is None
     device = vm.create_device(lib.KVM_DEV_TYPE_VFIO)
     assert device is not None
@@ -133,7 +133,7 @@ def test_a_device_of_the_kernel(vm: Vm) -> None:
 @pytest.mark.requires_kvm
 @pytest.mark.requires_cap("PMU_EVENT_FILTER")
 @pytest.mark.covers("KVM_SET_PMU_EVENT_FILTER")
-def test_events_that_may_be_counted(vm: Vm) -> None:
+def test_events_that_may_be_counted(vm: KvmVm) -> None:
     vm.set_pmu_event_filter([0xC0, 0x3C], allow=True)
     with pytest.raises(IoctlError) as caught:
         vm.set_pmu_event_filter([], allow=True, flags=1 << 20)
@@ -168,7 +168,7 @@ def test_statistics_count_what_the_guest_does(tiny: Maker) -> None:
 
 @pytest.mark.requires_kvm
 @pytest.mark.requires_cap("BINARY_STATS_FD")
-def test_every_statistic_is_described(vm: Vm) -> None:
+def test_every_statistic_is_described(vm: KvmVm) -> None:
     with vm.create_vcpu(0) as vcpu, vcpu.stats() as stats:
         read = stats.read()
         assert list(read) == list(stats.descriptors)

@@ -12,7 +12,7 @@ import pytest
 from kvmhost._ffi import lib
 from kvmhost.errors import IoctlError, LayoutError
 from kvmhost.exits import Hlt, IoOut
-from kvmhost.kvm import Cap, Struct, System, Vm
+from kvmhost.kvm import Cap, KvmVm, Struct, System
 
 pytestmark = pytest.mark.requires_kvm
 
@@ -220,7 +220,7 @@ def test_tsc_frequency(tiny: Maker) -> None:
 
 @pytest.mark.requires_cap("VM_TSC_CONTROL")
 @pytest.mark.covers("KVM_SET_TSC_KHZ")
-def test_tsc_frequency_of_new_vcpus(vm: Vm) -> None:
+def test_tsc_frequency_of_new_vcpus(vm: KvmVm) -> None:
     khz = vm.get_tsc_khz()
     vm.set_tsc_khz(khz)
     with vm.create_vcpu(0) as vcpu:
@@ -277,7 +277,7 @@ def test_machine_check_banks(tiny: Maker, system: System) -> None:
 @pytest.mark.covers("KVM_GET_LAPIC", "KVM_SET_LAPIC")
 def test_the_guest_reads_the_local_apic_that_was_set(tiny: Maker) -> None:
     # mov eax, [0xfee000f0]; out 0x80, eax
-    guest = tiny(bytes.fromhex("67 66 a1 f0 00 e0 fe") + OUT, Vm.create_irqchip)
+    guest = tiny(bytes.fromhex("67 66 a1 f0 00 e0 fe") + OUT, KvmVm.create_irqchip)
     lapic = guest.vcpu.get_lapic()
     registers = lapic.regs.raw().cast("I")
     assert registers[0xF0 // 4] == 0xFF
@@ -289,7 +289,7 @@ def test_the_guest_reads_the_local_apic_that_was_set(tiny: Maker) -> None:
 @pytest.mark.requires_cap("MP_STATE")
 @pytest.mark.covers("KVM_GET_MP_STATE", "KVM_SET_MP_STATE")
 def test_a_waiting_processor_is_made_to_run(tiny: Maker) -> None:
-    guest = tiny(bytes.fromhex("66 b8 05 00 00 00") + OUT, Vm.create_irqchip)
+    guest = tiny(bytes.fromhex("66 b8 05 00 00 00") + OUT, KvmVm.create_irqchip)
     second = guest.add_vcpu(1)
     guest.vcpus.append(second)
     assert guest.vcpu.get_mp_state() == lib.KVM_MP_STATE_RUNNABLE
@@ -302,7 +302,7 @@ def test_a_waiting_processor_is_made_to_run(tiny: Maker) -> None:
 
 @pytest.mark.requires_cap("IRQCHIP")
 @pytest.mark.covers("KVM_SET_BOOT_CPU_ID")
-def test_the_boot_cpu_is_the_one_that_runs(vm: Vm) -> None:
+def test_the_boot_cpu_is_the_one_that_runs(vm: KvmVm) -> None:
     vm.create_irqchip()
     vm.set_boot_cpu_id(1)
     with vm.create_vcpu(0) as first, vm.create_vcpu(1) as second:

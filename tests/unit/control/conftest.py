@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import types
 
@@ -12,6 +13,7 @@ from kvmhost.bitmap import Provenance, YoungBitmap, unpack
 from kvmhost.control.paths import RUNTIME_DIR_ENV
 from kvmhost.control.server import ControlServer
 from kvmhost.errors import CapabilityError
+from kvmhost.machine import BaseMachine
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import TinyLayout
 from kvmhost.pager.results import (
@@ -24,7 +26,6 @@ from kvmhost.pager.results import (
     ShrinkResult,
 )
 from kvmhost.trackers.harvesting import Harvester
-from kvmhost.vm import Harvestable
 
 GFN_HIGH = 0x4000
 
@@ -55,7 +56,7 @@ class FakePager:
     def __init__(self, memory):
         self._memory = memory
         self.out, self.pinned = set(), {1}
-        self.victims, self.limit_pages = [], 0
+        self.victims, self.resident_max_bytes = [], 0
         self.error = None
         self.log = []
 
@@ -99,7 +100,7 @@ class FakePager:
         )
 
     def drain(self):
-        self.limit_pages, self.victims = 0, []
+        self.resident_max_bytes, self.victims = 0, []
         return self.restore(0, 1 << 40)
 
     def page_out(self, gfns):
@@ -108,8 +109,8 @@ class FakePager:
     def shrink(self):
         return ShrinkResult(7, over_pages=2)
 
-    def set_limit(self, pages):
-        self.limit_pages = pages
+    def set_limit(self, resident_max_bytes):
+        self.resident_max_bytes = resident_max_bytes & -4096
 
     def set_victims(self, pages):
         self.victims = pages.gfns.tolist()
@@ -143,26 +144,28 @@ class FakeHarvester(Harvester):
         return self._machine.use_tracker(wanted or "auto")
 
 
-class FakeMachine(Harvestable):
+class FakeMachine(BaseMachine):
     """What the control server uses of a machine. Two regions with a hole between them."""
 
+    # In place of properties of a machine.
+    running, status, error, has_pager = True, None, None, False
+    uptime_s, exits, doorbells = 1.5, 3, 2
+
     def __init__(self, name="fake"):
-        self.name = name
+        self.name, self._closed = name, False
+        self._opening = threading.RLock()
         self.layout = TinyLayout(4 << 20)
         self.memory = GuestMemory([Region(0, 4 << 20), Region(GFN_HIGH << 12, 1 << 20)])
         self.engine = types.SimpleNamespace(name="fake")
         self.image = types.SimpleNamespace(path="fake.elf")
         self.params = {"seed": 1}
-        self.vcpus = [types.SimpleNamespace(index=0, exits=3, doorbells=2, doorbell_value=1)]
-        self.exits, self.doorbells, self.uptime_s = 3, 2, 1.5
+        self.vcpus = [types.SimpleNamespace(index=0, exits=3, doorbells=2, epoch=1)]
         self.serial = types.SimpleNamespace(n_bytes=27, lost_bytes=4)
-        self.running, self.status, self.error = True, None, None
         self.pauses = 0
         self.tracker = None
-        self.has_pager = False
         self.pager_problem = None
         self.hold = None
-        self.harvester = FakeHarvester(self)
+        self._harvester = FakeHarvester(self)
         self._pager = FakePager(self.memory)
 
     def describe_vcpus(self) -> dict[int, str]:
@@ -196,18 +199,8 @@ class FakeMachine(Harvestable):
     def tracker_name(self):
         return self.tracker and self.tracker.name
 
-    def run_harvest(self, asked, owner=None):
-        return self.harvester.harvest(asked, owner)
-
-    def views(self):
-        return self.harvester.views()
-
-    def close_view(self, name, owner=None):
-        return self.harvester.close_view(name, owner)
-
-    @property
-    def swept(self):
-        return self.harvester.sweeps, self.harvester.n_cleared
+    def assemble(self):
+        return self.vcpus
 
     def note_young(self, young):
         if self.has_pager:
@@ -215,12 +208,15 @@ class FakeMachine(Harvestable):
 
     def pause(self):
         self.pauses += 1
+        return self.run_state()
 
     def resume(self):
         self.pauses = max(0, self.pauses - 1)
+        return self.run_state()
 
     def stop(self):
         self.running = False
+        return self.run_state()
 
     def close(self):
         self.memory.close()

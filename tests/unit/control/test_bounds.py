@@ -177,7 +177,7 @@ def large(machine):
     """A VM of 16 GiB: half a megabyte for a bitmap, more than socket buffers hold."""
     machine.memory.close()
     machine.memory = GuestMemory([Region(0, 16 << 30)])
-    machine.harvester = type(machine.harvester)(machine)
+    machine._harvester = type(machine._harvester)(machine)
     return machine
 
 

@@ -66,7 +66,7 @@ def endless():
         yield PIECE
 
 
-@pytest.mark.parametrize("call", ["state", "memory", "harvest", "resident"])
+@pytest.mark.parametrize("call", ["state", "memory_map", "harvest", "resident"])
 def test_an_endless_answer_is_cut_off(hostile, call):
     serve, sent = hostile
     with Client(serve(endless)) as vm, pytest.raises(ControlError, match="more than 1048576 bytes"):
@@ -106,7 +106,7 @@ def test_another_range_than_asked_for_is_refused(hostile):
 def test_a_memory_map_that_cannot_be_is_refused(hostile, memory):
     serve, _ = hostile
     with Client(serve(lambda: [whole(memory)])) as vm:
-        for call in (vm.memory, vm.harvest):
+        for call in (vm.memory_map, vm.harvest):
             with pytest.raises(ControlError, match="malformed response"):
                 call()
 

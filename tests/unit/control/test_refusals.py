@@ -104,7 +104,7 @@ def test_a_limit_that_cannot_be_reached_leaves_the_one_before(vm, machine):
     pager.shrink = fail
     with pytest.raises(PagerError, match="store is full"):
         vm.shrink(1 << 16)
-    assert pager.limit_pages == 256
+    assert pager.resident_max_bytes == 256 * 4096
     assert vm.state().resident_max_bytes == 1 << 20
 
 

@@ -53,7 +53,7 @@ def test_state(vm, machine):
 
 
 def test_memory(vm, machine):
-    found = vm.memory()
+    found = vm.memory_map()
     assert [(m.slot, m.gfn_start, m.n_pages) for m in found.memslots] == [
         (0, 0, 1024),
         (1, GFN_HIGH, 256),
@@ -179,7 +179,7 @@ def test_evict_restore_and_lookup(vm, machine):
     assert (page.slot, page.slot_offset_bytes, page.state) == (1, 0, "evicted")
     assert (page.stored_bytes, page.resident, page.pinned) == (8, False, False)
     assert vm.page(1).pinned
-    assert vm.restore(0, 64) == 1
+    assert vm.restore(0, 64).restored_pages == 1
     assert vm.page(7).state == "resident"
     assert vm.counters().pager == {"evictions": 1}
 
@@ -191,7 +191,7 @@ def test_drain_brings_all_back_and_lifts_the_limit(vm, machine):
     assert (report.restored_pages, report.lost_pages, report.left_pages) == (3, 0, 0)
     assert vm.page(7).state == "resident"
     assert vm.state().resident_max_bytes == 0
-    assert machine.open_pager().limit_pages == 0
+    assert machine.open_pager().resident_max_bytes == 0
     assert vm.drain().restored_pages == 0
 
 
@@ -242,13 +242,13 @@ def test_restore_across_a_hole_is_refused(vm):
 
 def test_limit_and_victims(vm, machine):
     assert vm.set_limit(10 * 4096 + 5) == 10 * 4096
-    assert machine._pager.limit_pages == 10
+    assert machine._pager.resident_max_bytes == 10 * 4096
     assert vm.state().resident_max_bytes == 10 * 4096
     assert vm.set_victims(np.array([9, 8, 7])) == 3
     assert machine._pager.victims == [9, 8, 7]
     state = vm.shrink(5 * 4096)
     assert (state.resident_max_bytes, state.evicted_pages, state.over_pages) == (5 * 4096, 7, 2)
-    assert machine._pager.limit_pages == 5
+    assert machine._pager.resident_max_bytes == 5 * 4096
     assert vm.set_limit(0) == 0
     refused(LayoutError, vm.set_limit, 100)
     refused(LayoutError, vm.set_victims, [1 << 40])

@@ -73,9 +73,9 @@ class Reclaimer:
         self.refaulted_pages = self.wrong_evictions = 0
         if policy is not None:
             policy.refaulted(np.flatnonzero(self._resident), time.monotonic_ns())
-            machine.open_pager().set_limit(budget_pages)
+            machine.set_limit(budget_pages * PAGE_BYTES)
             machine.open_pager().shrink()
-            machine.open_pager().set_limit(budget_pages + slack_pages)
+            machine.set_limit((budget_pages + slack_pages) * PAGE_BYTES)
 
     def resident(self) -> Mask:
         """Return the mask of gfns that are resident now."""

@@ -67,7 +67,7 @@ class FakeVm:
             resident_max_bytes=10 << 20, tracker="guestpt", lease=self.lease,
         )  # fmt: skip
 
-    def memory(self):
+    def memory_map(self):
         regions = [
             MemslotInfo(slot, gfn * 4096, n * 4096, gfn, n, 0) for slot, gfn, n in self.regions
         ]
