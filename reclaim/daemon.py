@@ -76,6 +76,8 @@ class Daemon:
         #: VMs that ended or failed recently, and until when patterns ignore them.
         self._ignored_until: dict[str, float] = {}
         self._failed = self._stopping = self._reload_asked = False
+        #: Whether each failure so far was that a VM's host lacks a capability.
+        self.lacks_capability = True
         self._notified_s = 0.0
         self._woken, self._wake = os.pipe()
         for end in (self._woken, self._wake):
@@ -163,6 +165,8 @@ class Daemon:
         self.context.decisions.forget(worker.vm)
         with self._lock:
             self._failed = self._failed or worker.failed
+            if worker.failed:
+                self.lacks_capability &= worker.lacks_capability
             ignore_s = _IGNORE_FAILED_S if worker.failed else _IGNORE_ENDED_S
             self._ignored_until[worker.vm] = time.monotonic() + ignore_s
             if self._workers.get(worker.vm) is worker:

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 
 from kvmhost.errors import ImageError, LayoutError
-from kvmhost.units import Bytes, Mark, Seconds, Share
+from kvmhost.units import PAGE_BYTES, Bytes, Mark, Seconds, Share
 
 if typing.TYPE_CHECKING:
     from kvmhost.boot.pcboot import Module
@@ -19,6 +19,8 @@ __all__ = [
     "find_image",
     "gfn",
     "gfn_range",
+    "hot_part",
+    "limit_bytes",
     "mark",
     "mem_bytes",
     "pages",
@@ -53,6 +55,28 @@ def mem_bytes(text: str) -> int:
     value = size_bytes(text)
     if value == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: a guest needs memory; write for example 64M")
+    return value
+
+
+def limit_bytes(text: str) -> int:
+    """Parse a limit of memory: at least a page, or 0 for none.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    value = size_bytes(text)
+    if 0 < value < PAGE_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r}: less than a page of {PAGE_BYTES} bytes")
+    return value
+
+
+def hot_part(text: str) -> Mark:
+    """Parse a size or a share above 0.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    value = mark(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r}: need a size or a share above 0")
     return value
 
 

@@ -25,7 +25,8 @@ def dispatch(
     if not argv or argv[0] in ("-h", "--help"):
         width = max(len(name) for name in names)
         lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in names.items())
-        print(f"usage: {prog} NAME [options]\n\n{about}\n\nnames:\n{lines}")
+        usage = f"usage: {prog} NAME [options]\n\n{about}\n\nnames:\n{lines}"
+        print(usage, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] not in names:
         print(f"{prog}: {unknown_name('name', argv[0], names)}", file=sys.stderr)

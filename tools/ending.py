@@ -49,6 +49,7 @@ from kvmhost.tools.terminal import printable_streams
 __all__ = [
     "ENDING_SIGNALS",
     "EXIT_FAILED",
+    "EXIT_MISSING",
     "EXIT_USAGE",
     "Ended",
     "exit_code",

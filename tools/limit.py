@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from kvmhost.control.client import Client
-from kvmhost.tools.args import size_bytes
+from kvmhost.tools.args import limit_bytes
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option, add_vm
@@ -44,7 +44,7 @@ def parser() -> CommandParser:
     )
     add_vm(parser)
     parser.add_argument(
-        "size", type=size_bytes, metavar="SIZE", help="the limit, for example 64M; 0 removes it"
+        "size", type=limit_bytes, metavar="SIZE", help="the limit, for example 64M; 0 removes it"
     )
     add_option(
         parser,

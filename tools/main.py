@@ -52,7 +52,22 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     # A VM must stop when requested, even if its output is not read.
     deadline_s = DEADLINE_S if name == "run" else None
     as_json = "--json" in arguments
-    return guard(f"kvmhost {name}", lambda: _command(name)(arguments), deadline_s, as_json=as_json)
+    return guard(
+        _prog(name, arguments), lambda: _command(name)(arguments), deadline_s, as_json=as_json
+    )
+
+
+#: Commands that do nothing without the name of a subcommand.
+_GROUPS = ("bench", "lab", "young")
+
+
+def _prog(name: str, arguments: Sequence[str]) -> str:
+    """Return the words of a command, with which its messages begin."""
+    below = arguments[0] if arguments else ""
+    has_name = name in _GROUPS and below.replace("_", "").isalnum()
+    if has_name or (name, below) == ("guests", "build"):
+        return f"kvmhost {name} {below}"
+    return f"kvmhost {name}"
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:

@@ -24,6 +24,7 @@ from kvmhost.reclaim.policy.registry import BUILT_IN
 from kvmhost.reclaim.sdnotify import SdNotifier
 from kvmhost.reclaim.settings.config import Option, load, options, read_flag, to_toml
 from kvmhost.reclaim.settings.options import Config, VmOptions
+from kvmhost.tools.ending import EXIT_MISSING
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.reclaimlog import open_event_log
 from kvmhost.tools.vocabulary import OPTIONS
@@ -95,7 +96,9 @@ def _run(daemon: Daemon) -> int:
             signal.signal(number, handler)
     if signal.SIGINT in received:
         return _EXIT_INTERRUPTED
-    return 0 if good or received else _EXIT_FAILED
+    if good or received:
+        return 0
+    return EXIT_MISSING if daemon.lacks_capability else _EXIT_FAILED
 
 
 @contextlib.contextmanager
@@ -120,7 +123,8 @@ def parser() -> CommandParser:
         "the VMs: the daemon may be killed and restarted at any time, and a VM keeps its "
         "limit.",
         epilog="Ends by SIGTERM (exit code 0), SIGINT (130), after --passes, or when all VMs "
-        "have ended (0; 1 if one could not be managed). SIGHUP reloads --config.",
+        "have ended (0; 1 if one could not be managed, 126 if that is for a capability that its "
+        "host lacks). SIGHUP reloads --config.",
     )
     parser.add_argument(
         "vm", nargs="*", metavar="VM", help="name of a VM, path of its socket, or a pattern: '*'"

@@ -58,7 +58,7 @@ def _join_append(argv: Sequence[str]) -> list[str]:
 
 def _run(args: argparse.Namespace) -> int:
     if (args.image is None) == (args.restore is None):
-        raise LayoutError("run: need an image or --restore FILE, and not both")
+        raise LayoutError("need one of IMAGE and --restore FILE")
     image = args.restore or find_image(args.image)
     if not args.name:
         return _boot(args, image, None)

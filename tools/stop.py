@@ -10,7 +10,7 @@ from kvmhost.control.client import Client
 from kvmhost.control.listing import is_listening
 from kvmhost.errors import KvmHostError, VmGoneError
 from kvmhost.printable import printable
-from kvmhost.tools.ending import EXIT_TIMEOUT
+from kvmhost.tools.ending import EXIT_TIMEOUT, exit_code
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.vms import EndedRow, StopOutput
 from kvmhost.tools.parser import CommandParser
@@ -22,7 +22,10 @@ _ASK_AGAIN_S = 0.05
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; 0 if all have ended, 1 if one refused, 124 if one did not end in time."""
+    """Run the command; return 0 if all have ended, 124 if one did not end in time.
+
+    Otherwise return the largest exit code of what went wrong: 1 for a VM that is not there.
+    """
     args = parser().parse_args(argv)
     problems = _stop_all(args.vm, time.monotonic() + args.timeout, args.timeout)
     if args.json:
@@ -34,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{printable(vm)}: ended")
     if any(isinstance(error, TimeoutError) for error in problems.values()):
         return EXIT_TIMEOUT
-    return 1 if problems else 0
+    return max(map(exit_code, problems.values()), default=0)
 
 
 def _stop_all(vms: Sequence[str], deadline_s: float, timeout_s: float) -> dict[str, Exception]:

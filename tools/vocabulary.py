@@ -42,12 +42,12 @@ from kvmhost.suggest import unknown_name
 from kvmhost.tools.args import (
     count,
     gfn_range,
-    mark,
+    hot_part,
+    limit_bytes,
     mem_bytes,
     pages,
     seconds,
     share,
-    size_bytes,
     window_range,
 )
 
@@ -82,9 +82,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "--timeout": {"type": seconds, "metavar": "TIME"},
     "--mem": {"type": mem_bytes, "metavar": "SIZE", "default": "64M", "help": "guest memory"},
-    "--resident-max": {"type": size_bytes, "metavar": "SIZE"},
+    "--resident-max": {"type": limit_bytes, "metavar": "SIZE"},
     "--hot": {
-        "type": mark,
+        "type": hot_part,
         "metavar": "SIZE|SHARE",
         "default": "10%",
         "help": "hot part of guest memory, as a size or a share of it",

@@ -92,7 +92,7 @@ def read_flag(option: Option, text: str) -> Any:
         raise ValueError(f"{text!r}: write for example 'tiers = 2, order = \"gfn\"'") from None
     except msgspec.ValidationError as error:
         problem = str(error)
-        raise ValueError(problem if text in problem else f"{text!r}: {problem}") from None
+        raise ValueError(problem if repr(text) in problem else f"{text!r}: {problem}") from None
 
 
 def load(path: str | Path | None, flags: Flags | None = None) -> Config:

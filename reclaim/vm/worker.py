@@ -24,6 +24,7 @@ _MIN_IDLE_SHARE = 0.1
 _RETRY_S = 0.1
 #: HTTP status: the VM has no pager; another daemon holds its lease.
 _LOCKED = 423
+_LACKING = 501  # a capability is missing on the host of the VM
 
 
 class VmWorker:
@@ -44,6 +45,8 @@ class VmWorker:
         #: None until the worker has attached to the VM.
         self.session: Session | None = None
         self.failed = False
+        #: Whether it failed because the host of the VM lacks a capability.
+        self.lacks_capability = False
         #: When the current pass began, on the monotonic clock; None between two passes.
         self.pass_began_s: float | None = None
         self._report_event, self._ended = report, ended
@@ -97,8 +100,10 @@ class VmWorker:
                     return self._drop(error.problem, failed=True)
             except ControlError as error:
                 hint = "; use --take-over to replace it" if error.status == _LOCKED else ""
+                self.lacks_capability = error.status == _LACKING
                 return self._drop(f"{error}{hint}", failed=True)
             except KvmHostError as error:
+                self.lacks_capability = isinstance(error, CapabilityError)
                 return self._drop(str(error), failed=True)
             self._stop.wait(_RETRY_S)
         return None
@@ -116,6 +121,7 @@ class VmWorker:
             except VmGoneError as error:
                 return self._drop(error.problem, failed=False)
             except CapabilityError as error:
+                self.lacks_capability = True
                 return self._drop(str(error), failed=True)
             except KvmHostError as error:
                 refusals += 1

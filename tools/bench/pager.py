@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost._ffi import check, ffi, lib
-from kvmhost.errors import CapabilityError
+from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.pager.codec import find_codec
 from kvmhost.pager.options import StoreOptions
@@ -254,7 +254,11 @@ def run_overhead(mem_bytes: int = 1 << 30) -> dict[str, Any]:
     in private memory of two processes that differ only in the size of guest memory: 64 MiB,
     and ``mem_bytes`` more. The VMM touches all guest memory and evicts half of it (same-filled,
     so that the store holds no content), and one harvest is recorded.
+
+    :raises LayoutError: for less than 1 MiB
     """
+    if mem_bytes % (1 << 20) or not mem_bytes:
+        raise LayoutError(f"--mem: {mem_bytes} bytes: need a multiple of 1M")
     small, large = (_child(0), _child(mem_bytes))
     gib = mem_bytes / (1 << 30)
     kinds = {kind: (large[kind] - small[kind]) / gib for kind in small}

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmhost.errors import CapabilityError
+from kvmhost.machine import make_machine
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
@@ -41,8 +42,11 @@ def run(
 ) -> dict[str, Any]:
     """Measure; medians in seconds, sizes in bytes.
 
+    :raises ImageError: if the image cannot be loaded
     :raises CapabilityError: if the other VMM is requested but not installed
     """
+    if image is not None:
+        make_machine(image, engine=engine).close()
     with tempfile.TemporaryDirectory() as folder:
         file = image or _hello_image(Path(folder))
         times = _processes(_commands(engine, file, qemu), rounds)

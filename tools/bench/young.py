@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap
+from kvmhost.errors import LayoutError
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
@@ -67,7 +68,12 @@ def make_record(path: Path, n_pages: int, n_windows: int) -> list[float]:
 
 
 def run(mem_bytes: int, n_windows: int, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure; sizes are in the result."""
+    """Measure; sizes are in the result.
+
+    :raises LayoutError: for a guest of less than 1 MiB
+    """
+    if mem_bytes < 1 << 20:
+        raise LayoutError(f"--mem: a guest of {mem_bytes} bytes is too small: need 1M or more")
     with tempfile.TemporaryDirectory() as place:
         small, large = Path(place) / "small", Path(place) / "large"
         say(f"1 GiB, {n_windows} windows: being written")
