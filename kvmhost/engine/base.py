@@ -48,6 +48,12 @@ class Vcpu(Protocol):
     def registers(self) -> dict[str, int]:
         """Return general registers, rip, rflags, cr2 and cr3; the vCPU must not run."""
 
+    def flush_guest_tlb(self) -> None:
+        """Drop the translations that the processor caches for the guest; it must not run.
+
+        As a guest does that toggles CR4.PGE: entries that KVM shadows stay.
+        """
+
     @property
     def exits(self) -> int:
         """Number of exits from guest mode."""

@@ -142,6 +142,10 @@ class EmulatedVcpu:
         """Return the general registers, rip, rflags, cr2, cr3 and cs."""
         return self._cpu.registers()
 
+    def flush_guest_tlb(self) -> None:
+        """Drop the emulator's cached translations."""
+        self.request_flush()
+
     @property
     def exits(self) -> int:
         """Number of exits from emulation, including those handled here."""

@@ -19,6 +19,9 @@ _RING_ENTRY_BYTES = 16
 _CODE_TYPE, _DATA_TYPE, _TSS_TYPE = 11, 3, 11
 
 
+_CR4_PGE = 1 << 7
+
+
 class KvmEngine:
     """A VM on /dev/kvm.
 
@@ -163,6 +166,13 @@ class _EngineVcpu:
             "cr3": int(sregs.cr3),
             "cs": sregs.cs.selector,
         }
+
+    def flush_guest_tlb(self) -> None:
+        # KVM loads its root anew when CR4 changes, and flushes what was cached under it.
+        sregs = self._vcpu.get_sregs()
+        for _ in range(2):
+            sregs.cr4 ^= _CR4_PGE
+            self._vcpu.set_sregs(sregs)
 
     @property
     def exits(self) -> int:

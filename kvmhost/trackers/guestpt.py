@@ -22,7 +22,7 @@ from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory, pieces
 from kvmhost.mmu.tdp import LiveTable
 from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo
-from kvmhost.trackers.calibration import calibrated_rearm
+from kvmhost.trackers.calibration import Calibration, calibrate
 from kvmhost.units import PAGE_BYTES
 from kvmhost.vm.checks import check_range
 
@@ -33,8 +33,9 @@ class GuestptTracker:
     """Walks the live tables of a tiny guest.
 
     :param tables_gpa: root of the guest's tables
-    :param rearm_kind: what makes a cleared bit set again, see
-        :func:`~kvmhost.trackers.calibration.calibrated_rearm`
+    :param calibration: what makes a cleared bit set again, see
+        :func:`~kvmhost.trackers.calibration.calibrate`
+    :ivar provenance: where the bits come from on this host, with the evidence
     """
 
     name: ClassVar[str] = "guestpt"
@@ -48,10 +49,11 @@ class GuestptTracker:
     )
 
     def __init__(
-        self, memory: GuestMemory, engine: Engine, tables_gpa: int, rearm_kind: RearmKind
+        self, memory: GuestMemory, engine: Engine, tables_gpa: int, calibration: Calibration
     ) -> None:
         self._memory, self._engine = memory, engine
-        self.rearm_kind = rearm_kind
+        self.rearm_kind = calibration.rearm
+        self.provenance = f"{self.info.provenance}; {calibration}"
         self.table_format = "npt"
         self.table = LiveTable.of_guest(memory, tables_gpa)
         # Cleared and not re-armed yet, by region: such a page may still be cached.
@@ -70,7 +72,7 @@ class GuestptTracker:
                 "a guest that makes its own",
                 "use pagemap or idle",
             )
-        return cls(vm.memory, vm.engine, vm.tables_gpa, calibrated_rearm(vm.engine))
+        return cls(vm.memory, vm.engine, vm.tables_gpa, calibrate(vm.engine))
 
     @classmethod
     def probe(cls, engine: str = "auto") -> Support:
@@ -78,12 +80,12 @@ class GuestptTracker:
         try:
             chosen = engines.choose(engine)
             try:
-                kind = calibrated_rearm(chosen)
+                found = calibrate(chosen)
             finally:
                 chosen.close()
         except CapabilityError as error:
             return Support(False, str(error))
-        return Support(True, f"engine {chosen.name}, re-arm by {kind.value}")
+        return Support(True, f"engine {chosen.name}, re-arm by {found.rearm.value}: {found}")
 
     def start(self) -> None:
         """Clear and re-arm everything."""
