@@ -16,8 +16,9 @@ from pathlib import Path
 
 from kvmhost import __version__
 from kvmhost.control.client import Client
-from kvmhost.control.schema import MemoryMap
+from kvmhost.control.schema import MemoryMap, VmState
 from kvmhost.errors import LayoutError, VmGoneError
+from kvmhost.process.attach import Attached
 from kvmhost.reclaim.record.meta import Memslot, RecordSession
 from kvmhost.reclaim.record.writer import Cost, RecordWriter
 
@@ -60,13 +61,13 @@ class RecordingResult:
 
 
 def record_vm(
-    client: Client,
+    client: Client | Attached,
     path: Path,
     plan: RecordingPlan,
     stop: threading.Event,
     on_window: Callable[[], None] = lambda: None,
 ) -> RecordingResult:
-    """Record one VM until the count is reached, ``stop`` is set or the VM exits.
+    """Record one VM or process until the count is reached, ``stop`` is set or it exits.
 
     :raises VmGoneError: if the VM does not exist
     :raises ControlError: if the VM rejects harvests
@@ -89,7 +90,7 @@ def record_vm(
 class _Loop:
     def __init__(
         self,
-        client: Client,
+        client: Client | Attached,
         plan: RecordingPlan,
         stop: threading.Event,
         writer: RecordWriter,
@@ -185,14 +186,17 @@ def _memslots(memory: MemoryMap) -> list[Memslot]:
     return [Memslot(m.slot, m.gfn_start, m.n_pages, m.hva) for m in memory.memslots]
 
 
-def _facts(client: Client) -> dict[str, str]:
+def _facts(client: Client | Attached) -> dict[str, str]:
     state, host = client.state(), platform.uname()
-    return {
-        "vm": state.name,
-        "image": Path(state.image).name,
-        "engine": state.engine,
-        "vcpus": str(len(state.vcpus)),
-        "params": " ".join(f"{name}={value}" for name, value in state.params.items()),
+    facts = {"vm": client.vm, "image": Path(state.image).name}
+    if isinstance(state, VmState):
+        facts |= {
+            "vm": state.name,
+            "engine": state.engine,
+            "vcpus": str(len(state.vcpus)),
+            "params": " ".join(f"{name}={value}" for name, value in state.params.items()),
+        }
+    return facts | {
         "kernel": f"{host.system} {host.release}",
         "machine": host.machine,
         "host_cpus": str(os.cpu_count()),

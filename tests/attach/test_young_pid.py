@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from waiting import DEADLINE_S
+
+from kvmhost.reclaim.record.reader import YoungRecord
 
 
 def kvmhost(*words: str, **options) -> subprocess.CompletedProcess[str]:
@@ -57,6 +60,39 @@ def test_heatmap_of_a_process(toucher: Callable, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["wss", "ages", "hot", "stat"])
+def test_windows_of_a_process_are_recorded_and_analysed(toucher: Callable, name: str) -> None:
+    victim = toucher(1024)
+    victim.tell("w 0 1 300")
+    words = ("--pid", str(victim.pid), "--interval", "0.05", "--count", "4", "--tracker", "present")
+    before = set(Path(tempfile.gettempdir()).glob("kvmhost-young-*"))
+    done = kvmhost(name, *words, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    if name == "wss":
+        assert [row["window"] for row in found["rows"]] == [0, 1, 2, 3]
+        assert {row["wss_1"] for row in found["rows"]} == {300}
+    assert set(Path(tempfile.gettempdir()).glob("kvmhost-young-*")) <= before
+
+
+def test_record_of_a_process(toucher: Callable, tmp_path: Path) -> None:
+    victim = toucher(512)
+    victim.tell("w 3 1 100")
+    out = tmp_path / "a.young"
+    words = ("-o", str(out), "--interval", "0.05", "--count", "3", "--tracker", "present")
+    done = kvmhost("record", "--pid", str(victim.pid), *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{out}: 3 windows of pid {victim.pid}")
+    with YoungRecord.open(out) as record:
+        assert record[0].gfns().tolist() == list(range(3, 103))
+        (session,) = record.metadata.sessions
+        assert session.facts["image"] == "toucher"
+    refused(2, "one of both", "record", "vm", "--pid", str(victim.pid), "-o", str(out))
+    refused(2, "one of both", "record", "-o", str(out))
+    refused(2, "not to a record", "wss", str(out), "--count", "3")
+    refused(2, "one of both", "wss", str(out), "--pid", str(victim.pid))
+
+
 @pytest.mark.requires_qemu
 def test_snapshot_of_qemu(qemu) -> None:
     qemu.touch(1)
@@ -66,6 +102,15 @@ def test_snapshot_of_qemu(qemu) -> None:
     found = json.loads(done.stdout)
     assert found["young"] == 256
     assert found["ranges"][0] == [4097, 4098]
+
+
+@pytest.mark.requires_qemu
+def test_the_working_set_of_qemu_is_one_command(qemu) -> None:
+    qemu.touch(1)
+    words = ("--tracker", "present", "--range", "4096:5888", "--interval", "0.1", "--count", "2")
+    done = kvmhost("wss", "--pid", str(qemu.pid), *words, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row["wss_1"] for row in json.loads(done.stdout)["rows"]] == [256, 256]
 
 
 def refused(code: int, text: str, *words: str) -> None:

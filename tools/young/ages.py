@@ -11,11 +11,11 @@ from kvmhost.tools.young.output import (
     add_record_arguments,
     coverage_facts,
     mib,
-    open_record,
     share,
     show,
     windows_of,
 )
+from kvmhost.tools.young.source import add_windows_source, open_windows
 
 __all__ = ["main", "parser"]
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     )
     from kvmhost.reclaim.record.meta import UPPER
 
-    with open_record(args.file) as record:
+    with open_windows(args) as record:
         first, end = windows_of(record, args.windows)
         found = histograms(record, first, end, args.range)
         page_bytes = record.metadata.page_bytes
@@ -91,6 +91,7 @@ def parser() -> CommandParser:
         "would mean as a threshold (cold memory against promotions, that is refaults), and "
         "what can be saved at a target.",
     )
+    add_windows_source(parser)
     add_record_arguments(parser)
     parser.add_argument(
         "--target",

@@ -19,6 +19,7 @@ if typing.TYPE_CHECKING:
     from kvmhost.process.attach import Attached
 
 __all__ = [
+    "add_process_arguments",
     "add_source_arguments",
     "add_vm_arguments",
     "check_out",
@@ -33,11 +34,16 @@ __all__ = [
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that select a VM or another process: VM or --pid, and --mapping."""
     parser.add_argument("vm", metavar="VM", nargs="?", help="name of a VM, or path of its socket")
+    add_process_arguments(parser)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --pid and --mapping."""
     parser.add_argument(
         "--pid",
         type=int,
         metavar="PID",
-        help="instead of VM: a process that is not ours, such as QEMU with a memfd for memory; "
+        help="instead: a process that is not ours, such as QEMU with a memfd for memory; "
         "trackers are then auto, idle, pageout, written, soft-dirty, present "
         "(docs/trackers.md says what each changes there), and gfns count from its start",
     )
@@ -50,23 +56,24 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_source(args: argparse.Namespace) -> Client | Attached:
-    """Open the VM or process selected by the arguments of :func:`add_source_arguments`.
+def open_source(vm: str | None, pid: int | None, mapping: str) -> Client | Attached:
+    """Open a VM, or a process by its pid.
 
-    :raises LayoutError: if they select both or neither, or an unsuitable process
+    :raises LayoutError: if both or neither are given, or the process is unsuitable
     :raises CapabilityError: if access to the process is not permitted
     """
-    if (args.vm is None) == (args.pid is None):
+    if (vm is None) == (pid is None):
         raise LayoutError("give the name of a VM, or --pid PID; one of both")
-    if args.pid is None:
-        if args.mapping:
+    if pid is None:
+        if mapping:
             raise LayoutError("--mapping goes with --pid")
         from kvmhost.control.client import Client
 
-        return Client(args.vm)
+        assert vm is not None
+        return Client(vm)
     from kvmhost.process.attach import Attached
 
-    return Attached(args.pid, args.mapping)
+    return Attached(pid, mapping)
 
 
 def add_vm_arguments(parser: argparse.ArgumentParser, *, or_pid: bool = False) -> None:

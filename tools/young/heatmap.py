@@ -18,6 +18,7 @@ from kvmhost.tools.young.common import (
     range_of,
 )
 from kvmhost.tools.young.output import open_record, window_range, windows_of
+from kvmhost.tools.young.source import is_record
 
 __all__ = ["main", "parser"]
 
@@ -29,13 +30,7 @@ def main(argv: Sequence[str]) -> int:
 
     check_out(args.out, tuple(PICTURES))
     kind_of(args.out).check_available()
-    return _draw_record(args) if _is_file(args.vm) else _draw_live(args)
-
-
-def _is_file(source: str | None) -> bool:
-    """Return whether a source is a record; a VM is given by its name or its socket's path."""
-    path = Path(source or "")
-    return source is not None and (path.is_dir() or ("/" in source and not path.is_socket()))
+    return _draw_record(args) if args.pid is None and is_record(args.vm) else _draw_live(args)
 
 
 def _draw_record(args: argparse.Namespace) -> int:
@@ -62,7 +57,7 @@ def _draw_live(args: argparse.Namespace) -> int:
             f"kvmhost young record {args.vm or 'VM'} -o FILE"
         )
     windows, interval_s = args.count or 120, args.interval or 0.1
-    with open_source(args) as vm, progress_bar(windows) as advance:
+    with open_source(args.vm, args.pid, args.mapping) as vm, progress_bar(windows) as advance:
         gfn_start, n_pages = range_of(args.range, vm.memory_map())
         heatmap = live_heatmap(
             vm,

@@ -12,10 +12,10 @@ from kvmhost.tools.young.output import (
     add_record_arguments,
     coverage_facts,
     mib,
-    open_record,
     show,
     windows_of,
 )
+from kvmhost.tools.young.source import add_windows_source, open_windows
 
 __all__ = ["main", "parser"]
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         raise LayoutError("hot: need --share above 0 and up to 100, --gap from 0, --top from 1")
     from kvmhost.reclaim.analyse.patterns import hot_ranges
 
-    with open_record(args.file) as record:
+    with open_windows(args) as record:
         first, end = windows_of(record, args.windows)
         found = hot_ranges(record, first, end, min_share=args.share / 100, max_gap_pages=args.gap)
         page_bytes = record.metadata.page_bytes
@@ -66,6 +66,7 @@ def parser() -> CommandParser:
         "start, end and density (the share of the time that its pages were young), largest first. "
         "A window counts with its length.",
     )
+    add_windows_source(parser)
     add_record_arguments(parser)
     parser.add_argument(
         "--share", type=float, default=50.0, metavar="PERCENT",

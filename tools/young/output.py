@@ -55,8 +55,7 @@ class Table:
 
 
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add FILE, --windows and --range."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="a record of young record")
+    """Add --windows and --range."""
     parser.add_argument(
         "--windows",
         type=window_range,

@@ -9,17 +9,21 @@ import json
 import signal
 import sys
 import threading
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, ControlError, LayoutError, VmGoneError
 from kvmhost.files import own_directory
 from kvmhost.printable import printable
 from kvmhost.tools.args import count, seconds
 from kvmhost.tools.ending import exit_code
 from kvmhost.tools.parser import CommandParser
-from kvmhost.tools.young.common import gfn_range
+from kvmhost.tools.young.common import add_process_arguments, gfn_range, open_source
+
+if typing.TYPE_CHECKING:
+    from kvmhost.control.client import Client
+    from kvmhost.process.attach import Attached
 
 __all__ = ["main", "parser"]
 
@@ -40,13 +44,19 @@ def main(argv: Sequence[str]) -> int:
         concurrent.futures.ThreadPoolExecutor(len(places)) as pool,
     ):
         jobs = [
-            pool.submit(_record, vm, path, plan, stop, advance, args.json)
+            pool.submit(_record, _opener(args, vm), vm, path, plan, stop, advance, args.json)
             for vm, path in places.items()
         ]
     return max(job.result() for job in jobs)
 
 
+def _opener(args: argparse.Namespace, vm: str) -> Callable[[], Client | Attached]:
+    given = None if args.pid is not None else vm
+    return lambda: open_source(given, args.pid, args.mapping)
+
+
 def _record(
+    opened: Callable[[], Client | Attached],
     vm: str,
     path: Path,
     plan: object,
@@ -58,7 +68,7 @@ def _record(
 
     assert isinstance(plan, RecordingPlan)
     try:
-        with Client(vm) as client:
+        with opened() as client:
             ended = record_vm(client, path, plan, stop, advance)
     except (VmGoneError, ControlError, CapabilityError, LayoutError) as error:
         print(printable(f"{path}: {error}"), file=sys.stderr)
@@ -85,7 +95,9 @@ def _record(
 
 def _places(args: argparse.Namespace) -> dict[str, Path]:
     """Return a path per VM: the given file for one VM, files in a directory for several."""
-    vms: list[str] = args.vms
+    vms: list[str] = args.vms or ([] if args.pid is None else [f"pid {args.pid}"])
+    if not vms or (args.vms and args.pid is not None):
+        raise LayoutError("give names of VMs, or --pid PID; one of both")
     if not args.out.parent.is_dir():
         raise LayoutError(f"{args.out}: there is no directory {args.out.parent}")
     if len(vms) == 1:
@@ -143,7 +155,8 @@ def parser() -> CommandParser:
         "can be read meanwhile: by young wss, hot, ..., and by anything that reads Zarr. "
         "The harvests clear: a reclaim daemon on the same VM sees less meanwhile.",
     )
-    parser.add_argument("vms", metavar="VM", nargs="+", help="name of a VM, or path of its socket")
+    parser.add_argument("vms", metavar="VM", nargs="*", help="name of a VM, or path of its socket")
+    add_process_arguments(parser)
     parser.add_argument(
         "-o",
         "--out",

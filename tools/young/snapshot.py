@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if args.out is not None:
         check_out(args.out, _BITMAP_KINDS)
-    with open_source(args) as vm:
+    with open_source(args.vm, args.pid, args.mapping) as vm:
         waiting = f"waiting for {vm.vm} to answer, at most {CLIENT_TIMEOUT_S:g} s per request"
         with working(waiting):
             memory, tracker = vm.memory_map(), vm.state().tracker

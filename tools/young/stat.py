@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from kvmhost.tools.young.output import (
     add_output_arguments,
     coverage_facts,
     mib,
-    open_record,
     show,
 )
+from kvmhost.tools.young.source import add_windows_source, open_windows
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.record.reader import YoungRecord
@@ -31,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     from kvmhost.reclaim.analyse.analysis import histograms, miss_ratio_curve, predict_saving
     from kvmhost.reclaim.analyse.patterns import find_phases, jaccard_of_neighbours
 
-    with open_record(args.file) as record:
+    with open_windows(args) as record:
         covered, remarks = coverage_facts(record, 0, len(record))
         facts = _facts(record) | covered
         found = histograms(record)
@@ -148,7 +147,7 @@ def parser() -> CommandParser:
         description="Show what a record holds and where it comes from, its size, its main "
         "figures, and the phases of the guest.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="a record of young record")
+    add_windows_source(parser)
     parser.add_argument(
         "--full", action="store_true", help="also what needs all bits: likeness of neighbours"
     )

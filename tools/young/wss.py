@@ -12,11 +12,11 @@ from kvmhost.tools.young.output import (
     add_record_arguments,
     coverage_facts,
     mib,
-    open_record,
     show,
     spans,
     windows_of,
 )
+from kvmhost.tools.young.source import add_windows_source, open_windows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     from kvmhost.reclaim.analyse.analysis import histograms
     from kvmhost.reclaim.record.clock import weighted_mean
 
-    with open_record(args.file) as record:
+    with open_windows(args) as record:
         first, end = windows_of(record, args.windows)
         found = histograms(record, first, end, args.range)
         page_bytes = record.metadata.page_bytes
@@ -94,6 +94,7 @@ def parser() -> CommandParser:
         description="Show how many pages were young in the last so many windows, window by "
         "window: the working set over several lengths of time.",
     )
+    add_windows_source(parser)
     add_record_arguments(parser)
     parser.add_argument(
         "--over",
