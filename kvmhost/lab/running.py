@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import math
 import os
 import re
 import selectors
@@ -131,7 +132,7 @@ class RunningHost:
         if self._console is None:
             return ""
         with os_errors(self._console):
-            raw = self._console.read_bytes()
+            raw = self._console.read_bytes() if self._console.exists() else b""
         return _CONTROL_CODES.sub("", raw.decode(errors="replace"))
 
     def events(self, timeout_s: float) -> Iterator[HostReady | JobOutput | JobEnded]:
@@ -141,30 +142,26 @@ class RunningHost:
         :raises LabTimeout: if the command has not ended by then
         :raises LabError: if the host ends without its command's status
         """
-        deadline = time.monotonic() + timeout_s
+        deadline, powering_off = time.monotonic() + timeout_s, False
         with selectors.DefaultSelector() as selector:
             for name in PORTS[:3]:
                 port = self._ports[name]
                 selector.register(port, selectors.EVENT_READ, name)
             while selector.get_map():
-                left_s = deadline - time.monotonic()
-                ready = selector.select(max(left_s, 0))
+                left_s = max(deadline - time.monotonic(), 0)
+                ready = selector.select(None if left_s == math.inf else left_s)
                 if not ready:
-                    raise self._late(timeout_s)
+                    if self._status is None:
+                        raise LabTimeout(self.host.name, timeout_s, self._evidence())
+                    self.end()  # it does not power off
+                    deadline = math.inf
                 for key, _ in ready:
                     yield from self._read(selector, key)
-                if self._status is not None:
-                    deadline = min(deadline, time.monotonic() + _POWER_OFF_S)
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        self._process.wait(0)
+                if self._status is not None and not powering_off:
+                    powering_off, deadline = True, time.monotonic() + _POWER_OFF_S
         if self._status is None:
             raise self._failed()
         yield JobEnded(self._status)
-
-    def _late(self, timeout_s: float) -> LabError:
-        if self._status is not None:
-            return LabError(self.host.name, "does not power off", self._evidence())
-        return LabTimeout(self.host.name, timeout_s, self._evidence())
 
     def _read(
         self, selector: selectors.BaseSelector, key: selectors.SelectorKey
@@ -212,11 +209,14 @@ class RunningHost:
             files.kernel, folder / "initrd", Path(f"/proc/self/fd/{ram_fd}"), self.mem_bytes,
             shared, tuple(theirs), self._console,
         )  # fmt: skip
-        messages = None if interactive else folder / "qemu.log"
-        self._process = _spawn(command_line(self.host, devices), (ram_fd, *theirs), messages)
+        self._messages = None if interactive else folder / "qemu.log"
+        command = command_line(self.host, devices)
+        try:
+            self._process = _spawn(command, (ram_fd, *theirs), self._messages)
+        finally:
+            for fd in theirs:
+                os.close(fd)
         self._resources.callback(self._kill)
-        for fd in theirs:
-            os.close(fd)
 
     def _open_ram(self, keep: Path | None) -> int:
         with os_errors("memory of the host"):
@@ -256,6 +256,8 @@ class RunningHost:
         text = self.console_text()
         if found := _PANIC.findall(text):
             return str(found[0])
+        if self._messages is not None:
+            text += self._messages.read_text(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return lines[-1] if lines else "nothing on its console"
 

@@ -309,7 +309,7 @@ def test_a_xen_event_is_pending_in_the_shared_page(tiny: Maker) -> None:
     guest.vm.xen_send_event(3, 0)
     # shared_info: 32 vcpu_info of 64 bytes, then the pending bits.
     assert int.from_bytes(guest.memory[0x3000 + 2048 : 0x3000 + 2056], "little") == 1 << 3
-    assert guest.memory[0x5000] == 1  # evtchn_upcall_pending
+    assert bytes(guest.memory[0x5000:0x5001]) == b"\1"  # evtchn_upcall_pending
 
 
 @pytest.mark.refused("KVM_XEN_HVM_CONFIG", "KVM_XEN_HVM_EVTCHN_SEND", "KVM_HYPERV_EVENTFD")
