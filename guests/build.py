@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kvmhost.errors import KvmHostError
+
 __all__ = [
     "CompilerMissingError",
     "GuestBuildError",
@@ -41,7 +43,7 @@ PC_CFLAGS = [
 ]  # fmt: skip
 
 
-class GuestBuildError(RuntimeError):
+class GuestBuildError(KvmHostError, RuntimeError):
     """The compiler refused a guest source; its messages are the text."""
 
 

@@ -21,6 +21,7 @@
     │  └─ GuestTimeout
     ├─ LabError: an emulated host ended before its command
     │  └─ LabTimeout
+    ├─ GuestBuildError (also RuntimeError): of :mod:`kvmhost.guests.build`
     └─ ReclaimError: the errors of :mod:`kvmhost.reclaim.errors`
 
 Every one of them survives pickling, so that it can cross a process boundary. Those of

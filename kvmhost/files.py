@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import os
 import stat
@@ -31,6 +32,7 @@ __all__ = [
     "TEMPORARY",
     "NamelessFile",
     "check_target",
+    "is_locked",
     "new_directory",
     "open_log",
     "open_regular",
@@ -221,6 +223,16 @@ def new_directory(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 shutil.rmtree(partial.name, dir_fd=folder)
             raise
+
+
+def is_locked(fd: int) -> bool:
+    """Return whether another open file description holds an exclusive flock(2) on a file."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
 
 
 def open_regular(path: str | Path) -> int:

@@ -31,6 +31,7 @@ from kvmhost.boot.pcboot import (
     place,
 )
 from kvmhost.errors import ImageError
+from kvmhost.memory.pclayout import BOOT_INFO_GPA, BOOT_MAP_GPA, BOOT_STACK_GPA
 
 __all__ = [
     "BOOT_MAGIC",
@@ -53,8 +54,6 @@ _REQUIREMENTS = 0xFFFF
 MULTIBOOT2_MAGIC = 0xE85250D6
 MULTIBOOT2_SEARCH_BYTES = 32768
 
-MAP_GPA = 0x9000
-INFO_GPA = 0x9500
 BOOT_DEVICE = 0x8000FFFF
 LOADER_NAME = b"qemu\0"
 
@@ -87,9 +86,11 @@ class MultibootImage:
             for entry in request.layout.memory_map()
         )
         taken = [*self.chunks, *tail]
-        memory_map = place(self.path, taken, entries, MAP_GPA, "memory map")
+        memory_map = place(self.path, taken, entries, BOOT_MAP_GPA, "memory map")
         info = bytearray(88)
-        where = place(self.path, [*taken, memory_map], bytes(info), INFO_GPA, "boot information")
+        where = place(
+            self.path, [*taken, memory_map], bytes(info), BOOT_INFO_GPA, "boot information"
+        )
         struct.pack_into(
             "<7I",
             info,
@@ -104,7 +105,9 @@ class MultibootImage:
         )
         struct.pack_into("<II", info, 44, len(entries), memory_map.gpa)
         struct.pack_into("<I", info, 64, name_gpa)
-        state = PcEntry(Mode.PROTECTED, self.entry, rax=BOOT_MAGIC, rbx=where.gpa, rsp=0x7000)
+        state = PcEntry(
+            Mode.PROTECTED, self.entry, rax=BOOT_MAGIC, rbx=where.gpa, rsp=BOOT_STACK_GPA
+        )
         chunks = (*self.chunks, *tail, memory_map, dataclasses.replace(where, data=bytes(info)))
         return BootPlan(self.path, chunks, state)
 

@@ -20,14 +20,12 @@ from kvmhost.boot.pcboot import (
     place,
 )
 from kvmhost.errors import ImageError
-from kvmhost.memory.pclayout import FIRMWARE_GPA
+from kvmhost.memory.pclayout import BOOT_INFO_GPA, BOOT_MAP_GPA, BOOT_STACK_GPA, FIRMWARE_GPA
 
 __all__ = ["PvhImage", "find_entry", "parse_pvh"]
 
 OWNER, PHYS32_ENTRY = b"Xen", 18
 MAGIC = 0x336EC578
-START_INFO_GPA = 0x9500
-MAP_GPA = 0x9000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +56,15 @@ class PvhImage:
         entries = request.layout.memory_map()
         table = b"".join(struct.pack("<QQII", e.gpa, e.n_bytes, e.kind, 0) for e in entries)
         taken = [*self.chunks, *chunks]
-        memory_map = place(self.path, taken, table, MAP_GPA, "memory map")
+        memory_map = place(self.path, taken, table, BOOT_MAP_GPA, "memory map")
         info = struct.pack(
             "<4I4Q2I", MAGIC, 1, 0, len(request.modules), list_gpa if listed else 0, gpa,
             FIRMWARE_GPA, memory_map.gpa, len(entries), 0,
         )  # fmt: skip
         start_info = place(
-            self.path, [*taken, memory_map], info, START_INFO_GPA, "start information"
+            self.path, [*taken, memory_map], info, BOOT_INFO_GPA, "start information"
         )
-        state = PcEntry(Mode.PROTECTED, self.entry, rbx=start_info.gpa, rsp=0x7000)
+        state = PcEntry(Mode.PROTECTED, self.entry, rbx=start_info.gpa, rsp=BOOT_STACK_GPA)
         return BootPlan(self.path, (*taken, memory_map, start_info), state)
 
 

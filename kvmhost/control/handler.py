@@ -55,7 +55,7 @@ class Request:
     gone: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
 
-class Problem(Exception):
+class Problem(KvmHostError):
     """A response with an error status.
 
     :param field: the field of the request that was wrong

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from kvmhost.errors import CapabilityError, LayoutError, NameInUseError
+from kvmhost.files import is_locked
 from kvmhost.ownership import check_own_file, open_folder, open_private_folder, same_file
 
 __all__ = [
@@ -282,9 +283,6 @@ def _is_held(lock: str, folder: int) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return is_locked(fd)
     finally:
         os.close(fd)
-    return False

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from kvmhost.decoding import decode_json
+from kvmhost.errors import LayoutError
 from kvmhost.suggest import unknown_name
 from kvmhost.timescale import scaled
 from kvmhost.units import PAGE_BYTES, Share, read_amount
@@ -110,15 +111,14 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the messages that a client sends."""
 
 
-class SchemaError(ValueError):
+class SchemaError(LayoutError):
     """A message does not match its schema.
 
     :param field: the field, such as ``gfns[3]``; empty for the whole message
     """
 
     def __init__(self, problem: str, field: str = "") -> None:
-        super().__init__(problem, field)
-        self.problem, self.field = problem, field
+        super().__init__(problem, field=field)
 
     def __str__(self) -> str:
         return f"{self.field}: {self.problem}" if self.field else self.problem

@@ -3,7 +3,7 @@
 ::
 
     0x0000_0400  BIOS data area: serial port, EBDA segment, kilobytes below
-    0x0000_9000  multiboot: memory map, and the boot information at 0x9500
+    0x0000_9000  multiboot and PVH: memory map, and the boot information at 0x9500
     0x0009_fc00  extended BIOS data area, 1 KiB (reserved)
     0x000f_0000  RSDP, GDT of the entry state (reserved)
     0x0010_0000  memory for the guest; an image is usually here
@@ -26,8 +26,20 @@ from kvmhost.errors import LayoutError
 from kvmhost.memory.layout import HIGH_GPA, LOW_END_GPA
 from kvmhost.units import PAGE_BYTES
 
-__all__ = ["EBDA_GPA", "FIRMWARE_GPA", "MapEntry", "MapType", "PcLayout"]
+__all__ = [
+    "BOOT_INFO_GPA",
+    "BOOT_MAP_GPA",
+    "BOOT_STACK_GPA",
+    "EBDA_GPA",
+    "FIRMWARE_GPA",
+    "MapEntry",
+    "MapType",
+    "PcLayout",
+]
 
+#: Where QEMU's loaders put the memory map and the boot information, and where the stack of the
+#: entry state ends.
+BOOT_MAP_GPA, BOOT_INFO_GPA, BOOT_STACK_GPA = 0x9000, 0x9500, 0x7000
 EBDA_GPA = 0x9_FC00
 FIRMWARE_GPA = 0xF_0000
 ONE_MIB = 0x10_0000

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, n_words
 from kvmhost.closing import Closing
-from kvmhost.files import open_regular
+from kvmhost.files import is_locked, open_regular
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record import meta as recordmeta
 from kvmhost.reclaim.record.chunks import decode_array, decode_bits, need_zstd, read_file
@@ -107,12 +106,9 @@ class RecordFiles(Closing):
         except OSError:
             return False
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return is_locked(fd)
         finally:
             os.close(fd)
-        return False
 
     @property
     def journal(self) -> JournalReader:

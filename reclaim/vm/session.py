@@ -27,6 +27,7 @@ from kvmhost.reclaim.account.decisions import DecisionKind, EvictReason
 from kvmhost.reclaim.account.events import PassReport
 from kvmhost.reclaim.account.history import PageHistory
 from kvmhost.reclaim.context import DaemonContext
+from kvmhost.reclaim.errors import ReclaimError
 from kvmhost.reclaim.policy.base import Policy
 from kvmhost.reclaim.pressure.budget import Budget
 from kvmhost.reclaim.pressure.controllers import PassFacts
@@ -46,11 +47,11 @@ _LEARNING_PASSES = 3
 _LIMIT_STEPS = 64
 
 
-class GuestEnded(Exception):
+class GuestEnded(ReclaimError):
     """The guest has ended."""
 
 
-class VmPaused(Exception):
+class VmPaused(ReclaimError):
     """The VM is paused: a harvest would find nothing."""
 
 

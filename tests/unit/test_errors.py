@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import inspect
 import json
 import pickle
+import pkgutil
 
 import pytest
 
@@ -46,6 +48,31 @@ def test_there_is_a_sample_of_each() -> None:
     assert {name for name in defined if issubclass(getattr(errors, name), Exception)} == set(
         SAMPLES
     )
+
+
+def exceptions_of(package: str) -> dict[str, type[Exception]]:
+    """Return the exceptions that the modules of a package define, by dotted name."""
+    found = {}
+    root = importlib.import_module(package)
+    for info in pkgutil.walk_packages(root.__path__, f"{package}."):
+        if info.name.endswith((".__main__", "._core.build")):
+            continue
+        for name, kind in vars(importlib.import_module(info.name)).items():
+            is_error = inspect.isclass(kind) and issubclass(kind, Exception)
+            if is_error and kind.__module__ == info.name and not name.startswith("_"):
+                found[f"{info.name}.{name}"] = kind
+    return found
+
+
+def test_every_exception_of_the_packages_is_in_the_tree() -> None:
+    found = exceptions_of("kvmhost")
+    assert {f"kvmhost.errors.{name}" for name in SAMPLES} <= set(found)
+    assert {
+        "kvmhost.control.schema.SchemaError",
+        "kvmhost.guests.build.GuestBuildError",
+        "kvmhost.reclaim.errors.RecordError",
+    } <= set(found)
+    assert [name for name, kind in found.items() if not issubclass(kind, errors.KvmHostError)] == []
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
