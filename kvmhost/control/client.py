@@ -101,11 +101,13 @@ class Client(Caller, Harvestable):
     def residency(self, since: int = 0, n_pages: int | None = None) -> schema.Residency:
         """Return where all pages are, and what happened to them from event ``since`` on.
 
+        A reply has a bounded number of events: ask again while there are some ``left``.
+
         :param n_pages: pages from gfn 0 on that the VM has; None: ask it
         """
         n_pages = self._n_pages(0, n_pages)
-        # Base64 of two bitmaps, and of up to four events a page, at least 65,536 in all.
-        most = (64 << 10) + 2 * n_pages + 16 * max(4 * n_pages, 1 << 16)
+        # Base64 of two bitmaps and of gfns, half as many as pages but at least 4,096.
+        most = (64 << 10) + n_pages + 16 * max(n_pages // 2, 4096)
         answer = self._call("GET", "residency", at_most=most, params={"since": since})
         found = self._read(answer, schema.Residency)
         if problem := schema.problem_of_residency(found, n_pages):

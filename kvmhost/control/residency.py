@@ -10,9 +10,23 @@ from kvmhost.control.schema import Residency
 from kvmhost.machine.base import BaseMachine
 from kvmhost.pager.results import PageEvent, PageEvents, PageState
 
-__all__ = ["residency_of"]
+__all__ = ["most_events", "residency_bytes", "residency_of"]
+
+#: Memory for one event: as the pager has it, by kind, as text.
+_EVENT_BYTES = 48
 
 _EVICTED = (PageState.EVICTED, PageState.LOST, PageState.SWAPPED)
+
+
+def most_events(machine: BaseMachine) -> int:
+    """Return how many events one reply has at most: half as many as there are pages."""
+    return max(machine.memory.n_pages // 2, 4096)
+
+
+def residency_bytes(machine: BaseMachine) -> int:
+    """Return the memory that one reply takes while it is made."""
+    memory = machine.memory
+    return _EVENT_BYTES * most_events(machine) + 8 * memory.n_pages + 2 * memory.gfn_end
 
 
 def residency_of(machine: BaseMachine, since: int) -> Residency:
@@ -24,7 +38,7 @@ def residency_of(machine: BaseMachine, since: int) -> Residency:
     nothing = np.zeros(0, dtype=np.int64)
     events = PageEvents(nothing, nothing.astype(np.uint8), 0, 0)
     if machine.has_pager:
-        events = machine.open_pager().events(since)
+        events = machine.open_pager().events(since, most_events(machine))
         states = machine.open_pager().states()
         resident, evicted = states == PageState.RESIDENT, np.isin(states, _EVICTED)
     else:
@@ -44,6 +58,7 @@ def residency_of(machine: BaseMachine, since: int) -> Residency:
         },
         next=events.next,
         lost=events.lost,
+        left=events.left,
     )
 
 

@@ -56,7 +56,7 @@ from kvmhost.control.lease import Lease
 from kvmhost.control.pauses import Pauses
 from kvmhost.control.peers import Peer
 from kvmhost.control.readers import Readers
-from kvmhost.control.residency import residency_of
+from kvmhost.control.residency import residency_bytes, residency_of
 from kvmhost.control.schema import HEADER_PREFIX, SchemaError
 from kvmhost.errors import (
     CapabilityError,
@@ -158,8 +158,7 @@ class Routes:
             # Young and coarse, as arrays and as bytes.
             return 4 * 8 * n_words(self._machine.memory.gfn_end)
         if path == "/v1/residency":
-            # A byte a page, two bitmaps, and up to four events of a page, as arrays and as text.
-            return 96 * self._machine.memory.gfn_end
+            return residency_bytes(self._machine)
         return 4 * self._machine.memory.n_pages if path == "/v1/evict" else 0
 
     def has_kept_slot(self, peer: Peer) -> bool:

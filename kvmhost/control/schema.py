@@ -321,7 +321,7 @@ def problem_of_residency(found: Residency, n_pages: int) -> str:
         return f"bitmaps that are not of {n_pages} pages"
     if any(len(gfns) % 8 for gfns in found.gfns.values()):
         return "gfns that are no 64-bit numbers"
-    if min([found.next, found.lost, *found.counts.values()]) < 0:
+    if min([found.next, found.lost, found.left, *found.counts.values()]) < 0:
         return "negative counts"
     return ""
 
@@ -332,8 +332,8 @@ class Residency(Answer, frozen=True):
     ``resident`` and ``evicted`` are bitmaps of all pages from gfn 0 on, base64 in JSON; a page
     in neither was never touched, or is in no memory region. ``counts`` has the number of events
     by name, and ``gfns`` the pages of each as ascending little-endian 64-bit numbers, each page
-    once. ``next`` is the ``since`` of the next request, and ``lost`` the number of events that
-    were overwritten before this one.
+    once. ``next`` is the ``since`` of the next request, ``left`` the number of events that it would
+    find now, and ``lost`` the number of events that were overwritten before this one.
     """
 
     resident: bytes
@@ -342,6 +342,7 @@ class Residency(Answer, frozen=True):
     gfns: dict[str, bytes]
     next: int
     lost: int
+    left: int = 0
 
 
 class VictimsReport(Answer, frozen=True):

@@ -365,16 +365,19 @@ class Pager:
         shown["latency_ns"] = [int(raw.latency[b]) for b in range(lib.KH_LATENCY_BUCKETS)]
         return shown
 
-    def events(self, since: int = 0) -> PageEvents:
+    def events(self, since: int = 0, most: int | None = None) -> PageEvents:
         """Return what happened to pages, from event number ``since`` on.
 
         The latest events are kept, four for each page but at least 65,536 and at most
         1,048,576. Any number of readers can ask, each from its own number on. Pages in
         the host's swap have no events.
+
+        :param most: return at most so many events, the oldest ones; None: all
         """
         position = ffi.new("struct kh_log_position *")
         lib.kh_pager_read_log(self._core, since, ffi.NULL, 0, position)
         size = int(position.end) - min(since + int(position.lost), int(position.end))
+        size = size if most is None else min(size, most)
         raw = np.zeros(size, dtype=np.uint64)
         # SAFETY: the array lives until the call returns.
         buffer = ffi.from_buffer("uint64_t[]", raw, require_writable=True)
@@ -385,6 +388,7 @@ class Pager:
             events=(raw[:found] >> np.uint64(32)).astype(np.uint8),
             next=int(position.next),
             lost=int(position.lost),
+            left=int(position.end - position.next),
         )
 
     def inject_failures(

@@ -50,12 +50,14 @@ class PageEvents:
     :param events: shape ``(n,)``: each page's :class:`PageEvent` (``uint8``)
     :param next: number of the next event, with which to ask again
     :param lost: events that were overwritten before they were read
+    :param left: later events that were not returned
     """
 
     gfns: npt.NDArray[np.int64]
     events: npt.NDArray[np.uint8]
     next: int
     lost: int
+    left: int = 0
 
 
 class EvictOutcome(enum.IntEnum):

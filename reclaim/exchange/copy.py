@@ -42,4 +42,5 @@ def _copy(record: YoungRecord, writer: RecordWriter, first: int, end: int) -> No
         writer.set_session(record.session(window))
         writer.set_layout(record.memslots(window))
         cost = Cost(int(harvest[window]), int(rearm[window]))
-        writer.append(bitmap, wall_ns=int(wall[window]), cost=cost)
+        residency = record.residency(window)
+        writer.append(bitmap, wall_ns=int(wall[window]), cost=cost, residency=residency)

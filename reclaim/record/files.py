@@ -147,7 +147,7 @@ class RecordFiles(Closing):
         :raises RecordError: if one is damaged, or is not of the record
         """
         path = self.path / JOURNAL_FILE
-        for chunk, packed in dict(getattr(self.entry(window), name)).items():
+        for chunk, packed in dict(self.entry(window).bits(name)).items():
             if 0 <= chunk < self.metadata.n_chunks:
                 yield chunk, unpack_row(packed, self.metadata.chunk_pages, path)
 
@@ -162,11 +162,14 @@ class RecordFiles(Closing):
 
         :raises RecordError: if it is negative, or more pages than the record has
         """
+        if name not in self.metadata.columns:
+            return np.zeros(len(self), dtype=np.int64)
         number = list(COLUMNS).index(name)
         tail = [self.entry(window).columns[number] for window in self.tail_windows()]
         sealed = self.rows(name, 0, self.metadata.n_windows, recordmeta.COLUMN_CHUNK, (), "<i8")
         values = np.concatenate([sealed, np.array(tail, dtype=np.int64)])
-        most = self.metadata.n_pages if name in ("n_pages", "n_young") else np.iinfo(np.int64).max
+        counts = ("n_pages", "n_young", "n_resident", "n_evicted")
+        most = self.metadata.n_pages if name in counts else np.iinfo(np.int64).max
         if values.size and not 0 <= values.min() <= values.max() <= most:
             problem = f"has values outside [0, {most}]"
             raise RecordError(str(self.path / name), name, problem)
@@ -224,7 +227,7 @@ class RecordFiles(Closing):
         words = self.metadata.chunk_pages // 64
         row = np.zeros(self.metadata.n_chunks * words, dtype=np.uint64)
         if window >= self.metadata.n_windows:
-            for chunk, packed in getattr(self.entry(window), name):
+            for chunk, packed in self.entry(window).bits(name):
                 if not 0 <= chunk < self.metadata.n_chunks:
                     path = str(self.path / JOURNAL_FILE)
                     raise RecordError(path, "chunk", f"window {window} has a chunk {chunk}")
@@ -273,7 +276,7 @@ class RecordFiles(Closing):
         )  # fmt: skip
         rows: Words | None = None
         for window in windows:
-            packed = dict(getattr(self.entry(window), name)).get(chunk)
+            packed = dict(self.entry(window).bits(name)).get(chunk)
             if packed is not None:
                 if rows is None:
                     rows = np.zeros((BLOCK_WINDOWS, size // 64), dtype=np.uint64)

@@ -38,7 +38,7 @@ def to_frame(record: YoungRecord) -> Any:
 def to_dataset(record: YoungRecord) -> Any:
     """Return an xarray dataset of the arrays, read chunk by chunk on demand.
 
-    ``young`` and ``coarse`` are booleans over ``gfn`` and ``window``, unpacked on demand, so that
+    The arrays of bits are booleans over ``gfn`` and ``window``, unpacked on demand, so that
     ``young.sel(gfn=0x400)`` is the history of a page. ``window`` has the coordinates
     ``seconds``, from the start of the record, and ``time``, the wall clock in UTC at the
     end of each window (NaT where it was not recorded).

@@ -33,7 +33,14 @@ from kvmhost.decoding import decode_msgpack
 from kvmhost.files import open_log
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record.chunks import unzstd, write_file, zstd
-from kvmhost.reclaim.record.meta import COLUMNS, MAX_PAGES, MAX_WINDOWS, N_BUCKETS
+from kvmhost.reclaim.record.meta import (
+    BITS_1,
+    COLUMNS,
+    COLUMNS_1,
+    MAX_PAGES,
+    MAX_WINDOWS,
+    N_BUCKETS,
+)
 
 __all__ = [
     "JOURNAL_FILE",
@@ -57,6 +64,8 @@ _STEP = 1 << 20
 class JournalEntry(msgspec.Struct, frozen=True, array_like=True):
     """One window. ``young`` and ``coarse`` list (chunk of pages, its compressed bitmap).
 
+    :param columns: in the order of :data:`~.meta.COLUMNS`; an entry of format 1 has the first eight
+    :param others: lists like ``young`` of the other arrays of bits, by name
     :param histograms: zstd of the rows of ``reuse`` and ``ages``, 32 bits per bucket
     """
 
@@ -64,6 +73,14 @@ class JournalEntry(msgspec.Struct, frozen=True, array_like=True):
     young: list[tuple[int, bytes]]
     coarse: list[tuple[int, bytes]]
     histograms: bytes
+    others: dict[str, list[tuple[int, bytes]]] = {}
+
+    def bits(self, name: str) -> list[tuple[int, bytes]]:
+        """Return the chunks of an array of bits."""
+        if name in BITS_1:
+            found: list[tuple[int, bytes]] = getattr(self, name)
+            return found
+        return self.others.get(name, [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +202,10 @@ class JournalReader(Closing):
         except msgspec.DecodeError as error:
             raise RecordError(str(self._path), "entry", str(error), where.offset) from None
         fits = all(0 <= value < 1 << 63 for value in entry.columns)
-        if len(entry.columns) != len(COLUMNS) or not fits:
+        missing = len(COLUMNS) - len(entry.columns)
+        if missing not in (0, len(COLUMNS) - len(COLUMNS_1)) or not fits:
             raise RecordError(str(self._path), "columns", "do not fit", where.offset)
+        entry = msgspec.structs.replace(entry, columns=[*entry.columns, *[0] * missing])
         columns = dict(zip(COLUMNS, entry.columns, strict=True))
         if columns["n_pages"] != where.n_pages or columns["n_young"] > where.n_pages:
             problem = f"give other pages than the {where.n_pages} of its head"

@@ -9,6 +9,7 @@ schema is in ``docs/record.md``.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +24,13 @@ from kvmhost.reclaim.young.bits import BLOCK_WINDOWS
 
 __all__ = [
     "BITS",
+    "BITS_1",
+    "COARSE_KNOWN",
     "COLUMNS",
+    "COLUMNS_1",
     "COLUMN_CHUNK",
+    "EVENTS",
+    "EVENTS_LOST",
     "FORMAT_VERSION",
     "HISTOGRAMS",
     "HISTOGRAM_CHUNK",
@@ -35,6 +41,8 @@ __all__ = [
     "METADATA_FILE",
     "N_BUCKETS",
     "PACKING",
+    "RESIDENCY_KNOWN",
+    "STATES",
     "UPPER",
     "Memslot",
     "MemslotLayout",
@@ -62,6 +70,22 @@ BITS = {
     "young": "page gfn_start + i was young in the window",
     "coarse": "the bit came from a leaf larger than a page",
 }
+#: Where pages are at the end of a window, and what happened to them in it: one bit each, if a
+#: pager was asked (flag 2). The events are those of the pager's log, in its order.
+EVENTS = {
+    "evicted_daemon": "evicted in the window, by the daemon that holds the lease",
+    "evicted_request": "evicted in the window, by another request",
+    "evicted_limit": "evicted in the window, by the VM's choice, at its resident limit",
+    "evicted_memory": "evicted in the window, by the VM's choice, without memory on the host",
+    "refaulted": "brought back in the window by a touch, after it had been evicted",
+    "restored": "brought back in the window without a touch: on request, or prefetched",
+    "dropped": "declared free by the guest in the window",
+}
+STATES = {
+    "resident": "in memory at the end of the window",
+    "evicted": "in the pager's store, or in swap, at the end of the window",
+}
+BITS |= STATES | EVENTS
 #: How the bits are packed, for readers of the arrays; in the attributes of each such array.
 PACKING = {
     "packed_dimension": "window",
@@ -77,10 +101,20 @@ COLUMNS = {
     "wall_ns": "end of the window, CLOCK_REALTIME; 0 if it was not known",
     "n_pages": "pages that were looked at, from gfn_start",
     "n_young": "pages that were young",
-    "flags": "1: which bits are coarse is known (array coarse)",
+    "flags": "1: which bits are coarse is known (array coarse); 2: residency and events are "
+    "known; 4: some events are missing",
     "harvest_ns": "what the harvest took inside the VM; 0 if it was not known",
     "rearm_ns": "what re-arming took inside the VM; 0 if it was not known",
+    "n_resident": "pages resident at the end of the window",
+    "n_evicted": "pages evicted at the end of the window",
+    **{f"n_{name}": f"events, pages {about}" for name, about in EVENTS.items()},
 }
+#: What format 1 had: the first columns and bits, and its description of the flags.
+COLUMNS_1 = dict(itertools.islice(COLUMNS.items(), 8)) | {
+    "flags": "1: which bits are coarse is known (array coarse)"
+}
+BITS_1 = dict(itertools.islice(BITS.items(), 2))
+COARSE_KNOWN, RESIDENCY_KNOWN, EVENTS_LOST = 1, 2, 4
 COLUMN_CHUNK = 1024
 #: Counts of pages by number of windows, in the buckets of :data:`UPPER`.
 HISTOGRAMS = {
@@ -169,6 +203,16 @@ class RecordMeta(msgspec.Struct, frozen=True):
         """Whether chunks have the filters of format 1."""
         return self.version == FILTERED_VERSION
 
+    @property
+    def bits(self) -> dict[str, str]:
+        """The arrays of bits, with their descriptions."""
+        return BITS_1 if self.is_filtered else BITS
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The arrays of one number per window, with their descriptions."""
+        return COLUMNS_1 if self.is_filtered else COLUMNS
+
 
 def chunk_pages_for(n_pages: int) -> int:
     """Return the number of pages per chunk of a new record."""
@@ -208,14 +252,14 @@ def array_metadata(meta: RecordMeta) -> dict[str, Any]:
 
     n, t = meta.n_pages, meta.n_windows
     gfns = (n, meta.chunk_pages)
-    for name, about in BITS.items():
+    for name, about in meta.bits.items():
         if meta.is_filtered:
             add(name, {"gfn": gfns, "window": (t, BLOCK_WINDOWS)}, "|b1", about, sparse=True)
         else:
             window_bytes = (-(-t // 8), BLOCK_WINDOWS // 8)
             add(name, {"gfn": gfns, "window_byte": window_bytes}, "|u1", about, sparse=True)
             found[f"{name}/.zattrs"] |= PACKING
-    for name, about in COLUMNS.items():
+    for name, about in meta.columns.items():
         add(name, {"window": (t, COLUMN_CHUNK)}, "<i8", about)
     buckets = (N_BUCKETS, N_BUCKETS)
     for name, about in HISTOGRAMS.items():

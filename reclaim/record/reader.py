@@ -32,7 +32,8 @@ from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record import meta as recordmeta
 from kvmhost.reclaim.record.files import RecordFiles, is_record, names_in
 from kvmhost.reclaim.record.journal import JOURNAL_FILE
-from kvmhost.reclaim.record.meta import MemslotLayout, RecordMeta, RecordSession
+from kvmhost.reclaim.record.meta import EVENTS, STATES, MemslotLayout, RecordMeta, RecordSession
+from kvmhost.reclaim.record.residency import WindowResidency
 from kvmhost.reclaim.record.summary import last_window_of
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, window_mask
 
@@ -305,7 +306,7 @@ class YoungRecord(Closing):
         Each is (gfn of the first page, window of bit 63, one word per page); bits outside
         the range of windows are 0. Chunks of the same pages are consecutive, in time order.
 
-        :param name: ``young`` or ``coarse``
+        :param name: ``young``, or another of :data:`~kvmhost.reclaim.record.meta.BITS`
         """
         first, end = self._range(first, end)
         low_page, high_page = self._pages(gfn_first, gfn_end)
@@ -323,10 +324,39 @@ class YoungRecord(Closing):
                     part = part & window_mask(since - base, until - base)
                 yield self.gfn_start + low, base, part
 
+    def layer(self, name: str, window: int) -> Words:
+        """Return one of :data:`~kvmhost.reclaim.record.meta.BITS` of a window, a bit per page.
+
+        All zeros where residency was not recorded, see :meth:`has_residency`.
+
+        :raises LayoutError: if there is no such array
+        """
+        if name not in recordmeta.BITS:
+            raise LayoutError(f"no bits {name!r}; there are {', '.join(recordmeta.BITS)}")
+        window = self._window(window)
+        return self._files.row(name, window)[: n_words(int(self.column("n_pages")[window]))]
+
+    def has_residency(self) -> npt.NDArray[np.bool_]:
+        """Return shape ``(windows,)``: whether residency and events of a window were recorded."""
+        known: npt.NDArray[np.bool_] = (self.column("flags") & recordmeta.RESIDENCY_KNOWN) != 0
+        return known
+
+    def residency(self, window: int) -> WindowResidency | None:
+        """Return where pages were at the end of a window, and what happened to them; or None."""
+        window = self._window(window)
+        if not self.has_residency()[window]:
+            return None
+        return WindowResidency(
+            bits={name: self.layer(name, window) for name in (*STATES, *EVENTS)},
+            counts={name: int(self.column(f"n_{name}")[window]) for name in EVENTS},
+            is_complete=not self.column("flags")[window] & recordmeta.EVENTS_LOST,
+        )
+
     def history(self, gfn: int, name: str = "young") -> npt.NDArray[np.bool_]:
         """Return shape ``(windows,)``: the windows in which a page was young.
 
-        :param name: ``young``, or ``coarse`` for bits that came from a larger leaf
+        :param name: ``young``, ``coarse`` for bits that came from a larger leaf, or another
+            of :data:`~kvmhost.reclaim.record.meta.BITS`
         :raises LayoutError: if the record does not contain that gfn
         """
         found = np.zeros(-(-len(self) // BLOCK_WINDOWS) * BLOCK_WINDOWS, dtype=bool)

@@ -16,16 +16,19 @@ from pathlib import Path
 
 from kvmhost import __version__
 from kvmhost.control.client import Client
-from kvmhost.control.schema import MemoryMap, VmState
+from kvmhost.control.schema import MemoryMap, Residency, VmState
 from kvmhost.errors import LayoutError, VmGoneError
 from kvmhost.process.attach import Attached
 from kvmhost.reclaim.record.meta import Memslot, RecordSession
+from kvmhost.reclaim.record.residency import residency_of_window
 from kvmhost.reclaim.record.writer import Cost, RecordWriter
 
 __all__ = ["RecordingPlan", "RecordingResult", "record_vm"]
 
 #: Interval at which the memslots are read.
 _LAYOUT_S = 1.0
+#: Replies about events per window: more come faster than they can be read.
+_MOST_REPLIES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,9 @@ class _Loop:
         self._tracker, self._memory = tracker, memory
         self._looked_s = self._begin_s = time.monotonic()
         self._late = 0
+        self._since = 0
+        if isinstance(client, Client):
+            self._since = _read_residency(client, 0)[-1].next
 
     def run(self, on_window: Callable[[], None]) -> RecordingResult:
         done, reason = 0, f"all {self._plan.count} windows"
@@ -143,7 +149,20 @@ class _Loop:
         found = self._client.harvest(first, end - first, tracker=self._tracker)
         wall_ns = time.time_ns()
         cost = Cost(found.harvest_ns, found.rearm_ns)
-        self._writer.append(found.young, wall_ns=wall_ns, cost=cost)
+        residency = None
+        if isinstance(self._client, Client):  # Another process's pager cannot be asked.
+            replies = _read_residency(self._client, self._since)
+            self._since = replies[-1].next
+            residency = residency_of_window(replies, first, end - first)
+        self._writer.append(found.young, wall_ns=wall_ns, cost=cost, residency=residency)
+
+
+def _read_residency(client: Client, since: int) -> list[Residency]:
+    """Read residency and all events from number ``since`` on, in several replies if need be."""
+    found = [client.residency(since)]
+    while found[-1].left and len(found) < _MOST_REPLIES:
+        found.append(client.residency(found[-1].next))
+    return found
 
 
 def _writer(

@@ -53,13 +53,16 @@ from kvmhost.reclaim.record.journal import (
 )
 from kvmhost.reclaim.record.meta import (
     COLUMNS,
+    EVENTS,
     HISTOGRAMS,
+    STATES,
     Memslot,
     MemslotLayout,
     RecordMeta,
     RecordSession,
 )
 from kvmhost.reclaim.record.reader import YoungRecord
+from kvmhost.reclaim.record.residency import WindowResidency
 from kvmhost.reclaim.record.summary import RunningAges, last_window_of, level_sums
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, to_history
 
@@ -176,9 +179,17 @@ class RecordWriter(Closing):
         """The metadata of the record."""
         return self._meta
 
-    def append(self, bitmap: YoungBitmap, *, wall_ns: int = 0, cost: Cost = Cost()) -> None:
+    def append(
+        self,
+        bitmap: YoungBitmap,
+        *,
+        wall_ns: int = 0,
+        cost: Cost = Cost(),
+        residency: WindowResidency | None = None,
+    ) -> None:
         """Append a window with the times, tracker and format of the bitmap.
 
+        :param residency: of the pages of the bitmap; None: unknown
         :param wall_ns: ``CLOCK_REALTIME`` at its end, 0 if unknown
         :raises LayoutError: if its first gfn differs from that of the record
         """
@@ -197,7 +208,10 @@ class RecordWriter(Closing):
             self._prepare(source.tracker, source.table_format, bitmap.n_pages)
             young = _chunks_of(bitmap.words, self._meta.chunk_pages)
             reuse, ages = self._ages.push(young, bitmap.n_pages)
-            flags = int(bitmap.coarse is not None)
+            flags = recordmeta.COARSE_KNOWN if bitmap.coarse is not None else 0
+            if residency is not None:
+                flags |= recordmeta.RESIDENCY_KNOWN
+                flags |= 0 if residency.is_complete else recordmeta.EVENTS_LOST
             columns = {
                 "start_ns": source.window_start_ns,
                 "end_ns": source.window_end_ns,
@@ -207,13 +221,15 @@ class RecordWriter(Closing):
                 "flags": flags,
                 "harvest_ns": cost.harvest_ns,
                 "rearm_ns": cost.rearm_ns,
+                **_counts_of(residency),
             }
-            coarse = _chunks_of(bitmap.coarse, self._meta.chunk_pages) if flags else {}
+            coarse = _chunks_of(bitmap.coarse, self._meta.chunk_pages)
             entry = JournalEntry(
                 columns=[int(columns[name]) for name in COLUMNS],
                 young=[(chunk, pack_row(words)) for chunk, words in young.items()],
                 coarse=[(chunk, pack_row(words)) for chunk, words in coarse.items()],
                 histograms=zstd(np.stack([reuse, ages]).astype("<u4").tobytes(), level=1),
+                others=_others_of(residency, self._meta.chunk_pages),
             )
             self._journal.append(entry, bitmap.n_pages)
             self._take(entry, np.stack([reuse, ages]))
@@ -247,8 +263,8 @@ class RecordWriter(Closing):
         self._check_open()
         if self._tail and self._meta.n_windows < self._n_windows:
             self._written.clear()
-            self._write_bits("young")
-            self._write_bits("coarse")
+            for name in recordmeta.BITS:
+                self._write_bits(name)
             self._write_numbers()
             self._meta = msgspec.structs.replace(self._meta, n_windows=self._n_windows)
             # Each replaced file costs a flush of the file system, and there are dozens.
@@ -321,7 +337,7 @@ class RecordWriter(Closing):
 
     def _drop_stale(self, block: int) -> None:
         """Remove the chunks of this and later blocks that this writer did not write."""
-        for name in ("young", "coarse", *(f"sum{level}" for level in recordmeta.LEVELS)):
+        for name in (*recordmeta.BITS, *(f"sum{level}" for level in recordmeta.LEVELS)):
             for file in (self.path / name).iterdir():
                 first, _, second = file.name.partition(".")
                 number = first if name.startswith("sum") else second
@@ -355,7 +371,7 @@ class RecordWriter(Closing):
         """Write the open block's chunks of a bit array, and its sums."""
         rows_of: dict[int, dict[int, bytes]] = {}
         for at, entry in enumerate(self._tail):
-            for chunk, packed in getattr(entry, name):
+            for chunk, packed in entry.bits(name):
                 rows_of.setdefault(chunk, {})[at] = packed
         sums = _Sums(self._meta.n_pages, self._meta.chunk_pages)
         block = self._base // BLOCK_WINDOWS
@@ -460,7 +476,29 @@ def _entry_of(record: YoungRecord, window: int, chunk_pages: int) -> tuple[Journ
         young=[(chunk, pack_row(words)) for chunk, words in young.items()],
         coarse=[(chunk, pack_row(words)) for chunk, words in coarse.items()],
         histograms=zstd(np.stack(rows).astype("<u4").tobytes(), level=1),
+        others=_others_of(record.residency(window), chunk_pages),
     ), bitmap.n_pages
+
+
+def _counts_of(residency: WindowResidency | None) -> dict[str, int]:
+    """Return the columns of a window's residency; zeros if it is unknown."""
+    if residency is None:
+        return {f"n_{name}": 0 for name in (*STATES, *EVENTS)}
+    counts = {name: residency.count(name) for name in STATES} | residency.counts
+    return {f"n_{name}": counts[name] for name in (*STATES, *EVENTS)}
+
+
+def _others_of(
+    residency: WindowResidency | None, chunk_pages: int
+) -> dict[str, list[tuple[int, bytes]]]:
+    """Return the chunks of a window's residency, by array; arrays without a bit are omitted."""
+    if residency is None:
+        return {}
+    found = {
+        name: [(chunk, pack_row(part)) for chunk, part in _chunks_of(words, chunk_pages).items()]
+        for name, words in residency.bits.items()
+    }
+    return {name: chunks for name, chunks in found.items() if chunks}
 
 
 def _make_skeleton(path: Path, meta: RecordMeta) -> int:

@@ -148,7 +148,7 @@ LAYERS = {
     ),
     "reclaim/record": (
         {"chunks", "meta", "packedbits"},
-        {"journal", "summary"},
+        {"journal", "residency", "summary"},
         {"files"},
         {"reader"},
         {"clock", "writer"},

@@ -80,13 +80,14 @@ class FakePager:
         self.out -= back
         return RestoreResult(len(back), lost=0, left=0)
 
-    def events(self, since=0):
-        part = self.log[since:]
+    def events(self, since=0, most=None):
+        part = self.log[since:][:most]
         return PageEvents(
             np.array([gfn for gfn, _ in part], dtype=np.int64),
             np.array([event for _, event in part], dtype=np.uint8),
-            len(self.log),
+            since + len(part),
             0,
+            len(self.log) - since - len(part),
         )
 
     def states(self):

@@ -62,6 +62,23 @@ def test_pages_and_events_by_gfn_and_by_who_asked(vm):
     assert vm.residency().counts["evicted_request"] == 5
 
 
+def test_a_reply_is_bounded(vm, machine):
+    for _ in range(3):
+        vm.evict(range(2, 1024))
+        vm.restore(0, 1024)
+    assert machine.open_pager().limit_pages == 0
+    n_events = len(machine.open_pager().log)
+    machine.open_pager().log *= 3
+    found, counts = vm.residency(), 0
+    assert found.left
+    while True:
+        counts += sum(found.counts.values())
+        if not found.left:
+            break
+        found = vm.residency(found.next)
+    assert counts == found.next == 3 * n_events
+
+
 def test_a_bad_number_is_refused(vm):
     with pytest.raises(LayoutError, match="since"):
         vm.residency(-1)
