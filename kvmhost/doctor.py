@@ -68,6 +68,7 @@ def probe_host() -> Iterator[Finding]:
     yield from _trackers()
     yield from _ways()
     yield from _memory()
+    yield from _lab()
 
 
 def _engine(name: str, attempt: Callable[[], str]) -> Finding:
@@ -193,6 +194,28 @@ def _memory() -> Iterator[Finding]:
         "" if not problem else "none needed: pagemap is read instead; Linux 6.7 has it",
     )
     yield from _store()
+
+
+def _lab() -> Iterator[Finding]:
+    """Yield a finding for each thing that emulated hosts need."""
+    from kvmhost.lab.apt import probe_apt
+    from kvmhost.lab.fetching import is_cached
+    from kvmhost.lab.hosts import HOSTS
+    from kvmhost.lab.qemu import probe_qemu, qemu_version
+
+    for host in {host.qemu: host for host in HOSTS.values()}.values():
+        try:
+            probe_qemu(host)
+        except CapabilityError as error:
+            yield Finding("lab", host.qemu, False, error.found, error.remedy)
+        else:
+            yield Finding("lab", host.qemu, True, f"version {qemu_version(host)}")
+    problem = probe_apt()
+    remedy = "add a Debian mirror to apt's sources; without apt, copy the cache of another machine"
+    found = problem or "apt-get, dpkg-deb, and the mirror of apt's sources"
+    yield Finding("lab", "fetching", not problem, found, remedy if problem else "")
+    cached = [name for name, host in HOSTS.items() if is_cached(host)]
+    yield Finding("lab", "cached hosts", None, ", ".join(cached) or "none")
 
 
 def _store() -> Iterator[Finding]:

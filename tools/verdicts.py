@@ -36,13 +36,13 @@ def verdicts(findings: Sequence[Finding]) -> list[Verdict]:
     """Return a verdict for each feature; the names are stable.
 
     ``run kvm``, ``run emulated``, ``reclaim``, ``tracker NAME``, ``cgroup limits``,
-    ``psi``, ``pictures``, ``records``.
+    ``psi``, ``lab``, ``pictures``, ``records``.
     """
     by_name = {(finding.area, finding.name): finding for finding in findings}
     shown = [_of(by_name, f"run {name}", "engine", name) for name in ("kvm", "emulated")]
     shown.append(_reclaim(by_name))
     shown += [_tracker(finding) for finding in findings if finding.area == "tracker"]
-    shown += [_cgroups(by_name), _psi(by_name)]
+    shown += [_cgroups(by_name), _psi(by_name), _lab(by_name)]
     shown.append(_package("pictures", "matplotlib", "plot"))
     shown.append(_package("records", "zstandard", "record"))
     return shown
@@ -88,6 +88,21 @@ def _psi(findings: _Findings) -> Verdict:
         return read
     how = "totals and triggers" if trigger.works else f"totals only, no triggers: {trigger.why}"
     return Verdict("psi", True, how)
+
+
+def _lab(findings: _Findings) -> Verdict:
+    """An emulated host requires its QEMU, and a kernel from the cache or a mirror."""
+    emulators = [_of(findings, "lab", *key) for key in findings if key[1].startswith("qemu-system")]
+    works = [emulator for emulator in emulators if emulator.works]
+    if not works:
+        tried = emulators[0] if emulators else _of(findings, "lab", "lab", "qemu-system-x86_64")
+        return dataclasses.replace(tried, feature="lab")
+    fetching = _of(findings, "lab", "lab", "fetching")
+    cached = findings.get(("lab", "cached hosts"))
+    if not fetching.works and (cached is None or cached.found == "none"):
+        return fetching
+    names = [key[1] for key in findings if key[1].startswith("qemu-system") and findings[key].works]
+    return Verdict("lab", True, ", ".join(names))
 
 
 def _package(feature: str, module: str, extra: str) -> Verdict:

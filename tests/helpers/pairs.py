@@ -29,6 +29,7 @@ from kvmhost.machine import Machine
 from kvmhost.machine.base import BaseMachine
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.pager.results import EvictOutcome, PageState
+from kvmhost.timescale import scaled
 from kvmhost.units import PAGE_BYTES
 
 if typing.TYPE_CHECKING:
@@ -46,7 +47,7 @@ N_VCPUS = 2
 #: The resident limit that must hold at the end, pinned pages and tables included.
 LIMIT_PAGES = 600
 #: Without one operation of an actor for so long, it hangs: a machine 20 times slower does not.
-STALL_S = 90.0
+STALL_S = scaled(90.0)
 
 PARAMS = {
     "start_gfn": GUEST.start, "pages": len(GUEST), "hot": 150, "cold": 32, "scan_every": 4,

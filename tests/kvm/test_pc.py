@@ -15,12 +15,13 @@ from kvmhost.boot.pcboot import Module
 from kvmhost.errors import CapabilityError, GuestTimeout, UnexpectedExit
 from kvmhost.kvm import System
 from kvmhost.machine.pc import PcMachine, PcOptions
+from kvmhost.timescale import scaled
 
 Guest = Callable[[str], Path]
 
 needs_kvm = pytest.mark.requires_kvm
 QEMU = "qemu-system-x86_64"
-SECONDS = 30.0
+SECONDS = scaled(30.0)
 
 
 def boot(image: Path, n_vcpus: int = 1, **options: object) -> tuple[int, str, PcMachine]:
@@ -250,7 +251,11 @@ def theirs(image: Path, n_vcpus: int, words: list[str]) -> tuple[int, str]:
     command += ["-serial", "stdio", "-kernel", str(image), "-smp", str(n_vcpus)]
     words = ["-fw_cfg" if word == "--fw-cfg" else word.replace("--", "-") for word in words]
     done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL
+        [*command, *words],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        stdin=subprocess.DEVNULL,
     )
     return done.returncode, done.stdout
 

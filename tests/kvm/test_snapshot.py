@@ -280,14 +280,16 @@ def test_the_commands(pc_guest: Guest, tmp_path: Path, monkeypatch: pytest.Monke
             assert first.stdout is not None
             assert first.stdout.readline() == b"ready\n"
             command = [*kvmhost, "snapshot", "snap", str(path), "--stop"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
             assert done.returncode == 0, done.stderr
             first.wait(DEADLINE_S)
         finally:
             if first.poll() is None:
                 os.kill(first.pid, signal.SIGKILL)
     command = [*kvmhost, "run", "--restore", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, input="hello\n\n")
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_S, input="hello\n\n"
+    )
     assert done.returncode == 1, done.stderr
     assert done.stdout == "got hello\ngot \n"
     both = [*kvmhost, "run", image, "--restore", str(path)]

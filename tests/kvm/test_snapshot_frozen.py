@@ -424,7 +424,7 @@ def test_a_client_that_goes_away_ends_the_saving(
     try:
         command = [sys.executable, "-m", "kvmhost", "snapshot", "gone", str(runtime / "x.snap")]
         with subprocess.Popen(command, stderr=subprocess.PIPE) as client:
-            assert began.wait(120)
+            assert began.wait(DEADLINE_S)
             if how == "client":
                 client.send_signal(signal.SIGINT)
             else:
@@ -547,7 +547,7 @@ def test_a_vm_beyond_its_cgroup_is_saved_and_restored(tmp_path: Path) -> None:
         limit = group / ("memory.limit_in_bytes" if root == v1 else "memory.max")
         limit.write_text(str(160 << 20))
         command = [sys.executable, "-c", _BEYOND, str(group), str(tmp_path / "x.snap")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5 * DEADLINE_S)
         assert done.returncode == 0, done.stderr
         assert done.stdout == "saved and restored\n"
     finally:

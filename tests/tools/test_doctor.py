@@ -72,7 +72,16 @@ def test_table_on_a_terminal(
 def test_a_verdict_for_each_feature(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--json"]) == 0
     features = json.loads(capsys.readouterr().out)["features"]
-    names = {"run_kvm", "run_emulated", "reclaim", "cgroup_limits", "psi", "pictures", "records"}
+    names = {
+        "run_kvm",
+        "run_emulated",
+        "reclaim",
+        "cgroup_limits",
+        "psi",
+        "lab",
+        "pictures",
+        "records",
+    }
     assert names | {"tracker_guestpt", "tracker_pagemap", "tracker_uffd"} <= set(features)
     assert all(set(found) == {"works", "why", "remedy"} for found in features.values())
     assert all(found["remedy"] for found in features.values() if not found["works"])
@@ -106,6 +115,23 @@ def test_verdicts_name_the_cause_and_what_to_do() -> None:
     assert lines[5] == "psi: yes, totals only, no triggers: not allowed"
     gone = [Finding("engine", name, False, "gone", "buy one") for name in ("kvm", "emulated")]
     assert verdicts(gone)[2].line() == "reclaim: no, because no engine works; buy one"
+
+
+def lab_verdict(**changes: tuple[bool | None, str]) -> str:
+    found = {"qemu-system-a": (False, "gone"), "qemu-system-b": (True, "version 7")}
+    found |= {"fetching": (True, "apt"), "cached hosts": (None, "none")}
+    found |= {name.replace("_", "-"): value for name, value in changes.items()}
+    findings = [Finding("lab", name, *value, "do it") for name, value in found.items()]
+    (line,) = [v.line() for v in verdicts(findings) if v.feature == "lab"]
+    return line
+
+
+def test_the_lab_needs_an_emulator_and_a_kernel() -> None:
+    assert lab_verdict() == "lab: yes, qemu-system-b"
+    assert lab_verdict(qemu_system_b=(False, "gone")) == "lab: no, because gone; do it"
+    assert lab_verdict(fetching=(False, "no apt-get")) == "lab: no, because no apt-get; do it"
+    from_cache = {"fetching": (False, "no apt-get"), "cached hosts": (None, "amd64-6.1")}
+    assert lab_verdict(**from_cache) == "lab: yes, qemu-system-b"
 
 
 def test_help_names_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
