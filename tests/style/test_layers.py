@@ -11,8 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from source_tree import PACKAGES, folder_of, modules_of, room_of
 
 #: Package: its modules and subpackages, from the lowest layer to the highest.
 LAYERS = {
@@ -178,13 +177,13 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def edges_of(package: Path) -> dict[str, set[str]]:
+def edges_of(package: str) -> dict[str, set[str]]:
     """Return which children of a package import which of its other children."""
-    parts = package.relative_to(ROOT).parts
+    parts = package.split("/")
     prefix = ".".join(parts if parts[0] == "kvmhost" else ("kvmhost", *parts)) + "."
     edges: dict[str, set[str]] = defaultdict(set)
-    for path in package.rglob("*.py"):
-        child = path.relative_to(package).parts[0].removesuffix(".py")
+    for path in modules_of(package):
+        child = path.relative_to(folder_of(package)).parts[0].removesuffix(".py")
         if child == "__init__":
             continue
         edges[child] |= {
@@ -209,15 +208,15 @@ def violations(edges: dict[str, set[str]], layers: tuple[set[str], ...]) -> list
 
 @pytest.mark.parametrize("package", LAYERS)
 def test_modules_import_from_lower_layers_only(package: str) -> None:
-    edges = edges_of(ROOT / package)
+    edges = edges_of(package)
     listed = sorted(child for layer in LAYERS[package] for child in layer)
     assert listed == sorted(edges), "every module is in one layer"
     assert violations(edges, LAYERS[package]) == []
 
 
 def test_every_package_has_its_layers() -> None:
-    found = {path.parent for name in ("kvmhost", "reclaim") for path in (ROOT / name).rglob("*.py")}
-    assert {str(path.relative_to(ROOT)) for path in found} == set(LAYERS)
+    found = {path.parent for path in modules_of("kvmhost", "reclaim")}
+    assert {room_of(path) for path in found} == set(LAYERS)
 
 
 def test_an_import_from_a_higher_layer_is_found(tmp_path: Path) -> None:
@@ -235,11 +234,10 @@ def test_an_import_from_a_higher_layer_is_found(tmp_path: Path) -> None:
 def module_graph() -> dict[str, set[str]]:
     """Return every module of the tree with the modules that it imports."""
     paths = {}
-    for package in ("kvmhost", "reclaim", "tools", "guests"):
-        for path in (ROOT / package).rglob("*.py"):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            parts = parts if parts[0] == "kvmhost" else ("kvmhost", *parts)
-            paths[".".join(parts).removesuffix(".__init__")] = path
+    for path in modules_of(*PACKAGES):
+        parts = Path(room_of(path)).with_suffix("").parts
+        parts = parts if parts[0] == "kvmhost" else ("kvmhost", *parts)
+        paths[".".join(parts).removesuffix(".__init__")] = path
     graph: dict[str, set[str]] = {}
     for module, path in paths.items():
         # An imported name is a module, or something that a module defines.
@@ -271,9 +269,8 @@ def test_a_cycle_of_imports_is_found() -> None:
 
 def test_public_classes_have_names_of_their_own() -> None:
     places: dict[str, list[str]] = defaultdict(list)
-    for package in ("kvmhost", "reclaim", "tools", "guests"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            for node in ast.parse(path.read_text()).body:
-                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                    places[node.name].append(str(path.relative_to(ROOT)))
+    for path in modules_of(*PACKAGES):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(room_of(path))
     assert {name: found for name, found in places.items() if len(found) > 1} == {}

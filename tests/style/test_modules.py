@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from source_tree import LINKED, PACKAGES, modules_of, room_of
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("kvmhost", "reclaim", "guests", "tools")
-#: Folders of the root that are linked into kvmhost/, so that one importable name is installed.
-LINKED = ("guests", "reclaim", "tools")
-MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MODULES = modules_of(*PACKAGES)
 #: Package: what it must not import.
 FORBIDDEN = {
     "kvmhost": {"guests", "reclaim", "tools"},
@@ -21,10 +18,6 @@ FORBIDDEN = {
     "guests": {"reclaim", "tools"},
     "tools": set(),
 }
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -37,20 +30,20 @@ def imported(tree: ast.Module) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", MODULES, ids=room_of)
 def test_module_has_a_docstring_and_its_layer(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "no docstring"
-    if path == ROOT / "kvmhost" / "__main__.py":
+    if room_of(path) == "kvmhost/__main__.py":
         return
-    package = path.relative_to(ROOT).parts[0]
+    package = room_of(path).partition("/")[0]
     names = imported(tree)
     assert not {name.split(".")[0] for name in names} & set(LINKED), "import it as kvmhost.NAME"
     roots = {name.split(".")[1] for name in names if name.startswith("kvmhost.")}
     assert not roots & FORBIDDEN[package]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", MODULES, ids=room_of)
 def test_all_names_what_is_defined(path: Path) -> None:
     tree = ast.parse(path.read_text())
     listed: list[str] | None = None
@@ -94,19 +87,19 @@ def test_light_imports(module: str) -> None:
 
 def test_only_one_module_imports_the_extension_and_one_unicorn() -> None:
     extension = {
-        name_of(path)
+        room_of(path)
         for path in MODULES
         if "kvmhost._core._native" in imported(ast.parse(path.read_text()))
     }
     assert extension == {"kvmhost/_ffi.py"}
-    naming = [name_of(path) for path in MODULES if 'import_module("unicorn")' in path.read_text()]
+    naming = [room_of(path) for path in MODULES if 'import_module("unicorn")' in path.read_text()]
     assert naming == ["kvmhost/engine/unicorncpu.py"]
 
 
 def test_one_module_defines_the_page_size() -> None:
     names = {"PAGE_BYTES", "PAGE_SHIFT", "PAGE_SIZE"}
     defining = {
-        name_of(path)
+        room_of(path)
         for path in MODULES
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.Assign)

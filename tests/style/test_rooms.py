@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from source_tree import ROOT, folder_of, modules_of, room_of
+
 PAGE = ROOT / "docs" / "architecture.md"
 #: Packages whose entries name every module; ``tools`` and ``guests`` are described as a whole.
 LISTED = ("kvmhost", "reclaim")
@@ -41,13 +42,13 @@ def missing(rooms: dict[str, set[str]], modules: list[Path]) -> list[str]:
 
 
 def test_every_module_is_in_a_room() -> None:
-    modules = [p.relative_to(ROOT) for name in LISTED for p in sorted((ROOT / name).rglob("*.py"))]
+    modules = [Path(room_of(path)) for path in modules_of(*LISTED)]
     assert missing(words_by_room(PAGE.read_text()), modules) == []
 
 
 def test_rooms_exist() -> None:
     rooms = words_by_room(PAGE.read_text())
-    assert [room for room in rooms if not (ROOT / room).is_dir()] == []
+    assert [room for room in rooms if not folder_of(room).is_dir()] == []
 
 
 def test_a_module_that_is_in_no_room_is_found() -> None:

@@ -7,6 +7,7 @@ out of it, and use the wheel in an environment of its own, outside of the tree.
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import tarfile
@@ -176,6 +177,29 @@ def test_the_wheel_runs_a_guest_outside_of_the_tree(built: Built, tmp_path: Path
     assert "hello from vCPU" in outside(built, "kvmhost", "run", "hello", cwd=tmp_path)
     where = outside(built, "python", "-c", "import kvmhost; print(kvmhost.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(built.venv)
+
+
+@pytest.fixture(scope="module")
+def unpacked(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An sdist as a packager has it: unpacked, without links, built in place."""
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(built.sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (tree,) = folder.iterdir()
+    assert not [path for path in tree.rglob("*") if path.is_symlink()]
+    run(sys.executable, "-c", SETUP, "-q", "build_ext", "--inplace", cwd=tree)
+    return tree
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("tests", ["tests/style", "tests/unit"])
+def test_an_unpacked_sdist_passes_its_tests(unpacked: Path, tests: str) -> None:
+    env = os.environ | {"PYTHONPATH": str(unpacked)}
+    command = (sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider")
+    where = "import kvmhost; print(kvmhost.__file__)"
+    assert str(unpacked) in run(sys.executable, "-c", where, cwd=unpacked, env=env)
+    assert " passed" in run(*command, tests, cwd=unpacked, env=env)
 
 
 @pytest.mark.slow
