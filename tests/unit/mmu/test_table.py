@@ -332,3 +332,15 @@ def test_mark_young_feeds_what_a_tracker_learned(make):
         assert table.mark_young(0, 4 * two) == two + 1
         with pytest.raises(LayoutError, match="mark_young"):
             table.mark_young(0, 100, np.zeros(1, dtype=np.uint64))
+
+
+@pytest.mark.parametrize("ipa_bits", range(32, 49))
+def test_stage2_starts_where_up_to_16_concatenated_tables_suffice(ipa_bits):
+    """Arm ARM, D8.2.2: with 4 KiB pages level 2 up to 34 bits, level 1 up to 43, level 0 above."""
+    with Stage2Table(ipa_bits) as table:
+        start = 2 if ipa_bits <= 34 else 1 if ipa_bits <= 43 else 0
+        assert table.start_level == start
+        # A start table resolves 9 bits of the address; those of lower levels, 9 each.
+        resolved = 12 + 9 * (4 - start)
+        assert table.n_start_tables == 1 << max(0, ipa_bits - resolved)
+        assert table.n_gfns == 1 << (ipa_bits - 12)

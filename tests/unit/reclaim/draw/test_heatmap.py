@@ -20,7 +20,7 @@ from young_model import SECOND, Window, histories, write
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.draw import heatmaptiles
 from kvmhost.reclaim.draw.heatmapdata import RecordView, heatmap_of, timeline_of
-from kvmhost.reclaim.draw.heatmaphtml import write_html
+from kvmhost.reclaim.draw.heatmaphtml import draw_record, write_html
 from kvmhost.reclaim.draw.heatmaptiles import TILE_BINS, TILE_COLUMNS, build_pyramid, cell_bits
 from kvmhost.reclaim.draw.render import render_heatmap
 from kvmhost.reclaim.record.meta import Memslot, RecordSession
@@ -137,6 +137,13 @@ def test_levels_from_the_records_sums(tmp_path, monkeypatch):
         for level in (6, 9, 12, 15, 18):
             counts = view.counts(level, 3, 77)
             assert (grouped(truth[:, 3:77], 1 << level, 1) == counts.T).all(), level
+        # A part inside the record that is aligned to its finest sums only.
+        low, high = 512 * 3, 512 * 70
+        part = RecordView(record, gfns=(0x400 + low, 0x400 + high))
+        assert (part.low, part.high) == (low, high)
+        for level in (6, 9, 12, 15):
+            expected = grouped(truth[low:high, 3:77], 1 << level, 1)
+            assert np.array_equal(part.counts(level, 3, 77).T, expected), level
         monkeypatch.setattr(YoungRecord, "blocks", None)
         assert view.counts(12, 0, 79).sum() == truth.sum()
 
@@ -209,6 +216,27 @@ def test_guests_above_a_gibibyte_have_each_page_in_its_place(tmp_path):
         assert np.array_equal(cells, expected), level
 
 
+def test_only_the_parts_of_a_record_that_a_view_reads_count_against_its_budget(tmp_path):
+    """Noise in all pages and windows; the views are its corners."""
+    rng = np.random.default_rng(7)
+    n_pages, n_windows = (1 << 18) + 50_000, 130
+    noise = [
+        Window(n_pages, frozenset(rng.integers(0, n_pages, 2000).tolist()), None, i, i + 1)
+        for i in range(1, n_windows + 1)
+    ]
+    write(tmp_path / "r", 0, noise).close()
+    with YoungRecord.open(tmp_path / "r") as record:
+        files = [f.stat().st_size for f in (record.path / "young").iterdir() if f.name[0].isdigit()]
+        assert record.metadata.chunk_pages < n_pages
+        # Bits are read if they take up to twice the budget.
+        most = max(files) // 2 + 1
+        assert sum(files) > 4 * most
+        for gfns in ((0, 64), (n_pages - 64, n_pages)):
+            for first, end in ((0, 10), (n_windows - 1, n_windows)):
+                view = RecordView(record, first, end, gfns)
+                assert build_pyramid(view, most).left_out == []
+
+
 # -- the time axis -------------------------------------------------------------
 
 
@@ -261,6 +289,8 @@ def test_columns_of_a_picture_are_means_and_never_cross_a_gap(tmp_path):
         expected = np.mean(windows[a:b], axis=0).reshape(64, -1).mean(axis=1)
         assert column == pytest.approx(expected, abs=1e-6)
     assert "10 per column" in heatmap.caption
+    with YoungRecord.open(tmp_path / "r") as record:
+        assert "per column" not in heatmap_of(RecordView(record), n_columns=96).caption
 
 
 # -- pictures ------------------------------------------------------------------
@@ -307,6 +337,30 @@ def test_hostile_names_do_no_harm(tmp_path):
     assert len(re.findall("<script", page)) == len(re.findall("</script>", page))
     meta = re.search(r'<script type="application/json" id="meta">(.*?)</script>', page)
     assert json.loads(meta[1])["name"] == HOSTILE
+
+
+def test_what_is_said_of_a_page(tmp_path):
+    """Windows, the finest cells, how to see finer ones, and the size of the file."""
+    rng = np.random.default_rng(3)
+    windows = [
+        Window(1 << 18, frozenset(rng.integers(0, 1 << 18, 20_000).tolist()), None, i, i + 1)
+        for i in range(1, 71)
+    ]
+    write(tmp_path / "r", 0, windows).close()
+    out = tmp_path / "x.html"
+    with YoungRecord.open(tmp_path / "r") as record:
+        said = draw_record(RecordView(record), out, 1 << 20)
+        size = f"({out.stat().st_size / 1048576:.1f} MiB)"
+        found = re.fullmatch(
+            r"70 windows, down to (\d+) pages per cell: finer cells exceed "
+            r"--max-mib 1; draw a part \(--range, --windows\) to see them (.*)",
+            said,
+        )
+        assert found, said
+        assert int(found[1]) in (8, 64, 512, 4096)
+        assert found[2] == size
+        said = draw_record(RecordView(record, 0, 5, (0, 640)), out, 1 << 20)
+        assert said.startswith("5 windows, down to single gfns (")
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):

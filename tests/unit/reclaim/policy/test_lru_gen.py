@@ -193,6 +193,15 @@ def test_sparse_tables_are_not_swept_until_eviction_finds_them_dense(pages, bits
     assert swept().all(axis=1).tolist() == [False, True, False, True]
 
 
+def test_a_plan_ends_with_the_last_page(pages):
+    """The last table has 70 pages, the last word 6."""
+    n = 2 * 512 + 70
+    policy = LruGen(n, seed=None, probes=True)
+    policy.plan()
+    passes(policy, pages, range(1024, n))
+    assert np.array_equal(policy.plan().pages, pages.words(n, range(1024, n)))
+
+
 def test_capabilities(pages):
     policy = LruGen(1024, probes=True, caps=0x1 | 0x8)
     assert not policy.plan().pages.any()

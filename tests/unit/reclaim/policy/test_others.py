@@ -155,6 +155,23 @@ class SetProbe:
         return found
 
 
+@pytest.mark.parametrize(("n_active", "deactivated"), [(60, 0), (61, 32)])
+def test_classic_keeps_a_larger_part_active_in_a_large_guest(n_active, deactivated):
+    """inactive_is_low(): at 1 GiB up to three active pages for each inactive one."""
+    n = 1 << 18
+    policy = Classic(n)
+    for gfn in range(n_active):
+        # Evicted and back at once: activated.
+        policy.evicted(np.array([gfn]), 0)
+        policy.refaulted(np.array([gfn]), 0)
+    policy.refaulted(np.arange(100, 120), 0)
+    candidates = np.zeros(n, bool)
+    candidates[:120] = True
+    candidates[n_active:100] = False
+    policy.victims(0, candidates, 0)
+    assert policy.counters()["deactivated"] == deactivated
+
+
 def test_classic_plans_nothing_and_takes_harvested_bits_all_the_same():
     assert Classic(128).plan().pages is None
     policy = Classic(128, probes=True)

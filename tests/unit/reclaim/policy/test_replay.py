@@ -179,3 +179,52 @@ def test_against_sets(windows, budget, spares):
     assert (result.evictions, result.wrong_evictions) == (evictions, wrong)
     assert result.forced_evictions == forced
     assert int(result.resident[-1]) == len(resident)
+
+
+class LowHalf(Lowest):
+    """Harvests the first 100 pages, and probes two pages above them one by one."""
+
+    def plan(self, tables_young=None):
+        return HarvestPlan(words(*range(100), n=self.n_pages))
+
+    def victims(self, n, candidates, now_ns, probe=None):
+        tested = [gfn for gfn in (128, 199) if probe.clear_flush_young(gfn)]
+        self.calls.append(("tested", now_ns, tested))
+        return super().victims(n, candidates, now_ns)
+
+
+def test_a_plan_of_a_part_takes_the_bits_of_that_part_only():
+    policy = LowHalf(200)
+    touched = [{3, 99, 128}, {199}, {3, 128}, {4}]
+    replay([(i, words(*pages, n=200)) for i, pages in enumerate(touched)], policy, 1)
+    told = [call for call in policy.calls if call[0] in ("young", "tested")]
+    assert told == [
+        ("young", 0, [3, 99]), ("tested", 0, [128]),
+        ("young", 1, []), ("tested", 1, [199]),
+        ("young", 2, [3]), ("tested", 2, [128]),
+        ("young", 3, [4]), ("tested", 3, []),
+    ]  # fmt: skip
+
+
+class Batches(Lowest):
+    """Harvests nothing, and probes 100 pages at a time, twice."""
+
+    def plan(self, tables_young=None):
+        return HarvestPlan(words(n=self.n_pages))
+
+    def victims(self, n, candidates, now_ns, probe=None):
+        for batch in (range(100), range(100), range(100, 200)):
+            found = probe.clear_young(words(*batch, n=self.n_pages))
+            tested = np.flatnonzero(unpack(found, self.n_pages)).tolist()
+            self.calls.append(("tested", now_ns, tested))
+        return super().victims(n, candidates, now_ns)
+
+
+def test_a_probe_of_many_pages_clears_their_bits_and_no_others():
+    policy = Batches(200)
+    result = replay([(0, words(3, 70, 150, n=200)), (1, words(70, n=200))], policy, 1)
+    assert [pages for kind, _, pages in policy.calls if kind == "tested"] == [
+        [3, 70], [], [150],
+        [70], [], [],
+    ]  # fmt: skip
+    assert result.probed_pages == 600
