@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kvmhost.pager.options import CODECS, MAX_PREFETCH_PAGES, StoreOptions
+from kvmhost.pager.options import MAX_PREFETCH_PAGES, StoreOptions
 from kvmhost.tools.args import seconds, size_bytes
 from kvmhost.tools.vocabulary import add_option
+from kvmhost.vm.names import CODECS
 
 __all__ = ["add_machine_arguments", "add_store_arguments", "store_options"]
 

@@ -12,7 +12,6 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvmhost.boot.loaders import LOADERS
 from kvmhost.devices.console import Console, open_console
 from kvmhost.engine.cpumodel import CPU_MODELS
 from kvmhost.errors import LayoutError
@@ -25,6 +24,7 @@ from kvmhost.tools.machineargs import add_machine_arguments, add_store_arguments
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.terminal import log_to_stderr
 from kvmhost.tools.vocabulary import add_option
+from kvmhost.vm.names import LOADERS
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.paths import NameLock

@@ -14,18 +14,16 @@ from pathlib import Path
 
 from kvmhost.boot.elf import Elf, is_elf, parse_elf, read_file
 from kvmhost.boot.image import PARAMS_SECTION, Image, Segment, parse_image
-from kvmhost.errors import ImageError, LayoutError
+from kvmhost.errors import ImageError
 from kvmhost.memory.layout import IMAGE_GPA
-from kvmhost.suggest import unknown_name
+from kvmhost.vm.names import LOADERS, LoaderName, check_name
 
 if typing.TYPE_CHECKING:
     from kvmhost.boot.pcboot import PcImage
 
-__all__ = ["LOADERS", "detect", "load_image"]
+__all__ = ["detect", "load_image"]
 
 _LINUX_AT = 0x202  # "HdrS" in the setup header of the Linux boot protocol
-
-LOADERS = ("auto", "tiny", "multiboot", "pvh", "elf", "flat16", "flat32", "flat64")
 
 
 def detect(path: str, data: bytes) -> str:
@@ -62,15 +60,14 @@ def _has_pvh_entry(elf: Elf) -> bool:
         return False
 
 
-def load_image(path: Path, loader: str = "auto") -> Image | PcImage:
+def load_image(path: Path, loader: LoaderName = "auto") -> Image | PcImage:
     """Read and check an image.
 
     :return: an :class:`Image` is for a tiny guest, anything else for a ``pc``
     :raises ImageError: if the file is damaged or not for that loader
     :raises LayoutError: for an unknown loader
     """
-    if loader not in LOADERS:
-        raise LayoutError(unknown_name("loader", loader, LOADERS))
+    check_name("loader", loader, LOADERS, "loader")
     data, name = read_file(path), str(path)
     try:
         return _load(name, data, detect(name, data) if loader == "auto" else loader)

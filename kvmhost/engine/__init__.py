@@ -17,23 +17,20 @@ soft      access traces in C, against mmu tables        stress, ablation, scale
 from __future__ import annotations
 
 from kvmhost.engine.base import Engine, RearmKind, Vcpu
-from kvmhost.errors import CapabilityError, LayoutError
-from kvmhost.suggest import unknown_name
+from kvmhost.errors import CapabilityError
+from kvmhost.vm.names import ENGINES, EngineName, check_name
 
-__all__ = ["ENGINES", "Engine", "RearmKind", "Vcpu", "choose"]
-
-ENGINES = ("auto", "kvm", "emulated")
+__all__ = ["Engine", "RearmKind", "Vcpu", "choose"]
 
 
-def choose(name: str = "auto") -> Engine:
+def choose(name: EngineName = "auto") -> Engine:
     """Return an engine by name.
 
     :raises LayoutError: for an unknown name
     :raises CapabilityError: if the engine cannot run here
     """
     # Each engine is imported when chosen: the emulator alone costs more than a VM.
-    if name not in ENGINES:
-        raise LayoutError(unknown_name("engine", name, ENGINES))
+    check_name("engine", name, ENGINES, "engine")
     if name in ("auto", "kvm"):
         try:
             from kvmhost.engine.kvm import KvmEngine

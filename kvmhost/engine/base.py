@@ -9,6 +9,7 @@ from kvmhost.boot.longmode import EntryState
 from kvmhost.devices.bus import Bus
 from kvmhost.exits import Exit
 from kvmhost.memory.guest import GuestMemory
+from kvmhost.vm.names import EngineName
 
 __all__ = ["Engine", "RearmKind", "Vcpu"]
 
@@ -73,7 +74,7 @@ class Vcpu(Protocol):
 class Engine(Protocol):
     """Runs the vCPUs of one VM over its guest memory."""
 
-    name: str
+    name: EngineName
     #: How to re-arm, if that is a property of the engine; None: calibrate.
     fixed_rearm: RearmKind | None
 

@@ -34,6 +34,7 @@ from kvmhost.engine.unicorncpu import UnicornCpu
 from kvmhost.exits import Exit, InternalError, IoIn, IoOut, Kicked, Shutdown, UnknownExit
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import MAX_TINY_VCPUS
+from kvmhost.vm.names import EngineName
 
 __all__ = ["EmulatedEngine"]
 
@@ -47,7 +48,7 @@ class EmulatedEngine:
     :raises CapabilityError: if Unicorn cannot be used (at import, or here)
     """
 
-    name = "emulated"
+    name: EngineName = "emulated"
     fixed_rearm: RearmKind | None = RearmKind.TLB_FLUSH
 
     def __init__(self) -> None:

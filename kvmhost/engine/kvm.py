@@ -12,6 +12,7 @@ from kvmhost.kvm import Cap, DirtyRings, KvmVcpu, System
 from kvmhost.kvm.structs import Struct
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import TSS_BYTES, TSS_GPA
+from kvmhost.vm.names import EngineName
 
 __all__ = ["KvmEngine"]
 
@@ -28,7 +29,7 @@ class KvmEngine:
     :raises CapabilityError: if /dev/kvm cannot be used here
     """
 
-    name = "kvm"
+    name: EngineName = "kvm"
     fixed_rearm: RearmKind | None = None
 
     def __init__(self) -> None:

@@ -10,6 +10,7 @@ from kvmhost.boot.loaders import load_image
 from kvmhost.errors import LayoutError
 from kvmhost.machine import tiny
 from kvmhost.machine.base import BaseMachine
+from kvmhost.vm.names import LoaderName
 
 if typing.TYPE_CHECKING:
     from kvmhost.machine.pc import PcOptions
@@ -20,14 +21,14 @@ __all__ = ["make_machine"]
 def make_machine(
     path: Path,
     *,
-    loader: str = "auto",
+    loader: LoaderName = "auto",
     mem_bytes: int = 0,
     options: PcOptions | None = None,
     **common: typing.Any,
 ) -> BaseMachine:
     """Create the machine that an image needs.
 
-    :param loader: one of :data:`kvmhost.boot.loaders.LOADERS`
+    :param loader: one of :data:`kvmhost.vm.names.LOADERS`
     :param mem_bytes: guest memory; 0: the default of the kind
     :param options: options of a ``pc`` only; its command line begins with ``path``
     :param common: options of every kind, see :class:`~kvmhost.machine.base.BaseMachine`

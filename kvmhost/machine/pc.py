@@ -43,6 +43,7 @@ from kvmhost.machine.failures import internal_error, registers_line
 from kvmhost.machine.runner import Step
 from kvmhost.memory.dma import GuestDma
 from kvmhost.memory.pclayout import PcLayout
+from kvmhost.vm.names import EngineName
 
 __all__ = ["DEFAULT_MEM_BYTES", "PcMachine", "PcOptions"]
 
@@ -110,7 +111,7 @@ class PcMachine(BaseMachine):
         *,
         mem_bytes: int = DEFAULT_MEM_BYTES,
         n_vcpus: int = 1,
-        engine: str = "auto",
+        engine: EngineName = "auto",
         params: Mapping[str, int] | None = None,
         **common: typing.Any,
     ) -> None:

@@ -29,6 +29,7 @@ from kvmhost.exits import IoOut
 from kvmhost.machine.base import BaseMachine
 from kvmhost.machine.runner import Step
 from kvmhost.memory.layout import MAX_TINY_VCPUS, TinyLayout
+from kvmhost.vm.names import EngineName
 
 __all__ = ["DEFAULT_MEM_BYTES", "Machine"]
 
@@ -56,7 +57,7 @@ class Machine(BaseMachine):
         *,
         mem_bytes: int = DEFAULT_MEM_BYTES,
         n_vcpus: int = 1,
-        engine: str = "auto",
+        engine: EngineName = "auto",
         params: Mapping[str, int] | None = None,
         **common: Any,
     ) -> None:

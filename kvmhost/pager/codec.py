@@ -17,7 +17,7 @@ from typing import Any
 
 from kvmhost._ffi import ffi, lib
 from kvmhost.errors import CapabilityError
-from kvmhost.pager.options import CODECS
+from kvmhost.vm.names import CODECS
 
 __all__ = ["Codec", "find_codec", "has_checksum"]
 

@@ -6,13 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from kvmhost.errors import LayoutError
-from kvmhost.suggest import unknown_name
+from kvmhost.vm.names import CODECS, CodecName, check_name
 
-__all__ = ["CODECS", "MAX_MEMORY_WAIT_S", "MAX_PREFETCH_PAGES", "StoreOptions"]
+__all__ = ["MAX_MEMORY_WAIT_S", "MAX_PREFETCH_PAGES", "StoreOptions"]
 
 #: ``auto`` is the first available one of the others, in measured order of speed:
 #: see docs/pager.md and ``kvmhost bench pager``.
-CODECS = ("auto", "lz4", "zstd", "none")
 MAX_PREFETCH_PAGES = 64
 MAX_MEMORY_WAIT_S = 86_400
 #: The store takes memory in chunks of this size.
@@ -32,7 +31,7 @@ class StoreOptions:
     :raises LayoutError: for an unknown codec or a number out of range
     """
 
-    codec: str = "auto"
+    codec: CodecName = "auto"
     path: Path | None = None
     limit_bytes: int = 0
     refuse_incompressible: bool = False
@@ -40,8 +39,7 @@ class StoreOptions:
     memory_wait_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.codec not in CODECS:
-            raise LayoutError(unknown_name("codec", self.codec, CODECS))
+        check_name("codec", self.codec, CODECS, "codec")
         if not 0 <= self.prefetch_pages <= MAX_PREFETCH_PAGES:
             raise LayoutError(f"prefetch of {self.prefetch_pages} pages: 0 to {MAX_PREFETCH_PAGES}")
         if self.limit_bytes and self.limit_bytes < MIN_LIMIT_BYTES:

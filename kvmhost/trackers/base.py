@@ -14,6 +14,7 @@ from kvmhost.errors import StateError
 from kvmhost.memory.guest import GuestMemory, Region, pieces
 from kvmhost.pager.userfault import Userfault
 from kvmhost.vm.checks import check_mask, check_range
+from kvmhost.vm.names import EngineName
 
 __all__ = [
     "Support",
@@ -83,7 +84,7 @@ class Tracker(Protocol):
         """
 
     @classmethod
-    def probe(cls, engine: str = "auto") -> Support:
+    def probe(cls, engine: EngineName = "auto") -> Support:
         """Try the tracker on an engine; report whether it works, and why it does not."""
 
     def start(self) -> None:

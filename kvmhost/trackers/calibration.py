@@ -40,6 +40,7 @@ from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import IMAGE_GPA, TinyLayout
 from kvmhost.mmu.tdp import LiveTable
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.vm.names import EngineName
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -95,7 +96,7 @@ def calibrate(engine: Engine) -> Calibration:
     return _found[engine.name]
 
 
-def _calibrate(name: str) -> Calibration:
+def _calibrate(name: EngineName) -> Calibration:
     layout = TinyLayout(_MEM_BYTES)
     image = Image("calibration", IMAGE_GPA, (Segment(IMAGE_GPA, _CODE, len(_CODE), 0),), ())
     engine = engines.choose(name)

@@ -36,6 +36,7 @@ from kvmhost.trackers.base import (
     need_started,
 )
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.names import EngineName
 
 if typing.TYPE_CHECKING:
     from kvmhost.engine.base import Engine
@@ -80,7 +81,7 @@ class DirtyTracker:
         return cls(vm.memory, vm.engine)
 
     @classmethod
-    def probe(cls, engine: str = "auto") -> Support:
+    def probe(cls, engine: EngineName = "auto") -> Support:
         """Enable manual protection in a temporary VM."""
         from kvmhost import engine as engines
 

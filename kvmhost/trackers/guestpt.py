@@ -25,6 +25,7 @@ from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo
 from kvmhost.trackers.calibration import Calibration, calibrate
 from kvmhost.units import PAGE_BYTES
 from kvmhost.vm.checks import check_range
+from kvmhost.vm.names import EngineName
 
 __all__ = ["GuestptTracker"]
 
@@ -75,7 +76,7 @@ class GuestptTracker:
         return cls(vm.memory, vm.engine, vm.tables_gpa, calibrate(vm.engine))
 
     @classmethod
-    def probe(cls, engine: str = "auto") -> Support:
+    def probe(cls, engine: EngineName = "auto") -> Support:
         """Calibrate on an engine and report how re-arming works there."""
         try:
             chosen = engines.choose(engine)

@@ -35,6 +35,7 @@ from kvmhost.memory.guest import GfnRange, Region, pieces
 from kvmhost.trackers.base import Support, TrackedVm, TrackerInfo
 from kvmhost.units import PAGE_BYTES
 from kvmhost.vm.checks import check_mask, check_range
+from kvmhost.vm.names import EngineName
 
 __all__ = ["IDLE_BITMAP", "IdleFiles", "IdleTracker", "PageFiles"]
 
@@ -190,7 +191,7 @@ class IdleTracker:
         return IdleFiles()
 
     @classmethod
-    def probe(cls, engine: str = "auto") -> Support:
+    def probe(cls, engine: EngineName = "auto") -> Support:
         """Open the files and look up a page of this process."""
         try:
             files = cls.open_files()

@@ -38,6 +38,7 @@ from kvmhost.trackers.base import (
 from kvmhost.trackers.pagescan import PageStates, new_scanner, page_states, scans
 from kvmhost.units import PAGE_BYTES
 from kvmhost.vm.checks import check_range
+from kvmhost.vm.names import EngineName
 
 __all__ = ["PagemapTracker"]
 
@@ -79,7 +80,7 @@ class PagemapTracker:
         return cls(vm.memory, vm.open_userfault)
 
     @classmethod
-    def probe(cls, engine: str = "auto") -> Support:
+    def probe(cls, engine: EngineName = "auto") -> Support:
         """Scan a mapping of one page; report the method and its granularity."""
         region = Region(0, PAGE_BYTES)
         try:

@@ -10,6 +10,7 @@ from kvmhost.trackers.guestpt import GuestptTracker
 from kvmhost.trackers.idle import IdleTracker
 from kvmhost.trackers.pagemap import PagemapTracker
 from kvmhost.trackers.uffd import UffdTracker
+from kvmhost.vm.names import EngineName
 
 __all__ = ["NAMES", "create", "describe", "probe_all", "resolve"]
 
@@ -52,6 +53,6 @@ def describe(name: str) -> TrackerInfo:
     return _REGISTRY[name].info
 
 
-def probe_all(engine: str = "auto") -> dict[str, Support]:
+def probe_all(engine: EngineName = "auto") -> dict[str, Support]:
     """Try every tracker on an engine; report which works, and why one does not."""
     return {name: tracker.probe(engine) for name, tracker in _REGISTRY.items()}

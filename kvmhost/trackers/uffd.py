@@ -34,6 +34,7 @@ from kvmhost.trackers.base import (
 )
 from kvmhost.units import PAGE_BYTES
 from kvmhost.vm.checks import check_range
+from kvmhost.vm.names import EngineName
 
 __all__ = ["AccessOrder", "UffdTracker"]
 
@@ -103,7 +104,7 @@ class UffdTracker:
         return cls(vm.memory, vm.open_userfault())
 
     @classmethod
-    def probe(cls, engine: str = "auto") -> Support:
+    def probe(cls, engine: EngineName = "auto") -> Support:
         """Open a userfaultfd and look for minor faults on shared memory."""
         try:
             userfault = Userfault()

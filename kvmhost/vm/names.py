@@ -8,11 +8,50 @@ from typing import Any, Literal
 from kvmhost.errors import LayoutError
 from kvmhost.suggest import unknown_name
 
-__all__ = ["DEFAULT_VIEW", "REARM", "TABLE_FORMATS", "Rearm", "TableFormat", "check_name"]
+__all__ = [
+    "ACTUATORS",
+    "CODECS",
+    "DEFAULT_VIEW",
+    "ENGINES",
+    "LOADERS",
+    "METHODS",
+    "REARM",
+    "TABLE_FORMATS",
+    "TRACKERS",
+    "Actuator",
+    "CodecName",
+    "EngineName",
+    "LoaderName",
+    "MethodName",
+    "Rearm",
+    "TableFormat",
+    "TrackerName",
+    "check_name",
+]
 
 #: Pages to re-arm after a harvest.
 Rearm = Literal["none", "young", "all", "sample"]
 REARM: tuple[Rearm, ...] = typing.get_args(Rearm)
+
+#: What runs the vCPUs; ``auto`` is ``kvm`` where that works.
+EngineName = Literal["auto", "kvm", "emulated"]
+ENGINES: tuple[EngineName, ...] = typing.get_args(EngineName)
+
+#: How an image is loaded; ``auto`` inspects it.
+LoaderName = Literal["auto", "tiny", "multiboot", "pvh", "elf", "flat16", "flat32", "flat64"]
+LOADERS: tuple[LoaderName, ...] = typing.get_args(LoaderName)
+
+#: What compresses evicted pages; ``auto`` is the first that is installed.
+CodecName = Literal["auto", "lz4", "zstd", "none"]
+CODECS: tuple[CodecName, ...] = typing.get_args(CodecName)
+
+#: Where young bits of a VM come from; ``auto`` keeps the one in use.
+TrackerName = Literal["auto", "guestpt", "pagemap", "dirty", "uffd", "idle"]
+TRACKERS: tuple[TrackerName, ...] = typing.get_args(TrackerName)
+
+#: Where young bits of another process come from.
+MethodName = Literal["auto", "idle", "pageout", "written", "soft-dirty", "present"]
+METHODS: tuple[MethodName, ...] = typing.get_args(MethodName)
 
 #: Where evicted pages go: the pager's own store, or the host's swap.
 Actuator = Literal["store", "swap"]

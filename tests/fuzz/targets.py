@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from kvmhost.boot.image import Image
-from kvmhost.boot.loaders import LOADERS, _load, detect
+from kvmhost.boot.loaders import _load, detect
 from kvmhost.boot.pcboot import BootRequest, Module
 from kvmhost.control import schema
 from kvmhost.devices.clock import Clock
@@ -38,6 +38,7 @@ from kvmhost.reclaim.record import meta as record_meta
 from kvmhost.reclaim.record.journal import JournalEntry, JournalReader, JournalWriter
 from kvmhost.reclaim.settings.config import load
 from kvmhost.units import Bytes, Mark, Seconds, Share
+from kvmhost.vm.names import LOADERS
 
 __all__ = ["SEEDS", "TARGETS"]
 

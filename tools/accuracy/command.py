@@ -49,6 +49,7 @@ from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.vocabulary import add_option, listing, one_of
 from kvmhost.trackers.sampling import DEFAULT_FRACTION, period_of
+from kvmhost.vm.names import EngineName
 
 __all__ = ["AccuracySettings", "main", "parser", "run"]
 
@@ -66,7 +67,7 @@ class AccuracySettings:
     :param mem_bytes: memory size of the guest whose throughput is measured
     """
 
-    engine: str = "auto"
+    engine: EngineName = "auto"
     trackers: tuple[str, ...] = ()
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     epochs: int = 16

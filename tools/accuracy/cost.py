@@ -12,6 +12,7 @@ from kvmhost.tools.accuracy.kinds import START_GFN, TrackerKind
 from kvmhost.tools.throughput import Kept, ThroughputPlan, measure_steps, paired_rates
 from kvmhost.trackers import Tracker
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.names import EngineName
 
 __all__ = ["HOT_SHARE", "measure"]
 
@@ -23,7 +24,7 @@ _STEPS = 7
 
 def measure(
     kind: TrackerKind,
-    engine: str,
+    engine: EngineName,
     mem_bytes: int,
     rates: tuple[float, ...],
     period: int,

@@ -11,12 +11,13 @@ import numpy as np
 
 from kvmhost.tools.accuracy.kinds import PAGES, START_GFN, AccuracyWorkload, Bits, TrackerKind
 from kvmhost.trackers import sample_mask
+from kvmhost.vm.names import EngineName
 
 __all__ = ["harvests_until", "measure"]
 
 
 def measure(
-    kind: TrackerKind, workload: AccuracyWorkload, engine: str, n_epochs: int, period: int
+    kind: TrackerKind, workload: AccuracyWorkload, engine: EngineName, n_epochs: int, period: int
 ) -> dict[str, Any]:
     """Harvest at the end of each epoch and compare with the pages that it touched.
 

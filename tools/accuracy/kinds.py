@@ -13,6 +13,7 @@ from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns, hotcold_written_gfns, touch_gfns
 from kvmhost.machine import Machine
 from kvmhost.trackers import NAMES, Support, Tracker, describe, probe_all
+from kvmhost.vm.names import EngineName
 
 __all__ = [
     "CHANGING",
@@ -68,7 +69,7 @@ KINDS = {name: TrackerKind(name, name) for name in NAMES}
 KINDS["dirty-ring"] = TrackerKind("dirty-ring", "dirty", _SMALL_RING, _LARGE_RING)
 
 
-def probe_kinds(engine: str) -> dict[str, Support]:
+def probe_kinds(engine: EngineName) -> dict[str, Support]:
     """Try every kind on an engine; report which ones work, and why the others do not."""
     found = probe_all(engine)
     ring = KINDS["dirty-ring"]
@@ -79,7 +80,7 @@ def probe_kinds(engine: str) -> dict[str, Support]:
     return found
 
 
-def _probe_ring(ring: TrackerKind, engine: str) -> Support:
+def _probe_ring(ring: TrackerKind, engine: EngineName) -> Support:
     image, entries = image_path("touch"), ring.ring_entries
     try:
         with Machine(
@@ -99,7 +100,7 @@ class AccuracyWorkload:
     params: Mapping[str, int]
     n_vcpus: int = 1
 
-    def machine(self, kind: TrackerKind, engine: str) -> Machine:
+    def machine(self, kind: TrackerKind, engine: EngineName) -> Machine:
         """Make a machine that runs the workload without end.
 
         For a tracker that sees writes only, ``touch`` writes, unless a parameter sets this.

@@ -29,6 +29,7 @@ from kvmhost.tools.accuracy.kinds import (
     Bits,
     TrackerKind,
 )
+from kvmhost.vm.names import EngineName
 
 __all__ = ["measure"]
 
@@ -51,7 +52,9 @@ class _Window:
     after: list[int]
 
 
-def measure(kind: TrackerKind, workload_name: str, engine: str, seconds: float) -> dict[str, Any]:
+def measure(
+    kind: TrackerKind, workload_name: str, engine: EngineName, seconds: float
+) -> dict[str, Any]:
     """Harvest repeatedly; check each bitmap against its bounds."""
     workload = FREE_WORKLOADS[workload_name]
     sums = dict.fromkeys(("young", "certain", "missed", "wrong", "confirmed"), 0)

@@ -28,6 +28,7 @@ from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
 from kvmhost.tools.vocabulary import add_option
+from kvmhost.vm.names import EngineName
 
 __all__ = ["main", "parser", "run"]
 
@@ -38,7 +39,7 @@ _EXIT_CODE = b"\x66\xba\xf4\x00\xee\xf4"
 
 
 def run(
-    rounds: int = 10, engine: str = "auto", image: Path | None = None, qemu: bool = False
+    rounds: int = 10, engine: EngineName = "auto", image: Path | None = None, qemu: bool = False
 ) -> dict[str, Any]:
     """Measure; medians in seconds, sizes in bytes.
 
@@ -61,7 +62,7 @@ def run(
     return result
 
 
-def _commands(engine: str, image: Path, qemu: bool) -> dict[str, list[str]]:
+def _commands(engine: EngineName, image: Path, qemu: bool) -> dict[str, list[str]]:
     kvmhost = [sys.executable, "-m", "kvmhost", "run"]
     commands = {
         "python": [sys.executable, "-c", "pass"],
@@ -137,7 +138,7 @@ def _first_instruction(times: int, folder: Path) -> dict[str, float]:
     }
 
 
-def _memory(engine: str) -> dict[str, int]:
+def _memory(engine: EngineName) -> dict[str, int]:
     command = [
         sys.executable,
         "-m",

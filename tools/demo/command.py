@@ -46,6 +46,7 @@ from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress, show_table
 from kvmhost.tools.vocabulary import add_option
 from kvmhost.trackers import NAMES, describe, probe_all
+from kvmhost.vm.names import EngineName
 
 __all__ = ["main", "parser"]
 
@@ -96,7 +97,7 @@ def parser() -> CommandParser:
     return parser
 
 
-def _engine_name(wanted: str) -> str:
+def _engine_name(wanted: EngineName) -> EngineName:
     with Machine(image_path("hello"), mem_bytes=4 * _MIB, engine=wanted) as machine:
         return machine.engine.name
 
@@ -282,7 +283,7 @@ def _all_well(report: dict[str, typing.Any]) -> bool:
 def _show(settings: DemoSettings, report: dict[str, typing.Any]) -> None:
     limited, kept = report["limited"], report["limited"]["with"]
     free = report["throughput"]
-    rows = [("engine", settings.engine)]
+    rows: list[tuple[str, str]] = [("engine", settings.engine)]
     if limited["cgroup"]:
         killed = "killed by the kernel" if limited["without"]["oom_kills"] else "not killed (!)"
         rows.append(

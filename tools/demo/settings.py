@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from kvmhost.vm.names import EngineName
+
 __all__ = ["START_GFN", "DemoSettings"]
 
 _MIB = 1 << 20
@@ -21,7 +23,7 @@ class DemoSettings:
     mem_bytes: int
     hot_bytes: int
     epochs: int
-    engine: str
+    engine: EngineName
     seed: int = 1
 
     @property

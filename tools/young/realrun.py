@@ -22,6 +22,7 @@ from kvmhost.machine import Machine
 from kvmhost.reclaim.analyse.whatif import make_policy
 from kvmhost.reclaim.policy.replay import replay
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.names import EngineName
 
 __all__ = ["ErrorBar", "RealRun", "measure_error", "predict", "run_real"]
 
@@ -54,7 +55,7 @@ class RealRun:
 class ErrorBar:
     """The range of measured over predicted refaults, over all runs of a policy."""
 
-    engine: str
+    engine: EngineName
     runs: list[RealRun]
     lowest: float
     highest: float
@@ -77,7 +78,11 @@ class ErrorBar:
 
 
 def measure_error(
-    policy: str, *, engine: str = "auto", budgets: Sequence[float] = _BUDGETS, epochs: int = _EPOCHS
+    policy: str,
+    *,
+    engine: EngineName = "auto",
+    budgets: Sequence[float] = _BUDGETS,
+    epochs: int = _EPOCHS,
 ) -> ErrorBar:
     """Predict and measure refaults for each budget.
 
@@ -100,7 +105,7 @@ def predict(policy: str, windows: Words, n_pages: int, budget_pages: int) -> int
     return replay(timed, make_policy(policy, n_pages, {}), budget_pages).refaults
 
 
-def run_real(policy: str, engine: str, epochs: int, budget_pages: int) -> int:
+def run_real(policy: str, engine: EngineName, epochs: int, budget_pages: int) -> int:
     """Run the guest under the policy; return the number of refaults."""
     with _machine(engine) as machine:
         tracker = machine.use_tracker("auto")
@@ -140,7 +145,7 @@ def _force(machine: Machine, budget_pages: int) -> None:
     machine.set_limit(0)
 
 
-def _record(engine: str, epochs: int) -> tuple[Words, int, str]:
+def _record(engine: EngineName, epochs: int) -> tuple[Words, int, EngineName]:
     with _machine(engine) as machine:
         tracker = machine.use_tracker("auto")
         n_pages = machine.memory.gfn_end
@@ -153,7 +158,7 @@ def _record(engine: str, epochs: int) -> tuple[Words, int, str]:
         return np.array(rows), n_pages, machine.engine.name
 
 
-def _machine(engine: str) -> Machine:
+def _machine(engine: EngineName) -> Machine:
     machine = Machine(
         image_path("hotcold"), mem_bytes=_MEM_BYTES, engine=engine, params=dict(_PARAMS)
     )

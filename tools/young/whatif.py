@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from kvmhost.reclaim.record.reader import YoungRecord
     from kvmhost.tools.young.realrun import ErrorBar
 
+from kvmhost.vm.names import ENGINES
+
 __all__ = ["main", "parser"]
 
 
@@ -184,8 +186,6 @@ def parser() -> CommandParser:
         "--check", action=argparse.BooleanOptionalAction, default=True,
         help="measure the error bar by real runs, a few seconds a policy (default: on)",
     )  # fmt: skip
-    parser.add_argument(
-        "--engine", default="auto", choices=("auto", "kvm", "emulated"), help="of the real runs"
-    )
+    parser.add_argument("--engine", default="auto", choices=ENGINES, help="of the real runs")
     add_output_arguments(parser)
     return parser

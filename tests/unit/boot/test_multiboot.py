@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from kvmhost.boot.elf import parse_elf
 from kvmhost.boot.image import Image
-from kvmhost.boot.loaders import LOADERS, detect, load_image
+from kvmhost.boot.loaders import detect, load_image
 from kvmhost.boot.multiboot import find_header, parse_multiboot
 from kvmhost.boot.pcboot import BootRequest, Mode, Module, PcImage
 from kvmhost.errors import ImageError, LayoutError
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.pclayout import PcLayout
+from kvmhost.vm.names import LOADERS
 
 Guest = Callable[[str], Path]
 
