@@ -31,7 +31,7 @@ N = 1024
 
 class Pager:
     def __init__(self, here): self.here = here
-    def evict(self, pages):
+    def evict(self, pages, event=None):
         gfns = pages.gfns
         self.here[gfns] = False
         return EvictResult(gfns, np.zeros(gfns.size, np.uint8))
@@ -59,7 +59,7 @@ class FakeMachine(BaseMachine):
         self._pager = Pager(self.here)
         self.vcpus = [types.SimpleNamespace(index=0, exits=0, doorbells=0, epoch=0)]
     def assemble(self): return []
-    def run_harvest(self, asked):
+    def run_harvest(self, asked, owner=None):
         young = YoungBitmap.from_gfns(0, N, range(100), provenance=Provenance("fake", "npt", 1, 2))
         return Harvest(young, 5, 5)
     def open_pager(self): return self._pager

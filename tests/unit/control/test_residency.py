@@ -38,7 +38,7 @@ def test_a_vm_that_never_evicted(vm):
 
 
 def test_pages_and_events_by_gfn_and_by_who_asked(vm):
-    memory = vm.memory()
+    memory = vm.memory_map()
     every = [g for m in memory.memslots for g in range(m.gfn_start, m.gfn_start + m.n_pages)]
     vm.evict([7, 9, GFN_HIGH])
     with Client(vm.path) as daemon:
@@ -86,7 +86,7 @@ def test_a_bad_number_is_refused(vm):
 
 def test_a_malformed_reply_is_refused(vm):
     found = vm.residency()
-    n_pages = vm.memory().gfn_end
+    n_pages = vm.memory_map().gfn_end
     assert problem_of_residency(found, n_pages) == ""
     for change in (
         {"resident": found.resident[:-8]},

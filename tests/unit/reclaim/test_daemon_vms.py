@@ -78,7 +78,7 @@ def test_wait_waits_until_it_is_there(vms, monkeypatch):
             vm.trouble.clear()
         return FakeVm.memory(vm)
 
-    vm.memory = memory
+    vm.memory_map = memory
     assert make_daemon(["a"], Events(), passes=1, wait=True).run()
     assert len(looked) == 3
 
