@@ -76,7 +76,7 @@ def test_wait_waits_until_it_is_there(vms, monkeypatch):
         looked.append(1)
         if len(looked) == 3:
             vm.trouble.clear()
-        return FakeVm.memory(vm)
+        return FakeVm.memory_map(vm)
 
     vm.memory_map = memory
     assert make_daemon(["a"], Events(), passes=1, wait=True).run()
