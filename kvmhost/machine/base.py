@@ -399,7 +399,8 @@ class BaseMachine(RunnableMachine, Harvestable):
         if actuator == "swap":
             result = pager.page_out(pages)
         else:
-            result = pager.evict(pages, event=event or PageEvent.EVICTED_REQUEST)
+            event = PageEvent.EVICTED_REQUEST if event is None else event
+            result = pager.evict(pages, event=event)
         outcomes = result.outcomes.tobytes() if each else None
         return EvictReport(int(pages.gfns.size), result.by_name(), outcomes)
 
