@@ -249,22 +249,22 @@ class PcMachine(BaseMachine):
 
     # -- the end --------------------------------------------------------------
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout_s: float | None = None) -> int:
         """Wait for the guest's end and return its status: that of the debug exit, else 0.
 
-        :raises GuestTimeout: if it still runs after ``timeout`` seconds
+        :raises GuestTimeout: if it still runs after ``timeout_s``
         :raises GuestError: if it triple-faulted, met an instruction that KVM cannot
             emulate, or all its processors halted for ever
         """
         self._check_started()
-        deadline = time.monotonic() + timeout if timeout is not None else None
+        deadline = time.monotonic() + timeout_s if timeout_s is not None else None
         look_s, spent = _LOOK_S, -1.0
         while True:
             left = deadline - time.monotonic() if deadline is not None else look_s
             if self.runner.wait_ended(max(0.0, min(look_s, left))):
                 return super().wait(0)
             if deadline is not None and time.monotonic() >= deadline:
-                raise GuestTimeout(timeout or 0.0)
+                raise GuestTimeout(timeout_s or 0.0)
             now = self.runner.cpu_seconds()
             if now == spent and not self.paused:
                 self._fail_if_halted()
@@ -285,11 +285,11 @@ class PcMachine(BaseMachine):
             return not self.pc_engine.interrupts_open(index)
         return state != MP_RUNNABLE and index > 0
 
-    def describe_vcpu(self, index: int) -> str:
+    def describe_vcpu(self, vcpu: int) -> str:
         """Return the state of a processor and its address; it must not run."""
         self._check_open()
-        state = MP_STATES.get(self.pc_engine.mp_state(index), "unknown state")
-        return f"vCPU {index} {state}: {registers_line(self.vcpus[index].registers())}"
+        state = MP_STATES.get(self.pc_engine.mp_state(vcpu), "unknown state")
+        return f"vCPU {vcpu} {state}: {registers_line(self.vcpus[vcpu].registers())}"
 
 
 class _At:

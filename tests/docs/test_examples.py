@@ -40,6 +40,13 @@ def test_the_first_program() -> None:
     assert (done.stdout, done.returncode) == (promised(path.read_text()), 0), done.stderr
 
 
+@pytest.mark.requires_kvm
+def test_the_own_device() -> None:
+    path = EXAMPLES / "own_device.py"
+    done = run(sys.executable, path)
+    assert (done.stdout, done.returncode) == (promised(path.read_text()), 0), done.stderr
+
+
 def test_the_own_guest(tmp_path: Path) -> None:
     image = tmp_path / "own_guest.elf"
     kvmhost = (sys.executable, "-m", "kvmhost")

@@ -13,7 +13,7 @@ from kvmhost.control.client import Client
 from kvmhost.control.server import ControlServer
 from kvmhost.errors import KvmHostError, LayoutError
 from kvmhost.guests import image_path
-from kvmhost.machine import Machine
+from kvmhost.machine import BaseMachine, Machine
 from kvmhost.machine.pc import PcMachine
 from kvmhost.process.attach import Attached
 from kvmhost.vm import Harvest, Harvestable, HarvestRequest
@@ -193,9 +193,19 @@ OWN = {
 @pytest.mark.parametrize("name", sorted(n for n in dir(Vm) if not n.startswith("_")))
 def test_arguments_and_defaults_of_the_protocol(name: str) -> None:
     told = inspect.signature(getattr(Vm, name)).parameters
-    for side in (Machine, Client):
+    for side in (Machine, PcMachine, Client):
         taken = inspect.signature(getattr(side, name)).parameters
         assert set(taken) - set(told) <= OWN.get(name, set())
         for argument, parameter in told.items():
             assert taken[argument].default == parameter.default
             assert taken[argument].kind == parameter.kind
+
+
+def test_kinds_of_machines_take_the_same_arguments() -> None:
+    for name in dir(BaseMachine):
+        base = getattr(BaseMachine, name)
+        if name.startswith("_") or not inspect.isfunction(base):
+            continue
+        for kind in (Machine, PcMachine):
+            taken = inspect.signature(getattr(kind, name)).parameters
+            assert list(taken) == list(inspect.signature(base).parameters), name
