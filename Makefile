@@ -7,16 +7,23 @@ PIP     = $(PY) -m pip --disable-pip-version-check -q
 SOURCES = pyproject.toml $(wildcard kvmhost/_core/*.[ch] kvmhost/_core/*.cdef kvmhost/_core/build.py) \
           $(wildcard guests/*.py guests/x86_64/*.[chS] guests/x86_64/*.ld)
 
-.PHONY: demo test test-slow lint sanitize fuzz guests clean
+.PHONY: demo test test-slow lab-test lab-test-slow lint sanitize fuzz guests clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kvmhost demo
 
 test: $(VENV)/.test
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not slow and not lab" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test
-	$(PY) -m pytest -m slow --timeout 3600 -o faulthandler_timeout=0 $(PYTEST_ARGS)
+	$(PY) -m pytest -m "slow and not lab" --timeout 3600 -o faulthandler_timeout=0 $(PYTEST_ARGS)
+
+# Emulated hosts, one after another: one short job for each architecture, or all jobs.
+lab-test: $(VENV)/.test
+	$(PY) -m pytest tests/lab -m "lab and not slow" -o faulthandler_timeout=0 $(PYTEST_ARGS)
+
+lab-test-slow: $(VENV)/.test
+	$(PY) -m pytest tests/lab tests/docs/test_examples.py -m lab -o faulthandler_timeout=0 $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,7 @@ answers on the port ``lab.agent``, until it is told to end or the guest's comman
 | ``{"do": "epoch"}`` | ``{"touched": [...]}``: gfns that the guest touched meanwhile |
 | ``{"do": "tracker"}`` | ``{"young": [...] or null}``: what the tracker beside it saw |
 | ``{"do": "shell", "command": "..."}`` | ``{"status": n, "output": "..."}`` |
+| ``{"do": "close"}`` | ``{}``: the guest has ended |
 | ``{"do": "end"}`` | none |
 
 An error is ``{"error": "..."}``.
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmhost.errors import KvmHostError, LabError
+from kvmhost.files import os_errors
 from kvmhost.lab.epochs import EpochGuest, open_guest
 from kvmhost.lab.messages import Channel
 from kvmhost.lab.probes import RootProbe
@@ -39,11 +41,14 @@ _PORTS = Path("/sys/class/virtio-ports")
 class Agent:
     """Answers questions about one guest.
 
-    :param options: as :func:`~kvmhost.lab.epochs.open_guest`, or ``command``
+    :param options: as :func:`~kvmhost.lab.epochs.open_guest`, or ``command``; ``cgroup``: name of
+        a new memory cgroup for the guest
     """
 
     def __init__(self, probe: RootProbe, options: dict[str, Any]) -> None:
         self._probe = probe
+        if name := options.get("cgroup"):
+            _enter_cgroup(name)
         self._guest: EpochGuest | None = None
         self._process: subprocess.Popen[bytes] | None = None
         if command := options.get("command"):
@@ -68,6 +73,9 @@ class Agent:
             )
             text = (found.stdout + found.stderr).decode(errors="replace")
             return {"status": found.returncode, "output": text}
+        if kind == "close":
+            self.close()
+            return {}
         if self._guest is None:
             raise LabError("agent", f"no answer to {kind!r} for a guest that is a command")
         if kind == "epoch":
@@ -80,6 +88,7 @@ class Agent:
         """End the guest."""
         if self._guest:
             self._guest.close()
+            self._guest = None
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -103,6 +112,14 @@ def main(argv: list[str]) -> int:
                 except (KvmHostError, OSError) as error:
                     channel.send({"error": str(error)})
     return 0
+
+
+def _enter_cgroup(name: str) -> None:
+    """Move this process into a new memory cgroup, so that its memory is charged there."""
+    folder = Path("/sys/fs/cgroup") / name
+    with os_errors(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _port() -> int:

@@ -18,12 +18,14 @@ from typing import Any, Protocol
 from kvmhost._ffi import ffi, lib
 from kvmhost.errors import GuestError, HostError
 
-__all__ = ["EpochGuest", "open_guest"]
+__all__ = ["MOST_PAGES", "EpochGuest", "open_guest"]
 
 _PAGE, _HUGE = 4096, 2 << 20
 #: First page that touch touches.
 _TOUCH_GFN = 1024
 _EPOCH_S = 600.0
+#: What the loop's memory has room for.
+MOST_PAGES = 3072
 #: Guest-physical address of the loop's memory.
 _BASES = {"aarch64": 0x4000_0000, "ppc64le": 0}
 

@@ -21,10 +21,12 @@ host excludes it.
 from __future__ import annotations
 
 import dataclasses
+import errno
 from typing import Literal
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.errors import LayoutError, TableError
+from kvmhost.mmu.formats import by_name
 from kvmhost.mmu.harvest import Handle, WalkedTable
 from kvmhost.mmu.memslots import MemSlots
 from kvmhost.mmu.tablemem import TableMemory
@@ -39,6 +41,8 @@ _IDS: dict[KvmTableFormat, int] = {
     "stage2": lib.KH_FMT_STAGE2,
     "radix": lib.KH_FMT_RADIX,
 }
+#: KVM's own bit for "present" in its x86 tables.
+_SPTE_MMU_PRESENT = 1 << 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,28 @@ class KvmTable(WalkedTable):
             root_pa=root.pa,
         )
         super().__init__(Handle(out[0]), slots, 1 << int(shape.page_shift))
+        self.n_levels = int(shape.n_levels)
+        self._format = by_name(root.table_format, page_shift=int(shape.page_shift))
+
+    def leaf(self, gfn: int) -> tuple[int, int] | None:
+        """Return level and value, in CPU order, of the leaf that maps a gfn; None if none does.
+
+        :raises LayoutError: if the format has no such gfn
+        """
+        if not 0 <= gfn < self.n_gfns:
+            raise LayoutError(f"gfn {gfn:#x} is outside {self.root}")
+        raw = ffi.new("uint64_t *")
+        for level in range(self.n_levels, 0, -1):
+            with self._handle.use() as mmu:
+                result = lib.kh_mmu_read_entry(mmu, 0, gfn, level, raw)
+            if result == -errno.ENOENT:
+                return None
+            check(result, "kh_mmu_read_entry", gfn=gfn, level=level)
+            value = self._format.from_memory(int(raw[0]).to_bytes(8, "little"))
+            of_kvm = value & _SPTE_MMU_PRESENT or self.table_format not in ("npt", "ept")
+            if of_kvm and self._format.decode(value, level).kind == "leaf":
+                return level, value
+        return None
 
 
 def _check_root(memory: TableMemory, root: TableRoot, n_bytes: int) -> None:

@@ -12,6 +12,8 @@ import pytest
 from doc_pages import ROOT
 from young_model import SECOND, Window, write
 
+from kvmhost.lab.fetching import is_cached
+from kvmhost.lab.hosts import find_host
 from kvmhost.reclaim.policy import registry
 
 EXAMPLES = ROOT / "docs" / "examples"
@@ -102,6 +104,20 @@ def test_the_look_at_a_record(tmp_path: Path) -> None:
         "gfn 0x1: ####",
         "working set of 3 windows: median 3 pages",
     ]
+
+
+@pytest.mark.lab
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_aging_of_a_kernel(tmp_path: Path) -> None:
+    if not is_cached(find_host("amd64-6.12")):
+        pytest.skip("run: kvmhost lab fetch amd64-6.12")
+    picture = tmp_path / "aging.png"
+    done = run(sys.executable, EXAMPLES / "kernel_aging.py", "amd64-6.12", "-o", picture)
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"^(.*): (\d+) young, (\d+) mapped$", done.stdout, re.M)
+    assert [int(young) for _, young, _ in counts] == [512, 512, 0, 0, 0, 512, 0]
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_example_is_on_the_page_and_here() -> None:

@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "fetch": "download the kernels of hosts from the distribution's packages",
     "run": "boot a host, run a command in it, pass its output and status on",
     "shell": "boot a host and start a shell in it",
+    "young": "harvest the tables that a host's KVM built for a guest, from outside",
 }
 
 _ABOUT = "Unmodified kernels under QEMU's emulation, as hosts that run guests."

@@ -15,12 +15,12 @@ from kvmhost.lab.running import JobEnded, JobOutput, RunningHost
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option
 
-__all__ = ["add_host_arguments", "main", "parser"]
+__all__ = ["add_host_arguments", "main", "parser", "split_command"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its status."""
-    own, command = _split(list(argv))
+    own, command = split_command(list(argv))
     args = parser().parse_args(own)
     host = find_host(args.host)
     if not command:
@@ -46,7 +46,7 @@ def _run(running: RunningHost, timeout_s: float) -> int:
     raise AssertionError("events end with the command's end")
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+def split_command(argv: list[str]) -> tuple[list[str], list[str]]:
     """Return what is before ``--`` and what is after it."""
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], argv[at + 1 :]

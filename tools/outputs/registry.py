@@ -46,6 +46,7 @@ WITHOUT_JSON = {
     "lab fetch": "fills the cache; lab list --json says what is in it",
     "lab run": "passes on what the command inside prints",
     "lab shell": "is a terminal",
+    "lab young": "writes a record (--out), which the commands of young read",
     "man": "shows pages for people",
     "top": "draws on a terminal; list has the same",
     "young heatmap": "writes a picture",

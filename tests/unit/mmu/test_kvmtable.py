@@ -227,6 +227,20 @@ def test_far_apart(writer, harvest):
     assert harvest(0, 64).gfns().tolist() == [0]
 
 
+def test_the_leaf_of_a_gfn(writer):
+    span = 1 << writer.widths[-1]
+    writer.leaf(3, young=True)
+    writer.leaf(2 * span, level=2)
+    memory, table = open_table(writer)
+    with memory, table:
+        assert table.leaf(3) == (1, writer.read(writer.entry_pa(3)))
+        assert table.leaf(2 * span + 1) == (2, writer.read(writer.entry_pa(2 * span, 2)))
+        assert table.leaf(4) is None
+        assert table.leaf(1 << 26) is None
+        with pytest.raises(LayoutError, match="outside"):
+            table.leaf(table.n_gfns)
+
+
 def hostile(writer):
     """Entries that no KVM writes, as (level, value, part of the message)."""
     size = writer.parts[-1].pa + writer.parts[-1].n_bytes
