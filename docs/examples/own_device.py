@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from kvmhost.boot.image import Image
 from kvmhost.boot.loaders import load_image
 from kvmhost.machine.pc import PcMachine
 from kvmhost.vm.protocol import Vm
@@ -58,6 +59,7 @@ def main() -> None:
         file = Path(folder) / "guest.flat"
         file.write_bytes(CODE)
         image = load_image(file, "flat16")
+    assert not isinstance(image, Image)  # that one is for a tiny guest
     with PcMachine(image, mem_bytes=16 << 20) as machine:
         machine.bus.add_port(PORT, 1, device)  # before the first run
         with machine.stopped_vcpus():
