@@ -18,7 +18,7 @@ from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import LayoutError, VmGoneError
 from kvmhost.reclaim.young.live import NamedSource, live_windows
 
-__all__ = ["Heatmap", "HeatmapMark", "bin_edges", "bin_shares", "live_heatmap"]
+__all__ = ["Heatmap", "HeatmapLayers", "HeatmapMark", "bin_edges", "bin_shares", "live_heatmap"]
 
 _NO_EDGES = np.zeros(0, dtype=np.int64)
 
@@ -53,6 +53,24 @@ class HeatmapMark:
 
 
 @dataclasses.dataclass
+class HeatmapLayers:
+    """Where pages were and what happened to them, column by column of a heatmap.
+
+    Shares are per bin, from 0 to 1; NaN where residency was not recorded.
+
+    :param resident: share of pages resident at the end of the windows
+    :param evicted: share of pages evicted at the end of the windows
+    :param moved: by ``evictions`` and ``refaults``: pages per bin that had the event
+    :param events: by event: how often it happened in each column
+    """
+
+    resident: list[npt.NDArray[np.float32]] = dataclasses.field(default_factory=list)
+    evicted: list[npt.NDArray[np.float32]] = dataclasses.field(default_factory=list)
+    moved: dict[str, list[npt.NDArray[np.int64]]] = dataclasses.field(default_factory=dict)
+    events: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
 class Heatmap:
     """Windows of one VM in time order, reduced to bins.
 
@@ -61,6 +79,7 @@ class Heatmap:
     :param slots: (slot, first gfn, end) of the memslots to outline
     :param marks: marks on the time axis, in seconds from the start of the first window
     :param edges: the first page of each bin, and ``n_pages``; None: equal bins
+    :param layers: None: residency is unknown
     """
 
     gfn_start: int
@@ -73,6 +92,7 @@ class Heatmap:
     edges: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: _NO_EDGES)
     columns: list[npt.NDArray[np.float32]] = dataclasses.field(default_factory=list)
     windows_ns: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    layers: HeatmapLayers | None = None
 
     def __repr__(self) -> str:
         end = self.gfn_start + self.n_pages
@@ -97,6 +117,11 @@ class Heatmap:
             raise LayoutError(f"heatmap: window [{start_ns}, {end_ns}) ns is out of order")
         self.columns.append(bin_shares(bitmap.as_bool(), self.edges))
         self.windows_ns.append((start_ns, end_ns))
+
+    def young_pages(self) -> npt.NDArray[np.float64]:
+        """Return shape ``(windows,)``: the working set of each column, its young pages."""
+        sizes = np.diff(self.edges)
+        return np.array([float((column * sizes).sum()) for column in self.columns])
 
     def shares(self) -> npt.NDArray[np.float32]:
         """Return shape ``(bins, windows)``."""

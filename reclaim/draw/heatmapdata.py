@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost.errors import LayoutError
-from kvmhost.reclaim.draw.heatmap import Heatmap, HeatmapMark, bin_edges
+from kvmhost.reclaim.draw.heatmap import Heatmap, HeatmapLayers, HeatmapMark, bin_edges
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record.clock import (
     GAP_SHARE,
@@ -24,7 +24,7 @@ from kvmhost.reclaim.record.clock import (
     interval_s,
     starts_s,
 )
-from kvmhost.reclaim.record.meta import LEVELS, Memslot
+from kvmhost.reclaim.record.meta import EVENTS, EVICTIONS, LEVELS, STATES, Memslot
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, to_rows
 
@@ -113,16 +113,18 @@ class RecordView:
         first: int,
         end: int,
         pages: tuple[int, int] | None = None,
+        name: str = "young",
     ) -> dict[int, Counts]:
         """Return the counts of levels in :data:`BIT_LEVELS`, by level, computed from bits.
 
+        :param name: which array of bits
         :param pages: range within this view, in multiples of 64; None: all
         """
         low, high = pages or (0, self.n_pages)
         n_words = -(-(high - low) // 64)
         rows = np.zeros((end - first, n_words), dtype=np.uint64)
         start = self.gfn_start + low
-        for gfn, base, words in self.record.blocks(first, end, start, self.gfn_start + high):
+        for gfn, base, words in self.record.blocks(first, end, start, self.gfn_start + high, name):
             padded = np.pad(words, (0, -words.size % 64))
             since, until = max(first, base), min(end, base + BLOCK_WINDOWS)
             part = to_rows(padded)[since - base : until - base]
@@ -240,7 +242,51 @@ def heatmap_of(view: RecordView, n_bins: int = 512, n_columns: int = 1200) -> He
             )
         )
     _check_times(view, heatmap.windows_ns)
+    if view.record.has_residency()[view.first : view.end].any():
+        heatmap.layers = _layers_of(view, level, rows, edges, cuts)
     return _described(heatmap, view, times, int(np.diff(bounds).max()))
+
+
+def _layers_of(
+    view: RecordView,
+    level: int,
+    rows: npt.NDArray[np.int64],
+    edges: npt.NDArray[np.int64],
+    cuts: npt.NDArray[np.int64],
+) -> HeatmapLayers:
+    """Return the layers of a heatmap, computed from bits."""
+    sizes, bounds = np.diff(edges), np.append(cuts, view.end)
+    arrays = (*STATES, *EVENTS)
+    totals = {name: np.zeros((cuts.size, sizes.size)) for name in arrays}
+    base = min(level, BIT_LEVELS[0])
+    for first, end in view.bands(view.n_bins(base)):
+        groups = np.searchsorted(cuts, np.arange(first, end), side="right") - 1
+        for name in arrays:
+            counts = view.bit_counts((base,), first, end, name=name)[base]
+            np.add.at(
+                totals[name], groups, _added(_grouped(counts, 1 << (level - base)), rows[:-1])
+            )
+    known = np.add.reduceat(
+        view.record.has_residency()[view.first : view.end].astype(np.int64), cuts - view.first
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = {name: totals[name] / (known[:, None] * sizes) for name in STATES}
+    evictions = sum(totals[name] for name in EVICTIONS)
+    return HeatmapLayers(
+        resident=list(shares["resident"].astype(np.float32)),
+        evicted=list(shares["evicted"].astype(np.float32)),
+        moved={
+            "evictions": list(np.asarray(evictions).astype(np.int64)),
+            "refaults": list(totals["refaulted"].astype(np.int64)),
+        },
+        events={
+            name: [
+                int(view.record.column(f"n_{name}")[since:until].sum())
+                for since, until in itertools.pairwise(bounds.tolist())
+            ]
+            for name in EVENTS
+        },
+    )
 
 
 def _check_times(view: RecordView, windows_ns: list[tuple[int, int]]) -> None:
@@ -273,6 +319,11 @@ def _described(heatmap: Heatmap, view: RecordView, times: Timeline, grouped: int
     facts = [
         f"{key} {session.facts[key]}" for key in ("engine", "kernel") if session.facts.get(key)
     ]
+    limits = session.facts.get("not_seen", "")
+    if limits:
+        parts.append(f"{limits} are not seen")
+    if heatmap.layers is None:
+        facts.append("residency unknown")
     notes = [coverage_of(record, view.first, view.end).text, record.loss]
     heatmap.caption = "; ".join([*parts, *facts, *(note for note in notes if note)])
     heatmap.slots = [(s.slot, s.gfn, s.gfn + s.n_pages) for s in view.memslots()]

@@ -31,6 +31,7 @@ __all__ = [
     "COLUMN_CHUNK",
     "EVENTS",
     "EVENTS_LOST",
+    "EVICTIONS",
     "FORMAT_VERSION",
     "HISTOGRAMS",
     "HISTOGRAM_CHUNK",
@@ -81,6 +82,7 @@ EVENTS = {
     "restored": "brought back in the window without a touch: on request, or prefetched",
     "dropped": "declared free by the guest in the window",
 }
+EVICTIONS = tuple(name for name in EVENTS if name.startswith("evicted"))
 STATES = {
     "resident": "in memory at the end of the window",
     "evicted": "in the pager's store, or in swap, at the end of the window",

@@ -29,6 +29,8 @@ __all__ = ["RecordingPlan", "RecordingResult", "record_vm"]
 _LAYOUT_S = 1.0
 #: Replies about events per window: more come faster than they can be read.
 _MOST_REPLIES = 16
+#: What the bits of a tracker, or of a way to look at another process, do not show.
+_NOT_SEEN = {"dirty": "reads", "written": "reads", "soft-dirty": "reads"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ def record_vm(
     source = found.young.provenance
     session = RecordSession(
         0, source.tracker, source.table_format, round(plan.interval_s * 1e9), _boot_id(),
-        _facts(client),
+        _facts(client, source.tracker),
     )  # fmt: skip
     with _writer(path, plan, client.vm, memory, (first, end), session) as writer:
         return _Loop(client, plan, stop, writer, source.tracker, memory).run(on_window)
@@ -205,9 +207,11 @@ def _memslots(memory: MemoryMap) -> list[Memslot]:
     return [Memslot(m.slot, m.gfn_start, m.n_pages, m.hva) for m in memory.memslots]
 
 
-def _facts(client: Client | Attached) -> dict[str, str]:
+def _facts(client: Client | Attached, tracker: str) -> dict[str, str]:
     state, host = client.state(), platform.uname()
     facts = {"vm": client.vm, "image": Path(state.image).name}
+    if tracker in _NOT_SEEN:
+        facts["not_seen"] = _NOT_SEEN[tracker]
     if isinstance(state, VmState):
         facts |= {
             "vm": state.name,

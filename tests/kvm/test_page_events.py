@@ -82,7 +82,7 @@ def test_what_the_pager_chooses_at_its_limit(machine: Machine) -> None:
     pager = machine.open_pager()
     pager.arm()
     resident = pager.counters()["resident_pages"]
-    pager.set_limit(resident - 100)
+    pager.set_limit((resident - 100) * PAGE_BYTES)
     assert pager.shrink().evicted >= 100
     found = pager.events(0)
     assert set(found.events.tolist()) == {PageEvent.EVICTED_LIMIT}
