@@ -120,6 +120,14 @@ def _run(name: str, command: Callable[[], int], as_json: bool) -> int:
         if as_json:
             _emit(error, str(error), exit_code(error))
         return exit_code(error)
+    except RuntimeError as error:
+        # The interpreter raises this, without an errno, at a limit on memory or threads.
+        if str(error) != "can't start new thread":
+            raise
+        _tell(name, message_of(MemoryError()))
+        if as_json:
+            _emit(error, message_of(MemoryError()), EXIT_FAILED)
+        return EXIT_FAILED
     except (OSError, MemoryError) as error:
         if error is not _failure_of_stdout():  # _flush reports that
             _tell(name, message_of(error))

@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import itertools
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,10 +196,7 @@ def _client(
     distributed: Any, workers: int | None, scheduler: str | None, stack: contextlib.ExitStack
 ) -> Any:
     if scheduler is None:
-        cluster = distributed.LocalCluster(
-            n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=40
-        )
-        return distributed.Client(stack.enter_context(cluster))
+        return distributed.Client(stack.enter_context(_local_cluster(distributed, workers)))
     try:
         return distributed.Client(scheduler, timeout=10)
     except (OSError, ValueError) as error:
@@ -205,6 +204,40 @@ def _client(
             "scheduler", f"a Dask scheduler at {scheduler}", str(error),
             "start one with dask scheduler, and workers with dask worker",
         ) from error  # fmt: skip
+
+
+def _local_cluster(distributed: Any, workers: int | None) -> Any:
+    """Start worker processes on this machine.
+
+    :raises CapabilityError: if they do not start, for example under a limit of memory
+    """
+    try:
+        # Workers that cannot start write tracebacks to the descriptor that they inherit.
+        with _discarded_stderr():
+            return distributed.LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
+            )
+    except (RuntimeError, OSError, MemoryError) as error:
+        raise CapabilityError(
+            "parallel replay", "worker processes", f"which did not start ({error})",
+            "raise the limits on memory and processes (ulimit -v, ulimit -u), or use --workers 0",
+        ) from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def _discarded_stderr() -> Iterator[None]:
+    """Send what is written to descriptor 2, also by child processes, to /dev/null."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def has_dask() -> bool:

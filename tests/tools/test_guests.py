@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,33 @@ def test_what_was_built_runs(tmp_path: Path) -> None:
     assert main(["guests", "build", str(source), "-o", str(image)]) == 0
     done = subprocess.run([sys.executable, "-m", "kvmhost", "run", str(image)])
     assert done.returncode == 7
+
+
+def test_a_link_of_another_user_is_not_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a link of another user")
+    source, victim, link = tmp_path / "mine.c", tmp_path / "victim", tmp_path / "mine.elf"
+    source.write_text(SOURCE)
+    victim.write_text("kept")
+    link.symlink_to(victim)
+    os.lchown(link, 65534, 65534)
+    assert main(["guests", "build", str(source)]) == 2
+    shown = capsys.readouterr()
+    assert "mine.elf" in shown.err
+    assert shown.err.count("\n") == 1
+    assert victim.read_text() == "kept"
+    assert link.is_symlink()
+
+
+def test_a_failed_build_keeps_the_image(tmp_path: Path) -> None:
+    source, image = tmp_path / "mine.c", tmp_path / "mine.elf"
+    source.write_text("this is no C")
+    image.write_text("kept")
+    assert main(["guests", "build", str(source)]) == 2
+    assert image.read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.c", "mine.elf"]
 
 
 def test_what_cannot_be_built(

@@ -10,11 +10,13 @@ exit status: 0; 2 if the source does not compile; 126 if there is no compiler
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.boot.image import read_image
 from kvmhost.errors import CapabilityError, ImageError
+from kvmhost.files import check_target, write_file
 from kvmhost.guests.build import CompilerMissingError, GuestBuildError, compile_guest
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
@@ -50,11 +52,22 @@ def build(source: Path, image: Path) -> Path:
 
     :raises ImageError: if the source cannot be read or compiled, or yields an invalid image
     :raises CapabilityError: if there is no compiler
+    :raises LayoutError: for a link of another user at the image's place
     """
     if not source.is_file():
         raise ImageError(str(source), "source", "no such file")
     if image.resolve() == source.resolve():
         raise ImageError(str(source), "output", "is the source itself")
+    check_target(image)
+    with tempfile.TemporaryDirectory(prefix="kvmhost-build-") as folder:
+        # The compiler follows links and leaves half a file when it fails.
+        built = _compile(source, Path(folder) / image.name)
+        write_file(image, built.read_bytes(), sync=False, mode=0o666)
+    return image
+
+
+def _compile(source: Path, image: Path) -> Path:
+    """Compile a guest into a directory of this process, and check the image."""
     try:
         compile_guest(source, image)
     except CompilerMissingError as error:

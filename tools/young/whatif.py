@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmhost.errors import LayoutError
+from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.tools.args import size_bytes
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.common import progress_bar
@@ -24,7 +24,7 @@ from kvmhost.tools.young.output import (
 )
 
 if TYPE_CHECKING:
-    from kvmhost.reclaim.analyse.whatif import Outcome
+    from kvmhost.reclaim.analyse.whatif import Case, Outcome
     from kvmhost.reclaim.record.reader import YoungRecord
     from kvmhost.tools.young.realrun import ErrorBar
 
@@ -36,7 +36,7 @@ __all__ = ["main", "parser"]
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    from kvmhost.reclaim.analyse.whatif import cases_of, has_dask, run_cases
+    from kvmhost.reclaim.analyse.whatif import cases_of, has_dask
     from kvmhost.tools.young.realrun import measure_error
 
     budgets = [_budget(word) for word in _words(args.budget)]
@@ -49,8 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if workers is None and args.scheduler is None and not has_dask():
         print("Dask is not installed: replaying in this process", file=sys.stderr)
         workers = 0
-    with progress_bar(len(cases), "replaying") as advance:
-        outcomes = run_cases(cases, workers=workers, scheduler=args.scheduler, on_done=advance)
+    outcomes = _replay(cases, workers, args.scheduler)
     bars = {}
     if args.check:
         with progress_bar(len(policies), "real runs") as advance:
@@ -59,6 +58,25 @@ def main(argv: Sequence[str]) -> int:
                 advance()
     _show(outcomes, bars, args)
     return 0
+
+
+def _replay(cases: Sequence[Case], workers: int | None, scheduler: str | None) -> list[Outcome]:
+    """Replay all cases; in this process if the number of workers is open and none starts.
+
+    :raises CapabilityError: if the workers that were asked for do not start
+    """
+    from kvmhost.reclaim.analyse.whatif import run_cases
+
+    try:
+        with progress_bar(len(cases), "replaying") as advance:
+            return run_cases(cases, workers=workers, scheduler=scheduler, on_done=advance)
+    except CapabilityError as error:
+        if workers is not None or scheduler is not None:
+            raise
+        text = f"{error.needed}, {error.found}".replace(", which", "")
+        print(f"kvmhost young whatif: {text}: replaying in this process", file=sys.stderr)
+    with progress_bar(len(cases), "replaying") as advance:
+        return run_cases(cases, workers=0, on_done=advance)
 
 
 def _show(outcomes: Sequence[Outcome], bars: dict[str, ErrorBar], args: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from kvmhost.errors import CapabilityError, LayoutError
@@ -9,6 +11,7 @@ from kvmhost.reclaim.analyse import whatif
 from kvmhost.reclaim.policy.lru_gen import LruGen
 from kvmhost.reclaim.policy.replay import replay
 from kvmhost.reclaim.record.reader import YoungRecord
+from kvmhost.tools.main import main
 
 LISTS = [[*range(40), *range(100 + 3 * t, 140 + 3 * t)] for t in range(30)]
 
@@ -101,3 +104,27 @@ def test_a_record_that_begins_elsewhere_than_gfn_0(make_record):
     assert outcomes[0].refaults == outcomes[1].refaults
     with YoungRecord.open(moved.path) as record:
         assert record.gfn_start == 4096
+
+
+def test_workers_that_do_not_start(make_record, monkeypatch, capfd):
+    """As under ``ulimit -v``: the tracebacks of the workers stay off the terminal."""
+    distributed = pytest.importorskip("distributed")
+
+    def fail(**given):
+        os.write(2, b"Traceback (most recent call last): of a worker")
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr(distributed, "LocalCluster", fail)
+    path = make_record(LISTS).path
+    cases = whatif.cases_of([path], ["lru_gen"], [pages(60)], {})
+    with pytest.raises(CapabilityError, match=r"which did not start \(Nanny failed .* --workers 0"):
+        whatif.run_cases(cases, workers=2)
+    assert capfd.readouterr().err == ""
+    # The command replays in its own process, if it was not told how many workers there are.
+    assert main(["young", "whatif", str(path), "--budget", "50%", "--no-check"]) == 0
+    shown = capfd.readouterr()
+    assert "lru_gen" in shown.out
+    assert shown.err.count("\n") == 1
+    assert "worker processes did not start (Nanny failed to start.)" in shown.err
+    words = ["young", "whatif", str(path), "--budget", "50%", "--no-check", "--workers", "2"]
+    assert main(words) == 126
