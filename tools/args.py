@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvmhost.errors import ImageError, LayoutError
 from kvmhost.units import PAGE_BYTES, Bytes, Mark, Seconds, Share
+from kvmhost.vm.checks import check_view
 
 if typing.TYPE_CHECKING:
     from kvmhost.boot.pcboot import Module
@@ -30,6 +31,7 @@ __all__ = [
     "seconds",
     "share",
     "size_bytes",
+    "view_name",
     "window_range",
 ]
 
@@ -151,6 +153,18 @@ def gfn(text: str) -> int:
     if not 0 <= value < 1 << 52:
         raise argparse.ArgumentTypeError(f"{text!r}: a gfn is a number from 0 to 2^52 - 1")
     return value
+
+
+def view_name(text: str) -> str:
+    """Parse the name of a view.
+
+    :raises argparse.ArgumentTypeError: for a name that no view can have
+    """
+    try:
+        check_view(text)
+    except LayoutError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def gfn_range(text: str) -> tuple[int, int]:

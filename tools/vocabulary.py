@@ -20,6 +20,8 @@ option                    form          default    meaning
 ``--vcpus``               N             1          vCPUs
 ``--engine``              NAME          auto       what runs the vCPUs
 ``--tracker``             NAME          auto       where young bits come from
+``--view``                NAME                     the reader's own window
+``--force``                                        change the tracker that others use
 ``--policy``              NAME          lru_gen    which pages are evicted
 ``--format``              NAME                     table format, or format of a file
 ``--workload``, ``--part`` NAME,...     all        which of several
@@ -48,6 +50,7 @@ from kvmhost.tools.args import (
     pages,
     seconds,
     share,
+    view_name,
     window_range,
 )
 
@@ -100,6 +103,16 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "help": "what runs the vCPUs; auto is kvm where /dev/kvm works, else emulated",
     },
     "--tracker": {"metavar": "NAME", "default": "auto"},
+    "--view": {
+        "type": view_name,
+        "metavar": "NAME",
+        "help": "name under which this reads the VM; a reader has a window of its own",
+    },
+    "--force": {
+        "action": "store_true",
+        "help": "change the tracker also while others read by another one; it is put back at the "
+        "end",
+    },
     "--policy": {"metavar": "NAME", "default": "lru_gen"},
     "--format": {"metavar": "NAME"},
     "--workload": {"metavar": "NAME"},

@@ -98,6 +98,11 @@ class View:
         return 0 if self._is_empty else whole.count()
 
     @property
+    def n_bytes(self) -> int:
+        """Memory that its bits take."""
+        return self._young.nbytes + (0 if self._coarse is None else self._coarse.nbytes)
+
+    @property
     def window_start_ns(self) -> int:
         """When the oldest of its windows began."""
         return self._windows.oldest_ns(0, self.n_pages)

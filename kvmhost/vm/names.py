@@ -16,6 +16,7 @@ __all__ = [
     "LOADERS",
     "METHODS",
     "REARM",
+    "SHARED_SWEEP",
     "TABLE_FORMATS",
     "TRACKERS",
     "Actuator",
@@ -64,6 +65,9 @@ TABLE_FORMATS: tuple[TableFormat, ...] = typing.get_args(TableFormat)
 
 #: The view of everyone who names none.
 DEFAULT_VIEW = "default"
+#: Share of its interval by which a periodic reader lets its window end earlier, with the sweep
+#: of another reader.
+SHARED_SWEEP = 0.25
 
 
 def check_name(what: str, name: Any, known: typing.Iterable[str], field: str = "") -> None:

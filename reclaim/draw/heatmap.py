@@ -137,11 +137,15 @@ def live_heatmap(
     gfn_start: int = 0,
     n_pages: int | None = None,
     n_bins: int = 512,
+    view: str = "heatmap",
+    force: bool = False,
     on_window: Callable[[], None] = lambda: None,
 ) -> Heatmap:
     """Harvest a VM window by window until the count is reached, the VM exits or an interrupt.
 
     :param n_pages: None for all pages up to the end of memory
+    :param view: the view of the VM that is drawn
+    :param force: change the tracker also while others read by another one
     :param on_window: called after each window
     :raises VmGoneError: if the VM exits before the end of the first window
     :raises ControlError: if the VM rejects harvests
@@ -149,7 +153,13 @@ def live_heatmap(
     image = Path(source.state().image).stem
     heatmap = provenance = None
     windows = live_windows(
-        source, interval_s=interval_s, count=count, tracker=tracker, gfns=(gfn_start, n_pages)
+        source,
+        interval_s=interval_s,
+        count=count,
+        tracker=tracker,
+        gfns=(gfn_start, n_pages),
+        view=view,
+        force=force,
     )
     with contextlib.suppress(KeyboardInterrupt):
         for window in windows:

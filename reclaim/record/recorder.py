@@ -1,6 +1,7 @@
 """Record running VMs: one harvest per interval, each appended to a record.
 
-The harvests clear accessed bits, so other harvesters of the VM find fewer young pages.
+The record reads a view of its own, so that it and the other readers of the VM find what each
+would find alone. A window may end with the sweep of another reader.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kvmhost.process.attach import Attached
 from kvmhost.reclaim.record.meta import Memslot, RecordSession
 from kvmhost.reclaim.record.residency import residency_of_window
 from kvmhost.reclaim.record.writer import Cost, RecordWriter
+from kvmhost.vm.names import SHARED_SWEEP
 
 __all__ = ["RecordingPlan", "RecordingResult", "record_vm"]
 
@@ -40,6 +42,8 @@ class RecordingPlan:
     :param count: number of windows; None: until stopped, or until the VM exits
     :param gfns: ``[first, end)``; None: all memory, including memory added later
     :param append: append to an existing record
+    :param view: the view of the VM that is recorded
+    :param force: change the tracker also while others read by another one
     """
 
     interval_s: float = 1.0
@@ -47,6 +51,8 @@ class RecordingPlan:
     tracker: str = "auto"
     gfns: tuple[int, int] | None = None
     append: bool = False
+    view: str = "record"
+    force: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +87,10 @@ def record_vm(
     """
     memory = client.memory_map()
     first, end = _range(plan.gfns, memory)
-    # The first harvest opens the first window; its young pages were touched before that.
-    found = client.harvest(first, end - first, tracker=plan.tracker)
+    # The first harvest opens the view, or ends a window of the recording before.
+    found = client.harvest(
+        first, end - first, tracker=plan.tracker, view=plan.view, force=plan.force
+    )
     source = found.young.provenance
     session = RecordSession(
         0, source.tracker, source.table_format, round(plan.interval_s * 1e9), _boot_id(),
@@ -148,7 +156,13 @@ class _Loop:
             self._looked_s = time.monotonic()
             self._writer.set_layout(_memslots(self._memory))
         first, end = _range(self._plan.gfns, self._memory)
-        found = self._client.harvest(first, end - first, tracker=self._tracker)
+        found = self._client.harvest(
+            first,
+            end - first,
+            tracker=self._tracker,
+            view=self._plan.view,
+            max_age_s=SHARED_SWEEP * self._plan.interval_s,
+        )
         wall_ns = time.time_ns()
         cost = Cost(found.harvest_ns, found.rearm_ns)
         residency = None

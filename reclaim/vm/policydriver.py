@@ -23,7 +23,10 @@ from kvmhost.reclaim.settings.options import VmOptions
 from kvmhost.reclaim.vm.pages import ResidencyChanges
 from kvmhost.vm import Harvest
 
-__all__ = ["PolicyDriver", "make_policy"]
+__all__ = ["VIEW", "PolicyDriver", "make_policy"]
+
+#: The daemon's view of a VM.
+VIEW = "reclaimd"
 
 
 def make_policy(n_pages: int, options: VmOptions) -> Policy:
@@ -48,10 +51,13 @@ class PolicyDriver:
         self._tracker = "auto"
         self.probed_pages = 0
 
-    def harvest(self, tracker: str, fraction: float, full: bool = False) -> Harvest:
+    def harvest(
+        self, tracker: str, fraction: float, full: bool = False, max_age_s: float = 0.0
+    ) -> Harvest:
         """Test and clear the pages that the policy plans; re-arm the cleared ones.
 
         :param fraction: clear only this share of the pages, in rotation
+        :param max_age_s: the window may end with a sweep of another reader that is not older
         :param full: also scan the tables that the policy would skip
         """
         self._tracker = tracker
@@ -66,6 +72,8 @@ class PolicyDriver:
             rearm="sample" if fraction < 1 else "young",
             fraction=fraction if fraction < 1 else None,
             mask=plan.pages,
+            view=VIEW,
+            max_age_s=max_age_s,
         )
         if plan.pages is not None:
             # Pages outside the plan were reported but not cleared: a later harvest reports them.
@@ -102,7 +110,7 @@ class PolicyDriver:
         """Test and clear pages between two harvests."""
         self.probed_pages += int(np.unpackbits(pages.view(np.uint8)).sum())
         found = self._client.harvest(
-            0, self.n_pages, tracker=self._tracker, clear=True, rearm="young", mask=pages
+            0, self.n_pages, tracker=self._tracker, clear=True, rearm="young", mask=pages, view=VIEW
         )
         return found.young.words & pages
 

@@ -38,6 +38,7 @@ from kvmhost.reclaim.vm.policydriver import PolicyDriver, make_policy
 from kvmhost.reclaim.vm.target import PassTarget, ReclaimTarget, stalled_ns
 from kvmhost.reclaim.vm.totals import Totals
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.names import SHARED_SWEEP
 
 __all__ = ["GuestEnded", "Session", "VmPaused"]
 
@@ -201,7 +202,8 @@ class Session:
 
     def _harvest_and_age(self, full: bool = False) -> tuple[int, float, ResidencyChanges]:
         """Harvest and age; return young pages, cost in ns per page, and residency changes."""
-        found = self.driver.harvest(self.options.tracker, self.options.fraction, full)
+        max_age_s = SHARED_SWEEP * self.context.config.daemon.interval
+        found = self.driver.harvest(self.options.tracker, self.options.fraction, full, max_age_s)
         young, cost_ns = found.young, found.harvest_ns + found.rearm_ns
         self.totals.note_harvest(found)
         resident = self.client.resident(0, self.pages.n_pages)

@@ -21,7 +21,7 @@ from textual.events import Resize
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from kvmhost.errors import CapabilityError, ControlError, KvmHostError, VmGoneError
+from kvmhost.errors import CapabilityError, ControlError, KvmHostError, StateError, VmGoneError
 from kvmhost.printable import printable
 from kvmhost.reclaim.watch.data import RECENT, Sample, WatchSampler
 from kvmhost.reclaim.watch.map import (
@@ -55,11 +55,12 @@ m          mark: store the young pages, show changes since then
              + became young  - no longer  ± both  = as before
            press m again to clear the mark
 t          the next tracker (guestpt, pagemap, dirty, uffd, idle)
+T          the same while others read the VM: put back when this ends
 q Ctrl-C   quit
 
-If a daemon manages the VM, the view shows the daemon's generations
-and does not clear accessed bits. Otherwise pages are sorted by ticks
-since they were last young, and each tick clears the accessed bits.
+Each tick is a window of its own, whatever else reads the VM. If a
+daemon manages the VM, its generations are shown; otherwise pages are
+sorted by ticks since they were last young.
                                             any key closes this"""
 
 
@@ -148,6 +149,7 @@ class WatchApp(App[None]):
         Binding("m", "mark", "mark"),
         Binding("v", "view", "view"),
         Binding("t", "tracker", "tracker"),
+        Binding("T", "tracker(True)", "force tracker"),
         Binding("question_mark,h,f1", "help", "help"),
     ]
 
@@ -203,6 +205,8 @@ class WatchApp(App[None]):
             self.problem = f"{error}; waiting for it to return, q quits"
         except (CapabilityError, ControlError) as error:
             self.problem = f"{error}; press t for the next tracker"
+        except StateError as error:
+            self.problem = f"{error}; T forces it and puts it back at the end"
         except KvmHostError as error:
             self.problem = str(error)
         return not self.problem
@@ -261,11 +265,11 @@ class WatchApp(App[None]):
         self.show_recent, self.mark = not self.show_recent, None
         self.draw()
 
-    def action_tracker(self) -> None:
-        """Switch to the next tracker."""
+    def action_tracker(self, force: bool = False) -> None:
+        """Switch to the next tracker; with ``force`` also while others read by this one."""
         if self.sample is not None and self.sampler.tracker == "auto":
             self.sampler.tracker = self.sample.tracker
-        self.sampler.next_tracker()
+        self.sampler.next_tracker(force)
         self._wake.set()
 
     def action_help(self) -> None:
@@ -333,8 +337,6 @@ class WatchApp(App[None]):
             text.append("  PAUSED", "bold color(226)")
         elif state.paused:
             text.append("  VM paused", "bold color(226)")
-        elif sample.peeking:
-            text.append("  peeking", "color(226)")
         text.append(f"  {printable(sample.tracker)} ({printable(sample.table_format)})")
         text.append(f"  {size_text(state.resident_bytes)} of {size_text(state.mem_bytes)}")
         if state.resident_max_bytes:

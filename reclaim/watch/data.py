@@ -1,8 +1,7 @@
 """The data of the live view, sampled once per tick; nothing here draws.
 
-If a daemon manages the VM, the accessed bits are tested but not cleared, so that the
-daemon still sees them, and the view shows the pages touched since the daemon's last
-harvest. Otherwise each tick harvests and clears, and so has a window of its own.
+Each tick ends a window of the live view's own view of the VM, whatever daemons and records
+read beside it. A window may end with the sweep of another reader.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ import numpy.typing as npt
 from kvmhost import trackers
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Counters, MemoryMap, VmState
-from kvmhost.errors import ControlError, LayoutError, VmGoneError
+from kvmhost.errors import ControlError, LayoutError, StateError, VmGoneError
 from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.errors import KernelFileError
 from kvmhost.reclaim.pressure.psi import PsiMeter
 from kvmhost.timescale import scaled
+from kvmhost.vm import Harvest
+from kvmhost.vm.names import SHARED_SWEEP
 
 __all__ = ["RECENT", "Generation", "Sample", "WatchSampler", "parse_generations"]
 
@@ -74,13 +75,14 @@ class Sample:
     harvest_ms: float
     rearm_ms: float
     window_s: float
-    peeking: bool
 
 
 class WatchSampler:
     """Samples a VM, and the daemon that manages it, once per tick.
 
-    :param clear: begin a window at each tick; None: unless a daemon manages the VM
+    :param view: the view of the VM that is read
+    :param interval_s: between two ticks
+    :param force: change the tracker also while others read by another one
     :raises VmGoneError: if the VM does not exist
     """
 
@@ -88,11 +90,16 @@ class WatchSampler:
         self,
         client: Client,
         tracker: str = "auto",
-        clear: bool | None = None,
+        *,
+        view: str = "watch",
+        interval_s: float = 1.0,
+        force: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._client, self._clear, self._clock = client, clear, clock
+        self._client, self._view, self._clock = client, view, clock
+        self._max_age_s, self._force = SHARED_SWEEP * interval_s, force
         self.tracker = tracker
+        self._used = "auto"
         self.memory: MemoryMap
         self._psi: PsiMeter | None = None
         with contextlib.suppress(KernelFileError):
@@ -121,13 +128,13 @@ class WatchSampler:
 
         :raises VmGoneError: if the VM has exited
         :raises ControlError: if it rejects harvests
+        :raises StateError: if others read by another tracker; the next sample is by that one
         """
         state = self._client.state()
         if self._pid not in (0, state.pid) or self._client.memory_map() != self.memory:
             self.begin()
         self._pid = state.pid
-        peeking = state.lease is not None if self._clear is None else not self._clear
-        found = self._client.harvest(tracker=self.tracker, clear=not peeking)
+        found = self._harvest()
         young = found.young.as_bool()[: self.n_pages]
         self.tick += 1
         self.last_young[: young.size][young] = self.tick
@@ -153,19 +160,33 @@ class WatchSampler:
             harvest_ms=found.harvest_ns / 1e6,
             rearm_ms=found.rearm_ns / 1e6,
             window_s=window_s,
-            peeking=peeking,
         )
 
     def recent(self) -> Mask:
         """Return the pages that were young in any of the recent ticks."""
         return self.last_young > self.tick - RECENT
 
-    def next_tracker(self) -> str:
-        """Switch to the next tracker and return its name; the next tick shows whether it works."""
-        names = trackers.NAMES
+    def next_tracker(self, force: bool = False) -> str:
+        """Switch to the next tracker and return its name; the next tick shows whether it works.
+
+        :param force: also while others read by the one in use; it is put back at the end
+        """
+        names, self._force = trackers.NAMES, force
         at = names.index(self.tracker) + 1 if self.tracker in names else 0
         self.tracker = names[at % len(names)]
         return self.tracker
+
+    def _harvest(self) -> Harvest:
+        force, self._force = self._force, False
+        try:
+            found = self._client.harvest(
+                tracker=self.tracker, view=self._view, max_age_s=self._max_age_s, force=force
+            )
+        except StateError:
+            self.tracker = self._used
+            raise
+        self._used = self.tracker
+        return found
 
     def _rates(self, counters: Counters) -> tuple[float | None, float | None, int, float]:
         now_s = self._clock()

@@ -89,7 +89,17 @@ class FakeVm:
         return schema.LimitState(n_bytes, len(evicted), self.over_pages)
 
     def harvest(
-        self, gfn_start, n_pages, *, tracker, clear=True, rearm="young", fraction=0, mask=None
+        self,
+        gfn_start,
+        n_pages,
+        *,
+        tracker,
+        view,
+        clear=True,
+        rearm="young",
+        fraction=0,
+        mask=None,
+        max_age_s=0.0,
     ):
         """Return what was touched since the last pass.
 

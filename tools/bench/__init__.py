@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "pager": "codecs, fault-in and eviction beside a minimal C pager, memory taken",
     "mmu": "tables in all formats: speed, locking, batching",
     "young": "records of young bitmaps: append, open, working set, heatmap",
+    "views": "a daemon beside a record, a live view and a heatmap; the cost of a view",
     "reclaim": "policies against Belady: refaults, throughput, cost, the rows of 2023",
 }
 

@@ -84,6 +84,15 @@ BOUNDS = {
     "young.wss_s": Bound("its working set over 1, 10, 60 and 600 windows", 2, "s"),
     "young.heatmap_s": Bound("its heatmap as PNG", 5, "s"),
     "young.heatmap_rss_mib": Bound("memory resident while that is drawn", 1024, "MiB"),
+    "views.n_young_of_alone": Bound(
+        "young pages per pass of a daemon beside a record, a live view and a heatmap, difference "
+        "from those alone",
+        3,
+        "%",
+    ),
+    "views.refaults_of_alone": Bound(
+        "refaults under that daemon, difference from those alone", 3, "%"
+    ),
     "reclaim.lru_gen_of_belady": Bound(
         "refaults of lru_gen at a budget of 50 %, relative to Belady's optimum", 1.5
     ),

@@ -10,6 +10,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.printable import printable
 from kvmhost.tools.args import count, seconds
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option
 from kvmhost.tools.young.common import (
     add_vm_arguments,
     check_out,
@@ -67,6 +68,8 @@ def _draw_live(args: argparse.Namespace) -> int:
             gfn_start=gfn_start,
             n_pages=n_pages,
             n_bins=args.bins,
+            view=args.view,
+            force=args.force,
             on_window=advance,
         )
     draw_heatmap(heatmap, args.out)
@@ -82,10 +85,9 @@ def parser() -> CommandParser:
         prog="kvmhost young heatmap",
         usage=f"%(prog)s (FILE | VM | --pid PID) -o OUT{'|'.join(PICTURES)} [options]",
         description="Draw which pages were touched over time, from a record (a FILE of young "
-        "record) or from a running VM, which is then harvested window by window. "
-        "These harvests clear accessed bits, so a reclaim daemon on the same VM finds fewer "
-        "young pages meanwhile. OUT.html, of a record, zooms from all of memory down to single "
-        "gfns, and needs no network.",
+        "record) or from a running VM, which is then harvested window by window, in a view of "
+        "its own beside all other readers. OUT.html, of a record, zooms from all of memory "
+        "down to single gfns, and needs no network.",
     )
     add_vm_arguments(parser, or_pid=True)
     parser.add_argument(
@@ -106,6 +108,8 @@ def parser() -> CommandParser:
     parser.add_argument(
         "--count", type=count, metavar="N", help="of a VM: number of windows (default: 120)"
     )
+    add_option(parser, "--view", default="heatmap")
+    add_option(parser, "--force")
     parser.add_argument(
         "--bins",
         type=count,

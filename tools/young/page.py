@@ -93,7 +93,7 @@ def _show_live(args: argparse.Namespace) -> int:
     for name in ("gfn", "gpa", "hva"):
         facts[name] = f"{facts[name]:#x}"
     show(Table([], [], facts), args)
-    print("since the tracker's window began; kvmhost young record keeps a history")
+    print("since the view default was cleared last; kvmhost young record keeps a history")
     return 0
 
 

@@ -19,6 +19,7 @@ from kvmhost.printable import printable
 from kvmhost.tools.args import count, seconds
 from kvmhost.tools.ending import exit_code
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option
 from kvmhost.tools.young.common import add_process_arguments, gfn_range, open_source
 
 if typing.TYPE_CHECKING:
@@ -36,7 +37,9 @@ def main(argv: Sequence[str]) -> int:
 
     need_zstd()
     places = _places(args)
-    plan = RecordingPlan(args.interval, args.count, args.tracker, args.range, args.append)
+    plan = RecordingPlan(
+        args.interval, args.count, args.tracker, args.range, args.append, args.view, args.force
+    )
     stop = threading.Event()
     with (
         _stopping(stop),
@@ -153,7 +156,7 @@ def parser() -> CommandParser:
         description="Harvest VMs window by window and write which pages were young. Ctrl-C, "
         "SIGTERM or the VM's end ends the recording; --append goes on with it. The record "
         "can be read meanwhile: by young wss, hot, ..., and by anything that reads Zarr. "
-        "The harvests clear: a reclaim daemon on the same VM sees less meanwhile.",
+        "A daemon or a live view of the same VM finds what it would find without the recording.",
     )
     parser.add_argument("vms", metavar="VM", nargs="*", help="name of a VM, or path of its socket")
     add_process_arguments(parser)
@@ -181,6 +184,8 @@ def parser() -> CommandParser:
         metavar="GFN:GFN",
         help="from this gfn up to before that one; 0x for hex (default: all memory)",
     )
+    add_option(parser, "--view", default="record")
+    add_option(parser, "--force")
     parser.add_argument("--append", action="store_true", help="go on with a record that is there")
     parser.add_argument("--json", action="store_true", help="print one JSON object per VM and line")
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -15,11 +16,13 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.control.schema import CLIENT_TIMEOUT_S, MemoryMap
+from kvmhost.errors import LayoutError
 from kvmhost.files import replacing
 from kvmhost.printable import printable
 from kvmhost.tools.args import seconds, share
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
+from kvmhost.tools.vocabulary import add_option
 from kvmhost.tools.young.common import (
     add_vm_arguments,
     check_out,
@@ -29,12 +32,13 @@ from kvmhost.tools.young.common import (
 )
 from kvmhost.trackers.sampling import DEFAULT_FRACTION
 from kvmhost.vm import Harvest
-from kvmhost.vm.names import REARM, TABLE_FORMATS
+from kvmhost.vm.names import DEFAULT_VIEW, REARM, TABLE_FORMATS
 
 __all__ = ["main", "parser"]
 
 _SHOWN_RANGES = 10
 _FIRST_WINDOW_S = 1.0
+_OWN_VIEW = "snapshot"
 _BITMAP_KINDS = (".npy", ".bin")
 
 
@@ -48,21 +52,18 @@ def main(argv: Sequence[str]) -> int:
         with working(waiting):
             memory, tracker = vm.memory_map(), vm.state().tracker
         gfn_start, n_pages = range_of(args.range, memory)
-        window_s = args.window
-        is_new = tracker is None or args.tracker not in ("auto", tracker)
-        # The set of pages that were ever touched has no window.
-        if window_s is None and is_new and args.tracker != "present":
-            window_s = _FIRST_WINDOW_S
+        view = _view(args)
+        window_s = _window_s(args, view, tracker)
+        ask = functools.partial(
+            vm.harvest, gfn_start, n_pages, tracker=args.tracker, view=view, force=args.force
+        )
         if window_s is not None:
             with working(waiting):
-                vm.harvest(gfn_start, n_pages, tracker=args.tracker)
+                ask()
             with working(f"waiting for the end of a window of {window_s:g} s"):
                 time.sleep(window_s)
         with working(waiting):
-            found = vm.harvest(
-                gfn_start,
-                n_pages,
-                tracker=args.tracker,
+            found = ask(
                 clear=args.clear,
                 rearm=args.rearm,
                 fraction=args.fraction,
@@ -77,12 +78,37 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _view(args: argparse.Namespace) -> str:
+    """Return the view to look at.
+
+    :raises LayoutError: if a window would begin in a view that ends with the command
+    """
+    shared = args.pid is not None or args.clear
+    view: str = args.view or (DEFAULT_VIEW if shared else _OWN_VIEW)
+    if args.clear and view != DEFAULT_VIEW:
+        raise LayoutError(
+            f"--clear begins a window, and the view {view!r} ends with this command; "
+            f"clear with --view {DEFAULT_VIEW}"
+        )
+    return view
+
+
+def _window_s(args: argparse.Namespace, view: str, tracker: str | None) -> float | None:
+    """Return how long to wait for a window; None: look at the one that is open."""
+    # The set of pages that were ever touched has no window.
+    if args.window is not None or args.tracker == "present":
+        window_s: float | None = args.window
+        return window_s
+    is_new = tracker is None or args.tracker not in ("auto", tracker)
+    return _FIRST_WINDOW_S if is_new or view != DEFAULT_VIEW else None
+
+
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(
         prog="kvmhost young snapshot",
-        description="Show which pages are young now. Without --clear nothing changes for "
-        "anyone else who harvests the VM.",
+        description="Show which pages a VM touches, in a window of the command's own. A daemon "
+        "and other readers find what they would find without it.",
     )
     add_vm_arguments(parser, or_pid=True)
     parser.add_argument(
@@ -96,14 +122,14 @@ def parser() -> CommandParser:
         "--window",
         type=seconds,
         metavar="SECONDS",
-        help="clear first and look after this time (default: look at the window since the last "
-        f"harvest of whomever; {_FIRST_WINDOW_S:g} if there was none)",
+        help="begin a window and look after this time (default: 1 s; with --view default, the "
+        "window since it was last cleared)",
     )
     parser.add_argument(
         "--clear",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="begin a new window for the pages that are young",
+        help="look at the view default, and begin a new window in it for the young pages",
     )
     parser.add_argument(
         "--rearm",
@@ -118,6 +144,13 @@ def parser() -> CommandParser:
         metavar="SHARE",
         help=f"with --rearm sample, for example 1/4 (default: 1/{1 / DEFAULT_FRACTION:.0f})",
     )
+    add_option(
+        parser,
+        "--view",
+        help="the window to look at (default: one of its own; default is the one of all readers "
+        "that name none, which stays between commands)",
+    )
+    add_option(parser, "--force")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--out",

@@ -10,6 +10,7 @@ from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.installing import install_hint
 from kvmhost.tools.args import seconds
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["main", "parser"]
 
@@ -27,9 +28,15 @@ def main(argv: Sequence[str]) -> int:
         raise CapabilityError("watch", "textual", str(error), install_hint("watch")) from error
     from kvmhost.reclaim.watch.data import WatchSampler
 
-    clear = True if args.clear else False if args.peek else None
     with Client(args.vm) as client:
-        app = WatchApp(WatchSampler(client, args.tracker, clear), args.interval)
+        sampler = WatchSampler(
+            client,
+            args.tracker,
+            view=args.view,
+            interval_s=args.interval,
+            force=args.force,
+        )
+        app = WatchApp(sampler, args.interval)
         app.run()
     return app.return_code or 0
 
@@ -56,17 +63,6 @@ def parser() -> CommandParser:
         metavar="NAME",
         help="auto (the one in use, or the best), or one that doctor lists",
     )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--clear",
-        action="store_true",
-        help="begin a new window at each tick, also where a daemon looks after the VM, which "
-        "then sees less (default: where none does)",
-    )
-    how.add_argument(
-        "--peek",
-        action="store_true",
-        help="leave the accessed bits as they are: shows what was touched since somebody "
-        "else harvested (default: where a daemon looks after the VM)",
-    )
+    add_option(parser, "--view", default="watch")
+    add_option(parser, "--force")
     return parser

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
+import time
 import types
 
 import numpy as np
@@ -104,16 +106,22 @@ class FakeClient:
     vm = "a"
 
     def __init__(self, windows):
-        self.windows = windows
+        self.windows, self.end_ns = windows, time.monotonic_ns()
 
     def state(self):
         return types.SimpleNamespace(image="/x/hotcold.elf")
 
-    def harvest(self, gfn_start, n_pages, *, tracker):
+    def harvest(self, gfn_start, n_pages, *, tracker, view, force=False, max_age_s=0.0):
+        assert view == "heatmap"
         if not self.windows:
             raise VmGoneError("a", "hung up")
         self.windows -= 1
-        return Harvest(bitmap(0x400, start=gfn_start, pages=n_pages or 256), 1, 1)
+        start_ns, self.end_ns = self.end_ns, time.monotonic_ns()
+        found = bitmap(0x400, start=gfn_start, pages=n_pages or 256)
+        source = dataclasses.replace(
+            found.provenance, window_start_ns=start_ns, window_end_ns=self.end_ns
+        )
+        return Harvest(dataclasses.replace(found, provenance=source), 1, 1)
 
 
 def test_a_live_recording_has_its_windows_end_to_end():

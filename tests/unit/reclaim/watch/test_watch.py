@@ -22,7 +22,7 @@ from kvmhost.control.schema import (
     MemslotInfo,
     VmState,
 )
-from kvmhost.errors import ControlError, VmGoneError
+from kvmhost.errors import ControlError, StateError, VmGoneError
 from kvmhost.reclaim.watch import data as watchdata
 from kvmhost.reclaim.watch.data import Generation, WatchSampler, parse_generations
 from kvmhost.reclaim.watch.map import (
@@ -52,6 +52,7 @@ class FakeVm:
         self.pid = 77
         self.pager = {"evictions": 100, "fault_ins": 50, "evicted_pages": 256}
         self.harvests = []
+        self.others, self.used = False, "auto"
         self.works = {"auto", "guestpt", "pagemap"}
 
     def _here(self):
@@ -77,11 +78,14 @@ class FakeVm:
         machine = MachineCounters(0, 0, 1.0, 8 << 20)
         return Counters(machine, HarvestTotals(0, 0, 0, 0, 0), self.pager)
 
-    def harvest(self, *, tracker, clear):
+    def harvest(self, *, tracker, view, max_age_s, force):
         self._here()
         if tracker not in self.works:
             raise ControlError(501, f"tracker {tracker} does not work here")
-        self.harvests.append((tracker, clear))
+        if self.others and tracker not in ("auto", self.used) and not force:
+            raise StateError(f"tracker {self.used}", "is in use by record")
+        self.used = tracker
+        self.harvests.append((tracker, view, max_age_s, force))
         source = Provenance("guestpt" if tracker == "auto" else tracker, "npt", 1, 2)
         bitmap = YoungBitmap.from_gfns(
             0, PAGES, np.flatnonzero(self.young).tolist(), provenance=source
@@ -120,15 +124,27 @@ def test_a_tick_counts_ages_working_set_and_rates(fake):
     assert (third.harvest_ms, third.rearm_ms) == (1.5, 2.0)
 
 
-def test_where_a_daemon_looks_after_the_vm_the_view_only_peeks(fake):
-    sampler = WatchSampler(fake)
-    assert not sampler.sample().peeking
+def test_each_tick_is_a_window_of_its_own_view(fake):
     fake.lease = LeaseInfo("reclaimd", 1, "", 10.0, 1.0, 0.0)
-    assert sampler.sample().peeking
-    assert [clear for _, clear in fake.harvests] == [True, False]
-    assert not WatchSampler(fake, clear=True).sample().peeking
-    fake.lease = None
-    assert WatchSampler(fake, clear=False).sample().peeking
+    WatchSampler(fake, view="mine", interval_s=2.0).sample()
+    assert fake.harvests == [("auto", "mine", 0.5, False)]
+
+
+def test_a_tracker_is_forced_once_and_a_refused_one_is_not_kept(fake):
+    sampler = WatchSampler(fake, "guestpt")
+    sampler.sample()
+    fake.others = True
+    assert sampler.next_tracker() == "pagemap"
+    with pytest.raises(StateError, match="record"):
+        sampler.sample()
+    assert sampler.tracker == "guestpt"
+    sampler.sample()
+    sampler.next_tracker(force=True)
+    assert sampler.sample().tracker == "pagemap"
+    sampler.sample()
+    assert [(tracker, force) for tracker, _, _, force in fake.harvests] == [
+        ("guestpt", False), ("guestpt", False), ("pagemap", True), ("pagemap", False),
+    ]  # fmt: skip
 
 
 def test_a_daemons_generations_are_read_the_youngest_first():
