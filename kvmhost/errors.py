@@ -12,6 +12,7 @@
     │  └─ LostPageError: the store cannot give pages back; the guest has stopped
     ├─ TableError: a page table that is not what it should be; entry, level, gfn
     ├─ StateError (also RuntimeError): what was asked is closed, not started, or over
+    │  └─ InUseError: others read the VM by another tracker, or all its views are taken
     ├─ ControlError: a VM refused a request for a reason that only a socket has
     ├─ PauseTimeout: vCPUs did not stop in time; nothing is paused
     ├─ NameInUseError (also ValueError): a VM of that name runs already
@@ -43,6 +44,7 @@ __all__ = [
     "GuestTimeout",
     "HostError",
     "ImageError",
+    "InUseError",
     "IoctlError",
     "KvmHostError",
     "LabError",
@@ -246,6 +248,15 @@ class StateError(KvmHostError, RuntimeError):
         return f"{self.what} {self.state}{remedy}"
 
 
+class InUseError(StateError):
+    """Other readers of the VM are in the way: of another tracker, or of one more view.
+
+    :param what: what they use, for example ``tracker guestpt``
+    :param state: who they are
+    :param remedy: what to do
+    """
+
+
 class ControlError(KvmHostError):
     """A VM refused a control request, for a reason specific to the control socket.
 
@@ -377,6 +388,7 @@ BY_KIND: Mapping[str, type[KvmHostError]] = {
         LostPageError,
         PagerError,
         PauseTimeout,
+        InUseError,
         StateError,
         UnexpectedExit,
     )
@@ -392,6 +404,7 @@ _FIELDS = {
     "LayoutError": ("problem",),
     "LostPageError": ("gfns", "reason"),
     "PauseTimeout": ("vcpus", "seconds"),
+    "InUseError": ("what", "state", "remedy"),
     "StateError": ("what", "state", "remedy"),
     "UnexpectedExit": ("vcpu", "reason", "detail"),
 }

@@ -33,6 +33,7 @@ from kvmhost.errors import (
     GuestTimeout,
     HostError,
     ImageError,
+    InUseError,
     KvmHostError,
     LabTimeout,
     LayoutError,
@@ -152,7 +153,7 @@ def exit_code(error: Exception) -> int:
         return EXIT_USAGE
     if isinstance(error, GuestTimeout | LabTimeout):
         return EXIT_TIMEOUT
-    if isinstance(error, VmGoneError | MemoryError):
+    if isinstance(error, VmGoneError | InUseError | MemoryError):
         return EXIT_FAILED
     if isinstance(error, ControlError):
         return _CODE_OF_STATUS.get(error.status, EXIT_FAILED)

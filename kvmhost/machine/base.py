@@ -303,7 +303,7 @@ class BaseMachine(RunnableMachine, Harvestable):
 
         :param force: also while named views are open; what the tracker itself clears is missing
             in them
-        :raises StateError: if named views are open and another tracker is in use
+        :raises InUseError: if named views are open and another tracker is in use
         :raises CapabilityError: if it does not work on this host
         :raises LayoutError: for an unknown name
         """

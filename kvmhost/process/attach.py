@@ -21,7 +21,7 @@ from pathlib import Path
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.closing import Closing
 from kvmhost.control.schema import MemoryMap, MemslotInfo
-from kvmhost.errors import CapabilityError, IoctlError, LayoutError, StateError, VmGoneError
+from kvmhost.errors import CapabilityError, InUseError, IoctlError, LayoutError, VmGoneError
 from kvmhost.process.foreign import Method, open_method
 from kvmhost.process.procmaps import Mapping, choose_mapping, shared_mappings, shared_ranges
 from kvmhost.trackers.sharing import SharedHarvests
@@ -177,7 +177,7 @@ class Attached(Closing, Harvestable):
             return _Source(before)
         others = ", ".join(str(view.key) for view in self._shared.readers(key, 0))
         if before is not None and others and not asked.force:
-            raise StateError(
+            raise InUseError(
                 f"tracker {before.name}",
                 f"is in use by {others}",
                 f"read by it too, or force the change to {asked.tracker}",

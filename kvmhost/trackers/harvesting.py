@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable
 
 from kvmhost.bitmap import YoungBitmap
-from kvmhost.errors import KvmHostError, StateError
+from kvmhost.errors import InUseError, KvmHostError, StateError
 from kvmhost.trackers import registry
 from kvmhost.trackers.base import TrackedVm, Tracker
 from kvmhost.trackers.sharing import SharedHarvests
@@ -89,7 +89,8 @@ class Harvester:
         :param force: also while named views are open
         :raises CapabilityError: if it does not work here
         :raises LayoutError: for an unknown name
-        :raises StateError: if named views are open, or the machine is closed
+        :raises InUseError: if named views are open
+        :raises StateError: if the machine is closed
         """
         with self._lock:
             return self._use(registry.resolve(name, self._vm), UNNAMED, force)
@@ -101,7 +102,7 @@ class Harvester:
         :raises CapabilityError: if the tracker does not work here
         :raises LayoutError: if the range, the mask or the tracker's name is wrong; then the
             tracker in use and its state do not change
-        :raises StateError: if others read by another tracker, or there are too many views
+        :raises InUseError: if others read by another tracker, or there are too many views
         """
         asked = asked.within(self._vm.memory.gfn_end)
         key = _key(asked.view, owner)
@@ -183,7 +184,7 @@ class Harvester:
             return before
         others = self._others(key)
         if before is not None and others and not (force or self._is_undone_by(wanted, key)):
-            raise StateError(
+            raise InUseError(
                 f"tracker {before.name}",
                 f"is in use by {', '.join(others)}",
                 f"read by it too, or force the change to {wanted}",

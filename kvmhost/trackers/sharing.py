@@ -77,7 +77,7 @@ class SharedHarvests:
         A new view is empty, whatever the range: its window begins with a sweep of all memory.
 
         :param asked: as :meth:`HarvestRequest.within` returned it
-        :raises StateError: if there are too many views
+        :raises InUseError: if there are too many views
         """
         view = self.views.get(key)
         if view is None:

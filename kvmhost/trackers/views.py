@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from kvmhost.bitmap import Words, YoungBitmap, clear_words, n_words, place_words, sub_words
-from kvmhost.errors import StateError
+from kvmhost.errors import InUseError
 from kvmhost.trackers.sampling import Sampler
 from kvmhost.vm.answers import ViewInfo
 from kvmhost.vm.names import DEFAULT_VIEW
@@ -208,11 +208,11 @@ class Views:
     def check_room(self, key: ViewKey) -> None:
         """Refuse a view that would be one too many.
 
-        :raises StateError: names the views that are open
+        :raises InUseError: names the views that are open
         """
         if key not in self._views and len(self._views) > MAX_VIEWS:
             named = ", ".join(str(view.key) for view in self if view.key.owner)
-            raise StateError(
+            raise InUseError(
                 f"view {key.name!r}",
                 f"would be one more than the {MAX_VIEWS} of a VM, which are read by {named}",
                 "end one of these",
@@ -221,7 +221,7 @@ class Views:
     def open(self, key: ViewKey, now_ns: int) -> View:
         """Make a view whose window begins now, right after a sweep of all memory.
 
-        :raises StateError: if there are too many
+        :raises InUseError: if there are too many
         """
         self.check_room(key)
         view = self._views[key] = View(key, self.n_pages, now_ns)

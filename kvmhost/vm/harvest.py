@@ -151,7 +151,7 @@ class Harvestable(abc.ABC):
             which saves the guest a sweep; 0: it ends now
         :param force: change the tracker also while others read by the present one. It is put
             back when the view ends, unless that is the default one
-        :raises StateError: if others read by another tracker, or there are too many views
+        :raises InUseError: if others read by another tracker, or there are too many views
         :raises CapabilityError: if the tracker does not work here
         :raises LayoutError: if an argument is wrong; then the tracker in use and its state
             do not change

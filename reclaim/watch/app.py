@@ -21,7 +21,7 @@ from textual.events import Resize
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from kvmhost.errors import CapabilityError, ControlError, KvmHostError, StateError, VmGoneError
+from kvmhost.errors import CapabilityError, ControlError, InUseError, KvmHostError, VmGoneError
 from kvmhost.printable import printable
 from kvmhost.reclaim.watch.data import RECENT, Sample, WatchSampler
 from kvmhost.reclaim.watch.map import (
@@ -205,7 +205,7 @@ class WatchApp(App[None]):
             self.problem = f"{error}; waiting for it to return, q quits"
         except (CapabilityError, ControlError) as error:
             self.problem = f"{error}; press t for the next tracker"
-        except StateError as error:
+        except InUseError as error:
             self.problem = f"{error}; T forces it and puts it back at the end"
         except KvmHostError as error:
             self.problem = str(error)

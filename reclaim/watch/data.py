@@ -19,7 +19,7 @@ import numpy.typing as npt
 from kvmhost import trackers
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Counters, MemoryMap, VmState
-from kvmhost.errors import ControlError, LayoutError, StateError, VmGoneError
+from kvmhost.errors import ControlError, InUseError, LayoutError, VmGoneError
 from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.errors import KernelFileError
 from kvmhost.reclaim.pressure.psi import PsiMeter
@@ -128,7 +128,7 @@ class WatchSampler:
 
         :raises VmGoneError: if the VM has exited
         :raises ControlError: if it rejects harvests
-        :raises StateError: if others read by another tracker; the next sample is by that one
+        :raises InUseError: if others read by another tracker; the next sample is by that one
         """
         state = self._client.state()
         if self._pid not in (0, state.pid) or self._client.memory_map() != self.memory:
@@ -182,7 +182,7 @@ class WatchSampler:
             found = self._client.harvest(
                 tracker=self.tracker, view=self._view, max_age_s=self._max_age_s, force=force
             )
-        except StateError:
+        except InUseError:
             self.tracker = self._used
             raise
         self._used = self.tracker

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from waiting import until
 
-from kvmhost.errors import CapabilityError, StateError
+from kvmhost.errors import CapabilityError, InUseError
 from kvmhost.machine import Machine
 from kvmhost.machine.snapshot import restore_machine, save_machine
 from kvmhost.tools.accuracy.kinds import (
@@ -218,7 +218,7 @@ def test_a_forced_tracker_keeps_the_views_and_is_put_back(pair, before: str, aft
     readers = pair(before)
     machine = readers.machine
     readers.run_epoch()
-    with pytest.raises(StateError, match=rf"{before} is in use by a \(process \d+\)"):
+    with pytest.raises(InUseError, match=rf"{before} is in use by a \(process \d+\)"):
         machine.harvest(view="b", tracker=after)
     assert machine.tracker_name == before
     machine.harvest(view="b", tracker=after, force=True)
@@ -264,14 +264,14 @@ def test_a_lone_reader_changes_the_tracker_for_good(pair) -> None:
     machine.close_view("a")
     assert machine.tracker_name == "pagemap"
     machine.harvest(tracker="dirty")
-    with pytest.raises(StateError, match="in use by the unnamed view"):
+    with pytest.raises(InUseError, match="in use by the unnamed view"):
         machine.harvest(view="a", tracker="pagemap")
 
 
 @on_kvm
 def test_a_machine_that_is_read_keeps_its_tracker(pair) -> None:
     machine = pair("guestpt").machine
-    with pytest.raises(StateError, match="in use by a "):
+    with pytest.raises(InUseError, match="in use by a "):
         machine.use_tracker("pagemap")
     assert machine.use_tracker("pagemap", force=True).name == "pagemap"
 

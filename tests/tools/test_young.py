@@ -77,7 +77,10 @@ def test_snapshot_opens_a_window_where_nobody_harvests_yet(vm, hot, tmp_path):
 
 
 def test_snapshot_for_people(vm, hot):
-    done = kvmhost("young", "snapshot", "v", "--window", "0.3", "--range", "1024:0x1400")
+    vm.harvest()
+    seen = vm.state().doorbells
+    until(lambda: vm.state().doorbells > seen + 2, "a whole epoch")
+    done = kvmhost("young", "snapshot", "v", "--view", "default", "--range", "1024:0x1400")
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0] == "v: 1024 of 4096 pages young (25.0 %), 4.0 MiB"
@@ -96,6 +99,28 @@ def test_snapshot_with_clear_begins_a_new_window(vm, tmp_path):
     assert unpack(words, MEM_PAGES).sum() >= 1024
     assert vm.harvest().young.count() == 0
     vm.resume()
+
+
+def test_snapshot_beside_other_readers_takes_nothing_from_them(vm, hot):
+    vm.harvest(view="other", tracker="guestpt")
+    vm.harvest(view="other")
+    seen = vm.state().doorbells
+    until(lambda: vm.state().doorbells > seen + 2, "a whole epoch")
+    vm.pause()
+    done = kvmhost("young", "snapshot", "v", "--window", "0.01", "--view", "mine", "--json")
+    assert json.loads(done.stdout)["young"] == 0
+    assert set(hot) <= set(vm.harvest(view="other").young)
+    assert [view.name for view in vm.state().views] == ["default", "other"]
+    vm.resume()
+    refused(["snapshot", "v", "--tracker", "pagemap"], 1, "guestpt is in use by other (process")
+    done = kvmhost("young", "snapshot", "v", "--tracker", "pagemap", "--force", "--window", "0.01")
+    assert (done.returncode, done.stderr) == (0, "")
+    until(lambda: vm.state().tracker == "guestpt", "the tracker is put back")
+
+
+def test_snapshot_clears_only_a_view_that_stays(vm):
+    refused(["snapshot", "v", "--clear", "--view", "mine"], 2, "clear with --view default")
+    refused(["snapshot", "v", "--view", "a b"], 2, "view 'a b'")
 
 
 def test_snapshot_by_the_other_tracker(vm, hot):

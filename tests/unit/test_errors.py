@@ -36,6 +36,7 @@ SAMPLES = {
     "PagerError": errors.PagerError("store is full"),
     "LostPageError": errors.LostPageError([0x400, 0x401], "its checksum does not fit"),
     "TableError": errors.TableError("points nowhere", 0x123, 2, 0xDEAD, 7),
+    "InUseError": errors.InUseError("tracker guestpt", "is in use by record", "force it"),
     "StateError": errors.StateError("machine 'a'", "is not started", "call start() first"),
     "UnexpectedExit": errors.UnexpectedExit(3, "triple fault", "rip=0x10"),
     "VmGoneError": errors.VmGoneError("vm0", "no socket"),

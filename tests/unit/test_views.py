@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.bitmap import Provenance, YoungBitmap, pack, unpack
-from kvmhost.errors import StateError
+from kvmhost.errors import InUseError
 from kvmhost.trackers.sampling import sample_mask
 from kvmhost.trackers.sharing import SharedHarvests
 from kvmhost.trackers.views import MAX_VIEWS, View, ViewKey, Views
@@ -269,7 +269,7 @@ def test_one_view_too_many_is_refused_with_the_names_of_the_others() -> None:
     rig = Rig()
     for number in range(MAX_VIEWS):
         rig.harvest(ViewKey(100 + number, "record"))
-    with pytest.raises(StateError, match=r"16 of a VM.*record \(process 100\)"):
+    with pytest.raises(InUseError, match=r"16 of a VM.*record \(process 100\)"):
         rig.harvest(ViewKey(1, "watch"))
     rig.harvest(UNNAMED)
     rig.harvest(ViewKey(105, "record"))

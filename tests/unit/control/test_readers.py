@@ -15,7 +15,7 @@ from waiting import until
 from kvmhost.control import schema
 from kvmhost.control.client import Client
 from kvmhost.control.peers import Peer, PeerFinder
-from kvmhost.errors import ControlError, LayoutError, StateError
+from kvmhost.errors import ControlError, InUseError, LayoutError
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_such_an_age_is_refused(vm, machine, age):
 def test_one_view_too_many_is_refused(vm):
     for number in range(16):
         vm.harvest(view=f"v{number}")
-    with pytest.raises(StateError, match=r"one more than the 16.*v0 \(process \d+\)"):
+    with pytest.raises(InUseError, match=r"one more than the 16.*v0 \(process \d+\)"):
         vm.harvest(view="more")
     assert len(names(vm)) == 17
     vm.close_view("v3")

@@ -22,7 +22,7 @@ from kvmhost.control.schema import (
     MemslotInfo,
     VmState,
 )
-from kvmhost.errors import ControlError, StateError, VmGoneError
+from kvmhost.errors import ControlError, InUseError, VmGoneError
 from kvmhost.reclaim.watch import data as watchdata
 from kvmhost.reclaim.watch.data import Generation, WatchSampler, parse_generations
 from kvmhost.reclaim.watch.map import (
@@ -83,7 +83,7 @@ class FakeVm:
         if tracker not in self.works:
             raise ControlError(501, f"tracker {tracker} does not work here")
         if self.others and tracker not in ("auto", self.used) and not force:
-            raise StateError(f"tracker {self.used}", "is in use by record")
+            raise InUseError(f"tracker {self.used}", "is in use by record")
         self.used = tracker
         self.harvests.append((tracker, view, max_age_s, force))
         source = Provenance("guestpt" if tracker == "auto" else tracker, "npt", 1, 2)
@@ -135,7 +135,7 @@ def test_a_tracker_is_forced_once_and_a_refused_one_is_not_kept(fake):
     sampler.sample()
     fake.others = True
     assert sampler.next_tracker() == "pagemap"
-    with pytest.raises(StateError, match="record"):
+    with pytest.raises(InUseError, match="record"):
         sampler.sample()
     assert sampler.tracker == "guestpt"
     sampler.sample()
