@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from kvmhost.doctor import Finding, probe_host
 from kvmhost.printable import printable
 from kvmhost.reclaim.pressure import probe
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.host import DoctorOutput, FeatureRow, FindingRow
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.verdicts import verdicts
 from kvmhost.tools.vocabulary import add_option
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings = [*probe_host(), *_pressure()]
     usable = any(f.works for f in findings if f.area == "engine")
     if arguments.json:
-        print(json.dumps(_report(usable, findings), indent=2))
+        emit(_report(usable, findings))
     elif not arguments.all:
         for verdict in verdicts(findings):
             print(verdict.line())
@@ -59,20 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if usable else EXIT_MISSING
 
 
-def _report(usable: bool, findings: list[Finding]) -> dict[str, Any]:
+def _report(usable: bool, findings: list[Finding]) -> DoctorOutput:
     """Return the output of ``--json``: features by name, and all findings."""
-    return {
-        "usable": usable,
-        "features": {
-            verdict.feature.replace(" ", "_"): {
-                "works": verdict.works,
-                "why": verdict.why,
-                "remedy": verdict.remedy,
-            }
+    return DoctorOutput(
+        usable=usable,
+        features={
+            verdict.feature.replace(" ", "_"): FeatureRow(
+                works=verdict.works, why=verdict.why, remedy=verdict.remedy
+            )
             for verdict in verdicts(findings)
         },
-        "findings": [dataclasses.asdict(finding) for finding in findings],
-    }
+        findings=[FindingRow(**dataclasses.asdict(finding)) for finding in findings],
+    )
 
 
 def _pressure() -> list[Finding]:

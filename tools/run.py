@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -129,7 +128,7 @@ def _run_machine(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
         status = machine.wait(args.timeout)
         if args.json:
-            print(json.dumps(_report(machine, status)))
+            _emit_report(machine, status)
         machine.serial.flush()
         return status or (EXIT_FAILED if _lost_bytes(args, machine) else 0)
     finally:
@@ -302,20 +301,29 @@ def _serve(machine: BaseMachine, lock: NameLock) -> ControlServer:
     return server
 
 
-def _report(machine: BaseMachine, status: int) -> dict[str, typing.Any]:
-    return {
-        "image": machine.image.path,
-        "engine": machine.engine.name,
-        "vcpus": len(machine.vcpus),
-        "mem_bytes": machine.layout.mem_bytes,
-        "status": status,
-        "doorbells": machine.doorbells,
-        "exits": machine.exits,
-        "seconds": round(machine.uptime_s, 6),
-        "resident_bytes": machine.memory.resident_bytes(),
-        "peak_rss_bytes": _peak_rss_bytes(),
-        "pager": machine.open_pager().counters() if machine.has_pager else None,
-    }
+def _emit_report(machine: BaseMachine, status: int) -> None:
+    """Print the report; msgspec is imported only here, since most guests run without it."""
+    import msgspec
+
+    from kvmhost.tools.outputs.base import emit
+    from kvmhost.tools.outputs.host import PagerRow, RunReport
+
+    pager = machine.open_pager().counters() if machine.has_pager else None
+    emit(
+        RunReport(
+            image=machine.image.path,
+            engine=machine.engine.name,
+            n_vcpus=len(machine.vcpus),
+            mem_bytes=machine.layout.mem_bytes,
+            status=status,
+            doorbells=machine.doorbells,
+            exits=machine.exits,
+            uptime_s=round(machine.uptime_s, 6),
+            resident_bytes=machine.memory.resident_bytes(),
+            peak_rss_bytes=_peak_rss_bytes(),
+            pager=None if pager is None else msgspec.convert(pager, PagerRow),
+        )
+    )
 
 
 def _peak_rss_bytes() -> int:

@@ -128,7 +128,7 @@ class Client(Caller, Harvestable):
         if asked.fraction is not None:
             query["fraction"] = str(Share(asked.fraction))
         if asked.table_format is not None:
-            query["format"] = asked.table_format
+            query["table_format"] = asked.table_format
         if asked.view != DEFAULT_VIEW:
             query["view"] = asked.view
             self._views.add(asked.view)
@@ -289,7 +289,7 @@ def _header_number(vm: str, answer: httpx.Response, name: str) -> int:
 
 
 def _read_bitmap(vm: str, answer: httpx.Response, gfn_start: int, n_pages: int) -> YoungBitmap:
-    for name, wanted in (("Gfn-Start", gfn_start), ("Pages", n_pages)):
+    for name, wanted in (("Gfn-Start", gfn_start), ("N-Pages", n_pages)):
         if (found := _header_number(vm, answer, name)) != wanted:
             raise ControlError(
                 answer.status_code,
@@ -305,7 +305,7 @@ def _read_bitmap(vm: str, answer: httpx.Response, gfn_start: int, n_pages: int) 
     words = np.frombuffer(answer.content, dtype="<u8").astype(np.uint64)
     source = Provenance(
         answer.headers.get(HEADER_PREFIX + "Tracker", "unknown"),
-        answer.headers.get(HEADER_PREFIX + "Format", "none"),
+        answer.headers.get(HEADER_PREFIX + "Table-Format", "none"),
         _header_number(vm, answer, "Window-Start-Ns"),
         _header_number(vm, answer, "Window-End-Ns"),
     )

@@ -248,7 +248,7 @@ class Routes:
             rearm=query.rearm,
             fraction=query.fraction,
             mask=_mask(request.body, n_pages) if request.body else None,
-            table_format=query.format or None,
+            table_format=query.table_format or None,
             view=query.view,
             max_age_s=query.max_age_s,
             force=query.force,
@@ -427,9 +427,9 @@ def _bitmap(bitmap: YoungBitmap, cost: Harvest | None = None) -> Reply:
     source = bitmap.provenance
     values: dict[str, Any] = {
         "Gfn-Start": bitmap.gfn_start,
-        "Pages": bitmap.n_pages,
+        "N-Pages": bitmap.n_pages,
         "Tracker": source.tracker,
-        "Format": source.table_format,
+        "Table-Format": source.table_format,
         "Window-Start-Ns": source.window_start_ns,
         "Window-End-Ns": source.window_end_ns,
         "Coarse": int(bitmap.coarse is not None),

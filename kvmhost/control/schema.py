@@ -138,17 +138,17 @@ class HarvestQuery(RangeQuery, frozen=True):
     """Query of ``POST /v1/harvest``; the body may hold a mask, one bit per page.
 
     ``rearm=sample`` clears and re-arms only a ``fraction`` of the pages, different ones
-    at each harvest of the range; the default of ``fraction`` is measured. With ``format``
-    the harvest is fed into a model table, and its walker's bitmap is returned. ``view`` is the
-    reader's own window, which may end with a sweep that is ``max_age_s`` old; ``force`` changes
-    the tracker while others read by another one.
+    at each harvest of the range; the default of ``fraction`` is measured. With
+    ``table_format`` the harvest is fed into a model table, and its walker's bitmap is returned.
+    ``view`` is the reader's own window, which may end with a sweep that is ``max_age_s``
+    old; ``force`` changes the tracker while others read by another one.
     """
 
     tracker: str = "auto"
     clear: bool = True
     rearm: Rearm = "young"
     fraction: Fraction | None = None
-    format: TableFormat | Literal[""] = ""
+    table_format: TableFormat | Literal[""] = ""
     view: ViewName = DEFAULT_VIEW
     max_age_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.0
     force: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from json_page import checked
 from waiting import DEADLINE_S
 
 from kvmhost.reclaim.record.reader import YoungRecord
@@ -28,10 +28,10 @@ def test_snapshot_of_a_process(toucher: Callable, tmp_path: Path) -> None:
     words = ("--tracker", "present", "--json", "--out", str(out))
     done = kvmhost("snapshot", "--pid", str(victim.pid), *words)
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["young"] == 100
+    found = checked("young snapshot", done.stdout)[0]
+    assert found["n_young"] == 100
     assert found["coarse"] is False
-    assert found["regions"] == [{"slot": 0, "gfn_start": 0, "gfn_end": 4096, "young": 100}]
+    assert found["memslots"] == [{"slot": 0, "gfn_start": 0, "n_pages": 4096, "n_young": 100}]
     assert np.flatnonzero(np.load(out)).tolist() == list(range(10, 2010, 20))
 
 
@@ -40,13 +40,13 @@ def test_snapshot_of_a_window_and_a_named_mapping(toucher: Callable, word: str) 
     victim = toucher(4096)
     victim.tell("w 0 1 4096")
     mapping = hex(victim.address + 4096) if word == "address" else word
-    words = ("--mapping", mapping, "--window", "0.05", "--json")
+    words = ("--mapping", mapping, "--interval", "0.05", "--json")
     done = kvmhost("snapshot", "--pid", str(victim.pid), *words)
     if done.returncode == 126:
         pytest.skip(done.stderr)
-    found = json.loads(done.stdout)
+    found = checked("young snapshot", done.stdout)[0]
     assert found["tracker"] in ("idle", "pageout")
-    assert found["young"] == 0, "nobody touched anything in the window"
+    assert found["n_young"] == 0, "nobody touched anything in the window"
 
 
 def test_heatmap_of_a_process(toucher: Callable, tmp_path: Path) -> None:
@@ -68,10 +68,10 @@ def test_windows_of_a_process_are_recorded_and_analysed(toucher: Callable, name:
     before = set(Path(tempfile.gettempdir()).glob("kvmhost-young-*"))
     done = kvmhost(name, *words, "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
+    (found,) = checked(f"young {name}", done.stdout)
     if name == "wss":
-        assert [row["window"] for row in found["rows"]] == [0, 1, 2, 3]
-        assert {row["wss_1"] for row in found["rows"]} == {300}
+        assert [row["window"] for row in found["windows"]] == [0, 1, 2, 3]
+        assert {row["young_pages"][0] for row in found["windows"]} == {300}
     assert set(Path(tempfile.gettempdir()).glob("kvmhost-young-*")) <= before
 
 
@@ -99,9 +99,9 @@ def test_snapshot_of_qemu(qemu) -> None:
     words = ("--tracker", "present", "--range", "4096:5888", "--json")
     done = kvmhost("snapshot", "--pid", str(qemu.pid), *words)
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["young"] == 256
-    assert found["ranges"][0] == [4097, 4098]
+    found = checked("young snapshot", done.stdout)[0]
+    assert found["n_young"] == 256
+    assert found["ranges"][0] == [4097, 1]
 
 
 @pytest.mark.requires_qemu
@@ -110,7 +110,8 @@ def test_the_working_set_of_qemu_is_one_command(qemu) -> None:
     words = ("--tracker", "present", "--range", "4096:5888", "--interval", "0.1", "--count", "2")
     done = kvmhost("wss", "--pid", str(qemu.pid), *words, "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert [row["wss_1"] for row in json.loads(done.stdout)["rows"]] == [256, 256]
+    (found,) = checked("young wss", done.stdout)
+    assert [row["young_pages"][0] for row in found["windows"]] == [256, 256]
 
 
 def refused(code: int, text: str, *words: str) -> None:
@@ -137,7 +138,7 @@ def test_what_is_refused(toucher: Callable) -> None:
 def test_a_process_that_ends_meanwhile(toucher: Callable) -> None:
     """Status 1, and a sentence: as for a VM that goes away."""
     victim = toucher(64)
-    words = ["snapshot", "--pid", str(victim.pid), "--tracker", "present", "--window", "2"]
+    words = ["snapshot", "--pid", str(victim.pid), "--tracker", "present", "--interval", "2"]
     command = [sys.executable, "-m", "kvmhost", "young", *words]
     done = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     opened = f"/proc/{victim.pid}/pagemap"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from json_page import PAGE, problems
 
-from kvmhost.tools import bench, young
+from kvmhost.tools import bench
 from kvmhost.tools.outputs import page
 from kvmhost.tools.outputs.describe import DIMENSIONLESS, Row, rows_of
 from kvmhost.tools.outputs.registry import OUTPUTS, WITHOUT_JSON
@@ -16,9 +16,8 @@ from kvmhost.tools.tree import commands
 
 #: To be described yet.
 PENDING = {
-    *("accuracy", "demo", "doctor", "guests", "reclaimd", "run"),
+    *("accuracy", "demo", "reclaimd"),
     *(f"bench {name}" for name in bench.SUBCOMMANDS),
-    *(f"young {name}" for name in young.SUBCOMMANDS if name not in ("heatmap", "watch")),
 }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
+from json_page import checked
 
 from kvmhost.doctor import Finding
 from kvmhost.reclaim.pressure import probe
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 def findings(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
-    shown = json.loads(capsys.readouterr().out)
+    (shown,) = checked("doctor", capsys.readouterr().out)
     return {f"{f['area']} {f['name']}": f for f in shown["findings"]}
 
 
@@ -71,7 +71,7 @@ def test_table_on_a_terminal(
 
 def test_a_verdict_for_each_feature(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--json"]) == 0
-    features = json.loads(capsys.readouterr().out)["features"]
+    features = checked("doctor", capsys.readouterr().out)[0]["features"]
     names = {
         "run_kvm",
         "run_emulated",

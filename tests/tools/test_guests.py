@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from json_page import checked
 
 from kvmhost.guests import image_names
 from kvmhost.tools import guests as guests_cmd
@@ -33,10 +33,12 @@ def test_one_guest_with_its_contract(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert guests_cmd.main(["--json"]) == 0
-    assert [guest["name"] for guest in json.loads(capsys.readouterr().out)] == image_names()
+    (found,) = checked("guests", capsys.readouterr().out)
+    assert [guest["name"] for guest in found["guests"]] == image_names()
     assert guests_cmd.main(["hello", "--json"]) == 0
-    params = json.loads(capsys.readouterr().out)["params"]
-    assert params == [{"name": "status", "default": 0, "help": "exit status"}]
+    (found,) = checked("guests", capsys.readouterr().out)
+    (guest,) = found["guests"]
+    assert guest["params"] == [{"name": "status", "default": 0, "help": "exit status"}]
 
 
 def test_unknown_guest_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,9 +75,10 @@ def test_build_compiles_a_guest_of_ones_own(
     assert "status=7  exit status" in shown
     source.unlink()
     assert main(["guests", str(image), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["params"] == [{"name": "status", "default": 7, "help": "exit status"}]
-    assert found["contract"] == ""
+    (found,) = checked("guests", capsys.readouterr().out)
+    (guest,) = found["guests"]
+    assert guest["params"] == [{"name": "status", "default": 7, "help": "exit status"}]
+    assert guest["contract"] == ""
 
 
 @pytest.mark.requires_kvm

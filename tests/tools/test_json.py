@@ -100,17 +100,51 @@ def parsed(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, object]
 
 def test_import_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "gfns.txt").write_text("1\n2\n5\n")
-    record, out = str(tmp_path / "r"), str(tmp_path / "out")
-    words = ("young", "import", str(tmp_path / "gfns.txt"), "--format", "ranges", "-o", record)
-    found = parsed(capsys, *words, "--json")
-    assert found["file"] == record
-    assert found["windows"] == 1
-    assert isinstance(found["n_pages"], int)
-    found = parsed(capsys, "young", "export", record, "--format", "gfns", "-o", out, "--json")
-    assert found == {"file": out, "format": "gfns", "windows": 1, "gfns": 3}
-    out += "2"
-    found = parsed(capsys, "young", "export", record, "--format", "ranges", "-o", out, "--json")
-    assert found == {"file": out, "format": "ranges", "windows": 1}
+    record, out = f"{tmp_path}/r", f"{tmp_path}/out"
+    (found,) = asked(capsys, f"young import {tmp_path}/gfns.txt --format ranges -o {record}")
+    assert (found["file"], found["n_windows"], found["remark"]) == (record, 1, "")
+    (found,) = asked(capsys, f"young export {record} --format gfns -o {out}")
+    assert found == {"file": out, "format": "gfns", "n_windows": 1, "n_gfns": 3}
+    (found,) = asked(capsys, f"young export {record} --format ranges -o {out}2")
+    assert found == {"file": f"{out}2", "format": "ranges", "n_windows": 1, "n_gfns": None}
+
+
+def test_a_record_without_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Figures that need a window are null."""
+    from kvmhost.reclaim.record.writer import RecordWriter
+
+    record = tmp_path / "r"
+    RecordWriter.create(record, 64, name="v").close()
+    for words in ("stat", "wss", "ages", "hot", "compare --format npt", "page"):
+        name, _, rest = words.partition(" ")
+        gfn = " 5" if name == "page" else ""
+        asked(capsys, f"young {name} {record}{gfn} {rest}")
+
+
+def test_young_commands(vm: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = asked(capsys, "young snapshot v --interval 10ms")
+    assert found["n_pages"] == vm.memory.gfn_end
+    assert sum(n for _, n in found["ranges"]) == found["n_young"]
+    (found,) = asked(capsys, f"young record v -o {tmp_path}/r --interval 10ms --count 3")
+    assert (found["n_windows"], found["total_windows"]) == (3, 3)
+    (found,) = asked(capsys, "young page v 0x400")
+    assert found["now"]["page"]["gfn"] == 0x400
+    (found,) = asked(capsys, "young gfn 0x400 v --kind gfn")
+    assert found["gpa"] == 0x400000
+    for words in ("stat --full", "wss", "ages", "hot", "diff"):
+        name, _, rest = words.partition(" ")
+        other = f" {tmp_path}/r" if name == "diff" else ""
+        asked(capsys, f"young {name} {tmp_path}/r{other} {rest}")
+    asked(capsys, f"young compare {tmp_path}/r --format npt,stage2")
+
+
+def test_a_recording_that_fails_is_an_object_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUNTIME_DIR_ENV, str(tmp_path))
+    assert main(["young", "record", "nobody", "-o", str(tmp_path / "r"), "--json"]) == 1
+    (found,) = checked_lines("Errors", capsys.readouterr().out)
+    assert found["error"]["message"].startswith(f"{tmp_path}/r: ")
 
 
 class _Daemon:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from json_page import checked
 from waiting import DEADLINE_S
 
 from kvmhost.guests import image_path
@@ -151,12 +151,12 @@ def test_hidden_kvm_is_126_when_asked_for_and_else_emulated(
     assert refused.returncode == 126
     assert "KVMHOST_HIDE_KVM" in refused.stderr
     report = kvmhost("hello", "--json")
-    assert json.loads(report.stdout)["engine"] == "emulated"
+    assert checked("run", report.stdout)[0]["engine"] == "emulated"
 
 
 def test_json_report_keeps_the_guest_out_of_stdout() -> None:
     done = kvmhost("hello", "--json")
-    report = json.loads(done.stdout)
+    (report,) = checked("run", done.stdout)
     assert report["status"] == 0
     assert report["pager"] is None
     assert "hello from" in done.stderr
@@ -241,7 +241,7 @@ def test_dirty_ring() -> None:
     words = ("--mem", "32M", "--param", "pages=3000", "--param", "write=1", "--param", "epochs=5")
     done = kvmhost("touch", *words, "--dirty-ring", "1024", "--tracker", "dirty", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["doorbells"] == 5
+    assert checked("run", done.stdout)[0]["doorbells"] == 5
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import signal
@@ -11,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from json_page import checked
 from waiting import DEADLINE_S, until
 
 from kvmhost.bitmap import unpack
@@ -31,6 +31,12 @@ def kvmhost(*words, **options):
         timeout=DEADLINE_S,
         **({"capture_output": True} | options),
     )
+
+
+def parsed(text):
+    """Return the one object of ``young snapshot``, checked against docs/json.md."""
+    (found,) = checked("young snapshot", text)
+    return found
 
 
 @pytest.fixture
@@ -64,16 +70,16 @@ def test_snapshot_opens_a_window_where_nobody_harvests_yet(vm, hot, tmp_path):
     out = tmp_path / "young.npy"
     done = kvmhost("young", "snapshot", "v", "--json", "--out", str(out))
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
+    found = parsed(done.stdout)
     young = np.load(out)
     assert young.dtype == bool
     assert young.shape == (MEM_PAGES,)
     assert np.flatnonzero(young[1024 : 1024 + 4096]).tolist() == (hot - 1024).tolist()
-    assert found["young"] == young.sum() == found["regions"][0]["young"]
-    assert [int(hot[0]), int(hot[-1]) + 1] in found["ranges"]
+    assert found["n_young"] == young.sum() == found["memslots"][0]["n_young"]
+    assert [int(hot[0]), hot.size] in found["ranges"]
     assert found["tracker"] == "guestpt"
     # Looking changed nothing: the window is still open.
-    assert vm.harvest(clear=False).young.count() >= found["young"]
+    assert vm.harvest(clear=False).young.count() >= found["n_young"]
 
 
 def test_snapshot_for_people(vm, hot):
@@ -107,13 +113,15 @@ def test_snapshot_beside_other_readers_takes_nothing_from_them(vm, hot):
     seen = vm.state().doorbells
     until(lambda: vm.state().doorbells > seen + 2, "a whole epoch")
     vm.pause()
-    done = kvmhost("young", "snapshot", "v", "--window", "0.01", "--view", "mine", "--json")
-    assert json.loads(done.stdout)["young"] == 0
+    done = kvmhost("young", "snapshot", "v", "--interval", "0.01", "--view", "mine", "--json")
+    assert parsed(done.stdout)["young"] == 0
     assert set(hot) <= set(vm.harvest(view="other").young)
     assert [view.name for view in vm.state().views] == ["default", "other"]
     vm.resume()
     refused(["snapshot", "v", "--tracker", "pagemap"], 1, "guestpt is in use by other (process")
-    done = kvmhost("young", "snapshot", "v", "--tracker", "pagemap", "--force", "--window", "0.01")
+    done = kvmhost(
+        "young", "snapshot", "v", "--tracker", "pagemap", "--force", "--interval", "0.01"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     until(lambda: vm.state().tracker == "guestpt", "the tracker is put back")
 
@@ -127,8 +135,8 @@ def test_snapshot_by_the_other_tracker(vm, hot):
     done = kvmhost(
         "young", "snapshot", "v", "--tracker", "pagemap", "--range", "1024:5120", "--json"
     )
-    found = json.loads(done.stdout)
-    assert (found["tracker"], found["young"]) == ("pagemap", hot.size)
+    found = parsed(done.stdout)
+    assert (found["tracker"], found["n_young"]) == ("pagemap", hot.size)
 
 
 def refused(words, code, text):
@@ -144,7 +152,7 @@ def refused(words, code, text):
         (["snapshot", "v", "--range", "5:5"], "memory has gfns [0, 0x1800)"),
         (["snapshot", "v", "--range", "0:0x1801"], "memory has gfns [0, 0x1800)"),
         (["snapshot", "v", "--tracker", "x"], "unknown tracker"),
-        (["snapshot", "v", "--window", "0.01", "--out", "/nowhere/x.npy"], "/nowhere/x.npy"),
+        (["snapshot", "v", "--interval", "0.01", "--out", "/nowhere/x.npy"], "/nowhere/x.npy"),
     ],
 )
 def test_what_does_not_fit_the_vm(vm, words, text):
@@ -157,7 +165,7 @@ def test_what_does_not_fit_the_vm(vm, words, text):
         (["snapshot"], 2, "VM"),
         (["snapshot", "v", "--range", "x"], 2, "invalid range"),
         (["snapshot", "v", "--out", "x.txt"], 2, "must end in .npy or .bin"),
-        (["snapshot", "v", "--window", "no"], 2, "--window"),
+        (["snapshot", "v", "--interval", "no"], 2, "--interval"),
         (["heatmap", "v"], 2, "-o"),
         (["heatmap", "v", "-o", "x.png", "--count", "0"], 2, "1 or more"),
         (["heatmap", "v", "-o", "x.txt", "--count", "1"], 2, ".png"),
@@ -235,14 +243,14 @@ def test_heatmap_of_a_vm_that_ends_has_what_there_was(vm, tmp_path):
 @pytest.mark.parametrize("table_format", ["tdp", "ept", "stage2", "radix"])
 def test_snapshot_through_a_model_table(vm, hot, table_format):
     """The walker of each format finds what the tracker found, and the provenance says so."""
-    words = ("--window", "0.3", "--range", "1024:5120", "--json", "--format", table_format)
+    words = ("--interval", "0.3", "--range", "1024:5120", "--json", "--format", table_format)
     done = kvmhost("young", "snapshot", "v", *words)
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
+    found = parsed(done.stdout)
     name = "npt" if table_format == "tdp" else table_format
     assert (found["tracker"], found["table_format"]) == ("guestpt", f"{name}-model")
-    assert found["young"] == hot.size
-    assert found["ranges"] == [[int(hot[0]), int(hot[-1]) + 1]]
+    assert found["n_young"] == hot.size
+    assert found["ranges"] == [[int(hot[0]), hot.size]]
 
 
 def test_snapshot_of_a_vm_by_its_pid(vm, hot):
@@ -250,11 +258,11 @@ def test_snapshot_of_a_vm_by_its_pid(vm, hot):
     pid = str(vm.state().pid)
     done = kvmhost("young", "snapshot", "--pid", pid, "--tracker", "present", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
+    found = parsed(done.stdout)
     assert (found["vm"], found["tracker"]) == (f"pid {pid}", "present")
     assert found["table_format"] == "host-process"
-    assert found["pages"] == MEM_PAGES
+    assert found["n_pages"] == MEM_PAGES
     words = ("--tracker", "present", "--format", "stage2", "--json")
-    fed = json.loads(kvmhost("young", "snapshot", "--pid", pid, *words).stdout)
+    fed = parsed(kvmhost("young", "snapshot", "--pid", pid, *words).stdout)
     assert fed["table_format"] == "stage2-model"
-    assert fed["young"] >= found["young"]
+    assert fed["n_young"] >= found["n_young"]

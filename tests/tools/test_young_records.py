@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import pytest
+from json_page import checked
 from waiting import DEADLINE_S, until
 from young_model import SECOND, Window, write
 
@@ -58,10 +59,17 @@ def rows_of(text):
     return list(csv.DictReader(io.StringIO(text)))
 
 
+def parsed(young, name, *words):
+    """Return the one object that a command prints, checked against docs/json.md."""
+    (found,) = checked(f"young {name}", young(name, *words, "--json"))
+    return found
+
+
 def test_wss(young, file):
-    found = json.loads(young("wss", file, "--over", "1,10s", "--json"))
-    assert [row["wss_1"] for row in found["rows"]] == [657] * 40 + [557] * 40
-    assert found["rows"][45]["wss_10"] == 256 + 400 + 300 + 10
+    found = parsed(young, "wss", file, "--over", "1,10s")
+    assert [row["young_pages"][0] for row in found["windows"]] == [657] * 40 + [557] * 40
+    assert found["windows"][45]["young_pages"][1] == 256 + 400 + 300 + 10
+    assert found["lengths"][0] == {"n_windows": 1, "mean_pages": 607.0, "max_pages": 657}
     assert rows_of(young("wss", file, "--over", "1", "--csv"))[79]["wss_1"] == "557"
     part = rows_of(young("wss", file, "--csv", "--over", "1", "--range", "256:512"))
     assert {row["wss_1"] for row in part} == {"256"}
@@ -71,54 +79,62 @@ def test_wss(young, file):
 
 
 def test_ages(young, file):
-    found = json.loads(young("ages", file, "--json"))
-    assert found["pages"] == 4096
-    assert found["never_young"] == 4096 - 256 - 400 - 300 - 80
-    by_windows = {row["windows"]: row for row in found["rows"]}
-    assert by_windows[1]["pages"] == 557
-    assert by_windows[41]["pages"] == 401
-    assert by_windows[41]["colder"] == found["never_young"] + 39
-    assert found["cold_after_windows"] == 1
+    found = parsed(young, "ages", file)
+    assert found["n_pages"] == 4096
+    assert found["never_young_pages"] == 4096 - 256 - 400 - 300 - 80
+    by_windows = {row["n_windows"]: row for row in found["ages"]}
+    assert by_windows[1]["n_pages"] == 557
+    assert by_windows[41]["n_pages"] == 401
+    assert by_windows[41]["colder_pages"] == found["never_young_pages"] + 39
+    assert found["saving"]["cold_after_windows"] == 1
+    assert found["target_share_per_minute"] == pytest.approx(0.002)
     assert "never young" in young("ages", file)
 
 
 def test_hot(young, file):
-    rows = rows_of(young("hot", file, "--share", "90", "--csv"))
-    assert [(r["gfn_start"], r["gfn_end"], r["density"]) for r in rows] == [("256", "512", "1.0")]
-    rows = rows_of(young("hot", file, "--share", "50", "--csv"))
-    assert [(r["gfn_start"], r["density"]) for r in rows] == [
+    rows = rows_of(young("hot", file, "--share", "90%", "--csv"))
+    assert [(r["gfn_start"], r["gfn_end"], r["young_share"]) for r in rows] == [
+        ("256", "512", "1.0")
+    ]
+    rows = rows_of(young("hot", file, "--share", "1/2", "--csv"))
+    assert [(r["gfn_start"], r["young_share"]) for r in rows] == [
         ("1000", "0.5"), ("3000", "0.5"), ("256", "1.0"),
     ]  # fmt: skip
+    found = parsed(young, "hot", file, "--top", "1")
+    assert [one["gfn_start"] for one in found["ranges"]] == [1000, 3000, 256]
+    assert (found["n_windows"], found["hot_pages"]) == (80, 956)
     text = young("hot", file, "--windows=-10:", "--top", "1")
     assert "0xbb8" in text
     assert "more; --top N shows more" in text
 
 
 def test_diff(young, file):
-    found = json.loads(young("diff", file, "--windows", "0:40", "--windows", "40:80", "--json"))
+    found = parsed(young, "diff", file, "--windows", "0:40", "--windows", "40:80")
     assert (found["first_pages"], found["second_pages"], found["both_pages"]) == (696, 596, 256)
-    assert found["jaccard"] == round(256 / (696 + 596 - 256), 6)
-    assert {"where": "second only", "gfn_start": 3000, "gfn_end": 3300, "pages": 300} in found[
-        "rows"
-    ]
-    assert "jaccard                  1.000" in young("diff", file, file)
+    assert found["jaccard_ratio"] == round(256 / (696 + 596 - 256), 6)
+    assert {"side": "second", "gfn_start": 3000, "n_pages": 300} in found["ranges"]
+    assert "jaccard ratio            1.000" in young("diff", file, file)
 
 
 def test_stat(young, file):
-    found = json.loads(young("stat", file, "--full", "--json"))
-    assert [(row["window"], row["end"]) for row in found["rows"]] == [(0, 40), (40, 80)]
-    assert (found["windows"], found["pages"], found["young_max"]) == (80, 4096, 657)
-    assert (found["loss"], found["clock_jumps"]) == (None, [])
+    found = parsed(young, "stat", file, "--full")
+    assert [(p["first_window"], p["n_windows"]) for p in found["phases"]] == [(0, 40), (40, 40)]
+    assert (found["n_windows"], found["n_pages"], found["max_young_pages"]) == (80, 4096, 657)
+    assert (found["loss"], found["clock_jumps"]) == ("", [])
     wanted = (39 * 656 / 658 + 256 / 958 + 39 * 556 / 558) / 79
-    assert found["alike_next_window"] == pytest.approx(wanted, abs=1e-4)
+    assert found["next_window_jaccard_ratio"] == pytest.approx(wanted, abs=1e-4)
+    assert parsed(young, "stat", file)["next_window_jaccard_ratio"] is None
     assert "from window 0: slot 0 [0x0, 0x1000)" in young("stat", file)
 
 
 def test_page_and_gfn(young, file):
-    found = json.loads(young("page", file, "0x7d5", "--json"))
-    assert (found["young_windows"], found["first_young"], found["age_windows"]) == (1, 5, 75)
-    assert [row["state"] for row in found["rows"]] == ["idle", "young", "idle"]
-    place = json.loads(young("gfn", "0x7d5123", file, "--json"))
+    found = parsed(young, "page", file, "0x7d5")
+    assert (found["gfn"], found["now"]) == (0x7D5, None)
+    history = found["history"]
+    assert (history["young_windows"], history["first_young_window"]) == (1, 5)
+    assert (history["age_windows"], history["longest_idle_windows"]) == (75, None)
+    assert [row["young"] for row in history["stretches"]] == [False, True, False]
+    place = parsed(young, "gfn", "0x7d5123", file)
     assert (place["gfn"], place["slot_offset_bytes"], place["hva"]) == (0x7D5, 0x7D5123, None)
     assert "0x7d5" in young("gfn", "0x7d5", file, "--kind", "gfn")
 
@@ -134,30 +150,32 @@ def test_export_and_import(young, file, tmp_path):
     with YoungRecord.open(file) as a, YoungRecord.open(tmp_path / "part") as b:
         assert all(x == y for x, y in zip(a.bitmaps(5), b.bitmaps(), strict=True))
     young("export", file, "--format", "gfns", "-o", tmp_path / "g", "--windows", "0:40",
-          "--share", "50")  # fmt: skip
+          "--share", "50%")  # fmt: skip
     assert len((tmp_path / "g").read_text().split()) == 656
     young("export", file, "--format", "gfns-bin", "-o", tmp_path / "b")
     assert np.fromfile(tmp_path / "b", "<u8").size == 256 + 400 + 300 + 80
 
 
 def test_compare_records_and_formats(young, file):
-    found = json.loads(young("compare", file, file, "--formats", "npt,stage2-2m,radix", "--json"))
-    jaccard = {row["view"]: row["jaccard"] for row in found["rows"]}
+    found = parsed(young, "compare", file, file, "--format", "npt,stage2-2m,radix")
+    jaccard = {row["view"]: row["jaccard_ratio"] for row in found["views"]}
     assert jaccard["r.young (guestpt, npt)"] == jaccard["format npt"] == 1.0
     assert jaccard["format radix"] == 1.0
-    rough = next(row for row in found["rows"] if row["view"] == "format stage2-2m")
-    assert rough["recall"] == 1.0
-    assert rough["extra"] == f"coarse {rough['young'] - rough['reference']}"
+    rough = next(row for row in found["views"] if row["view"] == "format stage2-2m")
+    assert rough["recall_ratio"] == 1.0
+    extra = {cause: n for cause, n in rough["extra_pages"].items() if n}
+    assert extra == {"coarse": rough["young_pages"] - rough["reference_pages"]}
 
 
 def test_whatif(young, file):
-    words = ("whatif", file, "--workers", "0", "--no-check", "--set", "n_generations=4,5")
-    found = json.loads(young(*words, "--budget", "1M,8M,50%", "--json"))
-    assert len(found["rows"]) == 6
-    by_budget = {row["budget_mib"]: row["refaults"] for row in found["rows"]}
-    assert set(by_budget) == {1.0, 8.0, round(518 * 4096 / 2**20, 3)}
-    assert by_budget[1.0] > by_budget[8.0] == 0
-    assert "no error bar was measured" in young(*words, "--budget", "1M")
+    words = (file, "--workers", "0", "--no-check", "--set", "n_generations=4,5")
+    found = parsed(young, "whatif", *words, "--budget", "1M,8M,50%")
+    assert sorted(row["options"]["n_generations"] for row in found["cases"]) == [*"444555"]
+    assert found["error_bars"] == []
+    by_budget = {row["budget_pages"]: row["refaults"] for row in found["cases"]}
+    assert set(by_budget) == {256, 2048, 518}
+    assert by_budget[256] > by_budget[2048] == 0
+    assert "no error bar was measured" in young("whatif", *words, "--budget", "1M")
 
 
 def test_whatif_without_dask_replays_in_this_process(capsys, monkeypatch, file):
@@ -187,7 +205,7 @@ def test_help_names_every_command(young):
         (("wss", "{tmp}/none"), "no such record; create one with kvmhost young record"),
         (("wss", "{file}", "--windows", "0:81"), "has windows 0 to 79"),
         (("wss", "{file}", "--range", "0:0x1001"), "the record has [0x0, 0x1000)"),
-        (("hot", "{file}", "--share", "0"), "--share above 0"),
+        (("hot", "{file}", "--share", "0"), "need a share above 0"),
         (("diff", "{file}"), "name two stretches"),
         (("page", "{file}", "4096"), "gfns [0x1000, 0x1001) are out of range"),
         (("gfn", "0x1000000", "{file}"), "is in no memslot; memslots: slot 0 gfns [0x0, 0x1000)"),
@@ -195,9 +213,21 @@ def test_help_names_every_command(young):
         (("export", "{file}", "--format", "damon", "-o", "{tmp}/a/b"), "No such file or directory"),
         (("import", "{tmp}/x", "--format", "damon", "-o", "{tmp}/y"), "No such file"),
         (("compare", "{file}"), "nothing to be compared with"),
-        (("compare", "{file}", "--formats", "x86"), "there are: npt, npt-2m"),
-        (("whatif", "{file}", "--budget", "0%"), "write 64M, or 50%"),
+        (("compare", "{file}", "--format", "x86"), "there are: npt, npt-2m"),
+        (("whatif", "{file}", "--budget", "0%"), "need a share above 0"),
         (("whatif", "{file}", "--budget", "1M", "--policy", "best"), "unknown policy 'best'"),
+        (
+            ("import", "{file}", "--format", "ranges", "-o", "{tmp}/y", "--interval", "2s"),
+            "--format ranges takes no --interval",
+        ),
+        (
+            ("import", "{file}", "--format", "ranges", "-o", "{tmp}/y", "--range", "0:5"),
+            "--format ranges takes no --range",
+        ),
+        (
+            ("import", "{file}", "--format", "dirty", "-o", "{tmp}/y", "--target", "5"),
+            "--format dirty takes no --target",
+        ),
         (("record", "v", "-o", "{file}"), "--append to it"),
         (("record", "v", "-o", "{tmp}/a/b"), "there is no directory"),
         (("record", "v", "x/v.sock", "-o", "{tmp}/d"), "have the same name"),
@@ -359,10 +389,12 @@ def test_record_killed_goes_on(start_vm, tmp_path, young):
 def test_page_and_gfn_of_a_vm(start_vm, young):
     vm = start_vm("v")
     vm.harvest()
-    found = json.loads(young("page", "v", "0x400", "--json"))
-    assert (found["gfn"], found["slot"], found["tracker"]) == (0x400, 0, vm.state().tracker)
+    found = parsed(young, "page", "v", "0x400")
+    assert (found["gfn"], found["history"]) == (0x400, None)
+    now = found["now"]
+    assert (now["page"]["slot"], now["tracker"]) == (0, vm.state().tracker)
     hva = vm.memory_map().memslots[0].hva
-    place = json.loads(young("gfn", hex(hva + 0x400_010), "v", "--kind", "hva", "--json"))
+    place = parsed(young, "gfn", hex(hva + 0x400_010), "v", "--kind", "hva")
     assert (place["gfn"], place["gpa"]) == (0x400, 0x400_010)
 
 
@@ -375,17 +407,15 @@ def test_record_without_a_vm(tmp_path, monkeypatch, young):
 @pytest.mark.requires_kvm
 @pytest.mark.requires_uffd
 def test_compare_trackers_on_a_guest(young, tmp_path):
-    words = ["--epochs", "4", "--mem", "16M", "--trackers", "guestpt,uffd"]
+    words = ["--epochs", "4", "--mem", "16M", "--tracker", "guestpt,uffd"]
     for name, value in {**PARAMS, "epochs": 0}.items():
         words += ["--param", f"{name}={value}"]
-    found = json.loads(
-        young("compare", "--guest", "hotcold", *words, "-o", tmp_path / "c", "--json")
-    )
-    (row,) = found["rows"]
-    assert (row["windows"], row["recall"], row["missing"]) == (4, 1.0, "none")
+    found = parsed(young, "compare", "--guest", "hotcold", *words, "-o", tmp_path / "c")
+    (row,) = found["views"]
+    assert (row["n_windows"], row["recall_ratio"]) == (4, 1.0)
+    assert not any(row["missing_pages"].values())
     # What walks the tables shows in the host's; nothing else differs.
-    assert row["extra"].split()[0] in ("tables", "none")
-    assert "," not in row["extra"]
+    assert {cause for cause, n in row["extra_pages"].items() if n} <= {"tables"}
     assert windows_in(tmp_path / "c" / "guestpt") == 4
 
 
@@ -395,7 +425,7 @@ def test_emulated_trackers_differ_by_the_guests_code_only(young, tmp_path):
     words = ["--engine", "emulated", "--epochs", "4", "--mem", "16M"]
     words += [word for k, v in PARAMS.items() for word in ("--param", f"{k}={v}")]
     out = tmp_path / "c"
-    young("compare", "--guest", "hotcold", *words, "--trackers", "guestpt,uffd", "-o", out)
+    young("compare", "--guest", "hotcold", *words, "--tracker", "guestpt,uffd", "-o", out)
     with YoungRecord.open(out / "guestpt") as one, YoungRecord.open(out / "uffd") as other:
         pairs = [
             (set(a.gfns().tolist()), set(b.gfns().tolist()))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kvmhost.boot.image import read_image
 from kvmhost.guests import image_names, image_path
 from kvmhost.tools.args import find_image
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.host import GuestRow, GuestsOutput, ParamRow
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option
 
@@ -55,7 +54,7 @@ def show(argv: Sequence[str] | None = None) -> int:
     else:
         shown = [_describe(image_path(name)) for name in image_names()]
     if arguments.json:
-        print(json.dumps(shown if arguments.name is None else shown[0], indent=2))
+        emit(GuestsOutput(guests=shown))
     else:
         print("\n\n".join(_as_text(guest, arguments.name is not None) for guest in shown))
     return 0
@@ -74,19 +73,22 @@ def contract(image: Path) -> str:
     return "\n".join(lines).strip()
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    params = [dataclasses.asdict(param) for param in read_image(path).params]
-    return {"name": path.stem, "path": str(path), "params": params, "contract": contract(path)}
+def _describe(path: Path) -> GuestRow:
+    params = [
+        ParamRow(name=param.name, default=param.default, help=param.help)
+        for param in read_image(path).params
+    ]
+    return GuestRow(name=path.stem, path=str(path), params=params, contract=contract(path))
 
 
-def _as_text(guest: dict[str, Any], whole: bool) -> str:
-    summary = guest["contract"].split("\n\n")[0].removeprefix(f"{guest['name']}: ")
-    short = f"{guest['name']}: {' '.join(summary.split()) or guest['path']}"
-    lines = [guest["contract"] if whole and guest["contract"] else short, ""]
-    if whole and not guest["params"]:
+def _as_text(guest: GuestRow, whole: bool) -> str:
+    summary = guest.contract.split("\n\n")[0].removeprefix(f"{guest.name}: ")
+    short = f"{guest.name}: {' '.join(summary.split()) or guest.path}"
+    lines = [guest.contract if whole and guest.contract else short, ""]
+    if whole and not guest.params:
         lines.append("  no parameters")
-    width = max((len(f"{p['name']}={p['default']}") for p in guest["params"]), default=0)
-    for param in guest["params"]:
-        given = f"{param['name']}={param['default']}"
-        lines.append(f"  {given:<{width}}  {param['help']}")
+    width = max((len(f"{p.name}={p.default}") for p in guest.params), default=0)
+    for param in guest.params:
+        given = f"{param.name}={param.default}"
+        lines.append(f"  {given:<{width}}  {param.help}")
     return "\n".join(lines).rstrip()

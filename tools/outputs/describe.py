@@ -50,18 +50,35 @@ _UNITS = {
 _COUNTS = {
     "doorbells",
     "epochs",
+    "errors",
     "evictions",
     "exits",
+    "faults",
+    "fills",
     "harvests",
+    "pieces",
     "promotions",
+    "records",
     "refaults",
     "samples",
     "touches",
     "vcpus",
+    "waits",
+    "wakes",
+}
+_COUNTED = {
+    "disk_full": "evictions",
+    "fault_ins": "pages",
+    "outcomes": "pages",
+    "over_limit": "faults",
 }
 
 #: Numbers that are names, positions or codes and have no unit.
 DIMENSIONLESS = {
+    "default",
+    "first_window",
+    "first_young_window",
+    "last_young_window",
     "action_pass",
     "errno",
     "exit_code",
@@ -115,7 +132,9 @@ def unit_of(name: str, kind: str) -> str:
     if name.startswith("gfn"):
         return "gfn"
     last = name.rpartition("_")[2]
-    return last if last in _COUNTS else _UNITS.get(last, "")
+    if last in _COUNTS:
+        return last
+    return _COUNTED.get(name, "") or _UNITS.get(last, "")
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import dataclasses
 import msgspec
 
 from kvmhost.control import schema
-from kvmhost.tools.outputs import daemons, lab, vms
+from kvmhost.tools.outputs import daemons, host, lab, records, vms, young
 
 __all__ = ["OUTPUTS", "WITHOUT_JSON", "Shape"]
 
@@ -25,6 +25,9 @@ class Shape:
 
 #: By command.
 OUTPUTS = {
+    "doctor": Shape(host.DoctorOutput),
+    "guests": Shape(host.GuestsOutput),
+    "run": Shape(host.RunReport),
     "limit": Shape(schema.LimitState),
     "drain": Shape(schema.RestoreReport),
     "list": Shape(vms.ListOutput),
@@ -36,6 +39,19 @@ OUTPUTS = {
     "lru_gen show": Shape(daemons.GenerationsOutput),
     "page": Shape(daemons.PageOutput),
     "snapshot": Shape(vms.SnapshotOutput),
+    "young ages": Shape(young.AgesOutput),
+    "young compare": Shape(records.CompareOutput),
+    "young diff": Shape(young.DiffOutput),
+    "young export": Shape(young.ExportOutput),
+    "young gfn": Shape(young.PlaceOutput),
+    "young hot": Shape(young.HotOutput),
+    "young import": Shape(young.ImportOutput),
+    "young page": Shape(young.YoungPageOutput),
+    "young record": Shape(young.RecordOutput, per="VM"),
+    "young snapshot": Shape(young.YoungSnapshotOutput),
+    "young stat": Shape(records.StatOutput),
+    "young whatif": Shape(records.WhatifOutput),
+    "young wss": Shape(young.WorkingSetOutput),
 }
 
 #: Commands without ``--json``, and why.

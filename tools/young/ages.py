@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from kvmhost.tools.args import share as share_of
+from kvmhost.tools.outputs.young import AgeRow, AgesOutput, SavingRow
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import (
     Table,
@@ -17,13 +23,16 @@ from kvmhost.tools.young.output import (
 )
 from kvmhost.tools.young.source import add_windows_source, open_windows
 
+if TYPE_CHECKING:
+    from kvmhost.reclaim.analyse.analysis import Saving
+
 __all__ = ["main", "parser"]
 
 _SHOWN = 24
 _NOTES = (
-    "pages: that were last young so long ago, at the end; colder: pages older than that;",
-    "promotions_min: pages a minute that come back after having been cold for that long;",
-    "rate_min: the same as a share of the working set",
+    "n_pages: that were last young so long ago, at the end; colder_pages: older than that;",
+    "promotions_per_minute: pages that come back after having been cold for that long;",
+    "promotion_share_per_minute: the same as a share of the working set",
 )
 
 
@@ -55,32 +64,63 @@ def main(argv: Sequence[str]) -> int:
         cold -= int(ages[bucket])
         at = curve.get(windows)
         rows.append(
-            [
-                windows,
-                round(age_s(found, windows), 3),
-                int(ages[bucket]),
-                cold,
-                round(share(cold, total), 6),
-                at and round(at.promotions_per_min, 3),
-                at and round(at.promotion_rate, 6),
-            ]
+            AgeRow(
+                n_windows=windows,
+                age_s=round(age_s(found, windows), 3),
+                n_pages=int(ages[bucket]),
+                colder_pages=cold,
+                colder_share=round(share(cold, total), 6),
+                promotions_per_minute=None if at is None else round(at.promotions_per_min, 3),
+                promotion_share_per_minute=None if at is None else round(at.promotion_rate, 6),
+            )
         )
-    saving = predict_saving(found, args.target / 100) if len(found) else None
-    facts = covered | {"pages": total, "never_young": int(ages[0]), "target_percent": args.target}
-    if saving is not None:
-        facts |= {
-            "cold_after_windows": saving.threshold.windows,
-            "saved_mib": round(mib(saving.saved_pages, page_bytes), 3),
-            "saved_share": round(saving.saved_share, 6),
-            "promotions_per_min": round(saving.threshold.promotions_per_min, 3),
-        }
-    names = ["windows", "seconds", "pages", "colder", "share", "promotions_min", "rate_min"]
-    formats = {"share": "%", "rate_min": "%"}
-    notes = [*_NOTES, *remarks]
-    if saving is None:
-        notes.append(f"no threshold keeps to {args.target:g} % of the working set a minute")
-    show(Table(names, rows, facts, _SHOWN, True, notes, formats), args)
+    output = AgesOutput(
+        **covered,
+        page_bytes=page_bytes,
+        n_pages=total,
+        never_young_pages=int(ages[0]),
+        target_share_per_minute=float(args.target),
+        saving=_saving(predict_saving(found, args.target) if len(found) else None),
+        ages=rows,
+    )
+    _show(output, covered, remarks, args)
     return 0
+
+
+def _saving(found: Saving | None) -> SavingRow | None:
+    if found is None:
+        return None
+    return SavingRow(
+        cold_after_windows=found.threshold.windows,
+        saved_pages=round(found.saved_pages, 3),
+        saved_share=round(found.saved_share, 6),
+        promotions_per_minute=round(found.threshold.promotions_per_min, 3),
+    )
+
+
+def _show(
+    output: AgesOutput, covered: dict[str, Any], remarks: list[str], args: argparse.Namespace
+) -> None:
+    target = f"{100 * output.target_share_per_minute:g} %"
+    facts = covered | {
+        "pages": output.n_pages,
+        "never_young": output.never_young_pages,
+        "target_per_minute": target,
+    }
+    notes, saving = [*_NOTES, *remarks], output.saving
+    if saving is None:
+        notes.append(f"no threshold keeps to {target} of the working set per minute")
+    else:
+        facts |= {
+            "cold_after_windows": saving.cold_after_windows,
+            "saved_mib": round(mib(saving.saved_pages, output.page_bytes), 3),
+            "saved_share": saving.saved_share,
+            "promotions_per_minute": saving.promotions_per_minute,
+        }
+    rows = [msgspec.structs.astuple(row) for row in output.ages]
+    formats = {"colder_share": "%", "promotion_share_per_minute": "%"}
+    names = list(AgeRow.__struct_fields__)
+    show(output, Table(names, rows, facts, _SHOWN, True, notes, formats), args)
 
 
 def parser() -> CommandParser:
@@ -95,10 +135,10 @@ def parser() -> CommandParser:
     add_record_arguments(parser)
     parser.add_argument(
         "--target",
-        type=float,
-        default=0.2,
-        metavar="PERCENT",
-        help="promotions a minute that are bearable, in percent of the working set (default: 0.2)",
+        type=share_of,
+        default="0.2%",
+        metavar="SHARE",
+        help="acceptable promotions per minute, as a share of the working set (default: 0.2%%)",
     )
     add_output_arguments(parser)
     return parser

@@ -12,7 +12,7 @@ from pathlib import Path
 from kvmhost.control.schema import MemoryMap
 from kvmhost.errors import LayoutError
 from kvmhost.files import check_target
-from kvmhost.tools.args import gfn_range
+from kvmhost.tools.vocabulary import add_option
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.client import Client
@@ -23,7 +23,6 @@ __all__ = [
     "add_source_arguments",
     "add_vm_arguments",
     "check_out",
-    "gfn_range",
     "open_source",
     "percent",
     "progress_bar",
@@ -82,18 +81,10 @@ def add_vm_arguments(parser: argparse.ArgumentParser, *, or_pid: bool = False) -
         add_source_arguments(parser)
     else:
         parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
-    parser.add_argument(
-        "--tracker",
-        default="auto",
-        metavar="NAME",
-        help="auto (the one in use, or the best), or one that doctor lists",
+    add_option(
+        parser, "--tracker", help="auto (the one in use, or the best), or one that doctor lists"
     )
-    parser.add_argument(
-        "--range",
-        type=gfn_range,
-        metavar="GFN:GFN",
-        help="from this gfn up to before that one; 0x for hex (default: all memory)",
-    )
+    add_option(parser, "--range")
 
 
 def range_of(given: tuple[int, int] | None, memory: MemoryMap) -> tuple[int, int]:

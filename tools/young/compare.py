@@ -3,7 +3,7 @@
 Records are compared with the first one given. With ``--guest`` the command makes the
 records: the guest runs once for each tracker and stops at the doorbell after each epoch,
 and each epoch is one window; the guest does the same in each run, so the windows are the
-same. With ``--formats`` the young pages of the first record are accessed in tables of
+same. With ``--format`` the young pages of the first record are accessed in tables of
 other formats and harvested from them.
 """
 
@@ -21,11 +21,13 @@ import numpy as np
 from kvmhost.bitmap import YoungBitmap, n_words
 from kvmhost.errors import LayoutError
 from kvmhost.files import own_directory
-from kvmhost.suggest import unknown_name
-from kvmhost.tools.args import count, find_image, parse_params
+from kvmhost.tools.args import find_image, parse_params
 from kvmhost.tools.machineargs import add_machine_arguments
+from kvmhost.tools.outputs.records import CompareOutput, ViewRow
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option, listing, one_of
 from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show
+from kvmhost.trackers import NAMES
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.analyse.compare import Difference, TrackerView
@@ -65,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         for name, record in others:
             parts = compare_views(_view(paths[0].name, first), _view(name, record), tables)
             reports.append((_label(name, record), total(parts)))
-        for name in args.formats:
+        for name in args.format or []:
             view = _format_view(name, first)
             reports.append((f"format {name}", total(compare_views(_view("", first), view))))
         _show(_label(paths[0].name, first), reports, args)
@@ -75,11 +77,8 @@ def main(argv: Sequence[str]) -> int:
 def _check(args: argparse.Namespace) -> None:
     if bool(args.guest) == bool(args.files):
         raise LayoutError("compare: give records, or --guest to make them")
-    if args.files and len(args.files) + len(args.formats) < 2:
-        raise LayoutError("compare: one record has nothing to be compared with; add --formats")
-    unknown = [name for name in args.formats if name not in FORMATS]
-    if unknown:
-        raise LayoutError(unknown_name("format", unknown[0], FORMATS))
+    if args.files and len(args.files) + len(args.format or []) < 2:
+        raise LayoutError("compare: one record has nothing to be compared with; add --format")
 
 
 def _label(name: str, record: YoungRecord) -> str:
@@ -99,13 +98,27 @@ def _view(name: str, record: YoungRecord) -> TrackerView:
 def _show(
     reference: str, reports: Sequence[tuple[str, Difference]], args: argparse.Namespace
 ) -> None:
-    rows = [
-        [name, d.windows, d.reference_pages, d.pages, round(d.precision, 6), round(d.recall, 6),
-         round(d.jaccard, 6), _causes(d.extra), _causes(d.missing)]
+    views = [
+        ViewRow(
+            view=name,
+            n_windows=d.windows,
+            reference_pages=d.reference_pages,
+            young_pages=d.pages,
+            precision_ratio=round(d.precision, 6),
+            recall_ratio=round(d.recall, 6),
+            jaccard_ratio=round(d.jaccard, 6),
+            extra_pages=d.extra,
+            missing_pages=d.missing,
+        )
         for name, d in reports
+    ]
+    rows = [
+        [v.view, v.n_windows, v.reference_pages, v.young_pages, v.precision_ratio,
+         v.recall_ratio, v.jaccard_ratio, _causes(v.extra_pages), _causes(v.missing_pages)]
+        for v in views
     ]  # fmt: skip
     names = [
-        "view", "windows", "reference", "young", "precision", "recall", "jaccard", "extra",
+        "view", "n_windows", "reference", "young", "precision", "recall", "jaccard", "extra",
         "missing",
     ]  # fmt: skip
     notes = [
@@ -115,7 +128,9 @@ def _show(
         "around (in 64 KiB with a young page)",
     ]
     formats = {"precision": "%", "recall": "%", "jaccard": "%"}
-    show(Table(names, rows, {"reference": reference}, notes=notes, formats=formats), args)
+    output = CompareOutput(reference=reference, views=views)
+    table = Table(names, rows, {"reference": reference}, notes=notes, formats=formats)
+    show(output, table, args)
 
 
 def _causes(pages: dict[str, int]) -> str:
@@ -131,12 +146,9 @@ def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], lis
     from kvmhost.machine import Machine
     from kvmhost.reclaim.record.meta import RecordSession
     from kvmhost.reclaim.record.writer import RecordWriter
-    from kvmhost.trackers import NAMES, probe_all
+    from kvmhost.trackers import probe_all
 
-    names = args.trackers or [n for n, s in probe_all(args.engine).items() if s.works]
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        raise LayoutError(unknown_name("tracker", unknown[0], NAMES))
+    names = args.tracker or [n for n, s in probe_all(args.engine).items() if s.works]
     params = {"epochs": 0} | parse_params(args.param)
     own_directory(place)
     paths, tables = [], set()
@@ -210,10 +222,6 @@ def _cut(found: YoungBitmap, shift: int, source: YoungBitmap) -> YoungBitmap:
     )
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(
@@ -224,20 +232,20 @@ def parser() -> CommandParser:
     )
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="records")
     parser.add_argument("--guest", metavar="IMAGE", help="a guest to run, for example hotcold")
-    parser.add_argument(
-        "--trackers", type=_names, default=[], metavar="NAME,...",
+    add_option(
+        parser,
+        "--tracker",
         help="with --guest: the first is the reference (default: all that work here)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--formats", type=_names, default=[], metavar="NAME,...",
+        **listing(one_of("tracker", NAMES)),
+    )
+    add_option(
+        parser,
+        "--format",
         help=f"table formats to put the first record's bits through: {', '.join(FORMATS)}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--epochs", type=count, default=16, metavar="N", help="windows of --guest (default: 16)"
+        **listing(one_of("format", tuple(FORMATS))),
     )
-    parser.add_argument(
-        "-o", "--out", type=Path, metavar="DIR", help="keep the records of --guest there"
-    )
+    add_option(parser, "--epochs", default=16, help="windows of --guest")
+    add_option(parser, "--out", metavar="DIR", help="keep the records of --guest there")
     add_machine_arguments(parser)
     add_output_arguments(parser)
     return parser

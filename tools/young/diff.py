@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from kvmhost.errors import LayoutError
+from kvmhost.tools.outputs.young import DiffOutput, DiffRange
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option
 from kvmhost.tools.young.output import (
     Table,
     add_output_arguments,
     mib,
     open_record,
     show,
-    window_range,
     windows_of,
 )
 
@@ -29,7 +32,6 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
     from kvmhost.reclaim.analyse.patterns import similarity
-    from kvmhost.reclaim.young.bits import runs
 
     given = list(args.windows or [])
     if args.other is None and len(given) != 2:
@@ -44,31 +46,49 @@ def main(argv: Sequence[str]) -> int:
             page_bytes = record.metadata.page_bytes
     found = similarity(*sides)
 
-    def ranges(bits: npt.NDArray[np.bool_], where: str) -> list[list[object]]:
-        starts, ends = runs(bits)
-        return [
-            [where, int(a) + found.gfn_start, int(b) + found.gfn_start, int(b - a)]
-            for a, b in zip(starts, ends, strict=True)
-        ]
-
-    rows = ranges(found.only_a, "first only") + ranges(found.only_b, "second only")
-    facts = {
-        "first_pages": found.a_pages,
-        "second_pages": found.b_pages,
-        "both_pages": found.both_pages,
-        "first_only_mib": round(mib(found.a_pages - found.both_pages, page_bytes), 3),
-        "second_only_mib": round(mib(found.b_pages - found.both_pages, page_bytes), 3),
-        "jaccard": round(found.jaccard, 6),
-    }
-    if not (args.json or args.csv):
-        rows.sort(key=lambda row: -int(str(row[3])))
-    names = ["where", "gfn_start", "gfn_end", "pages"]
-    formats = {"gfn_start": "hex", "gfn_end": "hex"}
-    shown = rows if args.json or args.csv else rows[:_SHOWN]
-    show(Table(names, shown, facts, formats=formats), args)
-    if len(shown) < len(rows):
-        print(f"the largest {len(shown)} of {len(rows)} ranges; --csv and --json have all")
+    output = DiffOutput(
+        page_bytes=page_bytes,
+        first_pages=found.a_pages,
+        second_pages=found.b_pages,
+        both_pages=found.both_pages,
+        jaccard_ratio=round(found.jaccard, 6),
+        ranges=[
+            *_ranges("first", found.only_a, found.gfn_start),
+            *_ranges("second", found.only_b, found.gfn_start),
+        ],
+    )
+    _show(output, args)
     return 0
+
+
+def _ranges(
+    side: Literal["first", "second"], bits: npt.NDArray[np.bool_], gfn_start: int
+) -> Iterator[DiffRange]:
+    from kvmhost.reclaim.young.bits import runs
+
+    for a, b in zip(*runs(bits), strict=True):
+        yield DiffRange(side=side, gfn_start=int(a) + gfn_start, n_pages=int(b - a))
+
+
+def _show(output: DiffOutput, args: argparse.Namespace) -> None:
+    only = (output.first_pages - output.both_pages, output.second_pages - output.both_pages)
+    facts = {
+        "first_pages": output.first_pages,
+        "second_pages": output.second_pages,
+        "both_pages": output.both_pages,
+        "first_only_mib": round(mib(only[0], output.page_bytes), 3),
+        "second_only_mib": round(mib(only[1], output.page_bytes), 3),
+        "jaccard_ratio": output.jaccard_ratio,
+    }
+    shown = output.ranges
+    if not (args.json or args.csv):
+        shown = sorted(shown, key=lambda one: -one.n_pages)[:_SHOWN]
+    rows = [[r.side, r.gfn_start, r.gfn_start + r.n_pages, r.n_pages] for r in shown]
+    names = ["side", "gfn_start", "gfn_end", "n_pages"]
+    formats = {"gfn_start": "hex", "gfn_end": "hex"}
+    show(output, Table(names, rows, facts, formats=formats), args)
+    if len(shown) < len(output.ranges):
+        print(f"the largest {len(shown)} of {len(output.ranges)} ranges; --csv and --json have all")
 
 
 def parser() -> CommandParser:
@@ -80,11 +100,10 @@ def parser() -> CommandParser:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a record of young record")
     parser.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="another record")
-    parser.add_argument(
+    add_option(
+        parser,
         "--windows",
-        type=window_range,
         action="append",
-        metavar="A:B",
         help="a stretch of windows; twice for the first and the second (default: all)",
     )
     add_output_arguments(parser)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.errors import LayoutError
 from kvmhost.files import check_target
 from kvmhost.reclaim.exchange.registry import EXPORTS, export
+from kvmhost.tools.args import share
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.young import ExportOutput
 from kvmhost.tools.parser import CommandParser
-from kvmhost.tools.young.output import open_record, window_range, windows_of
+from kvmhost.tools.vocabulary import add_option
+from kvmhost.tools.young.output import open_record, windows_of
 
 __all__ = ["main", "parser"]
 
@@ -22,14 +25,13 @@ def main(argv: Sequence[str]) -> int:
     if args.out.exists():
         raise LayoutError(f"{args.out}: there already; remove it, or take another name")
     check_target(args.out)
-    if not 0 <= args.share <= 100:
-        raise LayoutError(f"--share {args.share:g}: need 0 to 100")
     with open_record(args.file) as record:
         first, end = windows_of(record, args.windows)
-        gfns = export(args.format, record, args.out, first, end, min_share=args.share / 100)
+        gfns = export(args.format, record, args.out, first, end, min_share=args.share or 0.0)
     if args.json:
-        shown = {"file": str(args.out), "format": args.format, "windows": end - first}
-        print(json.dumps(shown if gfns is None else shown | {"gfns": gfns}))
+        emit(
+            ExportOutput(file=str(args.out), format=args.format, n_windows=end - first, n_gfns=gfns)
+        )
     else:
         print(f"{args.out}: {f'{end - first} windows' if gfns is None else f'{gfns} gfns'}")
     return 0
@@ -46,19 +48,13 @@ def parser() -> CommandParser:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a record of young record")
     parser.add_argument("--format", choices=EXPORTS, required=True, help="see above")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="to write")
-    parser.add_argument(
-        "--windows",
-        type=window_range,
-        metavar="A:B",
-        help="from window A up to before B; --windows=-60: is the last 60 (default: all)",
-    )
+    add_option(parser, "--out", required=True, metavar="OUT", help="to write")
+    add_option(parser, "--windows")
     parser.add_argument(
         "--share",
-        type=float,
-        default=0.0,
-        metavar="PERCENT",
-        help="gfns: only what was young in so many of the windows (default: any)",
+        type=share,
+        metavar="SHARE",
+        help="gfns: only what was young in this share of the windows (default: in any window)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_option(parser, "--json")
     return parser

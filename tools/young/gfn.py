@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.control.client import Client
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.young import PlaceOutput
 from kvmhost.tools.parser import CommandParser
-from kvmhost.tools.young.output import Table, open_record, show
+from kvmhost.tools.vocabulary import add_option
+from kvmhost.tools.young.output import Table, open_record, show_text
 
 __all__ = ["main", "parser"]
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         page_bytes = memory.page_bytes
     place = find_place(args.address, args.kind, memslots, page_bytes, args.slot)
     if args.json:
-        print(json.dumps(dataclasses.asdict(place)))
+        emit(PlaceOutput(**dataclasses.asdict(place)))
         return 0
     facts = {
         "gfn": f"{place.gfn:#x}",
@@ -42,8 +44,7 @@ def main(argv: Sequence[str]) -> int:
         "slot_offset_bytes": f"{place.slot_offset_bytes:#x}",
         "hva": None if place.hva is None else f"{place.hva:#x}",
     }
-    args.csv = False
-    show(Table([], [], facts), args)
+    show_text(Table([], [], facts))
     return 0
 
 
@@ -68,5 +69,5 @@ def parser() -> CommandParser:
         metavar="N",
         help="of which memslot an offset is (default: 0)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_option(parser, "--json")
     return parser

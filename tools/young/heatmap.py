@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvmhost.errors import LayoutError
 from kvmhost.printable import printable
-from kvmhost.tools.args import count, seconds
+from kvmhost.tools.args import count, size_bytes
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option
 from kvmhost.tools.young.common import (
@@ -18,7 +18,7 @@ from kvmhost.tools.young.common import (
     progress_bar,
     range_of,
 )
-from kvmhost.tools.young.output import open_record, window_range, windows_of
+from kvmhost.tools.young.output import open_record, windows_of
 from kvmhost.tools.young.source import is_record
 
 __all__ = ["main", "parser"]
@@ -42,7 +42,7 @@ def _draw_record(args: argparse.Namespace) -> int:
         raise LayoutError("--pid, --interval and --count apply to running VMs, not to a FILE")
     with open_record(Path(args.vm)) as record:
         view = RecordView(record, *windows_of(record, args.windows), args.range)
-        drawn = draw_record(view, args.out, n_bins=args.bins, max_bytes=args.max_mib << 20)
+        drawn = draw_record(view, args.out, n_bins=args.bins, max_bytes=args.max_size)
         print(printable(f"{args.out}: {drawn}"))
     return 0
 
@@ -90,24 +90,17 @@ def parser() -> CommandParser:
         "down to single gfns, and needs no network.",
     )
     add_vm_arguments(parser, or_pid=True)
-    parser.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="OUT", help=", ".join(PICTURES)
+    add_option(parser, "--out", required=True, metavar="OUT", help=", ".join(PICTURES))
+    add_option(
+        parser, "--windows", help="of a record: windows [A, B); --windows=-60: selects the last 60"
     )
-    parser.add_argument(
-        "--windows",
-        type=window_range,
-        metavar="A:B",
-        help="of a record: windows [A, B); --windows=-60: selects the last 60",
-    )
-    parser.add_argument(
+    add_option(
+        parser,
         "--interval",
-        type=seconds,
-        metavar="SECONDS",
-        help="of a VM: length of a window (default: 0.1)",
+        default=None,
+        help="of a VM: length of a window (default: 100ms)",
     )
-    parser.add_argument(
-        "--count", type=count, metavar="N", help="of a VM: number of windows (default: 120)"
-    )
+    add_option(parser, "--count", help="of a VM: number of windows (default: 120)")
     add_option(parser, "--view", default="heatmap")
     add_option(parser, "--force")
     parser.add_argument(
@@ -118,10 +111,10 @@ def parser() -> CommandParser:
         help="maximum number of rows of a .png, .svg or .pdf (default: 512)",
     )
     parser.add_argument(
-        "--max-mib",
-        type=count,
-        default=32,
-        metavar="MIB",
-        help="size limit of a .html; the finest cells are omitted if necessary (default: 32)",
+        "--max-size",
+        type=size_bytes,
+        default="32M",
+        metavar="SIZE",
+        help="size limit of a .html; the finest cells are omitted if necessary (default: 32M)",
     )
     return parser

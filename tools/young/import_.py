@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kvmhost.errors import LayoutError
 from kvmhost.files import check_target, os_errors
 from kvmhost.printable import printable
 from kvmhost.reclaim.exchange.registry import IMPORTS, read
-from kvmhost.tools.args import seconds
+from kvmhost.tools.args import pages as number
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.young import ImportOutput
 from kvmhost.tools.parser import CommandParser
-from kvmhost.tools.young.common import gfn_range
+from kvmhost.tools.vocabulary import add_option
 
 __all__ = ["main", "parser"]
 
@@ -25,40 +27,52 @@ def main(argv: Sequence[str]) -> int:
     if args.out.exists():
         raise LayoutError(f"{args.out}: there already; remove it, or take another name")
     check_target(args.out)
-    if "target" not in IMPORTS[args.format].takes and (
-        args.range is not None or args.target is not None
-    ):
-        raise LayoutError(f"{args.format}: takes no --range and no --target")
+    options = _options(args)
     from kvmhost.reclaim.exchange.common import write_record
 
     origin = f"{args.format} {args.files[0].name}"
-    found = read(
-        args.format,
-        args.files,
-        gfn_start=args.gfn_start,
-        n_pages=args.pages,
-        interval_s=args.interval,
-        target=args.target,
-        gfn_range=args.range,
-    )
+    found = read(args.format, args.files, **options)
     if found.remark:
         remark = printable(f"{args.files[0]}: {found.remark}")
         print(f"kvmhost young import: {remark}", file=sys.stderr)
     with os_errors(args.out):
         windows = write_record(found, args.out, origin)
     if args.json:
-        shown = {"file": str(args.out), "format": args.format, "windows": windows}
-        print(json.dumps(shown | {"n_pages": found.n_pages, "remark": found.remark}))
+        emit(
+            ImportOutput(
+                file=str(args.out),
+                format=args.format,
+                n_windows=windows,
+                n_pages=found.n_pages,
+                remark=found.remark,
+            )
+        )
     else:
         print(f"{printable(args.out)}: {windows} windows")
     return 0
 
 
-def _number(text: str) -> int:
-    value = int(text, 0)
-    if not 0 <= value < 1 << 52:
-        raise argparse.ArgumentTypeError(f"{text}: need 0 or more, below 2**52")
-    return value
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the reader of the format takes.
+
+    :raises LayoutError: for an option that it does not take
+    """
+    takes = IMPORTS[args.format].takes
+    options: dict[str, Any] = {}
+    if args.range is not None and "gfn_start" in takes:
+        start, end = args.range
+        if not 0 <= start < end:
+            raise LayoutError(f"--range {start:#x}:{end:#x}: is empty")
+        options |= {"gfn_start": start, "n_pages": end - start}
+    elif args.range is not None:
+        options["gfn_range"] = args.range
+    given = {"target": args.target, "interval_s": args.interval}
+    options |= {name: value for name, value in given.items() if value is not None}
+    flags = {"gfn_range": "--range", "target": "--target", "interval_s": "--interval"}
+    for name in options:
+        if name not in takes:
+            raise LayoutError(f"--format {args.format} takes no {flags[name]}")
+    return options
 
 
 def parser() -> CommandParser:
@@ -72,24 +86,19 @@ def parser() -> CommandParser:
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="to read")
     parser.add_argument("--format", choices=IMPORTS, required=True, help="see above")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the record")
-    parser.add_argument(
-        "--gfn-start", type=_number, default=0, metavar="GFN", help="dirty files: of bit 0"
-    )
-    parser.add_argument(
-        "--pages", type=_number, metavar="N", help="dirty files: how many (default: all bits)"
-    )
-    parser.add_argument(
-        "--range", type=gfn_range, metavar="A:B", help="damon: only these pages, [A, B)"
+    add_option(parser, "--out", required=True, metavar="OUT", help="the record")
+    add_option(
+        parser,
+        "--range",
+        help="damon: only the gfns from A up to before B; dirty: the gfns that the bits of each "
+        "file stand for, 0x for hex (default: all; dirty: from gfn 0)",
     )
     parser.add_argument(
         "--target",
-        type=_number,
+        type=number,
         metavar="ID",
         help="damon: which target_id, where there are several",
     )
-    parser.add_argument(
-        "--interval", type=seconds, default=1.0, metavar="SECONDS", help="dirty files: a window"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_option(parser, "--interval", default=None, help="dirty: length of a window (default: 1s)")
+    add_option(parser, "--json")
     return parser

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvmhost.errors import LayoutError
 from kvmhost.printable import printable
-from kvmhost.tools.args import gfn_range, window_range
+from kvmhost.tools.outputs.base import Output, emit
+from kvmhost.tools.vocabulary import add_option
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.record.reader import YoungRecord
@@ -29,8 +29,8 @@ __all__ = [
     "open_record",
     "share",
     "show",
+    "show_text",
     "spans",
-    "window_range",
     "windows_of",
 ]
 
@@ -39,8 +39,8 @@ __all__ = [
 class Table:
     """Rows of plain values. Text output right-aligns columns and rounds floats.
 
-    :param facts: shown above the rows; in JSON, fields next to the rows
-    :param shown_rows: number of evenly selected rows in text output; JSON and CSV have all
+    :param facts: shown above the rows in text output
+    :param shown_rows: number of evenly selected rows in text output; CSV has all
     :param closer_first: select more of the first rows than of the last
     :param notes: lines below the rows in text output
     """
@@ -56,24 +56,14 @@ class Table:
 
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --windows and --range."""
-    parser.add_argument(
-        "--windows",
-        type=window_range,
-        metavar="A:B",
-        help="from window A up to before B; --windows=-60: is the last 60 (default: all)",
-    )
-    parser.add_argument(
-        "--range",
-        type=gfn_range,
-        metavar="GFN:GFN",
-        help="from this gfn up to before that one; 0x for hex (default: all)",
-    )
+    add_option(parser, "--windows")
+    add_option(parser, "--range")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --json and --csv."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--json", action="store_true", help="print JSON")
+    add_option(group, "--json")
     group.add_argument("--csv", action="store_true", help="print CSV, with a head line")
 
 
@@ -129,20 +119,20 @@ def spans(text: str) -> list[tuple[float, str]]:
     return found
 
 
-def show(table: Table, args: argparse.Namespace) -> None:
-    """Print a table in the requested format."""
+def show(output: Output, table: Table, args: argparse.Namespace) -> None:
+    """Print an output as JSON, or its table as text or CSV."""
     if args.json:
-        rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-        print(json.dumps({**table.facts, "rows": rows}))
+        emit(output)
     elif args.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(table.columns)
         writer.writerows(table.rows)
     else:
-        _show_text(table)
+        show_text(table)
 
 
-def _show_text(table: Table) -> None:
+def show_text(table: Table) -> None:
+    """Print a table as text."""
     for name, value in table.facts.items():
         if not isinstance(value, list | dict):
             print(f"{printable(name.replace('_', ' ')):24} {_cell(value, '')}")

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from kvmhost.control.client import Client
 from kvmhost.errors import LayoutError
+from kvmhost.tools.args import gfn
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.young import (
+    HistoryRow,
+    PageNow,
+    PlaceOutput,
+    StretchRow,
+    YoungPageOutput,
+)
 from kvmhost.tools.parser import CommandParser
-from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show
+from kvmhost.tools.young.output import Table, add_output_arguments, open_record, show, show_text
 
 if TYPE_CHECKING:
-    from kvmhost.reclaim.analyse.pagehistory import GfnHistory
+    from kvmhost.reclaim.analyse.pagehistory import GfnHistory, Place
 
 __all__ = ["main", "parser"]
 
@@ -41,27 +51,51 @@ def _is_file(source: str) -> bool:
 
 
 def _show_history(found: GfnHistory, args: argparse.Namespace) -> None:
-    facts: dict[str, Any] = {
-        name: value
-        for name, value in dataclasses.asdict(found).items()
-        if name not in ("stretches", "place", "gfn")
-    }
-    facts = {"gfn": f"{found.gfn:#x}", **_place_facts(found), **facts}
+    output = YoungPageOutput(gfn=found.gfn, history=_history(found), now=None)
+    people = not (args.json or args.csv)
     rows = [
-        ["young" if s.young else "idle", s.first, s.end, s.end - s.first,
-         round(s.since_s, 3), round(s.until_s, 3)]
+        ["young" if s.young else "idle", s.first, s.end - s.first, round(s.since_s, 3),
+         round(s.until_s, 3)]
         for s in found.stretches
     ]  # fmt: skip
-    people = not (args.json or args.csv)
     shown = rows[-_SHOWN:] if people else rows
     notes = [f"the last {len(shown)} of {len(rows)} stretches"] if len(shown) < len(rows) else []
-    names = ["state", "window", "end", "windows", "since_s", "until_s"]
-    formats = {"window": "plain", "end": "plain"}
-    show(Table(names, shown, facts, notes=notes, formats=formats), args)
+    names = ["state", "window", "n_windows", "start_s", "end_s"]
+    facts = {"gfn": f"{found.gfn:#x}", **_place_facts(found.place), **_history_facts(found)}
+    show(output, Table(names, shown, facts, notes=notes, formats={"window": "plain"}), args)
 
 
-def _place_facts(found: GfnHistory) -> dict[str, Any]:
+def _history(found: GfnHistory) -> HistoryRow:
     place = found.place
+    return HistoryRow(
+        place=None if place is None else PlaceOutput(**dataclasses.asdict(place)),
+        n_windows=found.windows,
+        young_windows=found.young_windows,
+        coarse_windows=found.coarse_windows,
+        first_young_window=found.first_young,
+        last_young_window=found.last_young,
+        age_windows=found.age_windows,
+        longest_idle_windows=found.longest_idle,
+        stretches=[
+            StretchRow(
+                young=s.young,
+                first_window=s.first,
+                n_windows=s.end - s.first,
+                start_s=round(s.since_s, 3),
+                end_s=round(s.until_s, 3),
+            )
+            for s in found.stretches
+        ],
+    )
+
+
+def _history_facts(found: GfnHistory) -> dict[str, Any]:
+    names = ("windows", "young_windows", "coarse_windows", "first_young", "last_young",
+             "age_windows", "longest_idle")  # fmt: skip
+    return {name: getattr(found, name) for name in names}
+
+
+def _place_facts(place: Place | None) -> dict[str, Any]:
     if place is None:
         return {"slot": None}
     return {
@@ -74,35 +108,30 @@ def _place_facts(found: GfnHistory) -> dict[str, Any]:
 
 def _show_live(args: argparse.Namespace) -> int:
     """Show the current state of the page in a VM, without changing it."""
+    if args.csv:
+        raise LayoutError("--csv is for records; a VM's page has --json")
     with Client(args.source) as vm:
         page = vm.page(args.gfn)
         bitmap = vm.harvest(args.gfn, 1, clear=False).young
-    facts = {
-        **dataclasses_of(page),
-        "young": bool(bitmap.count()),
-        "coarse": bool(bitmap.coarse_as_bool().any()),
-        "tracker": bitmap.provenance.tracker,
-        "table_format": bitmap.provenance.table_format,
-        "window_start_ns": bitmap.provenance.window_start_ns,
-    }
-    if args.csv:
-        raise LayoutError("--csv is for records; a VM's page has --json")
+    source = bitmap.provenance
+    now = PageNow(
+        page=page,
+        young=bool(bitmap.count()),
+        coarse=bool(bitmap.coarse_as_bool().any()),
+        tracker=source.tracker,
+        table_format=source.table_format,
+        window_start_ns=source.window_start_ns,
+    )
     if args.json:
-        print(json.dumps(facts))
+        emit(YoungPageOutput(gfn=args.gfn, history=None, now=now))
         return 0
+    facts = {**msgspec.structs.asdict(page), **msgspec.structs.asdict(now)}
+    del facts["page"]
     for name in ("gfn", "gpa", "hva"):
         facts[name] = f"{facts[name]:#x}"
-    show(Table([], [], facts), args)
+    show_text(Table([], [], facts))
     print("since the view default was cleared last; kvmhost young record keeps a history")
     return 0
-
-
-def dataclasses_of(page: Any) -> dict[str, Any]:
-    """Return the fields of a response of the control socket."""
-    import msgspec
-
-    found: dict[str, Any] = msgspec.structs.asdict(page)
-    return found
 
 
 def parser() -> CommandParser:
@@ -113,8 +142,6 @@ def parser() -> CommandParser:
         "of a running VM: what it knows of the page now.",
     )
     parser.add_argument("source", metavar="FILE|VM", help="a record, or a VM's name or socket")
-    parser.add_argument(
-        "gfn", type=lambda text: int(text, 0), metavar="GFN", help="0x for hex; young gfn finds it"
-    )
+    parser.add_argument("gfn", type=gfn, metavar="GFN", help="0x for hex; young gfn finds it")
     add_output_arguments(parser)
     return parser

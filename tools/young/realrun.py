@@ -72,7 +72,7 @@ class ErrorBar:
         said = ", ".join(f"{run.real} of {run.predicted} predicted" for run in self.runs)
         return (
             f"{policy}: low and high are {min(self.lowest, 1.0):.3f} and "
-            f"{max(self.highest, 1.0):.3f} times a_minute, the range of {len(self.runs)} real "
+            f"{max(self.highest, 1.0):.3f} times per_minute, the range of {len(self.runs)} real "
             f"runs here ({self.engine}): {said}"
         )
 

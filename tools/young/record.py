@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import json
 import signal
 import sys
 import threading
@@ -16,11 +15,12 @@ from pathlib import Path
 from kvmhost.errors import CapabilityError, ControlError, LayoutError, VmGoneError
 from kvmhost.files import own_directory
 from kvmhost.printable import printable
-from kvmhost.tools.args import count, seconds
-from kvmhost.tools.ending import exit_code
+from kvmhost.tools.ending import EXIT_FAILED, exit_code
+from kvmhost.tools.outputs.base import emit, emit_error
+from kvmhost.tools.outputs.young import RecordOutput
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option
-from kvmhost.tools.young.common import add_process_arguments, gfn_range, open_source
+from kvmhost.tools.young.common import add_process_arguments, open_source
 
 if typing.TYPE_CHECKING:
     from kvmhost.control.client import Client
@@ -74,20 +74,31 @@ def _record(
         with opened() as client:
             ended = record_vm(client, path, plan, stop, advance)
     except (VmGoneError, ControlError, CapabilityError, LayoutError) as error:
-        print(printable(f"{path}: {error}"), file=sys.stderr)
+        message = f"{path}: {error}"
+        print(printable(message), file=sys.stderr)
+        if as_json:
+            emit_error(error, message, exit_code(error))
         return exit_code(error)
     except OSError as error:
-        print(
-            f"{printable(path)}: {printable(error.strerror or error)}; what was whole is kept, "
-            "and --append goes on with it",
-            file=sys.stderr,
+        message = (
+            f"{path}: {error.strerror or error}; what was whole is kept, and --append goes on "
+            "with it"
         )
-        return 1
+        print(printable(message), file=sys.stderr)
+        if as_json:
+            emit_error(error, message, EXIT_FAILED)
+        return EXIT_FAILED
     if as_json:
-        shown = {"vm": vm, "file": str(path), "windows": ended.windows, "reason": ended.reason}
-        counts = {"total_windows": ended.total_windows, "late_windows": ended.late}
-        # A single write, since the threads of other VMs print too.
-        sys.stdout.write(json.dumps(shown | counts) + "\n")
+        emit(
+            RecordOutput(
+                vm=vm,
+                file=str(path),
+                n_windows=ended.windows,
+                total_windows=ended.total_windows,
+                late_windows=ended.late,
+                reason=ended.reason,
+            )
+        )
         return 0
     late = f", {ended.late} of them late" if ended.late else ""
     total = f" ({ended.total_windows} in all)" if ended.total_windows != ended.windows else ""
@@ -160,32 +171,21 @@ def parser() -> CommandParser:
     )
     parser.add_argument("vms", metavar="VM", nargs="*", help="name of a VM, or path of its socket")
     add_process_arguments(parser)
-    parser.add_argument(
-        "-o",
+    add_option(
+        parser,
         "--out",
-        type=Path,
         required=True,
         metavar="FILE",
         help="the record (a directory of chunk files); of several VMs one each in it",
     )
-    parser.add_argument(
-        "--interval", type=seconds, default=1.0, metavar="SECONDS", help="a window (default: 1)"
-    )
-    parser.add_argument("--count", type=count, metavar="N", help="windows (default: until Ctrl-C)")
-    parser.add_argument(
-        "--tracker",
-        default="auto",
-        metavar="NAME",
-        help="auto (the one in use, or the best), or one that doctor lists",
-    )
-    parser.add_argument(
-        "--range",
-        type=gfn_range,
-        metavar="GFN:GFN",
-        help="from this gfn up to before that one; 0x for hex (default: all memory)",
+    add_option(parser, "--interval", help="length of a window")
+    add_option(parser, "--count", help="number of windows (default: until Ctrl-C)")
+    add_option(
+        parser, "--tracker", help="auto (the one in use, or the best), or one that doctor lists"
     )
     add_option(parser, "--view", default="record")
     add_option(parser, "--force")
+    add_option(parser, "--range")
     parser.add_argument("--append", action="store_true", help="go on with a record that is there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per VM and line")
+    add_option(parser, "--json", help="print JSON, one line per VM (kvmhost docs json)")
     return parser

@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.control.schema import CLIENT_TIMEOUT_S, MemoryMap
 from kvmhost.errors import LayoutError
 from kvmhost.files import replacing
 from kvmhost.printable import printable
-from kvmhost.tools.args import seconds, share
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.young import YoungSlot, YoungSnapshotOutput
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
 from kvmhost.tools.vocabulary import add_option
@@ -67,14 +65,15 @@ def main(argv: Sequence[str]) -> int:
                 clear=args.clear,
                 rearm=args.rearm,
                 fraction=args.fraction,
-                table_format=args.format or None,
+                table_format=args.format,
             )
     if args.out is not None:
         _write_bitmap(found.young, args.out)
+    output = _output(vm.vm, found, memory)
     if args.json:
-        print(json.dumps(_summary(vm.vm, found, memory)))
+        emit(output)
     else:
-        _print_snapshot(vm.vm, found, memory)
+        _print_snapshot(output, memory.page_bytes)
     return 0
 
 
@@ -96,8 +95,8 @@ def _view(args: argparse.Namespace) -> str:
 def _window_s(args: argparse.Namespace, view: str, tracker: str | None) -> float | None:
     """Return how long to wait for a window; None: look at the one that is open."""
     # The set of pages that were ever touched has no window.
-    if args.window is not None or args.tracker == "present":
-        window_s: float | None = args.window
+    if args.interval is not None or args.tracker == "present":
+        window_s: float | None = args.interval
         return window_s
     is_new = tracker is None or args.tracker not in ("auto", tracker)
     return _FIRST_WINDOW_S if is_new or view != DEFAULT_VIEW else None
@@ -108,21 +107,23 @@ def parser() -> CommandParser:
     parser = CommandParser(
         prog="kvmhost young snapshot",
         description="Show which pages a VM touches, in a window of the command's own. A daemon "
-        "and other readers find what they would find without it.",
+        "and other readers find what they would find without it: unlike a harvest in Python or "
+        "over HTTP, it clears nothing in the view default unless --clear is given.",
     )
     add_vm_arguments(parser, or_pid=True)
-    parser.add_argument(
+    add_option(
+        parser,
         "--format",
-        choices=("", *TABLE_FORMATS),
-        default="",
+        choices=TABLE_FORMATS,
+        metavar=None,
         help="feed the harvest into a model table of this format and show what its walker finds "
         "(default: what the tracker finds)",
     )
-    parser.add_argument(
-        "--window",
-        type=seconds,
-        metavar="SECONDS",
-        help="begin a window and look after this time (default: 1 s; with --view default, the "
+    add_option(
+        parser,
+        "--interval",
+        default=None,
+        help="begin a window and look after this time (default: 1s; with --view default, the "
         "window since it was last cleared)",
     )
     parser.add_argument(
@@ -138,10 +139,10 @@ def parser() -> CommandParser:
         help="with --clear: what to arm again (default: young); sample clears and re-arms "
         "only a fraction of the pages, other ones each time",
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--fraction",
-        type=share,
-        metavar="SHARE",
+        default=None,
         help=f"with --rearm sample, for example 1/4 (default: 1/{1 / DEFAULT_FRACTION:.0f})",
     )
     add_option(
@@ -151,85 +152,78 @@ def parser() -> CommandParser:
         "that name none, which stays between commands)",
     )
     add_option(parser, "--force")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
+    add_option(parser, "--json")
+    add_option(
+        parser,
         "--out",
-        type=Path,
         metavar="FILE",
-        help="also write the bitmap: .npy for one boolean a page, .bin for 64-bit words",
+        help="also write the bitmap: .npy for one boolean per page, .bin for 64-bit words",
     )
     return parser
 
 
-def _summary(vm: str, found: Harvest, memory: MemoryMap) -> dict[str, Any]:
+def _output(vm: str, found: Harvest, memory: MemoryMap) -> YoungSnapshotOutput:
     bitmap = found.young
-    starts, ends = _runs(bitmap)
-    return {
-        "vm": vm,
-        "gfn_start": bitmap.gfn_start,
-        "pages": bitmap.n_pages,
-        "young": bitmap.count(),
-        "coarse": bitmap.coarse is not None,
+    return YoungSnapshotOutput(
+        vm=vm,
+        gfn_start=bitmap.gfn_start,
+        n_pages=bitmap.n_pages,
+        n_young=bitmap.count(),
+        coarse=bitmap.coarse is not None,
         **dataclasses.asdict(bitmap.provenance),
-        "harvest_ns": found.harvest_ns,
-        "rearm_ns": found.rearm_ns,
-        "regions": _regions(bitmap, memory),
-        "ranges": np.stack([starts, ends], axis=1).tolist(),
-    }
+        harvest_ns=found.harvest_ns,
+        rearm_ns=found.rearm_ns,
+        memslots=list(_slots(bitmap, memory)),
+        ranges=_ranges(bitmap),
+    )
 
 
-def _regions(bitmap: YoungBitmap, memory: MemoryMap) -> list[dict[str, int]]:
+def _slots(bitmap: YoungBitmap, memory: MemoryMap) -> Iterator[YoungSlot]:
     """Count young pages by memslot, inside the bitmap's range."""
-    young, found = bitmap.as_bool(), []
-    for region in memory.memslots:
-        first = max(region.gfn_start, bitmap.gfn_start)
-        end = min(region.gfn_start + region.n_pages, bitmap.gfn_start + bitmap.n_pages)
+    young = bitmap.as_bool()
+    for memslot in memory.memslots:
+        first = max(memslot.gfn_start, bitmap.gfn_start)
+        end = min(memslot.gfn_start + memslot.n_pages, bitmap.gfn_start + bitmap.n_pages)
         if first < end:
             inside = young[first - bitmap.gfn_start : end - bitmap.gfn_start]
-            found.append(
-                {
-                    "slot": region.slot,
-                    "gfn_start": first,
-                    "gfn_end": end,
-                    "young": int(inside.sum()),
-                }
+            yield YoungSlot(
+                slot=memslot.slot,
+                gfn_start=first,
+                n_pages=end - first,
+                n_young=int(inside.sum()),
             )
-    return found
 
 
-def _print_snapshot(vm: str, found: Harvest, memory: MemoryMap) -> None:
-    bitmap = found.young
-    young, source = bitmap.count(), bitmap.provenance
+def _print_snapshot(found: YoungSnapshotOutput, page_bytes: int) -> None:
     window = ""
-    if source.window_start_ns:
-        window = f", window {(source.window_end_ns - source.window_start_ns) / 1e9:.3f} s"
+    if found.window_start_ns:
+        window = f", window {(found.window_end_ns - found.window_start_ns) / 1e9:.3f} s"
     print(
-        f"{printable(vm)}: {young} of {bitmap.n_pages} pages young "
-        f"({percent(young, bitmap.n_pages)}), {young * memory.page_bytes / 2**20:.1f} MiB"
+        f"{printable(found.vm)}: {found.n_young} of {found.n_pages} pages young "
+        f"({percent(found.n_young, found.n_pages)}), {found.n_young * page_bytes / 2**20:.1f} MiB"
     )
-    coarse = ", coarse: bits stand for more than one page" if bitmap.coarse is not None else ""
-    where = f"tracker {source.tracker}, format {source.table_format}"
+    coarse = ", coarse: bits stand for more than one page" if found.coarse else ""
+    where = f"tracker {found.tracker}, format {found.table_format}"
     print(f"{printable(where)}{window}{coarse}")
     print(f"harvest {found.harvest_ns / 1e6:.2f} ms, re-arming {found.rearm_ns / 1e6:.2f} ms")
-    for region in _regions(bitmap, memory):
-        pages = region["gfn_end"] - region["gfn_start"]
+    for one in found.memslots:
         print(
-            f"slot {region['slot']} [{region['gfn_start']:#x}, {region['gfn_end']:#x}): "
-            f"{region['young']} of {pages} young ({percent(region['young'], pages)})"
+            f"slot {one.slot} [{one.gfn_start:#x}, {one.gfn_start + one.n_pages:#x}): "
+            f"{one.n_young} of {one.n_pages} young ({percent(one.n_young, one.n_pages)})"
         )
-    starts, ends = _runs(bitmap)
-    print(f"{starts.size} young ranges" + (", the first:" if starts.size else ""))
-    for start, end in zip(starts[:_SHOWN_RANGES], ends[:_SHOWN_RANGES], strict=True):
-        print(f"  [{start:#x}, {end:#x})  {end - start} pages")
-    if starts.size > _SHOWN_RANGES:
-        print(f"  and {starts.size - _SHOWN_RANGES} more")
+    print(f"{len(found.ranges)} young ranges" + (", the first:" if found.ranges else ""))
+    for start, n_pages in found.ranges[:_SHOWN_RANGES]:
+        print(f"  [{start:#x}, {start + n_pages:#x})  {n_pages} pages")
+    if len(found.ranges) > _SHOWN_RANGES:
+        print(f"  and {len(found.ranges) - _SHOWN_RANGES} more")
 
 
-def _runs(bitmap: YoungBitmap) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return starts and exclusive ends of the runs of young gfns."""
+def _ranges(bitmap: YoungBitmap) -> list[tuple[int, int]]:
+    """Return the runs of young gfns as pairs of start and length."""
     padded = np.concatenate([[False], bitmap.as_bool(), [False]])
     change = np.flatnonzero(padded[1:] != padded[:-1]) + bitmap.gfn_start
-    return change[::2], change[1::2]
+    starts, lengths = change[::2], change[1::2] - change[::2]
+    return list(zip(starts.tolist(), lengths.tolist(), strict=True))
 
 
 def _write_bitmap(bitmap: YoungBitmap, path: Path) -> None:

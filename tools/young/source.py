@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvmhost.errors import LayoutError
-from kvmhost.tools.args import count, seconds
+from kvmhost.tools.vocabulary import add_option
 from kvmhost.tools.young.common import add_process_arguments, open_source, progress_bar
 from kvmhost.tools.young.output import open_record
 
@@ -40,22 +40,20 @@ def add_windows_source(parser: argparse.ArgumentParser) -> None:
         help="a record of young record, or a running VM: its name, or the path of its socket",
     )
     add_process_arguments(parser)
-    parser.add_argument(
+    add_option(
+        parser,
         "--interval",
-        type=seconds,
-        metavar="SECONDS",
-        help=f"of a VM or process: length of a window (default: {_INTERVAL_S:g})",
+        default=None,
+        help=f"of a VM or process: length of a window (default: {_INTERVAL_S:g}s)",
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--count",
-        type=count,
-        metavar="N",
         help=f"of a VM or process: number of windows to record first (default: {_COUNT})",
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--tracker",
-        default="auto",
-        metavar="NAME",
         help="of a VM or process: auto (the one in use, or the best), or one that doctor lists",
     )
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.installing import install_hint
-from kvmhost.tools.args import seconds
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option
 
@@ -47,21 +46,12 @@ def parser() -> CommandParser:
         prog="kvmhost young watch",
         description="Show which pages of a VM are young, as it runs: a map of its memory, the "
         "working set, generations, pressure, evictions and faults. ? shows the keys. It takes at "
-        "most 5 % of a core: where a tick costs more, it ticks less often.",
+        "most 4 % of a core: where a tick costs more, it ticks less often.",
     )
     parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
-    parser.add_argument(
-        "--interval",
-        type=seconds,
-        default=1.0,
-        metavar="SECONDS",
-        help="between ticks, at least (default: 1)",
-    )
-    parser.add_argument(
-        "--tracker",
-        default="auto",
-        metavar="NAME",
-        help="auto (the one in use, or the best), or one that doctor lists",
+    add_option(parser, "--interval", help="time between ticks, at least")
+    add_option(
+        parser, "--tracker", help="auto (the one in use, or the best), or one that doctor lists"
     )
     add_option(parser, "--view", default="watch")
     add_option(parser, "--force")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmhost.errors import CapabilityError, LayoutError
-from kvmhost.tools.args import size_bytes
+from kvmhost.tools.args import mark
+from kvmhost.tools.outputs.records import CaseRow, ErrorBarRow, RealRunRow, WhatifOutput
 from kvmhost.tools.parser import CommandParser
+from kvmhost.tools.vocabulary import add_option, listing
 from kvmhost.tools.young.common import progress_bar
 from kvmhost.tools.young.output import (
     Table,
@@ -20,15 +21,14 @@ from kvmhost.tools.young.output import (
     mib,
     open_record,
     show,
-    window_range,
 )
+from kvmhost.units import Mark
 
 if TYPE_CHECKING:
     from kvmhost.reclaim.analyse.whatif import Case, Outcome
     from kvmhost.reclaim.record.reader import YoungRecord
     from kvmhost.tools.young.realrun import ErrorBar
 
-from kvmhost.vm.names import ENGINES
 
 __all__ = ["main", "parser"]
 
@@ -39,8 +39,7 @@ def main(argv: Sequence[str]) -> int:
     from kvmhost.reclaim.analyse.whatif import cases_of, has_dask
     from kvmhost.tools.young.realrun import measure_error
 
-    budgets = [_budget(word) for word in _words(args.budget)]
-    policies = _words(args.policy)
+    budgets, policies = [_budget(given) for given in args.budget], args.policy
     grid = _grid(args.set)
     for path in args.files:
         open_record(path).close()  # reports a missing end
@@ -80,39 +79,39 @@ def _replay(cases: Sequence[Case], workers: int | None, scheduler: str | None) -
 
 
 def _show(outcomes: Sequence[Outcome], bars: dict[str, ErrorBar], args: argparse.Namespace) -> None:
+    output = WhatifOutput(
+        cases=[_case(outcome, bars.get(outcome.case.policy)) for outcome in outcomes],
+        error_bars=[_error_bar(name, bar) for name, bar in bars.items()],
+    )
     several = len({o.case.path for o in outcomes}) > 1
     rows: list[list[Any]] = []
     remarks: set[str] = set()
-    for outcome in outcomes:
-        bar = bars.get(outcome.case.policy)
-        low, high = (None, None) if bar is None else bar.around(outcome.refaults_per_min)
+    for outcome, row in zip(outcomes, output.cases, strict=True):
         with open_record(outcome.case.path) as record:
             page_bytes = record.metadata.page_bytes
-            end = len(record) if outcome.case.end is None else outcome.case.end
-            covered, said = coverage_facts(record, outcome.case.first, end)
+            _, said = _coverage(record, outcome)
             remarks |= {f"{outcome.case.path.name}: {text}" for text in said}
         rows.append(
             [
                 *([outcome.case.path.name] if several else []),
                 outcome.case.settings(),
-                round(mib(outcome.case.budget_pages, page_bytes), 3),
-                outcome.refaults,
-                round(outcome.refaults_per_min, 3),
-                low,
-                high,
-                round(outcome.refault_share, 6),
-                round(mib(outcome.saved_pages, page_bytes), 3),
-                round(outcome.saved_share, 6),
-                round(outcome.wrong_share, 6),
-                covered["covered_share"],
+                round(mib(row.budget_pages, page_bytes), 3),
+                row.refaults,
+                row.refaults_per_minute,
+                row.low_refaults_per_minute,
+                row.high_refaults_per_minute,
+                row.refault_share,
+                round(mib(row.saved_pages, page_bytes), 3),
+                row.saved_share,
+                row.wrong_share,
+                row.covered_share,
             ]
         )
     names = [
         *(["record"] if several else []),
-        "policy", "budget_mib", "refaults", "a_minute", "low", "high", "of_touches",
+        "policy", "budget_mib", "refaults", "per_minute", "low", "high", "of_touches",
         "saved_mib", "saved", "wrong", "covered",
     ]  # fmt: skip
-    facts = {f"error_{name}": dataclasses.asdict(bar) for name, bar in bars.items()}
     notes = [
         "refaults: predicted; of_touches: share of the touches that would have waited for one;",
         "saved: touched so far and not resident, mean; wrong: evictions undone within four windows",
@@ -122,30 +121,60 @@ def _show(outcomes: Sequence[Outcome], bars: dict[str, ErrorBar], args: argparse
     if not bars:
         notes.append("no error bar was measured (--no-check)")
     formats = {"of_touches": "%", "saved": "%", "wrong": "%", "covered": "%"}
-    show(Table(names, rows, facts, notes=notes, formats=formats), args)
+    show(output, Table(names, rows, notes=notes, formats=formats), args)
 
 
-def _words(text: str) -> list[str]:
-    found = [word.strip() for word in text.split(",") if word.strip()]
-    if not found:
-        raise LayoutError(f"{text!r} names nothing")
-    return found
+def _coverage(record: YoungRecord, outcome: Outcome) -> tuple[dict[str, Any], list[str]]:
+    end = len(record) if outcome.case.end is None else outcome.case.end
+    return coverage_facts(record, outcome.case.first, end)
 
 
-def _budget(word: str) -> Callable[[YoungRecord], int]:
-    """Parse ``64M``, or ``50%`` of the pages ever touched, into a function of a record."""
-    if word.endswith("%"):
-        try:
-            share = float(word[:-1]) / 100
-        except ValueError:
-            share = 0.0
-        if not 0 < share <= 10:
-            raise LayoutError(f"--budget {word!r}: write 64M, or 50% of all that was touched")
+def _case(outcome: Outcome, bar: ErrorBar | None) -> CaseRow:
+    from kvmhost.reclaim.record.reader import YoungRecord
+
+    low, high = (None, None) if bar is None else bar.around(outcome.refaults_per_min)
+    with YoungRecord.open(outcome.case.path) as record:
+        covered, _ = _coverage(record, outcome)
+    return CaseRow(
+        file=str(outcome.case.path),
+        policy=outcome.case.policy,
+        options={name: str(value) for name, value in outcome.case.options},
+        budget_pages=outcome.case.budget_pages,
+        refaults=outcome.refaults,
+        refaults_per_minute=round(outcome.refaults_per_min, 3),
+        low_refaults_per_minute=low,
+        high_refaults_per_minute=high,
+        refault_share=round(outcome.refault_share, 6),
+        saved_pages=round(outcome.saved_pages, 3),
+        saved_share=round(outcome.saved_share, 6),
+        wrong_share=round(outcome.wrong_share, 6),
+        covered_share=covered["covered_share"],
+    )
+
+
+def _error_bar(policy: str, bar: ErrorBar) -> ErrorBarRow:
+    return ErrorBarRow(
+        policy=policy,
+        engine=bar.engine,
+        lowest_ratio=bar.lowest,
+        highest_ratio=bar.highest,
+        runs=[
+            RealRunRow(
+                budget_pages=run.budget_pages,
+                predicted_refaults=run.predicted,
+                real_refaults=run.real,
+            )
+            for run in bar.runs
+        ],
+    )
+
+
+def _budget(given: Mark) -> Callable[[YoungRecord], int]:
+    """Return a budget in pages as a function of a record; a share is of all pages touched."""
+    if given.share is not None:
+        share = given.share
         return lambda record: int(share * record.between(0, None, "or").count())
-    try:
-        n_bytes = size_bytes(word)
-    except argparse.ArgumentTypeError as error:
-        raise LayoutError(f"--budget: {error}") from None
+    n_bytes = int(given.size or 0)
     return lambda record: n_bytes // record.metadata.page_bytes
 
 
@@ -178,20 +207,20 @@ def parser() -> CommandParser:
         "is then really run under the policy on this machine, and the worst ratio counts.",
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="records")
-    parser.add_argument(
-        "--policy", default="lru_gen", metavar="NAME,...", help="policies (default: lru_gen)"
+    add_option(
+        parser, "--policy", help="policies (default: lru_gen)", **listing(str, default=["lru_gen"])
     )
     parser.add_argument(
-        "--budget", required=True, metavar="SIZE,...",
-        help="resident memory: 64M,96M, or 25%%,50%% of all that was touched",
-    )  # fmt: skip
+        "--budget",
+        required=True,
+        help="resident memory: 64M,96M, or a share of all that was touched: 25%%,1/2",
+        **listing(mark, "SIZE|SHARE"),
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="OPTION=V,V",
         help="values of an option of the policies; several: all combinations",
     )  # fmt: skip
-    parser.add_argument(
-        "--windows", type=window_range, metavar="A:B", help="from window A up to before B"
-    )
+    add_option(parser, "--windows")
     parser.add_argument(
         "--workers", type=int, metavar="N",
         help="processes (default: one per core, or this process without Dask; 0: this process)",
@@ -204,6 +233,6 @@ def parser() -> CommandParser:
         "--check", action=argparse.BooleanOptionalAction, default=True,
         help="measure the error bar by real runs, a few seconds a policy (default: on)",
     )  # fmt: skip
-    parser.add_argument("--engine", default="auto", choices=ENGINES, help="of the real runs")
+    add_option(parser, "--engine", help="what runs the vCPUs of the real runs")
     add_output_arguments(parser)
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kvmhost.tools.outputs.young import LengthRow, WindowRow, WorkingSetOutput
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.young.output import (
     Table,
@@ -44,29 +45,38 @@ def main(argv: Sequence[str]) -> int:
     lengths = [_windows(found, *span) for span in args.over]
     columns = [_working_set(found, *span) for span in args.over]
     means = [weighted_mean(c, found.lengths_s) if c.size else 0.0 for c in columns]
-    rows = [
-        [first + i, round(float(found.seconds[i]), 3), *(int(column[i]) for column in columns)]
-        for i in range(len(found))
-    ]
-    facts = covered | {
-        f"over_{length}_windows_mib": {
-            "mean": mib(float(mean), page_bytes),
-            "max": mib(column.max(), page_bytes),
-        }
-        for length, column, mean in zip(lengths, columns, means, strict=True)
-        if column.size
-    }
+    output = WorkingSetOutput(
+        **covered,
+        page_bytes=page_bytes,
+        lengths=[
+            LengthRow(
+                n_windows=length,
+                mean_pages=round(float(mean), 3) if column.size else None,
+                max_pages=int(column.max()) if column.size else None,
+            )
+            for length, column, mean in zip(lengths, columns, means, strict=True)
+        ],
+        windows=[
+            WindowRow(
+                window=first + i,
+                elapsed_s=round(float(found.seconds[i]), 3),
+                young_pages=[int(column[i]) for column in columns],
+            )
+            for i in range(len(found))
+        ],
+    )
+    rows = [[row.window, row.elapsed_s, *row.young_pages] for row in output.windows]
     notes = ["wss_N: pages young in the last N windows; of all windows, also those not shown:"]
     notes += [
-        f"  over {length:>5} windows: mean {mib(float(mean), page_bytes):.1f} MiB, "
-        f"max {mib(column.max(), page_bytes):.1f} MiB"
-        for length, column, mean in zip(lengths, columns, means, strict=True)
-        if column.size
+        f"  over {row.n_windows:>5} windows: mean {mib(row.mean_pages, page_bytes):.1f} MiB, "
+        f"max {mib(row.max_pages, page_bytes):.1f} MiB"
+        for row in output.lengths
+        if row.mean_pages is not None and row.max_pages is not None
     ]
     notes += remarks
-    names = ["window", "seconds", *(f"wss_{length}" for length in lengths)]
+    names = ["window", "elapsed_s", *(f"wss_{length}" for length in lengths)]
     formats = {"window": "plain"}
-    show(Table(names, rows, facts, _SHOWN, False, notes, formats), args)
+    show(output, Table(names, rows, covered, _SHOWN, False, notes, formats), args)
     return 0
 
 

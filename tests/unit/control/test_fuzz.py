@@ -38,7 +38,7 @@ keys = st.sampled_from(
         "clear",
         "rearm",
         "fraction",
-        "format",
+        "table_format",
         "each",
         "for_s",
         "actuator",

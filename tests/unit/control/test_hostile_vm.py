@@ -82,7 +82,7 @@ def test_a_bitmap_larger_than_asked_for_is_cut_off(hostile):
 
 def test_another_range_than_asked_for_is_refused(hostile):
     serve, _ = hostile
-    names = ("Gfn-Start: 0", "Pages: 64", "Coarse: 0", "Window-Start-Ns: 0", "Window-End-Ns: 0")
+    names = ("Gfn-Start: 0", "N-Pages: 64", "Coarse: 0", "Window-Start-Ns: 0", "Window-End-Ns: 0")
     headers = [f"X-Kvmhost-{name}\r\n".encode() for name in names]
     path = serve(lambda: [whole(bytes(8), *headers)])
     with Client(path) as vm:

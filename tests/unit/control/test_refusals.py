@@ -42,7 +42,7 @@ def ask(server, method, path, body=b"", kind="application/json"):
     ("method", "path", "field"),
     [
         ("POST", "/v1/harvest?n_pages=268435456", "n_pages"),
-        ("POST", "/v1/harvest?n_pages=1099511627776&format=ept", "n_pages"),
+        ("POST", "/v1/harvest?n_pages=1099511627776&table_format=ept", "n_pages"),
         ("POST", "/v1/harvest?gfn_start=4503599627370495&n_pages=1", "gfn_start"),
         ("POST", "/v1/harvest?gfn_start=4503599627370495", "gfn_start"),
         ("POST", f"/v1/harvest?gfn_start={GFN_END - 1}&n_pages=2", "n_pages"),
@@ -116,7 +116,7 @@ def test_a_harvest_for_an_unknown_model_clears_nothing(serve, machine, monkeypat
 
     monkeypatch.setattr(feed, "Feed", fail)
     machine.use_tracker().young = {5}
-    status, _ = ask(serve(), "POST", "/v1/harvest?format=radix")
+    status, _ = ask(serve(), "POST", "/v1/harvest?table_format=radix")
     assert (status, machine.tracker.young) == (400, {5})
 
 
