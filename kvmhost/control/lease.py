@@ -34,6 +34,7 @@ __all__ = ["LOCKED", "Lease"]
 
 #: HTTP status of a request that the lease forbids.
 LOCKED = 423
+_HEADER = "X-Kvmhost-Lease"
 
 log = logging.getLogger("kvmhost.control")
 
@@ -136,7 +137,7 @@ class Lease:
     def _check(self, token: str) -> None:
         if self._held is None or token != self._token:
             who = f"it is with {self._holder()}" if self._held else "nobody has it now"
-            raise Problem(LOCKED, f"VM {self._vm!r}: the lease was lost; {who}")
+            raise Problem(LOCKED, f"VM {self._vm!r}: the lease was lost; {who}", _HEADER)
 
     def _holder(self) -> str:
         assert self._held is not None

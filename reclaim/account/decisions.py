@@ -29,7 +29,7 @@ from kvmhost.files import open_log
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.policy.base import Gfns
 
-__all__ = ["Decision", "DecisionKind", "Decisions", "EvictReason", "to_runs"]
+__all__ = ["Decision", "DecisionKind", "Decisions", "EvictReason", "SpareCause", "to_runs"]
 
 #: Maximum number of runs in the ring, about 16 MiB.
 _MAX_RUNS = 1 << 17
@@ -83,6 +83,14 @@ class DecisionKind(enum.StrEnum):
     DROP = "drop"
     RELOAD = "reload"
     COMMAND = "command"
+
+
+class SpareCause(enum.StrEnum):
+    """Causes for which pages that were demanded are not evicted."""
+
+    HOLDING = "holding"  # back-off, because evicted pages refault
+    RATE_LIMIT = "rate_limit"  # pages or bytes per second
+    PROTECTED = "protected"  # by the policy
 
 
 class Decision(msgspec.Struct, frozen=True):

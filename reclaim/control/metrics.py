@@ -8,6 +8,7 @@ list the metrics, and docs/reclaimd.md describes them.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from kvmhost.reclaim.daemon import Daemon
+from kvmhost.reclaim.policy import registry
 from kvmhost.reclaim.vm.session import Session
 from kvmhost.units import PAGE_BYTES
 
@@ -128,8 +130,8 @@ PER_VM = (
         "vm_stall_drive_ratio", "part of the proactive step that the stall target allows", _drive
     ),
     _gauge(
-        "vm_promotions_per_minute_ratio",
-        "share of the working set that refaults per minute",
+        "vm_promotion_ratio",
+        "share of the working set that refaults per minute, decayed over 30 s",
         _promotions,
     ),
     _gauge(
@@ -146,12 +148,6 @@ PER_VM = (
         "vm_history_bytes",
         "memory of the page history",
         lambda s: s.history.n_bytes if s.history else 0,
-    ),
-    _gauge(
-        "vm_policy",
-        "counters of the policy, by name",
-        lambda s: dict(s.driver.policy.counters()),
-        "name",
     ),
     _gauge("vm_store_bytes", "contents of evicted pages in the VM's store", _pager("store_bytes")),
     _gauge(
@@ -300,11 +296,30 @@ class _Collected(Collector):
             yield _filled(family, [([], family.read(self._daemon))])
         for family in PER_VM:
             yield _filled(family, [([s.vm], family.read(s)) for s in sessions], ["vm"])
+        yield from _policies(sessions)
         yield _latency(sessions)
         decisions = CounterMetricFamily(_DECISIONS, "decisions, by kind", labels=["vm", "kind"])
         for vm, kind, count in self._daemon.context.decisions.totals():
             decisions.add_metric([vm, kind], count)
         yield decisions
+
+
+def _policies(sessions: list[Session]) -> Iterator[Metric]:
+    """Yield a gauge for each counter that a policy has; every one has its own unit."""
+    found: dict[str, list[tuple[str, float]]] = {}
+    for session in sessions:
+        for name, value in dict(session.driver.policy.counters()).items():
+            found.setdefault(_policy_metric(name), []).append((session.vm, value))
+    for name, values in sorted(found.items()):
+        metric = GaugeMetricFamily(name, f"counter {name} of the policy", labels=["vm"])
+        for vm, value in values:
+            metric.add_metric([vm], float(value))
+        yield metric
+
+
+def _policy_metric(name: str) -> str:
+    """Return the metric of a policy's counter; plug-ins may use any name."""
+    return "reclaimd_vm_policy_" + re.sub(r"\W", "_", name, flags=re.ASCII)
 
 
 def _filled(
@@ -344,4 +359,10 @@ def names() -> set[str]:
         f"reclaimd_process_{part}"
         for part in ("cpu_seconds_total", "resident_memory_bytes", "open_fds")
     }
-    return {f.name for f in (*PER_VM, *PER_HOST)} | histogram | process | {_DECISIONS}
+    policies = {
+        _policy_metric(counter)
+        for name in registry.BUILT_IN
+        for counter in registry.create(name, 64, {}).counters()
+    }
+    own = {f.name for f in (*PER_VM, *PER_HOST)}
+    return own | histogram | process | policies | {_DECISIONS}

@@ -23,7 +23,7 @@ import time
 
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Counters, LeaseRequest
-from kvmhost.reclaim.account.decisions import DecisionKind, EvictReason
+from kvmhost.reclaim.account.decisions import DecisionKind, EvictReason, SpareCause
 from kvmhost.reclaim.account.events import PassReport
 from kvmhost.reclaim.account.history import PageHistory
 from kvmhost.reclaim.context import DaemonContext
@@ -302,16 +302,17 @@ class Session:
             victims, demand.why, demand.text, passes=self.passes, stop=stop
         )
         self.context.rate.give_back(target.pages - outcomes.get("done", 0))
-        if target.limited_by:
-            self._spare(demand.pages - target.pages, target.limited_by)
+        if target.cause is not None:
+            self._spare(demand.pages - target.pages, target.cause, target.limited_by)
         if victims.size < target.pages:
-            self._spare(target.pages - int(victims.size), "protected by the policy")
+            spared = target.pages - int(victims.size)
+            self._spare(spared, SpareCause.PROTECTED, "protected by the policy")
         return outcomes
 
-    def _spare(self, pages: int, cause: str) -> None:
+    def _spare(self, pages: int, cause: SpareCause, text: str) -> None:
         self.totals.spared[cause] += pages
         self.context.decisions.add(
-            DecisionKind.SPARE, cause, vm=self.vm, passes=self.passes, pages=pages
+            DecisionKind.SPARE, text, vm=self.vm, passes=self.passes, pages=pages
         )
 
     def _enforce(self) -> int:

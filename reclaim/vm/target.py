@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from kvmhost.control.schema import Counters
+from kvmhost.reclaim.account.decisions import SpareCause
 from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.pressure.backoff import Backoff, BackoffChange
 from kvmhost.reclaim.pressure.budget import Budget
@@ -26,11 +27,13 @@ class PassTarget:
 
     :param demand: the largest demand of the controllers
     :param pages: how much of it the pass evicts
-    :param limited_by: why the pass evicts less than the demand; empty if it does not
+    :param cause: why the pass evicts less than the demand; None if it does not
+    :param limited_by: the same in words, with figures
     """
 
     demand: Demand
     pages: int
+    cause: SpareCause | None = None
     limited_by: str = ""
 
 
@@ -54,15 +57,18 @@ class ReclaimTarget:
         """Return the target of one pass."""
         demand = largest([each for each in self._demands(facts, budget) if each.pages > 0])
         pages, limited_by = demand.pages, ""
+        cause = None
         if self.backoff.holding and demand.required < pages:
             pages, limited_by = demand.required, "holding back"
+            cause = SpareCause.HOLDING
             if pages:
                 why = demand.why.name.lower() if demand.why else "demand"
                 limited_by += f", but evicting {pages} pages that the {why} makes mandatory"
         granted = self._context.rate.take(pages)
         if granted < pages:
             limited_by = f"the limit of {self._context.rate.per_s:.0f} pages per second"
-        return PassTarget(demand, granted, limited_by)
+            cause = SpareCause.RATE_LIMIT
+        return PassTarget(demand, granted, cause, limited_by)
 
     def _demands(self, facts: PassFacts, budget: Budget | None) -> list[Demand]:
         self._follow_options()

@@ -8,6 +8,7 @@ import threading
 import tracemalloc
 
 import pytest
+from raw_http import ask
 from waiting import until
 
 from kvmhost.control.client import Client
@@ -22,20 +23,6 @@ def vm(serve):
     serve()
     with Client("fake", timeout_s=20) as client:
         yield client
-
-
-def ask(server, method, path, body=b"", kind="application/json"):
-    """Return status and body of one request."""
-    with socket.socket(socket.AF_UNIX) as peer:
-        peer.settimeout(60)
-        peer.connect(str(server.path))
-        head = f"{method} {path} HTTP/1.1\r\nHost: vm\r\nConnection: close\r\nContent-Type: {kind}"
-        peer.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        answer = b""
-        while piece := peer.recv(1 << 16):
-            answer += piece
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return int(head.split()[1]), body
 
 
 @pytest.mark.parametrize(
