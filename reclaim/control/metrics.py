@@ -199,7 +199,7 @@ PER_VM = (
     ),
     _counter(
         "vm_spared_pages",
-        "pages to evict that were not evicted, by cause",
+        "pages to evict that were not evicted, by cause: holding back, rate limit, policy",
         lambda s: dict(s.totals.spared),
         "cause",
     ),
