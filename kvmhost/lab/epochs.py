@@ -24,8 +24,8 @@ _PAGE, _HUGE = 4096, 2 << 20
 #: First page that touch touches.
 _TOUCH_GFN = 1024
 _EPOCH_S = 600.0
-#: What the loop's memory has room for.
-MOST_PAGES = 3072
+#: Guests with more take long to fill their memory in an emulated host.
+MOST_PAGES = 1 << 16
 #: Guest-physical address of the loop's memory.
 _BASES = {"aarch64": 0x4000_0000, "ppc64le": 0}
 
@@ -97,7 +97,6 @@ class LoopGuest:
     :raises HostError: if KVM refuses something
     """
 
-    _BYTES = 16 << 20
     _CODE, _PARAMS, _DATA = 0x1_0000, 0x2_0000, 4 << 20
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -105,6 +104,7 @@ class LoopGuest:
         self._base = _BASES[self._machine]
         self._stack = contextlib.ExitStack()
         self._options = options
+        self._bytes = -(-(self._DATA + options["n_pages"] * _PAGE) // _HUGE) * _HUGE
         self._address = self._map(options["huge"])
         self._put(self._CODE, Path(options["binary"]).read_bytes())
         self._kvm = self._open()
@@ -120,13 +120,13 @@ class LoopGuest:
     def _map(self, huge: bool) -> int:
         """Map the guest's memory at a multiple of 2 MiB; return its address."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._whole = mmap.mmap(-1, self._BYTES + _HUGE, flags)
+        self._whole = mmap.mmap(-1, self._bytes + _HUGE, flags)
         self._whole.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
         # SAFETY: the view pins the mapping, and this object, which the vCPU's run needs, has it.
         self._view = ffi.from_buffer(self._whole)
         start = int(ffi.cast("uintptr_t", self._view))
         self._skip = -start % _HUGE
-        for at in range(0, self._BYTES, _PAGE):
+        for at in range(0, self._bytes, _PAGE):
             self._put(at, b"\1")
         return start + self._skip
 
@@ -151,7 +151,7 @@ class LoopGuest:
             raise HostError(f"ioctl {request:#x}", error.errno or 0) from error
 
     def _add_memory(self) -> None:
-        slot = struct.pack("IIQQQ", 0, 0, self._base, self._BYTES, self._address)
+        slot = struct.pack("IIQQQ", 0, 0, self._base, self._bytes, self._address)
         self._ioctl(self._vm, lib.KVM_SET_USER_MEMORY_REGION, slot)
 
     def _enter_aarch64(self, pc: int, x0: int) -> None:

@@ -41,6 +41,13 @@ _IDS: dict[KvmTableFormat, int] = {
     "stage2": lib.KH_FMT_STAGE2,
     "radix": lib.KH_FMT_RADIX,
 }
+#: Where an entry has the address of the next table.
+_TABLE_ADDRESS: dict[KvmTableFormat, int] = {
+    "npt": 0x000F_FFFF_FFFF_F000,
+    "ept": 0x000F_FFFF_FFFF_F000,
+    "stage2": 0x0003_FFFF_FFFF_F000,
+    "radix": 0x0FFF_FFFF_FFFF_FF00,
+}
 #: KVM's own bit for "present" in its x86 tables.
 _SPTE_MMU_PRESENT = 1 << 11
 
@@ -111,23 +118,48 @@ class KvmTable(WalkedTable):
         )
         super().__init__(Handle(out[0]), slots, 1 << int(shape.page_shift))
         self.n_levels = int(shape.n_levels)
+        self._entries = 1 << int(shape.bits[1])
         self._format = by_name(root.table_format, page_shift=int(shape.page_shift))
+
+    def last_level(self, gfn_start: int, n_pages: int) -> list[tuple[int, int]]:
+        """Return (host address, entries) of the last-level tables of a range, for measurements.
+
+        They are whole tables, and those that exist.
+
+        :raises LayoutError: if the format has no such gfns
+        """
+        found = []
+        for gfn in range(gfn_start & -self._entries, gfn_start + n_pages, self._entries):
+            entry = self._entry(gfn, 2)
+            if entry is None or self._format.decode(entry, 2).kind != "table":
+                continue
+            pa = entry & _TABLE_ADDRESS[self.root.table_format]
+            for start, host, n_bytes in self.memory.regions:
+                if start <= pa and pa + 8 * self._entries <= start + n_bytes:
+                    found.append((host + pa - start, self._entries))
+        return found
+
+    def _entry(self, gfn: int, level: int) -> int | None:
+        """Return an entry in CPU order; None if there is no table for it."""
+        if not 0 <= gfn < self.n_gfns:
+            raise LayoutError(f"gfn {gfn:#x} is outside {self.root}")
+        raw = ffi.new("uint64_t *")
+        with self._handle.use() as mmu:
+            result = lib.kh_mmu_read_entry(mmu, 0, gfn, level, raw)
+        if result == -errno.ENOENT:
+            return None
+        check(result, "kh_mmu_read_entry", gfn=gfn, level=level)
+        return self._format.from_memory(int(raw[0]).to_bytes(8, "little"))
 
     def leaf(self, gfn: int) -> tuple[int, int] | None:
         """Return level and value, in CPU order, of the leaf that maps a gfn; None if none does.
 
         :raises LayoutError: if the format has no such gfn
         """
-        if not 0 <= gfn < self.n_gfns:
-            raise LayoutError(f"gfn {gfn:#x} is outside {self.root}")
-        raw = ffi.new("uint64_t *")
         for level in range(self.n_levels, 0, -1):
-            with self._handle.use() as mmu:
-                result = lib.kh_mmu_read_entry(mmu, 0, gfn, level, raw)
-            if result == -errno.ENOENT:
+            value = self._entry(gfn, level)
+            if value is None:
                 return None
-            check(result, "kh_mmu_read_entry", gfn=gfn, level=level)
-            value = self._format.from_memory(int(raw[0]).to_bytes(8, "little"))
             of_kvm = value & _SPTE_MMU_PRESENT or self.table_format not in ("npt", "ept")
             if of_kvm and self._format.decode(value, level).kind == "leaf":
                 return level, value

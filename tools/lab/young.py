@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvmhost._ffi import ffi, lib
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import LayoutError
 from kvmhost.guests import image_path
@@ -17,6 +19,7 @@ from kvmhost.lab.epochs import MOST_PAGES
 from kvmhost.lab.hosts import find_host
 from kvmhost.lab.running import JobOutput
 from kvmhost.lab.tables import GuestTables, open_tables
+from kvmhost.mmu.kvmtable import KvmTable
 from kvmhost.tools.lab.run import add_host_arguments, split_command
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from kvmhost.reclaim.record.writer import RecordWriter
 
 __all__ = ["main", "parser"]
+
+_ROUNDS = 101
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,7 +82,32 @@ def _run(tables: GuestTables, args: argparse.Namespace, with_epochs: bool) -> in
                 exact = exact and wrong == (0, 0)
                 line += f"; of {len(wanted)} touched {wrong[0]} missed, {wrong[1]} others"
             print(line, flush=True)
+    if args.cost:
+        _print_cost(table, gfn_start, gfn_end - gfn_start)
     return 0 if exact else 1
+
+
+def _print_cost(table: KvmTable, gfn_start: int, n_pages: int) -> None:
+    """Print what a test of the range costs, relative to a plain sum over the same entries."""
+    spans = [
+        # SAFETY: the addresses lie in the host's memory, which is mapped while the table is open.
+        (ffi.cast("uint64_t *", address), n)
+        for address, n in table.last_level(gfn_start, n_pages)
+    ]
+    times: dict[str, list[int]] = {"harvest": [], "sum": []}
+    for _ in range(_ROUNDS):
+        start = time.perf_counter_ns()
+        table.harvest(gfn_start, n_pages, clear=False)
+        middle = time.perf_counter_ns()
+        for entries, n in spans:
+            lib.kh_bench_sum(entries, n)
+        times["harvest"].append(middle - start)
+        times["sum"].append(time.perf_counter_ns() - middle)
+    harvest, plain = (statistics.median(times[name]) for name in ("harvest", "sum"))
+    print(
+        f"test of {n_pages} pages: {harvest / n_pages:.2f} ns a page, {harvest / plain:.2f} times "
+        f"a plain sum over the same {len(spans)} tables (medians of {_ROUNDS} rounds)"
+    )
 
 
 def _compare(young: YoungBitmap, wanted: set[int]) -> tuple[int, int]:
@@ -152,6 +182,11 @@ def parser() -> CommandParser:
         help="it touches every Nth page (default: 3)",
     )
     parser.add_argument("--huge", action="store_true", help="its memory is in huge pages (arm64)")
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="at the end, time a test of the range and a plain sum over the same entries",
+    )
     add_option(parser, "--out", metavar="FILE", help="write a record of the windows")
     add_option(parser, "--timeout", default="3600s", help="end the host after this time")
     return parser

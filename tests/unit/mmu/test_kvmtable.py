@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 import numpy as np
@@ -237,6 +238,10 @@ def test_the_leaf_of_a_gfn(writer):
         assert table.leaf(2 * span + 1) == (2, writer.read(writer.entry_pa(2 * span, 2)))
         assert table.leaf(4) is None
         assert table.leaf(1 << 26) is None
+        ((address, n_entries),) = table.last_level(0, 3 * span)
+        words = np.ctypeslib.as_array((ctypes.c_uint64 * n_entries).from_address(address))
+        found = words.astype(np.uint64).byteswap() if writer.byte_order == ">" else words
+        assert int(found[3]) == writer.read(writer.entry_pa(3))
         with pytest.raises(LayoutError, match="outside"):
             table.leaf(table.n_gfns)
 
