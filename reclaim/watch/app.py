@@ -43,7 +43,9 @@ _KEYS = "arrows  + - zoom  0 all  space pause  m mark  v view  t tracker  ? help
 _HELP = """\
 Each cell is a range of guest pages, left to right and top to bottom.
 Its shade shows the share of its pages that are young:
-  · none   ░ up to 8 %   ▒ up to 40 %   ▓ up to 90 %   █ nearly all
+  ░ up to 8 %   ▒ up to 40 %   ▓ up to 90 %   █ nearly all
+Where none is young, it shows what most pages are:
+  · never touched   : resident   o evicted
 
 arrows     move the cursor, and scroll at the edges
 PgUp PgDn  scroll by a screen
@@ -302,7 +304,8 @@ class WatchApp(App[None]):
         if self.mark is not None:
             drawn = draw_changes(self.mark, young, mapped, grid, self.cursor_cell)
         else:
-            drawn = draw_density(young, mapped, grid, self.cursor_cell)
+            states = self.sample.resident, self.sample.evicted
+            drawn = draw_density(young, mapped, grid, self.cursor_cell, states)
         self._put("map", drawn)
         self._put("cell", self._cell(grid, young))
         self._put("figures", self._figures(self.sample))
@@ -356,6 +359,10 @@ class WatchApp(App[None]):
         what = f"young in the last {RECENT}" if self.show_recent else "young"
         text = Text(f"{span}  {slot}  ", "color(250)", no_wrap=True, overflow="ellipsis")
         text.append(f"{count} of {n} {what} ({100 * count / n:.0f} %)", "bold")
+        if self.sample is not None:
+            masks = {"resident": self.sample.resident, "evicted": self.sample.evicted}
+            for name, mask in masks.items():
+                text.append(f", {int(np.count_nonzero(mask[low:high]))} {name}", "color(250)")
         if self.mark is not None:
             before = self.mark
             came, went = int((young & ~before).sum()), int((before & ~young).sum())

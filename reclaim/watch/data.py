@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmhost import trackers
+from kvmhost.bitmap import unpack
 from kvmhost.control.client import Client
 from kvmhost.control.schema import Counters, MemoryMap, VmState
 from kvmhost.errors import ControlError, InUseError, LayoutError, VmGoneError
@@ -36,6 +37,8 @@ _HISTORY = 400
 #: Upper bounds in ticks of the age ranges that are shown without a daemon.
 _AGES = (1, 2, 4, 8, 16, 32, 64)
 _NEVER = -(1 << 30)
+#: A number that no event has: a request for residency alone.
+_NO_EVENTS = 1 << 51
 #: Timeout of requests to the daemon, so that it cannot block the view.
 _DAEMON_TIMEOUT_S = scaled(1.0)
 
@@ -55,6 +58,8 @@ class Sample:
     """One tick.
 
     :param young: mask of all pages from gfn 0
+    :param resident: mask of the pages that are in memory
+    :param evicted: mask of the pages in the pager's store, or in swap
     :param evictions: per second; None: the pager is not in use
     :param pressure: share of time that tasks waited for memory; None: not measured
     :param by_daemon: whether the generations come from a daemon
@@ -63,6 +68,8 @@ class Sample:
     tick: int
     state: VmState
     young: Mask
+    resident: Mask
+    evicted: Mask
     wss_pages: int
     generations: list[Generation]
     by_daemon: bool
@@ -144,10 +151,13 @@ class WatchSampler:
         counters = self._client.counters()
         evictions, faults, evicted, window_s = self._rates(counters)
         source = found.young.provenance
+        resident, evicted_mask = self._residency()
         return Sample(
             tick=self.tick,
             state=state,
             young=young,
+            resident=resident,
+            evicted=evicted_mask,
             wss_pages=wss,
             generations=generations,
             by_daemon=by_daemon,
@@ -161,6 +171,15 @@ class WatchSampler:
             rearm_ms=found.rearm_ns / 1e6,
             window_s=window_s,
         )
+
+    def _residency(self) -> tuple[Mask, Mask]:
+        """Return which pages are resident and which are evicted."""
+        found = self._client.residency(_NO_EVENTS)
+        masks = np.zeros((2, self.n_pages), dtype=bool)
+        for mask, bits in zip(masks, (found.resident, found.evicted), strict=True):
+            known = unpack(np.frombuffer(bits, dtype="<u8"), 8 * len(bits))[: self.n_pages]
+            mask[: known.size] = known
+        return masks[0], masks[1]
 
     def recent(self) -> Mask:
         """Return the pages that were young in any of the recent ticks."""

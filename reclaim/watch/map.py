@@ -30,6 +30,8 @@ _SHADES = (
     (0.9, "▓", 185),
     (1.0, "█", 226),
 )
+#: Cells without a young page, by what most of their pages are; else never touched.
+_RESIDENT, _EVICTED = (":", 246), ("o", 172)
 _CURSOR = Style(reverse=True)
 
 Mask = npt.NDArray[np.bool_]
@@ -90,16 +92,32 @@ def counts_of(mask: Mask, grid: Grid) -> Numbers:
     return np.add.reduceat(part, starts, dtype=np.int64)
 
 
-def draw_density(young: Mask, mapped: Mask, grid: Grid, cursor: int) -> Text:
-    """Draw the share of young pages in each cell; holes in memory are blank."""
+def draw_density(
+    young: Mask,
+    mapped: Mask,
+    grid: Grid,
+    cursor: int,
+    states: tuple[Mask, Mask] | None = None,
+) -> Text:
+    """Draw the share of young pages in each cell; holes in memory are blank.
+
+    :param states: pages that are resident and that are evicted: a cell without a young page
+        shows what most of its pages are
+    """
     counts, room = counts_of(young, grid), counts_of(mapped, grid)
+    resident, evicted = (counts_of(mask, grid) for mask in states or (young, young))
     shares = counts / np.maximum(room, 1)
 
     def cell(at: int) -> tuple[str, int]:
         if not room[at]:
             return " ", 0
         if not counts[at]:
-            return "·", 238
+            most = max(
+                int(resident[at]), int(evicted[at]), int(room[at] - resident[at] - evicted[at])
+            )
+            if states is not None and most == evicted[at]:
+                return _EVICTED
+            return _RESIDENT if states is not None and most == resident[at] else ("·", 238)
         share = float(shares[at])
         return next((shade, colour) for top, shade, colour in _SHADES if share <= top + 1e-9)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from waiting import until_async
 
 from kvmhost import trackers
-from kvmhost.bitmap import Provenance, YoungBitmap
+from kvmhost.bitmap import Provenance, YoungBitmap, pack
 from kvmhost.control.schema import (
     Counters,
     HarvestTotals,
@@ -20,6 +20,7 @@ from kvmhost.control.schema import (
     MachineCounters,
     MemoryMap,
     MemslotInfo,
+    Residency,
     VmState,
 )
 from kvmhost.errors import ControlError, InUseError, VmGoneError
@@ -77,6 +78,13 @@ class FakeVm:
     def counters(self):
         machine = MachineCounters(0, 0, 1.0, 8 << 20)
         return Counters(machine, HarvestTotals(0, 0, 0, 0, 0), self.pager)
+
+    def residency(self, since):
+        bits = [np.zeros(PAGES, dtype=bool) for _ in range(2)]
+        bits[0][: PAGES // 2] = True
+        bits[1][PAGES // 2 : PAGES // 2 + 512] = True
+        resident, evicted = (pack(mask).astype("<u8").tobytes() for mask in bits)
+        return Residency(resident, evicted, {}, {}, 0, 0)
 
     def harvest(self, *, tracker, view, max_age_s, force):
         self._here()
@@ -215,6 +223,23 @@ def test_shades_holes_and_labels():
     assert [line[:10].strip() for line in text.plain.splitlines()] == ["0x0", "0x200"]
     reverse = [span for span in text.spans if getattr(span.style, "reverse", False)]
     assert text.plain[reverse[0].start : reverse[0].end] == "▒"
+
+
+def test_cells_without_a_young_page_show_what_most_of_their_pages_are():
+    mapped = np.ones(1024, dtype=bool)
+    young, resident, evicted = np.zeros((3, 1024), dtype=bool)
+    young[16], resident[:72], evicted[72:200] = True, True, True
+    mapped[960:976] = False
+    text = draw_density(young, mapped, Grid.fit(44, 2, 1024), 0, (resident, evicted))
+    # Sixteen pages a cell; the fifth is half resident, half evicted.
+    assert rows_of(text)[0] == ":░::" + "o" * 9 + "·" * 19
+    assert rows_of(text)[1] == "·" * 28 + " " + "·" * 3
+
+
+def test_a_sample_has_residency():
+    sample = WatchSampler(FakeVm()).sample()
+    assert int(sample.resident.sum()) == PAGES // 2
+    assert np.flatnonzero(sample.evicted).tolist() == list(range(PAGES // 2, PAGES // 2 + 512))
 
 
 def test_changes_since_a_mark():
