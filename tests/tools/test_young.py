@@ -114,7 +114,7 @@ def test_snapshot_beside_other_readers_takes_nothing_from_them(vm, hot):
     until(lambda: vm.state().doorbells > seen + 2, "a whole epoch")
     vm.pause()
     done = kvmhost("young", "snapshot", "v", "--interval", "0.01", "--view", "mine", "--json")
-    assert parsed(done.stdout)["young"] == 0
+    assert parsed(done.stdout)["n_young"] == 0
     assert set(hot) <= set(vm.harvest(view="other").young)
     assert [view.name for view in vm.state().views] == ["default", "other"]
     vm.resume()

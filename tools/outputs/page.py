@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
 from kvmhost.tools.outputs.base import ErrorOutput
 from kvmhost.tools.outputs.describe import Row, rows_of
-from kvmhost.tools.outputs.registry import OUTPUTS, WITHOUT_JSON
+from kvmhost.tools.outputs.registry import OUTPUTS, REPORTS, WITHOUT_JSON
 
 __all__ = ["page", "parse"]
 
@@ -21,9 +21,10 @@ _HEAD = """\
 
 Every command that a program may read has `--json`. Its output is the same object every time:
 the keys do not depend on arguments, every key is there, and what does not apply is null or
-empty. Each object is one line in ASCII; a command prints one, or one per event where its
-section says so. Numbers have their unit in the name of the key. Keys may be added in later
-versions; a key that is there keeps its meaning.
+empty. (Benchmarks and other reports, listed at the end, have no fixed shape.) Each object is
+one line in ASCII; a command prints one, or one per event where its section says so. Numbers
+have their unit in the name of the key. Keys may be added in later versions; a key that is there
+keeps its meaning.
 
 In the tables, `a.b` is key `b` of the object `a`, `a[].b` is key `b` of each object in the
 array `a`, and `a.*` stands for keys that are names, such as those of parameters. A `pair` is an
@@ -70,12 +71,14 @@ def _table(structure: type[msgspec.Struct]) -> Iterator[str]:
 
 
 def _without() -> Iterator[str]:
-    yield "## Commands without --json"
-    yield ""
-    yield "| command | why |"
-    yield "|---|---|"
-    for command, why in sorted(WITHOUT_JSON.items()):
-        yield f"| `kvmhost {command}` | {why} |"
+    yield from _listed("## Reports without a fixed shape", "what it prints", REPORTS)
+    yield from _listed("## Commands without --json", "why", WITHOUT_JSON)
+
+
+def _listed(heading: str, column: str, rows: Mapping[str, str]) -> Iterator[str]:
+    yield from (heading, "", f"| command | {column} |", "|---|---|")
+    for command, text in sorted(rows.items()):
+        yield f"| `kvmhost {command}` | {text} |"
     yield ""
 
 

@@ -7,9 +7,10 @@ import dataclasses
 import msgspec
 
 from kvmhost.control import schema
+from kvmhost.tools.bench import SUBCOMMANDS
 from kvmhost.tools.outputs import daemons, host, lab, records, vms, young
 
-__all__ = ["OUTPUTS", "WITHOUT_JSON", "Shape"]
+__all__ = ["OUTPUTS", "REPORTS", "WITHOUT_JSON", "Shape"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,17 @@ OUTPUTS = {
     "young stat": Shape(records.StatOutput),
     "young whatif": Shape(records.WhatifOutput),
     "young wss": Shape(young.WorkingSetOutput),
+}
+
+#: Commands whose ``--json`` is not described yet, and what it is.
+REPORTS = {
+    "accuracy": "one object: precision, recall, cost and throughput by workload and tracker",
+    "demo": "one object: what the demonstration measured, and `ok`",
+    "reclaimd": "JSON lines, one per event of the log; `event` is pass, dropped, notice or log",
+    **{
+        f"bench {name}": "one object: figures of the benchmark, which change with what it measures"
+        for name in SUBCOMMANDS
+    },
 }
 
 #: Commands without ``--json``, and why.
