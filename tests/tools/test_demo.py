@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from waiting import DEADLINE_S
+from waiting import DEADLINE_S, until
 
 SMALL = ["--mem", "224M", "--hot", "16M", "--epochs", "60", "--json"]
 
@@ -19,23 +19,31 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "kvmhost", "demo", *words]
 
 
-def left_behind() -> set[str]:
-    roots = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"]
-    found = {str(p) for root in roots for p in Path(root).glob("kvmhost-demo-*")}
-    return found | {str(p) for p in Path("/tmp").glob("kvmhost-demo-*")}
+def groups_of(pid: int) -> list[Path]:
+    """Return the cgroups that a demo has made; their names end in its pid."""
+    roots = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
+    return [path for root in roots for path in root.rglob(f"kvmhost-demo-{pid}")]
 
 
 @pytest.mark.requires_kvm
 @pytest.mark.requires_uffd
 @pytest.mark.requires_cgroup
 def test_killed_without_the_daemon_and_whole_with_it(tmp_path: Path) -> None:
-    before = left_behind()
-    picture = tmp_path / "demo.png"
-    done = subprocess.run(
-        command(*SMALL, "-o", str(picture)), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, (done.stdout, done.stderr)
-    report = json.loads(done.stdout)
+    picture, place = tmp_path / "demo.png", tmp_path / "tmp"
+    place.mkdir(mode=0o700)
+    with subprocess.Popen(
+        command(*SMALL, "-o", str(picture)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(place)},
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=5 * DEADLINE_S)
+        finally:
+            process.kill()
+    assert process.returncode == 0, (out, errors)
+    report = json.loads(out)
     assert report["engine"] == "kvm"
     assert report["limited"]["without"] == {"status": -9, "oom_kills": 1}
     kept = report["limited"]["with"]
@@ -47,32 +55,33 @@ def test_killed_without_the_daemon_and_whole_with_it(tmp_path: Path) -> None:
     assert {"guestpt", "pagemap"} <= {row["tracker"] for row in report["trackers"]}
     assert all(row["precision"] == row["recall"] == 1.0 for row in report["trackers"])
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert left_behind() == before
+    assert list(place.iterdir()) == []
+    assert groups_of(process.pid) == []
 
 
 @pytest.mark.requires_kvm
-def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    before = left_behind()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    place = tmp_path / "tmp"
+    place.mkdir(mode=0o700)
     with subprocess.Popen(
         command(*SMALL, "-o", str(tmp_path / "x.png")),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"TMPDIR": str(place)},
     ) as process:
-        # Once its first VM runs, which is when there is something to leave behind.
-        deadline = time.monotonic() + DEADLINE_S
-        while left_behind() == before:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
         try:
+            # Once a VM of its own runs, which is when there is something to leave behind.
+            until(lambda: list(place.glob("*/*.sock")), "a VM of the demo", process=process)
+            process.send_signal(number)
             _, errors = process.communicate(timeout=DEADLINE_S)
         finally:
             process.kill()
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
-    assert left_behind() == before
+    assert list(place.iterdir()) == []
+    assert groups_of(process.pid) == []
 
 
 def test_too_small_is_refused() -> None:
