@@ -317,7 +317,9 @@ def _described(heatmap: Heatmap, view: RecordView, times: Timeline, grouped: int
         + (f" ({len(sessions)} sessions)" if len(sessions) > 1 else ""),
     ]
     facts = [
-        f"{key} {session.facts[key]}" for key in ("engine", "kernel") if session.facts.get(key)
+        f"{key} {session.facts[key]}"
+        for key in ("view", "engine", "kernel")
+        if session.facts.get(key)
     ]
     limits = session.facts.get("not_seen", "")
     if limits:

@@ -94,7 +94,7 @@ def record_vm(
     source = found.young.provenance
     session = RecordSession(
         0, source.tracker, source.table_format, round(plan.interval_s * 1e9), _boot_id(),
-        _facts(client, source.tracker),
+        _facts(client, source.tracker, plan.view),
     )  # fmt: skip
     with _writer(path, plan, client.vm, memory, (first, end), session) as writer:
         return _Loop(client, plan, stop, writer, source.tracker, memory).run(on_window)
@@ -221,9 +221,11 @@ def _memslots(memory: MemoryMap) -> list[Memslot]:
     return [Memslot(m.slot, m.gfn_start, m.n_pages, m.hva) for m in memory.memslots]
 
 
-def _facts(client: Client | Attached, tracker: str) -> dict[str, str]:
+def _facts(client: Client | Attached, tracker: str, view: str | None) -> dict[str, str]:
     state, host = client.state(), platform.uname()
     facts = {"vm": client.vm, "image": Path(state.image).name}
+    if view:
+        facts["view"] = view
     if tracker in _NOT_SEEN:
         facts["not_seen"] = _NOT_SEEN[tracker]
     if isinstance(state, VmState):

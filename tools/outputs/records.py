@@ -127,6 +127,14 @@ class StatOutput(Covered, frozen=True, kw_only=True):
     """young pages per window; null without windows"""
     max_young_pages: int | None
     """most young pages of a window; null without windows"""
+    n_residency_windows: int
+    """windows of which residency and events of pages were recorded"""
+    resident_pages: int | None
+    """pages resident at the end of the last of these windows; null without any"""
+    evicted_pages: int | None
+    """pages evicted at the end of the last of these windows; null without any"""
+    events: dict[str, int]
+    """evictions of pages by whose decision, refaults, restores and drops, over all windows"""
     next_window_jaccard_ratio: float | None
     """with --full, how alike neighbouring windows are, from 0 to 1; else null"""
     saved_pages: float | None

@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
             **covered,
             **_contents(record),
             **_history(record),
+            **_residency(record),
             next_window_jaccard_ratio=round(float(alike.mean()), 4) if alike.size else None,
             saved_pages=None if saving is None else round(saving.saved_pages, 1),
             reuse=[
@@ -100,6 +101,20 @@ def _contents(record: YoungRecord) -> dict[str, Any]:
     }
 
 
+def _residency(record: YoungRecord) -> dict[str, Any]:
+    """Return what the record has of residency."""
+    from kvmhost.reclaim.record.meta import EVENTS
+
+    known = np.flatnonzero(record.has_residency())
+    last = int(known[-1]) if known.size else None
+    return {
+        "n_residency_windows": int(known.size),
+        "resident_pages": None if last is None else int(record.column("n_resident")[last]),
+        "evicted_pages": None if last is None else int(record.column("n_evicted")[last]),
+        "events": {name: int(record.column(f"n_{name}").sum()) for name in EVENTS},
+    }
+
+
 def _history(record: YoungRecord) -> dict[str, Any]:
     from kvmhost.reclaim.record.clock import find_jumps
 
@@ -134,9 +149,19 @@ def _show(output: StatOutput, remarks: list[str], args: argparse.Namespace) -> N
     ]
     names = ["window", "n_windows", "end_s", "change_ratio", "mean_pages"]
     notes = ["these are phases; change_ratio: difference from the phase before, 0 to 1"]
-    notes = [*(notes if rows else []), *remarks, *_reuse_notes(output), *_history_notes(output)]
+    notes = [*(notes if rows else []), *remarks, *_event_notes(output), *_reuse_notes(output)]
+    notes += _history_notes(output)
     table = Table(names, rows, _facts(output), notes=notes, formats={"window": "plain"})
     show(output, table, args)
+
+
+def _event_notes(output: StatOutput) -> Iterator[str]:
+    """Yield what happened to pages, or that it is not known."""
+    if not output.n_residency_windows:
+        yield "residency unknown: no pager was asked"
+    elif any(output.events.values()):
+        said = ", ".join(f"{name} {count:,}" for name, count in output.events.items() if count)
+        yield f"events of pages: {said}"
 
 
 def _facts(output: StatOutput) -> dict[str, Any]:
