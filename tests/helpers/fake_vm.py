@@ -94,7 +94,7 @@ class FakeVm:
         n_pages,
         *,
         tracker,
-        view,
+        view="default",
         clear=True,
         rearm="young",
         fraction=0,
