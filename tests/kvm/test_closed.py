@@ -158,7 +158,7 @@ def is_clear(error: Exception) -> bool:
 
 
 #: Refuse the made-up arguments before anything is asked of the object.
-REFUSES = {"assemble", "handle_mmio", "memory_encrypt_op", "set_nested_state"}
+REFUSES = {"assemble", "handle_mmio", "layer", "memory_encrypt_op", "set_nested_state"}
 
 
 def answers(target: Any) -> set[str]:
