@@ -427,3 +427,10 @@ def test_a_vm_that_goes_away_may_come_back(watchapp, fake, monkeypatch):
         assert app.sample.state.pid == 99
 
     drive(watchapp, fake, steps)
+
+
+def test_the_help_says_how_much_processor_time_a_view_takes():
+    from kvmhost.reclaim.watch.app import MOST_SHARE
+    from kvmhost.tools.young.watch import parser
+
+    assert f"at most {100 * MOST_SHARE:g} % of a core" in " ".join(parser().format_help().split())
