@@ -13,7 +13,7 @@ import pytest
 import run as mutation
 
 #: The sample of ``make test-slow``; the same mutants each time.
-FRACTION = os.environ.get("KVMHOST_MUTATION_FRACTION", "1/25")
+FRACTION = os.environ.get("KVMHOST_MUTATION_FRACTION", "1/200")
 SECONDS = os.environ.get("KVMHOST_MUTATION_SECONDS", "3000")
 
 C = """\
