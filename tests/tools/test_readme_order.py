@@ -6,6 +6,7 @@ about Ctrl-C is a SIGINT. Everything else is run as it stands.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -66,9 +67,10 @@ def test_the_first_five_minutes_in_one_shell(tmp_path: Path) -> None:
     ) as shell:
         try:
             out, _ = shell.communicate(timeout=5 * DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(shell.pid, signal.SIGKILL)
-            raise
+        finally:
+            # Of a script that failed half way, the guest and the daemon still run.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
     logs = "".join(log.read_text() for log in tmp_path.glob("*.log"))
     assert shell.returncode == 0, out + logs
     assert "20 windows" in out
