@@ -12,11 +12,13 @@ architecture the core is the walkers, the models, memory and the pager: everythi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import runpy
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,16 @@ class BuildExt(build_ext):
         super().run()
         root = CORE.parents[1]
         target = root if self.inplace or self.editable_mode else Path(self.build_lib)
-        # The build does not promise that the project's root is on sys.path.
-        builder = runpy.run_path(str(root / "kvmhost" / "guests" / "build.py"))
-        builder["build_guests"](target / "kvmhost" / "guests" / "x86_64")
+        with _importable(root):
+            builder = runpy.run_path(str(root / "kvmhost" / "guests" / "build.py"))
+            builder["build_guests"](target / "kvmhost" / "guests" / "x86_64")
+
+
+@contextlib.contextmanager
+def _importable(root: Path) -> Iterator[None]:
+    """Make the project's modules importable; the build does not promise that they are."""
+    sys.path.insert(0, str(root))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(root))
