@@ -14,7 +14,8 @@ __all__ = ["COLUMNS", "age_text", "condition_of", "output_of", "row_of", "run_ou
 
 #: Column titles, in order; ``USER`` is shown only with VMs of several users.
 COLUMNS = (
-    "VM", "USER", "STATE", "ENGINE", "VCPUS", "MEM", "RESIDENT", "LIMIT", "TRACKER", "DAEMON", "UP",
+    "VM", "USER", "STATE", "ENGINE", "VCPUS", "MEM", "RESIDENT", "LIMIT", "TRACKER", "READERS",
+    "DAEMON", "UP",
 )  # fmt: skip
 
 
@@ -35,6 +36,7 @@ def _details(state: VmState | None) -> list[str]:
         size_text(state.resident_bytes),
         size_text(state.resident_max_bytes) if state.resident_max_bytes else "-",
         state.tracker or "-",
+        ",".join(_readers(state)) or "-",
         "-" if lease is None else f"{lease.holder} ({lease.pid})",
         age_text(state.uptime_s),
     ]
@@ -65,12 +67,17 @@ def _state_row(state: VmState, counters: Counters | None) -> StateRow:
         resident_bytes=state.resident_bytes,
         resident_max_bytes=state.resident_max_bytes,
         tracker=state.tracker,
+        readers=_readers(state),
         daemon=None if lease is None else _daemon_row(lease),
         uptime_s=state.uptime_s,
         n_exits=state.exits,
         n_evictions=pager.get("evictions", 0),
         n_fault_ins=pager.get("fault_ins", 0),
     )
+
+
+def _readers(state: VmState) -> list[str]:
+    return [view.name for view in state.views if view.name != "default" or view.harvests]
 
 
 def _daemon_row(lease: LeaseInfo) -> DaemonRow:

@@ -116,7 +116,7 @@ class _MetricsRoutes:
         return problem_of(error)
 
     def cancel_timers(self) -> None:
-        """There is no clock to stop."""
+        """Do nothing: these servers have no timers."""
 
     def close(self) -> None:
         """Wait for the worker thread to end."""
@@ -175,7 +175,7 @@ class _Routes:
         return problem_of(error)
 
     def cancel_timers(self) -> None:
-        """There is no clock to stop."""
+        """Do nothing: these servers have no timers."""
 
     def close(self) -> None:
         """Wait for the worker threads to end."""

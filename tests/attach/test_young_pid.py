@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,18 +62,19 @@ def test_heatmap_of_a_process(toucher: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wss", "ages", "hot", "stat"])
-def test_windows_of_a_process_are_recorded_and_analysed(toucher: Callable, name: str) -> None:
+def test_windows_of_a_process_are_recorded_and_analysed(
+    toucher: Callable, tmp_path: Path, name: str
+) -> None:
     victim = toucher(1024)
     victim.tell("w 0 1 300")
     words = ("--pid", str(victim.pid), "--interval", "0.05", "--count", "4", "--tracker", "present")
-    before = set(Path(tempfile.gettempdir()).glob("kvmhost-young-*"))
-    done = kvmhost(name, *words, "--json")
+    done = kvmhost(name, *words, "--json", env=os.environ | {"TMPDIR": str(tmp_path)})
     assert (done.returncode, done.stderr) == (0, "")
-    (found,) = checked(f"young {name}", done.stdout)
+    found = json.loads(done.stdout)
     if name == "wss":
-        assert [row["window"] for row in found["windows"]] == [0, 1, 2, 3]
-        assert {row["young_pages"][0] for row in found["windows"]} == {300}
-    assert set(Path(tempfile.gettempdir()).glob("kvmhost-young-*")) <= before
+        assert [row["window"] for row in found["rows"]] == [0, 1, 2, 3]
+        assert {row["wss_1"] for row in found["rows"]} == {300}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_record_of_a_process(toucher: Callable, tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ FOREIGN_OPTIONS = {
     "--timeout": "pytest",
     "--help": "every command",
     "--version": "kvmhost",
+    "--results": "tests/mutation/run.py",
+    "--seconds": "tests/mutation/run.py",
+    "--shard": "tests/mutation/run.py",
 }
 
 

@@ -144,7 +144,7 @@ def test_bad_images_exit_2_with_file_and_offset(pc_guest: Guest, tmp_path: Path)
         (["--fw-cfg", "name=opt/x,file=/nonexistent"], "/nonexistent"),
         (["--mem", "1M"], "too small"),
         (["--param", "pages=1"], "takes no parameters"),
-        (["--vcpus", "0"], "0 vCPUs"),
+        (["--vcpus", "0"], "--vcpus"),
         (["--serial", "carrier-pigeon"], "--serial"),
     ],
 )

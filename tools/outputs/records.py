@@ -133,7 +133,7 @@ class StatOutput(Covered, frozen=True, kw_only=True):
     """pages resident at the end of the last of these windows; null without any"""
     evicted_pages: int | None
     """pages evicted at the end of the last of these windows; null without any"""
-    events: dict[str, int]
+    event_pages: dict[str, int]
     """evictions of pages by whose decision, refaults, restores and drops, over all windows"""
     next_window_jaccard_ratio: float | None
     """with --full, how alike neighbouring windows are, from 0 to 1; else null"""

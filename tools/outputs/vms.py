@@ -65,6 +65,8 @@ class StateRow(Output, frozen=True, kw_only=True):
     """the limit of resident memory; 0 is no limit"""
     tracker: str | None
     """the tracker in use; null before the first"""
+    readers: list[str]
+    """names of the views that are open: who reads its young pages"""
     daemon: DaemonRow | None
     """the daemon that manages it; null: none"""
     uptime_s: float

@@ -111,7 +111,7 @@ def _residency(record: YoungRecord) -> dict[str, Any]:
         "n_residency_windows": int(known.size),
         "resident_pages": None if last is None else int(record.column("n_resident")[last]),
         "evicted_pages": None if last is None else int(record.column("n_evicted")[last]),
-        "events": {name: int(record.column(f"n_{name}").sum()) for name in EVENTS},
+        "event_pages": {name: int(record.column(f"n_{name}").sum()) for name in EVENTS},
     }
 
 
@@ -159,8 +159,8 @@ def _event_notes(output: StatOutput) -> Iterator[str]:
     """Yield what happened to pages, or that it is not known."""
     if not output.n_residency_windows:
         yield "residency unknown: no pager was asked"
-    elif any(output.events.values()):
-        said = ", ".join(f"{name} {count:,}" for name, count in output.events.items() if count)
+    elif any(output.event_pages.values()):
+        said = ", ".join(f"{name} {count:,}" for name, count in output.event_pages.items() if count)
         yield f"events of pages: {said}"
 
 
