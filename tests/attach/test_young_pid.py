@@ -72,8 +72,8 @@ def test_windows_of_a_process_are_recorded_and_analysed(
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     if name == "wss":
-        assert [row["window"] for row in found["rows"]] == [0, 1, 2, 3]
-        assert {row["wss_1"] for row in found["rows"]} == {300}
+        assert [row["window"] for row in found["windows"]] == [0, 1, 2, 3]
+        assert {row["young_pages"][0] for row in found["windows"]} == {300}
     assert list(tmp_path.iterdir()) == []
 
 
