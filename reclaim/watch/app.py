@@ -41,10 +41,10 @@ _LONGEST_S = 60.0
 _RETRY_S = 2.0
 _KEYS = "arrows  + - zoom  0 all  space pause  m mark  v view  t tracker  ? help  q quit"
 _HELP = """\
-Each cell is a range of guest pages, left to right and top to bottom.
-Its shade shows the share of its pages that are young:
+Each cell is a range of guest pages, row by row. Its shade shows the
+share of its pages that are young:
   ░ up to 8 %   ▒ up to 40 %   ▓ up to 90 %   █ nearly all
-Where none is young, it shows what most pages are:
+or, where none is young, what most pages are:
   · never touched   : resident   o evicted
 
 arrows     move the cursor, and scroll at the edges
@@ -53,16 +53,14 @@ PgUp PgDn  scroll by a screen
 - 0        zoom out; all of memory
 space p    pause or resume; nothing is harvested while paused
 v          young in this window, or in the last 10
-m          mark: store the young pages, show changes since then
+m          mark the young pages, show changes since; m again ends it
              + became young  - no longer  ± both  = as before
-           press m again to clear the mark
 t          the next tracker (guestpt, pagemap, dirty, uffd, idle)
-T          the same while others read the VM: put back when this ends
+T          the same while others read the VM; undone when this ends
 q Ctrl-C   quit
 
-Each tick is a window of its own, whatever else reads the VM. If a
-daemon manages the VM, its generations are shown; otherwise pages are
-sorted by ticks since they were last young.
+Each tick is a window of its own, whatever else reads the VM. Below:
+a daemon's generations, or pages by ticks since they were young.
                                             any key closes this"""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ def fake_vcpu() -> Any:
     return types.SimpleNamespace(index=0, complete_read=nothing, registers=dict)
 
 
+SCRATCH = tempfile.TemporaryDirectory(prefix="kvmhost-test-")
 #: A value for each required parameter: by name, else by annotation.
 BY_NAME: dict[str, Callable[[], Any]] = {
     "edges": lambda: [0, 1],
@@ -56,7 +58,7 @@ BY_NAME: dict[str, Callable[[], Any]] = {
     "index": lambda: 0,
     "level": lambda: 9,
     "name": lambda: "auto",
-    "path": lambda: "/nowhere",
+    "path": lambda: f"{SCRATCH.name}/file",
     "resident_max_bytes": lambda: 1 << 20,
     "vcpu": lambda: 0,
     "region": lambda: types.SimpleNamespace(gpa=0, guest_address=0, n_bytes=4096),

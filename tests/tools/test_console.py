@@ -98,7 +98,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "KVMHOST_RUNTIME_DIR": f"{place}/run",
         "PYTHONPATH": str(ROOT),
     }
-    (start,) = [c for c in ALL[ROOT / "docs" / "young.md"] if c.startswith("kvmhost run")]
+    start = next(c for c in ALL[ROOT / "docs" / "young.md"] if c.startswith("kvmhost run"))
     vm = subprocess.Popen(shlex.split(start), cwd=place, env=environ, stdout=subprocess.DEVNULL)
     try:
         until((place / "run" / "vm1.sock").exists, "the VM", process=vm)

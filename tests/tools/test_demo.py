@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,9 @@ def groups_of(pid: int) -> list[Path]:
 @pytest.mark.requires_uffd
 @pytest.mark.requires_cgroup
 def test_killed_without_the_daemon_and_whole_with_it(tmp_path: Path) -> None:
-    picture, place = tmp_path / "demo.png", tmp_path / "tmp"
-    place.mkdir(mode=0o700)
+    picture = tmp_path / "demo.png"
+    # Not below tmp_path: the path of a socket has at most 107 bytes.
+    place = Path(tempfile.mkdtemp(prefix="kvmhost-"))
     with subprocess.Popen(
         command(*SMALL, "-o", str(picture)),
         stdout=subprocess.PIPE,
@@ -56,6 +58,7 @@ def test_killed_without_the_daemon_and_whole_with_it(tmp_path: Path) -> None:
     assert all(row["precision"] == row["recall"] == 1.0 for row in report["trackers"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert list(place.iterdir()) == []
+    place.rmdir()
     assert groups_of(process.pid) == []
 
 

@@ -117,7 +117,7 @@ def test_run_with_a_store_in_a_file(
     [
         (["--store", "/nowhere/at/all"], "No such file"),
         (["--prefetch", "65"], "0 to 64"),
-        (["--prefetch", "-1"], "0 to 64"),
+        (["--prefetch", "-1"], "--prefetch"),
     ],
 )
 def test_run_with_bad_store_options(

@@ -198,8 +198,8 @@ def test_a_refusal_of_the_vm_has_its_code_in_record(
     pytest.importorskip("zstandard")
     from kvmhost.tools.young import record
 
-    def refusing(name: str) -> None:
+    def refusing(vm: str | None, pid: int | None, mapping: str) -> None:
         raise ControlError(status, "no")
 
-    monkeypatch.setattr(record, "Client", refusing)
+    monkeypatch.setattr(record, "open_source", refusing)
     assert record.main(["vm", "-o", str(tmp_path / "r")]) == code

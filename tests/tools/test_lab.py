@@ -114,7 +114,7 @@ def test_a_host_that_does_not_power_off_is_ended(
         events = list(host.events(DEADLINE_S))
         assert events[0] == HostReady()
         assert events[-1] == JobEnded(0)
-        assert not host.is_on
+        until(lambda: not host.is_on, "the host is ended")
 
 
 @pytest.mark.parametrize("does", ["hang", "mute"])

@@ -101,7 +101,7 @@ def test_a_pinned_page_and_pages_that_are_none(pair):
         pinned = vm.memory_map().pinned[0].gfn_start
     assert "pinned" in kvmhost("page", "vm1", str(pinned)).stdout
     assert "gfn" in kvmhost("page", "vm1", "0x99999999", code=2).stderr
-    assert "no gfn" in kvmhost("page", "vm1", "x", code=2).stderr
+    assert "GFN" in kvmhost("page", "vm1", "x", code=2).stderr
     kvmhost("page", "nobody", "5", code=1)
 
 

@@ -107,7 +107,7 @@ def test_timeout_is_124(engine: str) -> None:
         (["hello", "--mem", "5000"], "not a multiple of 4096"),
         (["hello", "--mem", "64K"], "too small"),
         (["hello", "--mem", "lots"], "invalid size 'lots'"),
-        (["hello", "--vcpus", "0"], "0 vCPUs"),
+        (["hello", "--vcpus", "0"], "--vcpus"),
         (["hello", "--vcpus", "99"], "99 vCPUs"),
         (["hello", "--tracker", "tea-leaves"], "unknown tracker"),
         (["hello", "--name", "../evil"], "name"),

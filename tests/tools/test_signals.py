@@ -109,12 +109,16 @@ def test_measurements(words: str, number: signal.Signals, ended: Ended) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("words", ["bench young --mem 1G", "bench snapshot --mem 96M"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "bench young --mem 1G",
+        pytest.param("bench snapshot --mem 96M", marks=pytest.mark.requires_kvm),
+    ],
+)
 def test_measurements_with_files(
     words: str, number: signal.Signals, place: Path, ended: Ended
 ) -> None:
-    if "snapshot" in words and not os.access("/dev/kvm", os.W_OK):
-        pytest.skip("needs /dev/kvm")
     ended(words.split(), lambda pid: any(place.iterdir()), number)
 
 

@@ -36,13 +36,15 @@ def test_a_command_names_the_invalid_factor() -> None:
         env={**os.environ, VARIABLE: "x"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == ("kvmhost lab: KVMHOST_TIME_SCALE='x': need a number from 1 to 1000\n")
+    assert done.stderr == (
+        "kvmhost lab list: KVMHOST_TIME_SCALE='x': need a number from 1 to 1000\n"
+    )
 
 
 def test_the_time_outs_of_machines_are_scaled() -> None:
     code = (
-        "from kvmhost.machine import base, runner; from kvmhost.control import schema\n"
-        "print(base.EPOCH_TIMEOUT_S, runner.PAUSE_TIMEOUT_S, schema.CLIENT_TIMEOUT_S)"
+        "from kvmhost.machine import runner, running; from kvmhost.control import schema\n"
+        "print(running.EPOCH_TIMEOUT_S, runner.PAUSE_TIMEOUT_S, schema.CLIENT_TIMEOUT_S)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
