@@ -22,12 +22,15 @@ from waiting import DEADLINE_S, until
 
 #: Commands that are not run, by a pattern for the whole command, and why.
 NOT_RUN = {
-    r"make .*|KVMHOST_PAIRS_SECONDS=.*": "builds and tests this checkout",
+    r"make .*|KVMHOST_(PAIRS|MUTATION)_\w+=.*": "builds and tests this checkout",
     r"export PATH=.*": "sets up the shell",
     r"kvmhost demo": "tests/tools/test_demo.py runs it",
     r"kvmhost run hotcold --name vm1 .*": "the VM that the others use; docs/young.md's is started",
     r"kvmhost (young watch|top)\b.*": "needs a terminal: tests/tools/test_watch.py, test_vms.py",
     r"kvmhost lab .*": "downloads kernels, or emulates a host: tests/lab",
+    r"kvmhost young \w+ hotcold\.zarr\b.*": "reads what lab young recorded: tests/lab",
+    r"kvmhost young snapshot vm1 --tracker dirty": "others read this VM by another tracker: "
+    "tests/kvm/test_switching.py",
     r"kvmhost run bad\..*": "images that fail on purpose: tests/kvm/test_pc.py",
     r"kvmhost (guests build lines\.c|run \./lines\.elf .*)": "tests/docs/test_examples.py",
     r"kvmhost snapshot vm1 vm1\.snap": "tests/kvm/test_snapshot.py, under a limit too",
