@@ -28,6 +28,7 @@ NOT_RUN = {
     r"kvmhost run hotcold --name vm1 .*": "the VM that the others use; docs/young.md's is started",
     r"kvmhost (young watch|top)\b.*": "needs a terminal: tests/tools/test_watch.py, test_vms.py",
     r"kvmhost lab .*": "downloads kernels, or emulates a host: tests/lab",
+    r"python tests/mutation/run\.py .*": "runs for hours: tests/mutation",
     r"kvmhost young \w+ hotcold\.zarr\b.*": "reads what lab young recorded: tests/lab",
     r"kvmhost young snapshot vm1 --tracker dirty": "others read this VM by another tracker: "
     "tests/kvm/test_switching.py",
