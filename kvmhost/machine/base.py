@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import importlib
 import os
-import threading
 import time
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kvmhost.machine.runner import PAUSE_TIMEOUT_S
-from kvmhost.machine.running import NamedImage, RunnableMachine
+from kvmhost.machine.running import RunnableMachine
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 from kvmhost.vm.checks import check_gfns, check_resident_max, check_view, range_within
 from kvmhost.vm.harvest import Harvest, Harvestable, HarvestRequest
@@ -31,9 +30,6 @@ if typing.TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvmhost.engine.base import Engine
-    from kvmhost.memory.layout import Layout
-    from kvmhost.pager.options import StoreOptions
     from kvmhost.pager.pager import Gfns, Pager
     from kvmhost.pager.results import PageEvent, RestoreResult
     from kvmhost.pager.userfault import Userfault
@@ -59,46 +55,10 @@ __all__ = ["BaseMachine"]
 class BaseMachine(RunnableMachine, Harvestable):
     """One VM of any kind; it implements :class:`~kvmhost.vm.protocol.Vm`.
 
-    :ivar bus: its ports and MMIO ranges; add devices before the first run
-    :ivar vcpus: its vCPUs by index, to read registers of while they are stopped
-    :ivar memory: its guest memory
-    :param image: what the guest was loaded from, for messages and reports
-    :param layout: where its memory lies
-    :param engine: what runs its vCPUs; the machine owns it from here on
-    :param console_fd: descriptor that receives the guest's serial output; -1: none
-    :param store: where the pager keeps evicted pages
-    :param dirty_ring_entries: give each vCPU a dirty ring of this many entries, which the
-        tracker ``dirty`` then uses instead of the dirty log; 0: none
-    :raises LayoutError: if sizes or counts do not fit
-    :raises CapabilityError: if the engine has no dirty ring
+    The constructor is that of :class:`~kvmhost.machine.running.RunnableMachine`.
     """
 
-    def __init__(
-        self,
-        image: NamedImage,
-        layout: Layout,
-        engine: Engine,
-        *,
-        n_vcpus: int = 1,
-        params: Mapping[str, int] | None = None,
-        console_fd: int = -1,
-        name: str = "",
-        store: StoreOptions | None = None,
-        dirty_ring_entries: int = 0,
-    ) -> None:
-        self._harvester: Harvester | None = None
-        self._opening = threading.Lock()
-        super().__init__(
-            image,
-            layout,
-            engine,
-            n_vcpus=n_vcpus,
-            params=params,
-            console_fd=console_fd,
-            name=name,
-            store=store,
-            dirty_ring_entries=dirty_ring_entries,
-        )
+    _harvester: Harvester | None = None
 
     # -- running ----------------------------------------------------------------
 

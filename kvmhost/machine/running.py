@@ -111,6 +111,8 @@ class RunnableMachine(Closing, abc.ABC):
         self._run_lock = threading.RLock()
         # Held while a vCPU is run or read outside of its thread.
         self._vcpu_access = threading.RLock()
+        # Held while what is made at its first use is made.
+        self._opening = threading.Lock()
         self._started_ns = 0
         self._closed = False
         try:
