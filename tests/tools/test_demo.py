@@ -87,6 +87,25 @@ def test_interrupt_leaves_nothing(tmp_path: Path, number: signal.Signals) -> Non
     assert groups_of(process.pid) == []
 
 
+@pytest.mark.requires_kvm
+def test_a_daemon_that_ends_at_once_is_told(tmp_path: Path) -> None:
+    """The sockets of the VMs have room in a path of 107 bytes, the daemon's has not."""
+    with tempfile.TemporaryDirectory(prefix="kvmhost-") as short:
+        place = Path(short, "x" * (69 - len(short)))
+        place.mkdir(mode=0o700)
+        done = subprocess.run(
+            command(*SMALL, "-o", str(tmp_path / "x.png")),
+            capture_output=True,
+            text=True,
+            env=os.environ | {"TMPDIR": str(place)},
+            timeout=5 * DEADLINE_S,
+        )
+        assert list(place.iterdir()) == []
+    assert done.returncode == 125
+    assert "the daemon ended with 2 before a pass: " in done.stderr
+    assert "longer than 107 bytes" in done.stderr
+
+
 def test_too_small_is_refused() -> None:
     done = subprocess.run(
         command("--mem", "64M"), capture_output=True, text=True, timeout=DEADLINE_S

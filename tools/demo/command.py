@@ -35,6 +35,7 @@ from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
 from kvmhost.tools.args import about
 from kvmhost.tools.demo.processes import (
     exit_status,
+    has_limit,
     more_harvests,
     open_log,
     start_daemon,
@@ -169,9 +170,10 @@ def _throughput(settings: DemoSettings, seconds: float = 2.0) -> dict[str, float
             with contextlib.ExitStack() as stack:
                 if with_daemon:
                     budget = settings.mem_bytes
-                    stack.enter_context(start_daemon("free", budget, 1.0, open_log(vm.directory)))
+                    log = open_log(vm.directory)
+                    daemon = stack.enter_context(start_daemon("free", budget, 1.0, log))
                     passes = vm.client.counters().harvest.harvests
-                    wait_until(more_harvests(vm, passes), vm, "a pass")
+                    wait_until(more_harvests(vm, passes), vm, "a pass", daemon)
                 start, first = time.perf_counter(), vm.client.state().doorbells
                 time.sleep(seconds)
                 done = vm.client.state().doorbells - first
@@ -236,7 +238,7 @@ def _with_daemon(settings: DemoSettings, group: MemoryCgroup | None) -> dict[str
         start_vm(settings, "kept", epochs=settings.epochs, group=group) as vm,
         start_daemon("kept", settings.budget_bytes, 0.25, open_log(vm.directory)) as daemon,
     ):
-        wait_until(lambda: vm.client.state().resident_max_bytes > 0, vm, "the daemon's limit")
+        wait_until(has_limit(vm), vm, "the daemon's limit", daemon)
         start = time.monotonic()
         vm.client.resume()
 

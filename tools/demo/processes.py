@@ -22,6 +22,7 @@ from kvmhost.tools.demo.settings import DemoSettings
 __all__ = [
     "DemoVm",
     "exit_status",
+    "has_limit",
     "more_harvests",
     "open_log",
     "start_daemon",
@@ -31,6 +32,7 @@ __all__ = [
 
 #: Without progress for this long, a process hangs. Generous, for slow and loaded hosts.
 _STUCK_S = scaled(180.0)
+_DAEMON_LOG = "reclaimd.log"
 
 
 @dataclasses.dataclass
@@ -145,7 +147,7 @@ def start_daemon(
 
 def open_log(directory: Path) -> typing.BinaryIO:
     """Open the daemon's log in append mode."""
-    return (directory / "reclaimd.log").open("ab")
+    return (directory / _DAEMON_LOG).open("ab")
 
 
 def exit_status(process: subprocess.Popen[bytes], what: str) -> int:
@@ -167,20 +169,41 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
+def has_limit(vm: DemoVm) -> Callable[[], bool]:
+    """Return a condition: the VM's resident memory is limited."""
+    return lambda: vm.client.state().resident_max_bytes > 0
+
+
 def more_harvests(vm: DemoVm, than: int) -> Callable[[], bool]:
     """Return a condition: the VM was harvested more than ``than`` times."""
     return lambda: vm.client.counters().harvest.harvests > than
 
 
-def wait_until(condition: Callable[[], bool], vm: DemoVm, what: str) -> None:
+def wait_until(
+    condition: Callable[[], bool],
+    vm: DemoVm,
+    what: str,
+    daemon: subprocess.Popen[bytes] | None = None,
+) -> None:
     """Wait for a condition while the VM runs.
 
-    :raises GuestError: if the VM ends first, or makes no progress for too long
+    :param daemon: what has to bring it about
+    :raises GuestError: if the VM or the daemon ends first, or makes no progress for too long
     """
     deadline = time.monotonic() + _STUCK_S
     while not condition():
         if vm.process.poll() is not None:
             raise GuestError(f"the VM ended with {vm.process.returncode} before {what}")
+        if daemon is not None and daemon.poll() is not None:
+            raise GuestError(
+                f"the daemon ended with {daemon.returncode} before {what}: {_last_line(vm)}"
+            )
         if time.monotonic() > deadline:
             raise GuestError(f"not within {_STUCK_S:g} s: {what}")
         time.sleep(0.05)
+
+
+def _last_line(vm: DemoVm) -> str:
+    """Return what the daemon of a VM wrote last."""
+    lines = (vm.directory / _DAEMON_LOG).read_text(errors="replace").splitlines()
+    return lines[-1] if lines else "it wrote nothing"
