@@ -24,6 +24,7 @@ __all__ = [
     "limit_bytes",
     "mark",
     "mem_bytes",
+    "number",
     "pages",
     "parse_fw_cfg",
     "parse_modules",
@@ -130,6 +131,17 @@ def count(text: str) -> int:
     value = _integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: need 1 or more")
+    return value
+
+
+def number(text: str) -> int:
+    """Parse a number that is at least 0.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    value = _integer(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: need 0 or more")
     return value
 
 

@@ -189,7 +189,7 @@ def read(
     path: Path,
     most_bytes: int = MAX_FILE_BYTES,
     *,
-    target: int | None = None,
+    target_id: int | None = None,
     gfn_range: tuple[int, int] | None = None,
 ) -> Imported:
     """Read the snapshots of one target of a DAMON record.
@@ -197,7 +197,7 @@ def read(
     A page is young in a snapshot if a region that covers it has any accesses. In a file
     written by DAMON, bits are as coarse as its regions.
 
-    :param target: ``target_id`` of the record to read; None: the only one
+    :param target_id: the record to read; None: the only one
     :param gfn_range: ``[start, end)`` to read; None: all regions, or, if the gaps between them
         exceed the size of a record, the largest run of adjoining regions, which
         :attr:`Imported.remark` then reports
@@ -205,7 +205,7 @@ def read(
     :raises LayoutError: if not exactly one target matches, or no region is in the range
     """
     raw = read_bounded(path, most_bytes)
-    whole = _choose(_decode(raw, path), path, target)
+    whole = _choose(_decode(raw, path), path, target_id)
     extra = whole.kvmhost_young
     page_bytes = extra.page_bytes if extra else 4096
     if page_bytes < 512 or page_bytes & (page_bytes - 1) or page_bytes > 1 << 30:
@@ -238,21 +238,21 @@ def _decode(raw: bytes, path: Path) -> list[_Record]:
         raise RecordError(str(path), "DAMON record", str(error)) from None
 
 
-def _choose(records: list[_Record], path: Path, target: int | None) -> _Record:
+def _choose(records: list[_Record], path: Path, target_id: int | None) -> _Record:
     if not records:
         raise RecordError(str(path), "DAMON record", "has no target")
     known = [record.target_id for record in records]
     listed = ", ".join(map(str, known[:16])) + (", ..." if len(known) > 16 else "")
-    if target is None:
+    if target_id is None:
         if len(records) > 1:
             raise LayoutError(
-                f"{path}: {len(records)} targets ({listed}); choose one with --target"
+                f"{path}: {len(records)} targets ({listed}); choose one with --target-id"
             )
         return records[0]
-    matching = [record for record in records if record.target_id == target]
+    matching = [record for record in records if record.target_id == target_id]
     if len(matching) != 1:
         found = "no target" if not matching else f"{len(matching)} records of target"
-        raise LayoutError(f"{path}: {found} {target}; there are: {listed}")
+        raise LayoutError(f"{path}: {found} {target_id}; there are: {listed}")
     return matching[0]
 
 

@@ -76,7 +76,7 @@ IMPORTS = {
     "damon": ExchangeFormat(
         "DAMON's record: JSON, or JSON in a zlib stream",
         "damon:read",
-        takes=("target", "gfn_range"),
+        takes=("target_id", "gfn_range"),
     ),
     "dirty": ExchangeFormat(
         "KVM dirty bitmaps: a directory with an index, or one file per window",

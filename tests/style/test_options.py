@@ -68,10 +68,7 @@ def uses() -> Iterator[Use]:
             yield Use(words, names[0] if names else action.dest, action)
 
 
-#: Commands whose options are being renamed.
-PENDING = ("young",)
-
-ALL = [use for use in uses() if use.command.split()[0] not in PENDING]
+ALL = list(uses())
 OF_NAME = {
     name: [use for use in ALL if use.name == name] for name in sorted({use.name for use in ALL})
 }
@@ -111,6 +108,7 @@ BANNED = {
 
 #: Options whose default is what their command measures or shows; the help has it.
 OWN_DEFAULTS = {
+    "--view": "each reader has a window of its own, which is named after it",
     "--count": "the number of windows is what a benchmark or recording is about",
     "--epochs": "the length of a run is what a command measures",
     "--rounds": "a benchmark has as many as its figure needs to be stable",
@@ -122,6 +120,7 @@ OWN_DEFAULTS = {
 
 #: (command, option): why its default differs.
 DEFAULT_EXCEPTIONS = {
+    ("run", "--append"): "the kernel command line, as in QEMU; that of a record is a flag",
     ("run", "--tracker"): "a VM starts no tracker unless it is told to",
     ("accuracy", "--tracker"): "compares all trackers that work",
     ("bench harvest", "--tracker"): "compares all trackers that work",
@@ -138,6 +137,8 @@ DEFAULT_EXCEPTIONS = {
 
 #: (command, option): why its values differ from those of the same name.
 FORM_EXCEPTIONS = {
+    ("run", "--append"): "the kernel command line, as in QEMU; that of a record is a flag",
+    ("reclaimd", "--set"): "an option of some VMs; whatif's has several values of an option",
     ("run", "--cpu"): "a model of a processor, as in QEMU; the daemon's is a share of one",
 }
 

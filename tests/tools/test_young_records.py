@@ -92,11 +92,11 @@ def test_ages(young, file):
 
 
 def test_hot(young, file):
-    rows = rows_of(young("hot", file, "--share", "90%", "--csv"))
+    rows = rows_of(young("hot", file, "--min-share", "90%", "--csv"))
     assert [(r["gfn_start"], r["gfn_end"], r["young_share"]) for r in rows] == [
         ("256", "512", "1.0")
     ]
-    rows = rows_of(young("hot", file, "--share", "1/2", "--csv"))
+    rows = rows_of(young("hot", file, "--min-share", "1/2", "--csv"))
     assert [(r["gfn_start"], r["young_share"]) for r in rows] == [
         ("1000", "0.5"), ("3000", "0.5"), ("256", "1.0"),
     ]  # fmt: skip
@@ -150,7 +150,7 @@ def test_export_and_import(young, file, tmp_path):
     with YoungRecord.open(file) as a, YoungRecord.open(tmp_path / "part") as b:
         assert all(x == y for x, y in zip(a.bitmaps(5), b.bitmaps(), strict=True))
     young("export", file, "--format", "gfns", "-o", tmp_path / "g", "--windows", "0:40",
-          "--share", "50%")  # fmt: skip
+          "--min-share", "50%")  # fmt: skip
     assert len((tmp_path / "g").read_text().split()) == 656
     young("export", file, "--format", "gfns-bin", "-o", tmp_path / "b")
     assert np.fromfile(tmp_path / "b", "<u8").size == 256 + 400 + 300 + 80
@@ -205,7 +205,7 @@ def test_help_names_every_command(young):
         (("wss", "{tmp}/none"), "no such record; create one with kvmhost young record"),
         (("wss", "{file}", "--windows", "0:81"), "has windows 0 to 79"),
         (("wss", "{file}", "--range", "0:0x1001"), "the record has [0x0, 0x1000)"),
-        (("hot", "{file}", "--share", "0"), "need a share above 0"),
+        (("hot", "{file}", "--min-share", "0"), "need a share above 0"),
         (("diff", "{file}"), "name two stretches"),
         (("page", "{file}", "4096"), "gfns [0x1000, 0x1001) are out of range"),
         (("gfn", "0x1000000", "{file}"), "is in no memslot; memslots: slot 0 gfns [0x0, 0x1000)"),
@@ -225,8 +225,8 @@ def test_help_names_every_command(young):
             "--format ranges takes no --range",
         ),
         (
-            ("import", "{file}", "--format", "dirty", "-o", "{tmp}/y", "--target", "5"),
-            "--format dirty takes no --target",
+            ("import", "{file}", "--format", "dirty", "-o", "{tmp}/y", "--target-id", "5"),
+            "--format dirty takes no --target-id",
         ),
         (("record", "v", "-o", "{file}"), "--append to it"),
         (("record", "v", "-o", "{tmp}/a/b"), "there is no directory"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from kvmhost.control.schema import MemoryMap
 from kvmhost.errors import LayoutError
 from kvmhost.files import check_target
+from kvmhost.tools.args import count
 from kvmhost.tools.vocabulary import add_option
 
 if typing.TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --pid and --mapping."""
     parser.add_argument(
         "--pid",
-        type=int,
+        type=count,
         metavar="PID",
         help="instead: a process that is not ours, such as QEMU with a memfd for memory; "
         "trackers are then auto, idle, pageout, written, soft-dirty, present "

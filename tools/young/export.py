@@ -13,7 +13,7 @@ from kvmhost.tools.args import share
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.young import ExportOutput
 from kvmhost.tools.parser import CommandParser
-from kvmhost.tools.vocabulary import add_option
+from kvmhost.tools.vocabulary import add_option, one_of
 from kvmhost.tools.young.output import open_record, windows_of
 
 __all__ = ["main", "parser"]
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     check_target(args.out)
     with open_record(args.file) as record:
         first, end = windows_of(record, args.windows)
-        gfns = export(args.format, record, args.out, first, end, min_share=args.share or 0.0)
+        gfns = export(args.format, record, args.out, first, end, min_share=args.min_share or 0.0)
     if args.json:
         emit(
             ExportOutput(file=str(args.out), format=args.format, n_windows=end - first, n_gfns=gfns)
@@ -47,11 +47,13 @@ def parser() -> CommandParser:
         + "\n".join(f"  {name:<{width}}  {known.about}" for name, known in EXPORTS.items()),
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a record of young record")
-    parser.add_argument("--format", choices=EXPORTS, required=True, help="see above")
+    add_option(
+        parser, "--format", type=one_of("format", tuple(EXPORTS)), required=True, help="see above"
+    )
     add_option(parser, "--out", required=True, metavar="OUT", help="to write")
     add_option(parser, "--windows")
     parser.add_argument(
-        "--share",
+        "--min-share",
         type=share,
         metavar="SHARE",
         help="gfns: only what was young in this share of the windows (default: in any window)",

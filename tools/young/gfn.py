@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvmhost.control.client import Client
+from kvmhost.tools.args import number
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.young import PlaceOutput
 from kvmhost.tools.parser import CommandParser
@@ -64,7 +65,7 @@ def parser() -> CommandParser:
     )
     parser.add_argument(
         "--slot",
-        type=int,
+        type=number,
         default=0,
         metavar="N",
         help="of which memslot an offset is (default: 0)",

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
 
     with open_windows(args) as record:
         first, end = windows_of(record, args.windows)
-        found = hot_ranges(record, first, end, min_share=args.share, max_gap_pages=args.gap)
+        found = hot_ranges(record, first, end, min_share=args.min_share, max_gap_pages=args.gap)
         page_bytes = record.metadata.page_bytes
         covered, remarks = coverage_facts(record, first, end)
     if args.range is not None:
@@ -90,7 +90,7 @@ def parser() -> CommandParser:
     add_windows_source(parser)
     add_record_arguments(parser)
     parser.add_argument(
-        "--share", type=share, default="50%", metavar="SHARE",
+        "--min-share", type=share, default="50%", metavar="SHARE",
         help="hot is what is young for at least this share of the time (default: 50%%)",
     )  # fmt: skip
     parser.add_argument(

@@ -12,11 +12,11 @@ from kvmhost.errors import LayoutError
 from kvmhost.files import check_target, os_errors
 from kvmhost.printable import printable
 from kvmhost.reclaim.exchange.registry import IMPORTS, read
-from kvmhost.tools.args import pages as number
+from kvmhost.tools.args import number
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.young import ImportOutput
 from kvmhost.tools.parser import CommandParser
-from kvmhost.tools.vocabulary import add_option
+from kvmhost.tools.vocabulary import add_option, one_of
 
 __all__ = ["main", "parser"]
 
@@ -66,9 +66,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         options |= {"gfn_start": start, "n_pages": end - start}
     elif args.range is not None:
         options["gfn_range"] = args.range
-    given = {"target": args.target, "interval_s": args.interval}
+    given = {"target_id": args.target_id, "interval_s": args.interval}
     options |= {name: value for name, value in given.items() if value is not None}
-    flags = {"gfn_range": "--range", "target": "--target", "interval_s": "--interval"}
+    flags = {"gfn_range": "--range", "target_id": "--target-id", "interval_s": "--interval"}
     for name in options:
         if name not in takes:
             raise LayoutError(f"--format {args.format} takes no {flags[name]}")
@@ -85,7 +85,9 @@ def parser() -> CommandParser:
         + "\n".join(f"  {name:<{width}}  {known.about}" for name, known in IMPORTS.items()),
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="to read")
-    parser.add_argument("--format", choices=IMPORTS, required=True, help="see above")
+    add_option(
+        parser, "--format", type=one_of("format", tuple(IMPORTS)), required=True, help="see above"
+    )
     add_option(parser, "--out", required=True, metavar="OUT", help="the record")
     add_option(
         parser,
@@ -94,7 +96,7 @@ def parser() -> CommandParser:
         "file stand for, 0x for hex (default: all; dirty: from gfn 0)",
     )
     parser.add_argument(
-        "--target",
+        "--target-id",
         type=number,
         metavar="ID",
         help="damon: which target_id, where there are several",

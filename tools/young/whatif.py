@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmhost.errors import CapabilityError, LayoutError
-from kvmhost.tools.args import mark
+from kvmhost.tools.args import mark, number
 from kvmhost.tools.outputs.records import CaseRow, ErrorBarRow, RealRunRow, WhatifOutput
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option, listing
@@ -222,7 +222,7 @@ def parser() -> CommandParser:
     )  # fmt: skip
     add_option(parser, "--windows")
     parser.add_argument(
-        "--workers", type=int, metavar="N",
+        "--workers", type=number, metavar="N",
         help="processes (default: one per core, or this process without Dask; 0: this process)",
     )  # fmt: skip
     parser.add_argument(

@@ -212,13 +212,13 @@ def test_a_range_picks_and_clips_regions_of_damon(tmp_path):
 def test_a_target_of_damon_is_chosen_and_never_dropped_silently(tmp_path):
     one, two = [[(0, 16 * MIB, 2)]] * 3, [[(16 * MIB, 48 * MIB, 4)]] * 2
     path = damon_file(tmp_path / "two.damo", (3, one), (8, two))
-    with pytest.raises(LayoutError, match=r"2 targets \(3, 8\); choose one with --target"):
+    with pytest.raises(LayoutError, match=r"2 targets \(3, 8\); choose one with --target-id"):
         damon.read(path)
-    found = damon.read(path, target=8)
+    found = damon.read(path, target_id=8)
     assert (found.gfn_start, found.n_pages) == (16 * MIB >> 12, 32 * MIB >> 12)
     assert len(list(found.windows)) == 2
     with pytest.raises(LayoutError, match="no target 4; there are: 3, 8"):
-        damon.read(path, target=4)
+        damon.read(path, target_id=4)
 
 
 @pytest.mark.parametrize(
