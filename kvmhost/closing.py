@@ -1,4 +1,9 @@
-"""The one context manager that owners of descriptors and mappings share."""
+"""The one context manager that owners of descriptors and mappings share.
+
+An owner forgets a descriptor or pointer *before* it closes or frees it. Python delivers
+Ctrl-C when a call returns, such as ``os.close()``: an owner that forgot it only afterwards
+would close it again in its cleanup, when the number may belong to another file.
+"""
 
 from __future__ import annotations
 

@@ -189,5 +189,5 @@ class Lease:
             self._timer = None
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
+            fd, self._pidfd = self._pidfd, -1
+            os.close(fd)

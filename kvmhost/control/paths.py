@@ -190,14 +190,14 @@ class NameLock:
 
     def _close_file(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
     def _close(self) -> None:
         self._close_file()
         if self.folder >= 0:
-            os.close(self.folder)
-            self.folder = -1
+            fd, self.folder = self.folder, -1
+            os.close(fd)
 
     def __enter__(self) -> NameLock:
         return self

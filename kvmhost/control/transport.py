@@ -24,6 +24,10 @@ from kvmhost.control.peers import peer_of
 
 __all__ = ["UnixTransport"]
 
+#: A connection without requests is reused for so long. Well below the time after which
+#: servers close it (60 s): a request must not meet the server's end of its connection.
+_KEEP_S = 30.0
+
 
 class UnixTransport(httpx.BaseTransport):
     """Sends requests to one unix socket; keeps two connections open.
@@ -36,6 +40,7 @@ class UnixTransport(httpx.BaseTransport):
             uds=str(path),
             max_connections=4,
             max_keepalive_connections=2,
+            keepalive_expiry=_KEEP_S,
             network_backend=_Backend(),
         )
 

@@ -132,8 +132,8 @@ class KvmEngine:
     def close(self) -> None:
         """Close the VM. Idempotent."""
         if self.rings is not None:
-            self.rings.close()
-            self.rings = None
+            rings, self.rings = self.rings, None
+            rings.close()
         self.vm.close()
         self._system.close()
 

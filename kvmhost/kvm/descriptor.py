@@ -39,8 +39,8 @@ class Descriptor(Closing):
     def close(self) -> None:
         """Close the descriptor. Idempotent."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
     def _call(self, request: str, argument: int = 0, **shown: Any) -> int:
         """Make a request that takes a number."""

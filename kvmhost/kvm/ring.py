@@ -81,5 +81,5 @@ class DirtyRings:
 
     def close(self) -> None:
         """Unmap and free. Idempotent. No vCPU may run."""
-        lib.kh_rings_free(self.core)
-        self.core = ffi.NULL
+        core, self.core = self.core, ffi.NULL
+        lib.kh_rings_free(core)

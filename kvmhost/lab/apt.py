@@ -12,12 +12,12 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from kvmhost.errors import CapabilityError
 from kvmhost.lab.pins import Pin
+from kvmhost.temporary import temporary_folder
 
 __all__ = ["Apt", "opened_apt", "probe_apt", "system_mirror"]
 
@@ -78,8 +78,8 @@ def opened_apt(suite: str, architecture: str) -> Iterator[Apt]:
     problem, mirror = probe_apt(), system_mirror()
     if problem or mirror is None:
         raise _missing(suite, architecture, problem or "none")
-    with tempfile.TemporaryDirectory(prefix="kvmhost-lab-") as folder:
-        apt = Apt(Path(folder), suite, architecture)
+    with temporary_folder("kvmhost-lab-") as folder:
+        apt = Apt(folder, suite, architecture)
         apt.update(mirror)
         yield apt
 

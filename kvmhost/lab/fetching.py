@@ -6,7 +6,6 @@ import dataclasses
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +17,7 @@ from kvmhost.lab.hosts import LabHost
 from kvmhost.lab.initrd import base_archive, recipe
 from kvmhost.lab.kernel import KernelTree
 from kvmhost.lab.pins import KernelPins, Pin, pinned
+from kvmhost.temporary import temporary_folder
 
 __all__ = ["BootFiles", "boot_files", "fetch", "fetch_latest", "fetch_packages", "is_cached"]
 
@@ -103,8 +103,8 @@ def fetch_packages(pins: Iterable[Pin], architecture: str, tell: Tell) -> list[P
 
 def _download(apt: Apt, pin: Pin, tell: Tell) -> Path:
     tell(f"{pin.name} {pin.version}")
-    with tempfile.TemporaryDirectory(prefix="kvmhost-lab-") as folder:
-        return cache.keep_package(pin, apt.download(pin, Path(folder)))
+    with temporary_folder("kvmhost-lab-") as folder:
+        return cache.keep_package(pin, apt.download(pin, folder))
 
 
 def _make(host: LabHost, pins: KernelPins, tell: Tell) -> BootFiles:
@@ -112,11 +112,11 @@ def _make(host: LabHost, pins: KernelPins, tell: Tell) -> BootFiles:
     if cache.check_entry(folder) is not None:
         archives = fetch_packages(pins.packages, pins.architecture, tell)
         tell(f"kernel and initial file system of {host.name}")
-        with tempfile.TemporaryDirectory(prefix="kvmhost-lab-") as unpacked:
+        with temporary_folder("kvmhost-lab-") as unpacked:
             for archive in archives:
-                unpack(archive, Path(unpacked))
+                unpack(archive, unpacked)
             with cache.filled_entry(folder) as partial:
-                _fill(host, Path(unpacked), partial)
+                _fill(host, unpacked, partial)
     return BootFiles(folder / "kernel", folder / "initrd", pins.version)
 
 

@@ -18,7 +18,6 @@ import selectors
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from kvmhost.lab.hosts import LabHost
 from kvmhost.lab.initrd import Job, job_archive
 from kvmhost.lab.inside import project_of, root_of
 from kvmhost.lab.qemu import PORTS, Devices, command_line, probe_qemu
+from kvmhost.temporary import temporary_folder
 
 __all__ = ["HostReady", "JobEnded", "JobOutput", "RunningHost"]
 
@@ -196,9 +196,7 @@ class RunningHost:
     def _start(
         self, files: BootFiles, archive: bytes, interactive: bool, shared: Path, keep: Path | None
     ) -> None:
-        folder = keep or Path(
-            self._resources.enter_context(tempfile.TemporaryDirectory(prefix="kvmhost-lab-"))
-        )
+        folder = keep or self._resources.enter_context(temporary_folder("kvmhost-lab-"))
         with os_errors(folder):
             (folder / "initrd").write_bytes(files.initrd.read_bytes() + archive)
         self._console = None if interactive else folder / "console.log"

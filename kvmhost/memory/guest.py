@@ -111,9 +111,9 @@ class Region:
         if self.memfd < 0:
             return
         self.alias.close()
+        fd, self.memfd = self.memfd, -1
         lib.kh_unmap(self.guest_address, self.n_bytes)
-        os.close(self.memfd)
-        self.memfd = -1
+        os.close(fd)
 
 
 def _map(memfd: int, n_bytes: int) -> int:

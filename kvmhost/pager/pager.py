@@ -421,8 +421,8 @@ class Pager:
         """Stop, and free the store. Idempotent."""
         if self._pointer != ffi.NULL:
             self.stop()
-            lib.kh_pager_free(self._pointer)
-            self._pointer = ffi.NULL
+            pointer, self._pointer = self._pointer, ffi.NULL
+            lib.kh_pager_free(pointer)
         if self._file is not None:
             self._file.close()
 

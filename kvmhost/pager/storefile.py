@@ -47,10 +47,10 @@ class StoreFile:
         """Remove the file. Idempotent."""
         if self.fd >= 0 and same_file(self.fd, self._name, self._folder):
             os.unlink(self._name, dir_fd=self._folder)
-        for fd in (self.fd, self._folder):
+        fds, self.fd, self._folder = (self.fd, self._folder), -1, -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self.fd = self._folder = -1
 
     def _remove_leftover(self) -> None:
         try:

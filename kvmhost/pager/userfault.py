@@ -109,8 +109,8 @@ class Userfault:
     def close(self) -> None:
         """Close it, which wakes every waiter. Idempotent."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
 
 def probe() -> str | None:

@@ -155,10 +155,10 @@ class Attached(Closing, Harvestable):
 
     def close(self) -> None:
         """Close the process's descriptors. Idempotent."""
-        for fd in (self.pidfd, self.pagemap_fd):
+        fds, self.pidfd, self.pagemap_fd = (self.pidfd, self.pagemap_fd), -1, -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self.pidfd = self.pagemap_fd = -1
         for feed in self._feeds.values():
             feed.close()
         self._feeds.clear()

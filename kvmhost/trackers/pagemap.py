@@ -148,8 +148,8 @@ class PagemapTracker:
     def stop(self) -> None:
         """Close pagemap. Idempotent."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
     def _clean_words(self, n_pages: int) -> Words:
         """Return zeros for the rare huge pages: new memory would cost more than the scan."""

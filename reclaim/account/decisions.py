@@ -237,8 +237,8 @@ class Decisions(Closing):
         """Close the file. Idempotent."""
         with self._lock:
             if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+                fd, self._fd = self._fd, -1
+                os.close(fd)
 
 
 def to_runs(gfns: Gfns) -> list[tuple[int, int]]:

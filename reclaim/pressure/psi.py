@@ -170,5 +170,5 @@ class PsiTrigger(Closing):
     def close(self) -> None:
         """Remove the trigger. Idempotent."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            os.close(fd)

@@ -141,8 +141,8 @@ class JournalWriter(Closing):
     def close(self) -> None:
         """Close the file."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
 def _encode(entry: JournalEntry, window: int, n_pages: int) -> bytes:

@@ -65,6 +65,7 @@ from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.residency import WindowResidency
 from kvmhost.reclaim.record.summary import RunningAges, last_window_of, level_sums
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, to_history
+from kvmhost.temporary import signals_deferred
 
 __all__ = ["Cost", "RecordInUseError", "RecordWriter"]
 
@@ -291,8 +292,8 @@ class RecordWriter(Closing):
             if self._journal is not None:
                 self._journal.close()
                 self._journal = None
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+            fd, self._lock_fd = self._lock_fd, -1
+            os.close(fd)
 
     # -- opening --------------------------------------------------------------
 
@@ -505,8 +506,9 @@ def _make_skeleton(path: Path, meta: RecordMeta) -> int:
     """Create an empty record under a temporary name and rename it; return its lock."""
     with contextlib.ExitStack() as undo:
         os.close(open_folder(path.parent))
-        beside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
-        undo.callback(shutil.rmtree, beside, ignore_errors=True)
+        with signals_deferred():
+            beside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+            undo.callback(shutil.rmtree, beside, ignore_errors=True)
         for name in recordmeta.array_metadata(meta):
             (beside / name).parent.mkdir(mode=0o700, exist_ok=True)
         bucket = encode_array(recordmeta.UPPER, "<i8")

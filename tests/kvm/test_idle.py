@@ -93,8 +93,8 @@ class FakeFiles:
 
     def close(self) -> None:
         if self.pagemap >= 0:
-            os.close(self.pagemap)
-            self.pagemap = -1
+            fd, self.pagemap = self.pagemap, -1
+            os.close(fd)
 
     def move(self, page: int) -> None:
         """Migrate a page: a new pfn, with the idle flag that it had."""

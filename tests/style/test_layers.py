@@ -27,7 +27,7 @@ LAYERS = {
             "suggest",
             "units",
         },
-        {"_ffi", "bitmap", "ownership", "timescale"},
+        {"_ffi", "bitmap", "ownership", "temporary", "timescale"},
         {"files", "vm"},
         {"kvm", "memory"},
         {"boot", "devices", "mmu", "pager"},

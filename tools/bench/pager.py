@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.pager import Pager
 from kvmhost.pager.results import EvictOutcome
 from kvmhost.pager.userfault import Userfault
+from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
@@ -183,8 +183,8 @@ def run_faults(
     ways: dict[str, Callable[[], _Ours | _Minimal]] = {"minimal C": lambda: _Minimal(pages)}
     for codec in ("lz4", "zstd", "none"):
         ways[f"pager {codec}"] = functools.partial(_Ours, pages, StoreOptions(codec=codec))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "store"
+    with temporary_folder("kvmhost-bench-") as folder:
+        file = folder / "store"
         ways["pager lz4, file"] = lambda: _Ours(pages, StoreOptions(codec="lz4", path=file))
         if prefetch:
             ahead = StoreOptions(codec="lz4", prefetch_pages=prefetch)
@@ -243,6 +243,7 @@ def _expect(seen: int, wanted: int, what: str) -> None:
 _CHILD = """
 import sys
 from kvmhost.tools.bench.pager import overhead_child
+from kvmhost.temporary import temporary_folder
 overhead_child(int(sys.argv[1]))
 """
 

@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.machine.snapshot import restore_machine, save_machine
 from kvmhost.pager.pager import Pager
+from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
@@ -44,12 +44,12 @@ def run(mem_bytes: int, rounds: int, directory: Path | None = None) -> dict[str,
     """
     n_pages = mem_bytes // PAGE_BYTES - 2 * _START_GFN
     limit = n_pages // 2
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
+    with temporary_folder("kvmhost-bench-", directory) as folder:
         with _evicting_guest(mem_bytes, n_pages, limit) as (machine, pager):
-            turns = [_turn(machine, Path(folder)) for _ in range(rounds)]
+            turns = [_turn(machine, folder) for _ in range(rounds)]
             counters = pager.counters()
         start = time.monotonic()
-        restore_machine(Path(folder) / "vm.snap").close()
+        restore_machine(folder / "vm.snap").close()
         restored_s = time.monotonic() - start
     save, cp, synced, n_bytes = zip(*turns, strict=True)
     return {

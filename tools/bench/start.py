@@ -15,7 +15,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from kvmhost.errors import CapabilityError
 from kvmhost.machine import make_machine
+from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
@@ -48,8 +48,8 @@ def run(
     """
     if image is not None:
         make_machine(image, engine=engine).close()
-    with tempfile.TemporaryDirectory() as folder:
-        file = image or _hello_image(Path(folder))
+    with temporary_folder("kvmhost-bench-") as folder:
+        file = image or _hello_image(folder)
         times = _processes(_commands(engine, file, qemu), rounds)
         result: dict[str, Any] = {"rounds": rounds, "engine": engine, "image": str(file)}
         result |= {f"{name}_s": statistics.median(taken) for name, taken in times.items()}
@@ -58,7 +58,7 @@ def run(
         if qemu:
             ratios = (a / b for a, b in zip(times["image"], times["qemu"], strict=True))
             result["image_to_qemu"] = statistics.median(ratios)
-        result |= _first_instruction(max(rounds * 5, 20), Path(folder)) | _memory(engine)
+        result |= _first_instruction(max(rounds * 5, 20), folder) | _memory(engine)
     return result
 
 

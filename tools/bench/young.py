@@ -14,7 +14,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 
 from kvmhost.bitmap import Provenance, Words, YoungBitmap
 from kvmhost.errors import LayoutError
+from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.parser import CommandParser
@@ -74,8 +74,8 @@ def run(mem_bytes: int, n_windows: int, rounds: int, say: Callable[[str], None])
     """
     if mem_bytes < 1 << 20:
         raise LayoutError(f"--mem: a guest of {mem_bytes} bytes is too small: need 1M or more")
-    with tempfile.TemporaryDirectory() as place:
-        small, large = Path(place) / "small", Path(place) / "large"
+    with temporary_folder("kvmhost-bench-") as place:
+        small, large = place / "small", place / "large"
         say(f"1 GiB, {n_windows} windows: being written")
         times = make_record(small, (1 << 30) // PAGE_BYTES, n_windows)
         found: dict[str, Any] = {
@@ -104,7 +104,7 @@ def run(mem_bytes: int, n_windows: int, rounds: int, say: Callable[[str], None])
             say(f"{name} of the large record")
             seconds, rss = _question(name, large)
             found |= {f"{name}_s": seconds, f"{name}_rss_mib": rss}
-        found["html_mib"] = (Path(place) / "large.html").stat().st_size / 2**20
+        found["html_mib"] = (place / "large.html").stat().st_size / 2**20
     return found
 
 

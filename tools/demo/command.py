@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import statistics
-import tempfile
 import time
 import typing
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from kvmhost.installing import install_hint
 from kvmhost.machine import Machine
 from kvmhost.pager.userfault import Userfault
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
+from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
 from kvmhost.tools.demo.processes import (
     exit_status,
@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> int:
             f"--mem {args.mem >> 20} MiB leaves a budget of {settings.budget_bytes >> 20} MiB "
             f"for a hot set of {settings.hot_bytes >> 20} MiB: give more memory or a smaller --hot"
         )
-    with tempfile.TemporaryDirectory(prefix="kvmhost-demo-") as runtime:
-        os.environ["KVMHOST_RUNTIME_DIR"] = runtime
+    with temporary_folder("kvmhost-demo-") as runtime:
+        os.environ["KVMHOST_RUNTIME_DIR"] = str(runtime)
         report = _run(settings, args.out, Progress(args.json))
     if args.json:
         print(json.dumps(report, indent=2))

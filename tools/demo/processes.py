@@ -7,7 +7,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import tempfile
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from kvmhost.control.client import Client
 from kvmhost.errors import GuestError, GuestTimeout, KvmHostError
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
+from kvmhost.temporary import temporary_folder
 from kvmhost.timescale import scaled
 from kvmhost.tools.demo.settings import DemoSettings
 
@@ -97,10 +97,9 @@ def start_vm(
     for key, value in (settings.params(epochs) | params).items():
         words += ["--param", f"{key}={value}"]
     with (
-        tempfile.TemporaryDirectory(prefix="kvmhost-demo-") as folder,
+        temporary_folder("kvmhost-demo-") as directory,
         contextlib.ExitStack() as stack,
     ):
-        directory = Path(folder)
         report = stack.enter_context((directory / "report.json").open("wb"))
         log = stack.enter_context((directory / "vm.log").open("wb"))
         # The child waits for a line of input, so that it is in its cgroup before it allocates.

@@ -10,7 +10,6 @@ exit status: 0; 2 if the source does not compile; 126 if there is no compiler
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from kvmhost.boot.image import read_image
 from kvmhost.errors import CapabilityError, ImageError
 from kvmhost.files import check_target, write_file
 from kvmhost.guests.build import CompilerMissingError, GuestBuildError, compile_guest
+from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option
@@ -59,9 +59,9 @@ def build(source: Path, image: Path) -> Path:
     if image.resolve() == source.resolve():
         raise ImageError(str(source), "output", "is the source itself")
     check_target(image)
-    with tempfile.TemporaryDirectory(prefix="kvmhost-build-") as folder:
+    with temporary_folder("kvmhost-build-") as folder:
         # The compiler follows links and leaves half a file when it fails.
-        built = _compile(source, Path(folder) / image.name)
+        built = _compile(source, folder / image.name)
         write_file(image, built.read_bytes(), sync=False, mode=0o666)
     return image
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ import numpy as np
 from kvmhost.bitmap import YoungBitmap, n_words
 from kvmhost.errors import LayoutError
 from kvmhost.files import own_directory
+from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import find_image, parse_params
 from kvmhost.tools.machineargs import add_machine_arguments
 from kvmhost.tools.outputs.records import CompareOutput, ViewRow
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         paths = list(args.files)
         tables: list[tuple[int, int]] = []
         if args.guest:
-            place = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            place = args.out or stack.enter_context(temporary_folder("kvmhost-young-"))
             paths, tables = record_guest(args, place)
         records = [stack.enter_context(open_record(path)) for path in paths]
         first = records[0]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import tempfile
 import threading
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 from kvmhost.errors import LayoutError
+from kvmhost.temporary import temporary_folder
 from kvmhost.tools.vocabulary import add_option
 from kvmhost.tools.young.common import add_process_arguments, open_source, progress_bar
 from kvmhost.tools.young.output import open_record
@@ -73,8 +73,8 @@ def open_windows(args: argparse.Namespace) -> Iterator[YoungRecord]:
         with open_record(Path(args.source)) as record:
             yield record
         return
-    with tempfile.TemporaryDirectory(prefix="kvmhost-young-") as folder:
-        path = Path(folder, "record.young")
+    with temporary_folder("kvmhost-young-") as folder:
+        path = folder / "record.young"
         _record(args, path)
         with open_record(path) as record:
             yield record

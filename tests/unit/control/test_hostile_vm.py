@@ -15,7 +15,8 @@ import pytest
 from kvmhost.control.client import Client
 from kvmhost.errors import ControlError, VmGoneError
 
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+# Each connection carries one answer: a client that kept it could meet the end of it.
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
 PIECE = b"100000\r\n" + b"a" * (1 << 20) + b"\r\n"
 
 
