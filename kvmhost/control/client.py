@@ -86,6 +86,10 @@ class Client(Caller, Harvestable):
         """Return all counters."""
         return self._get("counters", schema.Counters)
 
+    def rearm_cost(self) -> schema.RearmCost:
+        """Return what the touch of a re-armed page costs the guest; the VM measures it."""
+        return self._get("rearm_cost", schema.RearmCost)
+
     def page(self, gfn: int) -> schema.Page:
         """Return the state of one page."""
         return self._get(f"pages/{gfn}", schema.Page)

@@ -4,6 +4,7 @@
 ``GET  /v1/state``              name, status, counts, sizes
 ``GET  /v1/memory``             regions and pinned ranges
 ``GET  /v1/counters``           machine, harvests, pager
+``GET  /v1/rearm_cost``         what the touch of a re-armed page costs the guest
 ``GET  /v1/resident``           bitmap: which pages the memfds hold
 ``GET  /v1/residency``          where pages are, and what happened to them
 ``GET  /v1/pages/GFN``          one page
@@ -123,6 +124,7 @@ class Routes:
             "/v1/state": {"GET": self._get_state},
             "/v1/memory": {"GET": self._get_memory},
             "/v1/counters": {"GET": self._get_counters},
+            "/v1/rearm_cost": {"GET": self._get_rearm_cost},
             "/v1/resident": {"GET": self._get_resident},
             "/v1/residency": {"GET": self._get_residency},
             "/v1/harvest": {"POST": self._harvest},
@@ -213,6 +215,10 @@ class Routes:
     async def _get_counters(self, request: Request) -> Reply:
         nothing_asked(request)
         return json_reply(await self._work(self._machine.counters))
+
+    async def _get_rearm_cost(self, request: Request) -> Reply:
+        nothing_asked(request)
+        return json_reply(await self._work(self._machine.rearm_cost))
 
     async def _get_resident(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.RangeQuery)

@@ -43,6 +43,7 @@ if typing.TYPE_CHECKING:
         LimitState,
         MemoryMap,
         Page,
+        RearmCost,
         RestoreReport,
         RunState,
         ViewInfo,
@@ -192,6 +193,7 @@ class BaseMachine(RunnableMachine, Harvestable):
             self.memory.resident_bytes(),
             self.serial.n_bytes,
             self.serial.lost_bytes,
+            self.runner.cpu_seconds(),
         )
         totals = HarvestTotals(0, 0, 0, 0, 0)
         if self._harvester is not None:
@@ -285,6 +287,15 @@ class BaseMachine(RunnableMachine, Harvestable):
         """Return the state of the views, the default one first; empty before the first harvest."""
         self._check_open()
         return [] if self._harvester is None else self._harvester.views()
+
+    def rearm_cost(self) -> RearmCost:
+        """Return what the touch of a re-armed page costs the guest, with the tracker in use.
+
+        It is measured with a small VM of its own, and again when the figure is a minute old.
+
+        :raises StateError: before the first harvest, when no tracker is in use
+        """
+        return self.harvester().rearm_cost()
 
     def close_view(self, name: str, owner: int | None = None) -> bool:
         """End a view; return whether it was open. A tracker that it forced is put back.

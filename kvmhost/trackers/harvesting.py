@@ -22,7 +22,7 @@ from kvmhost.trackers import registry
 from kvmhost.trackers.base import TrackedVm, Tracker
 from kvmhost.trackers.sharing import SharedHarvests
 from kvmhost.trackers.views import UNNAMED, ViewKey, ViewStatus
-from kvmhost.vm.answers import HarvestTotals
+from kvmhost.vm.answers import HarvestTotals, RearmCost
 from kvmhost.vm.harvest import Harvest, HarvestRequest
 from kvmhost.vm.names import DEFAULT_VIEW, TableFormat
 
@@ -78,6 +78,11 @@ class Harvester:
         """Pages that sweeps cleared: each costs the guest a fault if it is touched again."""
         return self._shared.n_cleared
 
+    @property
+    def n_retouched(self) -> int:
+        """Cleared pages that were found young again: each cost the guest a fault."""
+        return self._shared.n_retouched
+
     def use(self, name: str = "auto", *, force: bool = False) -> Tracker:
         """Return a started tracker; stop the previous one.
 
@@ -118,6 +123,21 @@ class Harvester:
             self._count(found)
             return found
 
+    def rearm_cost(self) -> RearmCost:
+        """Return what the touch of a re-armed page costs the guest, with the tracker in use.
+
+        It is measured with a small VM of its own, and again when the figure is a minute old.
+
+        :raises StateError: before the first harvest, when no tracker is in use
+        :raises CapabilityError: if a VM of its own cannot be made
+        """
+        name = self.tracker_name
+        if name is None:
+            raise StateError("the tracker", "is not in use yet", "harvest first")
+        from kvmhost.trackers.rearmcost import rearm_cost
+
+        return rearm_cost(name, self._vm.engine.name)
+
     def _count(self, found: Harvest) -> None:
         old = self.totals
         self.totals = HarvestTotals(
@@ -128,6 +148,7 @@ class Harvester:
             old.rearm_ns + found.rearm_ns,
             self._shared.sweeps,
             self._shared.n_cleared,
+            self._shared.n_retouched,
         )
 
     def views(self) -> list[ViewStatus]:

@@ -24,7 +24,15 @@ from typing import Protocol
 
 import numpy as np
 
-from kvmhost.bitmap import Provenance, Words, YoungBitmap, n_words, place_words, sub_words
+from kvmhost.bitmap import (
+    Provenance,
+    Words,
+    YoungBitmap,
+    clear_words,
+    n_words,
+    place_words,
+    sub_words,
+)
 from kvmhost.trackers.sampling import DEFAULT_FRACTION
 from kvmhost.trackers.views import View, ViewKey, Views
 from kvmhost.vm.harvest import Harvest, HarvestRequest
@@ -68,8 +76,11 @@ class SharedHarvests:
         self._note_young = note_young
         #: The last sweep, if it cleared every page of its range.
         self._last: _Sweep | None = None
-        #: Sweeps so far, and the pages that they cleared: each costs the guest at most a fault.
-        self.sweeps = self.n_cleared = 0
+        #: Sweeps so far, the pages that they cleared, and those of them that were touched again
+        #: later: each of these cost the guest a fault.
+        self.sweeps = self.n_cleared = self.n_retouched = 0
+        #: Pages that were cleared and not yet found young again.
+        self._armed = np.zeros(n_words(n_pages), dtype=np.uint64)
 
     def harvest(self, source: Source, key: ViewKey, asked: HarvestRequest) -> Harvest:
         """Do one harvest for the reader of a view; its first one opens the view.
@@ -117,6 +128,7 @@ class SharedHarvests:
         The others keep what the tracker before found.
         """
         now_ns, self._last = time.monotonic_ns(), None
+        self._armed.fill(0)
         for view in self.views:
             view.note_tracker(now_ns)
             if view.key == key:
@@ -194,10 +206,22 @@ class SharedHarvests:
         """
         self._note_young(found)
         self.views.add(found, but=own)
-        self.sweeps += 1
-        self.n_cleared += _part(found, mask).count()
+        self._count(found, _part(found, mask))
         end = found.gfn_start + found.n_pages
         self._last = _Sweep(found.gfn_start, end, found.provenance) if mask is None else None
+
+    def _count(self, found: YoungBitmap, cleared: YoungBitmap) -> None:
+        """Count a sweep, and the pages whose touch was a fault because an earlier one cleared them.
+
+        A page that is found young and not cleared is counted once, however often it is found.
+        """
+        first, count, whole = found.gfn_start, found.n_pages, self.views.n_pages
+        again = found.words & sub_words(self._armed, whole, first, count)
+        self.n_retouched += dataclasses.replace(found, words=again, coarse=None).count()
+        clear_words(self._armed, first, found.words)
+        place_words(self._armed, first, cleared.words)
+        self.sweeps += 1
+        self.n_cleared += cleared.count()
 
 
 def _part(found: YoungBitmap, mask: Words | None) -> YoungBitmap:

@@ -22,6 +22,7 @@ __all__ = [
     "MemslotInfo",
     "Page",
     "PageRange",
+    "RearmCost",
     "RestoreReport",
     "RunState",
     "VcpuStatus",
@@ -263,6 +264,8 @@ class MachineCounters(Answer, frozen=True):
     """output of the serial port"""
     serial_lost_bytes: int = 0
     """output that was dropped because no reader read it in time"""
+    vcpu_s: float = 0.0
+    """processor time of the vCPU threads that have not ended"""
 
 
 class HarvestTotals(Answer, frozen=True):
@@ -282,6 +285,25 @@ class HarvestTotals(Answer, frozen=True):
     """harvests that cleared accessed bits, of all readers"""
     n_cleared: int = 0
     """pages that sweeps cleared: each costs the guest a fault if it is touched again"""
+    n_retouched: int = 0
+    """cleared pages that a later sweep found young again: each cost the guest a fault"""
+
+
+class RearmCost(Answer, frozen=True):
+    """Answer of ``GET /v1/rearm_cost``: what the touch of a re-armed page costs the guest."""
+
+    tracker: str
+    """the tracker that cleared the pages"""
+    fault_ns: float
+    """time of a vCPU for each page that is touched again, beyond that of a plain touch"""
+    waits: bool
+    """whether the fault is answered by another thread, so that the wait is part of the cost"""
+    n_pages: int
+    """pages of the guest that measured it, touched once in each try"""
+    tries: int
+    """tries; the cost is their median"""
+    age_s: float
+    """time since it was measured"""
 
 
 class Counters(Answer, frozen=True):

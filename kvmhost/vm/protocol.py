@@ -33,6 +33,7 @@ if typing.TYPE_CHECKING:
         LimitState,
         MemoryMap,
         Page,
+        RearmCost,
         RestoreReport,
         RunState,
         VmState,
@@ -92,6 +93,9 @@ class Vm(YoungSource, Protocol):
 
     def counters(self) -> Counters:
         """Return all counters."""
+
+    def rearm_cost(self) -> RearmCost:
+        """Return what the touch of a re-armed page costs the guest; measured."""
 
     def page(self, gfn: int) -> Page:
         """Return the state of one page."""

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from kvmhost.machine import BaseMachine, Machine
 from kvmhost.machine.pc import PcMachine
 from kvmhost.process.attach import Attached
 from kvmhost.vm import Harvest, Harvestable, HarvestRequest
-from kvmhost.vm.answers import VmState
+from kvmhost.vm.answers import RearmCost, VmState
 from kvmhost.vm.protocol import Vm, YoungSource
 
 pytestmark = pytest.mark.requires_kvm
@@ -115,9 +116,17 @@ SAME: dict[str, Callable[[Vm], Any]] = {
     "shrink": lambda vm: (vm.shrink(6 << 20), vm.drain()),
     "victims": lambda vm: vm.set_victims([GFN, GFN + 1]),
     "view": lambda vm: (vm.harvest(view="a").young, vm.close_view("a"), vm.close_view("a")),
+    "cost of re-arming": lambda vm: (vm.harvest().n_young, _without_age(vm.rearm_cost())),
     "pause": lambda vm: (vm.pause().paused, vm.state().paused, vm.resume()),
 }
+
+
+def _without_age(cost: RearmCost) -> RearmCost:
+    return msgspec.structs.replace(cost, age_s=0.0)
+
+
 REFUSED: dict[str, Callable[[Vm], Any]] = {
+    "cost without a tracker": lambda vm: vm.rearm_cost(),
     "page of no memslot": lambda vm: vm.page(1 << 30),
     "page below 0": lambda vm: vm.page(-1),
     "resident beyond": lambda vm: vm.resident(0, 1 << 40),

@@ -103,10 +103,11 @@ LAYERS = {
     ),
     "kvmhost/process": ({"procmaps"}, {"foreign"}, {"attach", "methods"}),
     "kvmhost/trackers": (
-        {"base", "calibration", "pagescan", "sampling"},
+        {"base", "pagescan", "probeguest", "sampling"},
+        {"calibration"},
         {"dirty", "guestpt", "idle", "pagemap", "uffd"},
         {"registry", "views"},
-        {"sharing"},
+        {"rearmcost", "sharing"},
         {"harvesting"},
     ),
     "kvmhost/vm": ({"answers", "checks", "names"}, {"harvest"}, {"protocol"}),

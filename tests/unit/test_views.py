@@ -211,6 +211,34 @@ def test_readers_at_the_same_time_rearm_a_page_once() -> None:
     assert rig.shared.n_cleared == 1000
 
 
+@settings(deadline=None)
+@given(schedules())
+def test_a_fault_that_a_sweep_caused_is_counted_once(steps) -> None:
+    """Whoever cleared the page, whoever found it young again, and in however many sweeps."""
+    rig, touched = Rig(), set()
+    for kind, what in steps:
+        if kind == "touch":
+            rig.touch(what)
+            touched |= set(what)
+        elif kind == "close":
+            rig.close(what)
+        elif what[1]["rearm"] != "all":
+            rig.harvest(what[0], **what[1])
+    rig.shared.sweep_all(rig.source)
+    # The first touch of each page was a fault without any sweep.
+    assert rig.shared.n_retouched == rig.source.faults - len(touched)
+
+
+def test_another_tracker_starts_without_pages_that_were_cleared() -> None:
+    rig = Rig()
+    rig.touch([5])
+    rig.harvest(A)
+    rig.shared.note_tracker(A)
+    rig.touch([5])
+    rig.harvest(A)
+    assert rig.shared.n_retouched == 0
+
+
 def test_the_pager_is_told_of_each_sweep_once() -> None:
     rig = Rig()
     for key in (A, B):

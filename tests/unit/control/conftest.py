@@ -162,6 +162,7 @@ class FakeMachine(BaseMachine):
         self.params = {"seed": 1}
         self.vcpus = [types.SimpleNamespace(index=0, exits=3, doorbells=2, epoch=1)]
         self.serial = types.SimpleNamespace(n_bytes=27, lost_bytes=4)
+        self.runner = types.SimpleNamespace(cpu_seconds=lambda: 0.5)
         self.pauses = 0
         self.tracker = None
         self.pager_problem = None

@@ -27,6 +27,7 @@ WRONG: dict[tuple[str, str], list[tuple[str, bytes, int, str]]] = {
     ("GET", "/v1/state"): [],
     ("GET", "/v1/memory"): [],
     ("GET", "/v1/counters"): [],
+    ("GET", "/v1/rearm_cost"): [],
     ("GET", "/v1/resident"): [
         ("gfn_start=16641", b"", 400, "gfn_start"),
         ("n_pages=16641", b"", 400, "n_pages"),
