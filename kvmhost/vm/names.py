@@ -15,6 +15,7 @@ __all__ = [
     "ENGINES",
     "LOADERS",
     "METHODS",
+    "NOT_SEEN",
     "REARM",
     "SHARED_SWEEP",
     "TABLE_FORMATS",
@@ -53,6 +54,14 @@ TRACKERS: tuple[TrackerName, ...] = typing.get_args(TrackerName)
 #: Where young bits of another process come from.
 MethodName = Literal["auto", "idle", "pageout", "written", "soft-dirty", "present"]
 METHODS: tuple[MethodName, ...] = typing.get_args(MethodName)
+
+#: What the bits of a tracker, or of a way to look at another process, do not show.
+NOT_SEEN = {
+    "dirty": "reads",
+    "written": "reads",
+    "soft-dirty": "reads",
+    "present": "touches after the first",
+}
 
 #: Where evicted pages go: the pager's own store, or the host's swap.
 Actuator = Literal["store", "swap"]

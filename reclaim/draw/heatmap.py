@@ -6,19 +6,16 @@ of a large guest takes little memory.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from kvmhost.bitmap import YoungBitmap
-from kvmhost.errors import LayoutError, VmGoneError
-from kvmhost.reclaim.young.live import NamedSource, live_windows
+from kvmhost.errors import LayoutError
+from kvmhost.reclaim.draw.parts import PageParts
 
-__all__ = ["Heatmap", "HeatmapLayers", "HeatmapMark", "bin_edges", "bin_shares", "live_heatmap"]
+__all__ = ["Heatmap", "HeatmapLayers", "HeatmapMark", "bin_edges", "bin_shares"]
 
 _NO_EDGES = np.zeros(0, dtype=np.int64)
 
@@ -80,6 +77,8 @@ class Heatmap:
     :param marks: marks on the time axis, in seconds from the start of the first window
     :param edges: the first page of each bin, and ``n_pages``; None: equal bins
     :param layers: None: residency is unknown
+    :param ranges: ``[start, end)`` of gfns that are shown one after the other; none: all from
+        ``gfn_start`` on
     """
 
     gfn_start: int
@@ -93,6 +92,7 @@ class Heatmap:
     columns: list[npt.NDArray[np.float32]] = dataclasses.field(default_factory=list)
     windows_ns: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     layers: HeatmapLayers | None = None
+    ranges: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     def __repr__(self) -> str:
         end = self.gfn_start + self.n_pages
@@ -104,6 +104,13 @@ class Heatmap:
     def __post_init__(self) -> None:
         if not self.edges.size:
             self.edges = bin_edges(self.n_pages, self.n_bins)
+        if not self.ranges:
+            self.ranges = [(self.gfn_start, self.gfn_start + self.n_pages)]
+
+    @property
+    def gfns(self) -> PageParts:
+        """Gfns and their positions in the picture."""
+        return PageParts(tuple(self.ranges))
 
     def add(self, bitmap: YoungBitmap, start_ns: int, end_ns: int) -> None:
         """Add one window.
@@ -126,52 +133,3 @@ class Heatmap:
     def shares(self) -> npt.NDArray[np.float32]:
         """Return shape ``(bins, windows)``."""
         return np.stack(self.columns, axis=1)
-
-
-def live_heatmap(
-    source: NamedSource,
-    *,
-    interval_s: float = 0.1,
-    count: int = 120,
-    tracker: str = "auto",
-    gfn_start: int = 0,
-    n_pages: int | None = None,
-    n_bins: int = 512,
-    view: str = "heatmap",
-    force: bool = False,
-    on_window: Callable[[], None] = lambda: None,
-) -> Heatmap:
-    """Harvest a VM window by window until the count is reached, the VM exits or an interrupt.
-
-    :param n_pages: None for all pages up to the end of memory
-    :param view: the view of the VM that is drawn
-    :param force: change the tracker also while others read by another one
-    :param on_window: called after each window
-    :raises VmGoneError: if the VM exits before the end of the first window
-    :raises ControlError: if the VM rejects harvests
-    """
-    image = Path(source.state().image).stem
-    heatmap = provenance = None
-    windows = live_windows(
-        source,
-        interval_s=interval_s,
-        count=count,
-        tracker=tracker,
-        gfns=(gfn_start, n_pages),
-        view=view,
-        force=force,
-    )
-    with contextlib.suppress(KeyboardInterrupt):
-        for window in windows:
-            bitmap = window.bitmap
-            if heatmap is None:
-                heatmap, provenance = Heatmap(gfn_start, bitmap.n_pages, n_bins), bitmap.provenance
-            heatmap.add(bitmap, window.start_ns, window.end_ns)
-            on_window()
-    if heatmap is None or provenance is None:
-        raise VmGoneError(source.vm, "exited before the end of the first window")
-    heatmap.title = (
-        f"VM {source.vm} ({image}): pages touched, by {provenance.tracker} "
-        f"({provenance.table_format}), {len(heatmap.columns)} windows of {interval_s:g} s"
-    )
-    return heatmap

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.draw.heatmap import Heatmap, HeatmapLayers, HeatmapMark, bin_edges
+from kvmhost.reclaim.draw.parts import PageParts, joined_runs
 from kvmhost.reclaim.errors import RecordError
 from kvmhost.reclaim.record.clock import (
     GAP_SHARE,
@@ -27,8 +28,18 @@ from kvmhost.reclaim.record.clock import (
 from kvmhost.reclaim.record.meta import EVENTS, EVICTIONS, LEVELS, STATES, Memslot
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, to_rows
+from kvmhost.units import PAGE_BYTES, size_text
+from kvmhost.vm.names import NOT_SEEN
 
-__all__ = ["BIT_LEVELS", "RecordView", "Timeline", "heatmap_of", "timeline_of"]
+__all__ = [
+    "BIT_LEVELS",
+    "RecordView",
+    "Timeline",
+    "heatmap_of",
+    "notes_of",
+    "timeline_of",
+    "used_view",
+]
 
 #: Levels counted from bits: words of 64 pages, bytes, single pages.
 BIT_LEVELS = (6, 3, 0)
@@ -41,12 +52,15 @@ Counts = npt.NDArray[np.unsignedinteger]
 
 
 class RecordView:
-    """A part of a record: windows ``[first, end)`` and a range of pages.
+    """A part of a record: windows ``[first, end)`` and ranges of pages.
 
-    The range of gfns is extended to whole words of 64 pages, and above 128 MiB to bins of
-    512 pages, counted from the first page of the record.
+    A range of gfns is extended to whole words of 64 pages, and above 128 MiB to bins of
+    512 pages, counted from the first page of the record. Pages of the view are numbered by
+    their positions (:mod:`.parts`).
 
     :param gfns: ``[first, end)``; None: all
+    :param parts: pages to show, counted from the first one of the record, in whole bins of 512
+        pages; None: the whole range
     :raises LayoutError: if windows or pages are outside the record, or the view is empty
     """
 
@@ -56,6 +70,7 @@ class RecordView:
         first: int = 0,
         end: int | None = None,
         gfns: tuple[int, int] | None = None,
+        parts: PageParts | None = None,
     ) -> None:
         self.record, self.first = record, first
         self.end = len(record) if end is None else end
@@ -70,19 +85,39 @@ class RecordView:
                 f"{record.path}: no windows [{first}, {self.end}); it has {len(record)}"
             )
         step = 64 if high - low <= _FINE_PAGES else 1 << LEVELS[0]
-        #: Range of pages, counted from the first page of the record.
-        self.low = (low - record.gfn_start) // step * step
-        self.high = min(-(-(high - record.gfn_start) // step) * step, record.n_pages)
+        whole = (
+            (low - record.gfn_start) // step * step,
+            min(-(-(high - record.gfn_start) // step) * step, record.n_pages),
+        )
+        #: Ranges of pages, counted from the first page of the record.
+        self.parts = parts or PageParts((whole,))
+        #: Pages of the record that the view could show and does not.
+        self.n_left_out = 0 if parts is None else record.n_pages - parts.n_pages
+
+    @property
+    def low(self) -> int:
+        """The first page, counted from the first one of the record."""
+        return self.parts.low
+
+    @property
+    def high(self) -> int:
+        """One more than the last page."""
+        return self.parts.high
 
     @property
     def gfn_start(self) -> int:
         """The first gfn."""
-        return self.record.gfn_start + self.low
+        return self.record.gfn_start + self.parts.low
 
     @property
     def n_pages(self) -> int:
-        """Pages."""
-        return self.high - self.low
+        """Pages that are shown."""
+        return self.parts.n_pages
+
+    def gfn_ranges(self) -> list[tuple[int, int]]:
+        """Return the ranges of gfns that are shown."""
+        start = self.record.gfn_start
+        return [(start + low, start + high) for low, high in self.parts.ranges]
 
     @property
     def n_windows(self) -> int:
@@ -103,8 +138,9 @@ class RecordView:
             base = min(level, BIT_LEVELS[0])
             found = self.bit_counts((base,), first, end)[base]
         else:
-            bins = slice(self.low >> base, -(-self.high >> base))
-            found = self.record.sums(base, first, end)[:, bins]
+            sums = self.record.sums(base, first, end)
+            parts = [sums[:, low >> base : -(-high >> base)] for low, high in self.parts.ranges]
+            found = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         return _grouped(found, 1 << (level - base))
 
     def bit_counts(
@@ -118,19 +154,32 @@ class RecordView:
         """Return the counts of levels in :data:`BIT_LEVELS`, by level, computed from bits.
 
         :param name: which array of bits
-        :param pages: range within this view, in multiples of 64; None: all
+        :param pages: positions within this view, in multiples of 64; None: all
         """
-        low, high = pages or (0, self.n_pages)
-        n_words = -(-(high - low) // 64)
+        start, stop = pages or (0, self.n_pages)
+        n_words = -(-(stop - start) // 64)
         rows = np.zeros((end - first, n_words), dtype=np.uint64)
-        start = self.gfn_start + low
-        for gfn, base, words in self.record.blocks(first, end, start, self.gfn_start + high, name):
+        for low, high, position in self.parts.between(start, stop):
+            self._fill(rows[:, (position - start) // 64 :], (first, end), (low, high), name)
+        low, high = start, stop
+        return {level: _counted(rows, level)[:, : -(-(high - low) >> level)] for level in levels}
+
+    def _fill(
+        self,
+        rows: npt.NDArray[np.uint64],
+        windows: tuple[int, int],
+        pages: tuple[int, int],
+        name: str,
+    ) -> None:
+        """Read the bits of a range of pages of the record into the first columns of ``rows``."""
+        (first, end), start = windows, self.record.gfn_start
+        low, high = start + pages[0], start + pages[1]
+        for gfn, base, words in self.record.blocks(first, end, low, high, name):
             padded = np.pad(words, (0, -words.size % 64))
             since, until = max(first, base), min(end, base + BLOCK_WINDOWS)
             part = to_rows(padded)[since - base : until - base]
-            at = (gfn - start) // 64
+            at = (gfn - low) // 64
             rows[since - first : until - first, at : at + part.shape[1]] = part
-        return {level: _counted(rows, level)[:, : -(-(high - low) >> level)] for level in levels}
 
     def bands(self, n_bins: int) -> Iterator[tuple[int, int]]:
         """Yield ranges of windows to read together: whole blocks of the record."""
@@ -141,7 +190,7 @@ class RecordView:
 
     def memslots(self) -> list[Memslot]:
         """Return the memslots of the last window that overlap the pages, in order."""
-        end = self.gfn_start + self.n_pages
+        end = self.record.gfn_start + self.high
         slots = self.record.memslots(self.end - 1)
         touching = [s for s in slots if s.gfn < end and s.gfn + s.n_pages > self.gfn_start]
         return sorted(touching, key=lambda s: s.gfn)
@@ -152,10 +201,34 @@ class RecordView:
             stored
             for stored in LEVELS
             if stored <= level
-            and self.low % (1 << stored) == 0
-            and (self.high % (1 << stored) == 0 or self.high == self.record.n_pages)
+            and all(
+                low % (1 << stored) == 0
+                and (high % (1 << stored) == 0 or high == self.record.n_pages)
+                for low, high in self.parts.ranges
+            )
         ]
         return fitting[-1] if fitting else None
+
+
+def used_view(record: YoungRecord, first: int = 0, end: int | None = None) -> RecordView:
+    """Return a view of the used part of memory: of all of it, if more than half is used.
+
+    Used are bins of 512 pages in which a page was young in the windows, or is evicted at their
+    end.
+    """
+    whole = RecordView(record, first, end)
+    level, used = LEVELS[0], np.zeros(whole.n_bins(LEVELS[0]), dtype=bool)
+    for since, until in whole.bands(used.size):
+        used |= whole.counts(level, since, until).any(axis=0)
+    if record.has_residency()[whole.end - 1]:
+        base = BIT_LEVELS[0]
+        counts = whole.bit_counts((base,), whole.end - 1, whole.end, name="evicted")[base]
+        used |= _grouped(counts, 1 << (level - base)).any(axis=0)
+    runs = joined_runs(used)
+    if runs is None:
+        return whole
+    pages = ((a << level, min(b << level, record.n_pages)) for a, b in runs)
+    return RecordView(record, first, end, parts=PageParts(tuple(pages)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +294,7 @@ def heatmap_of(view: RecordView, n_bins: int = 512, n_columns: int = 1200) -> He
     rows = bin_edges(view.n_bins(level), n_bins)
     edges = np.minimum(rows << level, view.n_pages)
     times = timeline_of(view)
-    heatmap = Heatmap(view.gfn_start, view.n_pages, edges=edges)
+    heatmap = Heatmap(view.gfn_start, view.n_pages, edges=edges, ranges=view.gfn_ranges())
     cuts = _cuts(view, times, n_columns)
     pending: dict[int, npt.NDArray[np.float64]] = {}
     for first, end in view.bands(view.n_bins(level)):
@@ -321,16 +394,28 @@ def _described(heatmap: Heatmap, view: RecordView, times: Timeline, grouped: int
         for key in ("view", "engine", "kernel")
         if session.facts.get(key)
     ]
-    limits = session.facts.get("not_seen", "")
-    if limits:
-        parts.append(f"{limits} are not seen")
-    if heatmap.layers is None:
-        facts.append("residency unknown")
-    notes = [coverage_of(record, view.first, view.end).text, record.loss]
-    heatmap.caption = "; ".join([*parts, *facts, *(note for note in notes if note)])
+    heatmap.caption = "; ".join([*parts, *facts, *notes_of(view, heatmap.layers is not None)])
     heatmap.slots = [(s.slot, s.gfn, s.gfn + s.n_pages) for s in view.memslots()]
     heatmap.marks = times.marks
     return heatmap
+
+
+def notes_of(view: RecordView, has_residency: bool) -> list[str]:
+    """Return what a picture of a view does not show: for its caption."""
+    record = view.record
+    sessions = record.metadata.sessions
+    limits = {
+        s.facts.get("not_seen") or NOT_SEEN.get(s.tracker, "")
+        for s in sessions
+        if s.first_window < view.end
+    }
+    notes = [f"{what} are not seen" for what in sorted(limits - {""})]
+    if not has_residency:
+        notes.append("residency unknown")
+    if view.n_left_out:
+        size = size_text(view.n_left_out * PAGE_BYTES)
+        notes.append(f"left out: {size} without a young page (--all shows them)")
+    return [*notes, *filter(None, (coverage_of(record, view.first, view.end).text, record.loss))]
 
 
 def _cuts(view: RecordView, times: Timeline, n_columns: int) -> npt.NDArray[np.int64]:

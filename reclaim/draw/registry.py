@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from kvmhost.errors import LayoutError
 
 if TYPE_CHECKING:
-    from kvmhost.reclaim.draw.heatmap import Heatmap
     from kvmhost.reclaim.draw.heatmapdata import RecordView
 
-__all__ = ["PICTURES", "PictureKind", "draw_heatmap", "draw_record", "kind_of"]
+__all__ = ["PICTURES", "PictureKind", "draw_record", "kind_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +22,12 @@ class PictureKind:
     :param about: one line for users
     :param record: draws a view of a record; takes the view, a path and options, and
         returns a line about the picture
-    :param heatmap: draws a heatmap of a running VM; takes the heatmap and a path; None if
-        the kind needs a record
     :param check: raises CapabilityError if this kind cannot be drawn; None if it always can
     :param takes: names of options that ``record`` takes
     """
 
     about: str
     record: str
-    heatmap: str | None = None
     check: str | None = None
     takes: tuple[str, ...] = ()
 
@@ -48,7 +44,6 @@ def _plotted(about: str) -> PictureKind:
     return PictureKind(
         about,
         "render:draw_record",
-        heatmap="render:render_heatmap",
         check="render:need_plotting",
         takes=("n_bins",),
     )
@@ -87,19 +82,6 @@ def draw_record(view: RecordView, path: Path, **options: Any) -> str:
     given = {name: value for name, value in options.items() if name in kind.takes}
     drawn: str = _function(kind.record)(view, path, **given)
     return drawn
-
-
-def draw_heatmap(heatmap: Heatmap, path: Path) -> None:
-    """Draw a heatmap of a running VM.
-
-    :raises LayoutError: if there is no such kind of picture, or it needs a record
-    :raises CapabilityError: if a library is missing
-    :raises HostError: if the file cannot be written
-    """
-    kind = kind_of(path)
-    if kind.heatmap is None:
-        raise LayoutError(f"{path}: {kind.about} needs a record")
-    _function(kind.heatmap)(heatmap, path)
 
 
 def _function(target: str) -> Any:

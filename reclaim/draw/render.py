@@ -14,7 +14,7 @@ from kvmhost.files import replacing
 from kvmhost.installing import install_hint
 from kvmhost.reclaim.draw.heatmap import Heatmap, HeatmapLayers
 from kvmhost.reclaim.draw.heatmapdata import RecordView, heatmap_of
-from kvmhost.units import PAGE_BYTES
+from kvmhost.units import PAGE_BYTES, size_text
 
 __all__ = ["PICTURE_KINDS", "draw_record", "need_plotting", "render_heatmap"]
 
@@ -93,16 +93,13 @@ def render_heatmap(heatmap: Heatmap, path: Path) -> None:
     axes.set_ylabel("guest frame number")
     _label_gfns(axes, heatmap, ticker)
     _outline_slots(axes, heatmap)
+    _draw_cuts(axes, heatmap)
     _draw_marks(axes, heatmap)
     if heatmap.layers is not None:
         _draw_events(below[0], heatmap, heatmap.layers)
         _draw_moved(axes, heatmap, heatmap.layers)
         _draw_legend(axes, heatmap.layers)
-    unit, size = ("GiB", 2**30) if heatmap.n_pages >= 1 << 21 else ("MiB", 2**20)
-    other = axes.secondary_yaxis(
-        1.0, functions=(lambda gfn: gfn * PAGE_BYTES / size, lambda m: m * size / PAGE_BYTES)
-    )
-    other.set_ylabel(f"guest physical address ({unit})")
+    _label_addresses(axes, heatmap, ticker)
     bar = picture.colorbar(mesh, ax=axes, pad=0.02, extend="min")
     pages = int(np.diff(heatmap.edges).max())
     bins = f"bins of {pages:,} pages" if pages > 1 else "page by page"
@@ -292,24 +289,70 @@ def _label_times(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
 
 def _label_gfns(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
     """Label round gfns in hexadecimal."""
+    axes.yaxis.set_major_locator(ticker.FixedLocator([y for y, _ in _ticks(heatmap)]))
+    names = [f"{gfn:#x}" for _, gfn in _ticks(heatmap)]
+    axes.yaxis.set_major_formatter(ticker.FixedFormatter(names))
+    axes.set_ylim(heatmap.gfn_start, heatmap.gfn_start + heatmap.n_pages)
+
+
+def _label_addresses(axes: Any, heatmap: Heatmap, ticker: Any) -> None:
+    """Label the same places with addresses, on the right."""
+    unit, size = ("GiB", 2**30) if heatmap.gfns.high >= 1 << 21 else ("MiB", 2**20)
+    other = axes.secondary_yaxis(1.0)
+    other.yaxis.set_major_locator(ticker.FixedLocator([y for y, _ in _ticks(heatmap)]))
+    names = [f"{gfn * PAGE_BYTES / size:.6g}" for _, gfn in _ticks(heatmap)]
+    other.yaxis.set_major_formatter(ticker.FixedFormatter(names))
+    other.set_ylabel(f"guest physical address ({unit})")
+
+
+def _ticks(heatmap: Heatmap) -> list[tuple[int, int]]:
+    """Return (place on the axis, gfn) of round gfns, and of the first gfn behind each cut."""
     step = 1
     while heatmap.n_pages / step > 12:
         step *= 2
-    axes.yaxis.set_major_locator(ticker.MultipleLocator(step))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda gfn, _: f"{int(gfn):#x}"))
-    axes.set_ylim(heatmap.gfn_start, heatmap.gfn_start + heatmap.n_pages)
+    found: list[tuple[int, int]] = []
+    for low, high in heatmap.ranges:
+        at = heatmap.gfn_start + heatmap.gfns.position_of(low)
+        end = high + 1 if high == heatmap.gfns.high else high
+        round_gfns = range(-(-low // step) * step, end, step)
+        first = [] if low in round_gfns or len(heatmap.ranges) == 1 else [low]
+        for gfn in (*first, *round_gfns):
+            y = at + gfn - low
+            # A label needs its room, also where parts are short.
+            if not found or y - found[-1][0] >= 0.6 * step or len(heatmap.ranges) == 1:
+                found.append((y, gfn))
+    return found
+
+
+def _y_of(heatmap: Heatmap, gfn: int) -> int:
+    """Return the place of a gfn on the axis: the gfn itself if nothing is left out."""
+    return heatmap.gfn_start + heatmap.gfns.position_of(gfn)
+
+
+def _draw_cuts(axes: Any, heatmap: Heatmap) -> None:
+    """Mark where pages are left out."""
+    for position, n_pages in heatmap.gfns.cuts():
+        y = heatmap.gfn_start + position
+        axes.axhline(y, color="white", linewidth=5, zorder=4)
+        axes.axhline(y, color="0.3", linewidth=1, linestyle=(0, (1, 2)), zorder=4)
+        axes.annotate(
+            f"{size_text(n_pages * PAGE_BYTES)} without a young page left out", (0.5, y),
+            xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=7, color="0.3",
+            bbox={"boxstyle": "square,pad=0.2", "fc": "white", "ec": "none"}, zorder=5,
+        )  # fmt: skip
 
 
 def _outline_slots(axes: Any, heatmap: Heatmap) -> None:
     """Draw the edges of memslots, and their names where there is room."""
     low, high = heatmap.gfn_start, heatmap.gfn_start + heatmap.n_pages
-    for slot, first, end in heatmap.slots:
-        for gfn in (first, end):
-            if low < gfn < high:
-                axes.axhline(gfn, color="#c2410c", linewidth=0.8, alpha=0.8)
-        if min(end, high) - max(first, low) > heatmap.n_pages / 40:
+    for slot, start, stop in heatmap.slots:
+        first, end = _y_of(heatmap, start), _y_of(heatmap, stop)
+        for y in (first, end):
+            if low < y < high:
+                axes.axhline(y, color="#c2410c", linewidth=0.8, alpha=0.8)
+        if end - first > heatmap.n_pages / 40:
             axes.annotate(
-                f"slot {slot}", (0, min(end, high)), xycoords=("axes fraction", "data"),
+                f"slot {slot}", (0, end), xycoords=("axes fraction", "data"),
                 xytext=(4, -3), textcoords="offset points", va="top", fontsize=8,
                 color="#c2410c", bbox={"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none",
                                        "alpha": 0.75},

@@ -23,7 +23,7 @@ from kvmhost.process.attach import Attached
 from kvmhost.reclaim.record.meta import Memslot, RecordSession
 from kvmhost.reclaim.record.residency import residency_of_window
 from kvmhost.reclaim.record.writer import Cost, RecordWriter
-from kvmhost.vm.names import SHARED_SWEEP
+from kvmhost.vm.names import NOT_SEEN, SHARED_SWEEP
 
 __all__ = ["RecordingPlan", "RecordingResult", "record_vm"]
 
@@ -31,8 +31,6 @@ __all__ = ["RecordingPlan", "RecordingResult", "record_vm"]
 _LAYOUT_S = 1.0
 #: Replies about events per window: more come faster than they can be read.
 _MOST_REPLIES = 16
-#: What the bits of a tracker, or of a way to look at another process, do not show.
-_NOT_SEEN = {"dirty": "reads", "written": "reads", "soft-dirty": "reads"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +224,8 @@ def _facts(client: Client | Attached, tracker: str, view: str | None) -> dict[st
     facts = {"vm": client.vm, "image": Path(state.image).name}
     if view:
         facts["view"] = view
-    if tracker in _NOT_SEEN:
-        facts["not_seen"] = _NOT_SEEN[tracker]
+    if tracker in NOT_SEEN:
+        facts["not_seen"] = NOT_SEEN[tracker]
     if isinstance(state, VmState):
         facts |= {
             "vm": state.name,

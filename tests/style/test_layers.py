@@ -131,9 +131,11 @@ LAYERS = {
         {"server"},
     ),
     "reclaim/draw": (
+        {"parts"},
         {"heatmap"},
         {"heatmapdata"},
-        {"heatmaptiles", "registry", "render"},
+        {"registry", "render"},
+        {"heatmaptiles", "live"},
         {"heatmaphtml"},
     ),
     "reclaim/exchange": ({"common"}, {"copy", "damon", "dirty", "registry", "text"}),
@@ -163,7 +165,7 @@ LAYERS = {
         {"worker"},
     ),
     "reclaim/watch": ({"data", "map"}, {"app"}),
-    "reclaim/young": ({"bits", "live"},),
+    "reclaim/young": ({"bits"},),
 }
 
 

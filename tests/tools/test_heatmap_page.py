@@ -286,7 +286,7 @@ def test_the_command_draws_a_record_and_refuses_what_does_not_fit(page, tmp_path
         ([record, "-o", str(tmp_path / "x.gif")], r"\.html"),
         ([record, "-o", str(tmp_path / "x.html"), "--range", "0:1"], "out of range"),
         ([record, "-o", str(tmp_path / "x.html"), "--windows", "5:900"], "windows 0 to 199"),
-        (["vm1", "-o", str(tmp_path / "x.html")], "needs a record"),
+        (["vm1", "-o", str(tmp_path / "x.html"), "--windows", "0:3"], "needs a record"),
     ):
         with pytest.raises(LayoutError, match=text):
             main(words)

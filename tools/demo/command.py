@@ -186,17 +186,19 @@ def _throughput(settings: DemoSettings, seconds: float = 2.0) -> dict[str, float
 
 def _picture(settings: DemoSettings, path: Path) -> str | None:
     """Harvest a running VM and plot gfn by time; return None without the plot extra."""
-    from kvmhost.reclaim.draw.heatmap import live_heatmap
-    from kvmhost.reclaim.draw.render import need_plotting, render_heatmap
+    from kvmhost.reclaim.draw.live import draw_vm
+    from kvmhost.reclaim.draw.render import need_plotting
+    from kvmhost.reclaim.record.chunks import need_zstd
+    from kvmhost.reclaim.record.recorder import RecordingPlan
 
     try:
         need_plotting()
+        need_zstd()
     except CapabilityError:
         return None
     with start_vm(settings, "picture", epochs=0) as vm:
         wait_until(lambda: vm.client.state().doorbells > 2, vm, "the first epochs")
-        heatmap = live_heatmap(vm.client, interval_s=0.08, count=70)
-        render_heatmap(heatmap, path)
+        draw_vm(vm.client, path, RecordingPlan(0.08, 70, view="heatmap"), show_all=True)
     return str(path)
 
 

@@ -23,6 +23,8 @@ from kvmhost.tools.young.source import is_record
 
 __all__ = ["main", "parser"]
 
+_INTERVAL_S, _COUNT = 0.1, 120
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
@@ -35,45 +37,52 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _draw_record(args: argparse.Namespace) -> int:
-    from kvmhost.reclaim.draw.heatmapdata import RecordView
+    from kvmhost.reclaim.draw.heatmapdata import RecordView, used_view
     from kvmhost.reclaim.draw.registry import draw_record
 
     if args.pid is not None or args.interval is not None or args.count is not None:
         raise LayoutError("--pid, --interval and --count apply to running VMs, not to a FILE")
     with open_record(Path(args.vm)) as record:
-        view = RecordView(record, *windows_of(record, args.windows), args.range)
+        windows = windows_of(record, args.windows)
+        if args.all or args.range is not None:
+            view = RecordView(record, *windows, args.range)
+        else:
+            view = used_view(record, *windows)
         drawn = draw_record(view, args.out, n_bins=args.bins, max_bytes=args.max_size)
-        print(printable(f"{args.out}: {drawn}"))
+    print(printable(f"{args.out}: {drawn}"))
     return 0
 
 
 def _draw_live(args: argparse.Namespace) -> int:
-    from kvmhost.reclaim.draw.heatmap import live_heatmap
-    from kvmhost.reclaim.draw.registry import draw_heatmap, kind_of
+    from kvmhost.reclaim.draw.live import draw_vm
+    from kvmhost.reclaim.record.recorder import RecordingPlan
 
-    if args.windows is not None or kind_of(args.out).heatmap is None:
-        what = "--windows" if args.windows is not None else str(args.out)
+    if args.windows is not None:
         raise LayoutError(
-            f"{what}: needs a record; create one with: "
+            "--windows: needs a record; create one with: "
             f"kvmhost young record {args.vm or 'VM'} -o FILE"
         )
-    windows, interval_s = args.count or 120, args.interval or 0.1
-    with open_source(args.vm, args.pid, args.mapping) as vm, progress_bar(windows) as advance:
-        gfn_start, n_pages = range_of(args.range, vm.memory_map())
-        heatmap = live_heatmap(
-            vm,
-            interval_s=interval_s,
-            count=windows,
-            tracker=args.tracker,
-            gfn_start=gfn_start,
-            n_pages=n_pages,
-            n_bins=args.bins,
+    n_windows = args.count or _COUNT
+    with open_source(args.vm, args.pid, args.mapping) as vm, progress_bar(n_windows) as advance:
+        given = args.range and (args.range[0], sum(range_of(args.range, vm.memory_map())))
+        plan = RecordingPlan(
+            args.interval or _INTERVAL_S,
+            n_windows,
+            args.tracker,
+            given,
             view=args.view,
             force=args.force,
-            on_window=advance,
         )
-    draw_heatmap(heatmap, args.out)
-    print(printable(f"{args.out}: {len(heatmap.columns)} windows of {vm.vm}"))
+        drawn = draw_vm(
+            vm,
+            args.out,
+            plan,
+            show_all=args.all,
+            on_window=advance,
+            n_bins=args.bins,
+            max_bytes=args.max_size,
+        )
+    print(printable(f"{args.out}: {drawn}"))
     return 0
 
 
@@ -85,9 +94,9 @@ def parser() -> CommandParser:
         prog="kvmhost young heatmap",
         usage=f"%(prog)s (FILE | VM | --pid PID) -o OUT{'|'.join(PICTURES)} [options]",
         description="Draw which pages were touched over time, from a record (a FILE of young "
-        "record) or from a running VM, which is then harvested window by window, in a view of "
-        "its own beside all other readers. OUT.html, of a record, zooms from all of memory "
-        "down to single gfns, and needs no network.",
+        "record) or from a running VM, which is then recorded first, in a view of its own "
+        "beside all other readers. OUT.html zooms from all of memory down to single gfns, and "
+        "needs no network. Of a mostly idle memory the parts that are used are shown.",
     )
     add_vm_arguments(parser, or_pid=True)
     add_option(parser, "--out", required=True, metavar="OUT", help=", ".join(PICTURES))
@@ -103,6 +112,12 @@ def parser() -> CommandParser:
     add_option(parser, "--count", help="of a VM: number of windows (default: 120)")
     add_option(parser, "--view", default="heatmap")
     add_option(parser, "--force")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="show all of memory, also where no page was young (default: only the used parts, "
+        "if they are at most half of it; --range selects others)",
+    )
     parser.add_argument(
         "--bins",
         type=count,

@@ -10,7 +10,6 @@ import pytest
 
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.reclaim.draw import registry
-from kvmhost.reclaim.draw.heatmap import Heatmap
 from kvmhost.reclaim.draw.heatmapdata import RecordView
 from kvmhost.tools.young import heatmap as command
 
@@ -28,11 +27,9 @@ def test_every_kind_draws_a_record(suffix, make_record, tmp_path):
     assert out.read_bytes().lower().startswith(FIRST_BYTES[suffix].lower())
 
 
-def test_a_kind_that_needs_a_record_refuses_a_heatmap(tmp_path):
-    with pytest.raises(LayoutError, match="needs a record"):
-        registry.draw_heatmap(Heatmap(0, 16), tmp_path / "x.html")
+def test_another_suffix_is_refused(make_record, tmp_path):
     with pytest.raises(LayoutError, match=r"must end in \.png or"):
-        registry.draw_heatmap(Heatmap(0, 16), tmp_path / "x.txt")
+        registry.draw_record(RecordView(make_record(LISTS)), tmp_path / "x.txt")
 
 
 def test_plots_need_matplotlib_and_the_page_does_not(monkeypatch):

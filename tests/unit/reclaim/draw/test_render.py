@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import sys
-import time
-import types
 
 import numpy as np
 import pytest
@@ -12,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhost.bitmap import Provenance, YoungBitmap
-from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
-from kvmhost.reclaim.draw.heatmap import Heatmap, bin_edges, bin_shares, live_heatmap
+from kvmhost.errors import CapabilityError, LayoutError
+from kvmhost.reclaim.draw.heatmap import Heatmap, bin_edges, bin_shares
 from kvmhost.reclaim.draw.render import render_heatmap
-from kvmhost.vm import Harvest
 
 
 @settings(deadline=None)
@@ -100,47 +96,6 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(CapabilityError, match=r"\[plot\]"):
         render_heatmap(drawn(), tmp_path / "x.png")
-
-
-class FakeClient:
-    vm = "a"
-
-    def __init__(self, windows):
-        self.windows, self.end_ns = windows, time.monotonic_ns()
-
-    def state(self):
-        return types.SimpleNamespace(image="/x/hotcold.elf")
-
-    def harvest(self, gfn_start, n_pages, *, tracker, view, force=False, max_age_s=0.0):
-        assert view == "heatmap"
-        if not self.windows:
-            raise VmGoneError("a", "hung up")
-        self.windows -= 1
-        start_ns, self.end_ns = self.end_ns, time.monotonic_ns()
-        found = bitmap(0x400, start=gfn_start, pages=n_pages or 256)
-        source = dataclasses.replace(
-            found.provenance, window_start_ns=start_ns, window_end_ns=self.end_ns
-        )
-        return Harvest(dataclasses.replace(found, provenance=source), 1, 1)
-
-
-def test_a_live_recording_has_its_windows_end_to_end():
-    seen = []
-    heatmap = live_heatmap(
-        FakeClient(9), interval_s=0.001, count=3, gfn_start=0x400, on_window=lambda: seen.append(1)
-    )
-    assert len(seen) == len(heatmap.columns) == 3
-    ends = [end for _, end in heatmap.windows_ns]
-    assert [start for start, _ in heatmap.windows_ns[1:]] == ends[:-1]
-    assert heatmap.title == (
-        "VM a (hotcold): pages touched, by guestpt (npt), 3 windows of 0.001 s"
-    )
-
-
-def test_a_vm_that_ends_ends_the_recording():
-    assert len(live_heatmap(FakeClient(3), interval_s=0.001, gfn_start=0x400).columns) == 2
-    with pytest.raises(VmGoneError, match="before the end of the first window"):
-        live_heatmap(FakeClient(1), interval_s=0.001, gfn_start=0x400)
 
 
 def test_repr_of_a_heatmap():
