@@ -25,7 +25,7 @@ from kvmhost.reclaim.record.clock import (
     interval_s,
     starts_s,
 )
-from kvmhost.reclaim.record.meta import EVENTS, EVICTIONS, LEVELS, STATES, Memslot
+from kvmhost.reclaim.record.meta import EVENTS, EVENTS_LOST, EVICTIONS, LEVELS, STATES, Memslot
 from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, count_bits, to_rows
 from kvmhost.units import PAGE_BYTES, size_text
@@ -37,6 +37,7 @@ __all__ = [
     "Timeline",
     "heatmap_of",
     "notes_of",
+    "summed",
     "timeline_of",
     "used_view",
 ]
@@ -141,7 +142,7 @@ class RecordView:
             sums = self.record.sums(base, first, end)
             parts = [sums[:, low >> base : -(-high >> base)] for low, high in self.parts.ranges]
             found = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        return _grouped(found, 1 << (level - base))
+        return summed(found, level - base)
 
     def bit_counts(
         self,
@@ -223,7 +224,7 @@ def used_view(record: YoungRecord, first: int = 0, end: int | None = None) -> Re
     if record.has_residency()[whole.end - 1]:
         base = BIT_LEVELS[0]
         counts = whole.bit_counts((base,), whole.end - 1, whole.end, name="evicted")[base]
-        used |= _grouped(counts, 1 << (level - base)).any(axis=0)
+        used |= summed(counts, level - base).any(axis=0)
     runs = joined_runs(used)
     if runs is None:
         return whole
@@ -336,9 +337,7 @@ def _layers_of(
         groups = np.searchsorted(cuts, np.arange(first, end), side="right") - 1
         for name in arrays:
             counts = view.bit_counts((base,), first, end, name=name)[base]
-            np.add.at(
-                totals[name], groups, _added(_grouped(counts, 1 << (level - base)), rows[:-1])
-            )
+            np.add.at(totals[name], groups, _added(summed(counts, level - base), rows[:-1]))
     known = np.add.reduceat(
         view.record.has_residency()[view.first : view.end].astype(np.int64), cuts - view.first
     )
@@ -415,6 +414,8 @@ def notes_of(view: RecordView, has_residency: bool) -> list[str]:
     if view.n_left_out:
         size = size_text(view.n_left_out * PAGE_BYTES)
         notes.append(f"left out: {size} without a young page (--all shows them)")
+    if (record.column("flags")[view.first : view.end] & EVENTS_LOST).any():
+        notes.append("some evictions and refaults are missing")
     return [*notes, *filter(None, (coverage_of(record, view.first, view.end).text, record.loss))]
 
 
@@ -427,11 +428,11 @@ def _cuts(view: RecordView, times: Timeline, n_columns: int) -> npt.NDArray[np.i
     ).astype(np.int64)
 
 
-def _grouped(counts: Counts, size: int) -> Counts:
-    """Sum neighbouring bins."""
-    if size == 1:
+def summed(counts: Counts, bits: int) -> Counts:
+    """Sum ``2 ** bits`` neighbouring bins of ``(windows, bins)``."""
+    if bits == 0:
         return counts
-    return _added(counts, np.arange(0, counts.shape[1], size))
+    return _added(counts, np.arange(0, counts.shape[1], 1 << bits))
 
 
 def _added(counts: Counts, starts: npt.NDArray[np.int64]) -> Counts:

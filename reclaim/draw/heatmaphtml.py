@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvmhost.files import replacing
-from kvmhost.reclaim.draw.heatmapdata import RecordView, Timeline, timeline_of
+from kvmhost.reclaim.draw.heatmapdata import RecordView, Timeline, notes_of, timeline_of
+from kvmhost.reclaim.draw.heatmaplayers import PageLayers, layers_of
 from kvmhost.reclaim.draw.heatmaptiles import (
     TILE_BINS,
     TILE_COLUMNS,
@@ -38,6 +40,8 @@ __all__ = ["BUDGET_BYTES", "draw_record", "write_html"]
 BUDGET_BYTES = 32 << 20
 #: Base64 encodes three bytes in four characters.
 _LETTERS, _BYTES = 4, 3
+#: Part of the budget that layers of residency and events may take.
+_LAYERS_SHARE = 1 / 3
 _MOST_MARKS = 2000
 
 
@@ -53,7 +57,7 @@ def draw_record(view: RecordView, path: Path, max_bytes: int = BUDGET_BYTES) -> 
     text = "down to single gfns"
     if finest > 1:
         text = (
-            f"down to {finest} pages per cell: finer cells exceed --max-mib {max_bytes >> 20}; "
+            f"down to {finest} pages per cell: finer cells exceed --max-size {max_bytes >> 20}M; "
             "draw a part (--range, --windows) to see them"
         )
     return f"{view.n_windows} windows, {text} ({path.stat().st_size / 2**20:.1f} MiB)"
@@ -64,9 +68,10 @@ def write_html(view: RecordView, file: IO[bytes], budget_bytes: int = BUDGET_BYT
 
     :return: the pyramid in the page
     """
-    pyramid = build_pyramid(view, budget_bytes * _BYTES // _LETTERS)
+    tiles_bytes = budget_bytes * _BYTES // _LETTERS
+    layers = layers_of(view, int(tiles_bytes * _LAYERS_SHARE))
+    pyramid = build_pyramid(view, tiles_bytes - layers.n_bytes)
     times = timeline_of(view)
-    steps = [step for steps in pyramid.levels.values() for step in steps]
     script, style = _part("page.js"), _part("page.css")
     title = f"{view.record.name or '(no name)'}: pages touched"
     title = "".join(c if c.isprintable() else "?" for c in title)
@@ -76,8 +81,9 @@ def write_html(view: RecordView, file: IO[bytes], budget_bytes: int = BUDGET_BYT
         "STYLE_HASH": _hash(style),
         "SCRIPT": script,
         "SCRIPT_HASH": _hash(script),
-        "META": _json(_meta(view, times, pyramid, budget_bytes)),
+        "META": _json(_meta(view, times, pyramid, layers) | {"budgetBytes": budget_bytes}),
         "TIMES": _times(view, times),
+        "CURVES": _packed(np.concatenate(list(layers.curves.values()))),
     }
     # Each half is filled in one pass, so inserted text is never substituted again.
     head, tail = (
@@ -85,9 +91,10 @@ def write_html(view: RecordView, file: IO[bytes], budget_bytes: int = BUDGET_BYT
         for half in _part("page.html").split("@TILES@")
     )
     file.write(head.encode())
-    for step in steps:
-        for piece in _tiles(step):
-            file.write(piece)
+    for name, each in {"c": pyramid, **layers.pyramids}.items():
+        for step in _steps(each):
+            for piece in _tiles(name, step):
+                file.write(piece)
     file.write(tail.encode())
     return pyramid
 
@@ -107,7 +114,28 @@ def _json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _meta(view: RecordView, times: Timeline, pyramid: Pyramid, budget_bytes: int) -> dict[str, Any]:
+def _steps(pyramid: Pyramid) -> list[PyramidLevel]:
+    return [step for steps in pyramid.levels.values() for step in steps]
+
+
+def _described(name: str, pyramid: Pyramid) -> list[dict[str, Any]]:
+    """Return what the page has to know about the steps of a pyramid."""
+    return [
+        {
+            "id": f"{name}{step.level}-{step.step}",
+            "level": step.level,
+            "step": step.step,
+            "bins": step.n_bins,
+            "columns": step.n_columns,
+            "bits": step.bits,
+        }
+        for step in _steps(pyramid)
+    ]
+
+
+def _meta(
+    view: RecordView, times: Timeline, pyramid: Pyramid, layers: PageLayers
+) -> dict[str, Any]:
     record = view.record
     sessions = [s for s in record.metadata.sessions if s.first_window < view.end]
     facts = {"created by": sessions[-1].facts.get("writer", ""), **sessions[-1].facts}
@@ -115,7 +143,7 @@ def _meta(view: RecordView, times: Timeline, pyramid: Pyramid, budget_bytes: int
         "name": record.name,
         "file": record.path.name,
         "facts": {key: value for key, value in facts.items() if value},
-        "loss": record.loss,
+        "notes": notes_of(view, bool(layers.pyramids or layers.left_out)),
         "gfnStart": view.gfn_start,
         "nPages": view.n_pages,
         "pageBytes": record.metadata.page_bytes,
@@ -124,20 +152,15 @@ def _meta(view: RecordView, times: Timeline, pyramid: Pyramid, budget_bytes: int
         "intervalS": interval_s(record),
         "tileBins": TILE_BINS,
         "tileColumns": TILE_COLUMNS,
-        "steps": [
-            {
-                "id": f"c{step.level}-{step.step}",
-                "level": step.level,
-                "step": step.step,
-                "bins": step.n_bins,
-                "columns": step.n_columns,
-                "bits": step.bits,
-            }
-            for steps in pyramid.levels.values()
-            for step in steps
+        "steps": _described("c", pyramid),
+        "layers": {name: _described(name, each) for name, each in layers.pyramids.items()},
+        "layersLeftOut": layers.left_out,
+        "curves": list(layers.curves),
+        "known": _known(view),
+        "parts": [
+            [view.parts.position_of(low), record.gfn_start + low, high - low]
+            for low, high in view.parts.ranges
         ],
-        "leftOut": pyramid.left_out,
-        "budgetBytes": budget_bytes,
         "layouts": [
             [
                 max(part.first_window - view.first, 0),
@@ -150,6 +173,7 @@ def _meta(view: RecordView, times: Timeline, pyramid: Pyramid, budget_bytes: int
             [max(s.first_window - view.first, 0), s.tracker, s.table_format] for s in sessions
         ],
         "marks": [[m.window - view.first, m.text] for m in times.marks[:_MOST_MARKS]],
+        "gaps": [int(at) - view.first for at in times.gaps[:_MOST_MARKS]],
         "sizes": _sizes(view),
     }
 
@@ -157,24 +181,31 @@ def _meta(view: RecordView, times: Timeline, pyramid: Pyramid, budget_bytes: int
 def _sizes(view: RecordView) -> list[list[int]]:
     """Return (window, number of pages of the view that were harvested from it on)."""
     pages = view.record.column("n_pages")[view.first : view.end]
-    seen = np.clip(pages - view.low, 0, view.n_pages)
-    changes = np.flatnonzero(np.diff(seen, prepend=-1))
-    return [[int(at), int(seen[at])] for at in changes]
+    changes = np.flatnonzero(np.diff(pages, prepend=-1))
+    return [[int(at), view.parts.position_of(int(pages[at]))] for at in changes]
+
+
+def _known(view: RecordView) -> list[list[int]]:
+    """Return (window, whether residency is known from it on)."""
+    known = view.record.has_residency()[view.first : view.end].astype(np.int8)
+    return [[int(at), int(known[at])] for at in np.flatnonzero(np.diff(known, prepend=-1))]
 
 
 def _times(view: RecordView, times: Timeline) -> str:
     wall = view.record.column("wall_ns")[view.first : view.end] / 1e9
-    rows = np.concatenate([times.starts_s, times.ends_s, wall]).astype("<f8")
-    return base64.b64encode(zlib.compress(shuffled(rows), 6)).decode()
+    return _packed(np.concatenate([times.starts_s, times.ends_s, wall]))
 
 
-def _tiles(step: PyramidLevel) -> Iterator[bytes]:
+def _packed(values: npt.NDArray[Any]) -> str:
+    return base64.b64encode(zlib.compress(shuffled(values.astype("<f8")), 6)).decode()
+
+
+def _tiles(layer: str, step: PyramidLevel) -> Iterator[bytes]:
     """Yield two elements: the numbers and lengths of the tiles, and the tiles."""
-    name = f"c{step.level}-{step.step}"
+    name = f"{layer}{step.level}-{step.step}"
     packed = {number: base64.b64encode(tile) for number, tile in sorted(step.tiles.items())}
-    index = np.array([*packed, *(len(tile) for tile in packed.values())], dtype="<f8")
-    letters = base64.b64encode(zlib.compress(shuffled(index), 6))
-    yield f'<script type="text/plain" id="i{name}">'.encode() + letters + b"</script>\n"
+    index = _packed(np.array([*packed, *(len(tile) for tile in packed.values())]))
+    yield f'<script type="text/plain" id="i{name}">{index}</script>\n'.encode()
     yield f'<script type="text/plain" id="{name}">'.encode()
     yield from packed.values()
     yield b"</script>\n"

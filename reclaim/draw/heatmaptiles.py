@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from kvmhost.reclaim.draw.heatmapdata import BIT_LEVELS, RecordView
+from kvmhost.reclaim.draw.heatmapdata import BIT_LEVELS, RecordView, summed
 from kvmhost.reclaim.record.meta import LEVELS
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS
 
@@ -26,6 +26,7 @@ __all__ = [
     "TILE_COLUMNS",
     "Pyramid",
     "PyramidLevel",
+    "build_layer",
     "build_pyramid",
     "cell_bits",
     "pack_tile",
@@ -40,8 +41,10 @@ _FACTOR = 1 << FACTOR_BITS
 _TOP_CELLS = 512
 #: Pages whose bits are decompressed together.
 _STRIPE_PAGES = 1 << 18
-#: Maximum number of bits to decompress.
+#: Maximum size of the bits of an array to decompress.
 _MOST_UNPACKED_BYTES = 1 << 34
+#: The coarsest level that is computed from bits: a stripe of pages.
+_TOP_BIT_LEVEL = 18
 #: Maximum ratio of the compressed bits in the record to the budget.
 _MOST_STORED = 2
 
@@ -126,6 +129,46 @@ def build_pyramid(view: RecordView, budget_bytes: int) -> Pyramid:
         fine = [level for level in every if level <= BIT_LEVELS[0]]
         levels |= _from_bits(view, fine, left_bytes, n_least=0 if levels else 1)
     return Pyramid(levels, [level for level in every if level not in levels])
+
+
+def build_layer(view: RecordView, name: str, budget_bytes: int) -> Pyramid | None:
+    """Build the levels of another array of bits, at least the coarsest; it has no stored sums.
+
+    :param name: one of :data:`~kvmhost.reclaim.record.meta.BITS`
+    :return: None: there are too many bits to count
+    """
+    if _bits_on_disk(view, name)[1] > _MOST_UNPACKED_BYTES:
+        return None
+    every = [level for level in _levels(view) if level <= _TOP_BIT_LEVEL]
+    coarse = [level for level in every if level > BIT_LEVELS[0]]
+    levels = _from_words(view, name, coarse)
+    left_bytes = budget_bytes - sum(step.n_bytes for steps in levels.values() for step in steps)
+    while left_bytes < 0 and len(levels) > 1:
+        left_bytes += sum(step.n_bytes for step in levels.pop(min(levels)))
+    if len(levels) == len(coarse):
+        fine = [level for level in every if level <= BIT_LEVELS[0]]
+        levels |= _from_bits(view, fine, left_bytes, n_least=0 if levels else 1, name=name)
+    return Pyramid(levels, [level for level in every if level not in levels])
+
+
+def _from_words(view: RecordView, name: str, levels: list[int]) -> dict[int, list[PyramidLevel]]:
+    """Return levels above those in :data:`BIT_LEVELS`, from the counts of words."""
+    if not levels:
+        return {}
+    found = {level: _steps(view, level) for level in levels}
+    whole = {level: _Stripe(steps, 0, view.n_bins(level)) for level, steps in found.items()}
+    base, finest = BIT_LEVELS[0], min(levels)
+    for first, end in view.bands(view.n_bins(finest)):
+        columns = np.zeros((end - first, view.n_bins(finest)), dtype=np.uint32)
+        for low in range(0, view.n_pages, _STRIPE_PAGES):
+            pages = low, min(low + _STRIPE_PAGES, view.n_pages)
+            counts = summed(view.bit_counts((base,), first, end, pages, name)[base], finest - base)
+            columns[:, low >> finest :][:, : counts.shape[1]] = counts
+        for level, stripe in whole.items():
+            stripe.push(summed(columns, level - finest))
+    for stripe in whole.values():
+        stripe.flush()
+    return found
 
 
 class _Stripe:
@@ -213,14 +256,14 @@ def _from_counts(
 
 
 def _from_bits(
-    view: RecordView, levels: list[int], most_bytes: int, n_least: int
+    view: RecordView, levels: list[int], most_bytes: int, n_least: int, name: str = "young"
 ) -> dict[int, list[PyramidLevel]]:
     """Return the finest levels that fit, from one pass over the bits.
 
     :param n_least: number of coarsest levels to build even if they do not fit
     """
     found = {level: _steps(view, level) for level in levels}
-    stored_bytes, unpacked_bytes = _bits_on_disk(view)
+    stored_bytes, unpacked_bytes = _bits_on_disk(view, name)
     # Bits compress about as well here as in the record: skip levels that cannot fit.
     if stored_bytes > _MOST_STORED * most_bytes or unpacked_bytes > _MOST_UNPACKED_BYTES:
         found = {level: found[level] for level in levels[:n_least]}
@@ -232,7 +275,8 @@ def _from_bits(
             for level, steps in found.items()
         }
         for first, end in view.bands(high - low):
-            for level, counts in view.bit_counts(tuple(found), first, end, (low, high)).items():
+            counted = view.bit_counts(tuple(found), first, end, (low, high), name)
+            for level, counts in counted.items():
                 stripes[level].push(counts)
         for level, stripe in stripes.items():
             stripe.flush()
@@ -244,17 +288,17 @@ def _from_bits(
     return found
 
 
-def _bits_on_disk(view: RecordView) -> tuple[int, int]:
-    """Return the size of a view's chunks of bits, stored and decompressed."""
+def _bits_on_disk(view: RecordView, name: str) -> tuple[int, int]:
+    """Return the size of a view's chunks of an array of bits, stored and decompressed."""
     size, stored, n_chunks = view.record.metadata.chunk_pages, 0, 0
-    for file in (view.record.path / "young").iterdir():
+    folder = view.record.path / name
+    for file in folder.iterdir() if folder.is_dir() else ():
         chunk, _, block = file.name.partition(".")
         if not (chunk.isdigit() and block.isdigit()):
             continue
         first_page, first_window = int(chunk) * size, int(block) * BLOCK_WINDOWS
         if (
-            first_page < view.high
-            and first_page + size > view.low
+            any(first_page < high and first_page + size > low for low, high in view.parts.ranges)
             and first_window < view.end
             and first_window + BLOCK_WINDOWS > view.first
         ):

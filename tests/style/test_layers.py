@@ -136,6 +136,7 @@ LAYERS = {
         {"heatmapdata"},
         {"registry", "render"},
         {"heatmaptiles", "live"},
+        {"heatmaplayers"},
         {"heatmaphtml"},
     ),
     "reclaim/exchange": ({"common"}, {"copy", "damon", "dirty", "registry", "text"}),

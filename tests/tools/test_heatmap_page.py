@@ -11,10 +11,11 @@ import pytest
 from waiting import until
 
 from kvmhost.bitmap import Provenance, YoungBitmap
-from kvmhost.reclaim.draw.heatmapdata import RecordView
+from kvmhost.reclaim.draw.heatmapdata import RecordView, used_view
 from kvmhost.reclaim.draw.heatmaphtml import write_html
-from kvmhost.reclaim.record.meta import Memslot
+from kvmhost.reclaim.record.meta import EVENTS, STATES, Memslot
 from kvmhost.reclaim.record.reader import YoungRecord
+from kvmhost.reclaim.record.residency import WindowResidency
 from kvmhost.reclaim.record.writer import RecordWriter
 
 SECOND = 10**9
@@ -149,7 +150,8 @@ def hover(browser, x, y):
 def test_it_opens_with_everything_in_view_and_without_complaints(shown):
     assert in_view(shown) == (GFN, GFN + N_PAGES, 0, N_WINDOWS)
     assert element(shown, "title").text == NAME + ": pages touched"
-    assert not element(shown, "notes").is_displayed()
+    assert element(shown, "notes").text == "residency unknown."
+    assert not element(shown, "layers").is_displayed()
     assert "tracker guestpt, format npt" in element(shown, "about").text
     assert [entry for entry in shown.get_log("browser") if entry["level"] == "SEVERE"] == []
 
@@ -271,6 +273,187 @@ def test_dark_cividis_and_help(shown):
 
 def test_the_page_asks_nobody_for_anything(shown):
     assert script(shown, "return performance.getEntriesByType('resource').length") == 0
+
+
+# -- where pages are -----------------------------------------------------------
+
+#: Pages of each window from the third on: the resident ones shrink, the evicted ones grow.
+N_SMALL, N_SHORT = 8192, 40
+
+
+def events_at(window):
+    """Which pages are in a state or have an event; residency of the first two is unknown."""
+    edge = 800 - 8 * window
+    return {
+        "resident": range(edge),
+        "evicted": range(edge, 800),
+        "evicted_daemon": range(edge, edge + 6),
+        "evicted_limit": range(edge + 6, edge + 8),
+        "refaulted": range(3 * window, 3 * window + 2),
+    }
+
+
+def small_words(gfns):
+    return YoungBitmap.from_gfns(0, N_SMALL, list(gfns)).words
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory):
+    place = tmp_path_factory.mktemp("layered")
+    with RecordWriter.create(place / "r", N_SMALL, name="vm2") as writer:
+        for number in range(N_SHORT):
+            start = number + 1 + 5 * (number >= 20)
+            source = Provenance("dirty", "dirty-log", start * SECOND, (start + 1) * SECOND)
+            at = events_at(number)
+            residency = WindowResidency(
+                {name: small_words(at.get(name, ())) for name in (*STATES, *EVENTS)},
+                {name: len(at.get(name, ())) for name in EVENTS},
+            )
+            young = YoungBitmap.from_gfns(0, N_SMALL, [1000, number], provenance=source)
+            writer.append(young, residency=residency if number >= 2 else None)
+    with YoungRecord.open(place / "r") as record, (place / "page.html").open("wb") as file:
+        write_html(RecordView(record), file)
+    return place / "page.html"
+
+
+def rgb(browser, name):
+    """Return a colour of the page's style."""
+    text = script(
+        browser,
+        "return getComputedStyle(document.documentElement).getPropertyValue(arguments[0])",
+        f"--{name}",
+    ).strip()
+    return tuple(int(text[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def only(browser, *names):
+    """Switch on these layers only."""
+    for box in browser.find_elements("css selector", "#layers input"):
+        if box.is_selected() != (box.get_attribute("id").removeprefix("layer-") in names):
+            box.click()
+            settle(browser)
+
+
+def test_cells_show_where_the_pages_are(browser, layered):
+    browser.get(layered.as_uri())
+    settle(browser)
+    only(browser, "states")
+    go(browser, "0x2a0:0x300", "0:30")
+    left, top, width, height = plot(browser)
+    names = {rgb(browser, name): name for name in ("plot", "resident", "evicted")}
+    assert len(names) == 3
+    for window in (1, 2, 5, 9, 14, 29):
+        for page in range(0x2A1, 0x300, 7):
+            x = left + (window + 0.5) * width / 30
+            y = top + height - (page + 0.5 - 0x2A0) * height / 0x60
+            at = events_at(window)
+            expected = next((name for name in STATES if page in at[name]), "plot")
+            found = names.get(colour(browser, x, y))
+            assert found == ("plot" if window < 2 else expected), (window, page)
+    only(browser)
+    x, y = left + 9.5 * width / 30, top + height - 0.5 * height / 0x60
+    assert names[colour(browser, x, y)] == "plot"
+
+
+def test_evictions_and_refaults_are_layers_of_their_own(browser, layered):
+    browser.get(layered.as_uri())
+    settle(browser)
+    boxes = browser.find_elements("css selector", "#layers label")
+    assert [" ".join(box.text.split()) for box in boxes] == [
+        "where pages are",
+        "▼ evicted by the daemon",
+        "▼ evicted at the limit",
+        "▲ refaulted",
+    ]
+
+    def pixels(name):
+        """Count the pixels of the map and of the curve below in the colour of an event."""
+        return [
+            script(
+                browser,
+                "const c = document.getElementById(arguments[0]), k = arguments[1];"
+                "const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+                "let n = 0;"
+                "for (let i = 0; i < d.length; i += 4)"
+                "  n += d[i] === k[0] && d[i + 1] === k[1] && d[i + 2] === k[2];"
+                "return n",
+                canvas,
+                rgb(browser, name),
+            )
+            for canvas in ("map", "events")
+        ]
+
+    kinds = ("evicted_daemon", "evicted_limit", "refaulted")
+    for shown_kind in kinds:
+        only(browser, shown_kind)
+        for kind in kinds:
+            assert all(pixels(kind)) == (kind == shown_kind), (shown_kind, kind)
+            assert any(pixels(kind)) == (kind == shown_kind), (shown_kind, kind)
+
+
+def test_the_tooltip_tells_states_and_events_of_a_cell(browser, layered):
+    browser.get(layered.as_uri())
+    settle(browser)
+    left, top, width, height = plot(browser)
+    go(browser, "0x2c0:0x300", "0:20")
+    page = 800 - 8 * 9  # evicted by the daemon in window 9
+    x, y = left + 9.5 * width / 20, top + height - (page + 0.5 - 0x2C0) * height / 0x40
+    found = hover(browser, x, y)
+    assert (found["gfn"], found["window"]) == (f"{page:#x}", "#9")
+    assert found["state"] == "evicted"
+    assert "▼ 1 evicted by the daemon" in found["all"]
+    found = hover(browser, left + 0.5 * width / 20, y)
+    assert found["state"] == "unknown"
+    go(browser, "", "0:40")
+    script(browser, "document.getElementById('reset').click()")
+    settle(browser)
+    found = hover(browser, left + 15.5 * width / 40, top + height - 300.5 * height / N_SMALL)
+    first, end = (int(g, 16) for g in found["gfn"].split()[0].split(":"))
+    assert found["state"] == f"{end - first} resident, 0 evicted, 0 never touched"
+
+
+def test_the_working_set_is_above_the_map(browser, layered):
+    browser.get(layered.as_uri())
+    settle(browser)
+    assert element(browser, "notes").text == "reads are not seen; covered 89 % of 45.0 s (1 gap)."
+    box = "const b = document.getElementById(arguments[0]).getBoundingClientRect(); return b.top"
+    tops = [script(browser, box, name) for name in ("curve", "map", "events")]
+    assert tops == sorted(tops)
+    drawn = script(
+        browser,
+        "const c = document.getElementById('curve');"
+        "const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        "const found = new Set();"
+        "for (let i = 0; i < d.length; i += 4) found.add([d[i], d[i + 1], d[i + 2]].join());"
+        "return [...found]",
+    )
+    for name in ("young", "gap", "soft"):
+        assert ",".join(map(str, rgb(browser, name))) in drawn, name
+
+
+def test_a_page_of_the_used_parts_names_the_gfns_behind_a_cut(browser, tmp_path):
+    n_pages = 1 << 16
+    with RecordWriter.create(tmp_path / "r", n_pages, gfn_start=0x100) as writer:
+        for number in range(30):
+            source = Provenance("guestpt", "npt", (number + 1) * SECOND, (number + 2) * SECOND)
+            gfns = [0x100 + 600 + number, 0x100 + 50_000 + number]
+            writer.append(YoungBitmap.from_gfns(0x100, n_pages, gfns, provenance=source))
+    with YoungRecord.open(tmp_path / "r") as record, (tmp_path / "x.html").open("wb") as file:
+        write_html(used_view(record), file)
+    browser.get((tmp_path / "x.html").as_uri())
+    settle(browser)
+    assert "left out: 252.0 MiB without a young page (--all shows them)" in (
+        element(browser, "notes").text
+    )
+    shown = (0x100 + 512, 0x100 + 50_176)
+    assert in_view(browser) == (*shown, 0, 30)
+    left, top, width, height = plot(browser)
+    go(browser, f"{0x100 + 49_990:#x}:{0x100 + 50_010:#x}", "0:10")
+    found = hover(browser, left + 3.5 * width / 10, top + height - 13.5 * height / 20)
+    assert (found["gfn"], found["gpa"]) == (f"{0x100 + 50_003:#x}", f"{(0x100 + 50_003) << 12:#x}")
+    assert "\nyoung\n" in found["all"]
+    go(browser, "0x2000:0x3000", "0:10")
+    assert "leaves them out" in element(browser, "complaint").text
 
 
 def test_the_command_draws_a_record_and_refuses_what_does_not_fit(page, tmp_path, capsys):

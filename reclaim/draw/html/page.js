@@ -1,8 +1,9 @@
 "use strict";
 // Draws the part of a record that is in view from a pyramid of counts: a cell of level L
-// and step K says how often a page was young in 2^L pages and 2^K windows. Tiles are
-// unpacked when they come into view. Windows are all drawn equally wide; what is between
-// them (gaps, clock jumps) is a line.
+// and step K says how often a page was young in 2^L pages and 2^K windows. Layers (where pages
+// are, evictions, refaults) have pyramids of their own. Tiles are unpacked when they come into
+// view. Windows are all drawn equally wide; what is between them is a line, of a gap a bar.
+// Pages are numbered by their place in the picture: parts of memory may be left out.
 (async () => {
   const $ = (id) => document.getElementById(id);
   const meta = JSON.parse($("meta").textContent);
@@ -10,7 +11,17 @@
   const N = meta.nPages, T = meta.nWindows;
   const MARGIN = { left: 92, right: 58, top: 20, bottom: 40 };
   const GAMMA = 0.45, LEAST = 0.0005, CACHED_TILES = 600;
+  const MARK = 13; // width and height of a cell with marks of events, in pixels
+  const EVENTS = {
+    evicted_daemon: ["\u25bc", "evicted by the daemon", []],
+    evicted_limit: ["\u25bc", "evicted at the limit", [6, 3]],
+    evicted_request: ["\u25bc", "evicted on request", [7, 2, 1, 2]],
+    evicted_memory: ["\u25bc", "evicted, no memory on the host", [1, 2]],
+    refaulted: ["\u25b2", "refaulted", []],
+  };
   const LUTS = {
+    blues: "08306b083471083979083d7f08438708478d084c9508509b0b559f0e59a2125ea61562a91967ad1d6cb12070b42575b72a7ab92f7fbc3383be3888c13c8cc34191c64695c84d99ca539ecd58a1cf5fa6d164a9d36aaed671b1d779b5d97fb9da",
+    "blues-dark": "135fa71764ab1c6ab02070b42676b82c7cba3282be3888c13e8ec44594c74b98ca539ecd5ba3d063a8d36aaed672b2d87cb7da85bcdc8fc2de97c6dfa0cbe2a8cee4afd1e7b7d4eabdd7ecc4daeecaddf0cee0f2d2e3f3d6e6f4dbe9f6dfecf7",
     viridis: "440154470d6048186a482374472e7c4538824241863e4a893a548c365d8d32658e2e6d8e2b758e287d8e25848e228c8d1f948c1e9c8920a38625ab822eb37c3aba7648c16e58c7656ccd5a7fd34e93d741a8db34c0df25d5e21aeae51afde725",
     cividis: "00224e00285b002e6a0533711c396f293f6e33446d3c4a6c45506c4d556c555b6d5c616e6467706b6d72727274787877807f78888578908b78979177a09875a89e73b0a571b9ab6dc2b369cbb965d3c05fdcc859e6d051efd748f8df3cfee838",
   };
@@ -46,8 +57,10 @@
     return;
   }
   const clock = unshuffle(await inflate($("times").textContent), 8);
+  const curve = {}, curves = unshuffle(await inflate($("curves").textContent), 8);
+  meta.curves.forEach((name, i) => { curve[name] = curves.subarray(i * T, (i + 1) * T); });
   const starts = clock.subarray(0, T), ends = clock.subarray(T, 2 * T), walls = clock.subarray(2 * T);
-  for (const step of meta.steps) {
+  for (const step of [...meta.steps, ...Object.values(meta.layers).flat()]) {
     const index = unshuffle(await inflate($("i" + step.id).textContent), 8);
     const n = index.length / 2;
     step.places = new Map();
@@ -57,6 +70,18 @@
   }
   const seen = new Float64Array(T); // pages that were looked at, by window
   meta.sizes.forEach(([first, pages], i) => seen.fill(pages, first, (meta.sizes[i + 1] || [T])[0]));
+
+  const known = new Float64Array(T + 1); // windows before this one of which residency is known
+  {
+    const flags = new Uint8Array(T);
+    meta.known.forEach(([first, flag], i) => flags.fill(flag, first, (meta.known[i + 1] || [T])[0]));
+    for (let w = 0; w < T; w++) known[w + 1] = known[w] + flags[w];
+    for (const name of ["resident", "evicted"])
+      if (curve[name]) curve[name] = curve[name].map((n, w) => (flags[w] ? n : NaN));
+  }
+  const hasStates = "resident" in meta.layers && "evicted" in meta.layers;
+  const events = Object.keys(EVENTS).filter((name) => name in meta.layers);
+  const shownLayers = new Set(["states", ...events]);
 
   const cache = new Map();
   function tile(step, number) {
@@ -79,14 +104,21 @@
 
   // Pages and windows counted from the first ones; fractions are fine.
   const view = { g0: 0, g1: N, w0: 0, w1: T };
-  let width = 0, height = 0, cursor = null, crosshair = false, drawing = 0, shownAt = null;
+  let width = 0, height = 0, cursor = null, crosshair = false, drawing = 0, shownAt = null, marks = [];
   const sharp = document.createElement("canvas");
 
   const xOf = (w) => MARGIN.left + ((w - view.w0) / (view.w1 - view.w0)) * width;
   const yOf = (g) => MARGIN.top + (1 - (g - view.g0) / (view.g1 - view.g0)) * height;
   const windowAt = (x) => view.w0 + ((x - MARGIN.left) / width) * (view.w1 - view.w0);
   const pageAt = (y) => view.g0 + (1 - (y - MARGIN.top) / height) * (view.g1 - view.g0);
-  const hex = (page) => "0x" + (BigInt(meta.gfnStart) + BigInt(Math.floor(page))).toString(16);
+  const partOf = (page) => meta.parts.findLast(([at]) => at <= page) || meta.parts[0];
+  const gfnOf = (page) => { const [at, gfn] = partOf(page); return gfn + page - at; };
+  // The place of a gfn, or of the next one that is shown.
+  const pageOf = (gfn) =>
+    meta.parts.reduce((sum, [, first, n]) => sum + Math.min(Math.max(gfn - first, 0), n), 0);
+  const hexGfn = (gfn) => "0x" + BigInt(Math.floor(gfn)).toString(16);
+  const hex = (page) => hexGfn(gfnOf(Math.floor(page)));
+  const hexEnd = (page) => hexGfn(gfnOf(Math.ceil(page) - 1) + 1);
 
   function clamp(low, high, least, most) {
     let size = Math.min(Math.max(high - low, Math.min(least, most)), most);
@@ -98,7 +130,7 @@
   function show(g0, g1, w0, w1) {
     [view.g0, view.g1] = clamp(g0, g1, 8, N);
     [view.w0, view.w1] = clamp(w0, w1, 4, T);
-    const gfns = hex(view.g0) + ":" + hex(Math.ceil(view.g1));
+    const gfns = hex(view.g0) + ":" + hexEnd(view.g1);
     const first = meta.firstWindow + Math.floor(view.w0), end = meta.firstWindow + Math.ceil(view.w1);
     if (document.activeElement !== $("gfns")) $("gfns").value = gfns;
     if (document.activeElement !== $("windows")) $("windows").value = first + ":" + end;
@@ -121,20 +153,20 @@
   const reset = () => show(0, N, 0, T);
 
   // The coarsest cells that are no larger than a pixel, or the finest there are.
-  function pickStep() {
-    const pages = Math.log2((view.g1 - view.g0) / height), windows = Math.log2((view.w1 - view.w0) / width);
-    const levels = meta.steps.map((s) => s.level);
+  function pickStep(every = meta.steps, rows = height, columns = width) {
+    const pages = Math.log2((view.g1 - view.g0) / rows), windows = Math.log2((view.w1 - view.w0) / columns);
+    const levels = every.map((s) => s.level);
     const fit = levels.filter((l) => l <= pages);
     const level = fit.length ? Math.max(...fit) : Math.min(...levels);
-    const steps = meta.steps.filter((s) => s.level === level);
+    const steps = every.filter((s) => s.level === level);
     return steps.filter((s) => s.step <= windows).pop() || steps[0];
   }
 
   // -- drawing ---------------------------------------------------------------
 
   function colours() {
-    const anchors = LUTS[$("palette").value].match(/../g).map((t) => parseInt(t, 16));
-    const dark = root.dataset.theme === "dark", table = new Uint32Array(256);
+    const dark = root.dataset.theme === "dark", table = new Uint32Array(256), name = $("palette").value;
+    const anchors = ((dark && LUTS[name + "-dark"]) || LUTS[name]).match(/../g).map((t) => parseInt(t, 16));
     for (let i = 0; i < 256; i++) {
       // Dense is what stands out: dark on white, bright on black.
       const at = ((dark ? i : 255 - i) / 255) * 31, a = Math.floor(at), b = Math.min(a + 1, 31), f = at - a;
@@ -146,7 +178,7 @@
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   function pixel(name) {
     const v = parseInt(css(name).slice(1), 16);
-    return (255 << 24) | ((v & 255) << 16) | (v & 0xff00) | (v >> 16);
+    return ((255 << 24) | ((v & 255) << 16) | (v & 0xff00) | (v >> 16)) >>> 0;
   }
   const shade = (d) => Math.min(255, Math.max(0, Math.round(255 * Math.pow((d - LEAST) / (1 - LEAST), GAMMA))) || 0);
 
@@ -170,23 +202,56 @@
     await new Promise(requestAnimationFrame);
     if (turn !== drawing || width < 1 || height < 1) return;
     const step = pickStep(), now = { ...view };
-    const pages = 2 ** step.level, windows = 2 ** step.step;
-    const rows = groups(height, (p) => now.g0 + (p / height) * (now.g1 - now.g0), pages, step.bins);
-    const columns = groups(width, (p) => now.w0 + (p / width) * (now.w1 - now.w0), windows, step.columns);
+    const cells = await cellsOf(step, height, width, now);
+    const states = hasStates && shownLayers.has("states")
+      ? await Promise.all(["resident", "evicted"].map((name) => cellsOf(pickStep(meta.layers[name]), height, width, now)))
+      : null;
+    const found = await marksOf(now);
+    if (turn !== drawing) return;
+    marks = found;
+    paint(cells, states);
+    shownAt = now;
+    frame();
+    $("resolution").textContent =
+      "cells of " + count(2 ** step.level, "page") + " × " + count(2 ** step.step, "window");
+    map.dataset.level = step.level;
+    map.dataset.step = step.step;
+    map.dataset.ready = "1";
+  }
+
+  // The sums of a step's cells under each of some rows and columns of the picture.
+  async function cellsOf(step, nRows, nColumns, now) {
+    const rows = groups(nRows, (p) => now.g0 + (p / nRows) * (now.g1 - now.g0), 2 ** step.level, step.bins);
+    const columns = groups(nColumns, (p) => now.w0 + (p / nColumns) * (now.w1 - now.w0), 2 ** step.step, step.columns);
     const tiles = [];
     const lastRow = rows.highs[rows.n - 1] - 1, lastColumn = columns.highs[columns.n - 1] - 1;
     for (let r = Math.floor(rows.lows[0] / meta.tileBins); r <= Math.floor(lastRow / meta.tileBins); r++)
       for (let c = Math.floor(columns.lows[0] / meta.tileColumns); c <= Math.floor(lastColumn / meta.tileColumns); c++)
         tiles.push([r, c, tile(step, r * step.rowTiles + c)]);
     await Promise.all(tiles.map((t) => t[2].ready));
-    if (turn !== drawing) return;
-    paint(step, rows, columns, add(tiles, rows, columns));
-    shownAt = now;
-    frame();
-    $("resolution").textContent = "cells of " + count(pages, "page") + " × " + count(windows, "window");
-    map.dataset.level = step.level;
-    map.dataset.step = step.step;
-    map.dataset.ready = "1";
+    return { step, rows, columns, totals: add(tiles, rows, columns) };
+  }
+
+  // Where pages were evicted and refaulted: [page, window, event, how many], a mark a cell.
+  async function marksOf(now) {
+    const nRows = Math.max(1, Math.floor(height / MARK)), nColumns = Math.max(1, Math.floor(width / MARK));
+    const found = new Map();
+    for (const name of events.filter((each) => shownLayers.has(each))) {
+      const step = pickStep(meta.layers[name], nRows, nColumns);
+      const { rows, columns, totals } = await cellsOf(step, nRows, nColumns, now);
+      for (let i = 0; i < rows.n; i++)
+        for (let j = 0; j < columns.n; j++) {
+          const n = totals[i * columns.n + j];
+          if (!n) continue;
+          const page = Math.min((rows.lows[i] + rows.highs[i]) / 2 * 2 ** step.level, N);
+          const at = Math.min((columns.lows[j] + columns.highs[j]) / 2 * 2 ** step.step, T);
+          const key = [i, j, name === "refaulted"].join();
+          const before = found.get(key);
+          // Of several causes in one cell the most frequent one is drawn.
+          if (!before || before[3] < n) found.set(key, [page, at, name, n]);
+        }
+    }
+    return [...found.values()];
   }
   const count = (n, what) => n.toLocaleString("en") + " " + what + (n === 1 ? "" : "s");
 
@@ -222,7 +287,35 @@
     return sum;
   }
 
-  function paint(step, rows, columns, totals) {
+  // What most pages are at each pixel: 0 never touched, 1 resident, 2 evicted; 3 unknown.
+  function statesAt(states) {
+    const out = new Uint8Array(width * height);
+    const [resident, evicted] = states.map(({ step, rows, columns, totals }) => ({ step, rows, columns, totals }));
+    const share = (layer, row, column, whole) =>
+      layer.totals[layer.rows.of[row] * layer.columns.n + layer.columns.of[column]] / whole(layer, row, column);
+    const whole = (layer, row, column) => {
+      const r = layer.rows.of[row], c = layer.columns.of[column];
+      const pages = Math.min(layer.rows.highs[r] * 2 ** layer.step.level, N) - layer.rows.lows[r] * 2 ** layer.step.level;
+      const windows = known[Math.min(layer.columns.highs[c] * 2 ** layer.step.step, T)] - known[layer.columns.lows[c] * 2 ** layer.step.step];
+      return pages * windows;
+    };
+    for (let p = 0; p < height; p++)
+      for (let x = 0; x < width; x++) {
+        const at = p * width + x;
+        // Neighbours with the same cells under them have the same state.
+        if (x && resident.columns.of[x] === resident.columns.of[x - 1] && evicted.columns.of[x] === evicted.columns.of[x - 1]) {
+          out[at] = out[at - 1];
+          continue;
+        }
+        const r = share(resident, p, x, whole), e = share(evicted, p, x, whole), never = 1 - r - e;
+        out[at] = Number.isNaN(r) || Number.isNaN(e) ? 3 : never >= r && never >= e ? 0 : r >= e ? 1 : 2;
+      }
+    return out;
+  }
+
+  function paint({ step, rows, columns, totals }, states) {
+    const backs = [pixel("--plot"), pixel("--resident"), pixel("--evicted"), pixel("--plot")];
+    const under = states && statesAt(states);
     sharp.width = width;
     sharp.height = height;
     const context = sharp.getContext("2d"), image = context.createImageData(width, height);
@@ -247,7 +340,10 @@
         }
       }
       const at = (height - 1 - p) * width;
-      for (let x = 0; x < width; x++) out[at + x] = line[columns.of[x]];
+      for (let x = 0; x < width; x++) {
+        const colour = line[columns.of[x]];
+        out[at + x] = under && colour === none ? backs[under[p * width + x]] : colour;
+      }
     }
     context.putImageData(image, 0, 0);
   }
@@ -284,9 +380,145 @@
     }
     drawSlots(context);
     drawMarks(context);
+    drawCuts(context);
+    drawEvents(context);
     context.restore();
     drawAxes(context);
     if (cursor && (crosshair || cursor.box)) drawCursor(context);
+    drawCurves();
+  }
+
+  // Lines where memory was left out.
+  function drawCuts(context) {
+    context.font = "11px system-ui, sans-serif";
+    context.textAlign = "center";
+    meta.parts.forEach(([at, gfn], i) => {
+      if (!i) return;
+      const [, before, n] = meta.parts[i - 1], y = Math.round(yOf(at));
+      context.fillStyle = css("--back");
+      context.fillRect(MARGIN.left, y - 2, width, 5);
+      const text = size((gfn - before - n) * meta.pageBytes) + " without a young page left out";
+      const wide = context.measureText(text).width + 12;
+      context.fillRect(MARGIN.left + (width - wide) / 2, y - 8, wide, 16);
+      context.fillStyle = css("--soft");
+      context.fillText(text, MARGIN.left + width / 2, y + 4);
+    });
+    context.textAlign = "left";
+  }
+
+  function drawEvents(context) {
+    if (!marks.length) return;
+    const most = marks.reduce((n, mark) => Math.max(n, mark[3]), 0);
+    context.lineWidth = 0.8;
+    context.strokeStyle = css("--back");
+    for (const [page, at, name, n] of marks) {
+      const up = name === "refaulted" ? -1 : 1, r = 1.8 + 3.4 * Math.sqrt(n / most);
+      const x = xOf(at) - up * MARK / 5, y = yOf(page);
+      context.fillStyle = css("--" + name);
+      context.beginPath();
+      context.moveTo(x - r, y - up * r * 0.8);
+      context.lineTo(x + r, y - up * r * 0.8);
+      context.lineTo(x, y + up * r);
+      context.closePath();
+      context.fill();
+      context.stroke();
+    }
+    context.lineWidth = 1;
+  }
+
+  // One value per pixel: the mean of the windows under it; NaN where none is known.
+  function meansOf(values) {
+    const { of, lows, highs, n } = groups(width, (p) => view.w0 + (p / width) * (view.w1 - view.w0), 1, T);
+    const means = new Float64Array(n);
+    for (let i = 0; i < n; i++) {
+      let k = 0;
+      for (let w = lows[i]; w < highs[i]; w++) if (!Number.isNaN(values[w])) { means[i] += values[w]; k++; }
+      means[i] /= k;
+    }
+    return (x) => means[of[x]];
+  }
+
+  // A canvas beside the map with its margins; returns its context and a function for the height.
+  function panel(name, most, unit, title) {
+    const canvas = $(name), ratio = window.devicePixelRatio || 1, box = canvas.getBoundingClientRect();
+    canvas.width = Math.round(box.width * ratio);
+    canvas.height = Math.round(box.height * ratio);
+    const context = canvas.getContext("2d"), top = 8, bottom = box.height - 5;
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.strokeStyle = css("--line");
+    context.strokeRect(MARGIN.left - 0.5, top - 0.5, width + 1, bottom - top + 1);
+    context.fillStyle = css("--text");
+    context.font = "11px ui-monospace, 'DejaVu Sans Mono', monospace";
+    context.textAlign = "right";
+    context.fillText(unit(most), MARGIN.left - 8, top + 8);
+    context.fillText("0", MARGIN.left - 8, bottom);
+    context.fillStyle = css("--soft");
+    context.font = "11px system-ui, sans-serif";
+    context.fillText(title, MARGIN.left - 8, (top + bottom) / 2 + 5);
+    context.textAlign = "left";
+    return [context, (value) => bottom - (most ? value / most : 0) * (bottom - top - 3), bottom];
+  }
+
+  function stroke(context, value, y, colour, dash) {
+    context.strokeStyle = css(colour);
+    context.setLineDash(dash);
+    context.lineWidth = 1.3;
+    context.beginPath();
+    for (let x = 0, drawn = false; x < width; x++) {
+      const at = value(x);
+      if (Number.isNaN(at)) { drawn = false; continue; }
+      if (drawn) context.lineTo(MARGIN.left + x + 0.5, y(at)); else context.moveTo(MARGIN.left + x + 0.5, y(at));
+      drawn = true;
+    }
+    context.stroke();
+    context.setLineDash([]);
+    context.lineWidth = 1;
+  }
+
+  function gapsIn(context, top, bottom) {
+    context.fillStyle = css("--gap");
+    for (const w of meta.gaps) {
+      const x = xOf(w);
+      if (x >= MARGIN.left && x <= MARGIN.left + width) context.fillRect(Math.round(x) - 1, top, 3, bottom - top);
+    }
+  }
+
+  function drawCurves() {
+    if (width < 1) return;
+    const pages = (n) => size(n * meta.pageBytes);
+    const most = ["young", "resident"].reduce((n, name) => (curve[name] || []).reduce((a, b) => Math.max(a, b || 0), n), 0);
+    const [context, y, bottom] = panel("curve", most, pages, "working set");
+    const young = meansOf(curve.young);
+    context.fillStyle = css("--young");
+    context.beginPath();
+    context.moveTo(MARGIN.left, bottom);
+    for (let x = 0; x < width; x++) {
+      context.lineTo(MARGIN.left + x, y(young(x)));
+      context.lineTo(MARGIN.left + x + 1, y(young(x)));
+    }
+    context.lineTo(MARGIN.left + width, bottom);
+    context.fill();
+    let at = MARGIN.left + width - 8;
+    const legend = (text, colour) => {
+      at -= context.measureText(text).width;
+      label(context, text, at, 20, css(colour));
+      at -= 14;
+    };
+    if (curve.resident) {
+      stroke(context, meansOf(curve.resident), y, "--soft", []);
+      legend("resident", "--soft");
+    }
+    legend("young", "--young");
+    gapsIn(context, 8, bottom);
+    const shown = events.filter((name) => shownLayers.has(name));
+    $("events").hidden = !events.length;
+    if (!events.length) return;
+    const perSecond = Object.fromEntries(events.map((name) =>
+      [name, curve[name].map((n, w) => n / Math.max(ends[w] - starts[w], 1e-9))]));
+    const top = shown.reduce((n, name) => perSecond[name].reduce((a, b) => Math.max(a, b), n), 0);
+    const [below, z, floor] = panel("events", top, (n) => +n.toPrecision(3) + "/s", "pages");
+    for (const name of shown) stroke(below, meansOf(perSecond[name]), z, "--" + name, EVENTS[name][2]);
+    gapsIn(below, 8, floor);
   }
 
   function layoutAt(w) {
@@ -303,7 +535,7 @@
       const x1 = Math.min(xOf(i + 1 < meta.layouts.length ? meta.layouts[i + 1][0] : T), MARGIN.left + width);
       if (x1 <= x0) return;
       for (const [slot, gfn, n] of slots) {
-        const low = yOf(gfn - meta.gfnStart), high = yOf(gfn - meta.gfnStart + n);
+        const low = yOf(pageOf(gfn)), high = yOf(pageOf(gfn + n));
         for (const y of [low, high])
           if (y > MARGIN.top + 1 && y < MARGIN.top + height - 1) {
             context.beginPath();
@@ -317,8 +549,7 @@
     });
   }
 
-  function label(context, text, x, y) {
-    const colour = context.fillStyle;
+  function label(context, text, x, y, colour = context.fillStyle) {
     context.fillStyle = css("--tip");
     context.fillRect(x - 2, y - 10, context.measureText(text).width + 4, 13);
     context.fillStyle = colour;
@@ -337,6 +568,7 @@
       context.stroke();
     }
     context.setLineDash([]);
+    gapsIn(context, MARGIN.top, MARGIN.top + height);
   }
 
   function drawAxes(context) {
@@ -345,17 +577,16 @@
     context.font = "11px ui-monospace, 'DejaVu Sans Mono', monospace";
     context.fillStyle = css("--text");
     context.textAlign = "right";
-    const gfn0 = meta.gfnStart + view.g0, gfn1 = meta.gfnStart + view.g1;
-    const step = nice(view.g1 - view.g0, Math.max(height / 44, 2), (p) => [2 ** p]);
-    for (let gfn = Math.ceil(gfn0 / step) * step; gfn <= gfn1; gfn += step) {
-      const y = yOf(gfn - meta.gfnStart);
+    const ticks = roundGfns();
+    for (const [gfn, y] of ticks) {
       context.fillRect(MARGIN.left - 5, Math.round(y), 4, 1);
       context.fillText("0x" + gfn.toString(16), MARGIN.left - 8, y + 4);
     }
     context.textAlign = "left";
     context.fillStyle = css("--soft");
-    for (let gfn = Math.ceil(gfn0 / step) * step; gfn <= gfn1; gfn += 2 * step)
-      context.fillText(size(gfn * meta.pageBytes), MARGIN.left + width + 6, yOf(gfn - meta.gfnStart) + 4);
+    ticks.forEach(([gfn, y], i) => {
+      if (i % 2 === 0) context.fillText(size(gfn * meta.pageBytes), MARGIN.left + width + 6, y + 4);
+    });
     context.textAlign = "center";
     const steps = nice(view.w1 - view.w0, Math.max(width / 92, 2), (p) => [1, 2, 5].map((b) => b * 10 ** p));
     for (let w = Math.ceil(view.w0 / steps) * steps; w <= view.w1; w += steps) {
@@ -381,6 +612,22 @@
       context.fillText(shown, at, MARGIN.top - 6);
       free = at + long + 10;
     }
+  }
+
+  // Round gfns in view and where they are, and the first gfn of each part.
+  function roundGfns() {
+    const step = nice(view.g1 - view.g0, Math.max(height / 44, 2), (p) => [2 ** p]), found = [];
+    meta.parts.forEach(([at, first, n], i) => {
+      const low = Math.max(first, first + view.g0 - at), last = i === meta.parts.length - 1;
+      const high = Math.min(first + n - (last ? 0 : 1), first + view.g1 - at);
+      const gfns = i && at >= view.g0 && at < view.g1 ? [first] : [];
+      for (let gfn = Math.ceil(low / step) * step; gfn <= high; gfn += step) if (gfn !== gfns[0]) gfns.push(gfn);
+      for (const gfn of gfns) {
+        const y = yOf(at + gfn - first), before = found[found.length - 1];
+        if (!before || before[1] - y > 15) found.push([gfn, y]);
+      }
+    });
+    return found;
   }
 
   function size(bytes) {
@@ -420,9 +667,19 @@
     const found = tile(step, Math.floor(bin / meta.tileBins) * step.rowTiles + Math.floor(column / meta.tileColumns));
     await found.ready;
     if (cursor !== at) return;
-    const young = found.cells
-      ? found.cells[(bin % meta.tileBins) * meta.tileColumns + (column % meta.tileColumns)] : 0;
-    tip.textContent = describe(step, bin, column, young);
+    const young = cellIn(found, bin, column), around = {};
+    for (const [name, steps] of Object.entries(meta.layers)) {
+      // The same cell, or the smallest that contains it.
+      const fit = steps.filter((s) => s.level >= step.level && s.step >= step.step);
+      if (!fit.length) continue;
+      const own = fit.reduce((a, b) => (b.level - a.level || b.step - a.step) < 0 ? b : a);
+      const b = Math.floor(bin / 2 ** (own.level - step.level)), c = Math.floor(column / 2 ** (own.step - step.step));
+      const held = tile(own, Math.floor(b / meta.tileBins) * own.rowTiles + Math.floor(c / meta.tileColumns));
+      await held.ready;
+      around[name] = [own, b, c, cellIn(held, b, c)];
+    }
+    if (cursor !== at) return;
+    tip.textContent = describe(step, bin, column, young, around);
     tip.hidden = false;
     const box = tip.getBoundingClientRect(), room = map.getBoundingClientRect();
     const left = at.x + 16 + box.width > room.width ? at.x - box.width - 12 : at.x + 16;
@@ -431,19 +688,48 @@
     tip.style.top = Math.max(0, top) + "px";
   }
 
-  function describe(step, bin, column, young) {
+  const cellIn = (found, bin, column) => found.cells
+    ? found.cells[(bin % meta.tileBins) * meta.tileColumns + (column % meta.tileColumns)] : 0;
+
+  // Where the pages of a cell were, and what happened to them in its windows.
+  function told(step, around) {
+    const lines = [], of = (own, b) => {
+      if (own.level === step.level && own.step === step.step) return "";
+      const low = b * 2 ** own.level, high = Math.min(low + 2 ** own.level, N);
+      return "  (in " + hex(low) + ":" + hexEnd(high) + ")";
+    };
+    const pages = (n) => (+n.toFixed(1)).toLocaleString("en");
+    if (around.resident && around.evicted) {
+      const [own, b, c, resident] = around.resident, evicted = around.evicted[3];
+      const first = c * 2 ** own.step, windows = known[Math.min(first + 2 ** own.step, T)] - known[first];
+      const whole = Math.min((b + 1) * 2 ** own.level, N) - b * 2 ** own.level;
+      if (!windows) lines.push("state    unknown");
+      else if (whole === 1 && windows === 1)
+        lines.push("state    " + (resident ? "resident" : evicted ? "evicted" : "never touched"));
+      else lines.push("state    " + pages(resident / windows) + " resident, " + pages(evicted / windows) + " evicted, " +
+        pages(whole - (resident + evicted) / windows) + " never touched" + of(own, b));
+    }
+    for (const name of events) {
+      const [own, b, , n] = around[name] || [null, 0, 0, 0];
+      if (n) lines.push(EVENTS[name][0] + " " + pages(n) + " " + EVENTS[name][1] + of(own, b));
+    }
+    return lines;
+  }
+
+  function describe(step, bin, column, young, around) {
     const low = bin * 2 ** step.level, high = Math.min(low + 2 ** step.level, N);
     const first = column * 2 ** step.step, end = Math.min(first + 2 ** step.step, T);
-    const gpa = (page) => "0x" + ((BigInt(meta.gfnStart) + BigInt(page)) * BigInt(meta.pageBytes)).toString(16);
+    const gpa = (gfn) => "0x" + (BigInt(gfn) * BigInt(meta.pageBytes)).toString(16);
+    const gfn0 = gfnOf(low), gfn1 = gfnOf(high - 1) + 1;
     const one = high - low === 1, whole = looked(low, high, first, end, -1, Infinity);
-    const slot = layoutAt(first).find(([, gfn, n]) => gfn <= meta.gfnStart + low && meta.gfnStart + low < gfn + n);
+    const slot = layoutAt(first).find(([, gfn, n]) => gfn <= gfn0 && gfn0 < gfn + n);
     let session = meta.sessions[0];
     for (const each of meta.sessions) if (each[0] <= first) session = each;
     const lines = [
-      "gfn      " + (one ? hex(low) : hex(low) + ":" + hex(high) + "  " + count(high - low, "page")),
-      "gpa      " + gpa(low) + (one ? "" : ":" + gpa(high)),
+      "gfn      " + (one ? hex(low) : hex(low) + ":" + hexEnd(high) + "  " + count(high - low, "page")),
+      "gpa      " + gpa(gfn0) + (one ? "" : ":" + gpa(gfn1)),
       "memslot  " + (slot
-        ? slot[0] + ", offset 0x" + ((meta.gfnStart + low - slot[1]) * meta.pageBytes).toString(16) + hva(slot, low)
+        ? slot[0] + ", offset 0x" + ((gfn0 - slot[1]) * meta.pageBytes).toString(16) + hva(slot, gfn0)
         : "none"),
       "window   #" + (meta.firstWindow + first) + (end - first > 1 ? " to #" + (meta.firstWindow + end - 1) : ""),
       "time     " + duration(starts[first]) + " to " + duration(ends[end - 1]),
@@ -454,13 +740,14 @@
     else if (one && end - first === 1) lines.push(young ? "young" : "not young");
     else lines.push("young    " + young.toLocaleString("en") + " of " + whole.toLocaleString("en") +
       " (" + (100 * young / whole).toFixed(2) + " %)");
+    lines.push(...told(step, around));
     lines.push("tracker  " + session[1] + " (" + session[2] + ")");
     return lines.join("\n");
   }
 
-  function hva(slot, page) {
+  function hva(slot, gfn) {
     if (!slot[3]) return "";
-    return ", hva 0x" + (BigInt(slot[3]) + BigInt(meta.gfnStart + page - slot[1]) * BigInt(meta.pageBytes)).toString(16);
+    return ", hva 0x" + (BigInt(slot[3]) + BigInt(gfn - slot[1]) * BigInt(meta.pageBytes)).toString(16);
   }
 
   // -- hands -----------------------------------------------------------------
@@ -571,7 +858,9 @@
   $("bar").addEventListener("submit", (event) => {
     event.preventDefault();
     try {
-      const gfns = parseRange($("gfns").value, "gfns", meta.gfnStart, meta.gfnStart + N);
+      const end = gfnOf(N - 1) + 1;
+      const gfns = parseRange($("gfns").value, "gfns", meta.gfnStart, end).map((g) => pageOf(meta.gfnStart + g));
+      if (gfns[0] === gfns[1]) throw new Error("gfns: this page leaves them out; --all shows them");
       const windows = parseRange($("windows").value, "windows", meta.firstWindow, meta.firstWindow + T);
       $("complaint").textContent = "";
       map.focus();
@@ -603,6 +892,38 @@
     for (let i = 0; i < out.length; i++) out[i] = i % 256 < 6 ? pixel("--plot") : table[i % 256];
     context.putImageData(image, 0, 0);
     $("scale").textContent = "none, then 0.05 % to 100 % of pages young in a window; half way is 21 %";
+    $("states").replaceChildren(...(hasStates && shownLayers.has("states") ? [
+      ["never touched", "--plot"], ["resident", "--resident"], ["evicted", "--evicted"],
+    ] : []).map(([name, colour]) => {
+      const entry = document.createElement("span"), swatch = document.createElement("i");
+      swatch.style.background = css(colour);
+      entry.append(swatch, name);
+      return entry;
+    }));
+    for (const name of events) $("mark-" + name).style.color = css("--" + name);
+  }
+
+  // A box for each layer: where pages are, and each kind of event.
+  function offerLayers() {
+    const every = [...(hasStates ? [["states", "", "where pages are"]] : []), ...events.map((name) => [name, ...EVENTS[name]])];
+    for (const [name, mark, text] of every) {
+      const line = document.createElement("label"), box = document.createElement("input"), sign = document.createElement("b");
+      box.type = "checkbox";
+      box.checked = true;
+      box.id = "layer-" + name;
+      box.addEventListener("change", () => {
+        if (box.checked) shownLayers.add(name); else shownLayers.delete(name);
+        drawLegend();
+        draw();
+      });
+      sign.id = "mark-" + name;
+      sign.textContent = mark;
+      line.append(box, sign, text);
+      $("layers").append(line);
+    }
+    $("layers").hidden = !every.length;
+    // Yellow and green on orange are hard to tell apart; blue is not, for any colour vision.
+    $("palette").value = every.length ? "blues" : "viridis";
   }
 
   function introduce() {
@@ -613,12 +934,13 @@
       count(T, "window") + " of " + duration(meta.intervalS) + " over " + duration(ends[T - 1]),
       "tracker " + session[1] + ", format " + session[2], ...facts, "record " + meta.file,
     ].join("  ·  ");
-    const notes = [];
+    const notes = meta.notes.length ? [meta.notes.join("; ") + "."] : [];
+    if (meta.layersLeftOut.length)
+      notes.push("Where pages were did not fit; a page of a part of the record (--range, --windows) has it.");
     const finest = Math.min(...meta.steps.map((s) => s.level));
     if (finest > 0)
       notes.push("Cells of fewer than " + count(2 ** finest, "page") + " did not fit into " + size(meta.budgetBytes) +
-        " and were left out; a page of a part of the record (--range, --windows) or a larger one (--max-mib) has them.");
-    if (meta.loss) notes.push(meta.loss);
+        " and were left out; a page of a part of the record (--range, --windows) or a larger one (--max-size) has them.");
     $("notes").textContent = notes.join(" ");
     $("notes").hidden = !notes.length;
   }
@@ -633,6 +955,7 @@
   }
 
   introduce();
+  offerLayers();
   root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
   $("theme").textContent = root.dataset.theme === "dark" ? "Light" : "Dark";
   drawLegend();

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pyramids import cells_of, grouped
 from young_model import SECOND
 
 from kvmhost.bitmap import Provenance, YoungBitmap
+from kvmhost.reclaim.draw import heatmaptiles
 from kvmhost.reclaim.draw.heatmapdata import RecordView, heatmap_of
+from kvmhost.reclaim.draw.heatmaphtml import write_html
+from kvmhost.reclaim.draw.heatmaplayers import layers_of
+from kvmhost.reclaim.draw.parts import PageParts
 from kvmhost.reclaim.draw.render import render_heatmap
 from kvmhost.reclaim.record.meta import EVENTS, STATES
 from kvmhost.reclaim.record.reader import YoungRecord
@@ -78,6 +86,67 @@ def test_layers_are_the_shares_of_bins(record):
             assert layers.moved["refaults"][at].sum() == refaulted.sum()
             assert layers.events["evicted_daemon"][at] == 12 * len(known)
             assert layers.events["dropped"][at] == 0
+
+
+def truth_of(name: str, pages: range) -> np.ndarray:
+    """Return shape (pages, windows): the bits of an array, from the model alone."""
+    found = np.zeros((N_PAGES, N_WINDOWS), dtype=np.int64)
+    for w in range(2, N_WINDOWS):
+        found[list(WINDOWS[w].get(name, ())), w] = 1
+    return found[list(pages)]
+
+
+@pytest.mark.parametrize(
+    "pages", [range(N_PAGES), range(128, 640), [*range(512), *range(960, 1024)]]
+)
+@pytest.mark.parametrize("top_cells", [512, 2])
+def test_pyramids_of_layers_are_what_brute_force_counts(record, monkeypatch, pages, top_cells):
+    """Whole, a part that is not aligned to the record's sums, and two parts."""
+    monkeypatch.setattr(heatmaptiles, "_TOP_CELLS", top_cells)
+    if isinstance(pages, range):
+        view = RecordView(record, gfns=(pages.start, pages.stop))
+    else:
+        view = RecordView(record, parts=PageParts(((0, 512), (960, 1024))))
+    layers = layers_of(view, 1 << 20)
+    shown = [*STATES, "evicted_daemon", "evicted_limit", "refaulted"]
+    assert list(layers.pyramids) == shown
+    assert list(layers.curves) == ["young", *shown]
+    for name in STATES:
+        assert layers.curves[name].tolist() == truth_of(name, pages).sum(axis=0).tolist()
+    young = [int(w in pages) for w in range(N_WINDOWS)]
+    assert layers.curves["young"].tolist() == young
+    assert layers.curves["refaulted"].tolist() == [0, 0, *[6] * 28]
+    for name, pyramid in layers.pyramids.items():
+        assert pyramid.left_out == []
+        truth = truth_of(name, pages)
+        for steps in pyramid.levels.values():
+            for step in steps:
+                cells = cells_of(step)
+                wanted = grouped(truth, 1 << step.level, 1 << step.step)
+                assert np.array_equal(cells, wanted), (name, step.level, step.step)
+    levels = layers.pyramids["resident"].levels
+    assert set(levels) == ({0} if top_cells == 512 and len(pages) <= 512 else set(levels))
+    assert (9 in levels) == (top_cells == 2)
+
+
+def test_layers_that_are_too_large_are_left_out_and_the_page_says_so(record, monkeypatch):
+    monkeypatch.setattr(heatmaptiles, "_MOST_UNPACKED_BYTES", 1)
+    layers = layers_of(RecordView(record), 1 << 20)
+    assert layers.pyramids == {}
+    assert layers.left_out[:2] == list(STATES)
+    out = io.BytesIO()
+    write_html(RecordView(record), out)
+    (text,) = re.findall(rb'id="meta">(.*?)</script>', out.getvalue())
+    meta = json.loads(text)
+    assert meta["layersLeftOut"] == layers.left_out
+    assert "residency unknown" not in " ".join(meta["notes"])
+
+
+def test_a_small_budget_leaves_out_the_finest_cells_of_layers(record, monkeypatch):
+    monkeypatch.setattr(heatmaptiles, "_TOP_CELLS", 2)
+    for name, pyramid in layers_of(RecordView(record), 10).pyramids.items():
+        assert len(pyramid.levels) == 1, name
+        assert pyramid.left_out
 
 
 def test_a_state_has_its_colour(record, tmp_path):
