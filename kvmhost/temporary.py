@@ -38,10 +38,16 @@ def signals_deferred() -> Iterator[None]:
             signal.signal(number, note)
         yield
     finally:
-        for number in ours:
-            signal.signal(number, before[number])
-        for arrived in waiting:
-            signal.raise_signal(arrived)
+        # A signal during one step ends none of the others.
+        with contextlib.ExitStack() as stack:
+            stack.callback(_deliver, waiting)
+            for number in ours:
+                stack.callback(signal.signal, number, before[number])
+
+
+def _deliver(numbers: list[int]) -> None:
+    for number in numbers:
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager
