@@ -92,7 +92,7 @@ def _make(args: argparse.Namespace, image: Path, console: Console) -> BaseMachin
         "dirty_ring_entries": args.dirty_ring,
     }
     if args.restore:
-        from kvmhost.machine.snapshot import restore_machine
+        from kvmhost.machine.restore import restore_machine
 
         return restore_machine(args.restore, resident_max_bytes=args.resident_max, **common)
     return make_machine(

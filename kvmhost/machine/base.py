@@ -12,7 +12,6 @@ results and errors as the process of the machine.
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 import typing
@@ -85,7 +84,7 @@ class BaseMachine(RunnableMachine, Harvestable):
 
         :raises KvmHostError: if a vCPU's thread does not end
         """
-        self._end_vcpus()
+        self.end_vcpus()
         return self.run_state()
 
     def run_state(self) -> RunState:
@@ -115,10 +114,9 @@ class BaseMachine(RunnableMachine, Harvestable):
         :raises PagerError: if a page is lost; names its gfn
         """
         self._check_open()
-        # By name: that module imports this one, to make machines from files.
-        snapshot = importlib.import_module("kvmhost.machine.snapshot")
-        n_bytes: int = snapshot.save_machine(self, Path(path), cancelled=cancelled, stop=stop)
-        return n_bytes
+        from kvmhost.machine.snapshot import save_machine
+
+        return save_machine(self, Path(path), cancelled=cancelled, stop=stop)
 
     # -- state ------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ from kvmhost.errors import CapabilityError, GuestTimeout, LayoutError, PauseTime
 from kvmhost.exits import Exit, InternalError, IoIn, IoOut, MmioRead, MmioWrite
 from kvmhost.machine.base import BaseMachine
 from kvmhost.machine.failures import internal_error, registers_line
+from kvmhost.machine.parts import MachineParts
 from kvmhost.machine.runner import Step
 from kvmhost.memory.dma import GuestDma
 from kvmhost.memory.pclayout import PcLayout
@@ -147,6 +148,11 @@ class PcMachine(BaseMachine):
     def ending(self) -> str:
         """How the guest ended itself: ``debug exit``, ``reset``, ``power off``, or nothing."""
         return self._ending
+
+    def snapshot_parts(self) -> MachineParts:
+        """Return its command line, its files and the state of its devices."""
+        devices = {name: device.save() for name, device in self.devices.items()}
+        return MachineParts("pc", self._options.append, self._options.fw_cfg, devices)
 
     def assemble(self) -> list[Vcpu]:
         """Lay out firmware and image, add the devices, connect the interrupt lines."""

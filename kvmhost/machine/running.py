@@ -39,6 +39,7 @@ from kvmhost.exits import (
 )
 from kvmhost.machine.failures import outside_memory, registers_line, unexpected
 from kvmhost.machine.paging import Paging
+from kvmhost.machine.parts import MachineParts
 from kvmhost.machine.runner import PAUSE_TIMEOUT_S, Runner, Step
 from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import Layout
@@ -417,7 +418,7 @@ class RunnableMachine(Closing, abc.ABC):
         self._error = self._error or error
         self.runner.give_up()
 
-    def _end_vcpus(self) -> None:
+    def end_vcpus(self) -> None:
         """End every vCPU, in any state.
 
         :raises KvmHostError: if a vCPU's thread does not end
@@ -481,6 +482,15 @@ class RunnableMachine(Closing, abc.ABC):
     def _release_trackers(self, closing: bool = False) -> None:
         """Stop the tracker, from any thread; with ``closing`` no harvest begins again."""
 
+    def snapshot_parts(self) -> MachineParts:
+        """Return what a snapshot holds of this kind of machine; its vCPUs are stopped.
+
+        :raises CapabilityError: if this kind cannot be saved
+        """
+        raise CapabilityError(
+            "snapshot", "a tiny guest or a pc", f"machine {self.kind}", "boot it anew"
+        )
+
     # -- end ------------------------------------------------------------------
 
     def close(self) -> None:
@@ -489,7 +499,7 @@ class RunnableMachine(Closing, abc.ABC):
             return
         self._closed = True
         if hasattr(self, "runner"):
-            self._end_vcpus()
+            self.end_vcpus()
         if hasattr(self, "serial"):
             self.serial.flush(stall_s=0.2, total_s=0.5)
             self.serial.close()

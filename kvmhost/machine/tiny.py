@@ -27,6 +27,7 @@ from kvmhost.engine.base import Vcpu
 from kvmhost.errors import LayoutError
 from kvmhost.exits import IoOut
 from kvmhost.machine.base import BaseMachine
+from kvmhost.machine.parts import MachineParts
 from kvmhost.machine.runner import Step
 from kvmhost.memory.layout import MAX_TINY_VCPUS, TinyLayout
 from kvmhost.vm.names import EngineName
@@ -79,6 +80,10 @@ class Machine(BaseMachine):
     def tables_gpa(self) -> int:
         """Root of the page tables that the VMM laid out and the guest keeps."""
         return self._tiny_layout.tables_gpa
+
+    def snapshot_parts(self) -> MachineParts:
+        """Return its kind: it has no devices of its own."""
+        return MachineParts("tiny")
 
     def assemble(self) -> list[Vcpu]:
         """Load the image and lay out parameters, task state segment and page tables."""

@@ -32,7 +32,8 @@ from pairs import (
 from kvmhost._ffi import lib
 from kvmhost.errors import KvmHostError
 from kvmhost.guests.workloads import hotcold_gfns
-from kvmhost.machine.snapshot import restore_machine, save_machine
+from kvmhost.machine.restore import restore_machine
+from kvmhost.machine.snapshot import save_machine
 from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.results import EvictOutcome, EvictResult, PageState
 from kvmhost.units import PAGE_BYTES

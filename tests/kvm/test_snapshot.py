@@ -23,8 +23,9 @@ from kvmhost.errors import CapabilityError, ImageError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.machine.pc import PcMachine, PcOptions
+from kvmhost.machine.restore import restore_machine
 from kvmhost.machine.snapfile import HEAD, memory_offset, pack_head
-from kvmhost.machine.snapshot import restore_machine, save_machine
+from kvmhost.machine.snapshot import save_machine
 from kvmhost.pager.pager import PageState
 
 Guest = Callable[[str], Path]

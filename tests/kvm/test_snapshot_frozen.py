@@ -30,7 +30,8 @@ from kvmhost.errors import (
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.machine.chunks import CHUNK_PAGES, ChunkReader, chunk_ranges
-from kvmhost.machine.snapshot import restore_machine, save_machine
+from kvmhost.machine.restore import restore_machine
+from kvmhost.machine.snapshot import save_machine
 from kvmhost.pager.options import StoreOptions
 from kvmhost.pager.results import PageState
 
@@ -506,7 +507,8 @@ from pathlib import Path
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.machine.chunks import CHUNK_PAGES, ChunkReader, chunk_ranges
-from kvmhost.machine.snapshot import restore_machine, save_machine
+from kvmhost.machine.restore import restore_machine
+from kvmhost.machine.snapshot import save_machine
 import numpy as np
 group, path = Path(sys.argv[1]), Path(sys.argv[2])
 def data(machine, check):

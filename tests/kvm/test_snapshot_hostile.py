@@ -23,8 +23,9 @@ from kvmhost.guests import image_path
 from kvmhost.machine import BaseMachine, Machine
 from kvmhost.machine.chunks import chunk_ranges, crc32c
 from kvmhost.machine.pc import PcMachine, PcOptions
+from kvmhost.machine.restore import restore_machine
 from kvmhost.machine.snapfile import HEAD, TABLE_ENTRY, memory_offset, pack_head
-from kvmhost.machine.snapshot import restore_machine, save_machine
+from kvmhost.machine.snapshot import save_machine
 from kvmhost.memory.layout import TinyLayout
 
 pytestmark = pytest.mark.requires_kvm

@@ -16,8 +16,9 @@ from kvmhost.errors import ImageError
 from kvmhost.kvm import msrs as module
 from kvmhost.kvm.msrs import MSR_TSC, MsrReport, load_msrs, readable_msrs
 from kvmhost.machine.pc import PcMachine, PcOptions
+from kvmhost.machine.restore import restore_machine
 from kvmhost.machine.snapfile import HEAD
-from kvmhost.machine.snapshot import restore_machine, save_machine
+from kvmhost.machine.snapshot import save_machine
 
 Guest = Callable[[str], Path]
 

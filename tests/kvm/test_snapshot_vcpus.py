@@ -12,7 +12,8 @@ from waiting import DEADLINE_S, until
 from kvmhost.boot.image import Image, Segment
 from kvmhost.devices.bus import EXIT_PORT
 from kvmhost.machine import Machine
-from kvmhost.machine.snapshot import restore_machine, save_machine
+from kvmhost.machine.restore import restore_machine
+from kvmhost.machine.snapshot import save_machine
 from kvmhost.memory.layout import IMAGE_GPA, MMIO_GPA
 
 pytestmark = pytest.mark.requires_kvm

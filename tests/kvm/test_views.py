@@ -18,7 +18,8 @@ from waiting import until
 
 from kvmhost.errors import CapabilityError, InUseError
 from kvmhost.machine import Machine
-from kvmhost.machine.snapshot import restore_machine, save_machine
+from kvmhost.machine.restore import restore_machine
+from kvmhost.machine.snapshot import save_machine
 from kvmhost.tools.accuracy.kinds import (
     FREE_WORKLOADS,
     KINDS,

@@ -81,12 +81,13 @@ LAYERS = {
         {"tables"},
     ),
     "kvmhost/machine": (
-        {"chunks", "disasm", "paging", "runner", "vcpustate"},
+        {"chunks", "disasm", "paging", "parts", "runner", "vcpustate"},
         {"failures", "snapfile"},
         {"running"},
+        {"snapshot"},
         {"base"},
         {"pc", "tiny"},
-        {"factory", "snapshot"},
+        {"factory", "restore"},
     ),
     "kvmhost/memory": ({"layout"}, {"guest", "pclayout"}, {"pagelist", "dma"}),
     "kvmhost/mmu": (

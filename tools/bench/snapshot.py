@@ -21,7 +21,8 @@ from typing import Any
 
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
-from kvmhost.machine.snapshot import restore_machine, save_machine
+from kvmhost.machine.restore import restore_machine
+from kvmhost.machine.snapshot import save_machine
 from kvmhost.pager.pager import Pager
 from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
