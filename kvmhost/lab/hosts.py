@@ -11,6 +11,7 @@ import dataclasses
 import enum
 
 from kvmhost.errors import LayoutError
+from kvmhost.lab.devicetree import AddedProperty
 from kvmhost.suggest import unknown_name
 
 __all__ = ["HOSTS", "LabHost", "RootKind", "find_host"]
@@ -42,6 +43,7 @@ class LabHost:
     :ivar arguments: further arguments of the kernel
     :ivar buses: of a machine with one slot to a PCI bus, and buses only with QEMU's default
         devices: where ports and root go
+    :ivar added_property: what QEMU leaves out of its device tree, if anything
     """
 
     name: str
@@ -56,7 +58,18 @@ class LabHost:
     root: RootKind = RootKind.MACHINE
     arguments: tuple[str, ...] = ()
     buses: tuple[str, ...] = ()
+    added_property: AddedProperty | None = None
 
+
+#: Page sizes of POWER9's radix tables: encoding in tlbie << 29 | shift, of 4 KiB, 64 KiB, 2 MiB
+#: and 1 GiB. Sources: QEMU, POWER9_radix_page_info of target/ppc/cpu_init.c, PNV_FDT_ADDR of
+#: include/hw/ppc/pnv.h; Linux, radix_dt_scan_page_sizes().
+_RADIX_PAGE_SIZES = AddedProperty(
+    pa=0x0100_0000,
+    node="PowerPC,POWER9@",
+    name="ibm,processor-radix-AP-encodings",
+    cells=(0x0000_000C, 0xA000_0010, 0x2000_0015, 0x4000_001E),
+)
 
 #: Modules that every host needs: its devices, the root file system, zram for swap.
 COMMON_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "zram")
@@ -108,6 +121,7 @@ def _ppc64el(release: str) -> LabHost:
         modules=(*COMMON_MODULES, "kvm", "kvm-hv"),
         root=RootKind.PACKAGES,
         buses=("pcie.1", "pcie.0"),
+        added_property=_RADIX_PAGE_SIZES,
     )
 
 

@@ -37,6 +37,7 @@ class Devices:
     :ivar shared: folder that is the host's root, read-only, by the mount tag ``root``
     :ivar port_fds: sockets of :data:`PORTS`
     :ivar console: file that the console is written to; None: the terminal
+    :ivar monitor_fd: socket of the monitor, by which the machine is started; None: no monitor
     """
 
     kernel: Path
@@ -46,6 +47,7 @@ class Devices:
     shared: Path
     port_fds: tuple[int, ...]
     console: Path | None
+    monitor_fd: int | None = None
 
 
 def qemu_version(host: LabHost) -> str | None:
@@ -92,6 +94,7 @@ def command_line(host: LabHost, devices: Devices) -> list[str]:
         *_console(devices),
         *_ports(devices, *host.buses[:1]),
         *_root(devices.shared, *host.buses[1:]),
+        *_monitor(devices),
     ]
 
 
@@ -113,3 +116,10 @@ def _root(folder: Path, bus: str = "") -> tuple[str, ...]:
     options = "security_model=none,readonly=on,multidevs=remap"
     device = "virtio-9p-pci,fsdev=root,mount_tag=root" + (f",bus={bus}" if bus else "")
     return ("-fsdev", f"local,id=root,path={folder},{options}", "-device", device)
+
+
+def _monitor(devices: Devices) -> tuple[str, ...]:
+    if devices.monitor_fd is None:
+        return ()
+    socket = f"socket,id=monitor,fd={devices.monitor_fd}"
+    return ("-S", "-chardev", socket, "-mon", "chardev=monitor,mode=control")

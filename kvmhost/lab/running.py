@@ -19,23 +19,31 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 from kvmhost.errors import HostError, LabError, LabTimeout
 from kvmhost.files import os_errors
+from kvmhost.lab.devicetree import AddedProperty, patch_device_tree
 from kvmhost.lab.fetching import BootFiles, boot_files
 from kvmhost.lab.hosts import LabHost
 from kvmhost.lab.initrd import Job, job_archive
 from kvmhost.lab.inside import project_of, root_of
+from kvmhost.lab.monitor import Monitor
 from kvmhost.lab.qemu import PORTS, Devices, command_line, probe_qemu
+from kvmhost.lab.ram import ram_layout
 from kvmhost.temporary import temporary_folder
+from kvmhost.timescale import scaled
 
 __all__ = ["HostReady", "JobEnded", "JobOutput", "RunningHost"]
 
 #: From "status N" to the end of the process.
 _POWER_OFF_S = 60.0
+#: From the start of QEMU until its monitor answers.
+_MONITOR_S = 60.0
+#: From the end of QEMU's monitor to the end of its process.
+_ENDING_S = 5.0
 _PR_SET_PDEATHSIG = 1
 _PANIC = re.compile(r"^.*?((?:Kernel panic|kvmhost-lab:).*)$", re.MULTILINE)
 _CONTROL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1bc|\r")
@@ -202,10 +210,11 @@ class RunningHost:
         self._console = None if interactive else folder / "console.log"
         ram_fd = self._open_ram(keep)
         self.ram = Path(f"/proc/{os.getpid()}/fd/{ram_fd}") if keep is None else keep / "ram"
-        theirs = self._open_ports()
+        names = (*PORTS, "monitor") if self.host.added_property else PORTS
+        theirs = self._open_ports(names)
         devices = Devices(
             files.kernel, folder / "initrd", Path(f"/proc/self/fd/{ram_fd}"), self.mem_bytes,
-            shared, tuple(theirs), self._console,
+            shared, tuple(theirs[: len(PORTS)]), self._console, *theirs[len(PORTS) :],
         )  # fmt: skip
         self._messages = None if interactive else folder / "qemu.log"
         command = command_line(self.host, devices)
@@ -215,6 +224,27 @@ class RunningHost:
             for fd in theirs:
                 os.close(fd)
         self._resources.callback(self._kill)
+        if self.host.added_property:
+            self._start_patched(self.host.added_property)
+
+    def _start_patched(self, added: AddedProperty) -> None:
+        """Let the machine run, with a property more in its device tree."""
+        connection = self._ports["monitor"]
+        connection.settimeout(scaled(_MONITOR_S))
+        monitor = Monitor(connection, self.host.name)
+        self._resources.callback(monitor.close)
+        try:
+            monitor.wait_until_ready()
+        except LabError as error:
+            try:
+                self._process.wait(scaled(_ENDING_S))
+            except subprocess.TimeoutExpired:
+                raise error from None
+            raise self._failed() from error
+        for part in ram_layout(self.host.machine, self.mem_bytes):
+            if part.pa <= added.pa < part.pa + part.n_bytes:
+                patch_device_tree(self.ram, part.offset + added.pa - part.pa, added)
+        monitor.start()
 
     def _open_ram(self, keep: Path | None) -> int:
         with os_errors("memory of the host"):
@@ -226,11 +256,11 @@ class RunningHost:
             os.ftruncate(fd, self.mem_bytes)
         return fd
 
-    def _open_ports(self) -> list[int]:
+    def _open_ports(self, names: Sequence[str]) -> list[int]:
         """Make a pair of sockets for each port; return QEMU's ends."""
         self._ports: dict[str, socket.socket] = {}
         theirs = []
-        for name in PORTS:
+        for name in names:
             ours, other = socket.socketpair()
             self._resources.callback(ours.close)
             self._ports[name] = ours

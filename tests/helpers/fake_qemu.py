@@ -2,7 +2,8 @@
 
 ``FAKE_HOST`` says what the host does: ``ok``, ``fail`` (its command), ``panic``, ``hang``,
 ``mute`` (boots, and its command never ends), ``crash``, ``refuse`` (ends with a message) or
-``stay`` (does not power off). ``FAKE_LOG`` gets its process number and its arguments.
+``stay`` (does not power off). ``FAKE_LOG`` gets its process number and its arguments. With a
+monitor, the machine starts when it is told to; ``FAKE_TREE`` is what its memory has at 4096.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def main() -> int:
     if does == "refuse":
         print("qemu: unsupported machine type", file=sys.stderr)
         return 1
+    if "monitor" in ports:
+        (ram,) = re.findall(r"mem-path=([^,\s]+)", words)
+        wait_for_start(ports["monitor"], ram)
     if does == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if does == "panic":
@@ -53,6 +57,21 @@ def main() -> int:
     if does == "stay":
         time.sleep(3600)
     return 0
+
+
+def wait_for_start(monitor: socket.socket, ram: str) -> None:
+    """Put a device tree into memory, greet, and answer until the machine is to start."""
+    with Path(ram).open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes.fromhex(os.environ["FAKE_TREE"]))
+    with monitor.makefile("rwb") as lines:
+        lines.write(b'{"QMP": {}}\n')
+        lines.flush()
+        for line in lines:
+            lines.write(b'{"return": {}}\n')
+            lines.flush()
+            if json.loads(line)["execute"] == "cont":
+                return
 
 
 if __name__ == "__main__":

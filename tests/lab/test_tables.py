@@ -82,7 +82,7 @@ def test_each_window_has_exactly_the_touched_pages(lab_host, name):
 
 
 @SLOW
-@pytest.mark.parametrize("name", ["arm64-6.12"])
+@pytest.mark.parametrize("name", ["arm64-6.12", "ppc64el-6.1"])
 def test_huge_leaves_are_coarse(lab_host, name):
     """Huge pages of the host: KVM maps them by leaves of level 2."""
     host = lab_host(name)
@@ -95,6 +95,8 @@ def test_huge_leaves_are_coarse(lab_host, name):
             young = tables.harvest(start, 4 * span)
             assert np.array_equal(young.coarse_as_bool(), young.as_bool())
             blocks = {gfn & -span for gfn in touched}
+            leaves = [tables.table().leaf(gfn) for gfn in blocks]
+            assert [leaf and leaf[0] for leaf in leaves] == [2] * len(blocks), "levels"
             assert set(young) == {gfn + i for gfn in blocks for i in range(span)}
             tables.run_epoch()
 

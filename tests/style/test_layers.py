@@ -72,8 +72,9 @@ LAYERS = {
         {"msrs"},
     ),
     "kvmhost/lab": (
-        {"cpio", "epochs", "hosts", "kernel", "messages", "pins", "probes", "ram"},
-        {"agent", "apt", "cache", "initrd", "qemu"},
+        {"cpio", "devicetree", "epochs", "kernel", "messages", "monitor", "pins", "probes", "ram"},
+        {"agent", "hosts"},
+        {"apt", "cache", "initrd", "qemu"},
         {"fetching", "project"},
         {"roots"},
         {"inside"},

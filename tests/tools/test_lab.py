@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import fake_qemu
 import pytest
+from devicetrees import REG, node, tree
 from waiting import DEADLINE_S, until
 
+from kvmhost.errors import LabError
 from kvmhost.lab import cache, running
+from kvmhost.lab.devicetree import AddedProperty, add_property
 from kvmhost.lab.hosts import HOSTS, find_host
 from kvmhost.lab.initrd import Job, recipe
 from kvmhost.lab.pins import pinned
@@ -115,6 +119,25 @@ def test_a_host_that_does_not_power_off_is_ended(
         assert events[0] == HostReady()
         assert events[-1] == JobEnded(0)
         until(lambda: not host.is_on, "the host is ended")
+
+
+def test_a_device_tree_is_complete_before_the_machine_starts(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = AddedProperty(4096, "cpu@", "sizes", (12, 16))
+    host = dataclasses.replace(find_host(HOST), added_property=added)
+    before = tree(node("cpu@0", REG))
+    monkeypatch.setenv("FAKE_TREE", before.hex())
+    job = Job(["command"], Path("/"), {})
+    with RunningHost(host, job, mem_bytes=1 << 20) as running_host:
+        assert list(running_host.events(DEADLINE_S))[-1] == JobEnded(0)
+        wanted = add_property(before, added)
+        with running_host.ram.open("rb") as ram:
+            ram.seek(4096)
+            assert ram.read(len(wanted)) == wanted
+    monkeypatch.setenv("FAKE_HOST", "refuse")
+    with pytest.raises(LabError, match="status 1: qemu: unsupported machine type"):
+        RunningHost(host, job, mem_bytes=1 << 20)
 
 
 @pytest.mark.parametrize("does", ["hang", "mute"])

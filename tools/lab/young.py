@@ -181,7 +181,9 @@ def parser() -> CommandParser:
         metavar="N",
         help="it touches every Nth page (default: 3)",
     )
-    parser.add_argument("--huge", action="store_true", help="its memory is in huge pages (arm64)")
+    parser.add_argument(
+        "--huge", action="store_true", help="its memory is in huge pages (arm64, ppc64el)"
+    )
     parser.add_argument(
         "--cost",
         action="store_true",
