@@ -128,11 +128,23 @@ class Kicked(Exit):
 
 
 class MemoryFault(Exit):
-    """KVM could not resolve a fault on guest memory."""
+    """The guest touched memory for which the host has no page, or none for this access.
 
-    gpa: int
-    size: int
-    flags: int
+    The mapping behind the memslot was protected, unmapped, or ends before the page. The guest
+    is before the instruction: once the mapping is back, running the vCPU repeats the access.
+    A field is None where it is not known: KVM describes some faults only, and
+    :mod:`kvmhost.engine.memoryfault` finds the rest from the instruction.
+
+    ``hva`` is the host address behind ``gpa``; ``size`` and ``flags``
+    (``KVM_MEMORY_EXIT_FLAG_…``) are KVM's own.
+    """
+
+    gpa: int | None = None
+    hva: int | None = None
+    is_write: bool | None = None
+    rip: int | None = None
+    size: int | None = None
+    flags: int = 0
 
 
 class FailEntry(Exit):

@@ -25,6 +25,38 @@ int kh_unmap(uint64_t address, uint64_t n_bytes)
 	return munmap((void *)(uintptr_t)address, n_bytes) ? -errno : 0;
 }
 
+int kh_protect(uint64_t address, uint64_t n_bytes, int access)
+{
+	static const int modes[] = {
+		[KH_ACCESS_NONE] = PROT_NONE,
+		[KH_ACCESS_READ] = PROT_READ,
+		[KH_ACCESS_WRITE] = PROT_READ | PROT_WRITE,
+	};
+
+	if (access < KH_ACCESS_NONE || access > KH_ACCESS_WRITE)
+		return -EINVAL;
+	return mprotect((void *)(uintptr_t)address, n_bytes, modes[access]) ? -errno : 0;
+}
+
+static int map_at(uint64_t address, uint64_t n_bytes, int prot, int flags, int fd, uint64_t offset)
+{
+	void *at = (void *)(uintptr_t)address;
+
+	return mmap(at, n_bytes, prot, flags | MAP_FIXED, fd, offset) == MAP_FAILED ? -errno : 0;
+}
+
+int kh_vacate(uint64_t address, uint64_t n_bytes)
+{
+	return map_at(address, n_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+		      -1, 0);
+}
+
+int kh_remap(int fd, uint64_t offset, uint64_t n_bytes, uint64_t address)
+{
+	return map_at(address, n_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd,
+		      offset);
+}
+
 int kh_guest_copy(uint64_t address, uint8_t *buffer, uint64_t n_bytes, int write)
 {
 	uint64_t done = 0;

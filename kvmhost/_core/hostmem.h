@@ -11,6 +11,17 @@
 int kh_map(int fd, uint64_t n_bytes, uint64_t *address);
 int kh_unmap(uint64_t address, uint64_t n_bytes);
 
+#define KH_ACCESS_NONE 0
+#define KH_ACCESS_READ 1
+#define KH_ACCESS_WRITE 2	/* and read */
+
+/* Set what a mapping permits; secondary MMUs see an invalidation. */
+int kh_protect(uint64_t address, uint64_t n_bytes, int access);
+/* Unmap, and keep the addresses: nothing else is mapped there, and any access faults. */
+int kh_vacate(uint64_t address, uint64_t n_bytes);
+/* Undo kh_vacate: map the memfd from an offset on, shared and writable. */
+int kh_remap(int fd, uint64_t offset, uint64_t n_bytes, uint64_t address);
+
 /*
  * Zap the host PTEs of [address, address + n_pages * 4096). The data stays in the
  * memfd; secondary MMUs see an invalidation. With words only the runs of set bits

@@ -181,7 +181,7 @@ static void decode(struct kh_vcpu *vcpu)
 
 		out->detail = fault[0];
 		out->address = fault[1];
-		out->internal[0] = fault[2];
+		decode_words(out, fault + 2, 1);
 		break;
 	}
 	default:
@@ -202,6 +202,44 @@ static bool lower_flag(struct kh_vcpu *vcpu)
 	return __atomic_exchange_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
 }
 
+/* Advance past the store that faulted, if it is the one to skip: 1, 0 or -errno. */
+static int skip_store(struct kh_vcpu *vcpu)
+{
+	uint32_t n_bytes = __atomic_load_n(&vcpu->skip_bytes, __ATOMIC_ACQUIRE);
+	struct kvm_regs regs;
+
+	if (!n_bytes)
+		return 0;
+	if (ioctl(vcpu->fd, KVM_GET_REGS, &regs))
+		return -errno;
+	if (regs.rip != __atomic_load_n(&vcpu->skip_rip, __ATOMIC_RELAXED))
+		return 0;
+	regs.rip += n_bytes;
+	return ioctl(vcpu->fd, KVM_SET_REGS, &regs) ? -errno : 1;
+}
+
+/*
+ * KVM_RUN failed with EFAULT: the host has no page for what the guest touched, or one
+ * that the access may not use. The guest is before the instruction, and running it
+ * again repeats the access. KVM describes the fault only if it says so in exit_reason.
+ */
+static int on_fault(struct kh_vcpu *vcpu)
+{
+	int skipped;
+
+	__atomic_fetch_add(&vcpu->faults, 1, __ATOMIC_RELAXED);
+	skipped = skip_store(vcpu);
+	if (skipped)
+		return skipped;
+	if (vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT) {
+		decode(vcpu);
+		return 0;
+	}
+	memset(&vcpu->exit, 0, sizeof(vcpu->exit));
+	vcpu->exit.reason = KVM_EXIT_MEMORY_FAULT;
+	return 0;
+}
+
 static int run_loop(struct kh_vcpu *vcpu, struct kh_bus *bus)
 {
 	for (;;) {
@@ -210,8 +248,12 @@ static int run_loop(struct kh_vcpu *vcpu, struct kh_bus *bus)
 		if (result < 0) {
 			if (errno == EAGAIN)
 				continue;
-			if (errno == EFAULT && vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT)
-				break;
+			if (errno == EFAULT) {
+				result = on_fault(vcpu);
+				if (result > 0)
+					continue;
+				return result;
+			}
 			if (errno != EINTR)
 				return -errno;
 			/* [lower] */
@@ -243,6 +285,13 @@ int kh_vcpu_run(struct kh_vcpu *vcpu, struct kh_bus *bus)
 	result = run_loop(vcpu, bus);
 	__atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST); /* [withdraw] */
 	return result;
+}
+
+void kh_vcpu_skip_faults(struct kh_vcpu *vcpu, uint64_t rip, uint32_t n_bytes)
+{
+	__atomic_store_n(&vcpu->skip_bytes, 0, __ATOMIC_RELEASE);
+	__atomic_store_n(&vcpu->skip_rip, rip, __ATOMIC_RELAXED);
+	__atomic_store_n(&vcpu->skip_bytes, n_bytes, __ATOMIC_RELEASE);
 }
 
 int kh_vcpu_kick(struct kh_vcpu *vcpu)

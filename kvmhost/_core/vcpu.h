@@ -44,7 +44,7 @@ struct kh_exit {
 	uint32_t count;		/* accesses in data */
 	uint64_t address;	/* gpa of an MMIO access or a memory fault; rip; MSR */
 	uint64_t detail;	/* suberror, hardware reason, event type, flags, hypercall */
-	uint32_t n_internal;
+	uint32_t n_internal;	/* 0 for a memory fault that KVM did not describe */
 	uint64_t internal[KH_INTERNAL_DATA];
 	uint8_t data[KH_IO_DATA];	/* what was written, little-endian */
 };
@@ -59,6 +59,9 @@ struct kh_vcpu {
 	uint64_t doorbells;
 	uint64_t doorbell_value;	/* last one */
 	uint64_t doorbell_ns;	/* CLOCK_MONOTONIC of the last one */
+	uint64_t faults;	/* times that KVM_RUN failed with EFAULT */
+	uint64_t skip_rip;	/* see kh_vcpu_skip_faults */
+	uint32_t skip_bytes;
 	struct kh_rings *rings;	/* the VM's dirty rings, or NULL */
 	struct kh_exit exit;
 };
@@ -67,6 +70,11 @@ struct kh_vcpu {
 int kh_vcpu_map(struct kh_vcpu *vcpu, int fd, uint64_t run_bytes);
 /* Run until an exit that the bus does not handle, a kick, or -errno. */
 int kh_vcpu_run(struct kh_vcpu *vcpu, struct kh_bus *bus);
+/*
+ * Skip the instruction of n_bytes at rip whenever it touches memory that the host
+ * cannot provide, instead of returning; n_bytes 0: return. Any thread.
+ */
+void kh_vcpu_skip_faults(struct kh_vcpu *vcpu, uint64_t rip, uint32_t n_bytes);
 /* Make kh_vcpu_run return, now or at its next call. Any thread. */
 int kh_vcpu_kick(struct kh_vcpu *vcpu);
 /* Give the value that a pending port or MMIO read returns; a short one ends in zeros. */

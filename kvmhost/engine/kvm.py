@@ -7,7 +7,7 @@ from kvmhost.boot.longmode import EntryState
 from kvmhost.devices.bus import Bus
 from kvmhost.engine.base import RearmKind, Vcpu
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
-from kvmhost.exits import Exit
+from kvmhost.exits import Exit, MemoryFault
 from kvmhost.kvm import Cap, DirtyRings, KvmVcpu, System
 from kvmhost.kvm.structs import Struct
 from kvmhost.memory.guest import GuestMemory
@@ -101,7 +101,7 @@ class KvmEngine:
         return vcpu
 
     def _create_core(self, index: int) -> tuple[KvmVcpu, Vcpu]:
-        if self._bus is None:
+        if self._bus is None or self._memory is None:
             raise RuntimeError("attach() comes before create_vcpu()")
         core = self.vm.create_vcpu(index)
         self.cores.append(core)
@@ -109,7 +109,7 @@ class KvmEngine:
             self.rings.add_vcpu(core.fd)
             # SAFETY: the rings are freed in close(), after the vCPUs.
             core.core.rings = self.rings.core
-        return core, _EngineVcpu(core, self._bus)
+        return core, _EngineVcpu(core, self._bus, self._memory)
 
     def _supported_cpuid(self) -> Struct:
         if self._cpuid is None:
@@ -141,12 +141,17 @@ class KvmEngine:
 class _EngineVcpu:
     """A KVM vCPU with the VM's bus."""
 
-    def __init__(self, core: KvmVcpu, bus: Bus) -> None:
-        self._vcpu, self._bus = core, bus
+    def __init__(self, core: KvmVcpu, bus: Bus, memory: GuestMemory) -> None:
+        self._vcpu, self._bus, self._memory = core, bus, memory
         self.index = core.index
 
     def run(self) -> Exit:
-        return self._vcpu.run(self._bus.core)
+        vm_exit = self._vcpu.run(self._bus.core)
+        if isinstance(vm_exit, MemoryFault):
+            from kvmhost.engine.memoryfault import located
+
+            return located(vm_exit, self._vcpu, self._memory)
+        return vm_exit
 
     def kick(self) -> None:
         self._vcpu.kick()

@@ -57,6 +57,12 @@ def _mmio(raw: Any) -> Exit:
     return MmioRead(raw.address, raw.size)
 
 
+def _memory_fault(raw: Any) -> Exit:
+    if not raw.n_internal:
+        return MemoryFault()
+    return MemoryFault(gpa=raw.address, size=raw.internal[0], flags=raw.detail)
+
+
 def _words(raw: Any) -> tuple[int, ...]:
     return tuple(raw.internal[i] for i in range(raw.n_internal))
 
@@ -69,7 +75,7 @@ _DECODERS: dict[int, Callable[[Any], Exit]] = {
     lib.KVM_EXIT_INTR: lambda raw: Kicked(),
     lib.KVM_EXIT_FAIL_ENTRY: lambda raw: FailEntry(raw.detail),
     lib.KVM_EXIT_INTERNAL_ERROR: lambda raw: InternalError(raw.detail, _words(raw)),
-    lib.KVM_EXIT_MEMORY_FAULT: lambda raw: MemoryFault(raw.address, raw.internal[0], raw.detail),
+    lib.KVM_EXIT_MEMORY_FAULT: _memory_fault,
     lib.KVM_EXIT_DEBUG: lambda raw: Debug(
         raw.detail, raw.address, raw.internal[0], raw.internal[1]
     ),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvmhost.engine.base import Vcpu
-from kvmhost.errors import IoctlError, LayoutError, UnexpectedExit
-from kvmhost.exits import Exit, InternalError, MmioRead, MmioWrite, Shutdown
+from kvmhost.engine.memoryfault import code_at
+from kvmhost.errors import UnexpectedExit
+from kvmhost.exits import Exit, InternalError, MemoryFault, MmioRead, MmioWrite, Shutdown
 from kvmhost.kvm.vcpu import KvmVcpu
 from kvmhost.machine.disasm import disassemble, hint
 from kvmhost.memory.guest import GuestMemory
-from kvmhost.units import PAGE_BYTES
 
 __all__ = ["internal_error", "outside_memory", "registers_line", "unexpected"]
 
@@ -44,6 +44,8 @@ def unexpected(vcpu: Vcpu, vm_exit: Exit) -> UnexpectedExit:
     elif isinstance(vm_exit, InternalError):
         code = vm_exit.instruction.hex(" ") or "unknown"
         reason = f"KVM internal error {vm_exit.suberror}, instruction bytes: {code}"
+    elif isinstance(vm_exit, MemoryFault):
+        reason = _memory_fault(vm_exit)
     else:
         reason = repr(vm_exit)
     return UnexpectedExit(vcpu.index, reason, registers_line(registers))
@@ -64,7 +66,7 @@ def internal_error(
     what = _SUBERRORS.get(vm_exit.suberror, "reason unknown")
     reason = f"KVM internal error, suberror {vm_exit.suberror}: {what}"
     linear = regs.rip + (0 if sregs.efer & _EFER_LMA else sregs.cs.base)
-    code = vm_exit.instruction or _code_at(core, memory, linear)
+    code = vm_exit.instruction or code_at(core, memory, linear)
     lines = []
     if code:
         bits = 64 if sregs.cs.l and sregs.efer & _EFER_LMA else 32 if sregs.cs.db else 16
@@ -82,12 +84,8 @@ def internal_error(
     return UnexpectedExit(index, reason, "\n" + "\n".join(lines))
 
 
-def _code_at(core: KvmVcpu, memory: GuestMemory, linear: int) -> bytes:
-    """Read instruction bytes through the guest's page tables; nothing if not mapped."""
-    try:
-        gpa = core.translate(linear)
-        if gpa is None:
-            return b""
-        return bytes(memory[gpa : gpa + min(15, PAGE_BYTES - gpa % PAGE_BYTES)])
-    except (IoctlError, LayoutError):
-        return b""
+def _memory_fault(fault: MemoryFault) -> str:
+    kind = {True: "write", False: "read", None: "access"}[fault.is_write]
+    gpa = "unknown" if fault.gpa is None else f"{fault.gpa:#x}"
+    hva = "" if fault.hva is None else f" (host address {fault.hva:#x})"
+    return f"memory fault: {kind} of gpa {gpa}{hva}, whose host mapping does not permit it"

@@ -36,6 +36,7 @@ class Step(enum.Enum):
 
     GO_ON = enum.auto()
     HOLD = enum.auto()  # park until released: it stopped at a doorbell
+    WAIT = enum.auto()  # park until retry(): it stopped in a memory fault
     END = enum.auto()  # this vCPU is done
     END_ALL = enum.auto()  # all vCPUs are done
 
@@ -63,6 +64,8 @@ class Runner:
         self._stopping = False
         self._given_up = False
         self._held: set[int] = set()
+        self._waiting: dict[int, Exit] = {}  # in a memory fault
+        self._retries = 0
         self._parked = {vcpu.index for vcpu in self._vcpus}
         self._ended: set[int] = set()
         self._threads = [
@@ -152,6 +155,26 @@ class Runner:
         with self._changed:
             self._held.clear()
             self._changed.notify_all()
+
+    def retry(self) -> None:
+        """Let the vCPUs that wait in a memory fault run again, and those that are about to."""
+        with self._changed:
+            self._retries += 1
+            self._waiting.clear()
+            self._changed.notify_all()
+
+    @property
+    def waiting(self) -> dict[int, Exit]:
+        """The exits of the vCPUs that wait in a memory fault, by index."""
+        with self._changed:
+            return dict(self._waiting)
+
+    def wait_waiting(self, timeout: float | None = None) -> bool:
+        """Wait until every vCPU waits in a memory fault or has ended; False on timeout."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: len(self._ended | self._waiting.keys()) == len(self._vcpus), timeout
+            )
 
     def wait_held(self, timeout: float | None = None) -> bool:
         """Wait until every vCPU stopped at a doorbell or ended; False on timeout.
@@ -245,7 +268,8 @@ class Runner:
         return len(self._parked | self._ended) == len(self._vcpus)
 
     def _may_run(self, index: int) -> bool:
-        return self._stopping or not (self._paused or self._holds or index in self._held)
+        stays = index in self._held or index in self._waiting
+        return self._stopping or not (self._paused or self._holds or stays)
 
     def _park(self, index: int) -> bool:
         """Wait until the vCPU may run; False if the machine stops."""
@@ -262,12 +286,15 @@ class Runner:
         step = Step.GO_ON
         try:
             while self._park(vcpu.index):
+                retries = self._retries
                 vm_exit = vcpu.run()
                 if isinstance(vm_exit, Kicked):
                     continue
                 step = self._on_exit(vcpu, vm_exit)
                 if step is Step.HOLD:
                     self._hold(vcpu.index)
+                elif step is Step.WAIT:
+                    self._wait(vcpu.index, vm_exit, retries)
                 elif step in (Step.END, Step.END_ALL):
                     break
         except BaseException as error:  # noqa: BLE001 - a thread has no caller
@@ -285,4 +312,11 @@ class Runner:
             # Stepping may have been switched off since the vCPU left guest mode.
             if self._stepping:
                 self._held.add(index)
+            self._changed.notify_all()
+
+    def _wait(self, index: int, vm_exit: Exit, retries: int) -> None:
+        """Wait, unless there was a retry since the run began: the mapping may be back."""
+        with self._changed:
+            if self._retries == retries:
+                self._waiting[index] = vm_exit
             self._changed.notify_all()

@@ -34,6 +34,7 @@ from kvmhost.exits import (
     IoIn,
     IoOut,
     Kicked,
+    MemoryFault,
     MmioRead,
     MmioWrite,
 )
@@ -74,6 +75,8 @@ class RunnableMachine(Closing, abc.ABC):
     :ivar bus: its ports and MMIO ranges; add devices before the first run
     :ivar vcpus: its vCPUs by index, to read registers of while they are stopped
     :ivar memory: its guest memory
+    :ivar waits_in_memory_faults: a vCPU that touches memory which the host cannot provide waits
+        for :meth:`retry_memory_faults`, instead of ending the guest with an error
     :param image: what the guest was loaded from, for messages and reports
     :param layout: where its memory lies
     :param engine: what runs its vCPUs; the machine owns it from here on
@@ -87,6 +90,7 @@ class RunnableMachine(Closing, abc.ABC):
 
     #: Name of the kind, as reports and snapshots have it.
     kind: ClassVar[str]
+    waits_in_memory_faults = False
 
     def __init__(
         self,
@@ -208,6 +212,17 @@ class RunnableMachine(Closing, abc.ABC):
         else:
             device.write(offset, len(vm_exit.data), int.from_bytes(vm_exit.data, "little"))
         return Step.GO_ON
+
+    def handle_memory_fault(self, vcpu: Vcpu, vm_exit: MemoryFault) -> Step:
+        """Handle a touch of memory that the host cannot provide, in the vCPU's thread.
+
+        ``Step.GO_ON`` repeats the access, ``Step.WAIT`` waits for :meth:`retry_memory_faults`.
+
+        :raises UnexpectedExit: unless :attr:`waits_in_memory_faults`
+        """
+        if self.waits_in_memory_faults:
+            return Step.WAIT
+        raise self.describe_failure(vcpu, vm_exit)
 
     def describe_failure(self, vcpu: Vcpu, vm_exit: Exit) -> UnexpectedExit:
         """Return the error for an exit that no method handles; it ends the guest."""
@@ -409,6 +424,20 @@ class RunnableMachine(Closing, abc.ABC):
             vcpu.set_doorbells(count)
 
     @property
+    def memory_faults(self) -> dict[int, MemoryFault]:
+        """The faults in which vCPUs wait now, by index; see :attr:`waits_in_memory_faults`."""
+        waiting = self.runner.waiting.items()
+        return {index: exit_ for index, exit_ in waiting if isinstance(exit_, MemoryFault)}
+
+    def wait_for_memory_faults(self, timeout_s: float | None = None) -> bool:
+        """Wait until every vCPU waits in a memory fault or has ended; False on timeout."""
+        return self.runner.wait_waiting(timeout_s)
+
+    def retry_memory_faults(self) -> None:
+        """Let the vCPUs that wait in memory faults repeat their access: the mapping is back."""
+        self.runner.retry()
+
+    @property
     def error(self) -> BaseException | None:
         """The error that ended the guest, if any."""
         return self._error
@@ -470,6 +499,8 @@ class RunnableMachine(Closing, abc.ABC):
             return self.handle_port_read(vcpu, vm_exit)
         if isinstance(vm_exit, MmioRead | MmioWrite):
             return self.handle_mmio(vcpu, vm_exit)
+        if isinstance(vm_exit, MemoryFault):
+            return self.handle_memory_fault(vcpu, vm_exit)
         raise self.describe_failure(vcpu, vm_exit)
 
     def _on_error(self, vcpu: Vcpu, error: BaseException) -> None:

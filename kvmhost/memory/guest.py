@@ -19,6 +19,7 @@ from kvmhost.closing import Closing
 from kvmhost.errors import LayoutError, StateError
 from kvmhost.files import os_errors
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.vm.names import ACCESS, Access
 
 if typing.TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,8 @@ class Region:
             undo.pop_all()
         # SAFETY: an address only; the mapping belongs to self.alias and lives until close().
         self.alias_address = int(ffi.cast("uintptr_t", ffi.from_buffer(self.alias)))
+        #: Whether a memslot shows it to the guest.
+        self.attached = True
 
     def __repr__(self) -> str:
         return f"<Region gpa [{self.gpa:#x}, {self.end:#x})>"
@@ -102,6 +105,57 @@ class Region:
         # SAFETY: words lives until the call returns; the range is inside this mapping.
         pointer = ffi.NULL if words is None else ffi.from_buffer("uint64_t[]", words)
         check(lib.kh_zap(address, n_pages, pointer, 0), "madvise", start=address, pages=n_pages)
+
+    def protect(self, offset: int, n_bytes: int, access: Access) -> None:
+        """Set what the guest mapping permits; the alias and the contents stay as they are.
+
+        A vCPU that violates it stops with :class:`~kvmhost.exits.MemoryFault`.
+
+        :param offset: in bytes, page-aligned, as is ``n_bytes``
+        :raises LayoutError: for a range that is not inside the region
+        """
+        address = self._guest_range(offset, n_bytes)
+        check(
+            lib.kh_protect(address, n_bytes, ACCESS.index(access)),
+            "mprotect",
+            start=address,
+            length=n_bytes,
+        )
+
+    def vacate(self, offset: int, n_bytes: int) -> None:
+        """Unmap a part of the guest mapping; its addresses stay reserved.
+
+        :raises LayoutError: for a range that is not inside the region
+        """
+        address = self._guest_range(offset, n_bytes)
+        # SAFETY: inside this region's own mapping; nothing of the VMM reads through it.
+        check(lib.kh_vacate(address, n_bytes), "mmap", start=address, length=n_bytes)
+
+    def remap(self, offset: int, n_bytes: int) -> None:
+        """Undo :meth:`vacate`: map the memfd there again.
+
+        :raises LayoutError: for a range that is not inside the region
+        """
+        address = self._guest_range(offset, n_bytes)
+        # SAFETY: inside the addresses that this region reserves until close().
+        result = lib.kh_remap(self.memfd, offset, n_bytes, address)
+        check(result, "mmap", start=address, length=n_bytes)
+
+    def _guest_range(self, offset: int, n_bytes: int) -> int:
+        """Return the guest address of a part.
+
+        :raises LayoutError: for a range that is not inside the region
+        :raises StateError: if the region is closed
+        """
+        if self.memfd < 0:
+            raise StateError(repr(self))
+        is_whole = offset % PAGE_BYTES == 0 and n_bytes % PAGE_BYTES == 0
+        if not is_whole or n_bytes <= 0 or not 0 <= offset <= self.n_bytes - n_bytes:
+            start = self.gpa + offset
+            raise LayoutError(
+                f"gpa range [{start:#x}, {start + n_bytes:#x}): not whole pages of {self!r}"
+            )
+        return self.guest_address + offset
 
     def close(self) -> None:
         """Unmap both mappings and close the memfd. Idempotent.
@@ -183,6 +237,13 @@ class GuestMemory(Closing):
                 return region
         held = ", ".join(f"[{r.gpa:#x}, {r.end:#x})" for r in self.regions)
         raise LayoutError(f"gpa range [{gpa:#x}, {gpa + n_bytes:#x}) is not in {held}")
+
+    def find_hva(self, gpa: int) -> int | None:
+        """Return the host address of a gpa in the guest mapping; None outside all memslots."""
+        for region in self.regions:
+            if region.gpa <= gpa < region.end:
+                return region.guest_address + gpa - region.gpa
+        return None
 
     def view(self, gpa: int, n_bytes: int) -> memoryview:
         """Return a writable view on ``[gpa, gpa + n_bytes)`` through the alias.

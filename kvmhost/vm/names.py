@@ -9,6 +9,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.suggest import unknown_name
 
 __all__ = [
+    "ACCESS",
     "ACTUATORS",
     "CODECS",
     "DEFAULT_VIEW",
@@ -20,6 +21,7 @@ __all__ = [
     "SHARED_SWEEP",
     "TABLE_FORMATS",
     "TRACKERS",
+    "Access",
     "Actuator",
     "CodecName",
     "EngineName",
@@ -62,6 +64,10 @@ NOT_SEEN = {
     "soft-dirty": "reads",
     "present": "touches after the first",
 }
+
+#: What the host mapping of guest memory permits; ``write`` includes reads.
+Access = Literal["none", "read", "write"]
+ACCESS: tuple[Access, ...] = typing.get_args(Access)
 
 #: Where evicted pages go: the pager's own store, or the host's swap.
 Actuator = Literal["store", "swap"]

@@ -58,7 +58,16 @@ LAYERS = {
         {"bus", "console"},
     ),
     "kvmhost/engine": (
-        {"base", "cpumodel", "kickmodel", "outside", "portinsn", "turns", "unicorncpu"},
+        {
+            "base",
+            "cpumodel",
+            "kickmodel",
+            "memoryfault",
+            "outside",
+            "portinsn",
+            "turns",
+            "unicorncpu",
+        },
         {"emulated", "kvm"},
         {"kvmpc"},
     ),

@@ -47,7 +47,7 @@ def raw(**fields: Any) -> Any:
         (
             {"reason": lib.KVM_EXIT_MEMORY_FAULT, "detail": 8, "address": 4096}
             | {"internal": [512]},
-            exits.MemoryFault(4096, 512, 8),
+            exits.MemoryFault(gpa=4096, size=512, flags=8),
         ),
         ({"reason": 4242, "detail": 9}, exits.UnknownExit(4242, 9)),
     ],
