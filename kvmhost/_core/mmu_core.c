@@ -84,6 +84,10 @@ static struct kh_mmu *mmu_alloc(const struct kh_mmu_config *config, int *result)
 		return NULL;
 	}
 	mmu->flags = config->flags;
+	/* x86 compares the range; arm64 and powerpc only the count and the sequence. */
+	mmu->range_retry = config->flags & KH_MMU_RANGE_RETRY ||
+			   (!(config->flags & KH_MMU_PLAIN_RETRY) &&
+			    (config->format == KH_FMT_NPT || config->format == KH_FMT_EPT));
 	mmu->n_as = config->n_as ? config->n_as : 1;
 	kh_epoch_init(&mmu->epoch, mmu);
 	kh_rwlock_init(&mmu->lock);

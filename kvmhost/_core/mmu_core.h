@@ -19,6 +19,8 @@
 /* kh_mmu_config.flags */
 #define KH_MMU_POISON 1    /* fill freed table pages with KH_POISON */
 #define KH_MMU_SW_ACCESS 2 /* the fault handler sets accessed bits, not hardware */
+#define KH_MMU_RANGE_RETRY 8 /* a fault retries for invalidations of its gfn only */
+#define KH_MMU_PLAIN_RETRY 16 /* ... for every invalidation. Neither: as the format's KVM */
 #define KH_MMU_KVM 4       /* live tables of a KVM: its own bit for "present", see kh_mmu_open_live */
 
 #define KH_POISON 0xdeadbeefdeadffffull

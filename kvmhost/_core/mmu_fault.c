@@ -3,8 +3,9 @@
  *
  * A fault notes the invalidation sequence, finds the frame without any lock, then
  * takes the MMU lock and maps, unless an invalidation that covers the gfn is under
- * way or has ended since then: the frame may be stale, and the fault starts over
- * (mmu_invalidate_retry_gfn() in include/linux/kvm_host.h).
+ * way or any has ended since then: the frame may be stale, and the fault starts over
+ * (include/linux/kvm_host.h: mmu_invalidate_retry_gfn() on x86; arm64 and powerpc use
+ * mmu_invalidate_retry(), which takes any invalidation in progress for one of the gfn).
  */
 #include "mmu_internal.h"
 
@@ -136,7 +137,8 @@ uint64_t kh_mmu_fault_begin(struct kh_mmu *mmu)
 int kh_mmu_invalidate_retry(struct kh_mmu *mmu, uint64_t gfn, uint64_t seq)
 {
 	if (__atomic_load_n(&mmu->invalidate_in_progress, __ATOMIC_ACQUIRE) &&
-	    gfn >= mmu->invalidate_start && gfn < mmu->invalidate_end)
+	    (!mmu->range_retry ||
+	     (gfn >= mmu->invalidate_start && gfn < mmu->invalidate_end)))
 		return 1;
 	return __atomic_load_n(&mmu->invalidate_seq, __ATOMIC_ACQUIRE) != seq;
 }

@@ -93,6 +93,7 @@ struct kh_mmu {
 	uint32_t flags;
 	uint32_t n_as;
 	bool released;
+	bool range_retry;    /* mmu_invalidate_retry_gfn(), not mmu_invalidate_retry() */
 	uint64_t tlb_seq;    /* vCPUs whose copy differs empty their TLB */
 	uint64_t tlbs_dirty; /* entry changes whose TLB flush is deferred */
 	/* Written under the MMU lock held for write, read under it held for read. */

@@ -16,6 +16,10 @@
 #define KH_AGE_LOCKED 1 /* hold the MMU lock for write around every page or batch */
 #define KH_AGE_FLUSH 2  /* flush remote TLBs once for every young page */
 
+/* kh_mmu_stage2_count flags */
+#define KH_COUNT_SHARED 1
+#define KH_COUNT_IGNORE_EAGAIN 2
+
 /* kh_slot.flags */
 #define KH_SLOT_READ_ONLY 1
 #define KH_SLOT_LOG_DIRTY 2
@@ -116,6 +120,12 @@ int kh_mmu_synchronize(struct kh_mmu *mmu);
 /* For tests: stay inside an epoch as a walk would, until kh_mmu_epoch_exit(). */
 int kh_mmu_epoch_enter(struct kh_mmu *mmu);
 void kh_mmu_epoch_exit(struct kh_mmu *mmu, int slot);
+/*
+ * For tests, stage 2 only: visit the leaves and invalid entries of a range with a callback
+ * that loses a race (-EAGAIN) at eagain_gfn; the result is that of the walk.
+ */
+int kh_mmu_stage2_count(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end,
+			uint32_t flags, uint64_t eagain_gfn, uint64_t *visited);
 
 /* A vCPU's access as hardware performs it: 0, or 1 to 4 for a fault (see mmu_fault.c). */
 int kh_mmu_access(struct kh_mmu *mmu, uint32_t as_id, uint64_t gfn, int write);

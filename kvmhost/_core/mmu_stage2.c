@@ -11,10 +11,10 @@ struct walk_data {
 
 static int walk_table(struct walk_data *data, uint64_t *table, unsigned int level);
 
-/* Of a shared walk, -EAGAIN only means that another thread changed the entry. */
+/* -EAGAIN means that another thread changed the entry: a fault starts over, others go on. */
 static bool goes_on(const struct kh_walker *walker, int result)
 {
-	return result == 0 || (result == -EAGAIN && walker->flags & KH_WALK_SHARED);
+	return result == 0 || (result == -EAGAIN && walker->flags & KH_WALK_IGNORE_EAGAIN);
 }
 
 /* An empty entry, for a walk that skips those. */
@@ -151,7 +151,8 @@ void kh_stage2_harvest(struct kh_harvest *harvest, struct kh_root *root)
 	struct kh_walker walker = {
 		.cb = harvest_visitor,
 		.arg = harvest,
-		.flags = KH_WALK_LEAF | KH_WALK_TABLE_PRE | KH_WALK_SHARED | KH_WALK_VALID,
+		.flags = KH_WALK_LEAF | KH_WALK_TABLE_PRE | KH_WALK_SHARED | KH_WALK_VALID |
+			 KH_WALK_IGNORE_EAGAIN,
 	};
 	uint64_t next;
 
@@ -196,7 +197,11 @@ int kh_stage2_for_each_leaf(struct kh_mmu *mmu, struct kh_root *root, uint64_t s
 			    uint64_t end, kh_leaf_fn fn, void *arg)
 {
 	struct leaf_walk walk = { .mmu = mmu, .fn = fn, .arg = arg };
-	struct kh_walker walker = { .cb = leaf_visitor, .arg = &walk, .flags = KH_WALK_LEAF };
+	struct kh_walker walker = {
+		.cb = leaf_visitor,
+		.arg = &walk,
+		.flags = KH_WALK_LEAF | KH_WALK_IGNORE_EAGAIN,
+	};
 	struct kh_descent descent = { 0 };
 
 	return kh_stage2_walk(mmu, root, start, end, &walker, &descent);
@@ -246,11 +251,7 @@ static int map_visitor(const struct kh_visit_ctx *ctx)
 
 	if (ctx->now == KH_WALK_TABLE_PRE)
 		return ctx->level == map->level ? -EEXIST : 0;
-	/*
-	 * Below the wanted level: another thread installed a table in the target
-	 * entry, after the callback lost the race for it.
-	 */
-	if (kh_present(fmt, ctx->old) || ctx->level < map->level)
+	if (kh_present(fmt, ctx->old))
 		return -EEXIST;
 	if (ctx->old)
 		return -EAGAIN; /* locked */
@@ -330,5 +331,44 @@ int kh_stage2_unmap(struct kh_mmu *mmu, struct kh_root *root, uint64_t start, ui
 	int result = kh_stage2_walk(mmu, root, start, end, &walker, &descent);
 
 	*any |= walk.any;
+	return result;
+}
+
+struct count_walk {
+	uint64_t eagain_gfn;
+	uint64_t visited;
+};
+
+static int count_visitor(const struct kh_visit_ctx *ctx)
+{
+	struct count_walk *walk = ctx->arg;
+
+	walk->visited++;
+	return ctx->level == 1 && ctx->addr == walk->eagain_gfn ? -EAGAIN : 0;
+}
+
+int kh_mmu_stage2_count(struct kh_mmu *mmu, uint32_t as_id, uint64_t start, uint64_t end,
+			uint32_t flags, uint64_t eagain_gfn, uint64_t *visited)
+{
+	struct count_walk walk = { .eagain_gfn = eagain_gfn };
+	struct kh_walker walker = {
+		.cb = count_visitor,
+		.arg = &walk,
+		.flags = KH_WALK_LEAF | (flags & KH_COUNT_SHARED ? KH_WALK_SHARED : 0) |
+			 (flags & KH_COUNT_IGNORE_EAGAIN ? KH_WALK_IGNORE_EAGAIN : 0),
+	};
+	struct kh_descent descent = { 0 };
+	struct kh_root *root;
+	unsigned int slot;
+	int result = -EINVAL;
+
+	if (mmu->fmt.id != KH_FMT_STAGE2 || !kh_range_ok(mmu, as_id, start, end))
+		return -EINVAL;
+	slot = kh_epoch_enter(&mmu->epoch);
+	root = kh_root_current(mmu, as_id);
+	if (root)
+		result = kh_stage2_walk(mmu, root, start, end, &walker, &descent);
+	kh_epoch_exit(&mmu->epoch, slot);
+	*visited = walk.visited;
 	return result;
 }

@@ -14,6 +14,12 @@
 #define KH_WALK_TABLE_POST 4 /* after them */
 #define KH_WALK_SHARED 8     /* others change the tables at the same time */
 #define KH_WALK_VALID 16     /* no callback for invalid entries (not in the kernel) */
+/*
+ * Go on after -EAGAIN, which otherwise ends the walk: KVM_PGTABLE_WALK_IGNORE_EAGAIN. Before
+ * fedbe023f079 ("KVM: arm64: Invert KVM_PGTABLE_WALK_HANDLE_FAULT to fix pKVM walkers") a
+ * flag of fault handlers had the opposite sense. Whether a walk is shared decides neither.
+ */
+#define KH_WALK_IGNORE_EAGAIN 32
 
 /* A TABLE_PRE callback returns it to have done the table's entries itself. */
 #define KH_WALK_SKIP 1
@@ -31,7 +37,7 @@ struct kh_visit_ctx {
 };
 
 struct kh_walker {
-	/* 0: continue; KH_WALK_SKIP; -EAGAIN: lost a race; else ends the walk */
+	/* 0: continue; KH_WALK_SKIP; -EAGAIN: lost a race, see KH_WALK_IGNORE_EAGAIN */
 	int (*cb)(const struct kh_visit_ctx *ctx);
 	void *arg;
 	unsigned int flags;

@@ -50,6 +50,8 @@ _IDS = {
     "stage2": lib.KH_FMT_STAGE2,
     "radix": lib.KH_FMT_RADIX,
 }
+#: mmu_invalidate_retry_gfn() and mmu_invalidate_retry(), include/linux/kvm_host.h.
+_RETRY = {None: 0, True: lib.KH_MMU_RANGE_RETRY, False: lib.KH_MMU_PLAIN_RETRY}
 
 
 class Mmu(WalkedTable):
@@ -67,6 +69,9 @@ class Mmu(WalkedTable):
     :param sw_access: accessed and dirty state are set by the fault handler, as on arm64
         without FEAT_HAFDBS (stage 2 and radix)
     :param poison: fill freed table pages with a pattern that every walk detects
+    :param range_retry: whether an invalidation in progress holds up only faults on its own
+        gfns, or all of them. None: as KVM for the format; x86 compares the range, arm64
+        and powerpc do not
     :param arena_bytes: room for table pages, rounded up to 64 KiB; unused room uses no memory
     :param arena_pa: made-up physical address of the arena, a multiple of 64 KiB
     :raises IoctlError: ``EINVAL`` if the parameters do not fit the format
@@ -82,6 +87,7 @@ class Mmu(WalkedTable):
         n_as: int = 1,
         sw_access: bool = False,
         poison: bool = False,
+        range_retry: bool | None = None,
         arena_bytes: int = 64 << 20,
         arena_pa: int = 1 << 32,
         slots: MemSlots | None = None,
@@ -103,7 +109,8 @@ class Mmu(WalkedTable):
                 "arena_pa": arena_pa,
                 "arena_bytes": -(-arena_bytes // _ARENA_UNIT) * _ARENA_UNIT,
                 "flags": (lib.KH_MMU_POISON if poison else 0)
-                | (lib.KH_MMU_SW_ACCESS if sw_access else 0),
+                | (lib.KH_MMU_SW_ACCESS if sw_access else 0)
+                | _RETRY[range_retry],
             },
         )
         shape = ffi.new("struct kh_mmu_shape *")

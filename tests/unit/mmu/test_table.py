@@ -344,3 +344,18 @@ def test_stage2_starts_where_up_to_16_concatenated_tables_suffice(ipa_bits):
         resolved = 12 + 9 * (4 - start)
         assert table.n_start_tables == 1 << max(0, ipa_bits - resolved)
         assert table.n_gfns == 1 << (ipa_bits - 12)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lost_race_ends_a_stage2_walk_by_its_own_flag(shared):
+    """The rule of kvm_pgtable_walk_continue(): not KVM_PGTABLE_WALK_SHARED decides."""
+    with Stage2Table(40) as table:
+        table.map(512, 512, n=1024)
+        # Ends at the entry that lost, also from within a table two levels down.
+        assert table.count_visits(512, 1536, 700, ignore_eagain=False, shared=shared) == (
+            189,
+            False,
+        )
+        assert table.count_visits(512, 1536, 700, ignore_eagain=True, shared=shared) == (1024, True)
+        # A race that is not lost decides nothing.
+        assert table.count_visits(512, 1536, 5, ignore_eagain=False, shared=shared) == (1024, True)
