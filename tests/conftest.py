@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from waiting import DEADLINE_S
 
@@ -28,6 +29,11 @@ from kvmhost.machine import Machine
 # inherits that: the tests that interrupt a command would wait for ever.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Hosts that are busy or emulated are slow, and no example of a property has a time of its own.
+hypothesis.settings.register_profile("kvmhost", deadline=None)
+hypothesis.settings.load_profile("kvmhost")
 
 
 @functools.cache

@@ -17,6 +17,8 @@ __all__ = ["PageParts", "joined_runs"]
 
 #: A picture has at most this many parts; the nearest ones are joined.
 _MAX_PARTS = 6
+#: Memory of fewer bins is small enough to be shown as a whole.
+_MIN_BINS = 64
 #: Parts nearer to each other than this share of memory are joined.
 _NEAR = 1 / 64
 
@@ -82,9 +84,11 @@ class PageParts:
 def joined_runs(used: npt.NDArray[np.bool_]) -> list[tuple[int, int]] | None:
     """Return the runs of used bins, those near to each other joined.
 
-    :return: ``[first, end)`` of bins, in order; None if they are more than half of all bins, or
-        no bin is used
+    :return: ``[first, end)`` of bins, in order; None if they are more than half of all bins, no
+        bin is used, or there are few bins
     """
+    if used.size < _MIN_BINS:
+        return None
     change = np.flatnonzero(np.diff(used.astype(np.int8), prepend=0, append=0))
     runs: list[tuple[int, int]] = [(int(a), int(b)) for a, b in change.reshape(-1, 2)]
     near = max(int(used.size * _NEAR), 1)

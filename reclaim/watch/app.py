@@ -7,8 +7,6 @@ processor time and ticks less often when it exceeds its share.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -23,82 +21,52 @@ from textual.widgets import Static
 
 from kvmhost.errors import CapabilityError, ControlError, InUseError, KvmHostError, VmGoneError
 from kvmhost.printable import printable
-from kvmhost.reclaim.watch.data import RECENT, Sample, WatchSampler
+from kvmhost.reclaim.draw.parts import PageParts
+from kvmhost.reclaim.watch.data import RECENT, SHOWN_EVENTS, Mask, Sample, WatchSampler
 from kvmhost.reclaim.watch.map import (
+    EVENT_MARKS,
     Grid,
     bar,
     draw_changes,
     draw_density,
     sparkline,
 )
+from kvmhost.reclaim.watch.pace import LONGEST_S, MOST_SHARE, Pace
 from kvmhost.units import PAGE_BYTES, size_text
 
 __all__ = ["MOST_SHARE", "Pace", "WatchApp"]
 
-#: Share of one core, averaged over some ticks; above it the interval grows.
-MOST_SHARE = 0.04
-_LONGEST_S = 60.0
 _RETRY_S = 2.0
-_KEYS = "arrows  + - zoom  0 all  space pause  m mark  v view  t tracker  ? help  q quit"
+_KEYS = "arrows  + - zoom  space pause  m mark  v view  e events  u used  ? help  q quit"
+_CAUSES = {
+    "evicted_daemon": "daemon",
+    "evicted_limit": "limit",
+    "evicted_request": "request",
+    "evicted_memory": "no memory",
+}
 _HELP = """\
 Each cell is a range of guest pages, row by row. Its shade shows the
 share of its pages that are young:
   ░ up to 8 %   ▒ up to 40 %   ▓ up to 90 %   █ nearly all
 or, where none is young, what most pages are:
   · never touched   : resident   o evicted
-
+or what happened there in this tick (e switches that off):
+  D L R M evicted: by the daemon, at the limit, on request, no memory
+  ^ refaulted   x both
 arrows     move the cursor, and scroll at the edges
 PgUp PgDn  scroll by a screen
-+ Enter    zoom in at the cursor, down to single pages
-- 0        zoom out; all of memory
++ - 0      zoom in at the cursor, down to single pages; out; all
 space p    pause or resume; nothing is harvested while paused
 v          young in this window, or in the last 10
 m          mark the young pages, show changes since; m again ends it
              + became young  - no longer  ± both  = as before
-t          the next tracker (guestpt, pagemap, dirty, uffd, idle)
-T          the same while others read the VM; undone when this ends
+u          the used parts of a mostly idle memory, or all of it
+t T        the next tracker; T also while others read, until this ends
 q Ctrl-C   quit
 
 Each tick is a window of its own, whatever else reads the VM. Below:
 a daemon's generations, or pages by ticks since they were young.
                                             any key closes this"""
-
-
-class Pace:
-    """Computes the interval between ticks from the processor time of the view.
-
-    :param clock: returns the processor time of this process in seconds
-    """
-
-    def __init__(
-        self,
-        interval_s: float,
-        clock: Callable[[], float] = time.process_time,
-        wall: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.asked_s = self.interval_s = interval_s
-        self._clock, self._wall = clock, wall
-        self.begin()
-
-    def begin(self) -> None:
-        """Start the measurement; processor time of the program's start is not counted."""
-        self._last = self._wall(), self._clock()
-        self.share = 0.0
-
-    def next_s(self) -> float:
-        """Account for a tick; return the seconds until the next one."""
-        (wall_s, used_s), now = self._last, (self._wall(), self._clock())
-        self._last = now
-        took_s, used_s = now[0] - wall_s, now[1] - used_s
-        if took_s > 0:
-            self.share = used_s / took_s
-        # The cost of a tick hardly depends on the interval.
-        needed_s = used_s / MOST_SHARE
-        if needed_s > self.interval_s:
-            self.interval_s = min(needed_s, _LONGEST_S)
-        else:
-            self.interval_s = max(self.asked_s, 0.8 * self.interval_s, needed_s)
-        return self.interval_s
 
 
 class _Help(ModalScreen[None]):
@@ -148,6 +116,8 @@ class WatchApp(App[None]):
         Binding("pagedown", "scroll(1)", "screen down"),
         Binding("m", "mark", "mark"),
         Binding("v", "view", "view"),
+        Binding("e", "events", "events"),
+        Binding("u", "used", "used"),
         Binding("t", "tracker", "tracker"),
         Binding("T", "tracker(True)", "force tracker"),
         Binding("question_mark,h,f1", "help", "help"),
@@ -160,7 +130,9 @@ class WatchApp(App[None]):
         self.sample: Sample | None = None
         self.mark: npt.NDArray[np.bool_] | None = None
         self.mark_tick = 0
-        self.paused = self.show_recent = False
+        self.paused = self.show_recent = self.show_all = False
+        self.show_events = True
+        self.parts = PageParts(((0, sampler.n_pages),))
         self.problem = ""
         self.zoom_steps = self.start_page = self.cursor_cell = 0
         self._wake = asyncio.Event()
@@ -184,7 +156,7 @@ class WatchApp(App[None]):
     async def _tick_for_ever(self) -> None:
         self.pace.begin()
         while True:
-            wait_s = self.pace.next_s() if not self.paused else _LONGEST_S
+            wait_s = self.pace.next_s() if not self.paused else LONGEST_S
             if not self.paused and not await self._tick():
                 wait_s = max(_RETRY_S, wait_s)
             self.draw()
@@ -200,9 +172,11 @@ class WatchApp(App[None]):
             self.sample = await asyncio.to_thread(self.sampler.sample)
             if self.mark is not None and self.mark.size != self.sampler.n_pages:
                 self.mark = None
+            self._choose_parts()
             self.problem = ""
         except VmGoneError as error:
-            self.problem = f"{error}; waiting for it to return, q quits"
+            waiting = "" if self.sampler.is_process else " waiting for it to return,"
+            self.problem = f"{error};{waiting} q quits"
         except (CapabilityError, ControlError) as error:
             self.problem = f"{error}; press t for the next tracker"
         except InUseError as error:
@@ -265,6 +239,17 @@ class WatchApp(App[None]):
         self.show_recent, self.mark = not self.show_recent, None
         self.draw()
 
+    def action_events(self) -> None:
+        """Show or hide evictions and refaults."""
+        self.show_events = not self.show_events
+        self.draw()
+
+    def action_used(self) -> None:
+        """Show the used parts of memory, or all of it."""
+        self.show_all = not self.show_all
+        self._choose_parts()
+        self.draw()
+
     def action_tracker(self, force: bool = False) -> None:
         """Switch to the next tracker; with ``force`` also while others read by this one."""
         if self.sample is not None and self.sampler.tracker == "auto":
@@ -280,10 +265,26 @@ class WatchApp(App[None]):
 
     def grid(self) -> Grid:
         """Return the grid of cells that is shown."""
-        return Grid.fit(*self._room(), self.sampler.n_pages, self.start_page, self.zoom_steps)
+        return Grid.fit(*self._room(), self.parts.n_pages, self.start_page, self.zoom_steps)
+
+    def _choose_parts(self) -> None:
+        """Choose the parts of memory that are shown; the cursor stays on its page."""
+        before, whole = self.parts, PageParts(((0, self.sampler.n_pages),))
+        after = whole if self.show_all else self.sampler.used_parts()
+        if after == before:
+            return
+        page = before.page_at(self.grid().range_of(self.cursor_cell)[0])
+        self.parts = after
+        self._look_at(after.position_of(page))
+
+    def _part(self, mask: Mask) -> Mask:
+        """Return the pages of a mask that are shown, one part after the other."""
+        if self.parts.ranges == ((0, mask.size),):
+            return mask
+        return np.concatenate([mask[low:high] for low, high in self.parts.ranges])
 
     def shown(self) -> npt.NDArray[np.bool_]:
-        """Return the pages that the map shows as young."""
+        """Return the pages that are shown as young, of all of memory."""
         assert self.sample is not None
         young = self.sampler.recent() if self.show_recent else self.sample.young
         return np.resize(young, self.sampler.n_pages)
@@ -298,12 +299,27 @@ class WatchApp(App[None]):
         grid = self.grid()
         self.start_page = grid.start
         self.cursor_cell = min(self.cursor_cell, max(grid.n_cells() - 1, 0))
-        mapped, young = self.sampler.mapped, self.shown()
+        mapped, young = self._part(self.sampler.mapped), self.shown()
+        gfn_at = self.parts.page_at
         if self.mark is not None:
-            drawn = draw_changes(self.mark, young, mapped, grid, self.cursor_cell)
+            drawn = draw_changes(
+                self._part(self.mark), self._part(young), mapped, grid, self.cursor_cell, gfn_at
+            )
         else:
-            states = self.sample.resident, self.sample.evicted
-            drawn = draw_density(young, mapped, grid, self.cursor_cell, states)
+            sample = self.sample
+            states = None
+            if sample.resident is not None and sample.evicted is not None:
+                states = self._part(sample.resident), self._part(sample.evicted)
+            moved = {name: self._part(mask) for name, mask in sample.moved.items()}
+            drawn = draw_density(
+                self._part(young),
+                mapped,
+                grid,
+                self.cursor_cell,
+                states,
+                moved=moved if self.show_events else None,
+                gfn_at=gfn_at,
+            )
         self._put("map", drawn)
         self._put("cell", self._cell(grid, young))
         self._put("figures", self._figures(self.sample))
@@ -339,20 +355,31 @@ class WatchApp(App[None]):
         elif state.paused:
             text.append("  VM paused", "bold color(226)")
         text.append(f"  {printable(sample.tracker)} ({printable(sample.table_format)})")
-        text.append(f"  {size_text(state.resident_bytes)} of {size_text(state.mem_bytes)}")
-        if state.resident_max_bytes:
-            text.append(f", limit {size_text(state.resident_max_bytes)}")
+        if sample.not_seen:
+            text.append(f"  {sample.not_seen} not seen", "bold color(215)")
+        if state.resident_bytes is None:
+            text.append(f"  {size_text(state.mem_bytes)}, residency unknown")
+        else:
+            text.append(f"  {size_text(state.resident_bytes)} of {size_text(state.mem_bytes)}")
+        if state.limit_bytes:
+            text.append(f", limit {size_text(state.limit_bytes)}")
+        if len(self.parts.ranges) > 1 or self.parts.n_pages < self.sampler.n_pages:
+            left_out = size_text((self.sampler.n_pages - self.parts.n_pages) * PAGE_BYTES)
+            text.append(f"  {left_out} unused left out (u)", "color(215)")
         image = state.image.rsplit("/", 1)[-1]
-        return text.append(f"  {printable(image)}, {printable(state.engine)}")
+        engine = f", {printable(state.engine)}" if state.engine else ""
+        return text.append(f"  {printable(image)}{engine}")
 
     def _cell(self, grid: Grid, young: npt.NDArray[np.bool_]) -> Text:
-        low, high = grid.range_of(self.cursor_cell)
-        part, n = young[low:high], max(high - low, 1)
+        first, end = grid.range_of(self.cursor_cell)
+        n = max(end - first, 1)
+        low, high = self.parts.page_at(first), self.parts.page_at(max(end - 1, 0)) + 1
+        part = self._part(young)[first:end]
         slot = next(
             (f"slot {m.slot}" for m in self.sampler.memory.memslots
              if m.gfn_start <= low < m.gfn_start + m.n_pages), "no memory"
         )  # fmt: skip
-        span = f"gfn {low:#x}" if high - low == 1 else f"gfns {low:#x}:{high:#x}"
+        span = f"gfn {low:#x}" if n == 1 else f"gfns {low:#x}:{high:#x}"
         count = int(np.count_nonzero(part))
         what = f"young in the last {RECENT}" if self.show_recent else "young"
         text = Text(f"{span}  {slot}  ", "color(250)", no_wrap=True, overflow="ellipsis")
@@ -360,7 +387,10 @@ class WatchApp(App[None]):
         if self.sample is not None:
             masks = {"resident": self.sample.resident, "evicted": self.sample.evicted}
             for name, mask in masks.items():
-                text.append(f", {int(np.count_nonzero(mask[low:high]))} {name}", "color(250)")
+                if mask is not None:
+                    found = int(np.count_nonzero(self._part(mask)[first:end]))
+                    text.append(f", {found} {name}", "color(250)")
+            text.append_text(self._events_of(self.sample, first, end))
         if self.mark is not None:
             before = self.mark
             came, went = int((young & ~before).sum()), int((before & ~young).sum())
@@ -369,6 +399,17 @@ class WatchApp(App[None]):
             text.append(f"  since tick {self.mark_tick}: ", "color(250)")
             text.append(f"+{came:,}", "color(82)").append(f" -{went:,}", "color(203)")
             text.append(f" alike {100 * alike:.0f} %", "color(250)")
+        return text
+
+    def _events_of(self, sample: Sample, first: int, end: int) -> Text:
+        """Return what happened to the pages of a cell in this tick."""
+        text = Text()
+        for name in SHOWN_EVENTS if self.show_events else ():
+            mask = sample.moved.get(name)
+            count = 0 if mask is None else int(np.count_nonzero(self._part(mask)[first:end]))
+            if count:
+                what = f"evicted ({_CAUSES[name]})" if name in _CAUSES else "refaulted"
+                text.append(f", {count} {what}", f"color({EVENT_MARKS[name][1]})")
         return text
 
     def _figures(self, sample: Sample) -> Text:
@@ -383,8 +424,14 @@ class WatchApp(App[None]):
             f"{name} {'-' if rate is None else f'{rate:,.0f}'}/s"
             for name, rate in (("evictions", sample.evictions), ("faults", sample.faults))
         ]
+        causes = ", ".join(
+            f"{cause} {sample.counts[name]:,}"
+            for name, cause in _CAUSES.items()
+            if sample.counts.get(name)
+        )
+        rates[0] += f" ({causes} in this tick)" if causes else ""
         evicted = size_text(sample.evicted_pages * PAGE_BYTES)
-        text.append(f"pressure {stall}   {'   '.join(rates)}   evicted {evicted}\n")
+        text.append(f"{'  '.join(rates)}  evicted {evicted}  pressure {stall}\n")
         text.append(
             f"harvest {sample.harvest_ms:.2f} ms, re-arm {sample.rearm_ms:.2f} ms   "
             f"tick {sample.tick}, {self.pace.interval_s:.3g} s   "

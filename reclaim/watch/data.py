@@ -1,7 +1,8 @@
 """The data of the live view, sampled once per tick; nothing here draws.
 
 Each tick ends a window of the live view's own view of the VM, whatever daemons and records
-read beside it. A window may end with the sweep of another reader.
+read beside it. A window may end with the sweep of another reader. Another process has no pager
+that can be asked: where its pages are is unknown.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +21,28 @@ import numpy.typing as npt
 from kvmhost import trackers
 from kvmhost.bitmap import unpack
 from kvmhost.control.client import Client
-from kvmhost.control.schema import Counters, MemoryMap, VmState
+from kvmhost.control.schema import MemoryMap, Residency, VmState
 from kvmhost.errors import ControlError, InUseError, LayoutError, VmGoneError
+from kvmhost.process.attach import Attached
 from kvmhost.reclaim.control.client import DaemonClient
+from kvmhost.reclaim.draw.parts import PageParts, joined_runs
 from kvmhost.reclaim.errors import KernelFileError
 from kvmhost.reclaim.pressure.psi import PsiMeter
+from kvmhost.reclaim.record.meta import EVICTIONS
 from kvmhost.timescale import scaled
+from kvmhost.units import PAGE_BYTES
 from kvmhost.vm import Harvest
-from kvmhost.vm.names import SHARED_SWEEP
+from kvmhost.vm.names import METHODS, NOT_SEEN, SHARED_SWEEP
 
-__all__ = ["RECENT", "Generation", "Sample", "WatchSampler", "parse_generations"]
+__all__ = [
+    "RECENT",
+    "SHOWN_EVENTS",
+    "Generation",
+    "Sample",
+    "Subject",
+    "WatchSampler",
+    "parse_generations",
+]
 
 #: Number of ticks over which the working set is computed.
 RECENT = 10
@@ -37,8 +51,14 @@ _HISTORY = 400
 #: Upper bounds in ticks of the age ranges that are shown without a daemon.
 _AGES = (1, 2, 4, 8, 16, 32, 64)
 _NEVER = -(1 << 30)
-#: A number that no event has: a request for residency alone.
+#: A number that no event has: a request for residency and the number of the next event.
 _NO_EVENTS = 1 << 51
+#: Replies about events per tick: more come faster than they can be shown.
+_MOST_REPLIES = 16
+#: Events that are shown: evictions by whose decision they were, and refaults.
+SHOWN_EVENTS = (*EVICTIONS, "refaulted")
+#: Memory is in use or not in bins of so many pages.
+_USED_BIN_PAGES = 512
 #: Timeout of requests to the daemon, so that it cannot block the view.
 _DAEMON_TIMEOUT_S = scaled(1.0)
 
@@ -54,22 +74,46 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is watched: a VM, or another process.
+
+    :param engine: empty for a process
+    :param resident_bytes: None: unknown
+    """
+
+    name: str
+    pid: int
+    image: str
+    engine: str
+    paused: bool
+    mem_bytes: int
+    resident_bytes: int | None
+    limit_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
     """One tick.
 
     :param young: mask of all pages from gfn 0
-    :param resident: mask of the pages that are in memory
-    :param evicted: mask of the pages in the pager's store, or in swap
+    :param resident: mask of the pages that are in memory; None: unknown
+    :param evicted: mask of the pages in the pager's store, or in swap; None: unknown
+    :param moved: by name of :data:`SHOWN_EVENTS`: mask of the pages that had it in this tick
+    :param counts: by name of an event: how often it happened in this tick
+    :param not_seen: what the tracker does not see; empty: nothing
     :param evictions: per second; None: the pager is not in use
     :param pressure: share of time that tasks waited for memory; None: not measured
     :param by_daemon: whether the generations come from a daemon
     """
 
     tick: int
-    state: VmState
+    state: Subject
     young: Mask
-    resident: Mask
-    evicted: Mask
+    resident: Mask | None
+    evicted: Mask | None
+    moved: dict[str, Mask]
+    counts: dict[str, int]
+    not_seen: str
     wss_pages: int
     generations: list[Generation]
     by_daemon: bool
@@ -85,7 +129,7 @@ class Sample:
 
 
 class WatchSampler:
-    """Samples a VM, and the daemon that manages it, once per tick.
+    """Samples a VM and the daemon that manages it, or a process, once per tick.
 
     :param view: the view of the VM that is read
     :param interval_s: between two ticks
@@ -95,7 +139,7 @@ class WatchSampler:
 
     def __init__(
         self,
-        client: Client,
+        client: Client | Attached,
         tracker: str = "auto",
         *,
         view: str = "watch",
@@ -107,6 +151,9 @@ class WatchSampler:
         self._max_age_s, self._force = SHARED_SWEEP * interval_s, force
         self.tracker = tracker
         self._used = "auto"
+        self._trackers: tuple[str, ...] = trackers.NAMES
+        if isinstance(client, Attached):
+            self._trackers = tuple(name for name in METHODS if name != "auto")
         self.memory: MemoryMap
         self._psi: PsiMeter | None = None
         with contextlib.suppress(KernelFileError):
@@ -118,6 +165,11 @@ class WatchSampler:
         """Number of pages from gfn 0, including holes."""
         return self.memory.gfn_end
 
+    @property
+    def is_process(self) -> bool:
+        """Whether another process is watched: one that ended does not come back."""
+        return isinstance(self._client, Attached)
+
     def begin(self) -> None:
         """Discard all ticks, for a new VM or a changed memory layout."""
         self.memory = self._client.memory_map()
@@ -127,7 +179,9 @@ class WatchSampler:
         self.mapped = np.zeros(self.n_pages, dtype=bool)
         for memslot in self.memory.memslots:
             self.mapped[memslot.gfn_start : memslot.gfn_start + memslot.n_pages] = True
-        self._before: tuple[float, Counters] | None = None
+        self._before: tuple[float, dict[str, Any] | None] | None = None
+        self._since: int | None = None
+        self._ever_evicted = np.zeros(self.n_pages, dtype=bool)
         self._pid = 0
 
     def sample(self) -> Sample:
@@ -137,10 +191,10 @@ class WatchSampler:
         :raises ControlError: if it rejects harvests
         :raises InUseError: if others read by another tracker; the next sample is by that one
         """
-        state = self._client.state()
-        if self._pid not in (0, state.pid) or self._client.memory_map() != self.memory:
+        state, subject = self._look_at()
+        if self._pid not in (0, subject.pid) or self._client.memory_map() != self.memory:
             self.begin()
-        self._pid = state.pid
+        self._pid = subject.pid
         found = self._harvest()
         young = found.young.as_bool()[: self.n_pages]
         self.tick += 1
@@ -148,16 +202,20 @@ class WatchSampler:
         wss = int(np.count_nonzero(self.last_young > self.tick - RECENT))
         self.history.append(wss)
         generations, by_daemon = self._generations(state)
-        counters = self._client.counters()
-        evictions, faults, evicted, window_s = self._rates(counters)
+        evictions, faults, evicted, window_s = self._rates()
         source = found.young.provenance
-        resident, evicted_mask = self._residency()
+        resident, evicted_mask, replies = self._residency()
         return Sample(
             tick=self.tick,
-            state=state,
+            state=subject,
             young=young,
             resident=resident,
             evicted=evicted_mask,
+            moved=self._moved(replies),
+            counts={
+                name: sum(reply.counts.get(name, 0) for reply in replies) for name in SHOWN_EVENTS
+            },
+            not_seen=NOT_SEEN.get(source.tracker, ""),
             wss_pages=wss,
             generations=generations,
             by_daemon=by_daemon,
@@ -172,14 +230,64 @@ class WatchSampler:
             window_s=window_s,
         )
 
-    def _residency(self) -> tuple[Mask, Mask]:
-        """Return which pages are resident and which are evicted."""
-        found = self._client.residency(_NO_EVENTS)
+    def _look_at(self) -> tuple[VmState | None, Subject]:
+        """Return the state of the VM, None for a process, and what is shown of it."""
+        client = self._client
+        if isinstance(client, Attached):
+            n_bytes = self.memory.gfn_end * PAGE_BYTES
+            image = client.state().image
+            return None, Subject(client.vm, client.pid, image, "", False, n_bytes, None, None)
+        state = client.state()
+        return state, Subject(
+            state.name,
+            state.pid,
+            state.image,
+            state.engine,
+            state.paused,
+            state.mem_bytes,
+            state.resident_bytes,
+            state.resident_max_bytes,
+        )
+
+    def _residency(self) -> tuple[Mask | None, Mask | None, list[Residency]]:
+        """Return which pages are resident and evicted, and the events since the tick before."""
+        client = self._client
+        if isinstance(client, Attached):
+            return None, None, []
+        replies = [client.residency(_NO_EVENTS if self._since is None else self._since)]
+        while replies[-1].left and len(replies) < _MOST_REPLIES:
+            replies.append(client.residency(replies[-1].next))
+        self._since, found = replies[-1].next, replies[-1]
         masks = np.zeros((2, self.n_pages), dtype=bool)
         for mask, bits in zip(masks, (found.resident, found.evicted), strict=True):
             known = unpack(np.frombuffer(bits, dtype="<u8"), 8 * len(bits))[: self.n_pages]
             mask[: known.size] = known
-        return masks[0], masks[1]
+        self._ever_evicted |= masks[1]
+        return masks[0], masks[1], replies
+
+    def _moved(self, replies: list[Residency]) -> dict[str, Mask]:
+        """Return the pages of each event; events without any page are left out."""
+        moved: dict[str, Mask] = {}
+        for reply in replies:
+            for name in SHOWN_EVENTS:
+                gfns = np.frombuffer(reply.gfns.get(name, b""), dtype="<u8")
+                if gfns.size:
+                    mask = moved.setdefault(name, np.zeros(self.n_pages, dtype=bool))
+                    mask[gfns[gfns < self.n_pages].astype(np.int64)] = True
+        return moved
+
+    def used_parts(self) -> PageParts:
+        """Return the parts of memory in use since the view began: all if that is most of it.
+
+        Used are bins of 512 pages with a page that was young or evicted in a tick.
+        """
+        starts = np.arange(0, self.n_pages, _USED_BIN_PAGES)
+        pages = (self.last_young > _NEVER) | self._ever_evicted
+        runs = joined_runs(np.logical_or.reduceat(pages, starts))
+        if runs is None:
+            return PageParts(((0, self.n_pages),))
+        size = _USED_BIN_PAGES
+        return PageParts(tuple((a * size, min(b * size, self.n_pages)) for a, b in runs))
 
     def recent(self) -> Mask:
         """Return the pages that were young in any of the recent ticks."""
@@ -190,7 +298,7 @@ class WatchSampler:
 
         :param force: also while others read by the one in use; it is put back at the end
         """
-        names, self._force = trackers.NAMES, force
+        names, self._force = self._trackers, force
         at = names.index(self.tracker) + 1 if self.tracker in names else 0
         self.tracker = names[at % len(names)]
         return self.tracker
@@ -207,16 +315,18 @@ class WatchSampler:
         self._used = self.tracker
         return found
 
-    def _rates(self, counters: Counters) -> tuple[float | None, float | None, int, float]:
-        now_s = self._clock()
-        before, self._before = self._before, (now_s, counters)
+    def _rates(self) -> tuple[float | None, float | None, int, float]:
+        """Return evictions and faults per second, evicted pages, and the length of the tick."""
+        client, now_s = self._client, self._clock()
+        pager = None if isinstance(client, Attached) else client.counters().pager
+        before, self._before = self._before, (now_s, pager)
         took_s = now_s - before[0] if before else 0.0
-        if counters.pager is None:
+        if pager is None:
             return None, None, 0, took_s
-        evicted = int(counters.pager.get("evicted_pages", 0))
+        evicted = int(pager.get("evicted_pages", 0))
         if before is None or took_s <= 0:
             return 0.0, 0.0, evicted, took_s
-        pager, earlier = counters.pager, before[1].pager or {}
+        earlier = before[1] or {}
         evictions, faults = (
             max(0, pager.get(name, 0) - earlier.get(name, 0)) / took_s
             for name in ("evictions", "fault_ins")
@@ -229,8 +339,8 @@ class WatchSampler:
         except KernelFileError:
             return None
 
-    def _generations(self, state: VmState) -> tuple[list[Generation], bool]:
-        if state.lease is not None and state.lease.socket:
+    def _generations(self, state: VmState | None) -> tuple[list[Generation], bool]:
+        if state is not None and state.lease is not None and state.lease.socket:
             with contextlib.suppress(VmGoneError, ControlError, LayoutError):
                 path = Path(state.lease.socket)
                 with DaemonClient(path, timeout_s=_DAEMON_TIMEOUT_S) as daemon:

@@ -8,13 +8,23 @@ from the palette of 256 that nearly every terminal supports.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 from rich.style import Style
 from rich.text import Text
 
-__all__ = ["Grid", "bar", "counts_of", "draw_changes", "draw_density", "sparkline"]
+__all__ = [
+    "EVENT_MARKS",
+    "Grid",
+    "bar",
+    "counts_of",
+    "draw_changes",
+    "draw_density",
+    "event_mark",
+    "sparkline",
+]
 
 #: The number of columns is a multiple of this.
 _COLUMN_STEP = 16
@@ -30,6 +40,15 @@ _SHADES = (
     (0.9, "▓", 185),
     (1.0, "█", 226),
 )
+#: Cells with events: letter of the cause, or sign of a refault; colour.
+EVENT_MARKS = {
+    "evicted_daemon": ("D", 208),
+    "evicted_limit": ("L", 220),
+    "evicted_request": ("R", 48),
+    "evicted_memory": ("M", 15),
+    "refaulted": ("^", 207),
+}
+_BOTH = "x"
 #: Cells without a young page, by what most of their pages are; else never touched.
 _RESIDENT, _EVICTED = (":", 246), ("o", 172)
 _CURSOR = Style(reverse=True)
@@ -98,19 +117,27 @@ def draw_density(
     grid: Grid,
     cursor: int,
     states: tuple[Mask, Mask] | None = None,
+    *,
+    moved: Mapping[str, Mask] | None = None,
+    gfn_at: Callable[[int], int] = int,
 ) -> Text:
     """Draw the share of young pages in each cell; holes in memory are blank.
 
     :param states: pages that are resident and that are evicted: a cell without a young page
         shows what most of its pages are
+    :param moved: pages by event of :data:`EVENT_MARKS`: a cell with events shows them instead
+    :param gfn_at: returns the gfn of a page of the map
     """
     counts, room = counts_of(young, grid), counts_of(mapped, grid)
     resident, evicted = (counts_of(mask, grid) for mask in states or (young, young))
     shares = counts / np.maximum(room, 1)
+    events = {name: counts_of(mask, grid) for name, mask in (moved or {}).items()}
 
     def cell(at: int) -> tuple[str, int]:
         if not room[at]:
             return " ", 0
+        if mark := event_mark({name: int(count[at]) for name, count in events.items()}):
+            return mark
         if not counts[at]:
             most = max(
                 int(resident[at]), int(evicted[at]), int(room[at] - resident[at] - evicted[at])
@@ -121,10 +148,28 @@ def draw_density(
         share = float(shares[at])
         return next((shade, colour) for top, shade, colour in _SHADES if share <= top + 1e-9)
 
-    return _draw([cell(at) for at in range(room.size)], grid, cursor)
+    return _draw([cell(at) for at in range(room.size)], grid, cursor, gfn_at)
 
 
-def draw_changes(before: Mask, now: Mask, mapped: Mask, grid: Grid, cursor: int) -> Text:
+def event_mark(counts: Mapping[str, int]) -> tuple[str, int] | None:
+    """Return the mark of a cell with events: the most frequent cause, a refault, or both."""
+    there = {name: count for name, count in counts.items() if count}
+    causes = [name for name in there if name != "refaulted"]
+    if not there:
+        return None
+    if causes and "refaulted" in there:
+        return _BOTH, EVENT_MARKS["refaulted"][1]
+    return EVENT_MARKS[max(causes or ["refaulted"], key=lambda name: there[name])]
+
+
+def draw_changes(
+    before: Mask,
+    now: Mask,
+    mapped: Mask,
+    grid: Grid,
+    cursor: int,
+    gfn_at: Callable[[int], int] = int,
+) -> Text:
     """Draw the cells with pages that became young (+) or are no longer young (-)."""
     came, went = counts_of(now & ~before, grid), counts_of(before & ~now, grid)
     same, room = counts_of(now & before, grid), counts_of(mapped, grid)
@@ -139,7 +184,7 @@ def draw_changes(before: Mask, now: Mask, mapped: Mask, grid: Grid, cursor: int)
             return ("+", 82 if strong else 34) if came[at] else ("-", 203 if strong else 131)
         return ("=", 244) if same[at] else ("·", 238)
 
-    return _draw([cell(at) for at in range(room.size)], grid, cursor)
+    return _draw([cell(at) for at in range(room.size)], grid, cursor, gfn_at)
 
 
 def sparkline(values: list[int], width: int) -> str:
@@ -158,7 +203,9 @@ def bar(share: float, width: int) -> str:
     return ("█" * (eighths // 8) + partial)[:width].ljust(width)
 
 
-def _draw(cells: list[tuple[str, int]], grid: Grid, cursor: int) -> Text:
+def _draw(
+    cells: list[tuple[str, int]], grid: Grid, cursor: int, gfn_at: Callable[[int], int]
+) -> Text:
     """Arrange cells in rows, with runs of one colour merged."""
     text = Text(no_wrap=True, end="")
     for row in range(grid.rows):
@@ -166,7 +213,8 @@ def _draw(cells: list[tuple[str, int]], grid: Grid, cursor: int) -> Text:
         part = cells[first : first + grid.columns]
         if not part:
             break
-        text.append(f"{grid.start + first * grid.cell_pages:#{_LABEL - 2}x}  ", "color(245)")
+        gfn = gfn_at(grid.start + first * grid.cell_pages)
+        text.append(f"{gfn:#{_LABEL - 2}x}  ", "color(245)")
         at = 0
         while at < len(part):
             end = at

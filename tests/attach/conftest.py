@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from terminals import terminal
+
+__all__ = ["terminal"]
 
 HERE = Path(__file__).parent
 QEMU = "qemu-system-x86_64"

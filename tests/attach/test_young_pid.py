@@ -95,6 +95,24 @@ def test_record_of_a_process(toucher: Callable, tmp_path: Path) -> None:
     refused(2, "one of both", "wss", str(out), "--pid", str(victim.pid))
 
 
+def test_watch_of_a_process(toucher: Callable, terminal: Callable) -> None:
+    """What is not known of a process stands in the head; its end is said."""
+    victim = toucher(4096)
+    victim.tell("w 0 1 512")
+    screen = terminal(132, 30)
+    words = [sys.executable, "-m", "kvmhost", "young", "watch", "--pid", str(victim.pid)]
+    screen.type(f"{' '.join(words)} --tracker present --interval 0.2; echo ended $?")
+    screen.keys("Enter")
+    screen.shows("████████")
+    lines = screen.shows("own cost")
+    assert lines[0].startswith(f" pid {victim.pid}  present (host-process)")
+    assert "touches after the first not seen  16.0 MiB, residency unknown" in lines[0]
+    victim.end()
+    screen.shows("the process has ended")
+    screen.keys("q")
+    screen.shows("ended 0")
+
+
 @pytest.mark.requires_qemu
 def test_snapshot_of_qemu(qemu) -> None:
     qemu.touch(1)

@@ -176,7 +176,7 @@ LAYERS = {
         {"session"},
         {"worker"},
     ),
-    "reclaim/watch": ({"data", "map"}, {"app"}),
+    "reclaim/watch": ({"data", "map", "pace"}, {"app"}),
     "reclaim/young": ({"bits"},),
 }
 

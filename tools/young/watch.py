@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from kvmhost.control.client import Client
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.installing import install_hint
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option
+from kvmhost.tools.young.common import add_source_arguments, open_source
 
 __all__ = ["main", "parser"]
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         raise CapabilityError("watch", "textual", str(error), install_hint("watch")) from error
     from kvmhost.reclaim.watch.data import WatchSampler
 
-    with Client(args.vm) as client:
+    with open_source(args.vm, args.pid, args.mapping) as client:
         sampler = WatchSampler(
             client,
             args.tracker,
@@ -44,11 +44,12 @@ def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(
         prog="kvmhost young watch",
-        description="Show which pages of a VM are young, as it runs: a map of its memory, the "
-        "working set, generations, pressure, evictions and faults. ? shows the keys. It takes at "
+        description="Show which pages of a VM or process are young, as it runs: a map of its "
+        "memory, with evictions and refaults and who decided them, the working set, generations, "
+        "pressure. Of a mostly idle memory the used parts are shown. ? shows the keys. It takes at "
         "most 4 % of a core: where a tick costs more, it ticks less often.",
     )
-    parser.add_argument("vm", metavar="VM", help="name of a VM, or path of its socket")
+    add_source_arguments(parser)
     add_option(parser, "--interval", help="time between ticks, at least")
     add_option(
         parser, "--tracker", help="auto (the one in use, or the best), or one that doctor lists"

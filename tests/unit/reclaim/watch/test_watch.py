@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import mmap
+import os
 import types
 
 import numpy as np
@@ -24,9 +27,11 @@ from kvmhost.control.schema import (
     VmState,
 )
 from kvmhost.errors import ControlError, InUseError, VmGoneError
+from kvmhost.process.attach import Attached
 from kvmhost.reclaim.watch import data as watchdata
 from kvmhost.reclaim.watch.data import Generation, WatchSampler, parse_generations
 from kvmhost.reclaim.watch.map import (
+    EVENT_MARKS,
     Grid,
     bar,
     counts_of,
@@ -55,6 +60,9 @@ class FakeVm:
         self.harvests = []
         self.others, self.used = False, "auto"
         self.works = {"auto", "guestpt", "pagemap"}
+        self.evicted = slice(PAGES // 2, PAGES // 2 + 512)
+        #: Events before the view began, and those since, with the number of each reply's first.
+        self.log = [("evicted_daemon", 7)]
 
     def _here(self):
         if self.gone:
@@ -82,9 +90,14 @@ class FakeVm:
     def residency(self, since):
         bits = [np.zeros(PAGES, dtype=bool) for _ in range(2)]
         bits[0][: PAGES // 2] = True
-        bits[1][PAGES // 2 : PAGES // 2 + 512] = True
+        bits[1][self.evicted] = True
         resident, evicted = (pack(mask).astype("<u8").tobytes() for mask in bits)
-        return Residency(resident, evicted, {}, {}, 0, 0)
+        # Two events a reply, so that a tick takes several.
+        told, end = self.log[since : since + 2], min(since + 2, len(self.log))
+        gfns = {name: np.array([g for n, g in told if n == name], "<u8") for name, _ in told}
+        counts = {name: found.size for name, found in gfns.items()}
+        packed = {name: found.tobytes() for name, found in gfns.items()}
+        return Residency(resident, evicted, counts, packed, end, 0, len(self.log) - end)
 
     def harvest(self, *, tracker, view, max_age_s, force):
         self._here()
@@ -242,6 +255,48 @@ def test_a_sample_has_residency():
     assert np.flatnonzero(sample.evicted).tolist() == list(range(PAGES // 2, PAGES // 2 + 512))
 
 
+def test_a_sample_has_what_happened_in_its_tick_and_by_whose_decision(fake):
+    sampler = WatchSampler(fake)
+    first = sampler.sample()
+    assert (first.moved, sum(first.counts.values())) == ({}, 0)
+    fake.log += [("evicted_daemon", 7), ("evicted_limit", 9), ("refaulted", 7), ("dropped", 1)]
+    fake.log += [("evicted_daemon", 8)]
+    second = sampler.sample()
+    gfns = {name: np.flatnonzero(mask).tolist() for name, mask in second.moved.items()}
+    assert gfns == {"evicted_daemon": [7, 8], "evicted_limit": [9], "refaulted": [7]}
+    assert {name: count for name, count in second.counts.items() if count} == {
+        "evicted_daemon": 2, "evicted_limit": 1, "refaulted": 1,
+    }  # fmt: skip
+    assert sampler.sample().moved == {}
+
+
+def test_cells_with_events_have_a_letter_of_the_cause():
+    mapped, none = np.ones(1024, dtype=bool), np.zeros(1024, dtype=bool)
+    moved = {name: none.copy() for name in ("evicted_daemon", "evicted_limit", "refaulted")}
+    moved["evicted_daemon"][[0, 1, 16, 48]] = True
+    moved["evicted_limit"][[2, 33]] = True
+    moved["refaulted"][[17, 64]] = True
+    text = draw_density(mapped, mapped, Grid.fit(44, 2, 1024), 9, moved=moved)
+    assert rows_of(text)[0] == "DxLD^" + "█" * 27
+    assert set(EVENT_MARKS) == set(watchdata.SHOWN_EVENTS)
+    assert len({mark for mark, _ in EVENT_MARKS.values()}) == len(EVENT_MARKS)
+
+
+def test_only_the_used_parts_of_a_large_memory_are_chosen(fake):
+    fake.regions, fake.evicted = [(0, 0, 1 << 16)], slice(0, 0)
+    sampler = WatchSampler(fake)
+    assert sampler.used_parts().ranges == ((0, 1 << 16),)  # nothing is known yet
+    fake.young[600:700] = True
+    sampler.sample()
+    assert sampler.used_parts().ranges == ((512, 1024),)
+    fake.evicted = slice(PAGES - 1, PAGES)
+    sampler.sample()
+    assert sampler.used_parts().ranges == ((512, 1024), (PAGES - 512, PAGES))
+    fake.young[:], fake.evicted = False, slice(0, 0)
+    sampler.sample()
+    assert sampler.used_parts().ranges == ((512, 1024), (PAGES - 512, PAGES))
+
+
 def test_changes_since_a_mark():
     before, now = np.zeros((2, 64), dtype=bool)
     before[[0, 4, 8]] = True
@@ -383,6 +438,113 @@ def test_zoom_move_mark_and_help(watchapp, fake):
         await pilot.press("q")
 
     assert drive(watchapp, fake, steps).return_code == 0
+
+
+def test_events_are_a_layer_beside_who_decided(watchapp, fake):
+    fake.young[:] = True
+
+    async def steps(app, pilot):
+        await pilot.press("p")
+        await until_async(lambda: "PAUSED" in screen_text(app)["head"], pilot.pause)
+        fake.log += [("evicted_limit", 0), ("evicted_limit", 1), ("refaulted", 3000)]
+        await pilot.press("p")
+        await pilot.pause()
+        await until_async(lambda: app.sample.moved, pilot.pause)
+        sample = app.sample
+        await pilot.press("p")
+        await until_async(lambda: "PAUSED" in screen_text(app)["head"], pilot.pause)
+        app.sample = sample
+        app.draw()
+        shown = screen_text(app)
+        cells = "".join(rows_of(types.SimpleNamespace(plain=shown["map"])))
+        assert cells[0] == "L"
+        assert cells[3000 // app.grid().cell_pages] == "^"
+        assert ", 2 evicted (limit)" in shown["cell"]
+        assert "(limit 2 in this tick)" in shown["figures"]
+        await pilot.press("e")
+        shown = screen_text(app)
+        assert "L" not in "".join(rows_of(types.SimpleNamespace(plain=shown["map"])))
+        assert "evicted (limit)" not in shown["cell"]
+
+    drive(watchapp, fake, steps)
+
+
+def test_a_mostly_idle_memory_shows_the_used_parts(watchapp, fake):
+    fake.regions, fake.evicted = [(0, 0, 1 << 16)], slice(0, 0)
+
+    async def steps(app, pilot):
+        fake.young[600:700] = True
+        head = "254.0 MiB unused left out (u)"
+        await until_async(lambda: head in screen_text(app)["head"], pilot.pause)
+        assert app.grid().n_pages == 512
+        assert screen_text(app)["map"].split()[0] == "0x200"
+        assert screen_text(app)["cell"].startswith("gfn 0x200 ")
+        await pilot.press(*["right"] * 88)
+        assert screen_text(app)["cell"].startswith("gfn 0x258 ")  # 600: the first young one
+        assert "1 of 1 young" in screen_text(app)["cell"]
+        fake.young[3000] = True
+        await until_async(lambda: app.grid().n_pages == 1024, pilot.pause)
+        assert screen_text(app)["cell"].startswith("gfn 0x258 ")
+        await pilot.press("u")
+        assert app.grid().n_pages == 1 << 16
+        assert "left out" not in screen_text(app)["head"]
+        assert (
+            app.grid().range_of(app.cursor_cell)[0] <= 600 < app.grid().range_of(app.cursor_cell)[1]
+        )
+        await pilot.press("u")
+        assert app.grid().n_pages == 1024
+
+    drive(watchapp, fake, steps, size=(132, 43))
+
+
+def test_another_process_has_unknown_residency_and_does_not_come_back(watchapp):
+    """Memory of this very process, by a tracker that changes nothing."""
+    with memory_of_this_process(1024) as (address, touch):
+        touch(range(16))
+        source = Attached(os.getpid(), hex(address))
+
+        async def steps(app, pilot):
+            shown = screen_text(app)
+            assert shown["head"].strip().startswith(f"pid {os.getpid()}  PAUSED  present (host-")
+            assert "touches after the first not seen" in shown["head"]
+            assert "4.0 MiB, residency unknown" in shown["head"]
+            assert "16 of 16 young" in shown["cell"] or "1 of 1 young" in shown["cell"]
+            assert "resident" not in shown["cell"]
+            assert "evictions -/s" in shown["figures"]
+            names = [app.sampler.next_tracker() for _ in range(5)]
+            assert sorted(names) == ["idle", "pageout", "present", "soft-dirty", "written"]
+
+        async def run():
+            app = watchapp.WatchApp(WatchSampler(source, "present"), 0.01)
+            async with app.run_test(size=(132, 24)) as pilot:
+                await until_async(lambda: app.sample is not None, pilot.pause)
+                await pilot.press("p")
+                await until_async(lambda: "PAUSED" in screen_text(app)["head"], pilot.pause)
+                await steps(app, pilot)
+            assert app.sampler.is_process
+
+        with source:
+            asyncio.run(run())
+
+
+@contextlib.contextmanager
+def memory_of_this_process(n_pages):
+    """Map a memfd; yield its address, and a function that touches pages."""
+    fd = os.memfd_create("watched")
+    try:
+        os.ftruncate(fd, n_pages * mmap.PAGESIZE)
+        with mmap.mmap(fd, n_pages * mmap.PAGESIZE) as memory:
+
+            def touch(pages):
+                for page in pages:
+                    memory[page * mmap.PAGESIZE] = 1
+
+            view = np.frombuffer(memory, dtype=np.uint8)
+            address = view.ctypes.data
+            del view
+            yield address, touch
+    finally:
+        os.close(fd)
 
 
 def test_paused_nothing_is_harvested(watchapp, fake):
