@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvmhost.printable import printable
+from kvmhost.signals import start_threads
 from kvmhost.tools.terminal import unfiltered
 
 __all__ = ["Progress", "show_columns", "show_table", "working"]
@@ -45,7 +46,7 @@ def working(text: str) -> Iterator[None]:
         return
     ended = threading.Event()
     thread = threading.Thread(target=_show_elapsed, args=(text, ended), daemon=True)
-    thread.start()
+    start_threads(thread)
     try:
         yield
     finally:

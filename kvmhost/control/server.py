@@ -29,6 +29,7 @@ from typing import Any, Self
 from kvmhost.control.paths import NameLock, socket_path
 from kvmhost.control.ratelog import RateLimitedLog
 from kvmhost.errors import KvmHostError
+from kvmhost.signals import start_threads
 from kvmhost.timescale import scaled
 
 if typing.TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Server:
         self._thread = threading.Thread(
             target=self._run, args=(self._listener, ours), name="control", daemon=True
         )
-        self._thread.start()
+        start_threads(self._thread)
         return self
 
     def close(self) -> None:

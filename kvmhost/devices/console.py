@@ -28,6 +28,7 @@ from kvmhost.closing import Closing
 from kvmhost.devices.serial import Serial
 from kvmhost.errors import HostError, LayoutError
 from kvmhost.files import open_log
+from kvmhost.signals import start_threads
 
 __all__ = ["Console", "open_console"]
 
@@ -79,7 +80,7 @@ class Console(Closing):
         self._thread = threading.Thread(
             target=self._pump, args=(serial, on_quit), name="console", daemon=True
         )
-        self._thread.start()
+        start_threads(self._thread)
 
     def _pump(self, serial: Serial, on_quit: Callable[[], None]) -> None:
         escaped = False

@@ -27,6 +27,7 @@ from kvmhost.lab.messages import Channel
 from kvmhost.lab.ram import HostMemory, ram_layout
 from kvmhost.lab.running import JobOutput, RunningHost
 from kvmhost.mmu.kvmtable import KvmTable, TableRoot
+from kvmhost.signals import start_threads
 
 __all__ = ["GuestTables", "open_tables"]
 
@@ -47,7 +48,7 @@ class GuestTables:
         self._table: KvmTable | None = None
         self._end: LabError | None = None
         self._pump = threading.Thread(target=self._take_output, name="lab-output", daemon=True)
-        self._pump.start()
+        start_threads(self._pump)
         layout = ram_layout(running.host.machine, running.mem_bytes)
         self._memory = self._stack.enter_context(HostMemory(running.ram, layout))
         self._channel = Channel(running.agent.fileno(), running.host.name)

@@ -22,6 +22,7 @@ from kvmhost._ffi import check, lib
 from kvmhost.engine.base import Vcpu
 from kvmhost.errors import PauseTimeout, StateError
 from kvmhost.exits import Exit, Kicked
+from kvmhost.signals import start_threads
 from kvmhost.timescale import scaled
 
 __all__ = ["PAUSE_TIMEOUT_S", "Runner", "Step"]
@@ -79,9 +80,8 @@ class Runner:
             if self._started:
                 raise StateError("the machine", "has been started before")
             self._started = True
-            for vcpu, thread in zip(self._vcpus, self._threads, strict=True):
-                if vcpu.index not in self._ended:
-                    thread.start()
+            both = zip(self._vcpus, self._threads, strict=True)
+            start_threads(*(thread for vcpu, thread in both if vcpu.index not in self._ended))
 
     def pause(self, timeout: float = PAUSE_TIMEOUT_S) -> None:
         """Park every vCPU and return when all are parked. Pauses nest.

@@ -45,6 +45,7 @@ from kvmhost.pager.results import (
 )
 from kvmhost.pager.storefile import StoreFile
 from kvmhost.pager.userfault import Userfault
+from kvmhost.signals import signals_deferred, start_threads
 from kvmhost.units import PAGE_SHIFT
 from kvmhost.vm.checks import check_resident_max
 
@@ -143,10 +144,12 @@ class Pager:
     def _start_threads(self) -> None:
         if self._threads:
             return
-        for name, work in (("pager", self._serve), ("pager-failures", self._report_failure)):
-            thread = threading.Thread(target=work, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        with signals_deferred():
+            self._threads = [
+                threading.Thread(target=work, name=name, daemon=True)
+                for name, work in (("pager", self._serve), ("pager-failures", self._report_failure))
+            ]
+            start_threads(*self._threads)
         # A thread that touches an evicted page may hold the interpreter lock: by
         # then the handler has to be in C, where it needs no such lock.
         lib.kh_pager_wait_serving(self._core)

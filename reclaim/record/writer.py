@@ -65,7 +65,7 @@ from kvmhost.reclaim.record.reader import YoungRecord
 from kvmhost.reclaim.record.residency import WindowResidency
 from kvmhost.reclaim.record.summary import RunningAges, last_window_of, level_sums
 from kvmhost.reclaim.young.bits import BLOCK_WINDOWS, to_history
-from kvmhost.temporary import signals_deferred
+from kvmhost.signals import signals_deferred
 
 __all__ = ["Cost", "RecordInUseError", "RecordWriter"]
 

@@ -13,6 +13,7 @@ from kvmhost.reclaim.account.decisions import DecisionKind
 from kvmhost.reclaim.account.events import Dropped, Event
 from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.vm.session import GuestEnded, Session, VmPaused
+from kvmhost.signals import start_threads
 
 __all__ = ["VmWorker"]
 
@@ -56,7 +57,7 @@ class VmWorker:
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        start_threads(self._thread)
 
     def wake(self) -> None:
         """Start the next pass at once."""

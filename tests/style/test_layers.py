@@ -24,6 +24,7 @@ LAYERS = {
             "exits",
             "installing",
             "printable",
+            "signals",
             "suggest",
             "units",
         },

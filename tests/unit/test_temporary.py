@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvmhost.temporary import signals_deferred, temporary_folder
+from kvmhost.temporary import temporary_folder
 
 
 def then_interrupt(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,19 +42,6 @@ def test_interrupt_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt), temporary_folder("x-", tmp_path) as folder:
         (folder / "file").touch()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_signals_are_delivered_after_the_body_and_the_handlers_are_back() -> None:
-    before, steps = signal.getsignal(signal.SIGINT), list[str]()
-
-    def step() -> None:
-        signal.raise_signal(signal.SIGINT)
-        steps.append("after the signal")
-
-    with pytest.raises(KeyboardInterrupt), signals_deferred():
-        step()
-    assert steps == ["after the signal"]
-    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_body_runs_and_the_folder_goes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from kvmhost.control.client import Client
 from kvmhost.errors import GuestError, GuestTimeout, KvmHostError
 from kvmhost.reclaim.pressure.cgroup import MemoryCgroup
+from kvmhost.signals import signals_deferred
 from kvmhost.temporary import temporary_folder
 from kvmhost.timescale import scaled
 from kvmhost.tools.demo.settings import DemoSettings
@@ -104,8 +105,9 @@ def start_vm(
         log = stack.enter_context((directory / "vm.log").open("wb"))
         # The child waits for a line of input, so that it is in its cgroup before it allocates.
         gate = ["sh", "-c", 'read -r _ && exec "$@"', "sh", *words]
-        process = subprocess.Popen(gate, stdin=subprocess.PIPE, stdout=report, stderr=log)
-        stack.callback(_end, process)
+        with signals_deferred():
+            process = subprocess.Popen(gate, stdin=subprocess.PIPE, stdout=report, stderr=log)
+            stack.callback(_end, process)
         if group is not None:
             group.add_pid(process.pid)
         assert process.stdin is not None
@@ -139,8 +141,9 @@ def start_daemon(
     words = [sys.executable, "-m", "kvmhost", "reclaimd", name]
     words += ["--budget", str(budget_bytes), "--interval", str(interval_s)]
     with log, contextlib.ExitStack() as stack:
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
-        stack.callback(_end, process)
+        with signals_deferred():
+            process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(_end, process)
         yield process
 
 

@@ -14,6 +14,7 @@ from kvmhost.machine import Machine
 from kvmhost.reclaim.policy.base import Policy
 from kvmhost.reclaim.policy.belady import belady
 from kvmhost.reclaim.policy.registry import create
+from kvmhost.signals import start_threads
 from kvmhost.tools.bench.reclaim.inprocess import Reclaimer, check
 from kvmhost.tools.bench.reclaim.workloads import WORKLOADS, guest_params
 from kvmhost.units import PAGE_BYTES
@@ -155,15 +156,17 @@ def _segment(reclaimers: Sequence[Reclaimer], seconds: float, interval_s: float)
     first, start = sum(m.doorbells for m in machines), time.perf_counter()
     for machine in machines:
         machine.resume()
-    for thread in threads:
-        thread.start()
-    stop.wait(seconds)
-    for machine in machines:
-        machine.pause()
-    rate = (sum(m.doorbells for m in machines) - first) / (time.perf_counter() - start)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        start_threads(*threads)
+        stop.wait(seconds)
+        for machine in machines:
+            machine.pause()
+        rate = (sum(m.doorbells for m in machines) - first) / (time.perf_counter() - start)
+    finally:
+        stop.set()
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
     for machine in machines:
         check(machine)
     return rate
