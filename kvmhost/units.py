@@ -9,6 +9,7 @@ type       written                               value
            ``1h``, ``0.5``                       ``min`` is ``m``
 `Share`    ``12.5%``, ``1/8``, ``0.125``         1 is all; a bare number is never percent
 `Mark`     a size or a share                     a bare integer is bytes, ``0.5`` a share
+`MaxShare` a share, or ``off``                   ``off`` is infinite
 ========== ===================================== ========================================
 
 The same text means the same on a command line, in a file of the daemon, in a query of a
@@ -33,6 +34,7 @@ __all__ = [
     "PAGE_SHIFT",
     "Bytes",
     "Mark",
+    "MaxShare",
     "Seconds",
     "Share",
     "read_amount",
@@ -139,6 +141,25 @@ class Share(float):
 
     def __str__(self) -> str:
         return f"{(Decimal(repr(float(self))) * 100).normalize():f}%"
+
+
+class MaxShare(Share):
+    """A share that something must not exceed; infinite where there is no bound."""
+
+    @classmethod
+    def parse(cls, given: object) -> MaxShare:
+        """Read a share, or ``off``.
+
+        :raises ValueError: for anything else
+        """
+        if given == "off":
+            return cls(math.inf)
+        if _match(_SHARE, _plain(given)) is None:
+            raise _invalid("share", given, f"{_SHARES}, or off")
+        return cls(Share.parse(given))
+
+    def __str__(self) -> str:
+        return super().__str__() if math.isfinite(self) else "off"
 
 
 _MOST_SHARE = f"{100 * MAX_SHARE}%"

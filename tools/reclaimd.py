@@ -28,7 +28,7 @@ from kvmhost.tools.ending import EXIT_MISSING
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.reclaimlog import open_event_log
 from kvmhost.tools.vocabulary import OPTIONS
-from kvmhost.units import Bytes, Mark, Seconds, Share
+from kvmhost.units import Bytes, Mark, MaxShare, Seconds, Share
 
 __all__ = ["main", "parser"]
 
@@ -173,10 +173,18 @@ def _metavar(option: Option) -> str:
     """Return the form of an option's value, as in :mod:`kvmhost.tools.vocabulary`."""
     shared = OPTIONS.get("--" + option.key.replace("_", "-"), {})
     kind = typing.get_args(option.kind)[0]
-    forms = {Bytes: "SIZE", Seconds: "TIME", Share: "SHARE", Mark: "SIZE|SHARE", int: "N"}
-    return str(shared.get("metavar") or forms.get(kind) or _FORMS.get(option.key, "NUMBER"))
+    return str(shared.get("metavar") or _KINDS.get(kind) or _FORMS.get(option.key, "NUMBER"))
 
 
+#: Forms of options by the type of their value.
+_KINDS: dict[type, str] = {
+    Bytes: "SIZE",
+    Seconds: "TIME",
+    Share: "SHARE",
+    MaxShare: "SHARE|off",
+    Mark: "SIZE|SHARE",
+    int: "N",
+}
 #: Forms of options that are text.
 _FORMS = {
     "name": "NAME",

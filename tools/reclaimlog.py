@@ -152,16 +152,18 @@ class PageTotals:
 #: Titles of the columns, and the columns that a terminal must have for each to be shown.
 _COLUMNS = {
     "VM": 0,
-    "pass": 110,
+    "pass": 120,
     "resident": 0,
     "young": 0,
-    "generations": 140,
+    "generations": 150,
     "evicted": 0,
     "why": 90,
     "refaulted": 0,
     "all evicted": 100,
     "all refaulted": 100,
-    "pass ms": 120,
+    "loss": 110,
+    "stale": 140,
+    "pass ms": 130,
 }
 _TEXT_COLUMNS = ("VM", "generations", "why")
 
@@ -269,5 +271,7 @@ def _row(last: PassReport, totals: PageTotals) -> list[str]:
         f"{last.refaulted_pages:,}",
         f"{totals.evicted_pages:,}",
         f"{totals.refaulted_pages:,}",
+        "" if last.loss is None else f"{100 * last.loss:.1f} %",
+        f"{last.stale_s:.3g} s",
         f"{last.duration_ms:.1f}",
     ]

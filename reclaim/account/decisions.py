@@ -78,6 +78,7 @@ class DecisionKind(enum.StrEnum):
     HOLD = "hold"  # back-off began
     GO_ON = "go_on"  # back-off ended
     BUDGET = "budget"  # a VM's limit was set
+    CLEAR = "clear"  # harvests clear another share of the pages, to bound the guest's loss
     SKIP = "skip"  # no pass: the VM is paused
     ATTACH = "attach"
     DROP = "drop"

@@ -21,6 +21,11 @@ class PassReport:
     :param busy_ms: processor time of the daemon in this pass
     :param holding: the daemon holds back, because evicted pages refault
     :param notes: changes made by this pass, as text
+    :param loss: share of the vCPUs' time that re-arming cost in the last passes; None: not known
+    :param cleared_steady: share of the steady young pages that the harvest cleared
+    :param cleared_changing: share of the other young pages
+    :param interval_s: time to the next pass
+    :param stale_s: how long a page that is no longer touched may look young
     """
 
     vm: str
@@ -39,6 +44,11 @@ class PassReport:
     holding: bool = False
     dry_run: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
+    loss: float | None = None
+    cleared_steady: float = 1.0
+    cleared_changing: float = 1.0
+    interval_s: float = 0.0
+    stale_s: float = 0.0
 
     @property
     def evicted_pages(self) -> int:
@@ -55,13 +65,14 @@ class PassReport:
         why = f" ({self.why})" if self.why and self.wanted_pages else ""
         if self.holding:
             why += " while holding back" if self.evicted_pages else ", holding back"
+        loss = "" if self.loss is None else f"loss {100 * self.loss:.1f} %, "
         return (
             f"{self.vm} pass {self.number}: resident {self.resident_bytes / 2**20:.1f} MiB, "
             f"young {self.young_pages}, generations {generations}, "
             f"{'would evict' if self.dry_run else 'evicted'} "
             f"{self.evicted_pages} of {self.wanted_pages}{why}{others}{forced}, "
             f"refaulted {self.refaulted_pages}, harvest {self.harvest_ns_per_page:.1f} ns/page, "
-            f"{self.duration_ms:.1f} ms" + "".join(f"; {note}" for note in self.notes)
+            f"{loss}{self.duration_ms:.1f} ms" + "".join(f"; {note}" for note in self.notes)
         )
 
 

@@ -100,6 +100,15 @@ def _promotion_step(session: Session) -> float:
     )
 
 
+def _clearing(session: Session) -> Values:
+    clearing = session.loss.clearing
+    return {"steady": clearing.steady, "changing": clearing.changing}
+
+
+def _retouched(session: Session) -> float:
+    return session.counters.harvest.n_retouched if session.counters is not None else 0
+
+
 PER_VM = (
     _gauge("vm_resident_bytes", "resident memory", lambda s: s.pages.n_resident * PAGE_BYTES),
     _gauge("vm_size_bytes", "all memory", lambda s: s.pages.n_pages * PAGE_BYTES),
@@ -138,6 +147,38 @@ PER_VM = (
         "vm_promotion_step_ratio",
         "part of the proactive step that the promotion target allows",
         _promotion_step,
+    ),
+    _gauge(
+        "vm_loss_ratio",
+        "share of vCPU time that re-arming cost in the last passes",
+        lambda s: s.loss.loss or 0.0,
+    ),
+    _gauge(
+        "vm_max_loss_ratio",
+        "bound on that share; infinite if none",
+        lambda s: s.loss.bound.max_loss,
+    ),
+    _gauge(
+        "vm_rearm_fault_seconds",
+        "measured cost of a touch of a re-armed page; 0 if it is not known",
+        lambda s: s.loss.cost.fault_ns / 1e9 if s.loss.cost else 0.0,
+    ),
+    _gauge(
+        "vm_cleared_ratio",
+        "share of the young pages that a harvest clears: of the steady and of the changing ones",
+        _clearing,
+        "pages",
+    ),
+    _gauge("vm_interval_seconds", "time between two passes", lambda s: s.interval_s),
+    _gauge(
+        "vm_stale_seconds",
+        "how long a page that is no longer touched may look young",
+        lambda s: s.loss.stale_s(s.context.config.daemon.interval),
+    ),
+    _counter(
+        "vm_retouched_pages",
+        "cleared pages that the guest touched again, a fault each; of all readers",
+        _retouched,
     ),
     _gauge(
         "vm_wanted_pages",

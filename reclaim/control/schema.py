@@ -15,6 +15,7 @@ __all__ = [
     "DecisionList",
     "DecisionQuery",
     "HostStatus",
+    "LossStatus",
     "LruGenReport",
     "LruGenText",
     "PageAnswer",
@@ -79,6 +80,31 @@ class DecisionList(msgspec.Struct, frozen=True):
     """the decisions, the oldest first"""
 
 
+class LossStatus(msgspec.Struct, frozen=True):
+    """What re-arming costs one VM, and what harvests clear for that reason."""
+
+    max_loss: float | None
+    """the bound, as a share of the vCPUs' time; null for none"""
+    loss: float | None
+    """the same share in the last passes; null if it is not known"""
+    fault_ns: float | None
+    """measured cost of a touch of a re-armed page; null if it is not known"""
+    problem: str
+    """why it is not known; else empty"""
+    n_steady: int
+    """pages that were found young in two windows in a row"""
+    cleared_steady: float
+    """share of them that a harvest clears, if they are young"""
+    cleared_changing: float
+    """share of the other young pages that a harvest clears"""
+    interval_s: float
+    """time between two harvests"""
+    stale_s: float
+    """how long a page that is no longer touched may look young"""
+    other_faults: float
+    """faults from one harvest to the next that sweeps of other readers caused"""
+
+
 class VmStatus(msgspec.Struct, frozen=True):
     """One VM."""
 
@@ -100,6 +126,8 @@ class VmStatus(msgspec.Struct, frozen=True):
     """whether the daemon holds back, because evicted pages come back"""
     why: str
     """the reason of the last pass's evictions, by name; empty if it evicted none"""
+    loss: LossStatus
+    """what re-arming costs it"""
 
 
 class HostStatus(msgspec.Struct, frozen=True):

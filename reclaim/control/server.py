@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures.thread
+import math
 import os
 import time
 from collections.abc import Callable
@@ -277,4 +278,22 @@ def _vm_status(session: Session) -> answers.VmStatus:
         refaulted_pages=session.totals.refaulted,
         holding=session.reclaim_target.backoff.holding,
         why=last.why if last else "",
+        loss=_loss_status(session),
+    )
+
+
+def _loss_status(session: Session) -> answers.LossStatus:
+    loss, cost = session.loss, session.loss.cost
+    max_loss = loss.bound.max_loss
+    return answers.LossStatus(
+        max_loss=max_loss if math.isfinite(max_loss) else None,
+        loss=loss.loss,
+        fault_ns=cost.fault_ns if cost is not None else None,
+        problem=loss.problem,
+        n_steady=loss.pages.n_steady,
+        cleared_steady=loss.clearing.steady,
+        cleared_changing=loss.clearing.changing,
+        interval_s=session.interval_s,
+        stale_s=loss.stale_s(session.context.config.daemon.interval),
+        other_faults=loss.bound.others,
     )

@@ -258,6 +258,9 @@ def _check(config: Config, where: _Where) -> None:
     for keys, vm in tables.items():
         if not 1 / 65536 <= vm.fraction <= 1:
             raise where.error((*keys, "fraction"), "need a share from 1/65536 to 100%")
+        if not vm.max_loss:
+            problem = "need more than 0%: what is not cleared is never known; off: no bound"
+            raise where.error((*keys, "max_loss"), problem)
     if config.daemon.interval <= 0:
         raise where.error(("daemon", "interval"), "need more than 0s")
     if 3 * config.daemon.interval > MAX_SECONDS:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kvmhost.units import Bytes, Mark, Seconds, Share
+from kvmhost.units import Bytes, Mark, MaxShare, Seconds, Share
 
 __all__ = ["Account", "Config", "DaemonOptions", "Limits", "PressureOptions", "VmOptions"]
 
@@ -152,11 +152,18 @@ class VmOptions(_Section, frozen=True):
         str,
         _about("source of young bits: auto (the VM's choice), or one that kvmhost doctor lists"),
     ] = "auto"
+    max_loss: Annotated[
+        MaxShare,
+        _about(
+            "share of its vCPUs' time that the VM may lose to re-arming: harvests clear fewer of "
+            "the pages that are always in use, then come less often; off: no bound"
+        ),
+    ] = MaxShare(0.03)
     fraction: Annotated[
         Share,
         _about(
-            "clear and re-arm only this share of the pages at each harvest; with 1/8 the guest "
-            "loses an eighth, and a page takes 8 passes to look old"
+            "clear and re-arm at most this share of the pages at each harvest, in rotation; with "
+            "1/8, a page takes 8 passes to look old"
         ),
     ] = Share(1)
     policy: Annotated[

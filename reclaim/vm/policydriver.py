@@ -20,6 +20,7 @@ from kvmhost.reclaim.policy import registry
 from kvmhost.reclaim.policy.base import Gfns, Mask, Policy
 from kvmhost.reclaim.policy.lru_gen import LruGen
 from kvmhost.reclaim.settings.options import VmOptions
+from kvmhost.reclaim.vm.losscontrol import LossControl
 from kvmhost.reclaim.vm.pages import ResidencyChanges
 from kvmhost.vm import Harvest
 
@@ -44,37 +45,42 @@ def make_policy(n_pages: int, options: VmOptions) -> Policy:
 
 
 class PolicyDriver:
-    """Harvests one VM on behalf of a policy, and asks the policy for victims."""
+    """Harvests one VM on behalf of a policy, and asks the policy for victims.
 
-    def __init__(self, client: Client, n_pages: int, policy: Policy) -> None:
+    :param loss: chooses what harvests clear
+    """
+
+    def __init__(self, client: Client, n_pages: int, policy: Policy, loss: LossControl) -> None:
         self._client, self.n_pages, self.policy = client, n_pages, policy
+        self._loss = loss
         self._tracker = "auto"
         self.probed_pages = 0
 
-    def harvest(
-        self, tracker: str, fraction: float, full: bool = False, max_age_s: float = 0.0
-    ) -> Harvest:
+    def harvest(self, tracker: str, full: bool = False, max_age_s: float = 0.0) -> Harvest:
         """Test and clear the pages that the policy plans; re-arm the cleared ones.
 
-        :param fraction: clear only this share of the pages, in rotation
+        A page that is not cleared because the guest would lose too much is reported as young
+        until it is cleared.
+
         :param max_age_s: the window may end with a sweep of another reader that is not older
-        :param full: also scan the tables that the policy would skip
+        :param full: test and clear all pages, whatever the policy plans and the guest loses
         """
         self._tracker = tracker
         plan = self.policy.plan()
         if full and isinstance(self.policy, LruGen):
             plan = self.policy.full_plan()
+        mask = _both(plan.pages, None if full else self._loss.mask())
         found = self._client.harvest(
             0,
             self.n_pages,
             tracker=tracker,
             clear=True,
-            rearm="sample" if fraction < 1 else "young",
-            fraction=fraction if fraction < 1 else None,
-            mask=plan.pages,
+            rearm="young",
+            mask=mask,
             view=VIEW,
             max_age_s=max_age_s,
         )
+        self._loss.note(found, mask)
         if plan.pages is not None:
             # Pages outside the plan were reported but not cleared: a later harvest reports them.
             young = dataclasses.replace(found.young, words=found.young.words & plan.pages)
@@ -109,6 +115,7 @@ class PolicyDriver:
     def clear_young(self, pages: Words) -> Words:
         """Test and clear pages between two harvests."""
         self.probed_pages += int(np.unpackbits(pages.view(np.uint8)).sum())
+        self._loss.pages.note_cleared(pages)
         found = self._client.harvest(
             0, self.n_pages, tracker=self._tracker, clear=True, rearm="young", mask=pages, view=VIEW
         )
@@ -121,3 +128,10 @@ class PolicyDriver:
         one = np.zeros(self.n_pages, dtype=bool)
         one[gfn] = True
         return bool(self.clear_young(pack(one)).any())
+
+
+def _both(first: Words | None, second: Words | None) -> Words | None:
+    """Return the pages in both masks; None: all pages."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second

@@ -2,7 +2,8 @@
 
 1. Check that the VM runs. The pages of a paused VM do not age, since its guest had no
    chance to touch them.
-2. Harvest as the policy plans, and re-arm the cleared pages.
+2. Harvest as the policy plans, and re-arm the cleared pages: as many of them as the
+   guest can bear (:mod:`kvmhost.reclaim.vm.losscontrol`).
 3. Determine the pages that were evicted or became resident since the last pass, and
    let the policy age by the harvest.
 4. Ask the controllers how many pages to evict; apply back-off and rate limit.
@@ -33,6 +34,7 @@ from kvmhost.reclaim.pressure.budget import Budget
 from kvmhost.reclaim.pressure.controllers import PassFacts
 from kvmhost.reclaim.pressure.shares import Claim
 from kvmhost.reclaim.vm.evictor import Evictor
+from kvmhost.reclaim.vm.losscontrol import LossControl
 from kvmhost.reclaim.vm.pages import ResidencyChanges, VmPages
 from kvmhost.reclaim.vm.policydriver import PolicyDriver, make_policy
 from kvmhost.reclaim.vm.target import PassTarget, ReclaimTarget, stalled_ns
@@ -74,7 +76,9 @@ class Session:
         self.options = context.options_of(self.vm)
         self.pages = VmPages(client.memory_map())
         n_pages = self.pages.n_pages
-        self.driver = PolicyDriver(client, n_pages, policy or make_policy(n_pages, self.options))
+        self.loss = LossControl(client, n_pages, self.options.max_loss)
+        chosen = policy or make_policy(n_pages, self.options)
+        self.driver = PolicyDriver(client, n_pages, chosen, self.loss)
         if not self.dry_run:
             self.take_lease()
         self.history = PageHistory(n_pages) if context.config.account.page_history else None
@@ -146,7 +150,7 @@ class Session:
         elapsed_s = self._measure()
         self.passes += 1
         young_pages, ns_per_page, changes = self._harvest_and_age()
-        notes = self._update_backoff(changes)
+        notes = self._loss_notes() + self._update_backoff(changes)
         self._claim()
         self._set_budget()
         self.pass_target = target = self.reclaim_target.decide(
@@ -177,7 +181,24 @@ class Session:
             holding=self.reclaim_target.backoff.holding,
             dry_run=self.dry_run,
             notes=notes,
+            loss=self.loss.loss,
+            cleared_steady=self.loss.clearing.steady,
+            cleared_changing=self.loss.clearing.changing,
+            interval_s=self.interval_s,
+            stale_s=self.loss.stale_s(self.context.config.daemon.interval),
         )
+
+    @property
+    def interval_s(self) -> float:
+        """Time between two passes: the given one, or more if the guest loses too much."""
+        return float(self.context.config.daemon.interval * self.loss.clearing.stretch)
+
+    def _loss_notes(self) -> list[str]:
+        text = self.loss.news(self.context.config.daemon.interval)
+        if not text:
+            return []
+        self.context.decisions.add(DecisionKind.CLEAR, text, vm=self.vm, passes=self.passes)
+        return [text]
 
     def age_once(self, full: bool) -> None:
         """Harvest and age outside of the passes. The caller holds :attr:`lock`.
@@ -190,7 +211,7 @@ class Session:
     # -- harvest and age ------------------------------------------------------
 
     def _measure(self) -> float:
-        """Update the stall share of the vCPUs; return the seconds since the last pass."""
+        """Update stall and loss of the vCPUs; return the seconds since the last pass."""
         now_s = time.monotonic()
         elapsed_s, self._last_s = now_s - self._last_s, now_s
         before, self.counters = self.counters, self.client.counters()
@@ -198,12 +219,14 @@ class Session:
         if before is not None and elapsed_s > 0:
             waited_ns = max(0, stalled_ns(self.counters) - stalled_ns(before))
             self.stall = min(1.0, waited_ns / 1e9 / elapsed_s / self._n_vcpus)
+        resident = self.pages.n_resident or self.pages.n_memory
+        self.loss.begin_pass(before, self.counters, elapsed_s, resident, self.options)
         return elapsed_s
 
     def _harvest_and_age(self, full: bool = False) -> tuple[int, float, ResidencyChanges]:
         """Harvest and age; return young pages, cost in ns per page, and residency changes."""
         max_age_s = SHARED_SWEEP * self.context.config.daemon.interval
-        found = self.driver.harvest(self.options.tracker, self.options.fraction, full, max_age_s)
+        found = self.driver.harvest(self.options.tracker, full, max_age_s)
         young, cost_ns = found.young, found.harvest_ns + found.rearm_ns
         self.totals.note_harvest(found)
         resident = self.client.resident(0, self.pages.n_pages)

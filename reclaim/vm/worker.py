@@ -133,7 +133,7 @@ class VmWorker:
             last = self.context.config.daemon.passes
             if last and session.passes >= last:
                 return None
-            interval_s = self.context.config.daemon.interval
+            interval_s = session.interval_s
             took_s = time.monotonic() - start_s
             self._pause(session, max(interval_s - took_s, interval_s * _MIN_IDLE_SHARE, pause_s))
         return None

@@ -43,10 +43,11 @@ class FakeVm:
         self.here = np.ones(N, bool)
         self.touches = lambda window: range(100)
         self.window = 0
-        self.asked, self.victims, self.limit = [], None, None
+        self.asked, self.masks, self.victims, self.limit = [], [], None, None
         self.full_after, self.shrunk, self.over_pages = N, 0, 0
         self.trouble = {}
         self.paused = self.given_back = False
+        self.vcpu_s, self.n_retouched, self.fault_ns = 1.0, 0, 0.0
         self.lease_asked, self.latency_ns, self.renewed = None, 0, 0
 
     def _meet(self, what):
@@ -75,7 +76,13 @@ class FakeVm:
 
     def counters(self):
         pager = {"latency_sum_ns": self.latency_ns, "latency_ns": [0, 1]}
-        return schema.Counters(None, None, pager)
+        machine = schema.MachineCounters(0, 0, 1.0, N * 4096, vcpu_s=self.vcpu_s)
+        totals = schema.HarvestTotals(0, 0, 0, 0, 0, n_retouched=self.n_retouched)
+        return schema.Counters(machine, totals, pager)
+
+    def rearm_cost(self):
+        self._meet("cost")
+        return schema.RearmCost("pagemap", self.fault_ns, False, 256, 7, 0.0)
 
     def set_limit(self, n_bytes):
         self._meet("limit")
@@ -97,18 +104,19 @@ class FakeVm:
         view="default",
         clear=True,
         rearm="young",
-        fraction=0,
+        fraction=None,
         mask=None,
-        max_age_s=0.0,
+        max_age_s=None,
     ):
         """Return what was touched since the last pass.
 
-        A probe between two passes names no fraction: nothing was touched since the last one.
+        A probe between two passes names pages and no age: nothing was touched since the last pass.
         """
-        if fraction == 0:
+        if mask is not None and max_age_s is None:
             return Harvest(YoungBitmap.from_gfns(0, N, []), 3000, 2000)
         self._meet("harvest")
         self.asked.append((gfn_start, n_pages, tracker, clear, rearm))
+        self.masks.append(mask)
         young = list(self.touches(self.window))
         self.window += 1
         self.here[young] = True

@@ -124,7 +124,7 @@ LAYERS = {
     ),
     "kvmhost/vm": ({"answers", "checks", "names"}, {"harvest"}, {"protocol"}),
     "reclaim": (
-        {"errors", "policy", "sdnotify", "young"},
+        {"errors", "loss", "policy", "sdnotify", "young"},
         {"account", "record"},
         {"analyse", "draw", "exchange", "pressure"},
         {"settings"},
@@ -152,6 +152,7 @@ LAYERS = {
         {"heatmaphtml"},
     ),
     "reclaim/exchange": ({"common"}, {"copy", "damon", "dirty", "registry", "text"}),
+    "reclaim/loss": ({"clearing"}, {"bound"}),
     "reclaim/policy": (
         {"base", "lru_gen_filter", "lru_gen_tiers"},
         {"age", "classic", "lru_gen", "random", "registry", "replay"},
@@ -171,7 +172,7 @@ LAYERS = {
     ),
     "reclaim/settings": ({"options", "lines"}, {"config"}),
     "reclaim/vm": (
-        {"pages", "target", "totals"},
+        {"losscontrol", "pages", "target", "totals"},
         {"policydriver"},
         {"evictor"},
         {"session"},

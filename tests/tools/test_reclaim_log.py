@@ -32,6 +32,7 @@ def report(vm: str, number: int = 1, **changed: Any) -> PassReport:
         "resident_bytes": 3 << 20, "young_pages": 1234, "generations": [(0, 5), (1, 7)],
         "wanted_pages": 20, "outcomes": {"done": 20}, "forced_pages": 0, "refaulted_pages": 3,
         "harvest_ns_per_page": 10.0, "duration_ms": 1.5, "busy_ms": 1.0, "why": "budget",
+        "loss": 0.021, "stale_s": 8.0,
     }  # fmt: skip
     return PassReport(vm, number, **(values | changed))
 
@@ -53,7 +54,7 @@ def test_the_table_has_a_row_a_vm_and_sums_up() -> None:
     assert first.split()[0] == "a"
     assert "9 (dry run)" in first
     assert second.split() == ["b", "2", "3.0", "MiB", "1,234", "0:5", "1:7", "20", "budget", "3",
-                              "40", "6", "1.5"]  # fmt: skip
+                              "40", "6", "2.1", "%", "8", "s", "1.5"]  # fmt: skip
     assert table.totals["a"].evicted_pages == 0
     table.tell(Dropped("b", "it ended", failed=False))
     assert [line.split()[0] for line in drawn(table, 150)[2:]] == ["a", "b"]

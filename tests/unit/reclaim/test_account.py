@@ -28,6 +28,7 @@ from kvmhost.reclaim.account.history import OUTCOMES, WINDOWS, PageAction, PageH
 from kvmhost.reclaim.control import metrics
 from kvmhost.reclaim.daemon import Daemon
 from kvmhost.reclaim.errors import ConfigError
+from kvmhost.reclaim.loss.clearing import Clearing
 from kvmhost.reclaim.pressure.backoff import Backoff
 from kvmhost.reclaim.settings.config import load
 from kvmhost.reclaim.vm.totals import Totals
@@ -173,7 +174,22 @@ def fake_session(vm="a"):
         ),
         stall=0.25,
         history=None,
-        counters=schema.Counters(None, None, pager),
+        counters=schema.Counters(
+            schema.MachineCounters(0, 0, 1.0, 0),
+            schema.HarvestTotals(0, 0, 0, 0, 0, n_retouched=12),
+            pager,
+        ),
+        interval_s=2.0,
+        loss=types.SimpleNamespace(
+            loss=0.02,
+            bound=types.SimpleNamespace(max_loss=0.03),
+            cost=schema.RearmCost("guestpt", 4000.0, False, 256, 7, 1.0),
+            clearing=Clearing(1 / 8, 1.0, 2.0),
+            stale_s=lambda interval_s: 16 * interval_s,
+        ),
+        context=types.SimpleNamespace(
+            config=types.SimpleNamespace(daemon=types.SimpleNamespace(interval=1.0))
+        ),
         evictor=types.SimpleNamespace(over_pages=3),
         driver=types.SimpleNamespace(policy=types.SimpleNamespace(counters=lambda: {"max_seq": 6})),
     )

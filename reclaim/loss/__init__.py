@@ -1,0 +1,1 @@
+"""The bound on the time that a guest loses because its pages are re-armed."""
