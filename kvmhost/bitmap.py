@@ -38,16 +38,19 @@ def n_words(n_pages: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """The origin of a bitmap: tracker, table format and window.
+    """The origin of a bitmap: tracker, table format, window, and evidence.
 
-    ``window_start_ns`` and ``window_end_ns`` are ``CLOCK_MONOTONIC`` times: the
-    end of the harvest before this one (0 if there was none) and of this one.
+    ``window_start_ns`` and ``window_end_ns`` are ``CLOCK_MONOTONIC`` times: the end of the
+    harvest before this one (0 if there was none) and of this one. ``evidence`` says by which
+    experiment, and with what result, the tracker found that cleared bits are set again on this
+    host; it is empty for trackers that need none.
     """
 
     tracker: str = "unknown"
     table_format: str = "none"
     window_start_ns: int = 0
     window_end_ns: int = 0
+    evidence: str = ""
 
     def joined(self, other: Provenance) -> Provenance:
         """Return where the bits of two bitmaps come from, ``mixed`` where that differs."""
@@ -56,6 +59,7 @@ class Provenance:
             self.table_format if self.table_format == other.table_format else "mixed",
             min(self.window_start_ns, other.window_start_ns),
             max(self.window_end_ns, other.window_end_ns),
+            self.evidence if self.evidence == other.evidence else "mixed",
         )
 
 

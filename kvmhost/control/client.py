@@ -312,5 +312,6 @@ def _read_bitmap(vm: str, answer: httpx.Response, gfn_start: int, n_pages: int) 
         answer.headers.get(HEADER_PREFIX + "Table-Format", "none"),
         _header_number(vm, answer, "Window-Start-Ns"),
         _header_number(vm, answer, "Window-End-Ns"),
+        answer.headers.get(HEADER_PREFIX + "Evidence", ""),
     )
     return YoungBitmap(gfn_start, n_pages, words[:size], words[size:] if coarse else None, source)

@@ -440,6 +440,8 @@ def _bitmap(bitmap: YoungBitmap, cost: Harvest | None = None) -> Reply:
         "Window-End-Ns": source.window_end_ns,
         "Coarse": int(bitmap.coarse is not None),
     }
+    if source.evidence:
+        values["Evidence"] = source.evidence
     if cost is not None:
         values |= {"Harvest-Ns": cost.harvest_ns, "Rearm-Ns": cost.rearm_ns}
     parts = [bitmap.words] if bitmap.coarse is None else [bitmap.words, bitmap.coarse]

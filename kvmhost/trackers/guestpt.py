@@ -54,7 +54,8 @@ class GuestptTracker:
     ) -> None:
         self._memory, self._engine = memory, engine
         self.rearm_kind = calibration.rearm
-        self.provenance = f"{self.info.provenance}; {calibration}"
+        self._evidence = str(calibration)
+        self.provenance = f"{self.info.provenance}; {self._evidence}"
         self.table_format = "npt"
         self.table = LiveTable.of_guest(memory, tables_gpa)
         # Cleared and not re-armed yet, by region: such a page may still be cached.
@@ -105,7 +106,9 @@ class GuestptTracker:
         if clear and self.rearm_kind is not RearmKind.NONE:
             words = bitmap.words if mask is None else bitmap.words & mask
             self._note_stale(gfn_start, n_pages, words)
-        provenance = dataclasses.replace(bitmap.provenance, tracker=self.name)
+        provenance = dataclasses.replace(
+            bitmap.provenance, tracker=self.name, evidence=self._evidence
+        )
         return dataclasses.replace(bitmap, provenance=provenance)
 
     def rearm(self, gfn_start: int, n_pages: int, young: YoungBitmap | None = None) -> None:

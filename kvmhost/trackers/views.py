@@ -129,7 +129,7 @@ class View:
             words, coarse = waiting | words, self._merged_coarse(found, waiting)
         start_ns = self.started_ns(first, count)
         if start_ns < self._tracker_changed_ns:
-            source = dataclasses.replace(source, tracker="mixed")
+            source = dataclasses.replace(source, tracker="mixed", evidence="")
         # A source without windows says so by 0.
         if source.window_start_ns:
             source = dataclasses.replace(source, window_start_ns=start_ns)

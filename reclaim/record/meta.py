@@ -32,6 +32,7 @@ __all__ = [
     "EVENTS",
     "EVENTS_LOST",
     "EVICTIONS",
+    "EVIDENCE",
     "FORMAT_VERSION",
     "HISTOGRAMS",
     "HISTOGRAM_CHUNK",
@@ -161,11 +162,16 @@ class MemslotLayout(msgspec.Struct, frozen=True):
     memslots: list[Memslot]
 
 
+#: Fact of a session: :attr:`kvmhost.bitmap.Provenance.evidence` of its bitmaps.
+EVIDENCE = "evidence"
+
+
 class RecordSession(msgspec.Struct, frozen=True):
     """The source of the bits, from one window on, until the next session.
 
     :param boot_id: of the host; monotonic times of two sessions are comparable if it is equal
-    :param facts: host and guest: kernel, machine, engine, image, VM, writer of the record
+    :param facts: host and guest: kernel, machine, engine, image, VM, writer of the record;
+        :data:`EVIDENCE`
     """
 
     first_window: Count

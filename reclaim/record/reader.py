@@ -15,6 +15,7 @@ names the file inside the record. ``docs/record.md`` describes the format, and
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import html
 import operator
 import time
@@ -214,7 +215,8 @@ class YoungRecord(Closing):
         """Return tracker, format and times of a window."""
         window, session = self._window(window), self.session(window)
         start, end = int(self.column("start_ns")[window]), int(self.column("end_ns")[window])
-        return Provenance(session.tracker, session.table_format, start, end)
+        evidence = session.facts.get(recordmeta.EVIDENCE, "")
+        return Provenance(session.tracker, session.table_format, start, end, evidence)
 
     # -- numbers per window ---------------------------------------------------
 
@@ -404,9 +406,7 @@ class YoungRecord(Closing):
         times = Provenance()
         if end > first:
             begin, last = self.provenance(first), self.provenance(end - 1)
-            times = Provenance(
-                begin.tracker, begin.table_format, begin.window_start_ns, last.window_end_ns
-            )
+            times = dataclasses.replace(begin, window_end_ns=last.window_end_ns)
         return YoungBitmap(self.gfn_start, self.n_pages, found, None, times)
 
     def weighted_counts(self, first: int, weights: npt.NDArray[np.int64]) -> Counts:

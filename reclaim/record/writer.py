@@ -29,7 +29,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvmhost.bitmap import Words, YoungBitmap
+from kvmhost.bitmap import Provenance, Words, YoungBitmap
 from kvmhost.closing import Closing
 from kvmhost.errors import LayoutError, NameInUseError, StateError
 from kvmhost.files import own_directory
@@ -54,6 +54,7 @@ from kvmhost.reclaim.record.journal import (
 from kvmhost.reclaim.record.meta import (
     COLUMNS,
     EVENTS,
+    EVIDENCE,
     HISTOGRAMS,
     STATES,
     Memslot,
@@ -206,7 +207,7 @@ class RecordWriter(Closing):
         if self._n_windows >= recordmeta.MAX_WINDOWS or bitmap.n_pages > most:
             raise LayoutError(f"{self.path}: {bitmap!r} is too large for a record")
         try:
-            self._prepare(source.tracker, source.table_format, bitmap.n_pages)
+            self._prepare(source, bitmap.n_pages)
             young = _chunks_of(bitmap.words, self._meta.chunk_pages)
             reuse, ages = self._ages.push(young, bitmap.n_pages)
             flags = recordmeta.COARSE_KNOWN if bitmap.coarse is not None else 0
@@ -347,12 +348,16 @@ class RecordWriter(Closing):
 
     # -- writing --------------------------------------------------------------
 
-    def _prepare(self, tracker: str, table_format: str, n_pages: int) -> None:
+    def _prepare(self, source: Provenance, n_pages: int) -> None:
         last = self._meta.sessions[-1]
-        if (last.tracker, last.table_format) != (tracker, table_format):
-            self.set_session(
-                msgspec.structs.replace(last, tracker=tracker, table_format=table_format)
+        facts = {name: value for name, value in last.facts.items() if name != EVIDENCE}
+        if source.evidence:
+            facts[EVIDENCE] = source.evidence
+        self.set_session(
+            msgspec.structs.replace(
+                last, tracker=source.tracker, table_format=source.table_format, facts=facts
             )
+        )
         if n_pages > self._meta.n_pages:
             self._change(n_pages=n_pages)
 

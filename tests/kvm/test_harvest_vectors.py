@@ -10,6 +10,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns, touch_gfns
 from kvmhost.machine import Machine
+from kvmhost.trackers.calibration import calibrate
 
 MEM_BYTES = 48 << 20
 START, PAGES = 1024, 2048
@@ -55,6 +56,8 @@ def test_bitmap_equals_prediction(engine: str, tracker: str, pattern: str) -> No
             used.rearm(START - 512, PAGES + 1024, young)
             assert young.gfns().tolist() == expected.tolist()
             assert young.provenance.tracker == tracker
+            calibrated = str(calibrate(machine.engine)) if tracker == "guestpt" else ""
+            assert young.provenance.evidence == calibrated
             assert young.coarse is None
 
 

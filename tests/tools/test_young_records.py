@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -331,6 +332,8 @@ def test_record_a_vm_and_go_on(start_vm, tmp_path, young):
     with YoungRecord.open(out) as record:
         assert record.name == "v"
         assert record.metadata.sessions[0].facts["image"] == "hotcold.elf"
+        # Of calibration on KVM, by design with the emulated engine.
+        assert re.match(r"\w.* walks? |KVM shadows ", record.provenance(0).evidence)
         assert record.memslots()[0].hva == vm.memory_map().memslots[0].hva
         touched = set(record.between(0, None, "or").gfns().tolist())
         assert not touched & (set(range(1024, 1024 + 2048)) - hot)

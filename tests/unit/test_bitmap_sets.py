@@ -139,3 +139,6 @@ def test_two_sources_are_joined() -> None:
     b = YoungBitmap.from_gfns(0, 8, [2], provenance=Provenance("dirty", "host", 15, 30))
     assert (a | b).provenance == Provenance("mixed", "host", 10, 30)
     assert (a & a).provenance == a.provenance
+    c = YoungBitmap.from_gfns(0, 8, [2], provenance=Provenance("dirty", evidence="32 of 32"))
+    assert (c | c[:]).provenance.evidence == "32 of 32"
+    assert (b | c).provenance.evidence == "mixed"

@@ -77,6 +77,8 @@ class YoungSnapshotOutput(Output, frozen=True, kw_only=True):
     """begin of the window, on the monotonic clock; 0 if it is unknown"""
     window_end_ns: int
     """end of the window, on the monotonic clock"""
+    evidence: str
+    """how the tracker found that cleared bits are set again on this host; empty if it needs none"""
     harvest_ns: int
     """time spent testing and clearing"""
     rearm_ns: int

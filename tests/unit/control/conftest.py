@@ -32,6 +32,7 @@ GFN_HIGH = 0x4000
 
 class FakeTracker:
     table_format = "npt"
+    evidence = ""
 
     def __init__(self, name):
         self.name, self.young, self.rearmed = name, set(), []
@@ -45,7 +46,7 @@ class FakeTracker:
             gfn_start,
             n_pages,
             found,
-            provenance=Provenance(self.name, "npt", 10, time.monotonic_ns()),
+            provenance=Provenance(self.name, "npt", 10, time.monotonic_ns(), self.evidence),
         )
 
     def rearm(self, gfn_start, n_pages, young=None):

@@ -72,6 +72,12 @@ def test_resident_is_by_gfn_and_skips_the_hole(vm, machine):
     assert vm.state().resident_bytes == 8192
 
 
+def test_the_evidence_of_a_tracker_comes_along(vm, machine):
+    assert vm.harvest().young.provenance.evidence == ""
+    machine.use_tracker().evidence = "KVM shadows the tables (bits set again: after a zap 32 of 32)"
+    assert vm.harvest().young.provenance.evidence == machine.tracker.evidence
+
+
 def test_harvest_clears_and_rearms_what_it_cleared(vm, machine):
     machine.use_tracker().young = {5, 70, GFN_HIGH}
     found = vm.harvest()

@@ -175,6 +175,27 @@ def test_memory_that_changes_in_mid_record(tmp_path):
         assert record.bitmap(2).gfns().tolist() == [99]
 
 
+def test_sessions_follow_the_evidence(tmp_path):
+    told = ["", "0 of 32", "0 of 32", "32 of 32", ""]
+    facts = {"host": "x"}
+    with RecordWriter.create(
+        tmp_path / "r", 64, session=RecordSession(0, "a", "npt", 7, facts=facts)
+    ) as writer:
+        for evidence in told:
+            source = Provenance("a", "npt", evidence=evidence)
+            writer.append(YoungBitmap.from_gfns(0, 64, [1], provenance=source))
+    with YoungRecord.open(tmp_path / "r") as record:
+        assert [record.bitmap(i).provenance.evidence for i in range(5)] == told
+        found = [(s.first_window, s.facts) for s in record.metadata.sessions]
+        assert found == [
+            (0, facts),
+            (1, facts | {"evidence": "0 of 32"}),
+            (3, facts | {"evidence": "32 of 32"}),
+            (4, facts),
+        ]
+        assert record.between(1, 3, "or").provenance.evidence == "0 of 32"
+
+
 def test_sessions_follow_the_tracker(tmp_path):
     with RecordWriter.create(tmp_path / "r", 64, session=RecordSession(0, "a", "npt", 7)) as writer:
         for tracker in ("a", "a", "b", "a"):
