@@ -8,11 +8,18 @@ Works for any VMM (or other program) whose memory is a shared mapping: a memfd, 
 in tmpfs. Gfns are page numbers in the mapping: equal to the guest's own where the
 mapping is one memory slot from guest physical address 0. For the methods, their
 effects on the process and the limits of external access, see :mod:`.foreign`.
+
+Views are those of one object. Two objects, in one process or in several, would take accesses
+from each other, since a page has one accessed bit: the first one that clears locks the pagemap
+file of the process (``flock``) until it is closed, and others are refused with its pid, unless
+they force it. The method ``present`` clears nothing and needs no lock.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import logging
 import os
 import select
 import typing
@@ -21,9 +28,17 @@ from pathlib import Path
 from kvmhost.bitmap import Words, YoungBitmap
 from kvmhost.closing import Closing
 from kvmhost.control.schema import MemoryMap, MemslotInfo
-from kvmhost.errors import CapabilityError, InUseError, IoctlError, LayoutError, VmGoneError
-from kvmhost.process.foreign import Method, open_method
+from kvmhost.errors import (
+    CapabilityError,
+    InUseError,
+    IoctlError,
+    KvmHostError,
+    LayoutError,
+    VmGoneError,
+)
+from kvmhost.process.foreign import Method, Present, open_method
 from kvmhost.process.procmaps import Mapping, choose_mapping, shared_mappings, shared_ranges
+from kvmhost.trackers.forced import ForcedChanges
 from kvmhost.trackers.sharing import SharedHarvests
 from kvmhost.trackers.views import UNNAMED, ViewKey
 from kvmhost.units import PAGE_BYTES
@@ -34,6 +49,8 @@ if typing.TYPE_CHECKING:
     from kvmhost.mmu.feed import Feed
 
 __all__ = ["Attached", "AttachedState"]
+
+log = logging.getLogger("kvmhost.process")
 
 _ENDING_MS = 200
 
@@ -100,6 +117,8 @@ class Attached(Closing, Harvestable):
         self.vm = f"pid {pid}"
         self.pidfd = self.pagemap_fd = -1
         self._method: Method | None = None
+        self._forced = ForcedChanges()
+        self._is_locked = False
         self._feeds: dict[TableFormat, Feed] = {}
         try:
             # First the descriptor, which keeps referring to this process if the pid is reused.
@@ -129,9 +148,10 @@ class Attached(Closing, Harvestable):
         """Do a harvest of the mapping, see :meth:`harvest`. The first one begins a window.
 
         Every tracker of a process re-arms as it clears: ``rearm_ns`` is 0. The views are those
-        of this object; whoever else attaches to the process takes accesses from them.
+        of this object.
 
         :raises LayoutError: also for ``rearm`` ``none`` and ``all``
+        :raises InUseError: also if another object clears the accessed bits of the process
         """
         if asked.clear and asked.rearm not in ("young", "sample"):
             raise LayoutError(
@@ -142,7 +162,7 @@ class Attached(Closing, Harvestable):
         asked = asked.within(self.mapping.n_pages)
         self._check_there()
         feed = None if asked.table_format is None else self._feed(asked.table_format)
-        key = UNNAMED if asked.view == DEFAULT_VIEW else ViewKey(os.getpid(), asked.view)
+        key = _key(asked.view)
         try:
             source = self._use(asked, key)
             found = self._shared.harvest(source, key, asked)
@@ -154,7 +174,7 @@ class Attached(Closing, Harvestable):
         return Harvest(young, found.harvest_ns, 0)
 
     def close(self) -> None:
-        """Close the process's descriptors. Idempotent."""
+        """Close the process's descriptors, which also releases the lock. Idempotent."""
         fds, self.pidfd, self.pagemap_fd = (self.pidfd, self.pagemap_fd), -1, -1
         for fd in fds:
             if fd >= 0:
@@ -162,6 +182,23 @@ class Attached(Closing, Harvestable):
         for feed in self._feeds.values():
             feed.close()
         self._feeds.clear()
+
+    def close_view(self, name: str) -> bool:
+        """End a view, and put back the method that it replaced by force, if others read.
+
+        :return: whether it was open
+        """
+        key = _key(name)
+        is_open = self._shared.views.close(key)
+        before = self._forced.undo(key) if is_open else None
+        if before is not None:
+            try:
+                self._start(before)
+            except KvmHostError as error:
+                log.warning("tracker %s is not back in use: %s", before, error)
+            else:
+                self._shared.note_tracker(key)
+        return is_open
 
     def _feed(self, table_format: TableFormat) -> Feed:
         if table_format not in self._feeds:
@@ -173,18 +210,63 @@ class Attached(Closing, Harvestable):
     def _use(self, asked: HarvestRequest, key: ViewKey) -> _Source:
         """Return the method for a harvest: the one in use, unless another may replace it."""
         before = self._method
-        if before is not None and asked.tracker in ("auto", before.name):
+        is_kept = before is not None and (
+            asked.tracker in ("auto", before.name) or self._forced.is_forced_on(key, asked.tracker)
+        )
+        if before is not None and is_kept:
             return _Source(before)
         others = ", ".join(str(view.key) for view in self._shared.readers(key, 0))
-        if before is not None and others and not asked.force:
+        may = asked.force or self._forced.takes_back(key, asked.tracker)
+        if before is not None and others and not may:
             raise InUseError(
                 f"tracker {before.name}",
                 f"is in use by {others}",
                 f"read by it too, or force the change to {asked.tracker}",
             )
-        self._method = open_method(asked.tracker, self)
+        found = self._start(asked.tracker, force=asked.force)
+        if key == UNNAMED:
+            self._forced.clear()
+        elif before is not None and others:
+            self._forced.note(key, before.name, asked.tracker)
         self._shared.note_tracker(key)
+        return found
+
+    def _start(self, name: str, *, force: bool = False) -> _Source:
+        """Begin to use a method; what the one before had found moves into the views."""
+        if name != Present.name:
+            self._lock(force)
+        if self._method is not None and len(self._shared.views) > 1:
+            self._shared.sweep_all(_Source(self._method))
+        try:
+            self._method = open_method(name, self)
+        except KvmHostError:
+            if self._method is None:
+                self._unlock()
+            raise
         return _Source(self._method)
+
+    def _lock(self, force: bool) -> None:
+        """Lock the accessed bits of the process against other objects that would clear them.
+
+        :raises InUseError: if another one has the lock, unless it is forced
+        """
+        if self._is_locked:
+            return
+        try:
+            fcntl.flock(self.pagemap_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._is_locked = True
+        except BlockingIOError:
+            if not force:
+                raise InUseError(
+                    f"accessed bits of {self.vm}",
+                    f"are taken by {_lock_holder(self.pagemap_fd, self.proc)}",
+                    "two readers of another process hide accesses from each other: let that one "
+                    "end, read by tracker present, or force it",
+                ) from None
+
+    def _unlock(self) -> None:
+        fcntl.flock(self.pagemap_fd, fcntl.LOCK_UN)
+        self._is_locked = False
 
     def _ended(self, wait_ms: int = 0) -> bool:
         poll = select.poll()
@@ -246,3 +328,17 @@ def _image(directory: Path) -> str:
         return str((directory / "exe").readlink())
     except OSError:
         return "unknown"
+
+
+def _key(view: str) -> ViewKey:
+    return UNNAMED if view == DEFAULT_VIEW else ViewKey(os.getpid(), view)
+
+
+def _lock_holder(fd: int, proc: Path) -> str:
+    """Return the process that holds the lock of a file, as text."""
+    inode = str(os.fstat(fd).st_ino)
+    for line in (proc / "locks").read_text().splitlines():
+        words = line.split()
+        if len(words) > 5 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == inode:
+            return f"process {words[4]}"
+    return "another process"

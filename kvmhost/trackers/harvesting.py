@@ -20,6 +20,7 @@ from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import InUseError, KvmHostError, StateError
 from kvmhost.trackers import registry
 from kvmhost.trackers.base import TrackedVm, Tracker
+from kvmhost.trackers.forced import ForcedChanges
 from kvmhost.trackers.sharing import SharedHarvests
 from kvmhost.trackers.views import UNNAMED, ViewKey, ViewStatus
 from kvmhost.vm.answers import HarvestTotals, RearmCost
@@ -37,14 +38,6 @@ log = logging.getLogger("kvmhost.trackers")
 _UNNAMED_NS = 60 * 10**9
 
 
-@dataclasses.dataclass
-class _Forced:
-    """A change of the tracker that a reader forced on the others."""
-
-    by: ViewKey
-    before: str
-
-
 class Harvester:
     """Owns the tracker of one VM and does its harvests, one at a time.
 
@@ -55,8 +48,7 @@ class Harvester:
         self._vm = vm
         self._shared = SharedHarvests(vm.memory.gfn_end, note_young)
         self._tracker: Tracker | None = None
-        #: Forced changes in order; each is undone when the view of its reader ends.
-        self._forced: list[_Forced] = []
+        self._forced = ForcedChanges()
         self._feeds: dict[TableFormat, Feed] = {}
         self._lock = threading.RLock()
         self._closed = False
@@ -190,10 +182,7 @@ class Harvester:
         if current is not None and asked.tracker == "auto":
             return self._use(current.name, key, force=False)
         wanted = registry.resolve(asked.tracker, self._vm)
-        forced = [change.by for change in self._forced]
-        is_forced = bool(forced) and key not in forced and wanted == self._forced[0].before
-        if current is not None and is_forced:
-            # Who reads by the tracker before goes on with the one that was forced on it.
+        if current is not None and self._forced.is_forced_on(key, wanted):
             return self._use(current.name, key, force=False)
         return self._use(wanted, key, asked.force)
 
@@ -204,7 +193,7 @@ class Harvester:
         if before is not None and before.name == wanted:
             return before
         others = self._others(key)
-        if before is not None and others and not (force or self._is_undone_by(wanted, key)):
+        if before is not None and others and not (force or self._forced.takes_back(key, wanted)):
             raise InUseError(
                 f"tracker {before.name}",
                 f"is in use by {', '.join(others)}",
@@ -214,7 +203,7 @@ class Harvester:
         if key == UNNAMED:
             self._forced.clear()
         elif before is not None and others:
-            self._note_forced(key, before.name, wanted)
+            self._forced.note(key, before.name, wanted)
         self._shared.note_tracker(key)
         return tracker
 
@@ -239,29 +228,15 @@ class Harvester:
         views = self._shared.readers(key, since_ns)
         return [str(view.key) if view.key.owner else "the unnamed view" for view in views]
 
-    def _is_undone_by(self, wanted: str, key: ViewKey) -> bool:
-        return (key, wanted) in [(change.by, change.before) for change in self._forced]
-
-    def _note_forced(self, key: ViewKey, before: str, wanted: str) -> None:
-        own = next((change for change in self._forced if change.by == key), None)
-        if own is None:
-            self._forced.append(_Forced(key, before))
-        elif own.before == wanted:
-            self._forced.remove(own)
-
     def _undo(self, key: ViewKey) -> None:
-        """Undo a reader's forced change; below another reader's, leave that one to undo it."""
-        at = next((i for i, change in enumerate(self._forced) if change.by == key), None)
-        if at is None:
-            return
-        change = self._forced.pop(at)
-        if at < len(self._forced):
-            self._forced[at].before = change.before
+        """Undo a reader's forced change."""
+        before = self._forced.undo(key)
+        if before is None:
             return
         try:
-            self._start(change.before)
+            self._start(before)
         except KvmHostError as error:
-            log.warning("tracker %s is not back in use: %s", change.before, error)
+            log.warning("tracker %s is not back in use: %s", before, error)
             return
         self._shared.note_tracker(key)
 

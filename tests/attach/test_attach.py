@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 from waiting import DEADLINE_S, until
 
-from kvmhost.bitmap import n_words, pack
-from kvmhost.errors import CapabilityError, LayoutError, VmGoneError
-from kvmhost.process import foreign
+from kvmhost.bitmap import YoungBitmap, n_words, pack, unpack
+from kvmhost.errors import CapabilityError, InUseError, LayoutError, VmGoneError
+from kvmhost.process import attach, foreign
 from kvmhost.process.attach import Attached
 from kvmhost.process.foreign import SoftDirty
 from kvmhost.process.methods import probe_methods
@@ -399,3 +400,110 @@ def test_probes_say_what_attaching_then_does(toucher: Callable) -> None:
             else:
                 with pytest.raises(CapabilityError):
                     attached.harvest(tracker=name)
+
+
+# -- several readers of one process ---------------------------------------------------
+
+
+def test_a_second_reader_that_would_clear_is_refused_by_name(toucher: Callable) -> None:
+    """In another process, in this one, by force, and after the first one has ended."""
+    victim = toucher(256)
+    with Attached(victim.pid) as first:
+        try:
+            first.harvest(tracker="pageout")
+        except CapabilityError as error:
+            pytest.skip(str(error))
+        words = [sys.executable, "-m", "kvmhost", "young", "snapshot", "--pid", str(victim.pid)]
+        options = ["--interval", "0.01", "--tracker"]
+        run = functools.partial(subprocess.run, capture_output=True, text=True)
+        refused = run([*words, *options, "pageout"])
+        assert refused.returncode == 1
+        assert f"are taken by process {os.getpid()}" in refused.stderr
+        assert run([*words, *options, "present"]).returncode == 0
+        assert run([*words, *options, "pageout", "--force"]).returncode == 0
+        with Attached(victim.pid) as second:
+            with pytest.raises(InUseError, match=f"taken by process {os.getpid()}"):
+                second.harvest(tracker="pageout")
+            second.harvest(tracker="present")
+            second.harvest(tracker="pageout", force=True)
+        victim.tell("w 5 1 1")
+        assert 5 in first.harvest().young.gfns()
+    assert run([*words, *options, "pageout"]).returncode == 0
+
+
+class _FakeMethod:
+    """A method with one accessed bit per page, touched by hand."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.young = np.zeros(256, dtype=bool)
+
+    def harvest(self, first, n_pages, clear, mask):
+        here = self.young[first : first + n_pages]
+        found = YoungBitmap.from_gfns(first, n_pages, (np.flatnonzero(here) + first).tolist())
+        if clear:
+            here[:] = False if mask is None else here & ~unpack(mask, n_pages)
+        return found
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> dict[str, _FakeMethod]:
+    made: dict[str, _FakeMethod] = {}
+
+    def make(name: str, target: object) -> _FakeMethod:
+        return made.setdefault(name, _FakeMethod(name))
+
+    monkeypatch.setattr(attach, "open_method", make)
+    return made
+
+
+def test_a_forced_method_is_put_back_when_the_view_ends(toucher: Callable, methods) -> None:
+    with Attached(toucher(256).pid) as vm:
+        vm.harvest(tracker="pageout", view="a")
+        methods["pageout"].young[3] = True
+        with pytest.raises(InUseError, match="in use by a"):
+            vm.harvest(tracker="written", view="b")
+        vm.harvest(tracker="written", view="b", force=True)
+        assert vm.state().tracker == "written"
+        methods["written"].young[4] = True
+        # Who reads by the one before goes on, and keeps what that had found.
+        assert vm.harvest(tracker="pageout", view="a").young.gfns().tolist() == [3, 4]
+        assert vm.harvest(view="b").young.gfns().tolist() == [4]
+        methods["written"].young[5] = True
+        assert vm.close_view("b")
+        assert vm.state().tracker == "pageout"
+        methods["pageout"].young[6] = True
+        assert vm.harvest(view="a").young.gfns().tolist() == [5, 6]
+        assert not vm.close_view("b")
+
+
+def test_who_forced_a_method_may_take_it_back(toucher: Callable, methods) -> None:
+    with Attached(toucher(256).pid) as vm:
+        vm.harvest(tracker="pageout", view="a")
+        vm.harvest(tracker="written", view="b", force=True)
+        vm.harvest(tracker="pageout", view="b")
+        assert vm.state().tracker == "pageout"
+        vm.close_view("b")
+        assert vm.state().tracker == "pageout"
+
+
+@pytest.mark.parametrize("name", ["idle", "pageout", "written"])
+def test_three_readers_in_one_object_are_exact(toucher: Callable, methods, name: str) -> None:
+    """Ranges, masks and samples of three readers, against sets of touched pages."""
+    rng = np.random.default_rng(4)
+    with Attached(toucher(256).pid) as vm:
+        expected: dict[str, np.ndarray] = {}
+        for view in ("a", "b", "c"):
+            vm.harvest(tracker=name, view=view)
+            expected[view] = np.zeros(256, dtype=bool)
+        for step in range(60):
+            touched = rng.random(256) < 0.1
+            methods[name].young |= touched
+            for pages in expected.values():
+                pages |= touched
+            view = ("a", "b", "c")[step % 3]
+            low = int(rng.integers(0, 128))
+            mask = rng.random(256 - low) < 0.5
+            young = vm.harvest(low, 256 - low, view=view, mask=pack(mask)).young
+            assert np.array_equal(young.as_bool(), expected[view][low:]), step
+            expected[view][low:] &= ~mask

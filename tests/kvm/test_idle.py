@@ -23,6 +23,9 @@ from kvmhost.guests import image_path
 from kvmhost.guests.workloads import hotcold_gfns, touch_gfns
 from kvmhost.machine import Machine
 from kvmhost.trackers.idle import IDLE_BITMAP, IdleFiles, IdleTracker, Pfns
+from kvmhost.trackers.sharing import SharedHarvests
+from kvmhost.trackers.views import ViewKey
+from kvmhost.vm.harvest import HarvestRequest
 
 pytestmark = pytest.mark.requires_uffd
 
@@ -201,6 +204,35 @@ def test_hotcold_on_two_vcpus(make_tracker: Callable) -> None:
         missing = expected - found
         assert len(missing) <= 2
         assert not missing & files.present_gfns()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("params", [{"stride": 3, "write": 1}, {"pattern": 2, "count": 200}])
+def test_three_readers_at_different_intervals(
+    make_tracker: Callable, engine: str, params: dict
+) -> None:
+    """As for the trackers that work on every kernel: bit for bit what the guest touched."""
+    machine, _, tracker = make_tracker(engine, **params)
+    machine.run_epoch()
+    tracker.start()
+    shared = SharedHarvests(machine.memory.gfn_end, lambda young: None)
+    asked = HarvestRequest(START, PAGES).within(machine.memory.gfn_end)
+    intervals = {"every": 1, "second": 2, "seldom": 5}
+    expected: dict[str, set[int]] = {name: set() for name in intervals}
+    for number, name in enumerate(intervals):
+        assert not shared.harvest(tracker, ViewKey(number + 1, name), asked).young
+    for epoch in range(1, 12):
+        assert machine.run_epoch()
+        for touched in expected.values():
+            touched |= set(touch_gfns(machine.params, epoch).tolist())
+        # The one that came last asks first, so that each of them sweeps in its turn.
+        for number, name in reversed(list(enumerate(intervals))):
+            if epoch % intervals[name]:
+                continue
+            young = shared.harvest(tracker, ViewKey(number + 1, name), asked).young
+            assert young.coarse is None
+            assert set(young.gfns().tolist()) == expected[name], (epoch, name)
+            expected[name] = set()
 
 
 def test_clear_false_and_masks(make_tracker: Callable) -> None:

@@ -119,7 +119,7 @@ LAYERS = {
         {"calibration"},
         {"dirty", "guestpt", "idle", "pagemap", "uffd"},
         {"registry", "views"},
-        {"rearmcost", "sharing"},
+        {"forced", "rearmcost", "sharing"},
         {"harvesting"},
     ),
     "kvmhost/vm": ({"answers", "checks", "names"}, {"harvest"}, {"protocol"}),
