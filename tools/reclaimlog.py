@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -21,6 +20,8 @@ from kvmhost.printable import printable
 from kvmhost.reclaim.account.events import Dropped, Event, Notice, PassReport
 from kvmhost.reclaim.errors import ConfigError
 from kvmhost.reclaim.settings.options import DaemonOptions
+from kvmhost.tools.outputs.base import line_of
+from kvmhost.tools.outputs.daemons import EventKind, EventOutput, PassRow
 from kvmhost.tools.terminal import LineFormatter, unfiltered
 from kvmhost.units import size_text
 
@@ -31,7 +32,6 @@ if typing.TYPE_CHECKING:
 __all__ = ["EventLog", "PageTotals", "VmTable", "open_event_log"]
 
 _LOGGERS = ("reclaim", "kvmhost")
-_KINDS: dict[type, str] = {PassReport: "pass", Dropped: "dropped", Notice: "notice"}
 #: Messages under the table.
 _N_MESSAGES = 5
 
@@ -83,7 +83,7 @@ class EventLog:
         if self._table is not None:
             self._table.tell(event)
         if self._as_json:
-            self._write(json.dumps({"event": _KINDS[type(event)]} | dataclasses.asdict(event)))
+            self._write(line_of(_output(event)))
             return
         bad = isinstance(event, Notice) or (isinstance(event, Dropped) and event.failed)
         self._write(printable(event.line()), to_stderr=bad)
@@ -93,7 +93,8 @@ class EventLog:
         if self._table is not None:
             self._table.message(text)
         if self._as_json:
-            self._write(json.dumps({"event": "log", "level": level, "text": text}))
+            failed = level in ("error", "critical")
+            self._write(line_of(_event("log", text=text, failed=failed, level=level)))
         else:
             self._write(f"reclaimd: {text}", to_stderr=True)
 
@@ -130,6 +131,54 @@ class EventLog:
                     # Prevent another error of the interpreter at exit.
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 self._stream = None
+
+
+def _output(event: Event) -> EventOutput:
+    if isinstance(event, PassReport):
+        return _event("pass", vm=event.vm, text=event.line(), report=_pass_row(event))
+    if isinstance(event, Dropped):
+        return _event("dropped", vm=event.vm, text=event.line(), failed=event.failed)
+    return _event("notice", text=event.line(), failed=event.failed)
+
+
+def _event(
+    kind: EventKind,
+    *,
+    text: str,
+    vm: str = "",
+    failed: bool = False,
+    level: str = "",
+    report: PassRow | None = None,
+) -> EventOutput:
+    return EventOutput(
+        event=kind,
+        time_s=time.time(),
+        vm=vm,
+        text=text,
+        failed=failed,
+        level=level,
+        report=report,
+    )
+
+
+def _pass_row(report: PassReport) -> PassRow:
+    return PassRow(
+        number=report.number,
+        resident_bytes=report.resident_bytes,
+        n_young=report.young_pages,
+        generations=report.generations,
+        wanted_pages=report.wanted_pages,
+        outcomes=report.outcomes,
+        why=report.why,
+        forced_pages=report.forced_pages,
+        refaulted_pages=report.refaulted_pages,
+        harvest_ns_per_page=report.harvest_ns_per_page,
+        duration_ms=report.duration_ms,
+        busy_ms=report.busy_ms,
+        holding=report.holding,
+        dry_run=report.dry_run,
+        notes=report.notes,
+    )
 
 
 class _Handler(logging.Handler):

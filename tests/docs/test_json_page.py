@@ -10,7 +10,7 @@ from json_page import PAGE, problems
 
 from kvmhost.tools.outputs import page
 from kvmhost.tools.outputs.describe import DIMENSIONLESS, Row, rows_of
-from kvmhost.tools.outputs.registry import OUTPUTS, REPORTS, WITHOUT_JSON
+from kvmhost.tools.outputs.registry import OUTPUTS, WITHOUT_JSON
 from kvmhost.tools.tree import commands
 
 
@@ -40,7 +40,7 @@ def test_the_page_is_made_from_the_structures() -> None:
 def test_every_command_prints_a_described_structure_or_says_why_it_has_no_json() -> None:
     with_json = {name for name, parser in parsers() if "--json" in parser._option_string_actions}
     without = {name for name, _ in parsers()} - with_json
-    assert with_json == set(OUTPUTS) | set(REPORTS)
+    assert with_json == set(OUTPUTS)
     assert without == set(WITHOUT_JSON)
 
 

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from json_page import checked
 from waiting import until
 
 from kvmhost.errors import VmGoneError
@@ -45,8 +46,8 @@ def test_the_budget_holds_and_every_check_passes(hotcold, daemon, tracker, vcpus
     assert 0 < highest <= BUDGET + SLACK
     assert pager["fault_ins"] > 1000
     assert (pager["errors"], pager["lost_pages"]) == (0, 0)
-    events = [json.loads(line) for line in mine.out.splitlines()]
-    passes = [event for event in events if event["event"] == "pass"]
+    events = checked("reclaimd", mine.out)
+    passes = [event["report"] for event in events if event["event"] == "pass"]
     assert [event["number"] for event in passes] == list(range(1, len(passes) + 1))
     assert sum(event["outcomes"].get("done", 0) for event in passes) > 1000
     assert all(len(event["generations"]) <= 4 for event in passes)
@@ -126,7 +127,7 @@ def test_killed_in_the_middle_of_eviction_and_taken_over(hotcold, daemon):
         assert vm.goes_on()
     heir = daemon("a", "--budget", "16M", "--passes", "5", "--json")
     assert heir.end() == 0
-    first = json.loads(heir.out.splitlines()[0])
+    first = json.loads(heir.out.splitlines()[0])["report"]
     # It knows nothing yet: one generation, and what was young just now.
     assert [seq for seq, _ in first["generations"]] == [0, 1]
     state = vm.client.state()

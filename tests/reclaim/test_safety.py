@@ -234,7 +234,7 @@ def test_a_dry_run_leaves_the_vm_alone(hotcold, daemon):
     vm = hotcold("a", cold=4, scan_every=0)
     mine = daemon("a", "--budget", "24M", "--dry-run", "--passes", "8", "--json")
     assert mine.end() == 0
-    passes = [json.loads(line) for line in mine.out.splitlines()]
+    passes = [json.loads(line)["report"] for line in mine.out.splitlines()]
     assert sum(p["outcomes"].get("done", 0) for p in passes) > 1000
     assert passes[-1]["resident_bytes"] <= BUDGET
     state = vm.client.state()

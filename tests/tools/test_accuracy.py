@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from json_page import checked
 
 from kvmhost.bitmap import YoungBitmap, pack
 from kvmhost.errors import CapabilityError
@@ -24,6 +25,7 @@ from kvmhost.tools.accuracy.kinds import (
     probe_kinds,
 )
 from kvmhost.tools.main import run_command
+from kvmhost.tools.outputs.accuracy import DoorbellRow
 from kvmhost.trackers.guestpt import GuestptTracker
 
 FEW = ("sequential", "zipf-0.99", "phases-2-vcpus")
@@ -42,27 +44,27 @@ def test_every_tracker_that_works_is_exact(engine: str, name: str) -> None:
             accuracy.run(settings)
         return
     report = accuracy.run(settings)
-    assert {row["tracker"] for row in report["doorbells"]} == {name}
-    assert report["missing"] == {}
-    assert report["exact"]
-    for row in report["doorbells"]:
-        assert row["recall"] == 1.0
-        assert row["new_after_max"] in (None, 1)
-        assert (row["old_after_max"] or 1) <= row["period"]
-    assert {row["period"] for row in report["doorbells"]} == {1, 8}
-    for row in report["running"]:
-        assert row["certain"] > 0
-        assert (row["wrong"], row["missed"]) == (0, 0)
-        assert 0 < row["precision_at_least"] <= row["precision_at_most"] == 1.0
+    assert {row.tracker for row in report.doorbells} == {name}
+    assert report.missing == {}
+    assert report.exact
+    for row in report.doorbells:
+        assert row.recall_ratio == 1.0
+        assert row.max_new_after_harvests in (None, 1)
+        assert (row.max_old_after_harvests or 1) <= 1 / row.fraction
+    assert {row.fraction for row in report.doorbells} == {1, 1 / 8}
+    for one in report.running:
+        assert one.certain_pages > 0
+        assert (one.wrong_pages, one.missed_pages) == (0, 0)
+        assert 0 < one.min_precision_ratio <= one.max_precision_ratio == 1.0
 
 
 @pytest.mark.requires_kvm
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_every_workload_is_known_exactly(workload: str) -> None:
-    row = doorbells.measure(KINDS["guestpt"], WORKLOADS[workload], "kvm", 14, 1)
-    assert (row["precision"], row["recall"]) == (1.0, 1.0)
+    row = doorbells.measure(KINDS["guestpt"], workload, WORKLOADS[workload], "kvm", 14, 1)
+    assert (row.precision_ratio, row.recall_ratio) == (1.0, 1.0)
     if workload in CHANGING:
-        assert (row["old_after_max"], row["new_after_max"]) == (1, 1)
+        assert (row.max_old_after_harvests, row.max_new_after_harvests) == (1, 1)
 
 
 @pytest.mark.parametrize("kind", ["misses", "invents", "late"])
@@ -83,24 +85,31 @@ def test_a_wrong_tracker_is_found_out(
 
     monkeypatch.setattr(GuestptTracker, "harvest", wrong)
     assert accuracy.main([*ONE, "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
-    row = next(row for row in report["doorbells"] if row["period"] == 1)
+    (report,) = checked("accuracy", capsys.readouterr().out)
+    row = next(row for row in report["doorbells"] if row["fraction"] == 1)
     assert not report["exact"]
-    assert (row["precision"] < 1) == (kind != "misses")
-    assert (row["recall"] < 1) == (kind != "invents")
+    assert (row["precision_ratio"] < 1) == (kind != "misses")
+    assert (row["recall_ratio"] < 1) == (kind != "invents")
     if kind == "late":
-        assert row["new_after_max"] == 2
+        assert row["max_new_after_harvests"] == 2
     assert accuracy.main(ONE) == 1
     assert "NOT EXACT" in capsys.readouterr().out
 
 
 def test_a_coarse_tracker_may_report_more_but_not_less() -> None:
-    row = {"precision": 0.1, "recall": 1.0, "coarse": True, "period": 1}
-    is_exact = accuracy.command._is_exact
-    assert is_exact(row)
-    assert not is_exact(row | {"coarse": False})
-    assert is_exact(row | {"coarse": False, "period": 8})
-    assert not is_exact(row | {"recall": 0.999})
+    def is_exact(**changed: object) -> bool:
+        row = DoorbellRow(
+            tracker="t", workload="w", fraction=1.0, coarse=True, touches=1, reported_pages=10,
+            precision_ratio=0.1, recall_ratio=1.0, mean_old_after_harvests=None,
+            max_old_after_harvests=None, mean_new_after_harvests=None,
+            max_new_after_harvests=None, harvest_ns_per_page=1.0, rearm_ns_per_page=1.0,
+        )  # fmt: skip
+        return accuracy.command._is_exact(msgspec.structs.replace(row, **changed))
+
+    assert is_exact()
+    assert not is_exact(coarse=False)
+    assert is_exact(coarse=False, fraction=1 / 8)
+    assert not is_exact(recall_ratio=0.999)
 
 
 def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,12 +127,12 @@ def test_cost_rows_name_every_way_of_re_arming(capsys: pytest.CaptureFixture[str
     arguments = ["--tracker", "guestpt", "--workload", "strided", "--duration", "100ms", "--json"]
     more = ["--interval", "100ms,50ms", "--rounds", "1", "--mem", "16M", "--fraction", "1/4"]
     assert accuracy.main(arguments + more) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["period"] == 4
+    (report,) = checked("accuracy", capsys.readouterr().out)
+    assert report["fraction"] == 1 / 4
     rows = {(row["harvests_per_s"], row["rearm"]) for row in report["throughput"]}
     assert {rate for rate, _ in rows} == {10.0, 20.0}
     assert {"young", "1/4"} <= {rearm for _, rearm in rows}
-    assert all(row["throughput"] > 0 for row in report["throughput"])
+    assert all(row["throughput_share"] > 0 for row in report["throughput"])
     assert min(report["cost"][0][name] for name in ("harvest_ns_per_page", "rearm_ns_per_page")) > 0
 
 

@@ -6,9 +6,9 @@ Speed itself is not tested: a busy machine would make such a test lie.
 from __future__ import annotations
 
 import itertools
-import json
 
 import pytest
+from json_page import checked
 
 from kvmhost.machine import Machine
 from kvmhost.tools.accuracy.kinds import KINDS, START_GFN
@@ -23,12 +23,12 @@ MEM_BYTES = 16 << 20
 def test_harvest_in_small(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--mem", "16M", "--duration", "50ms", "--rounds", "1"]
     assert harvest.main([*small, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    (result,) = checked("bench harvest", capsys.readouterr().out)
     assert {"guestpt", "dirty"} <= {row["tracker"] for row in result["trackers"]} <= set(KINDS)
-    assert result["hot_pages"] == 409
+    assert result["parameters"]["hot_pages"] == 409
     for row in result["trackers"]:
         assert row["bare_refault_s"] == pytest.approx(409 * row["refault_ns_per_page"] / 1e9)
-        assert row["lost_min_s_per_s"] <= row["lost_s_per_s"] <= row["lost_max_s_per_s"]
+        assert row["min_lost_share"] <= row["lost_share"] <= row["max_lost_share"]
     assert harvest.main([*small, "--tracker", "guestpt"]) == 0
     assert "times the bare re-faults (bound 1.3)" in capsys.readouterr().out
 
@@ -37,11 +37,13 @@ def test_harvest_in_small(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sampling_in_small(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--mem", "16M", "--duration", "50ms", "--rounds", "1", "--fraction", "1/3", "--json"]
     assert sampling.main(words) == 0
-    (row,) = json.loads(capsys.readouterr().out)["fractions"]
+    (found,) = checked("bench sampling", capsys.readouterr().out)
+    (row,) = found["fractions"]
     assert row["fraction"] == pytest.approx(1 / 3)
     # Every page has its turn in three harvests, and no sooner than chance has it.
-    assert (row["recall"], row["old_after_max"], row["new_after_max"]) == (1.0, 3, 1)
-    assert row["old_after_mean"] == pytest.approx(2, abs=0.2)
+    assert row["recall_ratio"] == 1.0
+    assert (row["max_old_after_harvests"], row["max_new_after_harvests"]) == (3, 1)
+    assert row["mean_old_after_harvests"] == pytest.approx(2, abs=0.2)
 
 
 @pytest.mark.requires_kvm

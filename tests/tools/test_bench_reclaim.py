@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
+from json_page import checked
 
 from kvmhost.bitmap import unpack
-from kvmhost.errors import HostError
+from kvmhost.errors import HostError, LayoutError
 from kvmhost.guests.workloads import hotcold_gfns
 from kvmhost.reclaim.policy.lru_gen import LruGen
+from kvmhost.tools.bench import reclaim
 from kvmhost.tools.bench.reclaim import guests, rows, show, trace
 from kvmhost.tools.bench.reclaim.inprocess import Reclaimer
 from kvmhost.tools.bench.reclaim.workloads import WORKLOADS, guest_params
+from kvmhost.tools.outputs.base import line_of
 
 
 def quiet(text):
@@ -30,12 +34,14 @@ def test_traces_are_what_the_guest_touches():
 
 
 def test_trace_rows_add_up_and_can_be_shown(tmp_path):
-    report = {"trace": trace.run(["phase", "two"], 512, 20, (0.5,), quiet)}
-    by_case = {(r["workload"], r["policy"]): r for r in report["trace"]}
+    report = reclaim.run(
+        ["trace"], workloads=["phase", "two"], pages=512, windows=20, budgets=(0.5,), tell=quiet
+    )
+    by_case = {(row.workload, row.policy): row for row in report.trace}
     for (workload, _), row in by_case.items():
-        assert row["refaults"] >= by_case[workload, "belady"]["refaults"]
-        assert row["refaults"] <= row["evictions"]
-        assert row["wrong_evictions"] <= row["refaults"]
+        assert row.refaults >= by_case[workload, "belady"].refaults
+        assert row.refaults <= row.evictions
+        assert row.wrong_evictions <= row.refaults
     text = show.tables(report)
     assert "two       50%" in text
     target = tmp_path / "out.png"
@@ -72,18 +78,32 @@ def test_a_reclaimer_holds_a_guest_to_its_budget_and_the_guest_finds_its_data():
 
 @pytest.mark.requires_kvm
 @pytest.mark.requires_uffd
-def test_rows_and_guests_run_on_a_small_scale(monkeypatch):
+def test_rows_and_guests_run_on_a_small_scale(monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "_REPEATS", 1)
     found = rows.run(512, quiet)
-    assert [row["way"] for row in found] == [
+    assert [row.aging for row in found] == [
         "batched, no lock",
         "page by page, locked",
         "classic",
     ]
-    assert all(row["faulted_in"] > 0 for row in found)
+    assert all(row.fault_ins > 0 for row in found)
     monkeypatch.setattr(guests, "_SETTLE_S", 0.5)
     one = guests._measure("hotcold", "lru_gen", 1024, 1.0, 0.5)
-    assert one["throughput_of_no_limit"] > 0
-    assert one["faults_in_per_epoch"] > 0
-    assert one["refaulted_pages"] >= one["wrong_evictions"]
-    assert "lru_gen" in show.tables({"guests": [one], "rows": found})
+    assert one.throughput_of_no_limit_ratio > 0
+    assert one.fault_ins_per_epoch > 0
+    assert one.refaulted_pages >= one.wrong_evictions
+    (cost, _) = guests.cost(64 << 20, 1.0, quiet)
+    assert 0 < cost.policy_percent_per_gib < cost.busy_percent_per_gib
+    report = msgspec.structs.replace(
+        reclaim.run([], tell=quiet), guests=[one], rows=found, cost=[cost]
+    )
+    assert "lru_gen" in show.tables(report)
+    checked("bench reclaim", line_of(report) + "\n")
+    target = tmp_path / "guests.png"
+    show.plot(report, target)
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_needs_a_part_that_it_draws(tmp_path):
+    with pytest.raises(LayoutError, match="draws parts trace and guests"):
+        reclaim.main(["--part", "rows", "-o", str(tmp_path / "x.png")])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from json_page import checked
 
 from kvmhost.tools.main import main
 
@@ -15,13 +15,15 @@ pytestmark = [pytest.mark.requires_kvm, pytest.mark.requires_uffd]
 def test_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = ["--mem", "96M", "--rounds", "1", "--directory", str(tmp_path)]
     assert main(["bench", "snapshot", *argv, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    (result,) = checked("bench snapshot", capsys.readouterr().out)
     assert result["evicted_bytes"] > 10 << 20
     assert result["fault_ins"] > 0
-    used = result["mem_bytes"] - (32 << 20)
+    used = result["parameters"]["mem_bytes"] - (32 << 20)
     assert used - (1 << 20) < result["file_bytes"] < used + (4 << 20)
     assert 0 < result["cp_s"] <= result["cp_fsync_s"]
-    assert result["speed_of_cp_fsync"] == pytest.approx(result["cp_fsync_s"] / result["save_s"])
+    assert result["speed_of_cp_fsync_ratio"] == pytest.approx(
+        result["cp_fsync_s"] / result["save_s"]
+    )
     assert list(tmp_path.iterdir()) == []
 
 

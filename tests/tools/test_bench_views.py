@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from json_page import checked
 
 from kvmhost.tools.bench import views
 
@@ -19,14 +18,14 @@ def test_a_daemon_beside_other_readers_finds_what_it_finds_alone(
     monkeypatch.setattr(views, "_MEM_BYTES", 12 << 20)
     monkeypatch.setattr(views, "_BUDGET", views.Mark(size=views.Bytes(3 << 20)))
     assert views.main(["--rounds", "4", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    (found,) = checked("bench views", capsys.readouterr().out)
     alone, *beside, shared = found["rows"]
-    assert alone["n_young_per_pass"] >= 400
+    assert alone["mean_young_pages"] >= 400
     for row in beside:
-        assert row["n_young_per_pass"] == alone["n_young_per_pass"], row["daemon"]
+        assert row["mean_young_pages"] == alone["mean_young_pages"], row["daemon"]
         assert row["sweeps"] > alone["sweeps"]
     # The control: with one view the heatmap takes everything before the daemon's pass.
     assert not shared["own_views"]
-    assert shared["n_young_per_pass"] < 0.1 * alone["n_young_per_pass"]
+    assert shared["mean_young_pages"] < 0.1 * alone["mean_young_pages"]
     assert found["view"]["bytes_per_page"] == 1 / 8
-    assert found["view"]["bytes_per_page_with_coarse"] == 1 / 4
+    assert found["view"]["coarse_bytes_per_page"] == 1 / 4

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from json_page import checked
 
 from kvmhost.tools.main import main
 
@@ -14,9 +13,18 @@ pytest.importorskip("matplotlib")
 def test_bench_young(capsys):
     words = ["--mem", "512M", "--count", "70", "--rounds", "1", "--json"]
     assert main(["bench", "young", *words]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["large_bits_gib"] == pytest.approx(70 * 16 / 2**20)
+    (found,) = checked("bench young", capsys.readouterr().out)
+    small, large = found["records"]
+    assert large["bits_bytes"] == 70 * (512 << 20) // 4096 // 8
     # A hot set of a tenth, half of it at random, costs 3.2 KiB a window by its entropy.
-    assert 70 * 3200 / 2**20 < found["small_mib"] < 70 * 5825 / 2**20
-    for name in ("append_ms", "open_s", "wss_s", "hot_s", "heatmap_s", "heatmap_rss_mib"):
-        assert found[name] > 0
+    assert 70 * 3200 < small["stored_bytes"] < 70 * 5825
+    assert small["append_ms"] > 0
+    queries = {row["query"]: row for row in found["queries"]}
+    assert set(queries) == {"open", "wss", "bitmap", "hot", "heatmap", "html"}
+    for row in queries.values():
+        assert row["median_s"] > 0
+        assert row["peak_rss_bytes"] > 1 << 20
+    assert main(["bench", "young", *words[:-1]]) == 0
+    shown = capsys.readouterr().out
+    assert "at most 2 ms" in shown
+    assert "at most 1024 MiB" in shown

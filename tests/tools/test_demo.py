@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from json_page import checked
 from waiting import DEADLINE_S, until
 
 SMALL = ["--mem", "224M", "--hot", "16M", "--epochs", "60", "--json"]
@@ -45,17 +45,17 @@ def test_killed_without_the_daemon_and_whole_with_it(tmp_path: Path) -> None:
         finally:
             process.kill()
     assert process.returncode == 0, (out, errors)
-    report = json.loads(out)
+    (report,) = checked("demo", out)
     assert report["engine"] == "kvm"
-    assert report["limited"]["without"] == {"status": -9, "oom_kills": 1}
-    kept = report["limited"]["with"]
+    assert report["limited"]["alone"] == {"status": -9, "oom_kills": 1}
+    kept = report["limited"]["managed"]
     assert kept["status"] == 0
     assert kept["oom_kills"] == 0
     assert kept["daemon_status"] == 0
     assert kept["evictions"] > 10_000
-    assert kept["resident_peak_bytes"] < report["limited"]["limit_bytes"]
+    assert kept["peak_resident_bytes"] < report["limited"]["limit_bytes"]
     assert {"guestpt", "pagemap"} <= {row["tracker"] for row in report["trackers"]}
-    assert all(row["precision"] == row["recall"] == 1.0 for row in report["trackers"])
+    assert all(row["precision_ratio"] == row["recall_ratio"] == 1.0 for row in report["trackers"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert list(place.iterdir()) == []
     place.rmdir()

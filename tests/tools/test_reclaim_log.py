@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from json_page import checked
 from rich.console import Console
 from terminals import Terminal
 from waiting import until
@@ -103,11 +103,25 @@ def test_a_log_file_that_cannot_be_opened_names_the_option(tmp_path: Path) -> No
 
 def test_json_has_one_object_an_event(capsys: pytest.CaptureFixture[str]) -> None:
     with open_event_log(DaemonOptions(json=True)) as log:
-        log.tell(report("a"))
+        log.tell(report("a", why="cgroup", notes=["limit set"]))
+        log.tell(Dropped("b\x1b", "it ended", failed=True))
+        log.tell(Notice("reloaded"))
         log.message("warning", "x")
-    first, second = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (first["event"], first["vm"]) == ("pass", "a")
-    assert second == {"event": "log", "level": "warning", "text": "x"}
+        log.message("error", "y")
+    events = checked("reclaimd", capsys.readouterr().out)
+    shown = [(one["event"], one["vm"], one["text"], one["level"], one["failed"]) for one in events]
+    assert shown == [
+        ("pass", "a", report("a", why="cgroup", notes=["limit set"]).line(), "", False),
+        ("dropped", "b\x1b", "b\x1b dropped: it ended", "", True),
+        ("notice", "", "reclaimd: reloaded", "", False),
+        ("log", "", "x", "warning", False),
+        ("log", "", "y", "error", True),
+    ]
+    first, *others = (one["report"] for one in events)
+    assert others == [None] * 4
+    assert (first["number"], first["n_young"], first["why"]) == (1, 1234, "cgroup")
+    assert (first["generations"], first["outcomes"]) == ([[0, 5], [1, 7]], {"done": 20})
+    assert first["notes"] == ["limit set"]
 
 
 class _Broken(io.StringIO):

@@ -12,7 +12,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.guests import image_path
 from kvmhost.pager.options import StoreOptions
 from kvmhost.process.foreign import METHODS
-from kvmhost.tools.bench.mmu import FORMATS
+from kvmhost.tools.bench.mmuways import FORMATS
 from kvmhost.trackers import registry
 from kvmhost.vm import names
 from kvmhost.vm.harvest import HarvestRequest

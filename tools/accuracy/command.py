@@ -27,10 +27,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.files import check_target
@@ -45,6 +43,15 @@ from kvmhost.tools.accuracy.kinds import (
     probe_kinds,
 )
 from kvmhost.tools.args import about, count, mem_bytes, seconds
+from kvmhost.tools.measured import head
+from kvmhost.tools.outputs.accuracy import (
+    AccuracyOutput,
+    DoorbellRow,
+    PageCostRow,
+    RunningRow,
+    ThroughputRow,
+)
+from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.vocabulary import add_option, listing, one_of
@@ -96,8 +103,8 @@ _QUICK = ("random-writes", "zipf-0.9", "read-only", "phases-2-vcpus")
 
 def run(
     settings: AccuracySettings, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """Measure; return lists of rows: ``doorbells``, ``running``, ``cost`` and ``throughput``.
+) -> AccuracyOutput:
+    """Measure.
 
     :raises LayoutError: for a tracker or workload that does not exist
     :raises CapabilityError: if none of the trackers works on this host
@@ -109,55 +116,78 @@ def run(
     working = [name for name in names if support[name].works]
     if not working:
         raise CapabilityError("accuracy", "a tracker", support[names[0]].reason, "kvmhost doctor")
-    report: dict[str, Any] = {"engine": settings.engine, "pages": PAGES}
-    report |= {"period": period_of(settings.fraction), "mem_bytes": settings.mem_bytes}
-    report |= {"doorbells": [], "running": [], "cost": [], "throughput": []}
-    report["missing"] = {n: support[n].reason for n in names if not support[n].works}
+    rows = _Rows()
     for name in working:
-        _measure(settings, name, report, say)
-    report["exact"] = all(map(_is_exact, report["doorbells"])) and all(
-        not row["missed"] and (row["coarse"] or not row["wrong"]) for row in report["running"]
+        _measure(settings, name, rows, say)
+    return AccuracyOutput(
+        **head(),
+        engine=settings.engine,
+        n_pages=PAGES,
+        fraction=1 / period_of(settings.fraction),
+        mem_bytes=settings.mem_bytes,
+        doorbells=rows.doorbells,
+        running=rows.running,
+        cost=rows.cost,
+        throughput=rows.throughput,
+        missing={name: support[name].reason for name in names if not support[name].works},
+        exact=all(map(_is_exact, rows.doorbells)) and all(map(_is_right, rows.running)),
     )
-    return report
+
+
+@dataclasses.dataclass
+class _Rows:
+    """The rows of the trackers so far."""
+
+    doorbells: list[DoorbellRow] = dataclasses.field(default_factory=list)
+    running: list[RunningRow] = dataclasses.field(default_factory=list)
+    cost: list[PageCostRow] = dataclasses.field(default_factory=list)
+    throughput: list[ThroughputRow] = dataclasses.field(default_factory=list)
 
 
 def _measure(
-    settings: AccuracySettings, name: str, report: dict[str, Any], say: Callable[[str], None]
+    settings: AccuracySettings, name: str, rows: _Rows, say: Callable[[str], None]
 ) -> None:
     kind, engine = KINDS[name], settings.engine
-    for period in sorted({1, report["period"]}):
+    sampled = period_of(settings.fraction)
+    for period in sorted({1, sampled}):
         for workload in settings.workloads:
             if period == 1 or workload in CHANGING:
                 say(f"{name}: {workload} at doorbells, one page in {period} re-armed")
-                row = {"tracker": name, "workload": workload}
-                row |= doorbells.measure(kind, WORKLOADS[workload], engine, settings.epochs, period)
-                report["doorbells"].append(row)
+                rows.doorbells.append(
+                    doorbells.measure(
+                        kind, workload, WORKLOADS[workload], engine, settings.epochs, period
+                    )
+                )
     for workload in FREE_WORKLOADS:
         say(f"{name}: {workload}, running")
-        report["running"].append(running.measure(kind, workload, engine, settings.duration_s))
+        rows.running.append(running.measure(kind, workload, engine, settings.duration_s))
     if settings.intervals_s:
         say(f"{name}: cost")
-        by_page, rows = cost.measure(
+        by_page, throughput = cost.measure(
             kind,
             engine,
             settings.mem_bytes,
             tuple(1 / interval_s for interval_s in settings.intervals_s),
-            report["period"],
+            sampled,
             settings.rounds,
             settings.duration_s,
         )
-        report["cost"].append(by_page)
-        report["throughput"] += rows
+        rows.cost.append(by_page)
+        rows.throughput += throughput
 
 
-def _is_exact(row: dict[str, Any]) -> bool:
+def _is_exact(row: DoorbellRow) -> bool:
     """Return whether a row is as exact as its tracker claims to be.
 
     Recall must be 1.0, and precision too where the tracker is not coarse. A sampled
     harvest misses no touch either, but reports too many young pages.
     """
-    precise = row["precision"] == 1.0 or row["coarse"] or row["period"] > 1
-    return bool(row["recall"] == 1.0 and precise)
+    precise = row.precision_ratio == 1.0 or row.coarse or row.fraction < 1
+    return row.recall_ratio == 1.0 and precise
+
+
+def _is_right(row: RunningRow) -> bool:
+    return not row.missed_pages and (row.coarse or not row.wrong_pages)
 
 
 def _known(given: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -188,12 +218,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         draw(report, options.out)
     if options.json:
-        print(json.dumps(report, indent=2))
+        emit(report)
     else:
         from kvmhost.tools.accuracy.table import show
 
         show(report)
-    return 0 if report["exact"] else 1
+    return 0 if report.exact else 1
 
 
 def _check_plot(path: Path) -> None:

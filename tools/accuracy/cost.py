@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.tools.accuracy.kinds import START_GFN, TrackerKind
+from kvmhost.tools.outputs.accuracy import PageCostRow, ThroughputRow
 from kvmhost.tools.throughput import Kept, ThroughputPlan, measure_steps, paired_rates
 from kvmhost.trackers import Tracker
 from kvmhost.units import PAGE_BYTES
@@ -30,7 +30,7 @@ def measure(
     period: int,
     rounds: int,
     seconds: float,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[PageCostRow, list[ThroughputRow]]:
     """Measure a guest that touches a tenth of its memory repeatedly.
 
     :return: the cost per page, and one row for each rate and method of re-arming
@@ -54,12 +54,12 @@ def measure(
         for some, times in ((plans, rounds), (_rare(rates), 1)):
             if some:
                 kept |= paired_rates(machine, tracker, some, times, seconds / 2, _length(seconds))
-    by_page = {
-        "tracker": kind.name,
-        "harvest_ns_per_page": steps.scan_ns / (mem_bytes // PAGE_BYTES),
-        "rearm_ns_per_page": steps.rearm_ns / hot,
-        "refault_ns_per_page": steps.refault_ns,
-    }
+    by_page = PageCostRow(
+        tracker=kind.name,
+        harvest_ns_per_page=steps.scan_ns / (mem_bytes // PAGE_BYTES),
+        rearm_ns_per_page=steps.rearm_ns / hot,
+        refault_ns_per_page=steps.refault_ns,
+    )
     return by_page, [_row(kind, plan, values) for plan, values in kept.items()]
 
 
@@ -82,15 +82,15 @@ def _length(seconds: float) -> Callable[[ThroughputPlan], float]:
     return lambda plan: max(seconds, 1 / plan.rate)
 
 
-def _row(kind: TrackerKind, plan: ThroughputPlan, kept: list[Kept]) -> dict[str, Any]:
+def _row(kind: TrackerKind, plan: ThroughputPlan, kept: list[Kept]) -> ThroughputRow:
     values = [one.wall for one in kept]
-    return {
-        "tracker": kind.name,
-        "harvests_per_s": plan.rate,
-        "rearm": plan.rearm,
-        "throughput": statistics.median(values),
-        "throughput_min": min(values),
-        "throughput_max": max(values),
-        "throughput_by_cpu": statistics.median(one.cpu for one in kept),
-        "segments": len(values),
-    }
+    return ThroughputRow(
+        tracker=kind.name,
+        harvests_per_s=plan.rate,
+        rearm=plan.rearm,
+        throughput_share=statistics.median(values),
+        min_throughput_share=min(values),
+        max_throughput_share=max(values),
+        throughput_by_cpu_share=statistics.median(one.cpu for one in kept),
+        n_segments=len(values),
+    )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from typing import Any
 
 import numpy as np
 
 from kvmhost.tools.accuracy.kinds import PAGES, START_GFN, AccuracyWorkload, Bits, TrackerKind
+from kvmhost.tools.outputs.accuracy import DoorbellRow
 from kvmhost.trackers import sample_mask
 from kvmhost.vm.names import EngineName
 
@@ -17,10 +17,16 @@ __all__ = ["harvests_until", "measure"]
 
 
 def measure(
-    kind: TrackerKind, workload: AccuracyWorkload, engine: EngineName, n_epochs: int, period: int
-) -> dict[str, Any]:
+    kind: TrackerKind,
+    name: str,
+    workload: AccuracyWorkload,
+    engine: EngineName,
+    n_epochs: int,
+    period: int,
+) -> DoorbellRow:
     """Harvest at the end of each epoch and compare with the pages that it touched.
 
+    :param name: of the workload
     :param period: each harvest clears one page in ``period``
     """
     truth = np.zeros((n_epochs, PAGES), dtype=bool)
@@ -43,34 +49,25 @@ def measure(
             coarse = coarse or (young.coarse is not None and bool(young.coarse.any()))
             found[epoch] = young.as_bool()
             truth[epoch] = workload.touched(machine.params, epoch, kind.only_writes)
-    return {
-        "period": period,
-        "coarse": coarse,
-        **_shares(truth, found),
-        **_staleness(truth, found),
-        "harvest_ns_per_page": statistics.median(harvest_ns),
-        "rearm_ns_per_page": statistics.median(rearm_ns),
-    }
-
-
-def _shares(truth: Bits, found: Bits) -> dict[str, float | int]:
+    old, new = (harvests_until(truth, found, becomes) for becomes in (False, True))
     right = int((truth & found).sum())
-    return {
-        "touches": int(truth.sum()),
-        "reports": int(found.sum()),
+    return DoorbellRow(
+        tracker=kind.name,
+        workload=name,
+        fraction=1 / period,
+        coarse=coarse,
+        touches=int(truth.sum()),
+        reported_pages=int(found.sum()),
         # With no reported page the precision is 1; with no page to find the recall is 1.
-        "precision": right / int(found.sum()) if found.any() else 1.0,
-        "recall": right / int(truth.sum()) if truth.any() else 1.0,
-    }
-
-
-def _staleness(truth: Bits, found: Bits) -> dict[str, float | int | None]:
-    row: dict[str, float | int | None] = {}
-    for name, becomes in (("old", False), ("new", True)):
-        waits = harvests_until(truth, found, becomes)
-        row[f"{name}_after_mean"] = statistics.fmean(waits) if waits else None
-        row[f"{name}_after_max"] = max(waits, default=None)
-    return row
+        precision_ratio=right / int(found.sum()) if found.any() else 1.0,
+        recall_ratio=right / int(truth.sum()) if truth.any() else 1.0,
+        mean_old_after_harvests=statistics.fmean(old) if old else None,
+        max_old_after_harvests=max(old, default=None),
+        mean_new_after_harvests=statistics.fmean(new) if new else None,
+        max_new_after_harvests=max(new, default=None),
+        harvest_ns_per_page=statistics.median(harvest_ns),
+        rearm_ns_per_page=statistics.median(rearm_ns),
+    )
 
 
 def harvests_until(truth: Bits, found: Bits, becomes: bool) -> list[int]:

@@ -13,7 +13,6 @@ import dataclasses
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from kvmhost.tools.accuracy.kinds import (
     Bits,
     TrackerKind,
 )
+from kvmhost.tools.outputs.accuracy import RunningRow
 from kvmhost.vm.names import EngineName
 
 __all__ = ["measure"]
@@ -54,7 +54,7 @@ class _Window:
 
 def measure(
     kind: TrackerKind, workload_name: str, engine: EngineName, seconds: float
-) -> dict[str, Any]:
+) -> RunningRow:
     """Harvest repeatedly; check each bitmap against its bounds."""
     workload = FREE_WORKLOADS[workload_name]
     sums = dict.fromkeys(("young", "certain", "missed", "wrong", "confirmed"), 0)
@@ -68,8 +68,27 @@ def measure(
         certain = _union(workload, params, kind, window.armed, window.before, 0)
         _add(sums, window.young.as_bool(), certain, possible)
     coarse = any(w.young.coarse is not None and w.young.coarse.any() for w in windows)
-    row = {"tracker": kind.name, "workload": workload_name, "harvests": len(windows)}
-    return row | sums | _bounds(sums) | {"coarse": bool(coarse)}
+    return _row(kind.name, workload_name, len(windows), sums, bool(coarse))
+
+
+def _row(
+    tracker: str, workload: str, harvests: int, sums: dict[str, int], coarse: bool
+) -> RunningRow:
+    young, certain = max(sums["young"], 1), max(sums["certain"], 1)
+    return RunningRow(
+        tracker=tracker,
+        workload=workload,
+        harvests=harvests,
+        n_young=sums["young"],
+        certain_pages=sums["certain"],
+        confirmed_pages=sums["confirmed"],
+        missed_pages=sums["missed"],
+        wrong_pages=sums["wrong"],
+        min_precision_ratio=sums["confirmed"] / young if sums["young"] else 1.0,
+        max_precision_ratio=1 - sums["wrong"] / young,
+        recall_ratio=1 - sums["missed"] / certain,
+        coarse=coarse,
+    )
 
 
 def _harvest(machine: Machine, kind: TrackerKind, seconds: float) -> list[_Window]:
@@ -127,12 +146,3 @@ def _add(sums: dict[str, int], young: Bits, certain: Bits, possible: Bits) -> No
     sums["missed"] += int((certain & ~young).sum())
     sums["wrong"] += int((young & ~possible).sum())
     sums["confirmed"] += int((certain & young).sum())
-
-
-def _bounds(sums: dict[str, int]) -> dict[str, float]:
-    young, certain = max(sums["young"], 1), max(sums["certain"], 1)
-    return {
-        "precision_at_least": sums["confirmed"] / young if sums["young"] else 1.0,
-        "precision_at_most": 1 - sums["wrong"] / young,
-        "recall_of_certain": 1 - sums["missed"] / certain,
-    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,6 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from kvmhost.printable import printable
+from kvmhost.tools.outputs.accuracy import (
+    AccuracyOutput,
+    DoorbellRow,
+    PageCostRow,
+    RunningRow,
+    ThroughputRow,
+)
 
 __all__ = ["show"]
 
@@ -20,7 +26,7 @@ _PIPE_WIDTH = 250
 _WORDS = ("workload", "re-armed")
 
 
-def show(report: dict[str, Any]) -> None:
+def show(report: AccuracyOutput) -> None:
     """Print a report of ``run``."""
     on_terminal = sys.stdout.isatty()
     console = Console() if on_terminal else Console(width=_PIPE_WIDTH)
@@ -42,88 +48,91 @@ def show(report: dict[str, Any]) -> None:
             with console.capture() as capture:
                 console.print(table)
             print("\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip()))
-    for name, reason in report["missing"].items():
+    for name, reason in report.missing.items():
         print(f"\nnot measured: {printable(name)}: {printable(reason)}")
-    print("\nall exact" if report["exact"] else "\nNOT EXACT")
+    print("\nall exact" if report.exact else "\nNOT EXACT")
 
 
-def _tables(report: dict[str, Any]) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]:
+def _tables(report: AccuracyOutput) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]:
     at_doorbells = ("tracker", "workload", "re-armed", "precision", "recall", "old after",
                     "new after", "harvest ns/page", "re-arm ns/page")  # fmt: skip
     yield (
-        f"At doorbells, {report['pages']} pages; old and new after: harvests (mean/maximum)",
+        f"At doorbells, {report.n_pages} pages; old and new after: harvests (mean/maximum)",
         at_doorbells,
-        [_doorbell_row(row) for row in report["doorbells"]],
+        [_doorbell_row(row) for row in report.doorbells],
     )
     yield (
         "Running; precision at least/at most, recall of what is certain",
         ("tracker", "workload", "harvests", "certain", "missed", "wrong", "precision", "recall"),
-        [_running_row(row) for row in report["running"]],
+        [_running_row(row) for row in report.running],
     )
     yield (
-        f"Cost by page, guest of {report['mem_bytes'] >> 20} MiB, a tenth of it hot",
+        f"Cost by page, guest of {report.mem_bytes >> 20} MiB, a tenth of it hot",
         ("tracker", "harvest ns/page", "clear and re-arm ns/young page", "re-fault ns/page"),
-        [_cost_row(row) for row in report["cost"]],
+        [_cost_row(row) for row in report.cost],
     )
-    rates = sorted({row["harvests_per_s"] for row in report["throughput"]})
+    rates = sorted({row.harvests_per_s for row in report.throughput})
     yield (
         "Throughput of the same guest, % of that without harvests (lowest to highest)",
         ("tracker", "re-armed", *(f"{rate:g} harvests/s" for rate in rates)),
-        _throughput_rows(report["throughput"], rates, _by_time),
+        _throughput_rows(report.throughput, rates, _by_time),
     )
     yield (
         "The same by the vCPU's processor time: not disturbed by others, blind to waiting (uffd)",
         ("tracker", "re-armed", *(f"{rate:g} harvests/s" for rate in rates)),
-        _throughput_rows(report["throughput"], rates, _by_cpu),
+        _throughput_rows(report.throughput, rates, _by_cpu),
     )
 
 
-def _doorbell_row(row: dict[str, Any]) -> list[str]:
-    share = "all" if row["period"] == 1 else f"1/{row['period']}"
+def _doorbell_row(row: DoorbellRow) -> list[str]:
+    share = "all" if row.fraction == 1 else f"1/{1 / row.fraction:.0f}"
     shares = ["-", "-"]
-    if row["touches"] or row["reports"]:
-        shares = [f"{row['precision']:.4f}", f"{row['recall']:.4f}"]
-    if row["coarse"]:
+    if row.touches or row.reported_pages:
+        shares = [f"{row.precision_ratio:.4f}", f"{row.recall_ratio:.4f}"]
+    if row.coarse:
         shares[0] += " coarse"
-    figures = [f"{row[f'{step}_ns_per_page']:.1f}" for step in ("harvest", "rearm")]
-    stale = [_pair(row, "old"), _pair(row, "new")]
-    return [row["tracker"], row["workload"], share, *shares, *stale, *figures]
+    figures = [f"{row.harvest_ns_per_page:.1f}", f"{row.rearm_ns_per_page:.1f}"]
+    stale = [
+        _pair(row.mean_old_after_harvests, row.max_old_after_harvests),
+        _pair(row.mean_new_after_harvests, row.max_new_after_harvests),
+    ]
+    return [row.tracker, row.workload, share, *shares, *stale, *figures]
 
 
-def _running_row(row: dict[str, Any]) -> list[str]:
-    precision = f"{row['precision_at_least']:.3f}/{row['precision_at_most']:.4f}"
-    counts = [f"{row[name]:,}" for name in ("harvests", "certain", "missed", "wrong")]
-    return [row["tracker"], row["workload"], *counts, precision, f"{row['recall_of_certain']:.4f}"]
+def _running_row(row: RunningRow) -> list[str]:
+    precision = f"{row.min_precision_ratio:.3f}/{row.max_precision_ratio:.4f}"
+    numbers = (row.harvests, row.certain_pages, row.missed_pages, row.wrong_pages)
+    counts = [f"{number:,}" for number in numbers]
+    return [row.tracker, row.workload, *counts, precision, f"{row.recall_ratio:.4f}"]
 
 
-def _cost_row(row: dict[str, Any]) -> list[str]:
-    costs = [f"{row['harvest_ns_per_page']:.2f}", f"{row['rearm_ns_per_page']:.0f}"]
-    return [row["tracker"], *costs, f"{row['refault_ns_per_page']:.0f}"]
+def _cost_row(row: PageCostRow) -> list[str]:
+    costs = [f"{row.harvest_ns_per_page:.2f}", f"{row.rearm_ns_per_page:.0f}"]
+    return [row.tracker, *costs, f"{row.refault_ns_per_page:.0f}"]
 
 
 def _throughput_rows(
-    rows: list[dict[str, Any]], rates: list[float], text: Callable[[dict[str, Any]], str]
+    rows: list[ThroughputRow], rates: list[float], text: Callable[[ThroughputRow], str]
 ) -> list[list[str]]:
     shown: dict[tuple[str, str], dict[float, str]] = {}
     for row in rows:
-        shown.setdefault((row["tracker"], row["rearm"]), {})[row["harvests_per_s"]] = text(row)
+        shown.setdefault((row.tracker, row.rearm), {})[row.harvests_per_s] = text(row)
     return [
         [tracker, rearm, *(cells.get(rate, "-") for rate in rates)]
         for (tracker, rearm), cells in shown.items()
     ]
 
 
-def _by_time(row: dict[str, Any]) -> str:
-    text = f"{100 * row['throughput']:.1f}"
-    if row["segments"] == 1:
+def _by_time(row: ThroughputRow) -> str:
+    text = f"{100 * row.throughput_share:.1f}"
+    if row.n_segments == 1:
         return text
-    return f"{text} ({100 * row['throughput_min']:.0f} to {100 * row['throughput_max']:.0f})"
+    return f"{text} ({100 * row.min_throughput_share:.0f} to {100 * row.max_throughput_share:.0f})"
 
 
-def _by_cpu(row: dict[str, Any]) -> str:
-    return f"{100 * row['throughput_by_cpu']:.1f}"
+def _by_cpu(row: ThroughputRow) -> str:
+    return f"{100 * row.throughput_by_cpu_share:.1f}"
 
 
-def _pair(row: dict[str, Any], kind: str) -> str:
-    mean, most = row[f"{kind}_after_mean"], row[f"{kind}_after_max"]
+def _pair(mean: float | None, most: int | None) -> str:
     return "-" if mean is None else f"{mean:.2f}/{most}"

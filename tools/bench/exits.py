@@ -8,12 +8,10 @@ ring in which KVM collects writes (coalesced). The last two avoid the exit.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from kvmhost._ffi import check, lib
 from kvmhost.devices.bus import DOORBELL_PORT, EXIT_PORT
@@ -24,6 +22,9 @@ from kvmhost.kvm.coalesced import CoalescedRing
 from kvmhost.machine import Machine
 from kvmhost.tools.args import about, count
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.bench import ExitsOutput, ExitsParameters, MethodName, MethodRow
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
 from kvmhost.tools.vocabulary import add_option
@@ -31,12 +32,7 @@ from kvmhost.tools.vocabulary import add_option
 __all__ = ["main", "parser", "run"]
 
 _PYTHON_PORT = 0x600
-_RATIOS = {
-    "C run loop": "c_of_minimal",
-    "Python device": "python_of_minimal",
-    "ioeventfd": "ioeventfd_of_minimal",
-    "coalesced": "coalesced_of_minimal",
-}
+_MINIMAL: MethodName = "minimal C loop"
 
 
 class _Counter:
@@ -52,19 +48,19 @@ class _Counter:
         self.writes += 1
 
 
-def run(count: int = 10_000, rounds: int = 9) -> dict[str, Any]:
-    """Measure ``ns_per_exit`` of each method, and the ratios to the minimal loop.
+def run(count: int = 10_000, rounds: int = 9) -> ExitsOutput:
+    """Measure each method.
 
     :raises CapabilityError: without /dev/kvm
     """
-    ways: dict[str, Callable[[int], float]] = {
-        "minimal C loop": _minimal,
+    ways: dict[MethodName, Callable[[int], float]] = {
+        _MINIMAL: _minimal,
         "C run loop": _in_c,
         "Python device": _in_python,
         "ioeventfd": _by_eventfd,
         "coalesced": _coalesced,
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[MethodName, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way(count // 10)
     for turn in range(rounds):
@@ -72,13 +68,16 @@ def run(count: int = 10_000, rounds: int = 9) -> dict[str, Any]:
         first = turn % len(names)  # rotate the method that starts a round
         for name in names[first:] + names[:first]:
             times[name].append(ways[name](count))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    ratio = {name: _ratio(values, times["minimal C loop"]) for name, values in times.items()}
-    return {
-        "count": count,
-        "rounds": rounds,
-        "ns_per_exit": {name: seconds / count * 1e9 for name, seconds in median.items()},
-    } | {key: ratio[name] for name, key in _RATIOS.items()}
+    rows = [
+        MethodRow(
+            method=name,
+            ns_per_exit=statistics.median(values) / count * 1e9,
+            of_minimal_ratio=_ratio(values, times[_MINIMAL]),
+        )
+        for name, values in times.items()
+    ]
+    parameters = ExitsParameters(exits=count, rounds=rounds)
+    return ExitsOutput(**bench_head("exits"), parameters=parameters, methods=rows)
 
 
 def _ratio(values: Sequence[float], base: Sequence[float]) -> float:
@@ -193,10 +192,12 @@ def main(argv: Sequence[str]) -> int:
     with working("bench exits"):
         result = run(options.exits, options.rounds)
     if options.json:
-        print(json.dumps(result, indent=2))
+        emit(result)
         return 0
-    for name, ns in result["ns_per_exit"].items():
-        print(f"{name:15} {ns / 1000:7.2f} us an exit")
-    for name, key in _RATIOS.items():
-        print(f"{name:15} {result[key]:.3f} times the minimal C loop ({BOUNDS[f'exits.{key}']})")
+    for row in result.methods:
+        print(f"{row.method:15} {row.ns_per_exit / 1000:7.2f} us an exit")
+    for row in result.methods:
+        if row.method != _MINIMAL:
+            bound = BOUNDS[f"exits.{row.method}"]
+            print(f"{row.method:15} {row.of_minimal_ratio:.3f} times the minimal C loop ({bound})")
     return 0

@@ -11,10 +11,8 @@ fault), which is measured in the same run by re-arming the hot set between two e
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from kvmhost.errors import LayoutError
 from kvmhost.guests import image_path
@@ -23,6 +21,9 @@ from kvmhost.suggest import unknown_name
 from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, TrackerKind, probe_kinds
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.bench import HarvestOutput, HarvestParameters, TrackerRow
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.throughput import ThroughputPlan, measure_steps, paired_rates
@@ -32,7 +33,7 @@ from kvmhost.units import PAGE_BYTES
 __all__ = ["LOST_BOUND", "hot_machine", "main", "parser", "run"]
 
 #: Upper bound on the lost time, as a multiple of the bare re-faults.
-LOST_BOUND = BOUNDS["harvest.lost_of_bare_refault"].limit
+LOST_BOUND = BOUNDS["harvest.lost_of_bare_refault_ratio"].limit
 _STEPS = 5
 
 
@@ -42,8 +43,8 @@ def run(
     duration_s: float = 1.0,
     rounds: int = 9,
     trackers: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Measure every tracker that works on this host; ``trackers`` contains one row for each.
+) -> HarvestOutput:
+    """Measure every tracker that works on this host.
 
     :param hot_bytes: memory that the guest touches; None: a tenth of it
     :param duration_s: length of a segment; segments without harvests precede and follow it
@@ -62,7 +63,10 @@ def run(
         if support[name].works:
             progress.say(name)
             rows.append(_measure(KINDS[name], mem_bytes, hot, duration_s, rounds))
-    return {"mem_bytes": mem_bytes, "hot_pages": hot, "duration_s": duration_s, "trackers": rows}
+    parameters = HarvestParameters(
+        mem_bytes=mem_bytes, hot_pages=hot, duration_s=duration_s, rounds=rounds
+    )
+    return HarvestOutput(**bench_head("harvest"), parameters=parameters, trackers=rows)
 
 
 def hot_machine(kind: TrackerKind, mem_bytes: int, hot: int) -> Machine:
@@ -81,7 +85,7 @@ def hot_machine(kind: TrackerKind, mem_bytes: int, hot: int) -> Machine:
 
 def _measure(
     kind: TrackerKind, mem_bytes: int, hot: int, seconds: float, rounds: int
-) -> dict[str, Any]:
+) -> TrackerRow:
     once_a_second = ThroughputPlan(1.0)
     with hot_machine(kind, mem_bytes, hot) as machine:
         machine.run_epoch()
@@ -94,19 +98,19 @@ def _measure(
     lost = 1 - statistics.median(one.wall for one in kept)
     lost_by_cpu = 1 - statistics.median(one.cpu for one in kept)
     bound = hot * steps.refault_ns / 1e9
-    return {
-        "tracker": kind.name,
-        "scan_ns_per_page": steps.scan_ns / (mem_bytes // PAGE_BYTES),
-        "rearm_ns_per_hot_page": steps.rearm_ns / hot,
-        "refault_ns_per_page": steps.refault_ns,
-        "lost_s_per_s": lost,
-        "lost_min_s_per_s": 1 - max(one.wall for one in kept),
-        "lost_max_s_per_s": 1 - min(one.wall for one in kept),
-        "lost_by_cpu_s_per_s": lost_by_cpu,
-        "bare_refault_s": bound,
-        "lost_of_bare_refault": lost / bound,
-        "lost_by_cpu_of_bare_refault": lost_by_cpu / bound,
-    }
+    return TrackerRow(
+        tracker=kind.name,
+        scan_ns_per_page=steps.scan_ns / (mem_bytes // PAGE_BYTES),
+        rearm_ns_per_page=steps.rearm_ns / hot,
+        refault_ns_per_page=steps.refault_ns,
+        lost_share=lost,
+        min_lost_share=1 - max(one.wall for one in kept),
+        max_lost_share=1 - min(one.wall for one in kept),
+        lost_by_cpu_share=lost_by_cpu,
+        bare_refault_s=bound,
+        lost_of_bare_refault_ratio=lost / bound,
+        lost_by_cpu_of_bare_refault_ratio=lost_by_cpu / bound,
+    )
 
 
 def parser() -> CommandParser:
@@ -141,17 +145,18 @@ def main(argv: Sequence[str]) -> int:
         options.tracker or (),
     )
     if options.json:
-        print(json.dumps(result, indent=2))
+        emit(result)
         return 0
-    print(f"guest of {result['mem_bytes'] >> 20} MiB, {result['hot_pages']} hot pages")
-    for row in result["trackers"]:
+    given = result.parameters
+    print(f"guest of {given.mem_bytes >> 20} MiB, {given.hot_pages} hot pages")
+    for row in result.trackers:
         print(
-            f"{row['tracker']:10} scan {row['scan_ns_per_page']:5.2f} ns a page, "
-            f"clear and re-arm {row['rearm_ns_per_hot_page']:5.0f} ns a hot page, "
-            f"bare re-fault {row['refault_ns_per_page']:5.0f} ns\n"
-            f"           one harvest a second: {row['lost_s_per_s'] * 1000:.0f} ms lost a second "
-            f"({row['lost_min_s_per_s'] * 1000:.0f} to {row['lost_max_s_per_s'] * 1000:.0f}), "
-            f"{row['lost_of_bare_refault']:.2f} times the bare re-faults (bound {LOST_BOUND}); "
-            f"by the vCPU's processor time {row['lost_by_cpu_of_bare_refault']:.2f}"
+            f"{row.tracker:10} scan {row.scan_ns_per_page:5.2f} ns a page, "
+            f"clear and re-arm {row.rearm_ns_per_page:5.0f} ns a hot page, "
+            f"bare re-fault {row.refault_ns_per_page:5.0f} ns\n"
+            f"           one harvest a second: {row.lost_share * 1000:.0f} ms lost a second "
+            f"({row.min_lost_share * 1000:.0f} to {row.max_lost_share * 1000:.0f}), "
+            f"{row.lost_of_bare_refault_ratio:.2f} times the bare re-faults (bound {LOST_BOUND}); "
+            f"by the vCPU's processor time {row.lost_by_cpu_of_bare_refault_ratio:.2f}"
         )
     return 0

@@ -9,47 +9,54 @@ on a busy machine.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import json
 import mmap
-import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from kvmhost._ffi import ffi, lib
 from kvmhost.mmu.memslots import MemSlot, MemSlots
-from kvmhost.mmu.soft import SoftEngine, SoftRun, Trace
+from kvmhost.mmu.soft import SoftEngine, Trace
 from kvmhost.mmu.table import Mmu
 from kvmhost.mmu.tlb import TlbGeometry
 from kvmhost.tools.args import about
+from kvmhost.tools.bench.mmushow import show
+from kvmhost.tools.bench.mmuways import BATCH_PAGES, FORMATS, bench_ways, changes_of, spin
 from kvmhost.tools.bench.walk import Step, interleaved
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.benchparts import (
+    AgingKind,
+    AgingRow,
+    MmuOutput,
+    MmuParameters,
+    ScaleRow,
+    ScanRow,
+    SparseRow,
+)
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option, listing, one_of
 
-__all__ = ["FORMATS", "PARTS", "main", "parser", "run"]
+__all__ = ["PARTS", "main", "parser", "run"]
 
-FORMATS = ("npt", "ept", "stage2", "radix")
-BATCH_PAGES = 64  # MIN_LRU_BATCH, the batch of the 2023 proposal
 _GIB_PAGES = 1 << 18
-_CYCLES_APART = 0.005
 
 
 def _nothing() -> None:
     pass
 
 
-def bench_scan(n_entries: int, rounds: int) -> dict[str, Any]:
+def bench_scan(n_entries: int, rounds: int) -> list[ScanRow]:
     """Harvest all-old and all-young tables of each format, compared with bare loops."""
-    return {name: _scan_format(name, n_entries, rounds) for name in FORMATS}
+    return [_scan_format(name, n_entries, rounds) for name in FORMATS]
 
 
-def _scan_format(name: str, n_entries: int, rounds: int) -> dict[str, float]:
+def _scan_format(name: str, n_entries: int, rounds: int) -> ScanRow:
     with Mmu(name, arena_bytes=max(64 << 20, 10 * n_entries)) as table:
         table.map(0, 0, n=n_entries)
         bare, words = _bare_entries(table, n_entries)
@@ -72,12 +79,17 @@ def _scan_format(name: str, n_entries: int, rounds: int) -> dict[str, float]:
         }
         median = interleaved(steps, rounds)
         del bare
-    return {
-        **{f"{step}_ns": ns / n_entries for step, ns in median.items()},
-        "old_of_sum": median["sum"] / median["old"],
-        "old_of_wide_sum": median["wide_sum"] / median["old"],
-        "young_of_and": median["young"] / median["and"],
-    }
+    return ScanRow(
+        table_format=name,
+        sum_ns_per_entry=median["sum"] / n_entries,
+        wide_sum_ns_per_entry=median["wide_sum"] / n_entries,
+        old_ns_per_entry=median["old"] / n_entries,
+        and_ns_per_entry=median["and"] / n_entries,
+        young_ns_per_entry=median["young"] / n_entries,
+        old_of_sum_ratio=median["sum"] / median["old"],
+        old_of_wide_sum_ratio=median["wide_sum"] / median["old"],
+        young_of_and_ratio=median["young"] / median["and"],
+    )
 
 
 def _bare_entries(table: Mmu, n: int) -> tuple[mmap.mmap, Any]:
@@ -95,9 +107,9 @@ def _raw_bit(table: Mmu) -> int:
     return raw.bit_length() - 1
 
 
-def bench_sparse(rounds: int, space_pages: int = 1024 * _GIB_PAGES) -> dict[str, Any]:
+def bench_sparse(rounds: int, space_pages: int = 1024 * _GIB_PAGES) -> list[SparseRow]:
     """Harvest 1 GiB of mapped pages in a range of their size, and in a 1 TiB range."""
-    result: dict[str, Any] = {}
+    rows = []
     for name in FORMATS:
         with Mmu(name, arena_bytes=64 << 20) as table:
             n_gfns = min(space_pages, table.n_gfns)
@@ -109,13 +121,16 @@ def bench_sparse(rounds: int, space_pages: int = 1024 * _GIB_PAGES) -> dict[str,
                 "sparse": (_nothing, lambda h=harvest, n=n_gfns: h(0, n)),  # type: ignore[misc]
             }
             median = interleaved(steps, rounds)
-            result[name] = {
-                "alone_us": median["alone"] / 1e3,
-                "sparse_us": median["sparse"] / 1e3,
-                "sparse_of_alone": median["sparse"] / median["alone"],
-                "space_gib": n_gfns // _GIB_PAGES,
-            }
-    return result
+            rows.append(
+                SparseRow(
+                    table_format=name,
+                    space_gib=n_gfns // _GIB_PAGES,
+                    alone_us=median["alone"] / 1e3,
+                    sparse_us=median["sparse"] / 1e3,
+                    sparse_of_alone_ratio=median["sparse"] / median["alone"],
+                )
+            )
+    return rows
 
 
 def _raw_harvest(table: Mmu) -> Callable[[int, int], None]:
@@ -135,7 +150,7 @@ def _raw_harvest(table: Mmu) -> Callable[[int, int], None]:
     return harvest
 
 
-def bench_scale(gib: int = 1024) -> dict[str, Any]:
+def bench_scale(gib: int = 1024) -> list[ScaleRow]:
     """Build and harvest an NPT table that maps ``gib`` GiB of guest memory in base pages."""
     n = gib * _GIB_PAGES
     before = _resident_bytes()
@@ -151,18 +166,17 @@ def bench_scale(gib: int = 1024) -> dict[str, Any]:
         resident = _resident_bytes() - before
     if young != n:
         raise RuntimeError(f"{young} young of {n}")
-    return {
-        "gib": gib,
-        "entries": n,
-        "table_bytes": table_bytes,
-        "resident_bytes": resident,
-        "build_s": built - start,
-        "harvest_young_s": first - built,
-        "harvest_old_s": second - first,
-        "build_entries_per_s": n / (built - start),
-        "harvest_young_entries_per_s": n / (first - built),
-        "harvest_old_entries_per_s": n / (second - first),
-    }
+    return [
+        ScaleRow(
+            guest_gib=gib,
+            n_entries=n,
+            table_bytes=table_bytes,
+            resident_bytes=resident,
+            build_s=built - start,
+            harvest_young_s=first - built,
+            harvest_old_s=second - first,
+        )
+    ]
 
 
 def _resident_bytes() -> int:
@@ -172,7 +186,7 @@ def _resident_bytes() -> int:
 
 def bench_aging(
     threads: Sequence[int] = (1, 2, 4, 8, 16), pages_per_vcpu: int = _GIB_PAGES, rounds: int = 5
-) -> dict[str, Any]:
+) -> list[AgingRow]:
     """Fault in ``pages_per_vcpu`` pages on each vCPU while the same memory is aged.
 
     The rows are those of the 2024 table: vCPU wall time without aging, with locked aging
@@ -180,37 +194,30 @@ def bench_aging(
     pages). Without aging, its thread sums numbers in other memory, so that the load on the
     cores is the same.
     """
-    result: dict[str, Any] = {}
+    table = []
     for n in threads:
-        runs: dict[str, list[tuple[float, float, int]]] = {"none": [], "locked": [], "lockless": []}
+        runs: dict[AgingKind, list[tuple[float, float, int]]]
+        runs = {"none": [], "locked": [], "lockless": []}
         for _ in range(rounds):
             for how in runs:
                 runs[how].append(_aging_run(how, n, pages_per_vcpu))
-        result[str(n)] = {
-            how: {
-                "vcpu_s": statistics.median(r[0] for r in rows),
-                "pass_s": statistics.median(r[1] for r in rows),
-                "lock_waits": statistics.median(r[2] for r in rows),
-                "slowdown": statistics.median(
+        table += [
+            AgingRow(
+                n_vcpus=n,
+                aging=how,
+                vcpu_s=statistics.median(r[0] for r in rows),
+                pass_s=statistics.median(r[1] for r in rows),
+                lock_waits=round(statistics.median(r[2] for r in rows)),
+                slowdown_ratio=statistics.median(
                     r[0] / alone[0] for r, alone in zip(rows, runs["none"], strict=True)
                 ),
-            }
+            )
             for how, rows in runs.items()
-        }
-    return result
+        ]
+    return table
 
 
-_SPIN = np.zeros(4096, dtype=np.uint64)
-
-
-def _spin() -> None:
-    """Keep a core as busy as aging would, without access to the tables."""
-    pointer = ffi.cast("uint64_t *", _SPIN.ctypes.data)
-    for _ in range(64):
-        lib.kh_bench_sum(pointer, _SPIN.size)
-
-
-def _aging_run(how: str, n_vcpus: int, pages: int) -> tuple[float, float, int]:
+def _aging_run(how: AgingKind, n_vcpus: int, pages: int) -> tuple[float, float, int]:
     total = n_vcpus * pages
     with Mmu("npt", arena_bytes=max(64 << 20, 10 * total)) as table:
         table.set_slots(MemSlots([MemSlot(0, 0, total, 1 << 40, huge=False)]))
@@ -221,7 +228,7 @@ def _aging_run(how: str, n_vcpus: int, pages: int) -> tuple[float, float, int]:
         passes, aging_s = 0, 0.0
         while run.progress() < total:
             if how == "none":
-                _spin()
+                spin()
                 continue
             begin = time.monotonic()
             table.age(0, total, BATCH_PAGES, locked=how == "locked", flush=False)
@@ -232,216 +239,48 @@ def _aging_run(how: str, n_vcpus: int, pages: int) -> tuple[float, float, int]:
         return wall, aging_s / max(passes, 1), table.counters()["lock_waits"]
 
 
-def bench_ways(
-    n_pages: int = 1 << 15,
-    n_accesses: int = 2_000_000,
-    rounds: int = 5,
-    formats: Sequence[str] = FORMATS,
-) -> dict[str, Any]:
-    """Run the 2x2x2 variants of 2023 on each format, and compute the effect of each change.
+PARTS = ("scan", "sparse", "scale", "aging", "ways")
 
-    One vCPU makes random accesses (half of them writes) through a TLB, and faults in pages
-    that another part of the host keeps unmapping (512 pages every 5 ms, in every variant).
-    The other core ages all pages repeatedly; without aging it sums numbers in other memory.
-    ``ns_per_page`` is the cost of aging; ``slowdown`` is the vCPU's time for the same
-    accesses, relative to its time without aging in the same round.
+
+def run(
+    parts: Sequence[str] = PARTS,
+    formats: Sequence[str] = FORMATS,
+    done: Callable[[MmuOutput], None] = lambda result: None,
+) -> MmuOutput:
+    """Run the given parts.
+
+    :param formats: of part ``ways``
+    :param done: receives the result of each part when it has ended
     """
-    result: dict[str, Any] = {}
-    ways = list(itertools.product((1, BATCH_PAGES), (True, False), (True, False)))
-    for name in formats:
-        alone: list[float] = []
-        rows: dict[tuple[int, bool, bool], list[tuple[float, float]]] = {w: [] for w in ways}
-        for _ in range(rounds):
-            alone.append(_ways_run(name, None, n_pages, n_accesses)[1])
-            for way in ways:
-                rows[way].append(_ways_run(name, way, n_pages, n_accesses))
-        cells = {
-            _way_name(way): {
-                "ns_per_page": statistics.median(r[0] for r in found),
-                "slowdown": statistics.median(
-                    r[1] / base for r, base in zip(found, alone, strict=True)
-                ),
-            }
-            for way, found in rows.items()
-        }
-        result[name] = {"cells": cells, "factors": _factors(cells), "sentence": ""}
-        result[name]["sentence"] = _sentence(name, result[name]["factors"])
+    empty = result = MmuOutput(
+        **bench_head("mmu"),
+        parameters=MmuParameters(parts=list(parts), table_formats=list(formats)),
+        scan=[],
+        sparse=[],
+        scale=[],
+        aging=[],
+        ways=[],
+        changes=[],
+    )
+    for part in parts:
+        found = _run_part(part, formats)
+        done(msgspec.structs.replace(empty, **found))
+        result = msgspec.structs.replace(result, **found)
     return result
 
 
-def _way_name(way: tuple[int, bool, bool]) -> str:
-    batch, locked, flush = way
-    return " ".join(
-        [
-            "per-page" if batch == 1 else "batched",
-            "locked" if locked else "lockless",
-            "flush" if flush else "no-flush",
-        ]
-    )
-
-
-def _factors(cells: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the factor by which each change reduces the cost of a page and the vCPU's time.
-
-    Four pairs of cells differ only in one change. The result is the geometric mean of
-    their four ratios, and the smallest and the largest one.
-    """
-    pairs = {"batching": ("per-page", "batched"), "no lock": ("locked", "lockless")}
-    pairs["no flush"] = ("flush", "no-flush")
-    found: dict[str, dict[str, float]] = {}
-    for change, (before, after) in pairs.items():
-        both = [
-            (cells[name], cells[" ".join(after if w == before else w for w in name.split())])
-            for name in cells
-            if before in name.split()
-        ]
-        cost = [old["ns_per_page"] / new["ns_per_page"] for old, new in both]
-        vcpu = [old["slowdown"] / new["slowdown"] for old, new in both]
-        found[change] = {
-            "cost": statistics.geometric_mean(cost),
-            "cost_low": min(cost),
-            "cost_high": max(cost),
-            "vcpu": statistics.geometric_mean(vcpu),
-        }
-    return found
-
-
-def _sentence(name: str, factors: dict[str, dict[str, float]]) -> str:
-    parts = [
-        f"{change} divides the cost of aging a page by {f['cost']:.1f} "
-        f"({f['cost_low']:.1f} to {f['cost_high']:.1f}) and the vCPU's time by {f['vcpu']:.2f}"
-        for change, f in sorted(factors.items(), key=lambda item: -item[1]["cost"])
-    ]
-    return f"{name}: " + "; ".join(parts) + "."
-
-
-def _ways_run(
-    name: str, way: tuple[int, bool, bool] | None, n_pages: int, n_accesses: int
-) -> tuple[float, float]:
-    """Return (ns to age one page, seconds that the vCPU ran)."""
-    with Mmu(name, arena_bytes=64 << 20) as table:
-        slot = MemSlot(0, 0, n_pages, 1 << 40, huge=False)
-        table.set_slots(MemSlots([slot]))
-        engine = SoftEngine(table, TlbGeometry())
-        engine.run(Trace.sequential(0, n_pages, write_permille=1000), n_vcpus=1, n_accesses=n_pages)
-        trace = Trace.random(0, n_pages, write_permille=500)
-        with _apart() as settle:
-            run = engine.start(trace, n_vcpus=1, n_accesses=n_accesses)
-            settle()
-            return _age_until_done(table, run, way, n_pages, n_accesses)
-
-
-@contextlib.contextmanager
-def _apart() -> Iterator[Callable[[], None]]:
-    """Place threads that are started in the block on a different core than this thread.
-
-    On a loaded machine the scheduler may otherwise place both on one core, where they do
-    not run concurrently. Call the yielded function once all threads have been started.
-    """
-    cores = os.sched_getaffinity(0)
-    mine = min(cores)
-    os.sched_setaffinity(0, cores - {mine} or cores)
-    try:
-        yield lambda: os.sched_setaffinity(0, {mine})
-    finally:
-        os.sched_setaffinity(0, cores)
-
-
-def _age_until_done(
-    table: Mmu, run: SoftRun, way: tuple[int, bool, bool] | None, n_pages: int, n_accesses: int
-) -> tuple[float, float]:
-    aged, aging_s, at = 0, 0.0, 0
-    next_unmap = time.monotonic()
-    # At least one part is aged, even if the vCPU ends first.
-    while run.progress() < n_accesses or (way is not None and not aged):
-        if time.monotonic() >= next_unmap:
-            table.unmap(at, at + 512)
-            at = (at + 512) % n_pages
-            next_unmap += _CYCLES_APART
-        if way is None:
-            _spin()
-            continue
-        batch, locked, flush = way
-        # Age only a part of the pages at a time, so that the unmaps stay on schedule.
-        first = aged % n_pages
-        begin = time.monotonic()
-        table.age(first, first + 1024, batch, locked=locked, flush=flush)
-        aging_s += time.monotonic() - begin
-        aged += 1024
-    (report,) = run.wait()
-    return aging_s / max(aged, 1) * 1e9, report.busy_ns / 1e9
-
-
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "scan": lambda: bench_scan(4 << 20, 9),
-    "sparse": lambda: bench_sparse(25),
-    "scale": bench_scale,
-    "aging": bench_aging,
-    "ways": bench_ways,
-}
-
-
-def run(parts: Sequence[str] = tuple(PARTS)) -> dict[str, Any]:
-    """Run the given parts; the result is keyed by part."""
-    return {part: PARTS[part]() for part in parts}
-
-
-def _print_scan(result: dict[str, Any]) -> None:
-    print("format   old, of a sum   of a wide sum   young, times a bare and-loop")
-    for name, r in result.items():
-        print(
-            f"{name:8} {r['old_of_sum']:13.2f} {r['old_of_wide_sum']:15.2f} "
-            f"{r['young_of_and']:13.2f}   ({r['old_ns']:.2f} and {r['young_ns']:.2f} ns an entry)"
-        )
-
-
-def _print_sparse(result: dict[str, Any]) -> None:
-    for name, r in result.items():
-        print(
-            f"{name:8} 1 GiB in {r['space_gib']} GiB takes {r['sparse_of_alone']:.2f} times "
-            f"1 GiB alone ({r['sparse_us']:.0f} and {r['alone_us']:.0f} us)"
-        )
-
-
-def _print_scale(r: dict[str, Any]) -> None:
-    print(
-        f"{r['gib']} GiB of guest, {r['entries']:,} entries, {r['table_bytes'] / 2**30:.2f} GiB "
-        f"of tables, {r['resident_bytes'] / 2**30:.2f} GiB resident: built in {r['build_s']:.1f} s "
-        f"({r['build_entries_per_s'] / 1e6:.0f} M entries/s), "
-        f"harvested young in {r['harvest_young_s']:.2f} s "
-        f"({r['harvest_young_entries_per_s'] / 1e6:.0f} M/s), "
-        f"old in {r['harvest_old_s']:.2f} s ({r['harvest_old_entries_per_s'] / 1e6:.0f} M/s)"
-    )
-
-
-def _print_aging(result: dict[str, Any]) -> None:
-    print("vCPUs   none   locked (pass, slowdown)        lockless (pass, slowdown)")
-    for n, r in result.items():
-        print(
-            f"{n:>5} {r['none']['vcpu_s']:6.2f}"
-            + "".join(
-                f"   {r[h]['vcpu_s']:6.2f} s ({r[h]['pass_s'] * 1e3:7.2f} ms, "
-                f"{r[h]['slowdown']:.2f}x)"
-                for h in ("locked", "lockless")
-            )
-        )
-
-
-def _print_ways(result: dict[str, Any]) -> None:
-    for name, r in result.items():
-        print(f"{name:28} ns a page   vCPU slowdown")
-        for way, cell in r["cells"].items():
-            print(f"  {way:26} {cell['ns_per_page']:9.1f} {cell['slowdown']:12.2f}")
-        print(f"  {r['sentence']}")
-
-
-_PRINTERS = {
-    "scan": _print_scan,
-    "sparse": _print_sparse,
-    "scale": _print_scale,
-    "aging": _print_aging,
-    "ways": _print_ways,
-}
+def _run_part(part: str, formats: Sequence[str]) -> dict[str, Any]:
+    """Run a part; return the fields of :class:`MmuOutput` that it fills."""
+    if part == "scan":
+        return {"scan": bench_scan(4 << 20, 9)}
+    if part == "sparse":
+        return {"sparse": bench_sparse(25)}
+    if part == "scale":
+        return {"scale": bench_scale()}
+    if part == "aging":
+        return {"aging": bench_aging()}
+    ways = bench_ways(formats=formats)
+    return {"ways": ways, "changes": changes_of(ways)}
 
 
 def parser() -> CommandParser:
@@ -450,7 +289,7 @@ def parser() -> CommandParser:
     add_option(
         parser,
         "--part",
-        **listing(one_of("part", tuple(PARTS)), default=list(PARTS)),
+        **listing(one_of("part", PARTS), default=list(PARTS)),
         help=f"parts to run (default: {', '.join(PARTS)})",
     )
     add_option(
@@ -466,16 +305,10 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named parts, or all parts if none is named, and print tables or JSON."""
     options = parser().parse_args(argv)
-    parts = dict(PARTS)
-    parts["ways"] = lambda: bench_ways(formats=options.format)
-    result = {}
-    for part in options.part:
-        result[part] = parts[part]()
-        if not options.json:
-            print(f"-- {part}")
-            _PRINTERS[part](result[part])
     if options.json:
-        print(json.dumps(result, indent=2))
+        emit(run(options.part, options.format))
+    else:
+        run(options.part, options.format, show)
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,12 +33,30 @@ from kvmhost.pager.results import EvictOutcome
 from kvmhost.pager.userfault import Userfault
 from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.benchparts import (
+    CodecRow,
+    FaultInRow,
+    OverheadRow,
+    PagerOutput,
+    PagerParameters,
+)
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
 from kvmhost.tools.vocabulary import add_option, listing, one_of
 from kvmhost.units import PAGE_BYTES
 
-__all__ = ["CONTENTS", "contents", "main", "parser", "run_codecs", "run_faults", "run_overhead"]
+__all__ = [
+    "CONTENTS",
+    "contents",
+    "main",
+    "parser",
+    "run",
+    "run_codecs",
+    "run_faults",
+    "run_overhead",
+]
 
 Pages = npt.NDArray[np.uint64]
 
@@ -80,11 +97,8 @@ def _tiled(data: bytes, shape: tuple[int, int]) -> Pages:
 # -- codecs --------------------------------------------------------------------
 
 
-def run_codecs(n_pages: int = 2048, rounds: int = 5) -> list[dict[str, Any]]:
-    """Put pages into an in-memory store and get them back, for each codec and content.
-
-    ``get_unchecked_ns`` is the time of a get without checksums.
-    """
+def run_codecs(n_pages: int = 2048, rounds: int = 5) -> list[CodecRow]:
+    """Put pages into an in-memory store and get them back, for each codec and content."""
     rows = []
     for kind, pages in contents(n_pages).items():
         for name in ("lz4", "zstd", "none"):
@@ -95,18 +109,19 @@ def run_codecs(n_pages: int = 2048, rounds: int = 5) -> list[dict[str, Any]]:
             turns = [(_store(checked.core, pages), _store(bare.core, pages)) for _ in range(rounds)]
             with_sum, without = zip(*turns, strict=True)
             rows.append(
-                {
-                    "content": kind,
-                    "codec": name,
-                    "ratio": n_pages * PAGE_BYTES / max(with_sum[0].stored_bytes, 1)
+                CodecRow(
+                    content=kind,
+                    codec=name,
+                    compression_ratio=n_pages * PAGE_BYTES / with_sum[0].stored_bytes
                     if with_sum[0].stored_bytes
                     else None,
-                    "same_filled": int(with_sum[0].same_filled_pages),
-                    "raw": int(with_sum[0].raw_pages),
-                    "put_ns": statistics.median(t.put_ns for t in with_sum) / n_pages,
-                    "get_ns": statistics.median(t.get_ns for t in with_sum) / n_pages,
-                    "get_unchecked_ns": statistics.median(t.get_ns for t in without) / n_pages,
-                }
+                    same_filled_pages=int(with_sum[0].same_filled_pages),
+                    raw_pages=int(with_sum[0].raw_pages),
+                    put_ns_per_page=statistics.median(t.put_ns for t in with_sum) / n_pages,
+                    get_ns_per_page=statistics.median(t.get_ns for t in with_sum) / n_pages,
+                    get_unchecked_ns_per_page=statistics.median(t.get_ns for t in without)
+                    / n_pages,
+                )
             )
     return rows
 
@@ -174,8 +189,8 @@ class _Minimal:
 
 def run_faults(
     n_pages: int = 8192, rounds: int = 7, content: str = "text", prefetch: int = 0
-) -> dict[str, Any]:
-    """Evict all pages and touch them in random order, with each pager in turn; times in ns.
+) -> list[FaultInRow]:
+    """Evict all pages and touch them in random order, with each pager in turn.
 
     :raises CapabilityError: without userfaultfd
     """
@@ -194,22 +209,30 @@ def run_faults(
 
 def _take_turns(
     ways: dict[str, Callable[[], _Ours | _Minimal]], n_pages: int, rounds: int
-) -> dict[str, Any]:
+) -> list[FaultInRow]:
     rng = np.random.default_rng(4)
     taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
     for _ in range(rounds):
         order = rng.permutation(n_pages).astype(np.uint32)
         for name, make in ways.items():
             taken[name].append(_one_turn(make(), order))
-    rows = {}
-    for name, turns in taken.items():
-        p50, p99, evicted, scan = (statistics.median(column) for column in zip(*turns, strict=True))
-        rows[name] = {"p50_ns": p50, "p99_ns": p99, "evictions_s": evicted, "scan_ns": scan}
-    base = rows["minimal C"]
-    for row in rows.values():
-        row["p50_of_minimal"] = row["p50_ns"] / base["p50_ns"]
-        row["evictions_of_minimal"] = row["evictions_s"] / base["evictions_s"]
-    return {"pages": n_pages, "rounds": rounds, "ways": rows}
+    figures = {
+        name: [statistics.median(column) for column in zip(*turns, strict=True)]
+        for name, turns in taken.items()
+    }
+    minimal_p50, _, minimal_evicted, _ = figures["minimal C"]
+    return [
+        FaultInRow(
+            pager=name,
+            p50_ns=p50,
+            p99_ns=p99,
+            evictions_per_s=evicted,
+            scan_ns_per_page=scan,
+            p50_of_minimal_ratio=p50 / minimal_p50,
+            evictions_of_minimal_ratio=evicted / minimal_evicted,
+        )
+        for name, (p50, p99, evicted, scan) in figures.items()
+    ]
 
 
 def _one_turn(way: _Ours | _Minimal, order: npt.NDArray[np.uint32]) -> tuple[float, ...]:
@@ -248,7 +271,7 @@ overhead_child(int(sys.argv[1]))
 """
 
 
-def run_overhead(mem_bytes: int = 1 << 30) -> dict[str, Any]:
+def run_overhead(mem_bytes: int = 1 << 30) -> OverheadRow:
     """Return the overhead of a VM process per GiB of guest memory.
 
     The overhead excludes guest memory and the content of the store. It is the difference
@@ -263,14 +286,13 @@ def run_overhead(mem_bytes: int = 1 << 30) -> dict[str, Any]:
     small, large = (_child(0), _child(mem_bytes))
     gib = mem_bytes / (1 << 30)
     kinds = {kind: (large[kind] - small[kind]) / gib for kind in small}
-    return {
-        "mem_bytes": mem_bytes,
-        "process_base_bytes": small["private"],
-        "private_bytes_per_gib": kinds["private"],
-        "page_tables_bytes_per_gib": kinds["page_tables"],
-        "private_percent": kinds["private"] / (1 << 30) * 100,
-        "page_tables_percent": kinds["page_tables"] / (1 << 30) * 100,
-    }
+    return OverheadRow(
+        process_base_bytes=small["private"],
+        private_bytes_per_gib=kinds["private"],
+        page_tables_bytes_per_gib=kinds["page_tables"],
+        private_share=kinds["private"] / (1 << 30),
+        page_tables_share=kinds["page_tables"] / (1 << 30),
+    )
 
 
 def _child(more_bytes: int) -> dict[str, int]:
@@ -317,24 +339,61 @@ def overhead_child(mem_bytes: int) -> None:
 def main(argv: Sequence[str]) -> int:
     """Print the figures as tables, or as JSON."""
     options = parser().parse_args(argv)
-    chosen = options.part
-    result: dict[str, Any] = {"machine": platform.machine()}
-    if "codecs" in chosen:
-        with working("bench pager: codecs"):
-            result["codecs"] = run_codecs(min(options.pages, 2048), options.rounds)
-    if "faults" in chosen:
-        with working("bench pager: faults"):
-            result["faults"] = run_faults(
-                options.pages, options.rounds, options.content, options.prefetch
-            )
-    if "overhead" in chosen:
-        with working("bench pager: overhead"):
-            result["overhead"] = run_overhead(options.mem)
+    result = run(
+        options.part,
+        n_pages=options.pages,
+        rounds=options.rounds,
+        content=options.content,
+        prefetch=options.prefetch,
+        mem_bytes=options.mem,
+    )
     if options.json:
-        print(json.dumps(result, indent=2))
+        emit(result)
     else:
         _show(result)
     return 0
+
+
+def run(
+    parts: Sequence[str],
+    *,
+    n_pages: int = 8192,
+    rounds: int = 7,
+    content: str = "text",
+    prefetch: int = 0,
+    mem_bytes: int = 1 << 30,
+) -> PagerOutput:
+    """Run parts.
+
+    :raises CapabilityError: for faults and overhead, without userfaultfd
+    """
+    codecs: list[CodecRow] = []
+    faults: list[FaultInRow] = []
+    overhead = None
+    if "codecs" in parts:
+        with working("bench pager: codecs"):
+            codecs = run_codecs(min(n_pages, 2048), rounds)
+    if "faults" in parts:
+        with working("bench pager: faults"):
+            faults = run_faults(n_pages, rounds, content, prefetch)
+    if "overhead" in parts:
+        with working("bench pager: overhead"):
+            overhead = run_overhead(mem_bytes)
+    parameters = PagerParameters(
+        parts=list(parts),
+        n_pages=n_pages,
+        rounds=rounds,
+        content=content,
+        prefetch_pages=prefetch,
+        mem_bytes=mem_bytes,
+    )
+    return PagerOutput(
+        **bench_head("pager"),
+        parameters=parameters,
+        codecs=codecs,
+        faults=faults,
+        overhead=overhead,
+    )
 
 
 def parser() -> CommandParser:
@@ -365,34 +424,35 @@ def parser() -> CommandParser:
     return parser
 
 
-def _show(result: dict[str, Any]) -> None:
-    if "codecs" in result:
+def _show(result: PagerOutput) -> None:
+    if result.codecs:
         print("content   codec  ratio    raw  put ns  get ns  get ns without checksum")
-        for row in result["codecs"]:
-            ratio = "same" if row["ratio"] is None else f"{row['ratio']:.2f}"
-            print(
-                f"{row['content']:9} {row['codec']:5} {ratio:>6} {row['raw']:6} "
-                f"{row['put_ns']:7.0f} {row['get_ns']:7.0f} {row['get_unchecked_ns']:7.0f}"
-            )
-    if "faults" in result:
+    for row in result.codecs:
+        ratio = "same" if row.compression_ratio is None else f"{row.compression_ratio:.2f}"
+        print(
+            f"{row.content:9} {row.codec:5} {ratio:>6} {row.raw_pages:6} "
+            f"{row.put_ns_per_page:7.0f} {row.get_ns_per_page:7.0f} "
+            f"{row.get_unchecked_ns_per_page:7.0f}"
+        )
+    if result.faults:
         print("pager                     p50 us  p99 us  of minimal   evictions/s  scan us/page")
-        for name, row in result["faults"]["ways"].items():
-            print(
-                f"{name:24} {row['p50_ns'] / 1e3:7.1f} {row['p99_ns'] / 1e3:7.1f} "
-                f"{row['p50_of_minimal']:11.2f} {row['evictions_s']:13.0f} "
-                f"{row['scan_ns'] / 1e3:13.2f}"
-            )
-    if "overhead" in result:
-        _show_overhead(result["overhead"])
+    for one in result.faults:
+        print(
+            f"{one.pager:24} {one.p50_ns / 1e3:7.1f} {one.p99_ns / 1e3:7.1f} "
+            f"{one.p50_of_minimal_ratio:11.2f} {one.evictions_per_s:13.0f} "
+            f"{one.scan_ns_per_page / 1e3:13.2f}"
+        )
+    if result.overhead is not None:
+        _show_overhead(result.overhead)
 
 
-def _show_overhead(row: dict[str, Any]) -> None:
-    print(f"process without guest memory:  {row['process_base_bytes'] / 1e6:6.1f} MB")
+def _show_overhead(row: OverheadRow) -> None:
+    print(f"process without guest memory:  {row.process_base_bytes / 1e6:6.1f} MB")
     print(
-        f"its own memory, per GiB of guest: {row['private_bytes_per_gib'] / 1e6:5.2f} MB, "
-        f"{row['private_percent']:.3f} %"
+        f"its own memory, per GiB of guest: {row.private_bytes_per_gib / 1e6:5.2f} MB, "
+        f"{row.private_share * 100:.3f} %"
     )
     print(
-        f"kernel's page tables for it:    {row['page_tables_bytes_per_gib'] / 1e6:5.2f} MB, "
-        f"{row['page_tables_percent']:.3f} %"
+        f"kernel's page tables for it:    {row.page_tables_bytes_per_gib / 1e6:5.2f} MB, "
+        f"{row.page_tables_share * 100:.3f} %"
     )

@@ -10,10 +10,8 @@ measured here whose loss is certainly below 3 %.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.suggest import unknown_name
@@ -21,6 +19,10 @@ from kvmhost.tools.accuracy import doorbells
 from kvmhost.tools.accuracy.kinds import KINDS, AccuracyWorkload, TrackerKind, probe_kinds
 from kvmhost.tools.args import about, share
 from kvmhost.tools.bench.harvest import hot_machine
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.accuracy import DoorbellRow
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.bench import FractionRow, SamplingOutput, SamplingParameters
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.throughput import Kept, ThroughputPlan, paired_rates
@@ -43,8 +45,8 @@ def run(
     hot_share: float = 0.1,
     duration_s: float = 1.0,
     rounds: int = 9,
-) -> dict[str, Any]:
-    """Measure; ``fractions`` contains one row per fraction.
+) -> SamplingOutput:
+    """Measure each fraction.
 
     :raises LayoutError: for an unknown tracker or a bad fraction
     :raises CapabilityError: if the tracker does not work here
@@ -66,29 +68,37 @@ def run(
     rows = []
     for plan, values in kept.items():
         progress.say(f"staleness of 1/{plan.period}")
-        rows.append(_row(plan.period, values) | _staleness(kind, plan.period))
-    head = {"tracker": tracker, "mem_bytes": mem_bytes, "hot_pages": hot}
-    return head | {"default": DEFAULT_FRACTION, "fractions": rows}
+        rows.append(_row(plan.period, values, _staleness(kind, plan.period)))
+    parameters = SamplingParameters(
+        tracker=tracker, mem_bytes=mem_bytes, hot_pages=hot, duration_s=duration_s, rounds=rounds
+    )
+    return SamplingOutput(
+        **bench_head("sampling"),
+        parameters=parameters,
+        default_fraction=DEFAULT_FRACTION,
+        fractions=rows,
+    )
 
 
-def _row(period: int, kept: list[Kept]) -> dict[str, Any]:
-    return {
-        "fraction": 1 / period,
-        "lost": 1 - statistics.median(one.wall for one in kept),
-        "lost_min": 1 - max(one.wall for one in kept),
-        "lost_max": 1 - min(one.wall for one in kept),
-        "lost_by_cpu": 1 - statistics.median(one.cpu for one in kept),
-    }
+def _row(period: int, kept: list[Kept], stale: DoorbellRow) -> FractionRow:
+    return FractionRow(
+        fraction=1 / period,
+        lost_share=1 - statistics.median(one.wall for one in kept),
+        min_lost_share=1 - max(one.wall for one in kept),
+        max_lost_share=1 - min(one.wall for one in kept),
+        lost_by_cpu_share=1 - statistics.median(one.cpu for one in kept),
+        recall_ratio=stale.recall_ratio,
+        mean_old_after_harvests=stale.mean_old_after_harvests,
+        max_old_after_harvests=stale.max_old_after_harvests,
+        max_new_after_harvests=stale.max_new_after_harvests,
+    )
 
 
-def _staleness(kind: TrackerKind, period: int) -> dict[str, Any]:
+def _staleness(kind: TrackerKind, period: int) -> DoorbellRow:
     params = {"hot": 512, "cold": 0, "scan_every": 0, "write_permille": 1000}
     params |= {"phase_every": 2 * period, "phase_step": 512}
-    found = doorbells.measure(
-        kind, AccuracyWorkload("hotcold", params), "kvm", _PHASES * 2 * period, period
-    )
-    names = ("recall", "old_after_mean", "old_after_max", "new_after_max")
-    return {name: found[name] for name in names}
+    workload = AccuracyWorkload("hotcold", params)
+    return doorbells.measure(kind, "phases", workload, "kvm", _PHASES * 2 * period, period)
 
 
 def parser() -> CommandParser:
@@ -129,21 +139,27 @@ def main(argv: Sequence[str]) -> int:
         rounds=options.rounds,
     )
     if options.json:
-        print(json.dumps(result, indent=2))
+        emit(result)
         return 0
-    hot = f"{result['hot_pages']:,} hot pages, one harvest a second, {result['tracker']}"
-    print(f"guest of {result['mem_bytes'] >> 20} MiB, {hot}\n")
+    given = result.parameters
+    hot = f"{given.hot_pages:,} hot pages, one harvest a second, {given.tracker}"
+    print(f"guest of {given.mem_bytes >> 20} MiB, {hot}\n")
     print(
         "| re-armed | guest's time lost, % | by its processor time, % | recall "
         "| reads as old after | as young after |"
     )
     print("|---|---|---|---|---|---|")
-    for row in result["fractions"]:
+    for row in result.fractions:
         print(
-            f"| 1/{1 / row['fraction']:.0f} | {100 * row['lost']:.1f} "
-            f"({100 * row['lost_min']:.1f} to {100 * row['lost_max']:.1f}) | "
-            f"{100 * row['lost_by_cpu']:.1f} | {row['recall']:.1f} | "
-            f"{row['old_after_mean']:.1f} harvests, {row['old_after_max']} at most | "
-            f"{row['new_after_max']} |"
+            f"| 1/{1 / row.fraction:.0f} | {100 * row.lost_share:.1f} "
+            f"({100 * row.min_lost_share:.1f} to {100 * row.max_lost_share:.1f}) | "
+            f"{100 * row.lost_by_cpu_share:.1f} | {row.recall_ratio:.1f} | "
+            f"{_old_after(row)} | {row.max_new_after_harvests} |"
         )
     return 0
+
+
+def _old_after(row: FractionRow) -> str:
+    if row.mean_old_after_harvests is None:
+        return "-"
+    return f"{row.mean_old_after_harvests:.1f} harvests, {row.max_old_after_harvests} at most"

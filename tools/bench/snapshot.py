@@ -10,14 +10,12 @@ A ratio above 1 means that the snapshot was faster.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
@@ -27,6 +25,9 @@ from kvmhost.pager.pager import Pager
 from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.bench import SnapshotBenchOutput, SnapshotParameters
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option
 from kvmhost.units import PAGE_BYTES
@@ -37,8 +38,8 @@ _START_GFN = 4096
 _WARM_UP_S = 300.0
 
 
-def run(mem_bytes: int, rounds: int, directory: Path | None = None) -> dict[str, Any]:
-    """Measure; times are medians in seconds.
+def run(mem_bytes: int, rounds: int, directory: Path | None = None) -> SnapshotBenchOutput:
+    """Measure.
 
     :param mem_bytes: guest memory; half of what the guest uses may be resident
     :raises GuestError: if the guest finds a wrong byte
@@ -53,23 +54,28 @@ def run(mem_bytes: int, rounds: int, directory: Path | None = None) -> dict[str,
         restore_machine(folder / "vm.snap").close()
         restored_s = time.monotonic() - start
     save, cp, synced, n_bytes = zip(*turns, strict=True)
-    return {
-        "rounds": rounds,
-        "mem_bytes": mem_bytes,
-        "resident_max_bytes": limit * PAGE_BYTES,
-        "evicted_bytes": counters["evicted_pages"] * PAGE_BYTES,
-        "fault_ins": counters["fault_ins"],
-        "file_bytes": n_bytes[-1],
-        "save_s": statistics.median(save),
-        "cp_s": statistics.median(cp),
-        "cp_fsync_s": statistics.median(synced),
-        "restore_s": restored_s,
-        "save_mib_per_s": statistics.median(
+    return SnapshotBenchOutput(
+        **bench_head("snapshot"),
+        parameters=SnapshotParameters(mem_bytes=mem_bytes, rounds=rounds),
+        resident_max_bytes=limit * PAGE_BYTES,
+        evicted_bytes=counters["evicted_pages"] * PAGE_BYTES,
+        fault_ins=counters["fault_ins"],
+        file_bytes=n_bytes[-1],
+        save_s=statistics.median(save),
+        cp_s=statistics.median(cp),
+        cp_fsync_s=statistics.median(synced),
+        restore_s=restored_s,
+        save_mib_per_s=statistics.median(
             n / s / (1 << 20) for n, s in zip(n_bytes, save, strict=True)
         ),
-        "speed_of_cp": statistics.median(c / s for c, s in zip(cp, save, strict=True)),
-        "speed_of_cp_fsync": statistics.median(c / s for c, s in zip(synced, save, strict=True)),
-    }
+        speed_of_cp_ratio=_speed(save, cp),
+        speed_of_cp_fsync_ratio=_speed(save, synced),
+    )
+
+
+def _speed(save: Sequence[float], other: Sequence[float]) -> float:
+    """Return how many times faster a snapshot is: the median over the rounds."""
+    return statistics.median(b / a for a, b in zip(save, other, strict=True))
 
 
 @contextlib.contextmanager
@@ -145,22 +151,26 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
     result = run(args.mem, args.rounds, args.directory)
-    print(json.dumps(result, indent=2) if args.json else _text(result))
+    if args.json:
+        emit(result)
+    else:
+        print(_text(result))
     return 0
 
 
-def _text(result: dict[str, Any]) -> str:
+def _text(result: SnapshotBenchOutput) -> str:
     mib = 1 << 20
     return "\n".join(
         [
-            f"guest: {result['mem_bytes'] / mib:.0f} MiB, resident at most "
-            f"{result['resident_max_bytes'] / mib:.0f} MiB, evicted "
-            f"{result['evicted_bytes'] / mib:.0f} MiB, {result['fault_ins']} fault-ins",
-            f"live snapshot:  {result['save_s']:.3f} s median of {result['rounds']}, "
-            f"{result['file_bytes'] / mib:.0f} MiB, {result['save_mib_per_s']:.0f} MiB/s",
-            f"cp:             {result['cp_s']:.3f} s; with fsync {result['cp_fsync_s']:.3f} s",
-            f"restore:        {result['restore_s']:.3f} s, under the same limit",
-            f"speed of the snapshot relative to cp with fsync: {result['speed_of_cp_fsync']:.2f} "
-            f"({BOUNDS['snapshot.speed_of_cp_fsync']}); without: {result['speed_of_cp']:.2f}",
+            f"guest: {result.parameters.mem_bytes / mib:.0f} MiB, resident at most "
+            f"{result.resident_max_bytes / mib:.0f} MiB, evicted "
+            f"{result.evicted_bytes / mib:.0f} MiB, {result.fault_ins} fault-ins",
+            f"live snapshot:  {result.save_s:.3f} s median of {result.parameters.rounds}, "
+            f"{result.file_bytes / mib:.0f} MiB, {result.save_mib_per_s:.0f} MiB/s",
+            f"cp:             {result.cp_s:.3f} s; with fsync {result.cp_fsync_s:.3f} s",
+            f"restore:        {result.restore_s:.3f} s, under the same limit",
+            f"speed of the snapshot relative to cp with fsync: "
+            f"{result.speed_of_cp_fsync_ratio:.2f} ({BOUNDS['snapshot.speed_of_cp_fsync_ratio']}); "
+            f"without: {result.speed_of_cp_ratio:.2f}",
         ]
     )

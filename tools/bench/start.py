@@ -18,13 +18,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kvmhost.errors import CapabilityError
 from kvmhost.machine import make_machine
 from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.bench import ProcessName, ProcessRow, StartOutput, StartParameters
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
 from kvmhost.tools.vocabulary import add_option
@@ -40,8 +42,8 @@ _EXIT_CODE = b"\x66\xba\xf4\x00\xee\xf4"
 
 def run(
     rounds: int = 10, engine: EngineName = "auto", image: Path | None = None, qemu: bool = False
-) -> dict[str, Any]:
-    """Measure; medians in seconds, sizes in bytes.
+) -> StartOutput:
+    """Measure.
 
     :raises ImageError: if the image cannot be loaded
     :raises CapabilityError: if the other VMM is requested but not installed
@@ -51,20 +53,33 @@ def run(
     with temporary_folder("kvmhost-bench-") as folder:
         file = image or _hello_image(folder)
         times = _processes(_commands(engine, file, qemu), rounds)
-        result: dict[str, Any] = {"rounds": rounds, "engine": engine, "image": str(file)}
-        result |= {f"{name}_s": statistics.median(taken) for name, taken in times.items()}
-        result |= {f"{name}_max_s": max(taken) for name, taken in times.items()}
-        result["image_beyond_python_s"] = result["image_s"] - result["python_s"]
-        if qemu:
-            ratios = (a / b for a, b in zip(times["image"], times["qemu"], strict=True))
-            result["image_to_qemu"] = statistics.median(ratios)
-        result |= _first_instruction(max(rounds * 5, 20), folder) | _memory(engine)
-    return result
+        first_s, p99_s = _first_exit(max(rounds * 5, 20), folder)
+        peak_rss_bytes, guest_bytes = _memory(engine)
+    median_s = {name: statistics.median(taken) for name, taken in times.items()}
+    return StartOutput(
+        **bench_head("start"),
+        parameters=StartParameters(rounds=rounds, engine=engine, image=str(file)),
+        processes=[
+            ProcessRow(process=name, median_s=median_s[name], max_s=max(taken))
+            for name, taken in times.items()
+        ],
+        image_beyond_python_s=median_s["image"] - median_s["python"],
+        image_of_qemu_ratio=_ratio(times["image"], times["qemu"]) if qemu else None,
+        first_exit_s=first_s,
+        p99_first_exit_s=p99_s,
+        hello_peak_rss_bytes=peak_rss_bytes,
+        hello_guest_bytes=guest_bytes,
+        hello_beyond_guest_bytes=peak_rss_bytes - guest_bytes,
+    )
 
 
-def _commands(engine: EngineName, image: Path, qemu: bool) -> dict[str, list[str]]:
+def _ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(values, base, strict=True))
+
+
+def _commands(engine: EngineName, image: Path, qemu: bool) -> dict[ProcessName, list[str]]:
     kvmhost = [sys.executable, "-m", "kvmhost", "run"]
-    commands = {
+    commands: dict[ProcessName, list[str]] = {
         "python": [sys.executable, "-c", "pass"],
         "hello": [*kvmhost, "hello", "--engine", engine],
         "image": [*kvmhost, str(image)],
@@ -86,8 +101,10 @@ def _hello_image(folder: Path) -> Path:
     return compile_pc_guest(source, folder / "hello.flat")
 
 
-def _processes(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in commands}
+def _processes(
+    commands: dict[ProcessName, list[str]], rounds: int
+) -> dict[ProcessName, list[float]]:
+    times: dict[ProcessName, list[float]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
             start = time.perf_counter()
@@ -103,8 +120,8 @@ def _processes(commands: dict[str, list[str]], rounds: int) -> dict[str, list[fl
     return times
 
 
-def _first_instruction(times: int, folder: Path) -> dict[str, float]:
-    """Time from creating a machine to its first exit; return nothing without KVM."""
+def _first_exit(times: int, folder: Path) -> tuple[float, float] | tuple[None, None]:
+    """Return median and 99th percentile from creating a machine to its first exit, with KVM."""
     from kvmhost.boot.plain import parse_flat
     from kvmhost.engine.base import Vcpu
     from kvmhost.exits import IoOut
@@ -113,7 +130,7 @@ def _first_instruction(times: int, folder: Path) -> dict[str, float]:
     from kvmhost.machine.runner import Step
 
     if probe() is not None:
-        return {}
+        return None, None
 
     class Timed(PcMachine):
         """Records the time of the first exit."""
@@ -132,13 +149,11 @@ def _first_instruction(times: int, folder: Path) -> dict[str, float]:
             machine.wait(60)
             taken.append(machine.first_s - start)
     taken.sort()
-    return {
-        "first_exit_median_s": statistics.median(taken),
-        "first_exit_p99_s": taken[min(len(taken) - 1, int(len(taken) * 0.99))],
-    }
+    return statistics.median(taken), taken[min(len(taken) - 1, int(len(taken) * 0.99))]
 
 
-def _memory(engine: EngineName) -> dict[str, int]:
+def _memory(engine: EngineName) -> tuple[int, int]:
+    """Return the peak resident memory of ``run hello``, and the guest's part of it."""
     command = [
         sys.executable,
         "-m",
@@ -153,12 +168,7 @@ def _memory(engine: EngineName) -> dict[str, int]:
         [*command, "--mem", str(HELLO_MEM_BYTES)], check=True, capture_output=True, text=True
     )
     report = json.loads(done.stdout)
-    guest = report["resident_bytes"]
-    return {
-        "hello_peak_rss_bytes": report["peak_rss_bytes"],
-        "hello_guest_bytes": guest,
-        "hello_beyond_guest_bytes": report["peak_rss_bytes"] - guest,
-    }
+    return report["peak_rss_bytes"], report["resident_bytes"]
 
 
 def parser() -> CommandParser:
@@ -182,41 +192,45 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     with working("bench start"):
         result = run(options.rounds, options.engine, options.image, options.qemu)
-    print(json.dumps(result, indent=2) if options.json else _text(result))
+    if options.json:
+        emit(result)
+    else:
+        print(_text(result))
     return 0
 
 
-def _text(result: dict[str, Any]) -> str:
+_LABELS: dict[ProcessName, str] = {
+    "python": "python -c pass",
+    "hello": "kvmhost run hello",
+    "image": "kvmhost run IMAGE",
+    "qemu": "the image under qemu",
+}
+
+
+def _text(result: StartOutput) -> str:
     mib = 1 << 20
-    rows = [
-        ("python -c pass", "python"),
-        ("kvmhost run hello", "hello"),
-        ("kvmhost run IMAGE", "image"),
-        ("the image under qemu", "qemu"),
-    ]
     lines = [
-        f"{label + ':':<24}{result[f'{key}_s']:.3f} s median of {result['rounds']}, "
-        f"{result[f'{key}_max_s']:.3f} s at most"
-        for label, key in rows
-        if f"{key}_s" in result
+        f"{_LABELS[row.process] + ':':<24}{row.median_s:.3f} s median of "
+        f"{result.parameters.rounds}, {row.max_s:.3f} s at most"
+        for row in result.processes
     ]
     lines.append(
-        f"image beyond python:    {result['image_beyond_python_s']:.3f} s "
+        f"image beyond python:    {result.image_beyond_python_s:.3f} s "
         f"({BOUNDS['start.image_beyond_python_s']})"
     )
-    if "image_to_qemu" in result:
+    if result.image_of_qemu_ratio is not None:
         lines.append(
-            f"image, kvmhost to qemu: {result['image_to_qemu']:.3f} "
-            f"({BOUNDS['start.image_to_qemu']})"
+            f"image, kvmhost to qemu: {result.image_of_qemu_ratio:.3f} "
+            f"({BOUNDS['start.image_of_qemu_ratio']})"
         )
-    if "first_exit_median_s" in result:
+    if result.first_exit_s is not None and result.p99_first_exit_s is not None:
         lines.append(
-            f"create to first exit:   {result['first_exit_median_s'] * 1e3:.1f} ms median, "
-            f"{result['first_exit_p99_s'] * 1e3:.1f} ms p99"
+            f"create to first exit:   {result.first_exit_s * 1e3:.1f} ms median, "
+            f"{result.p99_first_exit_s * 1e3:.1f} ms p99"
         )
     lines.append(
-        f"memory of run hello:    {result['hello_peak_rss_bytes'] / mib:.1f} MiB at most, "
-        f"{result['hello_beyond_guest_bytes'] / mib:.1f} MiB beyond the guest's own "
-        f"({BOUNDS['start.hello_beyond_guest_mib']})"
+        f"memory of run hello:    {result.hello_peak_rss_bytes / mib:.1f} MiB at most, "
+        f"{result.hello_beyond_guest_bytes / mib:.1f} MiB beyond the guest's own "
+        f"({BOUNDS['start.hello_beyond_guest_bytes']})"
     )
     return "\n".join(lines)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import re
 import statistics
@@ -29,6 +28,14 @@ from kvmhost.memory.guest import Region
 from kvmhost.memory.layout import TinyLayout
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.bench import (
+    SpeedRow,
+    TrackerMemoryRow,
+    TrackersOutput,
+    TrackersParameters,
+)
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
 from kvmhost.tools.vocabulary import add_option
@@ -39,7 +46,7 @@ from kvmhost.units import PAGE_BYTES
 __all__ = ["main", "parser", "run"]
 
 _START_GFN = 1024
-_MEMORY_SHARE = BOUNDS["trackers.most_percent"].limit
+_MEMORY_SHARE = BOUNDS["trackers.max_share"].limit
 
 #: Guest parameters by case. A pagemap harvest that clears also zaps, which is not a scan.
 _PAGEMAP: dict[str, dict[str, int]] = {
@@ -57,24 +64,33 @@ _DIRTY = {
 }
 
 
-def run(mem_bytes: int = 1 << 30, rounds: int = 15) -> dict[str, Any]:
-    """Measure the trackers that work on this host; ``engine`` is kvm if it works, else emulated.
-
-    :return: ``speed``: rows with ``bare_us``, ``harvest_us`` and ``ratio``; ``memory``: rows
-        with the current and peak memory of a tracker, in bytes and as a share of the guest's
-    """
+def run(mem_bytes: int = 1 << 30, rounds: int = 15) -> TrackersOutput:
+    """Measure the trackers that work on this host, with KVM if it works, else emulated."""
     support = probe_all("auto")
     speed = []
     for case, params in _PAGEMAP.items():
         with _machine(mem_bytes, params) as machine:
-            speed.append({"tracker": "pagemap", "case": case, **_pagemap(machine, params, rounds)})
+            speed.append(_speed_row("pagemap", case, _pagemap(machine, params, rounds)))
     if support["dirty"].works:
         for case, (params, clear) in _DIRTY.items():
             with _machine(mem_bytes, params) as machine:
-                row = _dirty(machine, clear, rounds)
-            speed.append({"tracker": "dirty", "case": case, **row})
+                speed.append(_speed_row("dirty", case, _dirty(machine, clear, rounds)))
     memory = [_memory(name, mem_bytes) for name in NAMES if support[name].works]
-    return {"mem_bytes": mem_bytes, "rounds": rounds, "speed": speed, "memory": memory}
+    parameters = TrackersParameters(mem_bytes=mem_bytes, rounds=rounds)
+    return TrackersOutput(
+        **bench_head("trackers"), parameters=parameters, speed=speed, memory=memory
+    )
+
+
+def _speed_row(tracker: str, case: str, median_us: dict[str, float]) -> SpeedRow:
+    bare_us, harvest_us = median_us["bare"], median_us["harvest"]
+    return SpeedRow(
+        tracker=tracker,
+        case=case,
+        bare_us=bare_us,
+        harvest_us=harvest_us,
+        harvest_of_bare_ratio=harvest_us / bare_us,
+    )
 
 
 def _machine(mem_bytes: int, params: dict[str, int]) -> Machine:
@@ -91,7 +107,7 @@ def _machine(mem_bytes: int, params: dict[str, int]) -> Machine:
 def _in_turn(
     prepare: Callable[[], object], variants: dict[str, Callable[[], object]], rounds: int
 ) -> dict[str, float]:
-    """Time variants in turn, in rotating order; return median µs of each, and the ratio."""
+    """Time variants in turn, in rotating order; return median µs of each."""
     times: dict[str, list[int]] = {name: [] for name in variants}
     names = list(variants)
     for turn in range(rounds):
@@ -100,8 +116,7 @@ def _in_turn(
             start = lib.kh_bench_now_ns()
             variants[name]()
             times[name].append(lib.kh_bench_now_ns() - start)
-    found = {f"{name}_us": statistics.median(values) / 1000 for name, values in times.items()}
-    return found | {"ratio": found["harvest_us"] / found["bare_us"]}
+    return {name: statistics.median(values) / 1000 for name, values in times.items()}
 
 
 def _pagemap(machine: Machine, params: dict[str, int], rounds: int) -> dict[str, float]:
@@ -181,7 +196,7 @@ def _bare_log(machine: Machine, slot: int, region: Region, clear: bool) -> Calla
 # -- memory -------------------------------------------------------------------
 
 
-def _memory(name: str, mem_bytes: int) -> dict[str, Any]:
+def _memory(name: str, mem_bytes: int) -> TrackerMemoryRow:
     """Return the memory of a tracker after three harvests, and its peak during them."""
     with _machine(16 << 20, {"stride": 1, "write": 1}) as machine:
         _use(machine, machine.use_tracker(name))  # imports, caches, calibration
@@ -199,12 +214,9 @@ def _memory(name: str, mem_bytes: int) -> dict[str, Any]:
         gc.collect()
         held = max(0, _anonymous_bytes() - before)
     most = max(held, peak)
-    return {
-        "tracker": name,
-        "held_bytes": held,
-        "most_bytes": most,
-        "most_percent": 100 * most / mem_bytes,
-    }
+    return TrackerMemoryRow(
+        tracker=name, held_bytes=held, max_bytes=most, max_share=most / mem_bytes
+    )
 
 
 def _use(machine: Machine, tracker: Tracker) -> None:
@@ -236,18 +248,19 @@ def main(argv: Sequence[str]) -> int:
     with working("bench trackers"):
         result = run(options.mem, options.rounds)
     if options.json:
-        print(json.dumps(result, indent=2))
+        emit(result)
         return 0
-    print(f"guest of {result['mem_bytes'] >> 20} MiB, {result['rounds']} rounds, medians")
-    for row in result["speed"]:
+    given = result.parameters
+    print(f"guest of {given.mem_bytes >> 20} MiB, {given.rounds} rounds, medians")
+    for row in result.speed:
         print(
-            f"{row['tracker']:8} {row['case']:24} bare {row['bare_us']:9.1f} us, "
-            f"harvest {row['harvest_us']:9.1f} us, {row['ratio']:.2f} times"
+            f"{row.tracker:8} {row.case:24} bare {row.bare_us:9.1f} us, "
+            f"harvest {row.harvest_us:9.1f} us, {row.harvest_of_bare_ratio:.2f} times"
         )
-    for row in result["memory"]:
+    for one in result.memory:
         print(
-            f"{row['tracker']:8} holds {row['held_bytes'] / 1024:.0f} KiB, takes at most "
-            f"{row['most_bytes'] / 1024:.0f} KiB: {row['most_percent']:.3f} % of guest memory "
+            f"{one.tracker:8} holds {one.held_bytes / 1024:.0f} KiB, takes at most "
+            f"{one.max_bytes / 1024:.0f} KiB: {one.max_share * 100:.3f} % of guest memory "
             f"(bound {_MEMORY_SHARE} %)"
         )
     return 0

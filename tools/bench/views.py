@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import statistics
@@ -36,6 +35,9 @@ from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.settings.config import load
 from kvmhost.reclaim.vm.session import Session
 from kvmhost.tools.args import about
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.bench import ViewCost, ViewedRow, ViewsOutput, ViewsParameters
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress
 from kvmhost.tools.vocabulary import add_option
@@ -74,35 +76,61 @@ class _OneView(Client):
         return super().run_harvest(dataclasses.replace(asked, view=DEFAULT_VIEW))
 
 
-def run(rounds: int = 40) -> dict[str, Any]:
+def run(rounds: int = 40) -> ViewsOutput:
     """Measure.
 
     :param rounds: passes of the daemon that count, in each row
     """
     progress, rows = Progress(), []
+    alone: _Figures | None = None
     for label, readers, own_views in _ROWS:
         progress.say(label)
-        row: dict[str, Any] = {"daemon": label, "own_views": own_views}
-        rows.append(row | _row(readers, own_views, rounds))
-    alone = rows[0]
-    for row in rows:
-        for name in ("n_young_per_pass", "refaulted_pages"):
-            row[f"{name}_of_alone"] = row[name] / alone[name] if alone[name] else 1.0
+        found = _measure(readers, own_views, rounds)
+        alone = alone or found
+        rows.append(
+            ViewedRow(
+                daemon=label,
+                own_views=own_views,
+                mean_young_pages=found.mean_young_pages,
+                young_of_alone_ratio=_ratio(found.mean_young_pages, alone.mean_young_pages),
+                refaulted_pages=found.refaulted_pages,
+                refaulted_of_alone_ratio=_ratio(found.refaulted_pages, alone.refaulted_pages),
+                sweeps=found.sweeps,
+            )
+        )
     progress.say("the cost of a view")
-    return {"mem_bytes": _MEM_BYTES, "passes": rounds, "rows": rows, "view": _cost_of_a_view()}
+    return ViewsOutput(
+        **bench_head("views"),
+        parameters=ViewsParameters(mem_bytes=_MEM_BYTES, rounds=rounds),
+        rows=rows,
+        view=_cost_of_a_view(),
+    )
 
 
-def _row(readers: Sequence[str], own_views: bool, rounds: int) -> dict[str, Any]:
+def _ratio(value: float, base: float) -> float:
+    return value / base if base else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Figures:
+    """What is measured in each row: young pages per pass, and sums."""
+
+    mean_young_pages: float
+    refaulted_pages: int
+    sweeps: int
+
+
+def _measure(readers: Sequence[str], own_views: bool, rounds: int) -> _Figures:
     name = f"bench-{os.getpid()}"
     machine = Machine(image_path("hotcold"), mem_bytes=_MEM_BYTES, params=_PARAMS, name=name)
     with machine, ControlServer(machine), (Client if own_views else _OneView)(name) as client:
         machine.step_by_doorbell()
         reports = _run_passes(machine, client, readers, rounds)
-        return {
-            "n_young_per_pass": statistics.mean(report.young_pages for report in reports),
-            "refaulted_pages": sum(report.refaulted_pages for report in reports),
-            "sweeps": client.counters().harvest.sweeps,
-        }
+        return _Figures(
+            statistics.fmean(report.young_pages for report in reports),
+            sum(report.refaulted_pages for report in reports),
+            client.counters().harvest.sweeps,
+        )
 
 
 def _run_passes(
@@ -127,8 +155,8 @@ def _run_passes(
     return reports[_LEARNING:]
 
 
-def _cost_of_a_view() -> dict[str, float]:
-    """Return the cost of adding to a view and of taking from it, in ns per page, and its size."""
+def _cost_of_a_view() -> ViewCost:
+    """Measure adding to a view and taking from it."""
     rng = np.random.default_rng(1)
     words = pack(rng.random(_VIEW_PAGES) < _YOUNG)
     source = Provenance("bench", "none", 1, 2)
@@ -136,13 +164,13 @@ def _cost_of_a_view() -> dict[str, float]:
     coarse = YoungBitmap(0, _VIEW_PAGES, words, words, source)
     plain, marked = (View(ViewKey(1, "bench"), _VIEW_PAGES, 0) for _ in range(2))
     marked.add(coarse)
-    return {
-        "add_ns_per_page": _ns_per_page(lambda: plain.add(exact)),
-        "take_ns_per_page": _ns_per_page(lambda: _take(plain, exact)),
-        "add_coarse_ns_per_page": _ns_per_page(lambda: marked.add(coarse)),
-        "bytes_per_page": plain.n_bytes / _VIEW_PAGES,
-        "bytes_per_page_with_coarse": marked.n_bytes / _VIEW_PAGES,
-    }
+    return ViewCost(
+        add_ns_per_page=_ns_per_page(lambda: plain.add(exact)),
+        take_ns_per_page=_ns_per_page(lambda: _take(plain, exact)),
+        add_coarse_ns_per_page=_ns_per_page(lambda: marked.add(coarse)),
+        bytes_per_page=plain.n_bytes / _VIEW_PAGES,
+        coarse_bytes_per_page=marked.n_bytes / _VIEW_PAGES,
+    )
 
 
 def _take(view: View, found: YoungBitmap) -> None:
@@ -177,23 +205,24 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     result = run(options.rounds)
     if options.json:
-        print(json.dumps(result, indent=2))
+        emit(result)
         return 0
-    print(f"guest of {result['mem_bytes'] >> 20} MiB, {result['passes']} passes of the daemon\n")
+    given = result.parameters
+    print(f"guest of {given.mem_bytes >> 20} MiB, {given.rounds} passes of the daemon\n")
     print("| daemon | young pages per pass | of alone | refaults | of alone | sweeps |")
     print("|---|---|---|---|---|---|")
-    for row in result["rows"]:
+    for row in result.rows:
         print(
-            f"| {row['daemon']} | {row['n_young_per_pass']:,.0f} | "
-            f"{row['n_young_per_pass_of_alone']:.3f} | {row['refaulted_pages']:,} | "
-            f"{row['refaulted_pages_of_alone']:.3f} | {row['sweeps']} |"
+            f"| {row.daemon} | {row.mean_young_pages:,.0f} | "
+            f"{row.young_of_alone_ratio:.3f} | {row.refaulted_pages:,} | "
+            f"{row.refaulted_of_alone_ratio:.3f} | {row.sweeps} |"
         )
-    view = result["view"]
+    view = result.view
     print(
-        f"\na view: {view['add_ns_per_page']:.4f} ns per page to add a sweep "
-        f"({view['add_coarse_ns_per_page']:.4f} with coarse bits), "
-        f"{view['take_ns_per_page']:.4f} ns to take it, "
-        f"{view['bytes_per_page']:.3f} bytes per page "
-        f"({view['bytes_per_page_with_coarse']:.3f} with coarse bits)"
+        f"\na view: {view.add_ns_per_page:.4f} ns per page to add a sweep "
+        f"({view.add_coarse_ns_per_page:.4f} with coarse bits), "
+        f"{view.take_ns_per_page:.4f} ns to take it, "
+        f"{view.bytes_per_page:.3f} bytes per page "
+        f"({view.coarse_bytes_per_page:.3f} with coarse bits)"
     )
     return 0

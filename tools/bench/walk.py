@@ -6,11 +6,10 @@ or slow machine affects it little.
 
 from __future__ import annotations
 
-import json
 import mmap
 import statistics
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,9 @@ from kvmhost.mmu.tablemem import TableMemory
 from kvmhost.mmu.tdp import LiveTable
 from kvmhost.tools.args import about, count
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.bench import LoopName, LoopRow, WalkOutput, WalkParameters
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import working
 from kvmhost.tools.vocabulary import add_option
@@ -28,6 +30,7 @@ __all__ = ["interleaved", "main", "parser", "run"]
 
 _PRESENT_WRITE = 3
 _ACCESSED_BIT = 5
+_LOOPS: tuple[LoopName, ...] = typing.get_args(LoopName)
 
 Step = tuple[Callable[[], object], Callable[[], object]]
 
@@ -47,14 +50,8 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def run(n_entries: int = 4 << 20, rounds: int = 15) -> dict[str, Any]:
-    """Harvest ``n_entries`` live entries, all old and all young, and time bare loops too.
-
-    :return: ``ns_per_entry`` by step, and the ratios: ``old_of_sum``, the speed of the
-        all-old harvest relative to a plain 64-bit sum over the same entries
-        (``old_of_wide_sum``: to a vectorised sum); ``young_of_and``, the time of the
-        all-young harvest relative to a bare atomic-and loop
-    """
+def run(n_entries: int = 4 << 20, rounds: int = 15) -> WalkOutput:
+    """Harvest ``n_entries`` live entries, all old and all young, and time bare loops too."""
     memory, words, leaves = _build(n_entries)
     # SAFETY: `words` and `leaves` view `memory`, held by this frame until it returns.
     entries = ffi.cast("uint64_t *", leaves.ctypes.data)
@@ -74,15 +71,15 @@ def run(n_entries: int = 4 << 20, rounds: int = 15) -> dict[str, Any]:
             "harvest_young": (touch, lambda: table.harvest(0, n_entries)),
         }
         median = interleaved(steps, rounds)
-    return {
-        "n_entries": n_entries,
-        "rounds": rounds,
-        "scan": ["scalar", "avx2"][lib.kh_scan_level(-1)],
-        "ns_per_entry": {name: ns / n_entries for name, ns in median.items()},
-        "old_of_sum": median["sum"] / median["harvest_old"],
-        "old_of_wide_sum": median["wide_sum"] / median["harvest_old"],
-        "young_of_and": median["harvest_young"] / median["and"],
-    }
+    return WalkOutput(
+        **bench_head("walk"),
+        parameters=WalkParameters(n_entries=n_entries, rounds=rounds),
+        scan="avx2" if lib.kh_scan_level(-1) else "scalar",
+        loops=[LoopRow(loop=loop, ns_per_entry=median[loop] / n_entries) for loop in _LOOPS],
+        old_of_sum_ratio=median["sum"] / median["harvest_old"],
+        old_of_wide_sum_ratio=median["wide_sum"] / median["harvest_old"],
+        young_of_and_ratio=median["harvest_young"] / median["and"],
+    )
 
 
 def _build(n_entries: int) -> tuple[mmap.mmap, Words, Words]:
@@ -129,14 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with working("bench walk"):
         result = run(options.entries, options.rounds)
     if options.json:
-        print(json.dumps(result, indent=2))
+        emit(result)
         return 0
-    for name, ns in result["ns_per_entry"].items():
-        print(f"{name:15} {ns:7.2f} ns an entry")
-    old, young = BOUNDS["walk.old_of_sum"], BOUNDS["walk.young_of_and"]
-    print(f"all old:   {result['old_of_sum']:.2f} of the speed of a plain sum ({old})")
-    print(f"           {result['old_of_wide_sum']:.2f} of the speed of a vectorised sum")
-    print(f"all young: {result['young_of_and']:.2f} times a bare atomic-and loop ({young})")
+    for row in result.loops:
+        print(f"{row.loop:15} {row.ns_per_entry:7.2f} ns an entry")
+    old, young = BOUNDS["walk.old_of_sum_ratio"], BOUNDS["walk.young_of_and_ratio"]
+    print(f"all old:   {result.old_of_sum_ratio:.2f} of the speed of a plain sum ({old})")
+    print(f"           {result.old_of_wide_sum_ratio:.2f} of the speed of a vectorised sum")
+    print(f"all young: {result.young_of_and_ratio:.2f} times a bare atomic-and loop ({young})")
     return 0
 
 

@@ -15,9 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,15 @@ from kvmhost.errors import LayoutError
 from kvmhost.temporary import temporary_folder
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.bench import (
+    QueryName,
+    QueryRow,
+    RecordRow,
+    YoungOutput,
+    YoungParameters,
+)
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress, show_table
 from kvmhost.tools.vocabulary import add_option
@@ -35,6 +44,8 @@ __all__ = ["main", "make_record", "parser", "run"]
 
 _HOT_SHARE, _COLD_TOUCHES = 0.1, 64
 _SECOND = 10**9
+#: Queries that are timed once.
+_SLOW: tuple[QueryName, ...] = ("hot", "heatmap", "html")
 
 
 def make_windows(n_pages: int, n_variants: int = 16, seed: int = 1) -> list[Words]:
@@ -67,8 +78,8 @@ def make_record(path: Path, n_pages: int, n_windows: int) -> list[float]:
     return times
 
 
-def run(mem_bytes: int, n_windows: int, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure; sizes are in the result.
+def run(mem_bytes: int, n_windows: int, rounds: int, say: Callable[[str], None]) -> YoungOutput:
+    """Measure.
 
     :raises LayoutError: for a guest of less than 1 MiB
     """
@@ -76,48 +87,60 @@ def run(mem_bytes: int, n_windows: int, rounds: int, say: Callable[[str], None])
         raise LayoutError(f"--mem: a guest of {mem_bytes} bytes is too small: need 1M or more")
     with temporary_folder("kvmhost-bench-") as place:
         small, large = place / "small", place / "large"
-        say(f"1 GiB, {n_windows} windows: being written")
-        times = make_record(small, (1 << 30) // PAGE_BYTES, n_windows)
-        found: dict[str, Any] = {
-            "append_ms": statistics.median(times) * 1e3,
-            "append_mean_ms": statistics.fmean(times) * 1e3,
-            "append_p99_ms": float(np.percentile(times, 99)) * 1e3,
-            "small_mib": _size(small) / 2**20,
-        }
-        n_pages = mem_bytes // PAGE_BYTES
-        say(f"{mem_bytes / 2**30:g} GiB, {n_windows} windows: being written")
-        times = make_record(large, n_pages, n_windows)
-        found |= {
-            "large_mem_bytes": mem_bytes,
-            "n_windows": n_windows,
-            "large_append_ms": statistics.median(times) * 1e3,
-            "large_stored_mib": _size(large) / 2**20,
-            "large_bits_gib": n_pages * n_windows / 8 / 2**30,
-        }
-        for name in ("open", "wss", "bitmap", "hot"):
+        records = [
+            _record_row(small, 1 << 30, n_windows, say),
+            _record_row(large, mem_bytes, n_windows, say),
+        ]
+        queries = []
+        for name in typing.get_args(QueryName):
             say(f"{name} of the large record")
-            runs = 1 if name == "hot" else rounds
-            results = [_question(name, large) for _ in range(runs)]
-            found[f"{name}_s"] = statistics.median(seconds for seconds, _ in results)
-            found[f"{name}_rss_mib"] = max(rss for _, rss in results)
-        for name in ("heatmap", "html"):
-            say(f"{name} of the large record")
-            seconds, rss = _question(name, large)
-            found |= {f"{name}_s": seconds, f"{name}_rss_mib": rss}
-        found["html_mib"] = (place / "large.html").stat().st_size / 2**20
-    return found
+            queries.append(_query_row(name, large, 1 if name in _SLOW else rounds))
+        html_bytes = (place / "large.html").stat().st_size
+    parameters = YoungParameters(mem_bytes=mem_bytes, n_windows=n_windows, rounds=rounds)
+    return YoungOutput(
+        **bench_head("young"),
+        parameters=parameters,
+        records=records,
+        queries=queries,
+        html_bytes=html_bytes,
+    )
+
+
+def _record_row(
+    path: Path, mem_bytes: int, n_windows: int, say: Callable[[str], None]
+) -> RecordRow:
+    say(f"{mem_bytes / 2**30:g} GiB, {n_windows} windows: being written")
+    n_pages = mem_bytes // PAGE_BYTES
+    times = make_record(path, n_pages, n_windows)
+    return RecordRow(
+        mem_bytes=mem_bytes,
+        append_ms=statistics.median(times) * 1e3,
+        mean_append_ms=statistics.fmean(times) * 1e3,
+        p99_append_ms=float(np.percentile(times, 99)) * 1e3,
+        stored_bytes=_size(path),
+        bits_bytes=n_pages * n_windows // 8,
+    )
+
+
+def _query_row(name: QueryName, path: Path, times: int) -> QueryRow:
+    results = [_question(name, path) for _ in range(times)]
+    return QueryRow(
+        query=name,
+        median_s=statistics.median(seconds for seconds, _ in results),
+        peak_rss_bytes=max(rss for _, rss in results),
+    )
 
 
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _question(name: str, path: Path) -> tuple[float, float]:
-    """Run a query in a separate process; return seconds, without the imports, and peak MiB."""
+def _question(name: QueryName, path: Path) -> tuple[float, int]:
+    """Run a query in a separate process; return seconds, without the imports, and peak bytes."""
     words = [sys.executable, "-m", "kvmhost.tools.bench.young", "--ask", name, str(path)]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     seconds, rss = json.loads(done.stdout)
-    return float(seconds), float(rss)
+    return float(seconds), int(rss)
 
 
 def _ask(name: str, path: Path) -> None:
@@ -149,7 +172,7 @@ def _ask(name: str, path: Path) -> None:
     # Not ru_maxrss: it starts at the parent's value at the time of the fork.
     status = Path("/proc/self/status").read_text()
     peak_kib = next(int(li.split()[1]) for li in status.splitlines() if li.startswith("VmHWM"))
-    print(json.dumps([seconds, peak_kib / 1024]))
+    print(json.dumps([seconds, peak_kib * 1024]))
 
 
 def parser() -> CommandParser:
@@ -171,20 +194,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     found = run(args.mem, args.count, args.rounds, Progress().say)
     if args.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    show_table(
-        "records",
-        [
-            (
-                name,
-                f"{value:,.3f}"
-                + (f" ({BOUNDS[key]})" if (key := f"young.{name}") in BOUNDS else ""),
-            )
-            for name, value in found.items()
-        ],
-    )
+        emit(found)
+    else:
+        show_table("records", list(_rows(found)))
     return 0
+
+
+def _rows(found: YoungOutput) -> Iterator[tuple[str, str]]:
+    for row in found.records:
+        small = row is found.records[0]
+        size = f"{row.mem_bytes / 2**30:g} GiB"
+        yield (
+            f"append, {size}",
+            f"{row.append_ms:,.3f} ms{_bound('append_ms', small)}, mean {row.mean_append_ms:,.3f}, "
+            f"99 % within {row.p99_append_ms:,.3f}",
+        )
+        yield (
+            f"stored, {size}",
+            f"{row.stored_bytes / 2**20:,.1f} MiB{_bound('stored_bytes', small)}, "
+            f"{row.bits_bytes / 2**20:,.0f} MiB as bits",
+        )
+    for query in found.queries:
+        rss = f"{query.peak_rss_bytes / 2**20:,.0f} MiB resident"
+        yield (
+            query.query,
+            f"{query.median_s:,.3f} s{_bound(f'{query.query}_s')}, "
+            f"{rss}{_bound(f'{query.query}_peak_rss_bytes')}",
+        )
+    yield "size of the html", f"{found.html_bytes / 2**20:,.1f} MiB"
+
+
+def _bound(figure: str, there: bool = True) -> str:
+    key = f"young.{figure}"
+    return f" ({BOUNDS[key]})" if there and key in BOUNDS else ""
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import statistics
 import time
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +41,16 @@ from kvmhost.tools.demo.processes import (
     wait_until,
 )
 from kvmhost.tools.demo.settings import START_GFN, DemoSettings
+from kvmhost.tools.measured import head
+from kvmhost.tools.outputs.accuracy import (
+    DemoOutput,
+    DemoThroughput,
+    DemoTracker,
+    KilledRun,
+    LimitedRun,
+    LimitedRuns,
+)
+from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.progress import Progress, show_table
 from kvmhost.tools.vocabulary import add_option
@@ -76,10 +84,10 @@ def main(argv: Sequence[str]) -> int:
         os.environ["KVMHOST_RUNTIME_DIR"] = str(runtime)
         report = _run(settings, args.out, Progress(args.json))
     if args.json:
-        print(json.dumps(report, indent=2))
+        emit(report)
     else:
         _show(settings, report)
-    return 0 if report["ok"] else 1
+    return 0 if report.ok else 1
 
 
 def parser() -> CommandParser:
@@ -103,18 +111,25 @@ def _engine_name(wanted: EngineName) -> EngineName:
         return machine.engine.name
 
 
-def _run(settings: DemoSettings, picture: Path, progress: Progress) -> dict[str, typing.Any]:
+def _run(settings: DemoSettings, picture: Path, progress: Progress) -> DemoOutput:
     progress.say(f"engine {settings.engine}: guest of {settings.mem_bytes // _MIB} MiB")
-    report: dict[str, typing.Any] = {"engine": settings.engine, "mem_bytes": settings.mem_bytes}
     epochs = 13
     progress.say(f"accuracy of the trackers, {epochs} epochs each")
-    report["trackers"] = [_accuracy(settings, name, epochs) for name in _working_trackers(settings)]
+    trackers = [_accuracy(settings, name, epochs) for name in _working_trackers(settings)]
     progress.say("guest throughput without and with the daemon, no limit; drawing the picture")
-    report["throughput"] = _throughput(settings)
-    report["heatmap"] = _picture(settings, picture)
-    report["limited"] = _limited(settings, progress)
-    report["ok"] = _all_well(report)
-    return report
+    throughput = _throughput(settings)
+    heatmap = _picture(settings, picture)
+    limited = _limited(settings, progress)
+    return DemoOutput(
+        **head(),
+        engine=settings.engine,
+        mem_bytes=settings.mem_bytes,
+        trackers=trackers,
+        throughput=throughput,
+        heatmap=heatmap,
+        limited=limited,
+        ok=_as_expected(trackers, limited),
+    )
 
 
 def _working_trackers(settings: DemoSettings) -> list[str]:
@@ -126,7 +141,7 @@ def _working_trackers(settings: DemoSettings) -> list[str]:
 # -- accuracy ------------------------------------------------------------------
 
 
-def _accuracy(settings: DemoSettings, name: str, epochs: int) -> dict[str, typing.Any]:
+def _accuracy(settings: DemoSettings, name: str, epochs: int) -> DemoTracker:
     """Return precision and recall of one harvest per epoch, on a smaller guest with a scan."""
     settings = dataclasses.replace(
         settings, mem_bytes=settings.mem_bytes // 4, hot_bytes=settings.hot_bytes // 4
@@ -149,19 +164,19 @@ def _accuracy(settings: DemoSettings, name: str, epochs: int) -> dict[str, typin
             right += int(np.isin(young.gfns(), expected).sum())
             reported += young.count()
             touched += expected.size
-    return {
-        "tracker": name,
-        "precision": right / reported if reported else 0.0,
-        "recall": right / touched,
-        "harvest_ns_per_page": statistics.median(cost),
-    }
+    return DemoTracker(
+        tracker=name,
+        precision_ratio=right / reported if reported else 0.0,
+        recall_ratio=right / touched,
+        harvest_ns_per_page=statistics.median(cost),
+    )
 
 
 # -- throughput ------------------------------------------------------------------
 
 
-def _throughput(settings: DemoSettings, seconds: float = 2.0) -> dict[str, float]:
-    """Return epochs per second of one VM without a limit, without and with the daemon in turn."""
+def _throughput(settings: DemoSettings, seconds: float = 2.0) -> DemoThroughput:
+    """Measure epochs per second of one VM without a limit, without and with the daemon in turn."""
     rates: dict[bool, list[float]] = {False: [], True: []}
     # No scans: they would occur in some of the compared windows only.
     with start_vm(settings, "free", epochs=0, scan_every=0) as vm:
@@ -178,10 +193,10 @@ def _throughput(settings: DemoSettings, seconds: float = 2.0) -> dict[str, float
                 time.sleep(seconds)
                 done = vm.client.state().doorbells - first
                 rates[with_daemon].append(done / (time.perf_counter() - start))
-    return {
-        "epochs_per_s_without": statistics.median(rates[False]),
-        "epochs_per_s_with": statistics.median(rates[True]),
-    }
+    return DemoThroughput(
+        alone_epochs_per_s=statistics.median(rates[False]),
+        managed_epochs_per_s=statistics.median(rates[True]),
+    )
 
 
 def _picture(settings: DemoSettings, path: Path) -> str | None:
@@ -205,35 +220,42 @@ def _picture(settings: DemoSettings, path: Path) -> str | None:
 # -- under a limit -----------------------------------------------------------------
 
 
-def _limited(settings: DemoSettings, progress: Progress) -> dict[str, typing.Any]:
+def _limited(settings: DemoSettings, progress: Progress) -> LimitedRuns:
     try:
         group = MemoryCgroup.create("demo", limit_bytes=settings.limit_bytes)
     except (CapabilityError, KvmHostError) as error:
         progress.say(f"no memory cgroup here ({error}): the daemon's budget is the limit")
-        return {"cgroup": None, "why": str(error), "with": _with_daemon(settings, None)}
+        return _runs(settings, None, str(error), None, _managed(settings, None))
     with group:
         limit = settings.limit_bytes // _MIB
         progress.say(f"cgroup v{group.version} with a limit of {limit} MiB, without the daemon")
-        without = _without_daemon(settings, group)
+        alone = _alone(settings, group)
         progress.say(f"the same with the daemon, budget {settings.budget_bytes // _MIB} MiB")
-        return {
-            "cgroup": f"v{group.version}",
-            "limit_bytes": settings.limit_bytes,
-            "budget_bytes": settings.budget_bytes,
-            "without": without,
-            "with": _with_daemon(settings, group),
-        }
+        return _runs(settings, f"v{group.version}", "", alone, _managed(settings, group))
 
 
-def _without_daemon(settings: DemoSettings, group: MemoryCgroup) -> dict[str, typing.Any]:
+def _runs(
+    settings: DemoSettings, cgroup: str | None, why: str, alone: KilledRun | None, run: LimitedRun
+) -> LimitedRuns:
+    return LimitedRuns(
+        cgroup=cgroup,
+        why=why,
+        limit_bytes=settings.limit_bytes,
+        budget_bytes=settings.budget_bytes,
+        alone=alone,
+        managed=run,
+    )
+
+
+def _alone(settings: DemoSettings, group: MemoryCgroup) -> KilledRun:
     before = group.oom_kills()
     with start_vm(settings, "doomed", epochs=settings.epochs, group=group) as vm:
         vm.client.resume()
         status = vm.wait_for_end()
-    return {"status": status, "oom_kills": group.oom_kills() - before}
+    return KilledRun(status=status, oom_kills=group.oom_kills() - before)
 
 
-def _with_daemon(settings: DemoSettings, group: MemoryCgroup | None) -> dict[str, typing.Any]:
+def _managed(settings: DemoSettings, group: MemoryCgroup | None) -> LimitedRun:
     before = group.oom_kills() if group else 0
     peak = 0
     with (
@@ -255,73 +277,70 @@ def _with_daemon(settings: DemoSettings, group: MemoryCgroup | None) -> dict[str
         daemon_status = exit_status(daemon, "the daemon")
     pager = report["pager"] or {}
     stored = pager.get("evicted_pages", 0) - pager.get("same_filled_pages", 0)
-    return {
-        "status": report["status"],
-        "seconds": seconds,
-        "epochs_per_s": report["doorbells"] / seconds,
-        "oom_kills": (group.oom_kills() if group else 0) - before,
-        "evictions": pager.get("evictions", 0),
-        "direct_evictions": pager.get("direct_evictions", 0),
-        "fault_ins": pager.get("fault_ins", 0),
-        "refault_ratio": pager.get("fault_ins", 0) / max(1, pager.get("evictions", 0)),
-        "resident_without_bytes": settings.touched_bytes,
-        "resident_peak_bytes": peak,
-        "resident_end_bytes": report["resident_bytes"],
-        "compression_ratio": stored * 4096 / max(1, pager.get("store_bytes", 0)),
-        "same_filled_pages": pager.get("same_filled_pages", 0),
-        "daemon_status": daemon_status,
-    }
+    return LimitedRun(
+        status=report["status"],
+        duration_s=seconds,
+        epochs_per_s=report["doorbells"] / seconds,
+        oom_kills=(group.oom_kills() if group else 0) - before,
+        evictions=pager.get("evictions", 0),
+        direct_evictions=pager.get("direct_evictions", 0),
+        fault_ins=pager.get("fault_ins", 0),
+        refault_ratio=pager.get("fault_ins", 0) / max(1, pager.get("evictions", 0)),
+        touched_bytes=settings.touched_bytes,
+        peak_resident_bytes=peak,
+        resident_bytes=report["resident_bytes"],
+        compression_ratio=stored * 4096 / max(1, pager.get("store_bytes", 0)),
+        same_filled_pages=pager.get("same_filled_pages", 0),
+        daemon_status=daemon_status,
+    )
 
 
 # -- the table -----------------------------------------------------------------------
 
 
-def _all_well(report: dict[str, typing.Any]) -> bool:
-    limited = report["limited"]
-    exact = all(row["precision"] == row["recall"] == 1.0 for row in report["trackers"])
-    kept = not any(limited["with"][key] for key in ("status", "oom_kills", "daemon_status"))
-    killed = limited["cgroup"] is None or limited["without"]["oom_kills"] > 0
-    return exact and kept and killed
+def _as_expected(trackers: Sequence[DemoTracker], limited: LimitedRuns) -> bool:
+    exact = all(row.precision_ratio == row.recall_ratio == 1.0 for row in trackers)
+    kept = limited.managed
+    whole = kept.status == kept.oom_kills == kept.daemon_status == 0
+    killed = limited.alone is None or limited.alone.oom_kills > 0
+    return exact and whole and killed
 
 
-def _show(settings: DemoSettings, report: dict[str, typing.Any]) -> None:
-    limited, kept = report["limited"], report["limited"]["with"]
-    free = report["throughput"]
+def _show(settings: DemoSettings, report: DemoOutput) -> None:
+    limited, kept, free = report.limited, report.limited.managed, report.throughput
     rows: list[tuple[str, str]] = [("engine", settings.engine)]
-    if limited["cgroup"]:
-        killed = "killed by the kernel" if limited["without"]["oom_kills"] else "not killed (!)"
-        rows.append(
-            (f"limit, cgroup {limited['cgroup']}", f"{limited['limit_bytes'] / _MIB:.0f} MiB")
-        )
+    if limited.alone is not None:
+        killed = "killed by the kernel" if limited.alone.oom_kills else "not killed (!)"
+        rows.append((f"limit, cgroup {limited.cgroup}", f"{limited.limit_bytes / _MIB:.0f} MiB"))
         rows.append(("without the daemon", killed))
     else:
-        rows.append(("limit", f"no cgroup: the daemon's budget ({limited['why']})"))
-    ended = "ran to its end, every check passed" if kept["status"] == 0 else "FAILED"
+        rows.append(("limit", f"no cgroup: the daemon's budget ({limited.why})"))
+    ended = "ran to its end, every check passed" if kept.status == 0 else "FAILED"
     rows += [
-        ("with the daemon", f"{ended} (status {kept['status']})"),
-        ("pages evicted", f"{kept['evictions']:,} ({kept['direct_evictions']:,} at the limit)"),
-        ("pages faulted in", f"{kept['fault_ins']:,}"),
-        ("refault ratio", f"{kept['refault_ratio']:.2f}"),
+        ("with the daemon", f"{ended} (status {kept.status})"),
+        ("pages evicted", f"{kept.evictions:,} ({kept.direct_evictions:,} at the limit)"),
+        ("pages faulted in", f"{kept.fault_ins:,}"),
+        ("refault ratio", f"{kept.refault_ratio:.2f}"),
         (
             "resident, without and with",
-            f"{kept['resident_without_bytes'] / _MIB:.0f} MiB, "
-            f"{kept['resident_peak_bytes'] / _MIB:.0f} MiB at most",
+            f"{kept.touched_bytes / _MIB:.0f} MiB, "
+            f"{kept.peak_resident_bytes / _MIB:.0f} MiB at most",
         ),
-        ("compression ratio", f"{kept['compression_ratio']:.1f}"),
+        ("compression ratio", f"{kept.compression_ratio:.1f}"),
         (
             "epochs/s, no limit",
-            f"{free['epochs_per_s_without']:.0f} without the daemon, "
-            f"{free['epochs_per_s_with']:.0f} with a harvest a second",
+            f"{free.alone_epochs_per_s:.0f} without the daemon, "
+            f"{free.managed_epochs_per_s:.0f} with a harvest a second",
         ),
     ]
-    for row in report["trackers"]:
+    for row in report.trackers:
         rows.append(
             (
-                f"tracker {row['tracker']}",
-                f"precision {row['precision']:.4f}, recall {row['recall']:.4f}, "
-                f"harvest {row['harvest_ns_per_page']:.1f} ns a page",
+                f"tracker {row.tracker}",
+                f"precision {row.precision_ratio:.4f}, recall {row.recall_ratio:.4f}, "
+                f"harvest {row.harvest_ns_per_page:.1f} ns a page",
             )
         )
     show_table("kvmhost demo", rows)
-    print("all as it should be" if report["ok"] else "NOT as it should be: see the table")
-    print(f"heatmap: {report['heatmap'] or 'not drawn; ' + install_hint('plot')}")
+    print("all as it should be" if report.ok else "NOT as it should be: see the table")
+    print(f"heatmap: {report.heatmap or 'not drawn; ' + install_hint('plot')}")

@@ -16,7 +16,7 @@ import msgspec
 from kvmhost.decoding import json_value
 from kvmhost.errors import KvmHostError, fields_of
 
-__all__ = ["ErrorOutput", "Failure", "Output", "emit", "emit_error"]
+__all__ = ["ErrorOutput", "Failure", "Output", "emit", "emit_error", "line_of"]
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,9 +53,13 @@ def emit(output: msgspec.Struct) -> None:
 
     The line is written in one piece, so that lines of several threads do not mix.
     """
+    sys.stdout.write(line_of(output) + "\n")
+
+
+def line_of(output: msgspec.Struct) -> str:
+    """Return one structure as a line, without its end."""
     # ASCII, because the terminal's filter would replace control characters in a string.
-    text = json.dumps(msgspec.to_builtins(output), allow_nan=False)
-    sys.stdout.write(text + "\n")
+    return json.dumps(msgspec.to_builtins(output), allow_nan=False)
 
 
 def emit_error(error: BaseException, message: str, exit_code: int) -> None:

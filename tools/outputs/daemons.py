@@ -1,12 +1,21 @@
-"""Outputs of the commands that tell what a daemon knows: pages and generations."""
+"""Outputs of a daemon, and of the commands that tell what it knows: pages and generations."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from kvmhost.control.schema import Page
 from kvmhost.reclaim.control.schema import PageAnswer
 from kvmhost.tools.outputs.base import Output
 
-__all__ = ["EvictedOutput", "GenerationsOutput", "PageOutput"]
+__all__ = [
+    "EventKind",
+    "EventOutput",
+    "EvictedOutput",
+    "GenerationsOutput",
+    "PageOutput",
+    "PassRow",
+]
 
 
 class PageOutput(Output, frozen=True, kw_only=True):
@@ -58,3 +67,60 @@ class EvictedOutput(Output, frozen=True, kw_only=True):
 
     evicted_pages: int
     """pages that the commands evicted"""
+
+
+class PassRow(Output, frozen=True, kw_only=True):
+    """Measurements and actions of one pass."""
+
+    number: int
+    """number of the VM's pass, counted from 1"""
+    resident_bytes: int
+    """resident guest memory after the pass"""
+    n_young: int
+    """young pages"""
+    generations: list[tuple[int, int]]
+    """sequence number and resident pages of each generation, the oldest first"""
+    wanted_pages: int
+    """pages that were to be evicted"""
+    outcomes: dict[str, int]
+    """what became of them; done is evicted, or in a dry run would be"""
+    why: str
+    """why they were, by name; empty if none were"""
+    forced_pages: int
+    """pages evicted by the VM's own choice, because the policy protected the rest"""
+    refaulted_pages: int
+    """evicted pages that became resident since the last pass"""
+    harvest_ns_per_page: float
+    """scan and re-arming, measured in the VM"""
+    duration_ms: float
+    """length of the pass"""
+    busy_ms: float
+    """processor time of the daemon in it"""
+    holding: bool
+    """whether the daemon holds back, because evicted pages refault"""
+    dry_run: bool
+    """whether nothing was evicted, because of --dry-run"""
+    notes: list[str]
+    """what the pass changed, in words"""
+
+
+EventKind = Literal["pass", "dropped", "notice", "log"]
+
+
+class EventOutput(Output, frozen=True, kw_only=True):
+    """One event of the daemon's log."""
+
+    event: EventKind
+    """a pass; a VM is no longer managed; about the whole daemon; a message of the program"""
+    time_s: float
+    """wall clock, since 1970"""
+    vm: str
+    """the VM; empty if it is about no particular one"""
+    text: str
+    """the event in words, as a line of the log without --json has it"""
+    failed: bool
+    """whether something failed; the daemon continues"""
+    level: str
+    """of a message of the program: debug, info, warning, error or critical; else empty"""
+    report: PassRow | None
+    """of a pass; else null"""

@@ -39,12 +39,13 @@ _UNITS = {
     "fraction": "0 to 1",
     "ratio": "1",
     "percent": "%",
-    "minute": "per minute",
-    "second": "per second",
     "gfn": "gfn",
     "gpa": "address",
     "hva": "address",
 }
+
+#: Units that are shown with what they are per; a share or a number is only "per minute".
+_OF_RATES = {"bytes", "MiB", "s", "ms", "ns", "%"}
 
 #: Numbers of what the key names.
 _COUNTS = {
@@ -55,12 +56,15 @@ _COUNTS = {
     "exits",
     "faults",
     "fills",
+    "kills",
     "harvests",
     "pieces",
     "promotions",
     "records",
+    "rounds",
     "refaults",
     "samples",
+    "sweeps",
     "touches",
     "vcpus",
     "waits",
@@ -81,6 +85,7 @@ DIMENSIONLESS = {
     "last_young_window",
     "action_pass",
     "errno",
+    "daemon_status",
     "exit_code",
     "number",
     "pause_number",
@@ -131,6 +136,11 @@ def unit_of(name: str, kind: str) -> str:
         return name.removeprefix("n_").replace("_", " ")
     if name.startswith("gfn"):
         return "gfn"
+    if "_per_" in name:
+        head, _, per = name.partition("_per_")
+        unit = _UNITS.get(head.rpartition("_")[2], "")
+        per = _UNITS.get(per, per.replace("_", " "))
+        return f"{unit} per {per}" if unit in _OF_RATES else f"per {per}"
     last = name.rpartition("_")[2]
     if last in _COUNTS:
         return last

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import msgspec
 
 from kvmhost.tools.outputs.base import ErrorOutput
 from kvmhost.tools.outputs.describe import Row, rows_of
-from kvmhost.tools.outputs.registry import OUTPUTS, REPORTS, WITHOUT_JSON
+from kvmhost.tools.outputs.registry import OUTPUTS, WITHOUT_JSON
 
 __all__ = ["page", "parse"]
 
@@ -21,18 +21,21 @@ _HEAD = """\
 
 Every command that a program may read has `--json`. Its output is the same object every time:
 the keys do not depend on arguments, every key is there, and what does not apply is null or
-empty. (Benchmarks and other reports, listed at the end, have no fixed shape.) Each object is
-one line in ASCII; a command prints one, or one per event where its section says so. Numbers
-have their unit in the name of the key. Keys may be added in later versions; a key that is there
-keeps its meaning.
+empty. Each object is one line in ASCII; a command prints one, or one per event where its section
+says so. Numbers have their unit in the name of the key. Keys may be added in later versions; a
+key that is there keeps its meaning.
+
+Measurements (`bench`, `accuracy`, `demo`) begin with `version` and `host`; a benchmark adds its
+name (`benchmark`) and its `parameters`. Their times are medians over the rounds where nothing
+else is said, and a ratio `a_of_b` is a divided by b, which took turns in one run.
 
 In the tables, `a.b` is key `b` of the object `a`, `a[].b` is key `b` of each object in the
 array `a`, and `a.*` stands for keys that are names, such as those of parameters. A `pair` is an
 array of two integers, a `scalar` a number or a string.
 
 `tools/outputs/` has the structures, and this page is made from them
-(`python -m kvmhost.tools.outputs.page`). `tests/tools/test_json.py` runs the commands and
-compares what they print with the tables, key by key. The control sockets' own messages are in
+(`python -m kvmhost.tools.outputs.page`). Tests run the commands and compare
+what they print with the tables, key by key. The control sockets' own messages are in
 [control.md](control.md) and [reclaimd.md](reclaimd.md).
 """
 
@@ -71,13 +74,8 @@ def _table(structure: type[msgspec.Struct]) -> Iterator[str]:
 
 
 def _without() -> Iterator[str]:
-    yield from _listed("## Reports without a fixed shape", "what it prints", REPORTS)
-    yield from _listed("## Commands without --json", "why", WITHOUT_JSON)
-
-
-def _listed(heading: str, column: str, rows: Mapping[str, str]) -> Iterator[str]:
-    yield from (heading, "", f"| command | {column} |", "|---|---|")
-    for command, text in sorted(rows.items()):
+    yield from ("## Commands without --json", "", "| command | why |", "|---|---|")
+    for command, text in sorted(WITHOUT_JSON.items()):
         yield f"| `kvmhost {command}` | {text} |"
     yield ""
 

@@ -7,10 +7,19 @@ import dataclasses
 import msgspec
 
 from kvmhost.control import schema
-from kvmhost.tools.bench import SUBCOMMANDS
-from kvmhost.tools.outputs import daemons, host, lab, records, vms, young
+from kvmhost.tools.outputs import (
+    accuracy,
+    bench,
+    benchparts,
+    daemons,
+    host,
+    lab,
+    records,
+    vms,
+    young,
+)
 
-__all__ = ["OUTPUTS", "REPORTS", "WITHOUT_JSON", "Shape"]
+__all__ = ["OUTPUTS", "WITHOUT_JSON", "Shape"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +35,20 @@ class Shape:
 
 #: By command.
 OUTPUTS = {
+    "accuracy": Shape(accuracy.AccuracyOutput),
+    "bench exits": Shape(bench.ExitsOutput),
+    "bench harvest": Shape(bench.HarvestOutput),
+    "bench mmu": Shape(benchparts.MmuOutput),
+    "bench pager": Shape(benchparts.PagerOutput),
+    "bench reclaim": Shape(benchparts.ReclaimOutput),
+    "bench sampling": Shape(bench.SamplingOutput),
+    "bench snapshot": Shape(bench.SnapshotBenchOutput),
+    "bench start": Shape(bench.StartOutput),
+    "bench trackers": Shape(bench.TrackersOutput),
+    "bench views": Shape(bench.ViewsOutput),
+    "bench walk": Shape(bench.WalkOutput),
+    "bench young": Shape(bench.YoungOutput),
+    "demo": Shape(accuracy.DemoOutput),
     "doctor": Shape(host.DoctorOutput),
     "guests": Shape(host.GuestsOutput),
     "run": Shape(host.RunReport),
@@ -39,6 +62,7 @@ OUTPUTS = {
     "lru_gen run": Shape(daemons.EvictedOutput),
     "lru_gen show": Shape(daemons.GenerationsOutput),
     "page": Shape(daemons.PageOutput),
+    "reclaimd": Shape(daemons.EventOutput, per="event"),
     "snapshot": Shape(vms.SnapshotOutput),
     "young ages": Shape(young.AgesOutput),
     "young compare": Shape(records.CompareOutput),
@@ -53,17 +77,6 @@ OUTPUTS = {
     "young stat": Shape(records.StatOutput),
     "young whatif": Shape(records.WhatifOutput),
     "young wss": Shape(young.WorkingSetOutput),
-}
-
-#: Commands whose ``--json`` is not described yet, and what it is.
-REPORTS = {
-    "accuracy": "one object: precision, recall, cost and throughput by workload and tracker",
-    "demo": "one object: what the demonstration measured, and `ok`",
-    "reclaimd": "JSON lines, one per event of the log; `event` is pass, dropped, notice or log",
-    **{
-        f"bench {name}": "one object: figures of the benchmark, which change with what it measures"
-        for name in SUBCOMMANDS
-    },
 }
 
 #: Commands without ``--json``, and why.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import typing
 
 import pytest
+from json_page import checked
 from waiting import DEADLINE_S
 
 from kvmhost.engine.kvm import KvmEngine
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.tools.bench import exits
+from kvmhost.tools.outputs.bench import MethodName
 
 pytestmark = [pytest.mark.requires_kvm, pytest.mark.requires_cap("COALESCED_PIO")]
 
@@ -20,9 +23,15 @@ PORT, COUNT = 0x600, 400
 def test_every_way_is_measured() -> None:
     # Each way checks by itself that it saw as many writes as the guest made.
     result = exits.run(count=COUNT, rounds=1)
-    ways = {"minimal C loop", "C run loop", "Python device", "ioeventfd", "coalesced"}
-    assert set(result["ns_per_exit"]) == ways
-    assert all(ns > 0 for ns in result["ns_per_exit"].values())
+    assert [row.method for row in result.methods] == list(typing.get_args(MethodName))
+    assert all(row.ns_per_exit > 0 for row in result.methods)
+    assert result.methods[0].of_minimal_ratio == 1
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exits.main(["--exits", "200", "--rounds", "1", "--json"]) == 0
+    (found,) = checked("bench exits", capsys.readouterr().out)
+    assert found["parameters"] == {"exits": 200, "rounds": 1}
 
 
 @pytest.mark.requires_cap("IOEVENTFD")

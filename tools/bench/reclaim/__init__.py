@@ -15,13 +15,14 @@ Each of the four parts is a comparison within one run:
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from kvmhost.errors import LayoutError
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.reclaim.workloads import BUDGETS, WORKLOADS
+from kvmhost.tools.measured import bench_head
+from kvmhost.tools.outputs.base import emit
+from kvmhost.tools.outputs.benchparts import ReclaimOutput, ReclaimParameters
 from kvmhost.tools.parser import CommandParser
 from kvmhost.tools.vocabulary import add_option, listing, one_of
 
@@ -40,23 +41,31 @@ def run(
     budgets: Sequence[float] = BUDGETS,
     cost_mem_bytes: int = 1 << 30,
     tell: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Run parts and return their rows by part.
+) -> ReclaimOutput:
+    """Run parts.
 
     :raises CapabilityError: for all parts but ``trace``, without /dev/kvm
     """
     from kvmhost.tools.bench.reclaim import guests, rows, trace
 
-    report: dict[str, Any] = {}
-    if "trace" in parts:
-        report["trace"] = trace.run(workloads, pages, windows, budgets, tell)
-    if "guests" in parts:
-        report["guests"] = guests.run(workloads, pages * 2, duration_s, budgets, tell)
-    if "cost" in parts:
-        report["cost"] = guests.cost(cost_mem_bytes, duration_s * 2, tell)
-    if "rows" in parts:
-        report["rows"] = rows.run(pages * 2, tell)
-    return report
+    parameters = ReclaimParameters(
+        parts=list(parts),
+        workloads=list(workloads),
+        n_pages=pages,
+        n_windows=windows,
+        duration_s=duration_s,
+        mem_bytes=cost_mem_bytes,
+    )
+    return ReclaimOutput(
+        **bench_head("reclaim"),
+        parameters=parameters,
+        trace=trace.run(workloads, pages, windows, budgets, tell) if "trace" in parts else [],
+        guests=guests.run(workloads, pages * 2, duration_s, budgets, tell)
+        if "guests" in parts
+        else [],
+        cost=guests.cost(cost_mem_bytes, duration_s * 2, tell) if "cost" in parts else [],
+        rows=rows.run(pages * 2, tell) if "rows" in parts else [],
+    )
 
 
 def parser() -> CommandParser:
@@ -82,7 +91,9 @@ def parser() -> CommandParser:
     add_option(parser, "--count", default=200, help="windows of a trace")
     add_option(parser, "--duration", default="3s")
     add_option(parser, "--json")
-    add_option(parser, "--out", metavar="FILE.png", help="draw part rows into this file")
+    add_option(
+        parser, "--out", metavar="FILE.png", help="draw parts trace and guests into this file"
+    )
     return parser
 
 
@@ -92,8 +103,8 @@ def main(argv: Sequence[str]) -> int:
 
     options = parser().parse_args(argv)
     if options.out is not None:
-        if "rows" not in options.part:
-            raise LayoutError("--out draws part rows, which --part leaves out")
+        if not {"trace", "guests"} & set(options.part):
+            raise LayoutError("--out draws parts trace and guests, which --part leaves out")
         show.need_file(options.out)
     report = run(
         options.part,
@@ -103,7 +114,10 @@ def main(argv: Sequence[str]) -> int:
         duration_s=options.duration,
         tell=show.progress,
     )
-    print(json.dumps(report, indent=2) if options.json else show.tables(report))
+    if options.json:
+        emit(report)
+    else:
+        print(show.tables(report))
     if options.out is not None:
         show.plot(report, options.out)
     return 0

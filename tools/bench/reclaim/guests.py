@@ -6,8 +6,7 @@ import contextlib
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
@@ -15,8 +14,9 @@ from kvmhost.reclaim.policy.base import Policy
 from kvmhost.reclaim.policy.belady import belady
 from kvmhost.reclaim.policy.registry import create
 from kvmhost.signals import start_threads
-from kvmhost.tools.bench.reclaim.inprocess import Reclaimer, check
+from kvmhost.tools.bench.reclaim.inprocess import Pass, Reclaimer, check
 from kvmhost.tools.bench.reclaim.workloads import WORKLOADS, guest_params
+from kvmhost.tools.outputs.benchparts import CostRow, LimitedGuestRow
 from kvmhost.units import PAGE_BYTES
 
 __all__ = ["POLICIES", "booted", "cost", "run"]
@@ -37,7 +37,7 @@ def run(
     seconds: float,
     budgets: Sequence[float],
     tell: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> list[LimitedGuestRow]:
     """Run workloads as guests; return one row per workload, budget and policy.
 
     :raises CapabilityError: without /dev/kvm
@@ -74,7 +74,7 @@ def _params(name: str, pages: int) -> list[dict[str, int]]:
     return found
 
 
-def _measure(name: str, policy: str, pages: int, seconds: float, budget: float) -> dict[str, Any]:
+def _measure(name: str, policy: str, pages: int, seconds: float, budget: float) -> LimitedGuestRow:
     """Run the same guests twice, without and with a limit, in alternating segments."""
     interval_s = _INTERVAL_S if name in _FITS else _SHORT_INTERVAL_S
     with contextlib.ExitStack() as stack:
@@ -98,22 +98,22 @@ def _measure(name: str, policy: str, pages: int, seconds: float, budget: float) 
         ]
         epochs = sum(r.machine.doorbells for r in limited) - start[1]
         passes = [done for r in limited for done in r.passes]
-        return {
-            "workload": name,
-            "policy": policy,
-            "budget": budget,
-            "touched_pages": sum(touched),
-            "throughput_of_no_limit": statistics.median(with_ / none for none, with_ in pairs),
-            "epochs_per_s": statistics.median(with_ for _, with_ in pairs),
-            "faults_in_per_epoch": (_fault_ins(limited) - start[0]) / max(epochs, 1),
-            "refaulted_pages": sum(r.refaulted_pages for r in limited),
+        return LimitedGuestRow(
+            workload=name,
+            policy=policy,
+            budget_share=budget,
+            touched_pages=sum(touched),
+            throughput_of_no_limit_ratio=statistics.median(with_ / none for none, with_ in pairs),
+            epochs_per_s=statistics.median(with_ for _, with_ in pairs),
+            fault_ins_per_epoch=(_fault_ins(limited) - start[0]) / max(epochs, 1),
+            refaulted_pages=sum(r.refaulted_pages for r in limited),
             # The policy with two lists harvests nothing that could be replayed.
-            "belady_refaults": None
+            belady_refaults=None
             if policy == "classic"
             else sum(belady(r.windows(), r.n_pages, r.budget_pages).refaults for r in limited),
-            "wrong_evictions": sum(r.wrong_evictions for r in limited),
-            "busy_ms_per_pass": sum(done.busy_ns for done in passes) / len(passes) / 1e6,
-        }
+            wrong_evictions=sum(r.wrong_evictions for r in limited),
+            busy_ms_per_pass=sum(done.busy_ns for done in passes) / len(passes) / 1e6,
+        )
 
 
 def _make(name: str, n_pages: int) -> Policy:
@@ -172,7 +172,7 @@ def _segment(reclaimers: Sequence[Reclaimer], seconds: float, interval_s: float)
     return rate
 
 
-def cost(mem_bytes: int, seconds: float, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def cost(mem_bytes: int, seconds: float, tell: Callable[[str], None]) -> list[CostRow]:
     """Return the cost of one pass per second for a large guest in steady state."""
     pages = (mem_bytes - _EXTRA_BYTES) // PAGE_BYTES - 4096
     params = guest_params(lambda p: {"hot": p // 4, "cold": 16}, pages)
@@ -188,21 +188,19 @@ def cost(mem_bytes: int, seconds: float, tell: Callable[[str], None]) -> list[di
             settled = len(reclaimer.passes)
             _segment([reclaimer], seconds, _INTERVAL_S)
             passes = reclaimer.passes[settled:]
-            gib = whole.n_pages * PAGE_BYTES / 2**30
-            busy_ns = sum(one.busy_ns for one in passes) / len(passes)
-            rows.append(
-                {
-                    "policy": policy,
-                    "guest_gib": gib,
-                    "busy_percent_per_gib": busy_ns / 1e7 / gib,
-                    "policy_percent_per_gib": sum(one.policy_ns for one in passes)
-                    / len(passes)
-                    / 1e7
-                    / gib,
-                    "harvest_percent_per_gib": sum(one.harvest_ns for one in passes)
-                    / len(passes)
-                    / 1e7
-                    / gib,
-                }
-            )
+            rows.append(_cost_row(policy, whole.n_pages * PAGE_BYTES / 2**30, passes))
     return rows
+
+
+def _cost_row(policy: str, gib: float, passes: Sequence[Pass]) -> CostRow:
+    def percent(times_ns: Iterable[int]) -> float:
+        """Return the mean of times in passes of a second, as % of a core per GiB."""
+        return statistics.fmean(times_ns) / 1e7 / gib
+
+    return CostRow(
+        policy=policy,
+        guest_gib=gib,
+        busy_percent_per_gib=percent(one.busy_ns for one in passes),
+        policy_percent_per_gib=percent(one.policy_ns for one in passes),
+        harvest_percent_per_gib=percent(one.harvest_ns for one in passes),
+    )

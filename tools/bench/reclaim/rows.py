@@ -14,7 +14,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from kvmhost.reclaim.policy.lru_gen import Caps, LruGen
 from kvmhost.tools.bench.reclaim.guests import booted
 from kvmhost.tools.bench.reclaim.inprocess import Reclaimer
 from kvmhost.tools.bench.reclaim.workloads import guest_params
+from kvmhost.tools.outputs.benchparts import SecondPassRow
 
 __all__ = ["run"]
 
@@ -49,7 +49,7 @@ class _PageByPage(Reclaimer):
         return self.clear_young(resident if mask is None else resident & mask)
 
 
-def run(pages: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def run(pages: int, tell: Callable[[str], None]) -> list[SecondPassRow]:
     """Return one row per method of aging, with the ratio to the batched method.
 
     :raises CapabilityError: without /dev/kvm
@@ -70,12 +70,12 @@ def run(pages: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
             faults[name].append(came)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return [
-        {
-            "way": name,
-            "second_pass_s": medians[name],
-            "of_batched": medians[name] / medians["batched, no lock"],
-            "faulted_in": statistics.median(faults[name]),
-        }
+        SecondPassRow(
+            aging=name,
+            second_pass_s=medians[name],
+            of_batched_ratio=medians[name] / medians["batched, no lock"],
+            fault_ins=round(statistics.median(faults[name])),
+        )
         for name in ways
     ]
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvmhost.files import check_target, replacing
+from kvmhost.tools.outputs.benchparts import LimitedGuestRow, ReclaimOutput, TraceRow
 from kvmhost.tools.terminal import unfiltered
 
 __all__ = ["need_file", "plot", "progress", "tables"]
-
-Row = Mapping[str, Any]
 
 
 def progress(text: str) -> None:
@@ -33,71 +32,72 @@ def need_file(path: Path) -> None:
     check_target(path)
 
 
-def tables(report: Mapping[str, Sequence[Row]]) -> str:
+def tables(report: ReclaimOutput) -> str:
     """Return every part as a table."""
     progress("")
     shown = []
-    if "trace" in report:
+    if report.trace:
         shown.append("trace: refaults, as multiples of Belady's; wrong evictions in brackets")
-        shown.append(_trace_table(report["trace"]))
-    if "guests" in report:
+        shown.append(_trace_table(report.trace))
+    if report.guests:
         shown.append(
             "guests: throughput of that without limit; faults an epoch; pages that came back, of "
             "those Belady's optimum needs in the recorded windows; processor time a pass"
         )
-        shown.append(_guests_table(report["guests"]))
-    if "cost" in report:
+        shown.append(_guests_table(report.guests))
+    if report.cost:
         shown.append("cost of one pass a second, percent of a core a GiB of guest")
         shown.append(
             _table(
                 ("policy", "GiB", "all", "policy", "harvest"),
                 (
                     (
-                        row["policy"],
-                        f"{row['guest_gib']:.2f}",
-                        f"{row['busy_percent_per_gib']:.2f}",
-                        f"{row['policy_percent_per_gib']:.2f}",
-                        f"{row['harvest_percent_per_gib']:.2f}",
+                        row.policy,
+                        f"{row.guest_gib:.2f}",
+                        f"{row.busy_percent_per_gib:.2f}",
+                        f"{row.policy_percent_per_gib:.2f}",
+                        f"{row.harvest_percent_per_gib:.2f}",
                     )
-                    for row in report["cost"]
+                    for row in report.cost
                 ),
             )
         )
-    if "rows" in report:
+    if report.rows:
         shown.append("second pass over memory under a limit of half of it")
         shown.append(
             _table(
                 ("aging", "seconds", "of batched", "faulted in"),
                 (
                     (
-                        row["way"],
-                        f"{row['second_pass_s']:.3f}",
-                        f"{row['of_batched']:.2f}",
-                        f"{row['faulted_in']:,.0f}",
+                        row.aging,
+                        f"{row.second_pass_s:.3f}",
+                        f"{row.of_batched_ratio:.2f}",
+                        f"{row.fault_ins:,.0f}",
                     )
-                    for row in report["rows"]
+                    for row in report.rows
                 ),
             )
         )
     return "\n".join(shown)
 
 
-def _trace_table(rows: Sequence[Row]) -> str:
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    by_case: dict[tuple[str, float], dict[str, Row]] = {}
+def _trace_table(rows: Sequence[TraceRow]) -> str:
+    policies = list(dict.fromkeys(row.policy for row in rows))
+    by_case: dict[tuple[str, float], dict[str, TraceRow]] = {}
     for row in rows:
-        by_case.setdefault((row["workload"], row["budget"]), {})[row["policy"]] = row
+        by_case.setdefault((row.workload, row.budget_share), {})[row.policy] = row
     lines = []
     for (workload, budget), found in by_case.items():
-        cells = [f"{found['belady']['refaults']:,}"]
+        cells = [f"{found['belady'].refaults:,}"]
         cells += [
-            f"{found[p]['of_belady']:.2f} ({found[p]['wrong_evictions']:,})" for p in policies[1:]
+            f"{found[p].refaults_of_belady_ratio:.2f} ({found[p].wrong_evictions:,})"
+            for p in policies[1:]
         ]
         lines.append((workload, f"{budget:.0%}", *cells))
     return _table(("workload", "budget", *policies), lines)
 
 
-def _guests_table(rows: Sequence[Row]) -> str:
+def _guests_table(rows: Sequence[LimitedGuestRow]) -> str:
     return _table(
         (
             "workload",
@@ -112,15 +112,15 @@ def _guests_table(rows: Sequence[Row]) -> str:
         ),
         (
             (
-                row["workload"],
-                f"{row['budget']:.0%}",
-                row["policy"],
-                f"{row['throughput_of_no_limit']:.3f}",
-                f"{row['faults_in_per_epoch']:.1f}",
-                f"{row['refaulted_pages']:,}",
-                "-" if row["belady_refaults"] is None else f"{row['belady_refaults']:,}",
-                f"{row['wrong_evictions']:,}",
-                f"{row['busy_ms_per_pass']:.1f}",
+                row.workload,
+                f"{row.budget_share:.0%}",
+                row.policy,
+                f"{row.throughput_of_no_limit_ratio:.3f}",
+                f"{row.fault_ins_per_epoch:.1f}",
+                f"{row.refaulted_pages:,}",
+                "-" if row.belady_refaults is None else f"{row.belady_refaults:,}",
+                f"{row.wrong_evictions:,}",
+                f"{row.busy_ms_per_pass:.1f}",
             )
             for row in rows
         ),
@@ -134,40 +134,45 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def plot(report: Mapping[str, Sequence[Row]], path: Path) -> None:
+def plot(report: ReclaimOutput, path: Path) -> None:
     """Plot refaults as multiples of Belady's, and throughput if guests were run."""
     from matplotlib.figure import Figure
 
-    parts = [part for part in ("trace", "guests") if part in report]
-    figure = Figure(figsize=(11, 4.2 * len(parts)), layout="constrained")
-    axes = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
-    for axis, part in zip(axes, parts, strict=True):
-        # The ranking is meaningful only for stationary traces; elsewhere it is off the scale.
-        rows = [row for row in report[part] if row["policy"] not in ("belady", "ranking")]
-        value = "of_belady" if part == "trace" else "throughput_of_no_limit"
-        _bars(axis, rows, value)
-        if part == "trace":
-            axis.axhline(1, color="black", linewidth=1)
-            axis.set(ylabel="refaults of Belady's", title="trace: refaults, lower is better")
-        else:
-            axis.set(ylabel="of no limit", title="guests: throughput, higher is better")
+    # The ranking is meaningful only for stationary traces; elsewhere it is off the scale.
+    trace = [
+        (row.workload, row.budget_share, row.policy, row.refaults_of_belady_ratio)
+        for row in report.trace
+        if row.policy not in ("belady", "ranking")
+    ]
+    guests = [
+        (row.workload, row.budget_share, row.policy, row.throughput_of_no_limit_ratio)
+        for row in report.guests
+    ]
+    n_parts = bool(trace) + bool(guests)
+    figure = Figure(figsize=(11, 4.2 * n_parts), layout="constrained")
+    axes = figure.subplots(n_parts, 1, squeeze=False)[:, 0]
+    if trace:
+        _bars(axes[0], trace)
+        axes[0].axhline(1, color="black", linewidth=1)
+        axes[0].set(ylabel="refaults of Belady's", title="trace: refaults, lower is better")
+    if guests:
+        _bars(axes[-1], guests)
+        axes[-1].set(ylabel="of no limit", title="guests: throughput, higher is better")
     axes[0].legend(fontsize="small", ncols=6, loc="upper left")
     with replacing(path, mode=0o666) as file:
         figure.savefig(file, format=path.suffix[1:] or "png", dpi=110)
 
 
-def _bars(axis: Any, rows: Sequence[Row], value: str) -> None:
-    cases = list(dict.fromkeys((row["workload"], row["budget"]) for row in rows))
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
+def _bars(axis: Any, rows: Sequence[tuple[str, float, str, float]]) -> None:
+    """Draw (workload, budget, policy, value) as one bar per policy."""
+    cases = list(dict.fromkeys((workload, budget) for workload, budget, _, _ in rows))
+    policies = list(dict.fromkeys(policy for _, _, policy, _ in rows))
     width = 0.84 / len(policies)
     for number, policy in enumerate(policies):
-        places, heights = [], []
-        for row in rows:
-            if row["policy"] == policy:
-                place = cases.index((row["workload"], row["budget"]))
-                places.append(place + (number - len(policies) / 2 + 0.5) * width)
-                heights.append(row[value])
-        axis.bar(places, heights, width, label=policy)
+        of_policy = [row for row in rows if row[2] == policy]
+        offset = (number - len(policies) / 2 + 0.5) * width
+        places = [cases.index((workload, budget)) + offset for workload, budget, _, _ in of_policy]
+        axis.bar(places, [value for *_, value in of_policy], width, label=policy)
     labels = [f"{workload.replace('-', '-' + chr(10))}\n{budget:.0%}" for workload, budget in cases]
     axis.set_xticks(range(len(cases)), labels, fontsize=7)
     axis.set_xlim(-0.6, len(cases) - 0.4)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from kvmhost.reclaim.policy.lru_gen import LruGen
 from kvmhost.reclaim.policy.registry import create
 from kvmhost.reclaim.policy.replay import ReplayResult, replay
 from kvmhost.tools.bench.reclaim.workloads import WORKLOADS, guest_params
+from kvmhost.tools.outputs.benchparts import TraceRow
 
 __all__ = ["Ranking", "run", "windows_of"]
 
@@ -88,7 +87,7 @@ def run(
     windows: int,
     budgets: Sequence[float],
     tell: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> list[TraceRow]:
     """Replay every workload under every budget; return one row per policy.
 
     If there are several guests, each has a policy instance and a share of the budget; rows
@@ -102,13 +101,11 @@ def run(
         for budget in budgets:
             tell(f"trace {name}, budget {budget:.0%}")
             budget_pages = int(share * budget)
-            best = _sum([belady(trace, share, budget_pages) for trace in traces])
-            rows.append({"workload": name, "budget": budget, "policy": "belady", **best})
+            results = {"belady": [belady(trace, share, budget_pages) for trace in traces]}
             for policy, make in _POLICIES.items():
-                got = _sum([replay(t, make(share, t), budget_pages) for t in traces])
-                rows.append({"workload": name, "budget": budget, "policy": policy, **got})
-            for row in rows[-len(_POLICIES) - 1 :]:
-                row["of_belady"] = row["refaults"] / max(best["refaults"], 1)
+                results[policy] = [replay(t, make(share, t), budget_pages) for t in traces]
+            best = sum(result.refaults for result in results["belady"])
+            rows += [_sum(name, budget, policy, got, best) for policy, got in results.items()]
     return rows
 
 
@@ -123,18 +120,21 @@ def windows_of(params: Mapping[str, int], windows: int) -> Trace:
     return trace
 
 
-def _sum(results: Sequence[ReplayResult]) -> dict[str, Any]:
-    def total(name: str) -> int:
-        return functools.reduce(lambda so_far, r: so_far + int(getattr(r, name)), results, 0)
-
-    windows = results[0].windows
-    return {
-        "touches": total("touches"),
-        "refaults": total("refaults"),
-        "evictions": total("evictions"),
-        "wrong_evictions": total("wrong_evictions"),
-        "forced_evictions": total("forced_evictions"),
-        "swept_pages": total("planned_pages"),
-        "probed_pages": total("probed_pages"),
-        "policy_ms_per_window": total("policy_ns") / windows / 1e6,
-    }
+def _sum(
+    workload: str, budget: float, policy: str, results: Sequence[ReplayResult], belady_refaults: int
+) -> TraceRow:
+    refaults = sum(result.refaults for result in results)
+    return TraceRow(
+        workload=workload,
+        budget_share=budget,
+        policy=policy,
+        touches=sum(result.touches for result in results),
+        refaults=refaults,
+        refaults_of_belady_ratio=refaults / max(belady_refaults, 1),
+        evictions=sum(result.evictions for result in results),
+        wrong_evictions=sum(result.wrong_evictions for result in results),
+        forced_evictions=sum(result.forced_evictions for result in results),
+        swept_pages=sum(result.planned_pages for result in results),
+        probed_pages=sum(result.probed_pages for result in results),
+        policy_ms_per_window=sum(result.policy_ns for result in results) / results[0].windows / 1e6,
+    )

@@ -125,7 +125,7 @@ def test_the_command_of_the_documentation_prints_its_rows():
         cwd=DOCS.parent.parent,
     )
     rows = json.loads(done.stdout)["trace"]
-    found = {(row["budget"], row["policy"]): row["refaults"] for row in rows}
+    found = {(row["budget_share"], row["policy"]): row["refaults"] for row in rows}
     for budget in (0.75, 0.5, 0.25):
         assert found[budget, "belady"] <= min(n for (b, _), n in found.items() if b == budget)
     assert found[0.5, "lru_gen"] < found[0.5, "random"]
