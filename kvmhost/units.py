@@ -45,6 +45,8 @@ __all__ = [
 #: A page of guest memory, and of the x86 host.
 PAGE_SHIFT = 12
 PAGE_BYTES = 1 << PAGE_SHIFT
+#: A huge page: what one entry of a level-2 table maps.
+HUGE_PAGE_BYTES = 2 << 20
 
 #: The largest size, time and share that are accepted.
 MAX_BYTES = 1 << 52

@@ -143,6 +143,18 @@ static bool on_outside(void *uc, int type, uint64_t gpa, int size, int64_t value
 	return false;
 }
 
+static bool on_protected(void *uc, int type, uint64_t gpa, int size, int64_t value, void *user)
+{
+	struct kh_emu *emu = user;
+
+	(void)value;
+	if (emu->reason == KH_EMU_NONE)
+		emu->type = type;
+	stop(uc, emu, KH_EMU_PROTECTED, gpa, size);
+	/* Not handled: the instruction ends without effect. */
+	return false;
+}
+
 uint64_t kh_emu_hook(int which)
 {
 	switch (which) {
@@ -164,6 +176,8 @@ uint64_t kh_emu_hook(int which)
 		return (uintptr_t)on_syscall;
 	case KH_EMU_HOOK_OUTSIDE:
 		return (uintptr_t)on_outside;
+	case KH_EMU_HOOK_PROTECTED:
+		return (uintptr_t)on_protected;
 	}
 	return 0;
 }

@@ -19,6 +19,7 @@
 #define KH_EMU_UNFORESEEN 4	/* a port instruction that the scan did not find */
 #define KH_EMU_EXCEPTION 5	/* address is the vector */
 #define KH_EMU_OUTSIDE 6	/* an access outside guest memory; type as in Unicorn */
+#define KH_EMU_PROTECTED 7	/* an access that the mapping does not permit; type as well */
 
 #define KH_EMU_STEP_NO 0
 #define KH_EMU_STEP_RUNS 1
@@ -34,6 +35,7 @@
 #define KH_EMU_HOOK_SYSCALL 6
 #define KH_EMU_HOOK_OUTSIDE 7
 #define KH_EMU_HOOK_AFTER 8
+#define KH_EMU_HOOK_PROTECTED 9
 
 typedef int (*kh_emu_stop_fn)(void *uc);
 

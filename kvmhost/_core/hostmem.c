@@ -7,6 +7,15 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+/* Since Linux 6.1 and 5.14, newer than some C libraries. */
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+#define HUGE_BYTES (2ul << 20)
 #define PAGE_SHIFT 12
 #define CHUNK_PAGES 8192
 
@@ -18,6 +27,49 @@ int kh_map(int fd, uint64_t n_bytes, uint64_t *address)
 		return -errno;
 	*address = (uintptr_t)mapping;
 	return 0;
+}
+
+int kh_map_huge(int fd, uint64_t n_bytes, uint64_t *address)
+{
+	uint64_t room = n_bytes + HUGE_BYTES, start, end;
+	void *space = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	int result;
+
+	if (space == MAP_FAILED)
+		return -errno;
+	start = ((uintptr_t)space + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES;
+	end = start + n_bytes;
+	result = kh_remap(fd, 0, n_bytes, start);
+	if (!result && madvise((void *)(uintptr_t)start, n_bytes, MADV_HUGEPAGE))
+		result = -errno;
+	if (result) {
+		munmap(space, room);
+		return result;
+	}
+	if (start > (uintptr_t)space)
+		munmap(space, start - (uintptr_t)space);
+	if (end < (uintptr_t)space + room)
+		munmap((void *)(uintptr_t)end, (uintptr_t)space + room - end);
+	*address = start;
+	return 0;
+}
+
+static int advise(uint64_t address, uint64_t n_bytes, int advice)
+{
+	while (madvise((void *)(uintptr_t)address, n_bytes, advice))
+		if (errno != EINTR && errno != EAGAIN)
+			return -errno;
+	return 0;
+}
+
+int kh_collapse(uint64_t address, uint64_t n_bytes)
+{
+	return advise(address, n_bytes, MADV_COLLAPSE);
+}
+
+int kh_populate(uint64_t address, uint64_t n_bytes)
+{
+	return advise(address, n_bytes, MADV_POPULATE_WRITE);
 }
 
 int kh_unmap(uint64_t address, uint64_t n_bytes)

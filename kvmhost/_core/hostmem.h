@@ -9,6 +9,12 @@
 
 /* Map a memfd shared and writable at an address of the kernel's choice. */
 int kh_map(int fd, uint64_t n_bytes, uint64_t *address);
+/* The same at a multiple of 2 MiB, where huge pages are allowed. */
+int kh_map_huge(int fd, uint64_t n_bytes, uint64_t *address);
+/* Make huge pages of all of a mapping, which begins at a multiple of 2 MiB. */
+int kh_collapse(uint64_t address, uint64_t n_bytes);
+/* Map every page of a shared mapping, writable, as a touch would. */
+int kh_populate(uint64_t address, uint64_t n_bytes);
 int kh_unmap(uint64_t address, uint64_t n_bytes);
 
 #define KH_ACCESS_NONE 0

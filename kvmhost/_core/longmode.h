@@ -20,5 +20,7 @@ struct kh_tables {
  * accessed and dirty clear. -ENOSPC if the tables' room is too small.
  */
 int kh_tables_identity(struct kh_tables *tables, uint64_t start, uint64_t n_pages);
+/* The same with leaves of 2 MiB; both are multiples of that. */
+int kh_tables_identity_huge(struct kh_tables *tables, uint64_t start, uint64_t n_bytes);
 
 #endif

@@ -18,8 +18,6 @@ import dataclasses
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import (
-    MMIO_BYTES,
-    MMIO_GPA,
     PARAMS_GPA,
     STACK_BYTES,
     STACKS_GPA,
@@ -29,7 +27,7 @@ from kvmhost.memory.layout import (
 )
 from kvmhost.units import PAGE_BYTES
 
-__all__ = ["EntryState", "entry_state", "lay_out_tables", "write_tss"]
+__all__ = ["CR0_WP", "EntryState", "entry_state", "lay_out_tables", "write_tss"]
 
 CR0_PE, CR0_MP, CR0_ET, CR0_NE, CR0_WP, CR0_PG = 1, 1 << 1, 1 << 4, 1 << 5, 1 << 16, 1 << 31
 CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT = 1 << 5, 1 << 9, 1 << 10
@@ -64,12 +62,13 @@ def entry_state(layout: TinyLayout, entry: int, vcpu: int) -> EntryState:
 
 
 def lay_out_tables(memory: GuestMemory, layout: TinyLayout) -> int:
-    """Write the guest's page tables: 4 KiB leaves, virtual address = gpa.
+    """Write the guest's page tables: virtual address = gpa.
 
-    Mapped are the parameter page, the TSS, everything from the stacks up to the tables,
-    high memory and the MMIO window, but not page 0 and not the tables themselves.
+    Leaves are of 4 KiB in ``layout.mapped_ranges`` and of 2 MiB in ``layout.huge_ranges``.
+    Page 0 is not mapped, and neither are the tables themselves.
 
     :return: gpa of the root
+    :raises IoctlError: ``ENOSPC`` if ``layout.tables_bytes`` is too small
     """
     region = memory.region_at(layout.tables_gpa, layout.tables_bytes)
     tables = ffi.new(
@@ -80,20 +79,13 @@ def lay_out_tables(memory: GuestMemory, layout: TinyLayout) -> int:
             "n_pages": layout.tables_bytes // PAGE_BYTES,
         },
     )
-    ranges = [
-        (PARAMS_GPA, PARAMS_GPA + PAGE_BYTES),
-        (TSS_GPA, -(-(TSS_GPA + TSS_BYTES) // PAGE_BYTES) * PAGE_BYTES),
-        (STACKS_GPA, layout.tables_gpa),
-    ]
-    ranges += [(gpa, gpa + n_bytes) for gpa, n_bytes in layout.regions[1:]]
-    ranges.append((MMIO_GPA, MMIO_GPA + MMIO_BYTES))
-    for start, end in ranges:
-        check(
-            lib.kh_tables_identity(tables, start, (end - start) // PAGE_BYTES),
-            "kh_tables_identity",
-            start=start,
-            end=end,
-        )
+    for start, end in layout.mapped_ranges:
+        n_pages = (end - start) // PAGE_BYTES
+        result = lib.kh_tables_identity(tables, start, n_pages)
+        check(result, "kh_tables_identity", start=start, end=end)
+    for start, end in layout.huge_ranges:
+        result = lib.kh_tables_identity_huge(tables, start, end - start)
+        check(result, "kh_tables_identity_huge", start=start, end=end)
     return layout.tables_gpa
 
 

@@ -8,8 +8,8 @@ from typing import Protocol
 from kvmhost.boot.longmode import EntryState
 from kvmhost.devices.bus import Bus
 from kvmhost.exits import Exit
-from kvmhost.memory.guest import GuestMemory
-from kvmhost.vm.names import EngineName
+from kvmhost.memory.guest import GuestMemory, GuestMemslot, Region
+from kvmhost.vm.names import Access, EngineName
 
 __all__ = ["Engine", "RearmKind", "Vcpu"]
 
@@ -46,8 +46,24 @@ class Vcpu(Protocol):
     def set_doorbells(self, count: int) -> None:
         """Set how many doorbells were rung so far: it continues from a snapshot."""
 
+    def skip_faults(self, rip: int, n_bytes: int) -> None:
+        """Skip the instruction of ``n_bytes`` at ``rip`` where it would be a ``MemoryFault``.
+
+        ``n_bytes`` 0: return that exit again.
+        """
+
+    @property
+    def faults(self) -> int:
+        """Touches of memory that the host could not provide, the skipped ones included."""
+
     def registers(self) -> dict[str, int]:
         """Return general registers, rip, rflags, cr2 and cr3; the vCPU must not run."""
+
+    def reset_mmu(self) -> None:
+        """Toggle CR0.WP, so that KVM drops the roots of its tables; it must not run.
+
+        An emulator drops its cached translations instead.
+        """
 
     def flush_guest_tlb(self) -> None:
         """Drop the translations that the processor caches for the guest; it must not run.
@@ -80,6 +96,15 @@ class Engine(Protocol):
 
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
         """Give the engine its memory and bus; once, before any vCPU."""
+
+    def set_memslot(self, slot: GuestMemslot) -> None:
+        """Create a memslot, or move the one with its number; vCPUs may run."""
+
+    def delete_memslot(self, number: int) -> None:
+        """Delete a memslot; its gpas are MMIO from then on; vCPUs may run."""
+
+    def protect(self, region: Region, offset: int, n_bytes: int, access: Access) -> None:
+        """Set what the guest may do with a part of a region, in every memslot that shows it."""
 
     def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
         """Create a vCPU that starts in ``state``."""

@@ -21,6 +21,8 @@ Differences from a processor:
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kvmhost._ffi import ffi, lib
@@ -31,10 +33,19 @@ from kvmhost.engine.outside import Replay
 from kvmhost.engine.portinsn import PortInsn, candidates, decode
 from kvmhost.engine.turns import Turns
 from kvmhost.engine.unicorncpu import UnicornCpu
-from kvmhost.exits import Exit, InternalError, IoIn, IoOut, Kicked, Shutdown, UnknownExit
-from kvmhost.memory.guest import GuestMemory
+from kvmhost.exits import (
+    Exit,
+    InternalError,
+    IoIn,
+    IoOut,
+    Kicked,
+    MemoryFault,
+    Shutdown,
+    UnknownExit,
+)
+from kvmhost.memory.guest import GuestMemory, GuestMemslot, Region
 from kvmhost.memory.layout import MAX_TINY_VCPUS
-from kvmhost.vm.names import EngineName
+from kvmhost.vm.names import Access, EngineName
 
 __all__ = ["EmulatedEngine"]
 
@@ -55,19 +66,53 @@ class EmulatedEngine:
         self._memory: GuestMemory | None = None
         self._bus: Bus | None = None
         self._vcpus: list[EmulatedVcpu] = []
+        self._memslots: dict[int, GuestMemslot] = {}
         self._turns = Turns()
 
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
         """Set the memory and bus of later vCPUs."""
         self._memory, self._bus = memory, bus
+        self._memslots = {slot.number: slot for slot in memory.own_memslots()}
 
     def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
         """Create a vCPU in 64-bit mode at privilege level 3."""
         if self._memory is None or self._bus is None:
             raise RuntimeError("attach() comes before create_vcpu()")
-        vcpu = EmulatedVcpu(index, UnicornCpu(self._memory, state), self._bus, self._turns)
+        cpu = UnicornCpu(self._memory, state)
+        vcpu = EmulatedVcpu(index, cpu, self._bus, self._turns, self._memory)
         self._vcpus.append(vcpu)
         return vcpu
+
+    def set_memslot(self, slot: GuestMemslot) -> None:
+        """Map a memslot in every processor, or move the one with its number; vCPUs may run."""
+        before = self._memslots.get(slot.number)
+        if before is not None:
+            self._change(lambda cpu: cpu.unmap(before.gpa, before.n_bytes))
+        self._memslots[slot.number] = slot
+        self._change(lambda cpu: cpu.map(slot.gpa, slot.n_bytes, slot.guest_address))
+
+    def delete_memslot(self, number: int) -> None:
+        """Unmap a memslot in every processor; vCPUs may run."""
+        slot = self._memslots.pop(number)
+        self._change(lambda cpu: cpu.unmap(slot.gpa, slot.n_bytes))
+
+    def protect(self, region: Region, offset: int, n_bytes: int, access: Access) -> None:
+        """Protect every window on a part of a region, in the processors.
+
+        The host's own mapping is not protected: the emulator would die of its signal.
+        """
+        for slot in list(self._memslots.values()):
+            low, high = max(offset, slot.offset), min(offset + n_bytes, slot.offset + slot.n_bytes)
+            if slot.region is region and low < high:
+                gpa = slot.gpa + low - slot.offset
+                self._change(partial(_protect, gpa=gpa, n_bytes=high - low, access=access))
+
+    def _change(self, change: Callable[[UnicornCpu], None]) -> None:
+        """Change every processor; return when no vCPU runs with the old state."""
+        for vcpu in self._vcpus:
+            vcpu.request_change(change)
+        for vcpu in self._vcpus:
+            vcpu.wait_flushed()
 
     def flush_tlbs(self) -> None:
         """Drop cached translations; return when no vCPU can use an old one.
@@ -91,8 +136,10 @@ class EmulatedEngine:
 class EmulatedVcpu:
     """One Unicorn instance behind the protocol of :class:`~kvmhost.engine.base.Vcpu`."""
 
-    def __init__(self, index: int, cpu: UnicornCpu, bus: Bus, turns: Turns) -> None:
-        self.index = index
+    def __init__(
+        self, index: int, cpu: UnicornCpu, bus: Bus, turns: Turns, memory: GuestMemory
+    ) -> None:
+        self.index, self._memory = index, memory
         self._cpu, self._core, self._bus, self._turns = cpu, cpu.core, bus, turns
         # Protects state that other threads change: requests, and whether Unicorn runs.
         self._changed = threading.Condition()
@@ -101,7 +148,9 @@ class EmulatedVcpu:
         self._reading: PortInsn | None = None  # waits for complete_read()
         self._string: int | None = None  # address of INS whose data are available
         self._replay: Replay | None = None
-        self._exits = self._doorbells = self._epoch = 0
+        self._exits = self._doorbells = self._epoch = self._faults = 0
+        self._changes: list[Callable[[UnicornCpu], None]] = []
+        self._skipped = (0, 0)  # rip and bytes of the store that is skipped where it faults
 
     def run(self) -> Exit:
         """Run guest code until an exit that the bus does not answer."""
@@ -139,9 +188,22 @@ class EmulatedVcpu:
         """Set how many doorbells were rung so far."""
         self._doorbells = count
 
+    def skip_faults(self, rip: int, n_bytes: int) -> None:
+        """Skip an instruction where it would be a memory fault; ``n_bytes`` 0: no longer."""
+        self._skipped = (rip, n_bytes)
+
+    @property
+    def faults(self) -> int:
+        """Accesses that the memory did not permit, the skipped ones included."""
+        return self._faults
+
     def registers(self) -> dict[str, int]:
         """Return the general registers, rip, rflags, cr2, cr3 and cs."""
         return self._cpu.registers()
+
+    def reset_mmu(self) -> None:
+        """Drop the emulator's cached translations."""
+        self.request_flush()
 
     def flush_guest_tlb(self) -> None:
         """Drop the emulator's cached translations."""
@@ -179,10 +241,20 @@ class EmulatedVcpu:
             else:
                 self._flush_now()
 
-    def wait_flushed(self) -> None:
-        """Wait until a requested flush is done."""
+    def request_change(self, change: Callable[[UnicornCpu], None]) -> None:
+        """Request a change of the processor's memory; make it at once if no guest code runs."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._flush)
+            if not self._closed:
+                self._changes.append(change)
+            if self._inside:
+                self._cpu.attend()
+            else:
+                self._flush_now()
+
+    def wait_flushed(self) -> None:
+        """Wait until requested flushes and changes are done."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._flush and not self._changes)
 
     def _go_in(self) -> bool:
         with self._changed:
@@ -200,10 +272,15 @@ class EmulatedVcpu:
             self._flush_now()
 
     def _flush_now(self) -> None:
+        if not self._flush and not self._changes:
+            return
+        changes, self._changes = self._changes, []
+        for change in changes:
+            change(self._cpu)
         if self._flush:
             self._cpu.flush_tlb()
             self._flush = False
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     # -- guest code -----------------------------------------------------------
 
@@ -233,6 +310,8 @@ class EmulatedVcpu:
             return self._port(address, size)
         if reason == lib.KH_EMU_OUTSIDE:
             return self._outside()
+        if reason == lib.KH_EMU_PROTECTED:
+            return self._protected(address, size)
         if reason == lib.KH_EMU_EXCEPTION:
             return Shutdown(f"exception {address}")
         if reason == lib.KH_EMU_UNFORESEEN:
@@ -333,8 +412,21 @@ class EmulatedVcpu:
             self._replay = None
         return failed
 
+    def _protected(self, gpa: int, size: int) -> Exit | None:
+        rip, n_bytes = self._cpu.read("rip"), self._skipped[1]
+        self._faults += 1
+        if n_bytes and rip == self._skipped[0]:
+            self._cpu.write("rip", rip + n_bytes)
+            return None
+        is_write = self._core.type == UnicornCpu.WRITE_PROTECTED
+        return MemoryFault(gpa, self._memory.find_hva(gpa), is_write, rip, size)
+
     def _not_emulated(self) -> InternalError:
         code = self._cpu.code(self._cpu.read("rip"), 15)
         raw = (bytes([len(code)]) + code).ljust(24, b"\0")
         words = (int.from_bytes(raw[i : i + 8], "little") for i in range(0, 24, 8))
         return InternalError(_EMULATION_FAILED, (1, *words))
+
+
+def _protect(cpu: UnicornCpu, gpa: int, n_bytes: int, access: Access) -> None:
+    cpu.protect(gpa, n_bytes, access)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from kvmhost._ffi import lib
-from kvmhost.boot.longmode import EntryState
+from kvmhost.boot.longmode import CR0_WP, EntryState
 from kvmhost.devices.bus import Bus
 from kvmhost.engine.base import RearmKind, Vcpu
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError
 from kvmhost.exits import Exit, MemoryFault
 from kvmhost.kvm import Cap, DirtyRings, KvmVcpu, System
 from kvmhost.kvm.structs import Struct
-from kvmhost.memory.guest import GuestMemory
+from kvmhost.memory.guest import GuestMemory, GuestMemslot, Region
 from kvmhost.memory.layout import TSS_BYTES, TSS_GPA
-from kvmhost.vm.names import EngineName
+from kvmhost.vm.names import Access, EngineName
 
 __all__ = ["KvmEngine"]
 
@@ -42,6 +42,8 @@ class KvmEngine:
         self._bus: Bus | None = None
         self._memory: GuestMemory | None = None
         self._cpuid: Struct | None = None
+        self._memslots: dict[int, GuestMemslot] = {}
+        self._slot_flags = 0
         #: The VM's dirty rings, if they were switched on.
         self.rings: DirtyRings | None = None
         #: The bare vCPUs, by index.
@@ -50,7 +52,8 @@ class KvmEngine:
     def attach(self, memory: GuestMemory, bus: Bus) -> None:
         """Create one memslot per region, on the guest mapping."""
         self._bus, self._memory = bus, memory
-        self._set_slots(0)
+        for slot in memory.own_memslots():
+            self.set_memslot(slot)
         if self.rings is not None:
             for region in memory.regions:
                 self.rings.add_slot(region.n_pages)
@@ -85,13 +88,35 @@ class KvmEngine:
 
         :raises IoctlError: if KVM refuses, for example with ``ENOMEM``
         """
-        self._set_slots(lib.KVM_MEM_LOG_DIRTY_PAGES if on else 0)
+        self._slot_flags = lib.KVM_MEM_LOG_DIRTY_PAGES if on else 0
+        for slot in list(self._memslots.values()):
+            self.set_memslot(slot)
 
-    def _set_slots(self, flags: int) -> None:
-        if self._memory is None:
-            raise RuntimeError("attach() comes first")
-        for slot, region in enumerate(self._memory.regions):
-            self.vm.set_memory_region(slot, region.gpa, region.n_bytes, region.guest_address, flags)
+    def set_memslot(self, slot: GuestMemslot) -> None:
+        """Create a memslot, or move the one with its number; vCPUs may run.
+
+        :raises IoctlError: ``EEXIST`` for an overlap, ``EINVAL`` above KVM_CAP_NR_MEMSLOTS
+        """
+        if self.rings is not None and slot.is_alias:
+            raise CapabilityError(
+                "aliased memslot",
+                "a VM without dirty rings",
+                "dirty rings",
+                "make the machine without dirty_ring_entries",
+            )
+        self.vm.set_memory_region(
+            slot.number, slot.gpa, slot.n_bytes, slot.guest_address, self._slot_flags
+        )
+        self._memslots[slot.number] = slot
+
+    def delete_memslot(self, number: int) -> None:
+        """Delete a memslot; its gpas are MMIO from then on; vCPUs may run."""
+        self.vm.delete_memory_region(number)
+        del self._memslots[number]
+
+    def protect(self, region: Region, offset: int, n_bytes: int, access: Access) -> None:
+        """Protect the guest mapping, which every memslot on that part uses."""
+        region.protect(offset, n_bytes, access)
 
     def create_vcpu(self, index: int, state: EntryState) -> Vcpu:
         """Create a vCPU in 64-bit mode at privilege level 3."""
@@ -165,6 +190,13 @@ class _EngineVcpu:
     def set_doorbells(self, count: int) -> None:
         self._vcpu.core.doorbells = count
 
+    def skip_faults(self, rip: int, n_bytes: int) -> None:
+        lib.kh_vcpu_skip_faults(self._vcpu.core, rip, n_bytes)
+
+    @property
+    def faults(self) -> int:
+        return int(self._vcpu.core.faults)
+
     def registers(self) -> dict[str, int]:
         regs, sregs = self._vcpu.get_regs(), self._vcpu.get_sregs()
         return regs.to_dict() | {
@@ -172,6 +204,11 @@ class _EngineVcpu:
             "cr3": int(sregs.cr3),
             "cs": sregs.cs.selector,
         }
+
+    def reset_mmu(self) -> None:
+        sregs = self._vcpu.get_sregs()
+        sregs.cr0 ^= CR0_WP
+        self._vcpu.set_sregs(sregs)
 
     def flush_guest_tlb(self) -> None:
         # KVM loads its root anew when CR4 changes, and flushes what was cached under it.

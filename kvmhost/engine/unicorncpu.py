@@ -22,6 +22,7 @@ from kvmhost.boot.longmode import EntryState
 from kvmhost.errors import CapabilityError
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.units import PAGE_BYTES
+from kvmhost.vm.names import Access
 
 try:
     # Its type hints are incomplete: treat all of it as untyped.
@@ -55,6 +56,12 @@ _SPECIAL = ["cr2", "cr3", "cs"]
 _NAMES = [*_GENERAL, *(f"r{i}" for i in range(8, 16)), *_SPECIAL]
 _REGISTERS = {name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in _NAMES}
 
+_PROTECTIONS: dict[Access, int] = {
+    "none": uc_const.UC_PROT_NONE,
+    "read": uc_const.UC_PROT_READ | uc_const.UC_PROT_EXEC,
+    "write": uc_const.UC_PROT_ALL,
+}
+
 ReadOutside = Callable[[int, int], int]
 WriteOutside = Callable[[int, int, int], None]
 
@@ -69,6 +76,7 @@ class UnicornCpu:
     #: Values of ``core.type``.
     WRITE_OUTSIDE = uc_const.UC_MEM_WRITE_UNMAPPED
     FETCH_OUTSIDE = uc_const.UC_MEM_FETCH_UNMAPPED
+    WRITE_PROTECTED = uc_const.UC_MEM_WRITE_PROT
 
     def __init__(self, memory: GuestMemory, state: EntryState) -> None:
         # SAFETY: owned here; Unicorn's hooks point into it until close().
@@ -167,6 +175,20 @@ class UnicornCpu:
         """Drop cached translations. Not while it runs."""
         self._uc.ctl(uc_const.UC_CTL_TLB_FLUSH, uc_const.UC_CTL_IO_WRITE)
 
+    def map(self, gpa: int, n_bytes: int, host_address: int) -> None:
+        """Map memory of the host, which outlives the processor. Not while it runs."""
+        self._uc.mem_map_ptr(gpa, n_bytes, uc_const.UC_PROT_ALL, host_address)
+
+    def unmap(self, gpa: int, n_bytes: int) -> None:
+        """Undo :meth:`map`. Not while it runs."""
+        self._uc.mem_unmap(gpa, n_bytes)
+        self.flush_tlb()
+
+    def protect(self, gpa: int, n_bytes: int, access: Access) -> None:
+        """Set what memory permits. Not while it runs."""
+        self._uc.mem_protect(gpa, n_bytes, _PROTECTIONS[access])
+        self.flush_tlb()
+
     def attend(self) -> None:
         """Make :meth:`run` return before its next block. Any thread."""
         lib.kh_emu_attend(self.core)
@@ -216,6 +238,7 @@ class UnicornCpu:
         self._hook(uc_const.UC_HOOK_INTR, lib.KH_EMU_HOOK_INTERRUPT)
         self._hook(uc_const.UC_HOOK_INSN_INVALID, lib.KH_EMU_HOOK_UNDEFINED)
         self._hook(uc_const.UC_HOOK_MEM_UNMAPPED, lib.KH_EMU_HOOK_OUTSIDE)
+        self._hook(uc_const.UC_HOOK_MEM_PROT, lib.KH_EMU_HOOK_PROTECTED)
         for which, instruction in (
             (lib.KH_EMU_HOOK_OUT, x86.UC_X86_INS_OUT),
             (lib.KH_EMU_HOOK_IN, x86.UC_X86_INS_IN),

@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from kvmhost.errors import StateError
 from kvmhost.machine.runner import PAUSE_TIMEOUT_S
 from kvmhost.machine.running import RunnableMachine
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
@@ -29,6 +30,7 @@ if typing.TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from kvmhost.machine.memslots import Memslots
     from kvmhost.pager.pager import Gfns, Pager
     from kvmhost.pager.results import PageEvent, RestoreResult
     from kvmhost.pager.userfault import Userfault
@@ -59,6 +61,7 @@ class BaseMachine(RunnableMachine, Harvestable):
     """
 
     _harvester: Harvester | None = None
+    _memslots: Memslots | None = None
 
     # -- running ----------------------------------------------------------------
 
@@ -108,12 +111,17 @@ class BaseMachine(RunnableMachine, Harvestable):
         :param cancelled: called between pieces of memory; if true, no file is written
         :return: bytes of memory in the file
         :raises CapabilityError: if the machine does not run on KVM
+        :raises StateError: while its memslots differ from those that it was made with
         :raises PauseTimeout: if a vCPU does not stop in time
         :raises HostError: if the file cannot be written
         :raises LayoutError: if something that is not a regular file has its name
         :raises PagerError: if a page is lost; names its gfn
         """
         self._check_open()
+        if self._memslots is not None and self._memslots.changed:
+            raise StateError(
+                self._title, "has other memslots than a restored one would", "put them back"
+            )
         from kvmhost.machine.snapshot import save_machine
 
         return save_machine(self, Path(path), cancelled=cancelled, stop=stop)
@@ -172,12 +180,27 @@ class BaseMachine(RunnableMachine, Harvestable):
         memslots = [
             MemslotInfo(slot, r.gpa, r.n_bytes, r.gfn, r.n_pages, r.guest_address)
             for slot, r in enumerate(self.memory.regions)
+            if r.attached
         ]
         pinned = [
             PageRange(gpa >> PAGE_SHIFT, -(-n_bytes // PAGE_BYTES))
             for gpa, n_bytes in self.layout.pinned_ranges
         ]
         return MemoryMap(PAGE_BYTES, self.memory.gfn_end, memslots, pinned)
+
+    @property
+    def memslots(self) -> Memslots:
+        """The memslots: aliases, moves, deletions and protection under running vCPUs."""
+        self._check_open()
+        with self._opening:
+            if self._memslots is None:
+                from kvmhost.machine.memslots import Memslots
+
+                pinned = self.layout.pinned_ranges
+                self._memslots = Memslots(
+                    self.memory, self.engine, self.paging, pinned, lambda: self._harvester
+                )
+            return self._memslots
 
     def counters(self) -> Counters:
         """Return all counters."""

@@ -47,6 +47,11 @@ class Paging:
         """Whether the pager is open."""
         return self._pager is not None
 
+    @property
+    def is_armed(self) -> bool:
+        """Whether the pager's fault handler serves the mappings."""
+        return self._pager is not None and self._pager.armed
+
     def open_userfault(self) -> Userfault:
         """Open the VM's userfaultfd, or return the open one.
 

@@ -9,6 +9,7 @@ armed, a touch of an evicted page through either mapping restores it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import typing
@@ -16,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvmhost._ffi import check, ffi, lib
 from kvmhost.closing import Closing
-from kvmhost.errors import LayoutError, StateError
+from kvmhost.errors import CapabilityError, LayoutError, StateError
 from kvmhost.files import os_errors
-from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
+from kvmhost.units import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_SHIFT
 from kvmhost.vm.names import ACCESS, Access
 
 if typing.TYPE_CHECKING:
@@ -27,7 +28,7 @@ if typing.TYPE_CHECKING:
 
     from kvmhost.bitmap import Words
 
-__all__ = ["GfnRange", "GuestMemory", "Region", "pieces"]
+__all__ = ["GfnRange", "GuestMemory", "GuestMemslot", "Region", "pieces"]
 
 
 class GfnRange(typing.Protocol):
@@ -106,6 +107,37 @@ class Region:
         pointer = ffi.NULL if words is None else ffi.from_buffer("uint64_t[]", words)
         check(lib.kh_zap(address, n_pages, pointer, 0), "madvise", start=address, pages=n_pages)
 
+    def use_huge_pages(self) -> None:
+        """Back all of it with huge pages; before an engine uses the guest mapping.
+
+        :raises CapabilityError: if the kernel makes none of shared memory, or has none free
+        """
+        if self.n_bytes % HUGE_PAGE_BYTES:
+            raise LayoutError(f"{self!r}: not a whole number of 2 MiB pages")
+        address = ffi.new("uint64_t *")
+        check(lib.kh_map_huge(self.memfd, self.n_bytes, address), "mmap", length=self.n_bytes)
+        before, self.guest_address = self.guest_address, int(address[0])
+        lib.kh_unmap(before, self.n_bytes)
+        self.populate()  # the kernel makes them of pages, not of holes
+        result = lib.kh_collapse(self.guest_address, self.n_bytes)
+        if result < 0:
+            raise CapabilityError(
+                "huge pages",
+                "MADV_COLLAPSE of shared memory",
+                os.strerror(-result),
+                "use Linux 6.1 or newer with CONFIG_TRANSPARENT_HUGEPAGE, and free memory",
+            )
+
+    def populate(self) -> None:
+        """Allocate all of it and map it in the guest mapping, as the guest's touches would.
+
+        :raises HostError: if the host has not enough memory
+        """
+        with os_errors(f"guest memory of {self.n_bytes:,} bytes"):
+            result = lib.kh_populate(self.guest_address, self.n_bytes)
+            if result < 0:
+                raise OSError(-result, os.strerror(-result))
+
     def protect(self, offset: int, n_bytes: int, access: Access) -> None:
         """Set what the guest mapping permits; the alias and the contents stay as they are.
 
@@ -114,7 +146,7 @@ class Region:
         :param offset: in bytes, page-aligned, as is ``n_bytes``
         :raises LayoutError: for a range that is not inside the region
         """
-        address = self._guest_range(offset, n_bytes)
+        address = self.address_of(offset, n_bytes)
         check(
             lib.kh_protect(address, n_bytes, ACCESS.index(access)),
             "mprotect",
@@ -127,7 +159,7 @@ class Region:
 
         :raises LayoutError: for a range that is not inside the region
         """
-        address = self._guest_range(offset, n_bytes)
+        address = self.address_of(offset, n_bytes)
         # SAFETY: inside this region's own mapping; nothing of the VMM reads through it.
         check(lib.kh_vacate(address, n_bytes), "mmap", start=address, length=n_bytes)
 
@@ -136,12 +168,12 @@ class Region:
 
         :raises LayoutError: for a range that is not inside the region
         """
-        address = self._guest_range(offset, n_bytes)
+        address = self.address_of(offset, n_bytes)
         # SAFETY: inside the addresses that this region reserves until close().
         result = lib.kh_remap(self.memfd, offset, n_bytes, address)
         check(result, "mmap", start=address, length=n_bytes)
 
-    def _guest_range(self, offset: int, n_bytes: int) -> int:
+    def address_of(self, offset: int, n_bytes: int) -> int:
         """Return the guest address of a part.
 
         :raises LayoutError: for a range that is not inside the region
@@ -168,6 +200,44 @@ class Region:
         fd, self.memfd = self.memfd, -1
         lib.kh_unmap(self.guest_address, self.n_bytes)
         os.close(fd)
+
+
+@dataclasses.dataclass(frozen=True)
+class GuestMemslot:
+    """A run of guest physical addresses that shows a part of a region.
+
+    :param number: the slot of KVM
+    :param offset: of its first byte in the region
+    :param is_alias: whether the region's pages have their gfns elsewhere: in pager, trackers and
+        views a page goes by one gfn, that of the region
+    """
+
+    number: int
+    gpa: int
+    n_bytes: int
+    region: Region
+    offset: int = 0
+    is_alias: bool = False
+
+    @property
+    def end(self) -> int:
+        """Guest physical address after the last byte."""
+        return self.gpa + self.n_bytes
+
+    @property
+    def gfn(self) -> int:
+        """First guest frame number."""
+        return self.gpa >> PAGE_SHIFT
+
+    @property
+    def n_pages(self) -> int:
+        """Size in pages."""
+        return self.n_bytes >> PAGE_SHIFT
+
+    @property
+    def guest_address(self) -> int:
+        """Address of its first byte in the guest mapping."""
+        return self.region.guest_address + self.offset
 
 
 def _map(memfd: int, n_bytes: int) -> int:
@@ -197,6 +267,8 @@ class GuestMemory(Closing):
                 raise LayoutError(f"regions overlap at {above.gpa:#x}")
         #: Whether parts of memory were punched: that splits huge pages into folios of all sizes.
         self.was_punched = False
+        #: Memslots that show parts of the regions at other gpas; changed by ``machine.memslots``.
+        self.aliases: list[GuestMemslot] = []
 
     @classmethod
     def of_size(cls, n_bytes: int, gpa: int = 0) -> GuestMemory:
@@ -240,10 +312,18 @@ class GuestMemory(Closing):
 
     def find_hva(self, gpa: int) -> int | None:
         """Return the host address of a gpa in the guest mapping; None outside all memslots."""
-        for region in self.regions:
-            if region.gpa <= gpa < region.end:
-                return region.guest_address + gpa - region.gpa
+        for slot in [*self.own_memslots(), *self.aliases]:
+            if slot.gpa <= gpa < slot.end:
+                return slot.guest_address + gpa - slot.gpa
         return None
+
+    def own_memslots(self) -> list[GuestMemslot]:
+        """Return the memslots of the regions: one for each that is attached."""
+        return [
+            GuestMemslot(number, region.gpa, region.n_bytes, region)
+            for number, region in enumerate(self.regions)
+            if region.attached
+        ]
 
     def view(self, gpa: int, n_bytes: int) -> memoryview:
         """Return a writable view on ``[gpa, gpa + n_bytes)`` through the alias.
@@ -361,6 +441,10 @@ class GuestMemory(Closing):
             if region.gfn <= gfn < region.gfn + region.n_pages:
                 return first + gfn - region.gfn
             first += region.n_pages
+        for slot in self.aliases:
+            if slot.gfn <= gfn < slot.gfn + slot.n_pages:
+                own = slot.region.gfn + (slot.offset >> PAGE_SHIFT) + gfn - slot.gfn
+                raise LayoutError(f"gfn {gfn:#x} is an alias of gfn {own:#x}: name that one")
         raise LayoutError(f"gfn {gfn:#x} is in no memory region")
 
     def __getitem__(self, where: slice) -> memoryview:

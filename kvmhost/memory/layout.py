@@ -19,7 +19,7 @@ import dataclasses
 from typing import Protocol
 
 from kvmhost.errors import LayoutError
-from kvmhost.units import PAGE_BYTES
+from kvmhost.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
 __all__ = [
     "HIGH_GPA",
@@ -34,6 +34,7 @@ __all__ = [
     "STACK_BYTES",
     "TSS_BYTES",
     "TSS_GPA",
+    "AliasedLayout",
     "Layout",
     "TinyLayout",
 ]
@@ -55,6 +56,14 @@ HIGH_GPA = 0x1_0000_0000
 MIN_BYTES = 2 << 20
 
 _ENTRIES = 512
+_GIB = 1 << 30
+#: Parameters and task state segment, in whole pages.
+_LOW_MAPPED = (
+    (PARAMS_GPA, PARAMS_GPA + PAGE_BYTES),
+    (TSS_GPA, -(-(TSS_GPA + TSS_BYTES) // PAGE_BYTES) * PAGE_BYTES),
+)
+#: Where a guest's page tables are that does not have them at the end of its memory.
+_FIXED_TABLES_GPA = 2 << 20
 
 
 class Layout(Protocol):
@@ -126,8 +135,101 @@ class TinyLayout:
         ]
 
     @property
+    def mapped_ranges(self) -> list[tuple[int, int]]:
+        """``[start, end)`` gpas that the guest's tables map with leaves of 4 KiB."""
+        return [
+            *_LOW_MAPPED,
+            (STACKS_GPA, self.tables_gpa),
+            *((gpa, gpa + n_bytes) for gpa, n_bytes in self.regions[1:]),
+            (MMIO_GPA, MMIO_GPA + MMIO_BYTES),
+        ]
+
+    @property
+    def huge_ranges(self) -> list[tuple[int, int]]:
+        """``[start, end)`` gpas that they map with leaves of 2 MiB."""
+        return []
+
+    @property
     def free_range(self) -> tuple[int, int]:
         """``[start, end)`` gpa of the largest range that an image may use freely."""
         ranges = [(IMAGE_GPA, self.tables_gpa)]
         ranges += [(gpa, gpa + n_bytes) for gpa, n_bytes in self.regions[1:]]
         return max(ranges, key=lambda pair: pair[1] - pair[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class AliasedLayout(TinyLayout):
+    """The layout of a tiny guest that sees one piece of memory many times over.
+
+    ::
+
+        0x0000_0000  as in TinyLayout, up to the image
+        0x0020_0000  page tables (pinned)
+        0x1_0000_0000  span_bytes of memory, in memslots of piece_bytes, all over one piece
+
+    The tables map the span with leaves of 2 MiB.
+
+    :param mem_bytes: all memory, as :meth:`of` computes it
+    :param piece_bytes: the piece, a multiple of 2 MiB
+    :param span_bytes: a multiple of the piece
+    :raises LayoutError: if a size is not such a multiple, or 0
+    """
+
+    piece_bytes: int = 0
+    span_bytes: int = 0
+
+    @classmethod
+    def of(cls, piece_bytes: int, span_bytes: int) -> AliasedLayout:
+        """Return the layout for a span over a piece."""
+        return cls(_low_bytes(span_bytes) + piece_bytes, piece_bytes, span_bytes)
+
+    def __post_init__(self) -> None:
+        if self.piece_bytes <= 0 or self.piece_bytes % HUGE_PAGE_BYTES:
+            raise LayoutError(f"memslot size {self.piece_bytes} is not a multiple of 2 MiB")
+        if self.span_bytes <= 0 or self.span_bytes % self.piece_bytes:
+            raise LayoutError(
+                f"memory size {self.span_bytes} is not a multiple of the memslot size "
+                f"{self.piece_bytes}"
+            )
+
+    @property
+    def n_slots(self) -> int:
+        """Memslots over the piece, its own included."""
+        return self.span_bytes // self.piece_bytes
+
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """``(gpa, n_bytes)`` of low memory and of the piece."""
+        return [(0, _low_bytes(self.span_bytes)), (HIGH_GPA, self.piece_bytes)]
+
+    @property
+    def tables_bytes(self) -> int:
+        """Size of the page tables."""
+        return _tables_bytes(self.span_bytes)
+
+    @property
+    def tables_gpa(self) -> int:
+        """Gpa of the page tables, root first."""
+        return _FIXED_TABLES_GPA
+
+    @property
+    def mapped_ranges(self) -> list[tuple[int, int]]:
+        """``[start, end)`` gpas that the guest's tables map with leaves of 4 KiB."""
+        return [*_LOW_MAPPED, (STACKS_GPA, self.tables_gpa)]
+
+    @property
+    def huge_ranges(self) -> list[tuple[int, int]]:
+        """``[start, end)`` gpas that they map with leaves of 2 MiB."""
+        return [(HIGH_GPA, HIGH_GPA + self.span_bytes)]
+
+
+def _tables_bytes(span_bytes: int) -> int:
+    """Root, three tables of low memory, and those of the span that starts at 4 GiB."""
+    end = HIGH_GPA + span_bytes
+    directories = -(-end // _GIB) - HIGH_GPA // _GIB
+    return (1 + 3 + -(-end // (_ENTRIES * _GIB)) + directories) * PAGE_BYTES
+
+
+def _low_bytes(span_bytes: int) -> int:
+    whole = _FIXED_TABLES_GPA + _tables_bytes(span_bytes)
+    return -(-whole // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES

@@ -69,7 +69,7 @@ class Userfault:
                 self._reader = ""
                 if self.fd < 0:
                     return
-                silenced = [region for region in regions if region.gpa in self._quiet]
+                silenced = [region for region in regions if region.guest_address in self._quiet]
                 self._quiet.clear()
                 for region in silenced:
                     self._silence(region)
@@ -87,12 +87,12 @@ class Userfault:
 
     def _silence(self, region: Region) -> None:
         self._check_open()
-        if region.gpa in self._quiet:
+        if region.guest_address in self._quiet:
             return
         if self._reader:
             # Its registration turns fault-around off as well, and would be replaced by
             # this one. release() registers the regions recorded here for write-protection.
-            self._quiet.add(region.gpa)
+            self._quiet.add(region.guest_address)
             return
         check(
             lib.kh_uffd_register(self.fd, region.guest_address, region.n_bytes, lib.KH_UFFD_WP),
@@ -100,7 +100,7 @@ class Userfault:
             start=region.guest_address,
             length=region.n_bytes,
         )
-        self._quiet.add(region.gpa)
+        self._quiet.add(region.guest_address)
 
     def _check_open(self) -> None:
         if self.fd < 0:

@@ -17,6 +17,7 @@ from kvmhost.vm.checks import check_mask, check_range
 from kvmhost.vm.names import EngineName
 
 __all__ = [
+    "BY_GPA",
     "Support",
     "TrackedVm",
     "Tracker",
@@ -25,6 +26,10 @@ __all__ = [
     "harvest_pieces",
     "need_started",
 ]
+
+
+#: Trackers that look at guest physical addresses, and miss accesses through aliased memslots.
+BY_GPA = ("guestpt", "dirty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +140,8 @@ def harvest_pieces(
     check_range(gfn_start, n_pages, memory.gfn_end)
     check_mask(mask, n_pages)
     found: Words | None = None
-    for region, start, count in pieces(memory.regions, gfn_start, n_pages):
+    attached = [region for region in memory.regions if region.attached]
+    for region, start, count in pieces(attached, gfn_start, n_pages):
         first = start - gfn_start
         wanted = None if mask is None else sub_words(mask, n_pages, first, count)
         words = harvest_piece(region, start, count, wanted)

@@ -14,14 +14,15 @@ import os
 import threading
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from kvmhost.bitmap import YoungBitmap
+from kvmhost.bitmap import Words, YoungBitmap, clear_words, sub_words
 from kvmhost.errors import InUseError, KvmHostError, StateError
+from kvmhost.memory.guest import Region, pieces
 from kvmhost.trackers import registry
 from kvmhost.trackers.base import TrackedVm, Tracker
 from kvmhost.trackers.forced import ForcedChanges
-from kvmhost.trackers.sharing import SharedHarvests
+from kvmhost.trackers.sharing import SharedHarvests, Source
 from kvmhost.trackers.views import UNNAMED, ViewKey, ViewStatus
 from kvmhost.vm.answers import HarvestTotals, RearmCost
 from kvmhost.vm.harvest import Harvest, HarvestRequest
@@ -109,7 +110,7 @@ class Harvester:
             feed = None if asked.table_format is None else self._feed(asked.table_format)
             self._shared.views.check_room(key)
             source = self._source(asked, key)
-            found = self._shared.harvest(source, key, asked)
+            found = self._shared.harvest(self._attached(source), key, asked)
             if feed is not None:
                 found = dataclasses.replace(found, young=feed.harvest_via_model(found.young))
             self._count(found)
@@ -142,6 +143,38 @@ class Harvester:
             self._shared.n_cleared,
             self._shared.n_retouched,
         )
+
+    def change_region(self, region: Region, change: Callable[[], None]) -> None:
+        """Move, delete or restore a region's memslot while no harvest runs.
+
+        What was young goes into the views first, and they follow a move; pages of a deleted
+        slot are in no view. The tracker begins anew.
+
+        :param change: makes the change
+        :raises CapabilityError: if the tracker does not start again; the change is made then
+        """
+        with self._lock:
+            before, old = self._tracker, region.gfn
+            if before is not None:
+                self._shared.sweep_all(self._attached(before))
+            change()
+            region.zap(region.gfn, region.n_pages)
+            for feed in self._feeds.values():
+                feed.close()
+            self._feeds.clear()
+            self._shared.move(self._vm.memory.gfn_end, old, region.gfn, region.n_pages)
+            if not region.attached:
+                self._shared.forget(region.gfn, region.n_pages)
+            if before is not None and not self._closed:
+                before.stop()
+                self._tracker = None
+                self._tracker = registry.create(before.name, self._vm)
+                self._tracker.start()
+
+    def _attached(self, tracker: Tracker) -> Source:
+        """Return a tracker as the source of a sweep: no page of a deleted slot is young."""
+        hidden = [region for region in self._vm.memory.regions if not region.attached]
+        return _Attached(tracker, hidden) if hidden else tracker
 
     def views(self) -> list[ViewStatus]:
         """Return the state of the views. Any thread; does not wait for harvests."""
@@ -212,7 +245,7 @@ class Harvester:
         before, tracker = self._tracker, registry.create(wanted, self._vm)
         try:
             if before is not None and len(self._shared.views) > 1:
-                self._shared.sweep_all(before)
+                self._shared.sweep_all(self._attached(before))
             tracker.start()
         except BaseException:
             tracker.stop()
@@ -249,6 +282,26 @@ class Harvester:
 
             self._feeds[table_format] = Feed(table_format, self._vm.memory.regions)
         return self._feeds[table_format]
+
+
+class _Attached:
+    """A tracker without the pages of regions whose memslots are deleted."""
+
+    def __init__(self, tracker: Tracker, hidden: Sequence[Region]) -> None:
+        self._tracker, self._hidden = tracker, hidden
+        self.rearm = tracker.rearm
+
+    def harvest(
+        self, gfn_start: int, n_pages: int, clear: bool = True, mask: Words | None = None
+    ) -> YoungBitmap:
+        """Harvest, and drop the bits of hidden pages."""
+        found = self._tracker.harvest(gfn_start, n_pages, clear, mask)
+        for _, start, count in pieces(self._hidden, gfn_start, n_pages):
+            for words in (found.words, found.coarse):
+                if words is not None:
+                    part = sub_words(words, n_pages, start - gfn_start, count).copy()
+                    clear_words(words, start - gfn_start, part)
+        return found
 
 
 def _key(name: str, owner: int | None) -> ViewKey:

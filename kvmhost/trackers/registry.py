@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvmhost.errors import LayoutError
+from kvmhost.errors import CapabilityError, LayoutError
 from kvmhost.suggest import unknown_name
-from kvmhost.trackers.base import Support, TrackedVm, Tracker, TrackerInfo
+from kvmhost.trackers.base import BY_GPA, Support, TrackedVm, Tracker, TrackerInfo
 from kvmhost.trackers.dirty import DirtyTracker
 from kvmhost.trackers.guestpt import GuestptTracker
 from kvmhost.trackers.idle import IdleTracker
@@ -33,7 +33,8 @@ def resolve(name: str, vm: TrackedVm) -> str:
     :raises LayoutError: for an unknown name
     """
     if name == "auto":
-        return PagemapTracker.name if vm.tables_gpa is None else GuestptTracker.name
+        by_tables = vm.tables_gpa is not None and not vm.memory.aliases
+        return GuestptTracker.name if by_tables else PagemapTracker.name
     if name not in _REGISTRY:
         raise LayoutError(unknown_name("tracker", name, ("auto", *NAMES)))
     return name
@@ -45,6 +46,13 @@ def create(name: str, vm: TrackedVm) -> Tracker:
     :param name: one of :data:`NAMES`
     :raises CapabilityError: if it does not work here
     """
+    if vm.memory.aliases and name in BY_GPA:
+        raise CapabilityError(
+            f"tracker {name}",
+            "memory without aliased memslots, through which it sees no access",
+            f"{len(vm.memory.aliases)} aliases",
+            "use pagemap",
+        )
     return _REGISTRY[name].for_vm(vm)
 
 

@@ -111,6 +111,17 @@ class SharedHarvests:
         source.rearm(0, n_pages, found)
         return Harvest(found, middle - start, time.perf_counter_ns() - middle)
 
+    def move(self, n_pages: int, old: int, new: int, count: int) -> None:
+        """Follow pages that lie at other gfns now; gfns are ``[0, n_pages)`` from here on."""
+        self._last = None
+        self.views.move(n_pages, old, new, count)
+        self._armed = np.zeros(n_words(n_pages), dtype=np.uint64)
+
+    def forget(self, gfn_start: int, n_pages: int) -> None:
+        """Take a range out of all views: no memslot shows it any more."""
+        for view in self.views:
+            view.take(gfn_start, n_pages, None, time.monotonic_ns())
+
     def readers(self, key: ViewKey, since_ns: int) -> list[View]:
         """Return the views of others that are in use.
 

@@ -150,6 +150,14 @@ class View:
                 words.fill(0)
         self._is_empty = not self._young.any()
 
+    def move(self, n_pages: int, old: int, new: int, count: int) -> None:
+        """Follow pages that lie at other gfns now; gfns are ``[0, n_pages)`` from here on."""
+        oldest_ns = self.window_start_ns
+        self._young = _moved(self._young, self.n_pages, n_pages, (old, new, count))
+        if self._coarse is not None:
+            self._coarse = _moved(self._coarse, self.n_pages, n_pages, (old, new, count))
+        self.n_pages, self._windows = n_pages, _Windows(n_pages, oldest_ns)
+
     def reset(self, now_ns: int) -> None:
         """Discard all pages and begin a new window."""
         self.take(0, self.n_pages, None, now_ns)
@@ -227,6 +235,12 @@ class Views:
         view = self._views[key] = View(key, self.n_pages, now_ns)
         return view
 
+    def move(self, n_pages: int, old: int, new: int, count: int) -> None:
+        """Follow pages that lie at other gfns now; gfns are ``[0, n_pages)`` from here on."""
+        self.n_pages = n_pages
+        for view in self:
+            view.move(n_pages, old, new, count)
+
     def close(self, key: ViewKey) -> bool:
         """Remove a named view; return whether it was open."""
         return key.owner != 0 and self._views.pop(key, None) is not None
@@ -240,6 +254,18 @@ class Views:
     def list(self) -> list[ViewStatus]:
         """Return the state of every view, the unnamed one first. Any thread."""
         return [view.status() for view in tuple(self._views.values())]
+
+
+def _moved(words: Words, before: int, n_pages: int, move: tuple[int, int, int]) -> Words:
+    """Return a bitmap of ``before`` pages as one of ``n_pages``, with a run of bits moved."""
+    old, new, count = move
+    part = sub_words(words, before, old, count).copy()
+    clear_words(words, old, part)
+    found = np.zeros(n_words(n_pages), dtype=np.uint64)
+    kept = min(found.size, words.size)
+    found[:kept] = words[:kept]
+    place_words(found, new, part)
+    return found
 
 
 class _Windows:

@@ -93,12 +93,12 @@ LAYERS = {
     ),
     "kvmhost/machine": (
         {"chunks", "disasm", "paging", "parts", "runner", "vcpustate"},
-        {"failures", "snapfile"},
+        {"failures", "memslots", "snapfile"},
         {"running"},
         {"snapshot"},
         {"base"},
         {"pc", "tiny"},
-        {"factory", "restore"},
+        {"aliased", "factory", "restore"},
     ),
     "kvmhost/memory": ({"layout"}, {"guest", "pclayout"}, {"pagelist", "dma"}),
     "kvmhost/mmu": (
