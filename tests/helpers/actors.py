@@ -11,6 +11,7 @@ import abc
 import fcntl
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -501,6 +502,37 @@ class Collapse(Actor):
             window.close()
 
 
+class Freeze(Actor):
+    """Freezes the pager for a while: the guest goes on, and who asks the pager waits."""
+
+    name = "freeze"
+
+    def enter(self, world: World) -> None:
+        super().enter(world)
+        self.gfn = world.take_scratch(1)
+
+    def act(self) -> None:
+        pager, done = self.world.pager, threading.Event()
+        asker = threading.Thread(target=lambda: (pager.evict([self.gfn]), done.set()))
+        with pager.frozen():
+            touched = self.world.touches()
+            asker.start()
+            self.last = "wait, frozen, for one who asks"
+            self.world.until(lambda: done.is_set() or waits(asker), "one who asks waits")
+            self.last = "wait, frozen, for touches of the guest"
+            self.world.until(lambda: self.world.touches() > touched, "touches while frozen")
+            assert not done.is_set(), "a page was evicted while the pager was frozen"
+        self.last = "wait for the end of the request"
+        self.world.until(done.is_set, "the request goes on")
+        asker.join()
+
+
+def waits(thread: threading.Thread) -> bool:
+    """Whether a thread waits for a lock in the kernel."""
+    path = Path(f"/proc/self/task/{thread.native_id}/syscall")
+    return thread.native_id is not None and path.read_text().startswith("202 ")  # futex
+
+
 ACTORS: dict[str, type[Actor]] = {
     actor.name: actor
     for actor in (
@@ -517,5 +549,6 @@ ACTORS: dict[str, type[Actor]] = {
         FullConsole,
         MemfdReader,
         Collapse,
+        Freeze,
     )
 }

@@ -9,11 +9,13 @@ the real guest mapping, and it counts as accessed once the host has mapped it ag
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 from kvmhost import doctor
 from kvmhost._ffi import check, ffi, lib
@@ -194,7 +196,10 @@ def test_hotcold_on_two_vcpus(make_tracker: Callable) -> None:
     params = {"pages": 3001, "hot": 400, "scan_every": 4, "scan_epochs": 2}
     machine, files, tracker = make_tracker("kvm", "hotcold", 2, **params)
     tracker.start()
-    for epoch in range(5):
+    n_exact = epoch = 0
+    deadline = time.monotonic() + DEADLINE_S
+    while n_exact < 5:
+        assert time.monotonic() < deadline, f"{n_exact} of {epoch} epochs without a lost mapping"
         assert machine.run_epoch()
         found = set(tracker.harvest(START, 3001).gfns().tolist())
         expected = set(hotcold_gfns(machine.params, epoch, 2).tolist())
@@ -202,8 +207,9 @@ def test_hotcold_on_two_vcpus(make_tracker: Callable) -> None:
         # A page that lost its host mapping reads as old; on a busy nested host one does
         # in some hundred runs. The tracker may miss that, and nothing that is mapped.
         missing = expected - found
-        assert len(missing) <= 2
         assert not missing & files.present_gfns()
+        n_exact += not missing
+        epoch += 1
 
 
 @pytest.mark.parametrize("engine", ENGINES)

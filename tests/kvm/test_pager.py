@@ -5,7 +5,10 @@ The oracle is the hotcold guest: it checks all 4096 bytes of a page on every tou
 
 from __future__ import annotations
 
+import contextlib
+import select
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,6 +328,16 @@ def test_bad_gfns_change_nothing() -> None:
         assert machine.open_pager().counters()["evictions"] == 0
 
 
+def a_fault_waits() -> bool:
+    """Whether a userfaultfd of this process holds a fault that nobody has read."""
+    poll = select.poll()
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if path.readlink().name == "anon_inode:[userfaultfd]":
+                poll.register(int(path.name), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 @pytest.mark.requires_kvm
 def test_stop_while_a_vcpu_waits_for_a_page() -> None:
     """A page that never comes must not keep a machine from stopping."""
@@ -334,7 +347,7 @@ def test_stop_while_a_vcpu_waits_for_a_page() -> None:
         machine.open_pager().evict(START + np.arange(PAGES))
         machine.open_pager().stop()
         machine.step_by_doorbell(False)
-        time.sleep(0.05)
+        until(a_fault_waits, "the vCPU waits for a page")
         machine.stop()
         assert not machine.running
 

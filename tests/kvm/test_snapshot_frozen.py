@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from actors import waits
 from waiting import DEADLINE_S, until
 
 from kvmhost.control.client import Client
@@ -287,11 +287,6 @@ def test_a_freeze_holds_back_whoever_changes_pages(machine: Machine) -> None:
     assert sorted(done) == sorted(acts)
 
 
-def waits(thread: threading.Thread) -> bool:
-    path = Path(f"/proc/self/task/{thread.native_id}/syscall")
-    return thread.native_id is not None and path.read_text().startswith("202 ")  # futex
-
-
 @pytest.mark.requires_kvm
 @pytest.mark.requires_uffd
 def test_a_lost_page_fails_the_snapshot_and_is_named(machine: Machine, tmp_path: Path) -> None:
@@ -553,11 +548,10 @@ def test_a_vm_beyond_its_cgroup_is_saved_and_restored(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout == "saved and restored\n"
     finally:
-        deadline = time.monotonic() + DEADLINE_S
-        while True:
-            try:
-                group.rmdir()
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+        until(lambda: removed(group), "the cgroup is free")
+
+
+def removed(group: Path) -> bool:
+    with contextlib.suppress(OSError):
+        group.rmdir()
+    return not group.exists()

@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from json_page import checked
-from waiting import DEADLINE_S
+from waiting import DEADLINE_S, until
 
 from kvmhost.guests import image_path
 from kvmhost.guests.build import compile_guest
@@ -169,11 +168,7 @@ def test_a_signal_ends_it_and_leaves_nothing(
 ) -> None:
     words = ("touch", "--engine", engine, "--param", "epochs=0", "--name", "stopme")
     with subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + DEADLINE_S
-        while not (runtime / "stopme.sock").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until((runtime / "stopme.sock").exists, "its socket", process=process)
         process.send_signal(number)
         try:
             _, errors = process.communicate(timeout=DEADLINE_S)
@@ -187,10 +182,7 @@ def test_second_vm_of_a_name_is_refused(runtime: Path) -> None:
     words = ("touch", "--param", "epochs=0", "--name", "twin")
     with subprocess.Popen(command(*words)) as first:
         try:
-            deadline = time.monotonic() + DEADLINE_S
-            while not (runtime / "twin.sock").exists():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            until((runtime / "twin.sock").exists, "its socket", process=first)
             second = kvmhost("hello", "--name", "twin")
             assert second.returncode == 2
             assert "twin" in second.stderr
@@ -200,10 +192,7 @@ def test_second_vm_of_a_name_is_refused(runtime: Path) -> None:
             first.wait(DEADLINE_S)
     # A socket that a killed VM left is no obstacle.
     with subprocess.Popen(command(*words)) as killed:
-        deadline = time.monotonic() + DEADLINE_S
-        while not (runtime / "twin.sock").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until((runtime / "twin.sock").exists, "its socket", process=killed)
         killed.kill()
     assert (runtime / "twin.sock").exists()
     assert kvmhost("hello", "--name", "twin").returncode == 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
+from waiting import until
 
 from kvmhost.bitmap import YoungBitmap
 from kvmhost.errors import KvmHostError, LayoutError
@@ -102,13 +101,16 @@ def test_a_cached_translation_leaves_the_page_old_until_a_flush():
     with make() as table:
         engine = SoftEngine(table, TlbGeometry(16, 8))
         run = engine.start(Trace.sequential(0, pages), n_vcpus=1)
-        _until(lambda: table.harvest(0, pages).count() == 0 and run.progress() > 10 * pages)
+        until(
+            lambda: table.harvest(0, pages).count() == 0 and run.progress() > 10 * pages,
+            "no young page",
+        )
         # The vCPU goes on, all of its pages are cached: nothing becomes young.
         done = run.progress()
-        _until(lambda: run.progress() > done + 100 * pages)
+        until(lambda: run.progress() > done + 100 * pages, "more accesses")
         assert table.harvest(0, pages, clear=False).count() == 0
         table.flush_remote()
-        _until(lambda: table.harvest(0, pages, clear=False).count() == pages)
+        until(lambda: table.harvest(0, pages, clear=False).count() == pages, "all young")
         run.stop()
         (report,) = run.wait()
         assert report.tlb_flushes == 1
@@ -215,14 +217,7 @@ def test_misuse_is_named():
 def test_release_ends_the_vcpus():
     with make() as table:
         run = SoftEngine(table).start(Trace.random(0, N), n_vcpus=2)
-        _until(lambda: run.progress() > 1000)
+        until(lambda: run.progress() > 1000, "a thousand accesses")
         table.release()
         run.wait()
         assert table.harvest(0, N).count() == 0
-
-
-def _until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)

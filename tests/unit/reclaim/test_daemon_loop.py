@@ -11,7 +11,7 @@ import types
 
 import pytest
 from fake_vm import Events, FakeVm, N, config, make_daemon
-from waiting import DEADLINE_S
+from waiting import DEADLINE_S, until
 
 from kvmhost.reclaim.account.events import Notice, PassReport
 from kvmhost.reclaim.context import DaemonContext
@@ -84,6 +84,11 @@ def test_a_pass_that_hangs_starves_the_watchdog(vms, monkeypatch):
         stopping=lambda: None,
     )
     monkeypatch.setattr("kvmhost.reclaim.daemon._STUCK_S", 0.2)
+    looks = []
+    look = Daemon._notify_watchdog
+    monkeypatch.setattr(
+        Daemon, "_notify_watchdog", lambda self: (look(self), looks.append(time.monotonic()))
+    )
     vms["a"] = vm = FakeVm("a")
     hang, inside = threading.Event(), threading.Event()
 
@@ -100,12 +105,11 @@ def test_a_pass_that_hangs_starves_the_watchdog(vms, monkeypatch):
     thread.start()
     try:
         assert inside.wait(DEADLINE_S)
-        deadline = time.monotonic() + DEADLINE_S
-        while time.monotonic() < deadline:
-            before = len(fed)
-            time.sleep(0.3)
-            if len(fed) == before:
-                break
+        stuck_s = time.monotonic() + 0.2
+        until(lambda: looks[-1] > stuck_s, "it looks at a pass that hangs")
+        before, n = len(fed), len(looks)
+        # A second look comes after the time between two notifications.
+        until(lambda: looks[-1] > looks[n - 1] + 0.03, "it looks again")
         assert len(fed) == before, "a daemon that hangs is fed"
     finally:
         hang.set()

@@ -552,7 +552,10 @@ def test_paused_nothing_is_harvested(watchapp, fake):
         await pilot.press("p")
         await until_async(lambda: "PAUSED" in screen_text(app)["head"], pilot.pause)
         n = len(fake.harvests)
-        await asyncio.sleep(0.1)
+        for _ in range(3):
+            # A round of its loop ends by waiting for the next wake.
+            app._wake.set()
+            await until_async(lambda: not app._wake.is_set(), pilot.pause)
         assert len(fake.harvests) == n
         await pilot.press("p")
         await until_async(lambda: len(fake.harvests) > n, pilot.pause)
