@@ -19,7 +19,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator
 
-__all__ = ["Mutant", "mutants_of"]
+__all__ = ["Mutant", "mutants_of", "statement_spans"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Mutant:
 
     :param before: the first line that changes, without indentation
     :param nth: number among the mutants with the same file, operator and line
+    :param line: number of that line, from 1
     """
 
     file: str
     operator: str
     before: str
     nth: int
+    line: int = dataclasses.field(compare=False)
     make: Callable[[], str] = dataclasses.field(compare=False, repr=False)
 
     @property
@@ -65,9 +67,41 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
     for offset, operator, make in sorted(changes, key=lambda change: change[:2]):
         start = text.rfind("\n", 0, offset) + 1
         before = text[start:].partition("\n")[0].strip()
-        found.append(Mutant(file, operator, before, seen[operator, before], make))
+        line = text.count("\n", 0, offset) + 1
+        found.append(Mutant(file, operator, before, seen[operator, before], line, make))
         seen[operator, before] += 1
     return found
+
+
+def statement_spans(file: str, text: str) -> dict[int, tuple[int, int]]:
+    """Return the first and last line of the statement that each line belongs to.
+
+    Of a compound statement, the lines before its body.
+    """
+    return _c_spans(text) if file.endswith(".c") else _python_spans(text)
+
+
+def _c_spans(text: str) -> dict[int, tuple[int, int]]:
+    code = _NOT_CODE.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
+    spans, start = {}, 1
+    for number, line in enumerate(code.splitlines(), 1):
+        if not line.strip():
+            start = start if start < number else number + 1
+        elif line.rstrip().endswith((";", "{", "}", ":")):
+            spans.update((at, (start, number)) for at in range(start, number + 1))
+            start = number + 1
+    return spans
+
+
+def _python_spans(text: str) -> dict[int, tuple[int, int]]:
+    spans = {}
+    for node in ast.walk(ast.parse(text)):  # outer statements before inner ones
+        if isinstance(node, ast.stmt | ast.ExceptHandler):
+            body = getattr(node, "body", None)
+            end = body[0].lineno - 1 if body else node.end_lineno
+            span = node.lineno, max(node.lineno, end)
+            spans.update((at, span) for at in range(node.lineno, node.end_lineno + 1))
+    return spans
 
 
 def _replace(text: str, start: int, end: int, new: str) -> str:

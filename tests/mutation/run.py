@@ -1,15 +1,22 @@
 """Runs the tests against mutants of the code, and reports which mutants no test noticed.
 
-    python tests/mutation/run.py [--fraction 1/20] [--shard 1/4] [--seconds 600] [FILE ...]
+    python tests/mutation/run.py [--all | --sample 3] [--shard 1/4] [--seconds 600] [FILE ...]
 
 ``targets.toml`` names the files and the tests that cover each, ``survivors.toml`` the
-mutants that may live, and why. The work is done in a copy of the tree. Verdicts are appended
-to a file as they come (``--results``); a run with the same file goes on where the last one
-ended, and decides anew only mutants of files that changed.
+mutants that may live, and why. The work is done in a copy of the tree. First the tests run as
+the code is, once more to find which of them execute which lines; then each mutant meets the
+tests that execute its statement, the fastest first, until one fails.
+
+Without ``--all``, a sample of each file is run: the mutants that come first when all are put
+in an order that a seed determines. The seed is the number of weeks since 1970, so that every
+week tries others; the first line of the output says it, ``--seed`` repeats it.
+
+Verdicts are appended to a file as they come (``--results``); a run with the same file goes on
+where the last one ended, and decides anew only mutants of files that changed.
 
 ========= ====================================================================
-killed    a test failed, or took longer than two minutes
-timeout   the tests took four times as long as without the mutant
+killed    a test failed
+timeout   a test took over 20 s and ten times as long as without the mutant
 broken    it does not compile, or the tests cannot be collected with it
 same      the compiler makes the same code of it
 survived  all tests passed
@@ -23,22 +30,12 @@ from __future__ import annotations
 
 import argparse
 import collections
-import compileall
 import contextlib
 import dataclasses
-import fractions
 import functools
 import hashlib
-import importlib
 import json
-import os
-import py_compile
-import select
-import shutil
-import signal
-import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import tomllib
@@ -46,19 +43,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from mutants import Mutant, mutants_of
+from cover import Cover
+from mutants import Mutant, mutants_of, statement_spans
+from tree import HERE, ROOT, Tree
 
-__all__ = ["Report", "listed_survivors", "main", "run", "targets"]
+__all__ = ["Report", "listed_survivors", "main", "run", "table", "targets", "weekly_seed"]
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-#: A mutant that loops is stopped after so much time in one test, or after this many times of
-#: what its tests need without it.
-_TEST_TIMEOUT_S = 120
-_TIMES = 4
-_LEAST_TIMEOUT_S = 30.0
-_CFLAGS = ["-std=gnu11", "-O2", "-w", "-fPIC", "-pthread", "-fvisibility=hidden"]
+#: A mutant that loops is stopped after so much time in one test.
+_LEAST_TIMEOUT_S, _TIMES = 20.0, 10
+#: And after this time in all.
+_MOST_S = 1800.0
+_SAMPLE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,160 +113,6 @@ def listed_survivors() -> list[Survivor]:
     return [Survivor(**row) for row in raw["survivor"]]
 
 
-# -- the copy of the tree ------------------------------------------------------
-
-
-#: Imported once, before the tests are run in forks of this process.
-_PRELOADED = (
-    "aiohttp", "cffi", "hypothesis.strategies", "httpx", "lz4.block", "matplotlib.pyplot",
-    "msgspec.json", "numpy", "rich.console", "xxhash", "zstandard",
-)  # fmt: skip
-
-
-class Tree:
-    """A copy of the tree in which files are changed and tests are run."""
-
-    def __init__(self, root: Path) -> None:
-        for name in _PRELOADED:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
-        self.root = root
-        ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "*cache*")
-        shutil.copytree(ROOT, root, symlinks=True, ignore=ignored, dirs_exist_ok=True)
-        # Bytecode that is valid for a source of this hash: a change within a second counts.
-        for folder in ("kvmhost", "reclaim", "tools", "guests"):
-            mode = py_compile.PycInvalidationMode.CHECKED_HASH
-            compileall.compile_dir(root / folder, quiet=2, invalidation_mode=mode)
-        sys.dont_write_bytecode = True
-        self._environment = os.environ | {
-            "PYTHONPATH": str(root),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "HYPOTHESIS_STORAGE_DIRECTORY": str(root / "hypothesis"),
-        }
-        self._core: Core | None = None
-
-    def run_tests(self, tests: tuple[str, ...], timeout_s: float) -> str:
-        """Return ``passed``, ``killed``, ``broken`` or ``timeout``.
-
-        In a fork of this process, in which what the tests import is in memory, except the
-        package itself.
-        """
-        child = os.fork()
-        if child == 0:
-            try:
-                os._exit(self._run_pytest(tests))
-            finally:
-                os._exit(70)
-        with _pidfd(child) as fd:
-            ended = select.select([fd], [], [], timeout_s)[0]
-        # Also what a test started and a mutant kept from ending.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if not ended:
-            return "timeout"
-        # 1: a test failed; below 0: a signal ended the interpreter.
-        return {0: "passed", 1: "killed"}.get(status, "killed" if status < 0 else "broken")
-
-    def _run_pytest(self, tests: tuple[str, ...]) -> int:
-        os.setsid()
-        os.chdir(self.root)
-        os.environ.update(self._environment)
-        sys.path[:0] = [str(self.root)]
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in range(3):
-            os.dup2(null, fd)
-        options = ["-q", "-x", "--tb=no", "-m", "not slow", "-p", "no:cacheprovider"]
-        # The method that works while a loop in C holds the main thread.
-        options += ["-p", "pytest_timeout", "--timeout", str(_TEST_TIMEOUT_S)]
-        options += ["--timeout-method", "thread"]
-        return int(pytest.main([*options, *tests]))
-
-    @contextlib.contextmanager
-    def changed(self, file: str, text: str) -> Iterator[str | None]:
-        """Put a mutant into the tree; yields the verdict if there is one without tests."""
-        path = self.root / file
-        before = path.read_text()
-        path.write_text(text)
-        try:
-            if file.endswith(".c"):
-                if self._core is None:
-                    path.write_text(before)
-                    self._core = Core(self.root)
-                    path.write_text(text)
-                yield self._core.build(path)
-            else:
-                yield _syntax(text, file)
-        finally:
-            path.write_text(before)
-            if file.endswith(".c") and self._core is not None:
-                self._core.restore(path)
-
-
-@contextlib.contextmanager
-def _pidfd(process: int) -> Iterator[int]:
-    fd = os.pidfd_open(process)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _syntax(text: str, file: str) -> str | None:
-    try:
-        compile(text, file, "exec")
-    except SyntaxError:
-        return "broken"
-    return None
-
-
-class Core:
-    """The C core, of which one file at a time is compiled anew."""
-
-    def __init__(self, root: Path) -> None:
-        self._core = root / "kvmhost" / "_core"
-        self._objects = root / "objects"
-        self._objects.mkdir()
-        generated = self._objects / "_native.c"
-        code = "import sys, kvmhost._core.build as build; build.make_ffi().emit_c_code(sys.argv[1])"
-        subprocess.run([sys.executable, "-c", code, str(generated)], cwd=root, check=True)
-        for source in [generated, *sorted(self._core.glob("*.c"))]:
-            if not self._compile(source, self._objects / f"{source.stem}.o"):
-                raise RuntimeError(f"{source.name} does not compile")
-        self._original = {p.name: p.read_bytes() for p in self._objects.glob("*.o")}
-        self._link()
-
-    def build(self, source: Path) -> str | None:
-        """Compile a changed file and link; return a verdict if no test is needed."""
-        target = self._objects / f"{source.stem}.o"
-        if not self._compile(source, target):
-            return "broken"
-        if target.read_bytes() == self._original[target.name]:
-            return "same"
-        return None if self._link() else "broken"
-
-    def restore(self, source: Path) -> None:
-        """Put the object of the original file back."""
-        name = f"{source.stem}.o"
-        (self._objects / name).write_bytes(self._original[name])
-
-    def _compile(self, source: Path, target: Path) -> bool:
-        include = ["-I", str(self._core), "-I", sysconfig.get_path("include")]
-        include += ["-include", str(HERE / "plain.h")]
-        command = ["cc", *_CFLAGS, *include, "-c", str(source), "-o", str(target)]
-        return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
-
-    def _link(self) -> bool:
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        library = self._core / f"_native{suffix}"
-        # The old one may be mapped by a process that is still ending.
-        library.unlink(missing_ok=True)
-        objects = sorted(map(str, self._objects.glob("*.o")))
-        command = ["cc", "-shared", "-pthread", *objects, "-o", str(library)]
-        return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
-
-
 # -- running -------------------------------------------------------------------
 
 
@@ -279,17 +120,24 @@ class Core:
 class Choice:
     """Which mutants to run.
 
-    :param fraction: of all mutants, chosen by ``seed``; the same ones after edits elsewhere
+    :param sample: so many of each file, chosen by ``seed``, the same ones after edits
+        elsewhere; None: all
     :param shard: ``(k, n)``: the k-th of n parts, from 1
     :param seconds: start no other mutant after this time; None: no limit
+    :param skip_listed: leave out those of ``survivors.toml``
     """
 
-    fraction: float = 1.0
+    sample: int | None = _SAMPLE
     seed: int = 1
     shard: tuple[int, int] = (1, 1)
     seconds: float | None = None
     files: tuple[str, ...] = ()
     skip_listed: bool = False
+
+
+def weekly_seed(now_s: float) -> int:
+    """Return the seed of the week: whole weeks since 1970-01-01."""
+    return int(now_s // (7 * 86400))
 
 
 class _Results:
@@ -329,21 +177,78 @@ def _digest(*names: str) -> str:
 
 
 def _chosen(choice: Choice) -> Iterator[tuple[Mutant, Target]]:
-    """Yield the chosen mutants in the order of their rank."""
+    """Yield the chosen mutants, target by target, in the order of their rank."""
     listed = {survivor.key for survivor in listed_survivors()} if choice.skip_listed else set()
-    found = []
     for target in targets():
+        found = []
         for file in target.files:
             if choice.files and file not in choice.files:
                 continue
-            for mutant in mutants_of(file, (ROOT / file).read_text()):
-                rank = mutant.rank(choice.seed)
-                part = int(rank * (1 << 40)) % choice.shard[1] + 1
-                if rank < choice.fraction and part == choice.shard[0] and mutant.key not in listed:
-                    found.append((rank, mutant, target))
-    found.sort(key=lambda row: row[0])
-    for _, mutant, target in found:
-        yield mutant, target
+            ranked = sorted(
+                (mutant.rank(choice.seed), mutant)
+                for mutant in mutants_of(file, (ROOT / file).read_text())
+            )
+            found += ranked[: choice.sample]
+        for rank, mutant in sorted(found):
+            part = int(rank * (1 << 40)) % choice.shard[1] + 1
+            if part == choice.shard[0] and mutant.key not in listed:
+                yield mutant, target
+
+
+class _Judge:
+    """Decides about mutants; makes the copy of the tree and finds lines when first needed."""
+
+    def __init__(self, place: Path, say: Callable[[str], None]) -> None:
+        self._place, self._say = place, say
+        self._covers: dict[Target, Cover] = {}
+        self._n_killed: collections.Counter[str] = collections.Counter()
+
+    def close(self) -> None:
+        """End the processes that it keeps."""
+        if "_tree" in vars(self):
+            self._tree.close()
+
+    @functools.cached_property
+    def _tree(self) -> Tree:
+        return Tree(self._place)
+
+    def verdict(self, mutant: Mutant, target: Target) -> str:
+        """Run the tests that reach a mutant.
+
+        :raises RuntimeError: if tests of the target fail without it
+        """
+        cover = self._cover(target)
+        text = (ROOT / mutant.file).read_text()
+        spans = statement_spans(mutant.file, text)
+        tests = cover.tests_of(mutant.file, spans.get(mutant.line, (mutant.line, mutant.line)))
+        limits = {name: max(_LEAST_TIMEOUT_S, _TIMES * cover.tests[name].seconds) for name in tests}
+        with self._tree.changed(mutant.file, mutant.make()) as verdict:
+            if verdict is None and tests and mutant.file.endswith(".py"):
+                made = mutant.make()
+                verdict = self._tree.run_patched(
+                    target.tests, mutant.file, made, tests, limits, _MOST_S
+                )
+            if verdict is None:
+                verdict = self._tree.run_tests(tests, limits, _MOST_S) if tests else "passed"
+        return "survived" if verdict == "passed" else verdict
+
+    def _cover(self, target: Target) -> Cover:
+        if target not in self._covers:
+            since = time.monotonic()
+            if target.files[0].endswith(".c"):
+                _ = self._tree.core
+            verdict = self._tree.run_tests(list(target.tests), {}, _MOST_S, keep=True)
+            if verdict != "passed":
+                raise RuntimeError(f"without a mutant: {verdict}: {' '.join(target.tests)}")
+            cover = self._tree.cover(target.files, list(target.tests), _MOST_S)
+            if not any(test.lines for test in cover.tests.values()):
+                raise RuntimeError(f"no line of {' '.join(target.files)} is executed by a test")
+            if failed := cover.failed():
+                raise RuntimeError(f"without a mutant, alone: killed: {' '.join(failed)}")
+            self._covers[target] = cover
+            took_s = time.monotonic() - since
+            self._say(f"{len(cover.tests)} tests for {target.files[0]} ...: {took_s:.1f} s")
+        return self._covers[target]
 
 
 def run(
@@ -356,9 +261,10 @@ def run(
     known, report = _Results(results), Report({}, [], 0)
     allowed = {survivor.key for survivor in listed_survivors()}
     end = None if choice.seconds is None else time.monotonic() + choice.seconds
-    baseline: dict[tuple[str, ...], float] = {}
-    with tempfile.TemporaryDirectory(prefix="kvmhost-mutation-") as place:
-        tree: Tree | None = None
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmhost-mutation-"))
+        judge = _Judge(Path(place), say)
+        stack.callback(judge.close)
         for mutant, target in _chosen(choice):
             text = (ROOT / mutant.file).read_text()
             digests = _digest(mutant.file), _digest(*target.tests)
@@ -367,12 +273,8 @@ def run(
                 if end is not None and time.monotonic() > end:
                     report.n_left += 1
                     continue
-                tree = tree or Tree(Path(place))
-                if target.tests not in baseline:
-                    baseline[target.tests] = _time_without_mutant(tree, target)
-                timeout_s = max(_LEAST_TIMEOUT_S, _TIMES * baseline[target.tests])
                 since = time.monotonic()
-                verdict = _judge(tree, mutant, target, timeout_s)
+                verdict = judge.verdict(mutant, target)
                 took_s = time.monotonic() - since
                 known.add(mutant, *digests, verdict)
                 say(f"{verdict:8} {took_s:5.1f} s  {mutant.key}  =>  {mutant.after(text)}")
@@ -382,19 +284,24 @@ def run(
     return report
 
 
-def _time_without_mutant(tree: Tree, target: Target) -> float:
-    since = time.monotonic()
-    verdict = tree.run_tests(target.tests, 1800)
-    if verdict != "passed":
-        raise RuntimeError(f"without a mutant: {verdict}: {' '.join(target.tests)}")
-    return time.monotonic() - since
+_VERDICTS = ("killed", "timeout", "survived", "same", "broken")
 
 
-def _judge(tree: Tree, mutant: Mutant, target: Target, timeout_s: float) -> str:
-    with tree.changed(mutant.file, mutant.make()) as verdict:
-        if verdict is None:
-            verdict = tree.run_tests(target.tests, timeout_s)
-    return "survived" if verdict == "passed" else verdict
+def table(results: Path) -> str:
+    """Return a table, in Markdown, of what was decided about the files as they are."""
+    known = _Results(results)
+    rows, sums = [], [0] * (2 + len(_VERDICTS))
+    for target in targets():
+        for file in target.files:
+            mutants = mutants_of(file, (ROOT / file).read_text())
+            digests = _digest(file), _digest(*target.tests)
+            found = collections.Counter(known.get(mutant, *digests) for mutant in mutants)
+            counts = [len(mutants), len(mutants) - found[None], *(found[v] for v in _VERDICTS)]
+            sums = [a + b for a, b in zip(sums, counts, strict=True)]
+            rows.append((f"`{file}`", *counts))
+    lines = [("file", "mutants", "run", *_VERDICTS), ("---",) + ("---:",) * len(sums)]
+    lines += [*rows, ("all", *sums)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 # -- the command ---------------------------------------------------------------
@@ -403,14 +310,13 @@ def _judge(tree: Tree, mutant: Mutant, target: Target, timeout_s: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     args: Any = _parser().parse_args(argv)
-    choice = Choice(
-        float(args.fraction),
-        args.seed,
-        args.shard,
-        args.seconds,
-        tuple(args.files),
-        args.skip_listed,
-    )
+    if args.table:
+        print(table(args.table))
+        return 0
+    seed = weekly_seed(time.time()) if args.seed is None else args.seed
+    sample = None if args.all else args.sample
+    choice = Choice(sample, seed, args.shard, args.seconds, tuple(args.files), args.skip_listed)
+    print("all mutants" if sample is None else f"{sample} mutants of each file, --seed {seed}")
     try:
         report = run(choice, args.results, lambda text: print(text, flush=True))
     except RuntimeError as error:
@@ -434,11 +340,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="only these files")
-    parser.add_argument("--fraction", type=fractions.Fraction, default=fractions.Fraction(1))
-    parser.add_argument("--seed", type=int, default=1, help="chooses the fraction (1)")
+    parser.add_argument("--all", action="store_true", help="all mutants, no sample")
+    parser.add_argument("--sample", type=int, default=_SAMPLE, help="so many of each file (3)")
+    parser.add_argument("--seed", type=int, help="chooses the sample (weeks since 1970)")
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="K/N")
     parser.add_argument("--seconds", type=float, help="start no other mutant after this time")
     parser.add_argument("--results", type=Path, help="file of verdicts, to go on with")
+    parser.add_argument("--table", type=Path, metavar="RESULTS", help="only count verdicts")
     parser.add_argument("--skip-listed", action="store_true", help="without known survivors")
     return parser
 
