@@ -253,12 +253,15 @@ class RecordWriter(Closing):
     def set_session(self, session: RecordSession) -> None:
         """Record the source of the following windows."""
         self._check_open()
-        last = self._meta.sessions[-1]
         session = msgspec.structs.replace(session, first_window=self._n_windows)
-        if session == msgspec.structs.replace(last, first_window=self._n_windows):
-            return
-        kept = [part for part in self._meta.sessions if part.first_window < self._n_windows]
-        self._change(sessions=[*kept, session])
+        sessions = [part for part in self._meta.sessions if part.first_window < self._n_windows]
+        # What was set since the last window, and came to nothing, is gone.
+        if not sessions or session != msgspec.structs.replace(
+            sessions[-1], first_window=self._n_windows
+        ):
+            sessions.append(session)
+        if sessions != self._meta.sessions:
+            self._change(sessions=sessions)
 
     def commit(self) -> None:
         """Write the windows of the tail to the arrays, which other programs read."""

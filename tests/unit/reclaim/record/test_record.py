@@ -194,6 +194,12 @@ def test_sessions_follow_the_evidence(tmp_path):
             (4, facts),
         ]
         assert record.between(1, 3, "or").provenance.evidence == "0 of 32"
+    # As when a record is continued: a session without evidence, then bitmaps with the same.
+    with RecordWriter.resume(tmp_path / "r") as writer:
+        writer.set_session(RecordSession(0, "b", "npt", 7, facts=facts))
+        writer.append(YoungBitmap.from_gfns(0, 64, [1], provenance=Provenance("a", "npt")))
+    with YoungRecord.open(tmp_path / "r") as record:
+        assert len(record.metadata.sessions) == 4
 
 
 def test_sessions_follow_the_tracker(tmp_path):
