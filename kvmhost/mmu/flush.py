@@ -10,13 +10,17 @@ flush can be lost:
 The protocol of ``_core/mmu_ops.c`` (and of ``kvm_flush_remote_tlbs()``): change the entry,
 then raise the mark, then drop the MMU lock; read the mark, flush, and lower the mark only if
 it still is what was read. The mark is a count, so that a mark raised in between differs.
+
+:func:`explore_reload` has the case for which the mark is read at all: a vCPU that loads a new
+root protects the guest's tables against writes and reads them in, while its TLB may hold a
+translation for writing of an entry that another vCPU has zapped with its flush deferred.
 """
 
 from __future__ import annotations
 
 from kvmhost.mmu.explorer import BLOCKED, Report, State, Step, explore
 
-__all__ = ["LOWER_ORDERS", "RAISE_ORDERS", "explore_flush"]
+__all__ = ["LOWER_ORDERS", "RAISE_ORDERS", "explore_flush", "explore_reload"]
 
 
 def _lock(s: State) -> object:
@@ -91,3 +95,60 @@ def explore_flush(raise_order: str, lower_order: str, *, mark: int = 0) -> Repor
         return bool(s["present"] or not s["cached"] or s["mark"])
 
     return explore(state, actors, nothing_lost)
+
+
+def _zap_or_not(s: State) -> None:
+    s["mark"] += s["present"]
+    s["present"] = s["writable"] = False
+
+
+def _protect(s: State) -> None:
+    s["protected"] = s["present"] and s["writable"]
+    s["writable"] = False
+
+
+def _flush_if_protected(s: State) -> None:
+    if s["protected"]:
+        s["cached"], s["mark"] = False, 0
+
+
+def _flush_if_protected_or_deferred(s: State) -> None:
+    if s["protected"] or s["mark"]:
+        s["cached"], s["mark"] = False, 0
+
+
+def _read_in(s: State) -> None:
+    s["known"], s["read in"] = s["content"], True
+
+
+def _write_through_tlb(s: State) -> None:
+    """Write the guest's table if the TLB allows it; else the write faults, and is seen."""
+    if s["cached"]:
+        s["content"] += 1
+
+
+def explore_reload(*, asks_mark: bool) -> Report:
+    """Explore ``invlpg`` on one vCPU and a reload of the root on another, in all orders.
+
+    A schedule fails if the guest's table, once it is read in, changes without a fault.
+
+    :param asks_mark: flush if a page was protected *or* a flush was deferred; else only if
+        a page was protected
+    """
+    state: State = {
+        "present": True,
+        "writable": True,
+        "cached": True,
+        "mark": 0,
+        "locked": False,
+        "protected": False,
+        "content": 0,
+        "known": 0,
+        "read in": False,
+    }
+    flush = _flush_if_protected_or_deferred if asks_mark else _flush_if_protected
+    actors: dict[str, list[Step]] = {
+        "invlpg": [_lock, _zap_or_not, _unlock],
+        "reload": [_lock, _protect, flush, _read_in, _unlock, _write_through_tlb],
+    }
+    return explore(state, actors, lambda s: s["content"] == s["known"])

@@ -3,6 +3,14 @@
 :class:`WalkedTable` is what a table that this layer owns and a guest's live table have
 in common: both are walked by the same C code (``_core/mmu_harvest.c``), which takes no
 lock and flushes no TLB.
+
+Departures of :meth:`WalkedTable.test_clear_young` from the proposal of 2023: a page flips its bit
+once and not once per entry that maps it (two roots, or two slots, flip it back there); a young
+huge leaf flips the bit of every page that it covers in the range, and is cleared if any of
+them was asked for; a bit that hardware sets between test and clear is never lost, since the
+clear is tried again (there, a failed compare-and-swap is ignored); on powerpc, tables are
+freed after a grace period, where the proposal lets a walk meet a table that was reused
+(``SLAB_TYPESAFE_BY_RCU``).
 """
 
 from __future__ import annotations
@@ -10,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -184,7 +193,13 @@ class WalkedTable:
         flags = lib.KH_HARVEST_DIRTY | (lib.KH_HARVEST_CLEAR if clear else 0)
         return self._array_form(gfn_start, n_pages, flags, mask, provenance, as_id)
 
-    def test_clear_young(self, start_hva: int, end_hva: int, bitmap: Words) -> int:
+    def test_clear_young(
+        self,
+        start_hva: int,
+        end_hva: int,
+        bitmap: Words,
+        may_go_on: Callable[[], bool] = lambda: True,
+    ) -> int:
         """Do it in the form proposed in 2023.
 
         Bit ``(end_hva - addr) / page_bytes - 1`` of ``bitmap`` represents ``addr``. Each
@@ -194,6 +209,7 @@ class WalkedTable:
 
         :param end_hva: 0 or 2**64 is the top of the address space
         :param bitmap: changed in place; shape ``(ceil(n_pages / 64),)``
+        :param may_go_on: called before each memslot; False leaves it and those after it out
         :return: number of young pages
         :raises LayoutError: if the range is unaligned or empty, or the bitmap too short
         """
@@ -208,7 +224,9 @@ class WalkedTable:
         asked = unpack(bitmap, n_pages)[::-1]
         segments = [
             (p.gfn_start, p.n_pages, p.index, p.slot.as_id)
-            for p in self._slots.in_hva_range(start_hva, end)
+            for p in itertools.takewhile(
+                lambda _: may_go_on(), self._slots.in_hva_range(start_hva, end)
+            )
         ]
         young = np.zeros(n_words(n_pages), dtype=np.uint64)
         coarse = np.zeros_like(young)

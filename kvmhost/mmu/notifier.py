@@ -10,6 +10,11 @@ invalidate_range_start and invalidate_range_end")), which removes the entry befo
 blocks faults until after: it could never find an entry to change. Linux v6.10 removed it.
 A test replays the sequence against every placement of a racing fault.
 
+Batches follow the proposal of 2023, with the predicate and the results of
+:mod:`kvmhost.mmu.support`: the mm side asks whether any subscriber has them
+(:attr:`AddressSpace.has_test_clear_young`), and each subscriber that has none, or cannot use
+them now, is aged by ``clear_young`` if the caller allows the fallback.
+
 Departures from the kernel: blockable and non-blockable callers are not distinguished, and
 events have no type.
 """
@@ -23,6 +28,8 @@ from typing import Protocol
 
 from kvmhost.bitmap import Words
 from kvmhost.errors import KvmHostError
+from kvmhost.mmu import support
+from kvmhost.mmu.support import BatchResult, BatchSupport
 from kvmhost.mmu.table import Mmu
 
 __all__ = ["AddressSpace", "Notifier", "VmNotifier"]
@@ -46,8 +53,12 @@ class Notifier(Protocol):
     def test_young(self, start: int, end: int) -> bool:
         """Return whether any accessed bit is set."""
 
-    def test_clear_young(self, start: int, end: int, bitmap: Words) -> bool:
-        """Do the batch in the form of 2023; False if this MMU cannot."""
+    @property
+    def has_test_clear_young(self) -> bool:
+        """Whether the host of this MMU has batches; may be a false positive."""
+
+    def test_clear_young(self, start: int, end: int, bitmap: Words) -> BatchResult:
+        """Do the batch in the form of 2023."""
 
     def release(self) -> None:
         """Unmap everything: the memory is being freed."""
@@ -98,8 +109,17 @@ class AddressSpace:
         """Return whether a range is young in any subscriber."""
         return self._any(lambda n: n.test_young(start, end))
 
+    @property
+    def has_test_clear_young(self) -> bool:
+        """Whether any subscriber has batches: if not, preparing a bitmap is a waste."""
+        return any(notifier.has_test_clear_young for notifier in self._subscribers)
+
     def test_clear_young(self, start: int, end: int, bitmap: Words, *, fallback: bool) -> bool:
         """Age a range everywhere by bitmap.
+
+        A subscriber that stops half-way (:attr:`~kvmhost.mmu.support.BatchResult.NOT_NOW`) has
+        flipped bits of the memslots before; the fallback then clears the whole range, also
+        pages that were only to be tested, and its result stands beside the bitmap.
 
         :param bitmap: in the form of :meth:`~kvmhost.mmu.harvest.WalkedTable.test_clear_young`.
             Each subscriber flips bits, so a page that two of them find young flips back:
@@ -109,7 +129,7 @@ class AddressSpace:
         """
         young = False
         for notifier in self._subscribers:
-            if notifier.test_clear_young(start, end, bitmap):
+            if notifier.test_clear_young(start, end, bitmap) is BatchResult.DONE:
                 continue
             if fallback:
                 young |= notifier.clear_young(start, end)
@@ -132,13 +152,24 @@ class VmNotifier:
     """A VM's tables as a subscriber.
 
     :param table: the tables; its memslots map a range of hva to gfns
-    :param batches: whether ``test_clear_young`` is offered. A kernel without it, or whose
-        tables lack accessed bits, answers False there, and the caller falls back
+    :param batches: whether the host offers ``test_clear_young``; None: as
+        :func:`kvmhost.mmu.support.of_table` has it for these tables
+    :param constraint: called before each memslot of a batch; what it returns, unless empty,
+        is a reason why this VM cannot batch now (reverse maps, a hash-MMU guest)
     """
 
-    def __init__(self, table: Mmu, *, batches: bool = True) -> None:
+    def __init__(
+        self,
+        table: Mmu,
+        *,
+        batches: BatchSupport | None = None,
+        constraint: Callable[[], str] | None = None,
+    ) -> None:
         self.table = table
-        self.batches = batches
+        self.batches = support.of_table(table) if batches is None else batches
+        self.constraint = constraint
+        #: Why the last batch stopped; empty if it did not.
+        self.refusal = ""
         self._open: dict[tuple[int, int], list[list[tuple[int, int, int]]]] = {}
         self._lock = threading.Lock()
 
@@ -174,12 +205,22 @@ class VmNotifier:
         """Return whether any page in the range is young."""
         return self._any(self.table.test_young, start, end)
 
-    def test_clear_young(self, start: int, end: int, bitmap: Words) -> bool:
-        """Age the range by bitmap, without a lock; False if batches are not offered."""
+    @property
+    def has_test_clear_young(self) -> bool:
+        """Whether the host has batches, whatever this VM can do now."""
+        return bool(self.batches)
+
+    def test_clear_young(self, start: int, end: int, bitmap: Words) -> BatchResult:
+        """Age the range by bitmap, without a lock, memslot by memslot."""
+        self.refusal = self.batches.reason
         if not self.batches:
-            return False
-        self.table.test_clear_young(start, end, bitmap)
-        return True
+            return BatchResult.UNSUPPORTED
+        self.table.test_clear_young(start, end, bitmap, self._may_go_on)
+        return BatchResult.NOT_NOW if self.refusal else BatchResult.DONE
+
+    def _may_go_on(self) -> bool:
+        self.refusal = self.constraint() if self.constraint else ""
+        return not self.refusal
 
     def release(self) -> None:
         """Zap everything, permanently; walks in progress end safely."""

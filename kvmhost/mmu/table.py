@@ -96,12 +96,13 @@ class Mmu(WalkedTable):
         if sw_access and table_format in ("npt", "ept"):
             raise LayoutError(f"{table_format}: accessed bits by software are not modelled")
         self.table_format = table_format
+        self.format_id: int = _IDS[table_format]
         self.sw_access = sw_access
         self.n_as = n_as
         config = ffi.new(
             "struct kh_mmu_config *",
             {
-                "format": _IDS[table_format],
+                "format": self.format_id,
                 "levels": levels,
                 "ipa_bits": ipa_bits,
                 "page_shift": page_shift,

@@ -21,7 +21,7 @@ Pages of protected tiers follow, those young in the fewest windows first.
 
 If the caller can probe (``probes``), an aging sweep visits only tables that were dense in
 young entries (:mod:`.lru_gen_filter`). Pages of other tables are tested when they are
-selected for eviction: a young page is kept, the other pages of its aligned group of 64
+selected for eviction: a young page is kept, the 64 pages around it
 are tested as well, and a table in which this finds many young pages is swept again.
 
 Source: mm/vmscan.c, mm/workingset.c, Documentation/admin-guide/mm/multigen_lru.rst,
@@ -43,7 +43,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-from kvmhost.bitmap import Words, n_words, pack, unpack
+from kvmhost.bitmap import Words, pack, unpack
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.policy.base import (
     Everything,
@@ -54,7 +54,13 @@ from kvmhost.reclaim.policy.base import (
     check_mask,
     check_words,
 )
-from kvmhost.reclaim.policy.lru_gen_filter import TABLE_PAGES, TableFilter, suitable_to_scan
+from kvmhost.reclaim.policy.lru_gen_filter import (
+    TABLE_PAGES,
+    TableFilter,
+    look_around_windows,
+    should_look_around,
+    suitable_to_scan,
+)
 from kvmhost.reclaim.policy.lru_gen_tiers import IS_OVERDUE, N_TIERS, TIER_OF, Tiers
 
 __all__ = ["MAX_GENERATIONS", "MIN_GENERATIONS", "PROTECTED", "Caps", "LruGen"]
@@ -352,22 +358,32 @@ class LruGen:
         self._known_young = _NONE
         found = unpack(probe.clear_young(pack(asked)), self.n_pages)
         young = np.flatnonzero(found & (self.history < _NOW))
-        return self._look_around(young, asked, tested, probe) if young.size else young
+        if not should_look_around(bool(young.size), bool(self._caps & Caps.SPTE_WALK)):
+            return young
+        return self._look_around(young, asked, tested, probe)
 
     def _look_around(self, young: Gfns, asked: Mask, tested: Mask, probe: Probe) -> Gfns:
-        """Test the other pages in the aligned group of 64 of each young victim."""
-        around = np.zeros(n_words(self.n_pages), dtype=np.uint64)
-        around[np.unique(young // 64)] = np.uint64(2**64 - 1)
-        if self.n_pages % 64:
-            around[-1] &= np.uint64((1 << self.n_pages % 64) - 1)
-        found = probe.clear_young(around & ~pack(asked))
-        more = np.flatnonzero(unpack(found, self.n_pages))
+        """Test the pages around each young victim, all windows in one request.
+
+        A table passes the filter of the next sweep if a window in it is dense.
+        """
+        start, end = look_around_windows(young, 0, self.n_pages)
+        edges = np.zeros(self.n_pages + 1, dtype=np.int32)
+        np.add.at(edges, start, 1)
+        np.add.at(edges, end, -1)
+        around = np.cumsum(edges, out=edges)[:-1] > 0
+        more = _NONE
+        if (around & ~asked).any():
+            found = probe.clear_young(pack(around & ~asked))
+            more = np.flatnonzero(unpack(found, self.n_pages))
         tested[more] = True
         self._counts["looked_around"] += more.size
         both = np.concatenate((young, more))
-        batches, counts = np.unique(both // 64, return_counts=True)
-        dense = batches[np.asarray(suitable_to_scan(64, counts), dtype=bool)]
-        self.filter.admit(self.max_seq, np.unique(dense * 64 // TABLE_PAGES))
+        up_to = np.zeros(self.n_pages + 1, dtype=np.int32)
+        up_to[both + 1] = 1
+        np.cumsum(up_to, out=up_to)
+        dense = (end > start) & suitable_to_scan(end - start, up_to[end] - up_to[start])
+        self.filter.admit(self.max_seq, np.unique(young[dense] // TABLE_PAGES))
         return both
 
     def _adapt(self, wanted: int, found: int, n_candidates: int) -> None:

@@ -18,9 +18,20 @@ import numpy.typing as npt
 
 from kvmhost.bitmap import Words, n_words, unpack
 
-__all__ = ["TABLE_PAGES", "TableFilter", "expand_tables", "suitable_to_scan", "young_a_table"]
+__all__ = [
+    "TABLE_PAGES",
+    "WINDOW_PAGES",
+    "TableFilter",
+    "expand_tables",
+    "look_around_windows",
+    "should_look_around",
+    "suitable_to_scan",
+    "young_a_table",
+]
 
 TABLE_PAGES = 512
+#: Pages of a look-around; MIN_LRU_BATCH, the bits of a word.
+WINDOW_PAGES = 64
 _ENTRIES_A_CACHE_LINE = 8
 
 Bits = npt.NDArray[np.bool_]
@@ -31,6 +42,36 @@ def suitable_to_scan(
 ) -> npt.NDArray[np.bool_] | bool:
     """Return whether there is at least one young entry per cache line on average."""
     return young * _ENTRIES_A_CACHE_LINE >= total
+
+
+def should_look_around(spte_young: bool, spte_walk: bool) -> bool:
+    """Return whether eviction looks at the pages around a victim.
+
+    The rule of 2023: a victim that is young in the secondary MMU's tables only counts if those
+    are tested in batches; page by page, a window would cost 64 locks. (There, a victim that
+    is young in the host's own tables counts in any case; a guest leaves no trace in those.)
+    """
+    return spte_young and spte_walk
+
+
+def look_around_windows(
+    gfns: npt.NDArray[np.int64], area_start: int, area_end: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the windows ``[start, end)`` that look-around scans for young victims.
+
+    As ``lru_gen_look_around()``: the part of the page's table that lies in its area; if that
+    is longer than a window, 64 pages centred on the page, moved inwards at either end.
+    An area of a single page gives an empty window: there is nothing around it.
+
+    :param area_start: first page of the area (a VMA there, a memslot here) around the victims
+    :param area_end: page after its last one
+    """
+    half = WINDOW_PAGES // 2
+    first = np.maximum(gfns // TABLE_PAGES * TABLE_PAGES, area_start)
+    last = np.minimum((gfns // TABLE_PAGES + 1) * TABLE_PAGES, area_end)
+    start = np.clip(gfns - half, first, np.maximum(first, last - WINDOW_PAGES))
+    end = np.minimum(start + WINDOW_PAGES, last)
+    return start, np.where(last - first == 1, start, end)
 
 
 class TableFilter:

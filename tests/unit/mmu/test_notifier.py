@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from kvmhost.errors import KvmHostError
+from kvmhost.mmu import support
 from kvmhost.mmu.memslots import MemSlot, MemSlots
 from kvmhost.mmu.notifier import AddressSpace, VmNotifier
 from kvmhost.mmu.soft import SoftEngine, Trace
+from kvmhost.mmu.support import BatchResult, BatchSupport
 from kvmhost.mmu.table import Mmu
 
 HVA = 0x7F00_0000_0000
@@ -188,7 +190,7 @@ def test_clear_flush_young_flushes_only_what_was_young():
 
 
 def test_fallback():
-    table, notifier = vm(batches=False)
+    table, notifier = vm(batches=BatchSupport("none", "clear_young"))
     memory = AddressSpace()
     memory.subscribe(notifier)
     bitmap = np.array([0b11], dtype=np.uint64)
@@ -201,11 +203,94 @@ def test_fallback():
         assert not table.test_young(100, 101)
         assert bitmap.tolist() == [0b11]
         table.touch(100)
-        notifier.batches = True
+        notifier.batches = BatchSupport()
         # With batches the answer is in the bitmap, and the result is False.
         assert not memory.test_clear_young(HVA, HVA + 2 * PAGE, bitmap, fallback=True)
         assert bitmap.tolist() == [0b01]
         assert not table.test_young(100, 101)
+
+
+def test_batch_support_has_a_reason_and_a_fallback_where_it_is_missing():
+    """kvm_arch_has_test_clear_young() of the three architectures, as proposed in 2023."""
+    supported = [support.x86(), support.arm64(), support.powerpc()]
+    assert all(supported)
+    assert {s.reason + s.fallback for s in supported} == {""}
+    missing = {
+        "A/D bits": support.x86(ad_bits=False),
+        "reverse maps": support.x86(tdp=False),
+        "hardware access flag": support.arm64(hardware_access=False),
+        "protected KVM": support.arm64(protected=True),
+        "hash MMU": support.powerpc(radix=False),
+        "pseries": support.powerpc(on_pseries=True),
+    }
+    for word, answer in missing.items():
+        assert not answer
+        assert word in answer.reason
+        assert answer.fallback == "clear_young over the range"
+    with Mmu("stage2", sw_access=True) as without, Mmu("stage2") as hardware:
+        assert not support.of_table(without)
+        assert support.of_table(hardware)
+
+
+def test_a_vm_that_stops_half_way_has_flipped_the_slots_before():
+    """False positive: the host has batches, the VM says no at its second memslot."""
+    slots = [
+        MemSlot(0, 100, 4, HVA, huge=False),
+        MemSlot(1, 200, 4, HVA + 4 * PAGE, huge=False),
+    ]
+    answers = iter(["", "reverse maps", "", ""])
+    table, notifier = vm(slots=slots, constraint=lambda: next(answers))
+    memory = AddressSpace()
+    memory.subscribe(notifier)
+    with table:
+        for gfn in (101, 103, 200, 201):
+            table.touch(gfn)
+        assert memory.has_test_clear_young
+        # Bit 7 - i is page i: clear page 1, test page 3, clear 4, test 5.
+        bitmap = np.array([0b0100_1000], dtype=np.uint64)
+        assert notifier.test_clear_young(HVA, HVA + 8 * PAGE, bitmap) is BatchResult.NOT_NOW
+        assert notifier.refusal == "reverse maps"
+        assert bitmap.tolist() == [0b0001_1000]
+        young = [table.test_young(gfn, gfn + 1) for gfn in (101, 103, 200, 201)]
+        assert young == [False, True, True, True]
+        # The constraint is gone: the call does the rest.
+        bitmap[0] = 0b0000_1000
+        assert notifier.test_clear_young(HVA, HVA + 8 * PAGE, bitmap) is BatchResult.DONE
+        assert bitmap.tolist() == [0b0001_0100]
+
+
+def test_the_fallback_clears_what_was_only_to_be_tested():
+    table, notifier = vm(constraint=lambda: "hash MMU")
+    memory = AddressSpace()
+    memory.subscribe(notifier)
+    with table:
+        table.touch(100)
+        bitmap = np.zeros(1, dtype=np.uint64)
+        assert not memory.test_clear_young(HVA, HVA + PAGE, bitmap, fallback=False)
+        assert table.test_young(100, 101)
+        assert memory.test_clear_young(HVA, HVA + PAGE, bitmap, fallback=True)
+        assert not bitmap.any()
+        assert not table.test_young(100, 101)
+
+
+def test_any_listener_that_batches_is_enough_to_ask():
+    batching, a = vm("npt")
+    falling_back, b = vm("stage2", batches=support.arm64(protected=True))
+    memory = AddressSpace()
+    assert not memory.has_test_clear_young
+    memory.subscribe(b)
+    assert not memory.has_test_clear_young
+    memory.subscribe(a)
+    assert memory.has_test_clear_young
+    bitmap = np.array([0b11], dtype=np.uint64)
+    with batching, falling_back:
+        batching.touch(100)
+        falling_back.touch(101)
+        # One answers in the bitmap, the other through the result.
+        assert memory.test_clear_young(HVA, HVA + 2 * PAGE, bitmap, fallback=True)
+        assert bitmap.tolist() == [0b01]
+        assert not batching.test_young(100, 102)
+        assert not falling_back.test_young(100, 102)
 
 
 @pytest.mark.parametrize("table_format", FORMATS)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvmhost.bitmap import pack, unpack
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.policy.lru_gen import PROTECTED, Caps, LruGen
+from kvmhost.reclaim.policy.lru_gen_filter import look_around_windows, should_look_around
 
 MS = 1_000_000
 
@@ -357,3 +358,46 @@ def test_the_nth_lowest_key_is_that_of_a_sort():
         keys = chance.integers(0, top, chance.integers(1, 200), dtype=np.uint32)
         n = int(chance.integers(1, keys.size + 1))
         assert _nth_lowest(keys, n) == np.sort(keys)[n - 1]
+
+
+def _window(gfn, area_start, area_end):
+    """The statements of lru_gen_look_around() in mm/vmscan.c, one page at a time."""
+    start, end = max(gfn & ~511, area_start), min(gfn | 511, area_end - 1) + 1
+    if end - start == 1:
+        return None
+    if end - start > 64:
+        if gfn - start < 32:
+            end = start + 64
+        elif end - gfn < 32:
+            start = end - 64
+        else:
+            start, end = gfn - 32, gfn + 32
+    return start, end
+
+
+@pytest.mark.parametrize(
+    "area", [(0, 2048), (100, 101), (100, 163), (100, 164), (100, 166), (500, 1100), (511, 513)]
+)
+def test_the_window_of_look_around_is_that_of_the_kernel(area):
+    gfns = np.arange(*area, dtype=np.int64)
+    starts, ends = look_around_windows(gfns, *area)
+    for gfn, start, end in zip(gfns.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        expected = _window(gfn, *area)
+        assert (start, end) == expected if expected else start == end, gfn
+
+
+def test_windows_are_centred_on_their_victims_and_asked_for_at_once(pages, bits):
+    policy = LruGen(2048, probes=True, seed=None)
+    passes(policy, pages, [], [], [])
+    probe = bits(2048, young=[600, 900, 567, 570, 631, 632])
+    policy.victims(2, pages.mask(2048, [600, 900]), 0, probe)
+    assert probe.asked[0] == {600, 900}
+    assert probe.asked[1] == {*range(568, 632), *range(868, 932)} - {600, 900}
+    assert policy.counters()["looked_around"] == 2
+    assert probe.young == {567, 632}
+
+
+def test_what_starts_a_look_around():
+    assert should_look_around(True, True)
+    assert not should_look_around(True, False)
+    assert not should_look_around(False, True)
