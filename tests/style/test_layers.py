@@ -105,7 +105,8 @@ LAYERS = {
         {"explorer", "formats", "memslots", "tablemem", "tlb"},
         {"epochs", "flush", "harvest", "races"},
         {"table"},
-        {"kvmtable", "notifier", "radix", "soft", "stage2", "tdp"},
+        {"kvmtable", "radix", "soft", "stage2", "support", "tdp", "vcpu"},
+        {"notifier"},
         {"feed"},
     ),
     "kvmhost/pager": (
