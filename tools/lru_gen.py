@@ -11,6 +11,7 @@ from kvmhost.reclaim.control.client import DaemonClient
 from kvmhost.reclaim.control.paths import daemon_names
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.daemons import (
+    EnabledOutput,
     EvictedOutput,
     GenerationRow,
     GenerationsOutput,
@@ -28,9 +29,13 @@ _HEADER = f" {'seq':>10} {'age_ms':>10} {'anon_pages':>11} {'file_pages':>10}"
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
+    if args.what == "enabled":
+        return _enabled(args.daemon, args.vm, args.value, args.json)
     if args.what == "show":
+        if args.full and args.json:
+            raise LayoutError("--full and --json: the statistics are shown as text only")
         with _daemon(args.daemon, args.vm) as daemon:
-            text = daemon.show_lru_gen(args.vm)
+            text = daemon.show_lru_gen(args.vm, full=args.full)
         if args.json:
             emit(GenerationsOutput(vms=_vms(text)))
             return 0
@@ -48,6 +53,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _enabled(daemon_name: str | None, vm: str, value: str | None, json: bool) -> int:
+    """Show the capabilities of a VM's policy, or set them first."""
+    with _daemon(daemon_name, None if vm.isdigit() else vm) as daemon:
+        text = daemon.lru_gen_enabled(vm, value)
+    if json:
+        emit(EnabledOutput(caps=int(text, 16)))
+    else:
+        print(text, end="")
+    return 0
+
+
 def parser() -> CommandParser:
     """Return the parser of the command's arguments."""
     parser = CommandParser(
@@ -55,7 +71,7 @@ def parser() -> CommandParser:
         description="Show generations, age and evict, in the syntax of the kernel's "
         "/sys/kernel/debug/lru_gen. VM is its name, or the number that show prints.",
     )
-    what = parser.add_subparsers(dest="what", required=True, metavar="show|run")
+    what = parser.add_subparsers(dest="what", required=True, metavar="show|run|enabled")
     show = what.add_parser(
         "show",
         help="show generations with their ages in ms and pages",
@@ -63,6 +79,18 @@ def parser() -> CommandParser:
         "pages, as the kernel's file does.",
     )
     add_vm(show, nargs="?", help="show only this VM (default: all VMs of the daemon)")
+    show.add_argument(
+        "--full", action="store_true", help="with the statistics of the kernel's lru_gen_full"
+    )
+    enabled = what.add_parser(
+        "enabled",
+        help="show or set capabilities",
+        description="Show the mask of capabilities of a VM's policy, in the syntax of the kernel's "
+        "/sys/kernel/mm/lru_gen/enabled: 0x1 core, 0x2 mm walk, 0x8 spte walk. With VALUE (y, n "
+        "or a number), set it first; it holds until the daemon ends.",
+    )
+    add_vm(enabled)
+    enabled.add_argument("value", metavar="VALUE", nargs="?", help="the new mask (default: show)")
     run = what.add_parser(
         "run",
         help="age or evict",
@@ -73,7 +101,7 @@ def parser() -> CommandParser:
     run.add_argument(
         "command", metavar="COMMAND", help="one or more commands, or - for standard input"
     )
-    for one in (show, run):
+    for one in (show, run, enabled):
         add_option(one, "--daemon")
         add_option(one, "--json")
     return parser

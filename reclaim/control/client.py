@@ -75,10 +75,25 @@ class DaemonClient(Caller):
         answer = self._call("GET", "page", params={"vm": vm, "gfn": gfn})
         return self._read(answer, answers.PageAnswer)
 
-    def show_lru_gen(self, vm: str | None = None) -> str:
-        """Return the generations of one VM, or of all VMs."""
+    def show_lru_gen(self, vm: str | None = None, *, full: bool = False) -> str:
+        """Return the generations of one VM, or of all VMs.
+
+        :param full: with the statistics of the kernel's ``lru_gen_full``
+        """
         query = {} if vm is None else {"vm": vm}
+        if full:
+            query["full"] = "true"
         answer = self._call("GET", "lru_gen", params=query)
+        return self._read(answer, answers.LruGenText).text
+
+    def lru_gen_enabled(self, vm: str, value: str | None = None) -> str:
+        """Return the mask of capabilities of a VM's policy, after setting it to a value."""
+        if value is None:
+            answer = self._call("GET", "lru_gen/enabled", params={"vm": vm})
+        else:
+            body = schema.encode(answers.EnabledRequest(vm, value))
+            headers = {"Content-Type": "application/json"}
+            answer = self._call("POST", "lru_gen/enabled", content=body, headers=headers)
         return self._read(answer, answers.LruGenText).text
 
     def run_lru_gen(self, command: str) -> int:

@@ -9,10 +9,10 @@ from kvmhost.errors import LayoutError
 from kvmhost.reclaim.account.decisions import DecisionKind, EvictReason
 from kvmhost.reclaim.policy import lru_gen_text
 from kvmhost.reclaim.policy.base import Gfns, Mask
-from kvmhost.reclaim.policy.lru_gen import LruGen
+from kvmhost.reclaim.policy.lru_gen import Caps, LruGen
 from kvmhost.reclaim.vm.session import Session
 
-__all__ = ["run_text", "show_text"]
+__all__ = ["enabled", "run_text", "show_text"]
 
 
 class _SessionWork:
@@ -38,23 +38,44 @@ class _SessionWork:
         return outcomes.get("done", 0)
 
 
-def show_text(sessions: Sequence[Session], vm: str | None) -> str:
+def show_text(sessions: Sequence[Session], vm: str | None, full: bool = False) -> str:
     """Return the generations of one VM, or of all VMs with the policy lru_gen.
 
+    :param full: with the statistics of the kernel's ``lru_gen_full``
     :raises LayoutError: if the VM is not managed, or uses another policy
     """
     text = ""
+    show = lru_gen_text.show_full if full else lru_gen_text.show
     for number, session in enumerate(sessions, 1):
         policy = session.driver.policy
         if vm not in (None, session.vm) or (vm is None and not isinstance(policy, LruGen)):
             continue
         with session.lock:
-            text += lru_gen_text.show(
+            text += show(
                 number, session.vm, _lru_gen(session), session.pages.candidates, time.monotonic_ns()
             )
     if vm is not None and not text:
         raise LayoutError(f"VM {vm!r} is not managed by this daemon")
     return text
+
+
+def enabled(sessions: Sequence[Session], vm: str, value: str | None) -> str:
+    """Return the capabilities of a VM's policy, after setting them if a value is given.
+
+    :raises LayoutError: if the VM has another policy, or the value is refused
+    """
+    session = _named(sessions, vm)
+    with session.lock:
+        policy = _lru_gen(session)
+        if value is not None:
+            before, policy.caps = policy.caps, Caps(lru_gen_text.parse_enabled(value, policy))
+            session.context.decisions.add(
+                DecisionKind.COMMAND,
+                f"lru_gen enabled: 0x{int(before):04x} to 0x{int(policy.caps):04x}",
+                vm=session.vm,
+                passes=session.passes,
+            )
+        return lru_gen_text.show_enabled(policy)
 
 
 def run_text(sessions: Sequence[Session], text: str) -> int:

@@ -14,6 +14,8 @@ __all__ = [
     "DaemonStatus",
     "DecisionList",
     "DecisionQuery",
+    "EnabledQuery",
+    "EnabledRequest",
     "HostStatus",
     "LossStatus",
     "LruGenReport",
@@ -51,6 +53,21 @@ class VmQuery(_Strict, frozen=True):
     """Query of ``GET /v1/lru_gen``: one VM, or all if none is given."""
 
     vm: str | None = None
+    full: bool = False
+    """with the statistics of ``lru_gen_full``"""
+
+
+class EnabledQuery(_Strict, frozen=True):
+    """Query of ``GET /v1/lru_gen/enabled``."""
+
+    vm: str
+
+
+class EnabledRequest(_Strict, frozen=True):
+    """Body of ``POST /v1/lru_gen/enabled``: a mask in the syntax of the kernel's file."""
+
+    vm: str
+    value: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
 class CommandRequest(_Strict, frozen=True):

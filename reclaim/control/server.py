@@ -8,6 +8,8 @@
 ``GET  /v1/page``           one page of one VM: ``vm``, ``gfn``
 ``GET  /v1/lru_gen``        generations, as the kernel's file shows them: ``vm``
 ``POST /v1/lru_gen``        commands, as the kernel's file takes them
+``GET  /v1/lru_gen/enabled`` capabilities of one VM's policy: ``vm``
+``POST /v1/lru_gen/enabled`` set them, as the kernel's file takes them
 =========================== ===========================================================
 
 It is the server of a VM's control socket, with the same bounds on connections and requests.
@@ -144,6 +146,7 @@ class _Routes:
             "/v1/decisions": {"GET": self._get_decisions},
             "/v1/page": {"GET": self._get_page},
             "/v1/lru_gen": {"GET": self._get_lru_gen, "POST": self._post_lru_gen},
+            "/v1/lru_gen/enabled": {"GET": self._get_enabled, "POST": self._post_enabled},
         }
 
     @property
@@ -232,7 +235,7 @@ class _Routes:
         from kvmhost.reclaim.control.commands import show_text
 
         asked = schema.decode_query(request.query, answers.VmQuery)
-        text = await self._work(lambda: show_text(self._daemon.sessions(), asked.vm))
+        text = await self._work(lambda: show_text(self._daemon.sessions(), asked.vm, asked.full))
         return json_reply(answers.LruGenText(text))
 
     async def _post_lru_gen(self, request: Request) -> Reply:
@@ -242,6 +245,21 @@ class _Routes:
         asked = schema.decode(request.body, answers.CommandRequest)
         pages = await self._work(lambda: run_text(self._daemon.sessions(), asked.command))
         return json_reply(answers.LruGenReport(pages))
+
+    async def _get_enabled(self, request: Request) -> Reply:
+        asked = schema.decode_query(request.query, answers.EnabledQuery)
+        return await self._enabled(asked.vm, None)
+
+    async def _post_enabled(self, request: Request) -> Reply:
+        schema.decode_query(request.query, schema.NoQuery)
+        asked = schema.decode(request.body, answers.EnabledRequest)
+        return await self._enabled(asked.vm, asked.value)
+
+    async def _enabled(self, vm: str, value: str | None) -> Reply:
+        from kvmhost.reclaim.control.commands import enabled
+
+        text = await self._work(lambda: enabled(self._daemon.sessions(), vm, value))
+        return json_reply(answers.LruGenText(text))
 
     def _session(self, vm: str) -> Session:
         for session in self._daemon.sessions():

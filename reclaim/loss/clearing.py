@@ -119,20 +119,24 @@ class PageClasses:
         mask[changing] |= ~self._steady[changing]
         return mask
 
-    def note(self, young: Words, mask: Words | None) -> HarvestFacts:
+    def note(self, young: Words, mask: Words | None, scanned: Words | None = None) -> HarvestFacts:
         """Update the classes by one harvest.
 
         :param young: all pages that it found young, also those that it did not clear
         :param mask: the pages that it cleared if they were young; None: all
+        :param scanned: the pages that it looked at, of others nothing is known; None: all
         """
         # What was left, and is not young now, was cleared by the tracker together with others.
         known = ~(self._left & young)
+        if scanned is not None:
+            known &= scanned
         touched = known & young
         faults = _by_class(touched, self._steady)
         self._steady = (self._steady & ~known) | (touched & self._young)
         self._young = (self._young & ~known) | touched
         cleared = young if mask is None else young & mask
-        self._left = young & ~cleared
+        left = young & ~cleared
+        self._left = left if scanned is None else left | (self._left & ~scanned)
         return HarvestFacts(
             _by_class(young, self._steady), _by_class(cleared, self._steady), faults
         )

@@ -60,16 +60,38 @@ from kvmhost.reclaim.policy.lru_gen_filter import (
     look_around_windows,
     should_look_around,
     suitable_to_scan,
+    young_a_table,
 )
 from kvmhost.reclaim.policy.lru_gen_tiers import IS_OVERDUE, N_TIERS, TIER_OF, Tiers
 
-__all__ = ["MAX_GENERATIONS", "MIN_GENERATIONS", "PROTECTED", "Caps", "LruGen"]
+__all__ = [
+    "DAEMON_CAPS",
+    "MAX_GENERATIONS",
+    "MIN_GENERATIONS",
+    "MM_STATS",
+    "PROTECTED",
+    "Caps",
+    "LruGen",
+    "why_not",
+]
 
 #: Two of them are protected; as MAX_NR_GENS, Linux v6.12, include/linux/mmzone.h.
 MIN_GENERATIONS = 4
 MAX_GENERATIONS = 128
 #: The youngest generations, which are never evicted; MIN_NR_GENS.
 PROTECTED = 2
+
+#: Counters of a sweep, with the kernel's names (include/linux/mmzone.h, before v6.8): pages of
+#: the tables that were scanned, the old and the young ones of them; tables, those that passed
+#: the filter, and those that pass the next one.
+MM_STATS = (
+    "MM_LEAF_TOTAL",
+    "MM_LEAF_OLD",
+    "MM_LEAF_YOUNG",
+    "MM_NONLEAF_TOTAL",
+    "MM_NONLEAF_FOUND",
+    "MM_NONLEAF_ADDED",
+)
 
 _WINDOWS = 16
 #: The bit of the last pass in a history.
@@ -100,6 +122,38 @@ class Caps(enum.IntFlag):
     NONLEAF_YOUNG = 0x4
     SPTE_WALK = 0x8
     ALL = 0xF
+
+
+#: What a daemon can switch: no tracker reports accessed bits of table entries, and a VM in
+#: another process is tested in batches only.
+DAEMON_CAPS = Caps.CORE | Caps.MM_WALK | Caps.SPTE_WALK
+
+
+def why_not(caps: int, probes: bool) -> str:
+    """Return why a daemon cannot run with a mask of capabilities; "" if it can.
+
+    :param probes: the policy may test victims; each test costs a request
+    """
+    if not 0 <= caps <= Caps.ALL:
+        return f"capabilities {caps:#x}: need a mask of bits in {int(Caps.ALL):#x}"
+    if caps & Caps.NONLEAF_YOUNG:
+        return (
+            f"capabilities {caps:#x}: 0x4 (non-leaf young) has no effect, since no tracker "
+            f"reports accessed bits of table entries; use {caps & ~Caps.NONLEAF_YOUNG:#x}"
+        )
+    if not caps & Caps.CORE:
+        return ""
+    if not caps & Caps.SPTE_WALK:
+        return (
+            f"capabilities {caps:#x}: 0x8 (spte walk) cannot be off, since each test of one page "
+            f"would be a request to the VM; use {caps | Caps.SPTE_WALK:#x}"
+        )
+    if not caps & Caps.MM_WALK and not probes:
+        return (
+            f"capabilities {caps:#x}: without 0x2 (mm walk) only victims are tested, which needs "
+            f"the policy option probes = true"
+        )
+    return ""
 
 
 class LruGen:
@@ -148,6 +202,8 @@ class LruGen:
         self._pass_times_ns: collections.deque[int] = collections.deque(maxlen=253)
         self._caps = Caps(0)
         self.caps = Caps(caps)
+        #: Of the last sweep, by the names of :data:`MM_STATS`.
+        self.mm_stats = dict.fromkeys(MM_STATS, 0)
         self._share = _MOST_PROTECTED
         self._enough = 2
         #: Pages that became resident since the last pass; those that became resident before
@@ -232,6 +288,15 @@ class LruGen:
         self._enough = self._threshold(_refs(self.history[pages]))
         self._promote(pages)
         self.filter.learn(self.max_seq, self._swept, young)
+        self._count_sweep(young)
+
+    def _count_sweep(self, young: Words) -> None:
+        """Set :attr:`mm_stats` to what the sweep of this generation scanned and found."""
+        n_young = int(young_a_table(young, self.n_pages)[self._swept].sum())
+        total = self.filter.n_pages_of(self._swept)
+        found, added = int(self._swept.sum()), int(self.filter.tables(self.max_seq + 1).sum())
+        values = (total, total - n_young, n_young, self.filter.n_tables, found, added)
+        self.mm_stats = dict(zip(MM_STATS, values, strict=True))
 
     def _open_generation(self, now_ns: int) -> None:
         self.max_seq += 1
@@ -438,6 +503,7 @@ class LruGen:
         shown["protected_share"] = self._share
         shown["last_evictable_tier"] = self.tiers.last_evictable()
         shown["tables_swept"] = int(self._swept.sum())
+        shown.update(self.mm_stats)
         for tier in range(N_TIERS):
             shown[f"tier{tier}_refaulted"] = int(
                 self.tiers.avg_refaulted[tier] + self.tiers.refaulted[tier]

@@ -106,6 +106,10 @@ class TableFilter:
         if waiting is not None:
             waiting[tables] = True
 
+    def n_pages_of(self, tables: Bits) -> int:
+        """Return the number of pages of some tables."""
+        return int(self._sizes[tables].sum())
+
     def pages(self, tables: Bits) -> Words:
         """Return the bitmap of all pages of some tables."""
         return expand_tables(tables, self.n_pages)

@@ -38,7 +38,8 @@ from typing import Protocol
 
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.policy.base import Gfns, Mask
-from kvmhost.reclaim.policy.lru_gen import PROTECTED, LruGen
+from kvmhost.reclaim.policy.lru_gen import DAEMON_CAPS, PROTECTED, LruGen, why_not
+from kvmhost.reclaim.policy.lru_gen_tiers import N_TIERS
 
 __all__ = [
     "MAX_SWAPPINESS",
@@ -47,8 +48,11 @@ __all__ = [
     "EvictCommand",
     "Work",
     "parse",
+    "parse_enabled",
     "run",
     "show",
+    "show_enabled",
+    "show_full",
 ]
 
 MAX_SWAPPINESS = 200
@@ -100,6 +104,73 @@ def show(number: int, name: str, policy: LruGen, pages: Mask, now_ns: int) -> st
         age_ms = max(now_ns - policy.births_ns.get(seq, 0), 0) // 1_000_000
         lines.append(f" {seq:10} {age_ms:10} {n_pages:11} {0:10}")
     return "".join(line + "\n" for line in lines)
+
+
+def show_full(number: int, name: str, policy: LruGen, pages: Mask, now_ns: int) -> str:
+    """Return the text of :func:`show` with the statistics of ``lru_gen_full``.
+
+    Below each generation: one line per tier, with the averages R (refaulted) and T (total) at
+    the youngest, the counts r (refaulted), e (evicted) and p (protected) at the oldest;
+    then the sweep of the youngest generation: L, O, Y leaf entries in total, old and young,
+    N, F, A tables in total, found by the filter, added to the next one. An ``x`` marks a
+    column without a value.
+    """
+    lines = []
+    youngest, oldest = policy.max_seq, policy.min_seq
+    for line in show(number, name, policy, pages, now_ns).splitlines():
+        lines.append(line)
+        first = line.split()[0]
+        if first.isdigit():
+            seq = int(first)
+            lines += [_tier_line(policy, tier, seq, youngest, oldest) for tier in range(N_TIERS)]
+            marks = "LOYNFA" if seq == youngest else "xxxxxx"
+            values = policy.mm_stats.values() if seq == youngest else (0,) * 6
+            columns = [f" {n:10}{mark}" for n, mark in zip(values, marks, strict=True)]
+            lines.append(" " * 22 + "".join(columns))
+    return "".join(line + "\n" for line in lines)
+
+
+def _tier_line(policy: LruGen, tier: int, seq: int, youngest: int, oldest: int) -> str:
+    tiers = policy.tiers
+    marks, values = "xxx", (0, 0, 0)
+    if seq == youngest:
+        marks, values = "RTx", (int(tiers.avg_refaulted[tier]), int(tiers.avg_total[tier]), 0)
+    elif seq == oldest:
+        counts = (tiers.refaulted, tiers.evicted, tiers.protected)
+        marks = "rep"
+        values = (int(counts[0][tier]), int(counts[1][tier]), int(counts[2][tier]))
+    columns = "".join(f" {n:10}{mark}" for n, mark in zip(values, marks, strict=True))
+    return f"            {tier:10}" + columns + "".join(f" {0:10}x" for _ in range(3))
+
+
+def show_enabled(policy: LruGen) -> str:
+    """Return the mask of capabilities as ``/sys/kernel/mm/lru_gen/enabled`` shows it."""
+    return f"0x{int(policy.caps):04x}\n"
+
+
+def parse_enabled(text: str, policy: LruGen) -> int:
+    """Return the mask that a text stands for, as that file takes it.
+
+    ``n...`` is 0, ``y...`` all that can be switched on, anything else a number in decimal,
+    octal (0...) or hexadecimal (0x...). Where the kernel ignores a capability that it does not
+    have, this is an error.
+
+    :raises LayoutError: if it is none of these, or a daemon cannot run with the mask
+    """
+    word = text.strip()
+    if word[:1] in ("n", "N"):
+        return 0
+    if word[:1] in ("y", "Y"):
+        return int(DAEMON_CAPS)
+    match = re.fullmatch(r"0[xX]([0-9a-fA-F]{1,8})|0([0-7]{1,11})|(0|[1-9][0-9]{0,9})", word)
+    if match is None:
+        raise LayoutError(f"lru_gen enabled: {word[:40]!r} is neither y, n nor a number")
+    hexadecimal, octal, decimal = match.groups()
+    caps = int(hexadecimal, 16) if hexadecimal else int(octal, 8) if octal else int(decimal)
+    reason = why_not(caps, policy.probes)
+    if reason:
+        raise LayoutError(f"lru_gen enabled: {reason}")
+    return caps
 
 
 def parse(text: str) -> list[Command]:

@@ -287,3 +287,17 @@ def _check_policy(vm: VmOptions, keys: tuple[str, ...], where: _Where) -> None:
     if unknown:
         text = f"policy {vm.policy}: {unknown_name('option', unknown[0], takes)}"
         raise where.error((*keys, "policy_options"), text)
+    if vm.policy == "lru_gen" and "caps" in vm.policy_options:
+        reason = _why_not_caps(vm.policy_options)
+        if reason:
+            raise where.error((*keys, "policy_options"), f"policy lru_gen: {reason}")
+
+
+def _why_not_caps(options: Mapping[str, object]) -> str:
+    """Return what is wrong with the capabilities of lru_gen; "" if nothing is."""
+    from kvmhost.reclaim.policy.lru_gen import why_not
+
+    caps = options["caps"]
+    if not isinstance(caps, int) or isinstance(caps, bool):
+        return "caps: need a number"
+    return why_not(caps, bool(options.get("probes")))

@@ -76,12 +76,13 @@ class LossControl:
         """Return the pages that the harvest may clear; None: all."""
         return self.pages.mask(self.clearing)
 
-    def note(self, found: Harvest, mask: Words | None) -> None:
+    def note(self, found: Harvest, mask: Words | None, scanned: Words | None = None) -> None:
         """Take what the harvest found.
 
         :param mask: the pages that it cleared where they were young; None: all
+        :param scanned: the pages that it looked at; None: all
         """
-        facts = self.pages.note(found.young.words, mask)
+        facts = self.pages.note(found.young.words, mask, scanned)
         if self._has_view:
             self.bound.note(facts)
         # The first harvest opens the view: it clears all pages and reports none.

@@ -13,21 +13,32 @@ from typing import Any
 
 import numpy as np
 
-from kvmhost.bitmap import Words, YoungBitmap, pack
+from kvmhost.bitmap import (
+    Provenance,
+    Words,
+    YoungBitmap,
+    n_words,
+    pack,
+    place_words,
+    sub_words,
+)
 from kvmhost.control.client import Client
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.policy import registry
 from kvmhost.reclaim.policy.base import Gfns, Mask, Policy
-from kvmhost.reclaim.policy.lru_gen import LruGen
+from kvmhost.reclaim.policy.lru_gen import DAEMON_CAPS, LruGen
+from kvmhost.reclaim.policy.lru_gen_filter import TABLE_PAGES, young_a_table
 from kvmhost.reclaim.settings.options import VmOptions
 from kvmhost.reclaim.vm.losscontrol import LossControl
 from kvmhost.reclaim.vm.pages import ResidencyChanges
 from kvmhost.vm import Harvest
 
-__all__ = ["VIEW", "PolicyDriver", "make_policy"]
+__all__ = ["VIEW", "PolicyDriver", "make_policy", "planned_parts"]
 
 #: The daemon's view of a VM.
 VIEW = "reclaimd"
+#: Requests of one harvest.
+_MAX_PARTS = 16
 
 
 def make_policy(n_pages: int, options: VmOptions) -> Policy:
@@ -41,7 +52,36 @@ def make_policy(n_pages: int, options: VmOptions) -> Policy:
         given.setdefault("n_generations", options.generations)
     if "seed" in takes:
         given.setdefault("seed", None if options.seed < 0 else options.seed)
+    if options.policy == "lru_gen":
+        given.setdefault("caps", int(DAEMON_CAPS))
     return registry.create(options.policy, n_pages, given)
+
+
+def planned_parts(pages: Words, n_pages: int) -> list[tuple[int, int]]:
+    """Return ranges ``(gfn_start, n_pages)`` of whole tables that contain all of some pages.
+
+    Each range is one request, so there are at most :data:`_MAX_PARTS`; the smallest gaps
+    between ranges are scanned in order to have so few.
+    """
+    tables = np.flatnonzero(young_a_table(pages, n_pages))
+    if not tables.size:
+        return []
+    gaps = np.diff(tables)
+    cuts = np.flatnonzero(gaps > 1)
+    if cuts.size >= _MAX_PARTS:
+        widest = np.argsort(-gaps[cuts], kind="stable")[: _MAX_PARTS - 1]
+        cuts = np.sort(cuts[widest])
+    starts = np.concatenate((tables[:1], tables[cuts + 1])) * TABLE_PAGES
+    ends = np.minimum((np.concatenate((tables[cuts], tables[-1:])) + 1) * TABLE_PAGES, n_pages)
+    return [(int(start), int(end - start)) for start, end in zip(starts, ends, strict=True)]
+
+
+def _words_of(parts: list[tuple[int, int]], n_pages: int) -> Words:
+    """Return the bitmap of some ranges."""
+    bits = np.zeros(n_pages, dtype=bool)
+    for first, count in parts:
+        bits[first : first + count] = True
+    return pack(bits)
 
 
 class PolicyDriver:
@@ -55,6 +95,8 @@ class PolicyDriver:
         self._loss = loss
         self._tracker = "auto"
         self.probed_pages = 0
+        #: Pages in the ranges of all harvests, probes not included.
+        self.scanned_pages = 0
 
     def harvest(self, tracker: str, full: bool = False, max_age_s: float = 0.0) -> Harvest:
         """Test and clear the pages that the policy plans; re-arm the cleared ones.
@@ -70,22 +112,48 @@ class PolicyDriver:
         if full and isinstance(self.policy, LruGen):
             plan = self.policy.full_plan()
         mask = _both(plan.pages, None if full else self._loss.mask())
-        found = self._client.harvest(
-            0,
-            self.n_pages,
-            tracker=tracker,
+        if plan.pages is None:
+            found = self._harvest_range(0, self.n_pages, mask, max_age_s)
+            self._loss.note(found, mask)
+            return found
+        parts = planned_parts(plan.pages, self.n_pages)
+        found = self._harvest_parts(parts, mask, max_age_s)
+        if parts:
+            self._loss.note(found, mask, _words_of(parts, self.n_pages))
+        # Pages outside the plan were reported but not cleared: a later harvest reports them.
+        young = dataclasses.replace(found.young, words=found.young.words & plan.pages)
+        return dataclasses.replace(found, young=young)
+
+    def _harvest_range(
+        self, gfn_start: int, n_pages: int, mask: Words | None, max_age_s: float
+    ) -> Harvest:
+        """Harvest one range, and clear the pages of a mask in it; None: all."""
+        self.scanned_pages += n_pages
+        return self._client.harvest(
+            gfn_start,
+            n_pages,
+            tracker=self._tracker,
             clear=True,
             rearm="young",
             mask=mask,
             view=VIEW,
             max_age_s=max_age_s,
         )
-        self._loss.note(found, mask)
-        if plan.pages is not None:
-            # Pages outside the plan were reported but not cleared: a later harvest reports them.
-            young = dataclasses.replace(found.young, words=found.young.words & plan.pages)
-            found = dataclasses.replace(found, young=young)
-        return found
+
+    def _harvest_parts(
+        self, parts: list[tuple[int, int]], mask: Words | None, max_age_s: float
+    ) -> Harvest:
+        """Harvest some ranges, and no other."""
+        words, harvest_ns, rearm_ns = np.zeros(n_words(self.n_pages), np.uint64), 0, 0
+        provenance = Provenance()
+        for first, n_pages in parts:
+            own = None if mask is None else sub_words(mask, self.n_pages, first, n_pages)
+            found = self._harvest_range(first, n_pages, own, max_age_s)
+            place_words(words, first, found.young.words)
+            harvest_ns, rearm_ns = harvest_ns + found.harvest_ns, rearm_ns + found.rearm_ns
+            provenance = found.young.provenance
+        young = YoungBitmap(0, self.n_pages, words, None, provenance)
+        return Harvest(young, harvest_ns, rearm_ns)
 
     def age(self, young: YoungBitmap, changes: ResidencyChanges) -> None:
         """Pass one window to the policy: evictions, refaults, then young pages."""

@@ -113,14 +113,15 @@ class FakeVm:
         A probe between two passes names pages and no age: nothing was touched since the last pass.
         """
         if mask is not None and max_age_s is None:
-            return Harvest(YoungBitmap.from_gfns(0, N, []), 3000, 2000)
+            return Harvest(YoungBitmap.from_gfns(gfn_start, n_pages, []), 3000, 2000)
         self._meet("harvest")
         self.asked.append((gfn_start, n_pages, tracker, clear, rearm))
         self.masks.append(mask)
         young = list(self.touches(self.window))
         self.window += 1
         self.here[young] = True
-        return Harvest(YoungBitmap.from_gfns(0, N, young), 3000, 2000)
+        inside = [g for g in young if gfn_start <= g < gfn_start + n_pages]
+        return Harvest(YoungBitmap.from_gfns(gfn_start, n_pages, inside), 3000, 2000)
 
     def resident(self, gfn_start, n_pages):
         return self.here.copy()

@@ -154,7 +154,10 @@ class _Daemon:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def show_lru_gen(self, vm: str | None) -> str:
+    def lru_gen_enabled(self, vm: str, value: str | None) -> str:
+        return "0x000b\n"
+
+    def show_lru_gen(self, vm: str | None, *, full: bool) -> str:
         return (
             "memcg     1 a\n node     0\n"
             "          7       1500         300          0\n"
@@ -177,3 +180,4 @@ def test_lru_gen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         {"number": 2, "vm": "b", "generations": []},
     ]
     assert parsed(capsys, "lru_gen", "run", "- a 0 7", "--json") == {"evicted_pages": 12}
+    assert parsed(capsys, "lru_gen", "enabled", "a", "--json") == {"caps": 11}

@@ -133,6 +133,29 @@ def test_lru_gen_shows_ages_and_evicts(pair):
     kvmhost("lru_gen", code=2)
 
 
+def test_capabilities_at_run_time(pair):
+    assert kvmhost("lru_gen", "enabled", "vm1").stdout == "0x000b\n"
+    assert kvmhost("lru_gen", "enabled", "vm1", "n").stdout == "0x0000\n"
+    assert kvmhost("lru_gen", "enabled", "1", "--daemon", "main").stdout == "0x0000\n"
+    assert json.loads(kvmhost("lru_gen", "enabled", "vm1", "0xb", "--json").stdout) == {"caps": 11}
+    refused = kvmhost("lru_gen", "enabled", "vm1", "3", code=2).stderr
+    assert "0x8 (spte walk) cannot be off" in refused
+    assert kvmhost("lru_gen", "enabled", "vm1").stdout == "0x000b\n"
+
+
+def test_full_statistics(pair):
+    def swept():
+        last = kvmhost("lru_gen", "show", "vm1", "--full").stdout.splitlines()[-1]
+        return re.fullmatch(r" +(\d+)L +(\d+)O +(\d+)Y +(\d+)N +(\d+)F +(\d+)A", last)
+
+    found = swept()
+    assert found, kvmhost("lru_gen", "show", "vm1", "--full").stdout
+    total, old, young, tables, passed, _ = map(int, found.groups())
+    assert total == old + young > 0
+    assert tables == passed == -(-total // 512)
+    assert "text only" in kvmhost("lru_gen", "show", "--full", "--json", code=2).stderr
+
+
 def test_aging_by_command(pair):
     def youngest():
         return int(kvmhost("lru_gen", "show", "vm1").stdout.splitlines()[-1].split()[0])

@@ -9,6 +9,7 @@ from kvmhost.reclaim.control.schema import PageAnswer
 from kvmhost.tools.outputs.base import Output
 
 __all__ = [
+    "EnabledOutput",
     "EventKind",
     "EventOutput",
     "EvictedOutput",
@@ -60,6 +61,13 @@ class GenerationsOutput(Output, frozen=True, kw_only=True):
 
     vms: list[VmGenerations]
     """the VMs"""
+
+
+class EnabledOutput(Output, frozen=True, kw_only=True):
+    """The capabilities of a VM's policy lru_gen."""
+
+    caps: int
+    """the mask: 1 core, 2 mm walk, 8 spte walk"""
 
 
 class EvictedOutput(Output, frozen=True, kw_only=True):

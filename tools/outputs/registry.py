@@ -59,6 +59,7 @@ OUTPUTS = {
     "resume": Shape(vms.RunOutput),
     "stop": Shape(vms.StopOutput),
     "lab list": Shape(lab.LabListOutput),
+    "lru_gen enabled": Shape(daemons.EnabledOutput),
     "lru_gen run": Shape(daemons.EvictedOutput),
     "lru_gen show": Shape(daemons.GenerationsOutput),
     "page": Shape(daemons.PageOutput),

@@ -5,7 +5,16 @@ import pytest
 
 from kvmhost.errors import LayoutError
 from kvmhost.reclaim.policy.lru_gen import LruGen
-from kvmhost.reclaim.policy.lru_gen_text import AgeCommand, EvictCommand, parse, run, show
+from kvmhost.reclaim.policy.lru_gen_text import (
+    AgeCommand,
+    EvictCommand,
+    parse,
+    parse_enabled,
+    run,
+    show,
+    show_enabled,
+    show_full,
+)
 
 MS = 1_000_000
 
@@ -23,6 +32,57 @@ def test_show_has_the_kernels_columns(pages):
         "          2       1500           0          0\n"
         "          3       1000           1          0\n"
     )
+
+
+def test_show_full_has_the_tiers_and_the_sweep(pages):
+    policy = LruGen(600)
+    for now in (1, 2, 3):
+        policy.age(pages.words(600, [1, 2, 599]), now * MS)
+    policy.tiers.refaulted[1], policy.tiers.evicted[1], policy.tiers.protected[1] = 3, 40, 5
+    policy.tiers.avg_refaulted[0], policy.tiers.avg_total[0] = 7, 90
+    text = show_full(1, "vm1", policy, pages.everything(600), 4 * MS).splitlines()
+    plain = show(1, "vm1", policy, pages.everything(600), 4 * MS).splitlines()
+    assert [line for line in text if line in plain] == plain
+    rest = " ".join(f"{0:10}x" for _ in range(3))
+    # Below the oldest generation, its counts; below the youngest, averages and the sweep.
+    assert text[4] == f"            {1:10} {3:10}r {40:10}e {5:10}p " + rest
+    youngest = text.index(plain[-1])
+    assert text[youngest + 1] == f"            {0:10} {7:10}R {90:10}T {0:10}x " + rest
+    values = zip((600, 597, 3, 2, 2, 0), "LOYNFA", strict=True)
+    assert text[-1] == " " * 22 + "".join(f" {n:10}{mark}" for n, mark in values)
+    assert all(line.endswith("x") for line in text[2:youngest] if line not in plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "caps"),
+    [("y", 0xB), ("Yes\n", 0xB), ("n", 0), ("0x000b\n", 0xB), ("11", 0xB), ("013", 0xB), ("0", 0)],
+)
+def test_enabled_takes_what_the_kernels_file_takes(text, caps):
+    policy = LruGen(8, caps=0xB)
+    assert parse_enabled(text, policy) == caps
+    policy.caps = caps
+    assert show_enabled(policy) == f"0x{caps:04x}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("x", "'x' is neither y, n nor a number"),
+        ("0xg", "neither y, n nor a number"),
+        ("-1", "neither y, n nor a number"),
+        ("0x1b", "need a mask of bits in 0xf"),
+        ("0xf", r"0x4 \(non-leaf young\) has no effect.*use 0xb"),
+        ("0x3", r"0x8 \(spte walk\) cannot be off.*use 0xb"),
+        ("0x9", r"without 0x2 \(mm walk\).*probes = true"),
+    ],
+)
+def test_enabled_refuses_what_would_do_nothing(text, problem):
+    with pytest.raises(LayoutError, match=problem):
+        parse_enabled(text, LruGen(8))
+
+
+def test_mm_walk_can_be_off_with_probes():
+    assert parse_enabled("9", LruGen(8, probes=True)) == 9
 
 
 def test_parse():

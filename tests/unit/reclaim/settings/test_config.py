@@ -115,6 +115,24 @@ def test_what_is_written_reads_as_the_same(file, text):
             GOOD.replace("min_ttl_ms", "min_ttl"),
             "did you mean 'min_ttl_ms'",
         ),
+        (
+            18,
+            "vm.db.policy_options",
+            GOOD.replace("min_ttl_ms = 500", "caps = 15"),
+            "0x4 (non-leaf young) has no effect",
+        ),
+        (
+            18,
+            "vm.db.policy_options",
+            GOOD.replace("min_ttl_ms = 500", "caps = 3"),
+            "0x8 (spte walk) cannot be off",
+        ),
+        (
+            18,
+            "vm.db.policy_options",
+            GOOD.replace("min_ttl_ms = 500", 'caps = "all"'),
+            "caps: need a number",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_file_line_and_key(file, line, key, text, problem):
