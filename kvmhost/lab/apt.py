@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kvmhost.errors import CapabilityError
 from kvmhost.lab.pins import Pin
-from kvmhost.temporary import temporary_folder
+from kvmhost.lab.scratch import scratch_folder
 
 __all__ = ["Apt", "opened_apt", "probe_apt", "system_mirror"]
 
@@ -78,7 +78,7 @@ def opened_apt(suite: str, architecture: str) -> Iterator[Apt]:
     problem, mirror = probe_apt(), system_mirror()
     if problem or mirror is None:
         raise _missing(suite, architecture, problem or "none")
-    with temporary_folder("kvmhost-lab-") as folder:
+    with scratch_folder() as folder:
         apt = Apt(folder, suite, architecture)
         apt.update(mirror)
         yield apt

@@ -17,7 +17,7 @@ from kvmhost.lab.hosts import LabHost
 from kvmhost.lab.initrd import base_archive, recipe
 from kvmhost.lab.kernel import KernelTree
 from kvmhost.lab.pins import KernelPins, Pin, pinned
-from kvmhost.temporary import temporary_folder
+from kvmhost.lab.scratch import scratch_folder
 
 __all__ = ["BootFiles", "boot_files", "fetch", "fetch_latest", "fetch_packages", "is_cached"]
 
@@ -103,7 +103,7 @@ def fetch_packages(pins: Iterable[Pin], architecture: str, tell: Tell) -> list[P
 
 def _download(apt: Apt, pin: Pin, tell: Tell) -> Path:
     tell(f"{pin.name} {pin.version}")
-    with temporary_folder("kvmhost-lab-") as folder:
+    with scratch_folder() as folder:
         return cache.keep_package(pin, apt.download(pin, folder))
 
 
@@ -112,7 +112,7 @@ def _make(host: LabHost, pins: KernelPins, tell: Tell) -> BootFiles:
     if cache.check_entry(folder) is not None:
         archives = fetch_packages(pins.packages, pins.architecture, tell)
         tell(f"kernel and initial file system of {host.name}")
-        with temporary_folder("kvmhost-lab-") as unpacked:
+        with scratch_folder() as unpacked:
             for archive in archives:
                 unpack(archive, unpacked)
             with cache.filled_entry(folder) as partial:

@@ -33,7 +33,7 @@ from kvmhost.lab.inside import project_of, root_of
 from kvmhost.lab.monitor import Monitor
 from kvmhost.lab.qemu import PORTS, Devices, command_line, probe_qemu
 from kvmhost.lab.ram import ram_layout
-from kvmhost.temporary import temporary_folder
+from kvmhost.lab.scratch import scratch_folder
 from kvmhost.timescale import scaled
 
 __all__ = ["HostReady", "JobEnded", "JobOutput", "RunningHost"]
@@ -204,7 +204,7 @@ class RunningHost:
     def _start(
         self, files: BootFiles, archive: bytes, interactive: bool, shared: Path, keep: Path | None
     ) -> None:
-        folder = keep or self._resources.enter_context(temporary_folder("kvmhost-lab-"))
+        folder = keep or self._resources.enter_context(scratch_folder())
         with os_errors(folder):
             (folder / "initrd").write_bytes(files.initrd.read_bytes() + archive)
         self._console = None if interactive else folder / "console.log"

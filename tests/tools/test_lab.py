@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from kvmhost.lab.hosts import HOSTS, find_host
 from kvmhost.lab.initrd import Job, recipe
 from kvmhost.lab.pins import pinned
 from kvmhost.lab.running import HostReady, JobEnded, RunningHost
+from kvmhost.lab.scratch import remove_abandoned
 
 HOST = "amd64-6.12"
 Environment = dict[str, str]
@@ -37,6 +40,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("FAKE_HOST", "ok")
@@ -166,11 +170,30 @@ def test_a_host_dies_with_its_killed_parent(
         process.kill()
     pid = json.loads((place / "log").read_text())[0]
     until(lambda: not Path(f"/proc/{pid}").exists(), "the host's end")
-    for left in (place / "tmp").glob("kvmhost-lab-*/*"):  # a killed process removes nothing
-        assert left.name in ("initrd", "console.log", "qemu.log")
-        left.unlink()
-    for folder in (place / "tmp").glob("kvmhost-lab-*"):
-        folder.rmdir()
+    (left,) = (place / "tmp").iterdir()  # a killed process removes nothing
+    other = place / "tmp" / "kvmhost-lab-work-other"
+    other.mkdir()
+    fd = os.open(other, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        monkeypatch.setenv("FAKE_HOST", "ok")
+        assert run("run", HOST, "--", "command").returncode == 0
+        assert not left.exists(), "the next one does"
+        assert other.exists(), "its owner lives"
+    finally:
+        os.close(fd)
+    remove_abandoned()
+    assert not other.exists()
+
+
+def test_a_link_is_no_abandoned_folder(place: Path) -> None:
+    target = place / "mine"
+    target.mkdir()
+    link = place / "tmp" / "kvmhost-lab-work-link"
+    link.symlink_to(target)
+    remove_abandoned()
+    assert target.exists()
+    link.unlink()
 
 
 def test_a_folder_is_kept(cached: Path, place: Path) -> None:
