@@ -45,7 +45,7 @@ def touch_gfns(
 
     :param vcpu: only this one's share; None: over all vCPUs
     """
-    start, pages = params["start_gfn"], params["pages"]
+    start, pages = params["gfn_start"], params["pages"]
     share = slice(None) if vcpu is None else slice(vcpu, None, n_vcpus)
     if params["pattern"] == 2:
         base = _mix_one(params["seed"] + epoch)
@@ -82,7 +82,7 @@ def hotcold_gfns(
             parts.append(np.arange(base, base + run, dtype=np.int64))
         else:
             parts.extend(_hotcold_epoch(params, epoch, base, run))
-    return np.unique(np.concatenate(parts)) + params["start_gfn"]
+    return np.unique(np.concatenate(parts)) + params["gfn_start"]
 
 
 def hotcold_written_gfns(

@@ -22,7 +22,7 @@ import pytest
 from waiting import DEADLINE_S
 
 from kvmhost.errors import CapabilityError, IoctlError
-from kvmhost.guests.build import compile_pc_guest, pc_sources
+from kvmhost.guests.build import SOURCES, build_guests, compile_pc_guest, pc_sources
 from kvmhost.machine import Machine
 
 # A shell starts its background jobs with SIGINT ignored, and every process below
@@ -34,6 +34,16 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Hosts that are busy or emulated are slow, and no example of a property has a time of its own.
 hypothesis.settings.register_profile("kvmhost", deadline=None)
 hypothesis.settings.load_profile("kvmhost")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Build the guests again if one is older than its sources, as ``make`` does."""
+    if hasattr(session.config, "workerinput"):
+        return
+    built = [path.stat().st_mtime for path in SOURCES.glob("*.elf")]
+    sources = [path for path in SOURCES.iterdir() if path.suffix in (".c", ".h", ".S", ".ld")]
+    if not built or min(built) < max(path.stat().st_mtime for path in sources):
+        build_guests()
 
 
 @functools.cache

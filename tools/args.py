@@ -214,20 +214,17 @@ def _integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"invalid number {text!r}") from None
 
 
-def parse_params(given: list[str]) -> dict[str, int]:
-    """Parse ``name=value`` words; values are decimal or 0x hex.
+def parse_params(given: list[str]) -> dict[str, str]:
+    """Parse ``name=value`` words; the image says which values its parameters take.
 
-    :raises LayoutError: for a word that is not ``name=number``
+    :raises LayoutError: for a word without a name or a value
     """
     params = {}
     for word in given:
-        name, equals, value = word.partition("=")
-        try:
-            params[name] = int(value, 0)
-        except ValueError:
-            equals = ""
-        if not equals or not name:
-            raise LayoutError(f"--param {word!r}: need name=number, for example pages=4096")
+        name, _, value = word.partition("=")
+        if not name or not value:
+            raise LayoutError(f"--param {word!r}: need name=value, for example pages=4096")
+        params[name] = value
     return params
 
 

@@ -28,7 +28,8 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a parameter of the guest; may be repeated; kvmhost guests NAME lists them",
+        help="a parameter of the guest: a number, of pages also a size (64M), of a part also a "
+        "share (1/4, 25%%); may be repeated; kvmhost guests NAME lists them",
     )
 
 

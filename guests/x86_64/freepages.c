@@ -14,10 +14,10 @@
  */
 #include "guest.h"
 
-PARAM("start_gfn=1024;first gfn of the range");
-PARAM("pages=1024;pages in the range");
+PARAM("gfn_start=1024;first gfn of the range");
+PARAM("pages=1024 pages;size of the range");
 PARAM("epochs=3;epochs; 0 runs for ever");
-PARAM("percent=50;of its pages that each epoch declares free");
+PARAM("percent=50 percent;of its pages that each epoch declares free");
 PARAM("seed=1;of the choice");
 
 enum { START, PAGES, EPOCHS, PERCENT, SEED };

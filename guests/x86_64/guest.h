@@ -41,7 +41,8 @@ _Static_assert(__builtin_offsetof(struct params, results) == 0x400, "results");
 
 /*
  * The names, defaults and meanings of args[0], args[1], ...: one string each,
- * "name=default;meaning", kept in the image for the host to read.
+ * "name=default;meaning" or "name=default unit;meaning", kept in the image for the host
+ * to read. With the units pages, permille and percent the host takes sizes and shares.
  */
 #define PARAM(text) \
 	static const char __attribute__((used, section(".kvmhost.params"))) \

@@ -7,7 +7,7 @@
  * One lost or stale byte ends the run: status 1, and gfn, epoch and words in the
  * results. Parameters that do not fit into memory: status 2.
  *
- * The range of `pages` pages from start_gfn on is divided among the vCPUs in equal
+ * The range of `pages` pages from gfn_start on is divided among the vCPUs in equal
  * runs (a remainder stays untouched). The bookkeeping of the guest follows the
  * range: four bytes per page, and eight more with zipf. For a vCPU's run of m pages,
  * from page b on, with the random numbers x(i) = mix(mix(seed + e) + b + i):
@@ -32,21 +32,21 @@
 #include "guest.h"
 #include "zipf.h"
 
-PARAM("start_gfn=1024;first gfn of the range");
-PARAM("pages=4096;pages in the range");
-PARAM("hot=768;pages of the hot set, over all vCPUs");
+PARAM("gfn_start=1024;first gfn of the range");
+PARAM("pages=4096 pages;size of the range");
+PARAM("hot=768 pages;size of the hot set, over all vCPUs");
 PARAM("cold=16;random pages an epoch and vCPU");
 PARAM("scan_every=64;a scan starts every so many epochs; 0: never");
 PARAM("scan_epochs=16;epochs that a scan takes");
-PARAM("write_permille=500;share of touches that write");
-PARAM("same_filled_permille=250;share of pages filled with one word");
+PARAM("write_permille=500 permille;share of touches that write");
+PARAM("same_filled_permille=250 permille;share of pages filled with one word");
 PARAM("epochs=100;epochs; 0 runs for ever");
 PARAM("seed=1;of the workload");
 PARAM("passes=1;times that an epoch touches the hot set");
 PARAM("zipf=0;zipf-distributed touches an epoch and vCPU");
-PARAM("zipf_permille=900;exponent of the zipf distribution, in thousandths");
+PARAM("zipf_permille=900 permille;exponent of the zipf distribution");
 PARAM("phase_every=0;the hot set moves every so many epochs; 0: never");
-PARAM("phase_step=768;pages that it moves by, over all vCPUs");
+PARAM("phase_step=768 pages;distance that it moves by, over all vCPUs");
 PARAM("think=0;empty loop turns after each touch");
 PARAM("words=512;words of a page that a touch checks or writes");
 PARAM("say_every=0;a line on the serial port every so many epochs; 0: never");

@@ -14,8 +14,8 @@
  */
 #include "guest.h"
 
-PARAM("start_gfn=1024;first gfn of the range");
-PARAM("pages=1024;pages in the range");
+PARAM("gfn_start=1024;first gfn of the range");
+PARAM("pages=1024 pages;size of the range");
 PARAM("stride=1;take every n-th page (sequential, backwards)");
 PARAM("pattern=0;0 sequential, 1 backwards, 2 random");
 PARAM("write=0;0 read, 1 write");

@@ -1,7 +1,8 @@
 """Guest images: 64-bit x86 ELF executables that describe their own parameters.
 
 An image may carry a section ``.kvmhost.params``: one NUL-terminated line per
-parameter, ``name=default;description``. Line ``i`` names argument ``i`` of the
+parameter, ``name=default;description`` or ``name=default unit;description``, where the unit
+is ``pages``, ``permille`` or ``percent``. Line ``i`` names argument ``i`` of the
 parameter page (see :mod:`kvmhost.boot.params`).
 
 Files are untrusted: any defect raises an
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 from kvmhost.boot.elf import (
     EM_X86_64,
@@ -26,28 +28,67 @@ from kvmhost.boot.elf import (
 from kvmhost.errors import ImageError, LayoutError
 from kvmhost.memory.guest import GuestMemory
 from kvmhost.memory.layout import IMAGE_GPA
+from kvmhost.units import PAGE_BYTES, Bytes, Share
 
 __all__ = [
     "MAX_IMAGE_BYTES",
     "PARAMS_SECTION",
+    "PARTS_OF_ONE",
     "Image",
     "Param",
     "Segment",
+    "Unit",
     "parse_image",
     "read_image",
 ]
 
 PARAMS_SECTION = ".kvmhost.params"
 MAX_PARAMS = 64
+#: Units of a parameter that is a share, and how many of each are the whole.
+PARTS_OF_ONE = {"permille": 1000, "percent": 100}
+Unit = Literal["", "pages", "permille", "percent"]
+UNITS = get_args(Unit)
+#: What a share may be off by, since it is a binary fraction.
+_ROUNDING = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """One named argument of a guest; values are unsigned 64-bit numbers."""
+    """One named argument of a guest; values are unsigned 64-bit numbers.
+
+    :ivar unit: of the value: ``pages``, ``permille`` or ``percent``; empty for a plain number
+    """
 
     name: str
     default: int
     help: str
+    unit: Unit = ""
+
+    def parse(self, text: str) -> int:
+        """Read a value as text: a number in the parameter's unit, decimal or hex with ``0x``.
+
+        A parameter in pages also takes a size (``64M``), one in ‰ or % a share (``1/4``, ``25%``).
+
+        :raises LayoutError: for anything else
+        """
+        try:
+            return int(text[:64], 0)
+        except ValueError:
+            pass
+        try:
+            value = self._amount(text)
+        except ValueError as error:
+            raise LayoutError(f"parameter {self.name}: {error}") from None
+        if abs(value - round(value)) > _ROUNDING:
+            raise LayoutError(f"parameter {self.name}: {text!r} is no whole number of {self.unit}")
+        return round(value)
+
+    def _amount(self, text: str) -> float:
+        if self.unit == "pages":
+            return Bytes.parse(text) / PAGE_BYTES
+        if self.unit in PARTS_OF_ONE:
+            return Share.parse(text) * PARTS_OF_ONE[self.unit]
+        raise ValueError(f"{text[:64]!r}: need a number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +191,15 @@ def _parse_params(path: str, offset: int, raw: bytes) -> tuple[Param, ...]:
         if not line:
             continue
         name, equals, rest = line.partition("=")
-        default, _, text = rest.partition(";")
+        value, _, text = rest.partition(";")
+        default, _, unit = value.partition(" ")
         if not equals or not name.isidentifier() or not default.isdecimal():
             raise ImageError(path, PARAMS_SECTION, f"line {line!r}: need name=number;help", offset)
+        if unit not in UNITS:
+            raise ImageError(path, PARAMS_SECTION, f"{name}: unknown unit {unit!r}", offset)
         if int(default) >> 64:
             raise ImageError(path, PARAMS_SECTION, f"{name}: default is over 64 bits", offset)
-        params.append(Param(name, int(default), text.strip()))
+        params.append(Param(name, int(default), text.strip(), cast(Unit, unit)))
     if len(params) > MAX_PARAMS:
         raise ImageError(path, PARAMS_SECTION, f"{len(params)} lines, at most {MAX_PARAMS}", offset)
     if len({param.name for param in params}) < len(params):

@@ -51,17 +51,20 @@ class GuestResult:
     touches: int
 
 
-def resolve_params(image: Image, given: Mapping[str, int]) -> dict[str, int]:
+def resolve_params(image: Image, given: Mapping[str, int | str]) -> dict[str, int]:
     """Return all parameters of an image: its defaults, overridden by the given values.
 
-    :raises LayoutError: for a name that the image does not have, or a value
-        outside ``[0, 2**64)``
+    :param given: numbers in the unit of the parameter, or text for :meth:`Param.parse`
+    :raises LayoutError: for a name that the image does not have, or a value that the
+        parameter does not take, or that is outside ``[0, 2**64)``
     """
+    params = {param.name: param for param in image.params}
     values = {param.name: param.default for param in image.params}
-    for name, value in given.items():
+    for name, text in given.items():
         if name not in values:
             known = ", ".join(values) or "none"
             raise LayoutError(f"{image.path} has no parameter {name!r}; it has: {known}")
+        value = params[name].parse(text) if isinstance(text, str) else text
         if not 0 <= value <= _U64_MAX:
             raise LayoutError(f"parameter {name}={value} is outside [0, 2**64)")
         values[name] = value

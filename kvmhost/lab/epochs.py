@@ -62,7 +62,7 @@ class TouchGuest:
         from kvmhost.machine import Machine
 
         first, n_pages, stride = _TOUCH_GFN, options["n_pages"], options["stride"]
-        params = {"start_gfn": first, "pages": n_pages, "stride": stride, "epochs": 0}
+        params = {"gfn_start": first, "pages": n_pages, "stride": stride, "epochs": 0}
         params["write"] = int(options["write"])
         mem_bytes = (2 * first + n_pages) * _PAGE
         self._machine = Machine(options["image"], mem_bytes=mem_bytes, params=params, engine="kvm")

@@ -113,7 +113,7 @@ class PcMachine(BaseMachine):
         mem_bytes: int = DEFAULT_MEM_BYTES,
         n_vcpus: int = 1,
         engine: EngineName = "auto",
-        params: Mapping[str, int] | None = None,
+        params: Mapping[str, int | str] | None = None,
         **common: typing.Any,
     ) -> None:
         if params:

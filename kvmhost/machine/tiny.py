@@ -43,7 +43,7 @@ class Machine(BaseMachine):
     :param image: path of an image, or a parsed one
     :param mem_bytes: guest memory, a multiple of 4 KiB
     :param engine: ``auto``, ``kvm`` or ``emulated``
-    :param params: values for the image's parameters
+    :param params: values for the image's parameters, numbers or text such as ``64M``
     :param common: as for :class:`~kvmhost.machine.base.BaseMachine`
     :raises ImageError: if the image cannot be used
     :raises LayoutError: if sizes, counts or parameters do not fit
@@ -59,7 +59,7 @@ class Machine(BaseMachine):
         mem_bytes: int = DEFAULT_MEM_BYTES,
         n_vcpus: int = 1,
         engine: EngineName = "auto",
-        params: Mapping[str, int] | None = None,
+        params: Mapping[str, int | str] | None = None,
         **common: Any,
     ) -> None:
         self._tiny_image = image if isinstance(image, Image) else read_image(Path(image))

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from kvmhost.engine.base import Engine, RearmKind
 from kvmhost.errors import CapabilityError
 from kvmhost.mmu.tdp import LiveTable
-from kvmhost.trackers.probeguest import START_GFN, ProbeGuest, probe_guest
+from kvmhost.trackers.probeguest import GFN_START, ProbeGuest, probe_guest
 from kvmhost.vm.names import EngineName
 
 __all__ = ["Calibration", "calibrate"]
@@ -89,7 +89,7 @@ def _find_rearm(engine: str, guest: ProbeGuest) -> Calibration:
         "after a zap": (
             RearmKind.ZAP,
             "KVM shadows the tables",
-            lambda: guest.memory.regions[0].zap(START_GFN, _PAGES),
+            lambda: guest.memory.regions[0].zap(GFN_START, _PAGES),
         ),
     }
     told = []
@@ -117,7 +117,7 @@ def _young_after(act: Callable[[], object], guest: ProbeGuest, table: LiveTable)
 def _young_after_touches(guest: ProbeGuest, table: LiveTable) -> int:
     """Run the guest to its doorbell; count, and clear, what became young."""
     guest.touch_all()
-    return table.harvest(START_GFN, _PAGES).count()
+    return table.harvest(GFN_START, _PAGES).count()
 
 
 def _unsupported(engine: str, found: str) -> CapabilityError:

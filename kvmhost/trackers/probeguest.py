@@ -22,10 +22,10 @@ from kvmhost.memory.layout import IMAGE_GPA, TinyLayout
 from kvmhost.units import PAGE_BYTES, PAGE_SHIFT
 from kvmhost.vm.names import EngineName
 
-__all__ = ["START_GFN", "ProbeGuest", "probe_guest"]
+__all__ = ["GFN_START", "ProbeGuest", "probe_guest"]
 
 #: The first page that the guest touches.
-START_GFN = 0x180
+GFN_START = 0x180
 #: Holds the pages, and the guest's code and tables.
 _MEM_BYTES = 4 << 20
 _READ = b"\x8a\x07"  # mov al, [rdi]
@@ -54,7 +54,7 @@ class ProbeGuest:
 
 @contextlib.contextmanager
 def probe_guest(name: EngineName, n_pages: int, *, writes: bool = False) -> Iterator[ProbeGuest]:
-    """Open a guest that touches ``n_pages``, at most 512, from :data:`START_GFN` on.
+    """Open a guest that touches ``n_pages``, at most 512, from :data:`GFN_START` on.
 
     :param writes: it writes the pages instead of reading them
     :raises CapabilityError: if the engine cannot run here
@@ -84,7 +84,7 @@ def probe_guest(name: EngineName, n_pages: int, *, writes: bool = False) -> Iter
 def _code(n_pages: int, touch: bytes) -> bytes:
     return b"".join(
         (
-            b"\xbf" + struct.pack("<I", START_GFN << PAGE_SHIFT),  # 1: mov  edi, first page
+            b"\xbf" + struct.pack("<I", GFN_START << PAGE_SHIFT),  # 1: mov  edi, first page
             b"\xb9" + struct.pack("<I", n_pages),  #                    mov  ecx, pages
             touch,  #                                                2: touch [rdi]
             b"\x48\x81\xc7" + struct.pack("<I", PAGE_BYTES),  #         add  rdi, 4096

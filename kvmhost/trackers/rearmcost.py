@@ -21,7 +21,7 @@ import typing
 from kvmhost.pager.userfault import Userfault
 from kvmhost.trackers import registry
 from kvmhost.trackers.base import TrackedVm, Tracker
-from kvmhost.trackers.probeguest import START_GFN, ProbeGuest, probe_guest
+from kvmhost.trackers.probeguest import GFN_START, ProbeGuest, probe_guest
 from kvmhost.vm.answers import RearmCost
 from kvmhost.vm.names import EngineName
 
@@ -87,7 +87,7 @@ def _measure(name: str, engine: EngineName) -> _Measured:
 def _try(guest: ProbeGuest, tracker: Tracker) -> tuple[_Time, _Time]:
     """Return the time of a run without faults, and of one over re-armed pages."""
     warm = _timed(guest)
-    tracker.rearm(START_GFN, _PAGES, tracker.harvest(START_GFN, _PAGES))
+    tracker.rearm(GFN_START, _PAGES, tracker.harvest(GFN_START, _PAGES))
     return warm, _timed(guest)
 
 

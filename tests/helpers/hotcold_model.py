@@ -33,7 +33,7 @@ def last_writes(params: Mapping[str, int], finished: Sequence[int]) -> npt.NDArr
         while epoch and (own < 0).any():
             epoch -= 1
             gfns = hotcold_written_gfns(params, epoch, len(finished), vcpu)
-            pages = gfns - params["start_gfn"]
+            pages = gfns - params["gfn_start"]
             epochs[pages[epochs[pages] < 0]] = epoch
     return epochs
 
@@ -44,7 +44,7 @@ def expected_pages(params: Mapping[str, int], finished: Sequence[int]) -> npt.ND
     :param params: with ``words`` of 512: only then every byte is defined
     """
     written = (last_writes(params, finished) + 1).astype(np.uint64)
-    gfns = np.arange(params["pages"], dtype=np.uint64) + _U64(params["start_gfn"])
+    gfns = np.arange(params["pages"], dtype=np.uint64) + _U64(params["gfn_start"])
     values = np.where(written > 0, mix(gfns << _U64(24) ^ written) | _U64(1), _U64(0))
     varied = mix(gfns ^ _U64(params["seed"])) % _U64(1000) >= params["same_filled_permille"]
     pages = np.repeat(values[:, None], _WORDS, axis=1)

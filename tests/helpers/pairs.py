@@ -50,7 +50,7 @@ LIMIT_PAGES = 600
 STALL_S = scaled(90.0)
 
 PARAMS = {
-    "start_gfn": GUEST.start, "pages": len(GUEST), "hot": 150, "cold": 32, "scan_every": 4,
+    "gfn_start": GUEST.start, "pages": len(GUEST), "hot": 150, "cold": 32, "scan_every": 4,
     "scan_epochs": 2, "write_permille": 500, "epochs": 0,
 }  # fmt: skip
 #: With what the guest's source says where nothing is said here.

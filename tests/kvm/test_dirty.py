@@ -26,7 +26,7 @@ START, PAGES = 1029, 2043
 
 
 def touch_machine(engine: str = "kvm", n_vcpus: int = 1, **params: int) -> Machine:
-    given = {"start_gfn": START, "pages": PAGES, "epochs": 0, "write": 1} | params
+    given = {"gfn_start": START, "pages": PAGES, "epochs": 0, "write": 1} | params
     machine = Machine(
         image_path("touch"), mem_bytes=MEM_BYTES, engine=engine, n_vcpus=n_vcpus, params=given
     )

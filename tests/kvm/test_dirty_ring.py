@@ -23,7 +23,7 @@ START, PAGES = 1029, 4000
 
 
 def ring_machine(entries: int = 4096, n_vcpus: int = 1, **params: int) -> Machine:
-    given = {"start_gfn": START, "pages": PAGES, "epochs": 0, "write": 1} | params
+    given = {"gfn_start": START, "pages": PAGES, "epochs": 0, "write": 1} | params
     machine = Machine(
         image_path("touch"),
         mem_bytes=MEM_BYTES,

@@ -25,7 +25,7 @@ TRACKERS = [
 
 
 def machine_of(engine: str, guest: str, n_vcpus: int = 1, **params: int) -> Machine:
-    given = {"start_gfn": START, "pages": PAGES, "epochs": 0} | params
+    given = {"gfn_start": START, "pages": PAGES, "epochs": 0} | params
     machine = Machine(
         image_path(guest), mem_bytes=MEM_BYTES, engine=engine, n_vcpus=n_vcpus, params=given
     )

@@ -21,7 +21,7 @@ START, PAGES = 2048, 3000
 
 
 def freepages(engine: str, n_vcpus: int = 1, **params: int) -> Machine:
-    given = {"start_gfn": START, "pages": PAGES, "epochs": 3}
+    given = {"gfn_start": START, "pages": PAGES, "epochs": 3}
     return Machine(
         image_path("freepages"),
         mem_bytes=32 << 20,

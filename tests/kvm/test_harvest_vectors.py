@@ -35,7 +35,7 @@ COMBINATIONS = [
 
 
 def touch_machine(engine: str, n_vcpus: int = 1, **params: int) -> Machine:
-    given = {"start_gfn": START, "pages": PAGES, "epochs": 0} | params
+    given = {"gfn_start": START, "pages": PAGES, "epochs": 0} | params
     machine = Machine(
         image_path("touch"), mem_bytes=MEM_BYTES, engine=engine, n_vcpus=n_vcpus, params=given
     )
@@ -73,8 +73,8 @@ def test_hotcold_epochs(engine: str, tracker: str, n_vcpus: int) -> None:
         used = machine.use_tracker(tracker)
         for epoch in range(6):
             assert machine.run_epoch()
-            young = used.harvest(machine.params["start_gfn"], 3001)
-            used.rearm(machine.params["start_gfn"], 3001, young)
+            young = used.harvest(machine.params["gfn_start"], 3001)
+            used.rearm(machine.params["gfn_start"], 3001, young)
             expected = hotcold_gfns(machine.params, epoch, n_vcpus)
             assert young.gfns().tolist() == expected.tolist()
 

@@ -160,7 +160,7 @@ def make_tracker() -> Iterator[Callable[..., tuple[Machine, FakeFiles, IdleTrack
     def make(
         engine: str = "auto", guest: str = "touch", n_vcpus: int = 1, **params: int
     ) -> tuple[Machine, FakeFiles, IdleTracker]:
-        given = {"start_gfn": START, "pages": PAGES, "epochs": 0} | params
+        given = {"gfn_start": START, "pages": PAGES, "epochs": 0} | params
         image = image_path(guest)
         machine = Machine(image, mem_bytes=MEM_BYTES, engine=engine, n_vcpus=n_vcpus, params=given)
         machine.step_by_doorbell()

@@ -24,7 +24,7 @@ Make = Callable[..., Machine]
 
 def toucher(make_vm: Make, n_vcpus: int = 1, **params: int) -> Machine:
     """Return a guest that touches [4 MiB, 8 MiB) for ever."""
-    params = {"start_gfn": 1024, "pages": 1024, "write": 1, "epochs": 0} | params
+    params = {"gfn_start": 1024, "pages": 1024, "write": 1, "epochs": 0} | params
     return make_vm(
         image_path("touch"), mem_bytes=16 * MIB, engine="kvm", n_vcpus=n_vcpus, params=params
     )

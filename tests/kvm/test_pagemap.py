@@ -55,7 +55,7 @@ def touch(address: int, page: int) -> None:
 
 
 def touch_machine(engine: str = "auto", **params: int) -> Machine:
-    given = {"start_gfn": START, "pages": PAGES, "epochs": 0} | params
+    given = {"gfn_start": START, "pages": PAGES, "epochs": 0} | params
     machine = Machine(image_path("touch"), mem_bytes=48 << 20, engine=engine, params=given)
     machine.step_by_doorbell()
     return machine

@@ -31,7 +31,7 @@ WITH_LIST = PAGES + PAGES * 4 // PAGE_BYTES + 1
 
 def hotcold(engine: str = "kvm", n_vcpus: int = 2, **params: int) -> Machine:
     given = {
-        "start_gfn": START,
+        "gfn_start": START,
         "pages": PAGES,
         "hot": 500,
         "scan_every": 5,

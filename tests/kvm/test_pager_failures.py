@@ -150,7 +150,7 @@ def test_undone_arming_leaves_fault_around_silenced(world: World) -> None:
 
 @pytest.mark.requires_kvm
 def test_guest_that_touches_fresh_memory_outlives_arming_that_fails() -> None:
-    params = {"start_gfn": 0x800, "pages": 2000, "epochs": 3}
+    params = {"gfn_start": 0x800, "pages": 2000, "epochs": 3}
     with Machine(image_path("touch"), mem_bytes=16 << 20, engine="kvm", params=params) as machine:
         (region,) = machine.memory.regions
         other = Userfault()
@@ -377,7 +377,7 @@ def test_a_vm_ends_though_no_signal_reaches_the_vcpu_that_waits_for_a_lost_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As before Linux 6.2, where KVM's fault-in does not see signals."""
-    params = {"start_gfn": 0x800, "pages": 500, "epochs": 0}
+    params = {"gfn_start": 0x800, "pages": 500, "epochs": 0}
     with Machine(image_path("touch"), mem_bytes=16 << 20, engine="kvm", params=params) as machine:
         machine.memory.array(0x800 << PAGE_SHIFT, (500, 512), "<u8")[:] = 5
         machine.open_pager().evict(range(0x800, 0x800 + 500))

@@ -155,7 +155,7 @@ def test_a_dropped_page_that_stays_is_counted_and_resident(
 
 def test_guest_that_checks_its_bytes_beside_collapse_readers_and_evictions() -> None:
     """All at once: a guest, huge pages made again and again, readers of the memfd, evictions."""
-    params = {"start_gfn": GFN, "pages": 3 * PIECE_PAGES, "hot": 300, "epochs": 0}
+    params = {"gfn_start": GFN, "pages": 3 * PIECE_PAGES, "hot": 300, "epochs": 0}
     params |= {"scan_every": 2, "scan_epochs": 1, "write_permille": 500}
     with Machine(
         image_path("hotcold"), mem_bytes=32 << 20, engine="kvm", n_vcpus=1, params=params

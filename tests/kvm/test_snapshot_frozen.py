@@ -48,7 +48,7 @@ def contents(gfns: np.ndarray) -> np.ndarray:
 @pytest.fixture
 def machine() -> Iterator[Machine]:
     """64 MiB, paused, with 24 MiB of data of which no two pages are the same."""
-    params = {"start_gfn": 0x800, "pages": 4, "epochs": 1 << 30}
+    params = {"gfn_start": 0x800, "pages": 4, "epochs": 1 << 30}
     with Machine(image_path("touch"), mem_bytes=64 << 20, engine="kvm", params=params) as machine:
         write_pages(machine, FIRST, END)
         machine.start(paused=True)
@@ -186,7 +186,7 @@ def test_everybody_at_once(machine: Machine, tmp_path: Path) -> None:
 @pytest.mark.requires_uffd
 def test_a_frozen_read_of_a_running_guest(engine: str) -> None:
     """Each engine: pages read under a freeze are those that the paused guest has."""
-    params = {"start_gfn": 0x800, "pages": 1000, "epochs": 1 << 30}
+    params = {"gfn_start": 0x800, "pages": 1000, "epochs": 1 << 30}
     with Machine(image_path("touch"), mem_bytes=16 << 20, engine=engine, params=params) as machine:
         pager = machine.open_pager()
         pager.set_limit(500 * 4096)
@@ -227,7 +227,7 @@ def read_all(machine: Machine, core: object) -> dict[int, bytes]:
 @pytest.mark.requires_uffd
 def test_a_guest_that_checks_its_bytes(tmp_path: Path) -> None:
     """Saved live and again and again, restored under the limit: every byte is right."""
-    params = {"start_gfn": 1024, "pages": 6000, "hot": 500, "scan_every": 2, "epochs": 0}
+    params = {"gfn_start": 1024, "pages": 6000, "hot": 500, "scan_every": 2, "epochs": 0}
     with Machine(
         image_path("hotcold"), mem_bytes=48 << 20, n_vcpus=2, engine="kvm", params=params
     ) as machine:
@@ -440,7 +440,7 @@ def test_a_client_that_goes_away_ends_the_saving(
 def test_a_vm_that_ends_leaves_no_half_file(number: signal.Signals, runtime: Path) -> None:
     folder = runtime / "files"
     folder.mkdir()
-    words = "--name end --mem 600M --param start_gfn=4096 --param pages=140000 --param epochs=0"
+    words = "--name end --mem 600M --param gfn_start=4096 --param pages=140000 --param epochs=0"
     kvmhost = [sys.executable, "-m", "kvmhost"]
     with subprocess.Popen([*kvmhost, "run", "touch", *words.split()]) as vm:
         try:
@@ -514,7 +514,7 @@ def data(machine, check):
             assert (pages[:, :64] == want).all() and not pages[:, 64:].any(), hex(gfn)
         else:
             pages[:, :64] = want
-params = {"start_gfn": 0x800, "pages": 4, "epochs": 0}
+params = {"gfn_start": 0x800, "pages": 4, "epochs": 0}
 with Machine(image_path("touch"), mem_bytes=512 << 20, engine="kvm", params=params) as machine:
     machine.start(paused=True)
     machine.open_pager().set_limit(8000 * 4096)

@@ -20,7 +20,7 @@ TRACKERS = ("guestpt", "pagemap", "dirty", "uffd")
 
 
 def touch_machine() -> Machine:
-    params = {"start_gfn": START, "pages": PAGES, "epochs": 0, "stride": 3, "write": 1}
+    params = {"gfn_start": START, "pages": PAGES, "epochs": 0, "stride": 3, "write": 1}
     machine = Machine(image_path("touch"), mem_bytes=48 << 20, engine="kvm", params=params)
     machine.step_by_doorbell()
     return machine

@@ -27,7 +27,7 @@ ENGINES = [pytest.param("kvm", marks=pytest.mark.requires_kvm), "emulated"]
 
 
 def touch_machine(engine: str, n_vcpus: int = 1, **params: int) -> Machine:
-    given = {"start_gfn": START, "pages": PAGES, "epochs": 0} | params
+    given = {"gfn_start": START, "pages": PAGES, "epochs": 0} | params
     machine = Machine(
         image_path("touch"), mem_bytes=MEM_BYTES, engine=engine, n_vcpus=n_vcpus, params=given
     )
@@ -245,10 +245,10 @@ def anonymous_bytes() -> int:
 
 def burst(pages: int, epochs: int, seconds: float) -> None:
     """``pages`` first touches an epoch by two vCPUs: none lost, none waits for ever."""
-    start_gfn, mem_bytes = 1024, (pages + 4096) * 4096
+    gfn_start, mem_bytes = 1024, (pages + 4096) * 4096
     if mem_bytes > LOW_END_GPA:  # above the tables, which end the low memory
-        start_gfn, mem_bytes = HIGH_GPA >> 12, LOW_END_GPA + pages * 4096
-    params = {"start_gfn": start_gfn, "pages": pages, "epochs": 0, "write": 1}
+        gfn_start, mem_bytes = HIGH_GPA >> 12, LOW_END_GPA + pages * 4096
+    params = {"gfn_start": gfn_start, "pages": pages, "epochs": 0, "write": 1}
     with Machine(
         image_path("touch"), mem_bytes=mem_bytes, engine="kvm", n_vcpus=2, params=params
     ) as machine:
@@ -257,7 +257,7 @@ def burst(pages: int, epochs: int, seconds: float) -> None:
         before = anonymous_bytes()
         for _ in range(epochs):
             assert machine.run_epoch(timeout_s=seconds)
-            assert used.harvest(start_gfn, pages).count() == pages
+            assert used.harvest(gfn_start, pages).count() == pages
         counters = used.counters()
         assert counters["errors"] == 0
         assert counters["first"] >= pages * epochs
@@ -270,7 +270,7 @@ def burst(pages: int, epochs: int, seconds: float) -> None:
         machine.step_by_doorbell(False)
         seen = machine.doorbells
         while machine.doorbells < seen + 2:
-            used.harvest(start_gfn + pages // 2, 512)
+            used.harvest(gfn_start + pages // 2, 512)
             assert used.counters()["errors"] == 0
         machine.pause()
 

@@ -22,9 +22,9 @@ from kvmhost.machine.restore import restore_machine
 from kvmhost.machine.snapshot import save_machine
 from kvmhost.tools.accuracy.kinds import (
     FREE_WORKLOADS,
+    GFN_START,
     KINDS,
     PAGES,
-    START_GFN,
     WORKLOADS,
     AccuracyWorkload,
     probe_kinds,
@@ -73,7 +73,7 @@ class Readers:
             expected |= touched
 
     def check(self, name: str, **how) -> None:
-        young = self.machine.harvest(START_GFN, PAGES, view=name, **how).young
+        young = self.machine.harvest(GFN_START, PAGES, view=name, **how).young
         assert young.coarse is None
         assert np.array_equal(young.as_bool(), self._expected[name]), name
         if how.get("clear", True):
@@ -154,9 +154,9 @@ def test_who_joins_or_leaves_disturbs_nobody(pair, kind: str) -> None:
         {"rearm": "sample", "fraction": 0.25},
         {"clear": False},
         {"table_format": "stage2"},
-        {"gfn_start": START_GFN + 3, "n_pages": 777},
+        {"gfn_start": GFN_START + 3, "n_pages": 777},
         {"mask": np.full(PAGES // 64, 0x5555555555555555, dtype=np.uint64),
-         "gfn_start": START_GFN, "n_pages": PAGES},
+         "gfn_start": GFN_START, "n_pages": PAGES},
     ],
     ids=lambda other: "-".join(other),
 )  # fmt: skip
@@ -177,7 +177,7 @@ def test_evicted_pages_stay_young_for_who_did_not_ask_yet(pair, kind: str) -> No
     readers.run_epoch()
     readers.machine.harvest()
     evicted = readers.machine.open_pager().evict(
-        np.arange(START_GFN, START_GFN + PAGES, dtype=np.int64)
+        np.arange(GFN_START, GFN_START + PAGES, dtype=np.int64)
     )
     assert (evicted.outcomes == 0).any()
     readers.check("a")
@@ -190,7 +190,7 @@ def test_dropped_pages_stay_young_for_who_did_not_ask_yet(pair) -> None:
     readers = pair("guestpt")
     readers.run_epoch()
     readers.machine.harvest()
-    assert readers.machine.drop(START_GFN, PAGES)
+    assert readers.machine.drop(GFN_START, PAGES)
     readers.check("a")
 
 
@@ -224,7 +224,7 @@ def test_a_forced_tracker_keeps_the_views_and_is_put_back(pair, before: str, aft
     assert machine.tracker_name == before
     machine.harvest(view="b", tracker=after, force=True)
     readers.run_epoch()
-    young = machine.harvest(START_GFN, PAGES, view="a", clear=False).young
+    young = machine.harvest(GFN_START, PAGES, view="a", clear=False).young
     assert young.provenance.tracker == "mixed"
     # It asks for the tracker that it knows, and goes on with the one that was forced on it.
     readers.check("a", tracker=before)
@@ -324,7 +324,7 @@ def test_a_running_guest_is_seen_within_the_bounds_of_one_reader(kind: str) -> N
             for _ in range(8):
                 until(lambda at=armed: machine.vcpus[0].epoch >= at + 6, "six epochs")
                 before = machine.vcpus[0].epoch
-                young = machine.harvest(START_GFN, PAGES, view="slow").young
+                young = machine.harvest(GFN_START, PAGES, view="slow").young
                 after = machine.vcpus[0].epoch
                 windows.append((young.as_bool(), began, armed, before, after))
                 began, armed = before, machine.vcpus[0].epoch

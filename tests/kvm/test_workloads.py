@@ -29,7 +29,7 @@ INGREDIENTS = {
 
 
 def hotcold(engine: str, n_vcpus: int = 1, **params: int) -> Machine:
-    params = {"start_gfn": START, "pages": PAGES, "epochs": 0} | params
+    params = {"gfn_start": START, "pages": PAGES, "epochs": 0} | params
     return Machine(
         image_path("hotcold"), mem_bytes=MEM_BYTES, engine=engine, n_vcpus=n_vcpus, params=params
     )
@@ -106,7 +106,7 @@ def test_zipf_draws_have_the_frequencies_of_zipf() -> None:
 @pytest.mark.parametrize(
     "bad",
     [{"pages": 7165}, {"pages": 7140, "zipf": 1}, {"words": 513}, {"words": 0}, {"hot": 2900},
-     {"start_gfn": 16}, {"pages": 0}],
+     {"gfn_start": 16}, {"pages": 0}],
 )  # fmt: skip
 def test_parameters_that_do_not_fit_are_refused(engine: str, bad: dict[str, int]) -> None:
     with hotcold(engine, **bad) as machine:

@@ -17,9 +17,9 @@ from kvmhost.tools import accuracy
 from kvmhost.tools.accuracy import doorbells, running
 from kvmhost.tools.accuracy.kinds import (
     CHANGING,
+    GFN_START,
     KINDS,
     PAGES,
-    START_GFN,
     WORKLOADS,
     AccuracyWorkload,
     probe_kinds,
@@ -179,7 +179,7 @@ def test_waits_are_counted_in_harvests() -> None:
 def test_bounds_of_a_window() -> None:
     """Doorbells 3, 5 and 7 around a harvest: 5 lies inside, 4 to 8 may have been seen."""
     workload = AccuracyWorkload("touch", {})
-    params = {"start_gfn": START_GFN, "pages": PAGES, "stride": 1, "pattern": 2, "write": 0}
+    params = {"gfn_start": GFN_START, "pages": PAGES, "stride": 1, "pattern": 2, "write": 0}
     params |= {"seed": 1, "count": 40}
     kind = KINDS["guestpt"]
 
@@ -199,7 +199,7 @@ def test_shares_of_vcpus_add_up(name: str) -> None:
     defaults = {"pattern": 0, "stride": 1, "write": 0, "seed": 1, "count": 64}
     defaults |= {"cold": 16, "passes": 1, "zipf": 0, "zipf_permille": 900, "phase_every": 0}
     defaults |= {"phase_step": 768, "write_permille": 500, "scan_epochs": 16}
-    params = defaults | {"start_gfn": START_GFN, "pages": PAGES} | dict(workload.params)
+    params = defaults | {"gfn_start": GFN_START, "pages": PAGES} | dict(workload.params)
     for epoch in range(6):
         for only_writes in (False, True):
             shares = [

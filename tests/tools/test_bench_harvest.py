@@ -11,7 +11,7 @@ import pytest
 from json_page import checked
 
 from kvmhost.machine import Machine
-from kvmhost.tools.accuracy.kinds import KINDS, START_GFN
+from kvmhost.tools.accuracy.kinds import GFN_START, KINDS
 from kvmhost.tools.bench import harvest, sampling
 from kvmhost.tools.main import run_command
 from kvmhost.tools.throughput import ThroughputPlan, harvest_once, measure_steps, paired_rates
@@ -52,7 +52,7 @@ def test_steps_and_paired_rates_of_a_guest() -> None:
     with harvest.hot_machine(KINDS["guestpt"], MEM_BYTES, 400) as machine:
         machine.run_epoch()
         tracker = machine.use_tracker("guestpt")
-        steps = measure_steps(machine, tracker, START_GFN, 400, 3)
+        steps = measure_steps(machine, tracker, GFN_START, 400, 3)
         assert min(steps.scan_ns, steps.rearm_ns) > 0
         machine.step_by_doorbell(False)
         kept = paired_rates(machine, tracker, plans, 2, 0.05, lambda plan: 0.1)
@@ -68,18 +68,18 @@ def test_steps_and_paired_rates_of_a_guest() -> None:
 def test_a_sampled_harvest_clears_its_share(engine: str) -> None:
     from kvmhost.guests import image_path
 
-    params = {"start_gfn": START_GFN, "pages": 1000, "epochs": 0}
+    params = {"gfn_start": GFN_START, "pages": 1000, "epochs": 0}
     with Machine(image_path("touch"), mem_bytes=MEM_BYTES, engine=engine, params=params) as machine:
         machine.step_by_doorbell()
         tracker = machine.use_tracker("guestpt")
         machine.run_epoch()
         left = []
         for turn in range(5):
-            left.append(tracker.harvest(START_GFN, 1000, clear=False).count())
-            harvest_once(tracker, START_GFN, 1000, ThroughputPlan(1, period=5), turn)
+            left.append(tracker.harvest(GFN_START, 1000, clear=False).count())
+            harvest_once(tracker, GFN_START, 1000, ThroughputPlan(1, period=5), turn)
         assert left[0] == 1000
         assert all(100 < a - b < 300 for a, b in itertools.pairwise(left))
-        assert tracker.harvest(START_GFN, 1000).count() == 0
+        assert tracker.harvest(GFN_START, 1000).count() == 0
 
 
 @pytest.mark.requires_kvm

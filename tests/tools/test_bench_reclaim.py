@@ -29,7 +29,7 @@ def test_traces_are_what_the_guest_touches():
     for epoch, (_, words) in enumerate(found):
         assert (
             np.flatnonzero(unpack(words, 512)).tolist()
-            == (hotcold_gfns(params, epoch) - params["start_gfn"]).tolist()
+            == (hotcold_gfns(params, epoch) - params["gfn_start"]).tolist()
         )
 
 

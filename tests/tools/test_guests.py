@@ -19,7 +19,7 @@ def test_list_names_every_guest_and_parameter(capsys: pytest.CaptureFixture[str]
     assert guests_cmd.main([]) == 0
     shown = capsys.readouterr().out
     assert "hello: print a line" in shown
-    assert "start_gfn=1024" in shown
+    assert "gfn_start=1024" in shown
     for name in image_names():
         assert f"\n{name}: " in f"\n{shown}"
 
@@ -38,7 +38,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert guests_cmd.main(["hello", "--json"]) == 0
     (found,) = checked("guests", capsys.readouterr().out)
     (guest,) = found["guests"]
-    assert guest["params"] == [{"name": "status", "default": 0, "help": "exit status"}]
+    assert guest["params"] == [{"name": "status", "default": 0, "unit": "", "help": "exit status"}]
 
 
 def test_unknown_guest_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_build_compiles_a_guest_of_ones_own(
     assert main(["guests", str(image), "--json"]) == 0
     (found,) = checked("guests", capsys.readouterr().out)
     (guest,) = found["guests"]
-    assert guest["params"] == [{"name": "status", "default": 7, "help": "exit status"}]
+    assert guest["params"] == [{"name": "status", "default": 7, "unit": "", "help": "exit status"}]
     assert guest["contract"] == ""
 
 

@@ -102,7 +102,7 @@ def test_timeout_is_124(engine: str) -> None:
         (["no-such-guest"], "no such file; unknown guest 'no-such-guest'"),
         (["./absent.elf"], "No such file"),
         (["hello", "--param", "colour=1"], "no parameter 'colour'; it has: status"),
-        (["hello", "--param", "status=red"], "need name=number"),
+        (["hello", "--param", "status=red"], "need a number"),
         (["hello", "--mem", "5000"], "not a multiple of 4096"),
         (["hello", "--mem", "64K"], "too small"),
         (["hello", "--mem", "lots"], "invalid size 'lots'"),

@@ -29,7 +29,7 @@ from kvmhost.tools.main import main
 pytest.importorskip("zstandard")
 
 #: Where the guest hotcold's pages begin by default.
-START_GFN = 1024
+GFN_START = 1024
 
 
 @pytest.fixture
@@ -435,11 +435,11 @@ def test_emulated_trackers_differ_by_the_guests_code_only(young, tmp_path):
             for a, b in zip(one.bitmaps(), other.bitmaps(), strict=True)
         ]
     assert len(pairs) == 4
-    code = range(IMAGE_GPA >> 12, START_GFN)
+    code = range(IMAGE_GPA >> 12, GFN_START)
     for in_tables, in_host in pairs:
-        assert in_tables & set(range(START_GFN, START_GFN + PARAMS["pages"]))
+        assert in_tables & set(range(GFN_START, GFN_START + PARAMS["pages"]))
         assert in_tables - in_host <= set(code)
-        assert not (in_host - in_tables) & set(range(START_GFN + PARAMS["pages"]))
+        assert not (in_host - in_tables) & set(range(GFN_START + PARAMS["pages"]))
 
 
 @pytest.mark.requires_uffd

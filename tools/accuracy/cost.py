@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
-from kvmhost.tools.accuracy.kinds import START_GFN, TrackerKind
+from kvmhost.tools.accuracy.kinds import GFN_START, TrackerKind
 from kvmhost.tools.outputs.accuracy import PageCostRow, ThroughputRow
 from kvmhost.tools.throughput import Kept, ThroughputPlan, measure_steps, paired_rates
 from kvmhost.trackers import Tracker
@@ -36,7 +36,7 @@ def measure(
     :return: the cost per page, and one row for each rate and method of re-arming
     """
     hot = int(mem_bytes // PAGE_BYTES * HOT_SHARE)
-    params = {"start_gfn": START_GFN, "pages": hot, "epochs": 0, "write": int(kind.only_writes)}
+    params = {"gfn_start": GFN_START, "pages": hot, "epochs": 0, "write": int(kind.only_writes)}
     with Machine(
         image_path("touch"),
         mem_bytes=mem_bytes,
@@ -47,7 +47,7 @@ def measure(
         machine.step_by_doorbell()
         machine.run_epoch()
         tracker = kind.use(machine)
-        steps = measure_steps(machine, tracker, START_GFN, hot, _STEPS)
+        steps = measure_steps(machine, tracker, GFN_START, hot, _STEPS)
         machine.step_by_doorbell(False)
         kept: dict[ThroughputPlan, list[Kept]] = {}
         plans = _plans(tracker, rates, period)

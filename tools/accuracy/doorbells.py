@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from kvmhost.tools.accuracy.kinds import PAGES, START_GFN, AccuracyWorkload, Bits, TrackerKind
+from kvmhost.tools.accuracy.kinds import GFN_START, PAGES, AccuracyWorkload, Bits, TrackerKind
 from kvmhost.tools.outputs.accuracy import DoorbellRow
 from kvmhost.trackers import sample_mask
 from kvmhost.vm.names import EngineName
@@ -38,12 +38,12 @@ def measure(
         tracker = kind.use(machine)
         for epoch in range(n_epochs):
             machine.run_epoch()
-            mask = sample_mask(PAGES, period, epoch, START_GFN)
+            mask = sample_mask(PAGES, period, epoch, GFN_START)
             start = time.perf_counter_ns()
-            young = tracker.harvest(START_GFN, PAGES, mask=mask)
+            young = tracker.harvest(GFN_START, PAGES, mask=mask)
             middle = time.perf_counter_ns()
             cleared = dataclasses.replace(young, words=young.words & mask)
-            tracker.rearm(START_GFN, PAGES, cleared)
+            tracker.rearm(GFN_START, PAGES, cleared)
             rearm_ns.append((time.perf_counter_ns() - middle) / PAGES)
             harvest_ns.append((middle - start) / PAGES)
             coarse = coarse or (young.coarse is not None and bool(young.coarse.any()))

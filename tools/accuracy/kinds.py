@@ -18,9 +18,9 @@ from kvmhost.vm.names import EngineName
 __all__ = [
     "CHANGING",
     "FREE_WORKLOADS",
+    "GFN_START",
     "KINDS",
     "PAGES",
-    "START_GFN",
     "WORKLOADS",
     "AccuracyWorkload",
     "Bits",
@@ -28,7 +28,7 @@ __all__ = [
     "probe_kinds",
 ]
 
-START_GFN = 1024
+GFN_START = 1024
 PAGES = 4096
 _MEM_BYTES = 64 << 20
 #: Fewer than a guest of ``PAGES`` may write between harvests, so that rings fill up too.
@@ -105,7 +105,7 @@ class AccuracyWorkload:
 
         For a tracker that sees writes only, ``touch`` writes, unless a parameter sets this.
         """
-        params = {"start_gfn": START_GFN, "pages": PAGES, "epochs": 0}
+        params = {"gfn_start": GFN_START, "pages": PAGES, "epochs": 0}
         if self.image == "touch":
             params["write"] = int(kind.only_writes)
         params |= self.params
@@ -128,9 +128,9 @@ class AccuracyWorkload:
         bits = np.zeros(PAGES, dtype=bool)
         if self.image == "hotcold":
             of_epoch = hotcold_written_gfns if only_writes else hotcold_gfns
-            bits[of_epoch(params, epoch, self.n_vcpus, vcpu) - START_GFN] = True
+            bits[of_epoch(params, epoch, self.n_vcpus, vcpu) - GFN_START] = True
         elif params["write"] or not only_writes:
-            bits[touch_gfns(params, epoch, self.n_vcpus, vcpu) - START_GFN] = True
+            bits[touch_gfns(params, epoch, self.n_vcpus, vcpu) - GFN_START] = True
         return bits
 
 

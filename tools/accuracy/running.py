@@ -22,8 +22,8 @@ from kvmhost.machine import Machine
 from kvmhost.timescale import scaled
 from kvmhost.tools.accuracy.kinds import (
     FREE_WORKLOADS,
+    GFN_START,
     PAGES,
-    START_GFN,
     AccuracyWorkload,
     Bits,
     TrackerKind,
@@ -98,7 +98,7 @@ def _harvest(machine: Machine, kind: TrackerKind, seconds: float) -> list[_Windo
     tracker = kind.use(machine)
     for _ in range(3):
         machine.run_epoch()
-    tracker.rearm(START_GFN, PAGES, tracker.harvest(START_GFN, PAGES))
+    tracker.rearm(GFN_START, PAGES, tracker.harvest(GFN_START, PAGES))
     began = armed = _epochs(machine.vcpus)
     machine.step_by_doorbell(False)
     deadline = time.monotonic() + seconds
@@ -109,9 +109,9 @@ def _harvest(machine: Machine, kind: TrackerKind, seconds: float) -> list[_Windo
         if any(now < then + _EPOCHS for now, then in zip(before, armed, strict=True)):
             pause.wait(_POLL_S)
             continue
-        young = tracker.harvest(START_GFN, PAGES)
+        young = tracker.harvest(GFN_START, PAGES)
         after = _epochs(machine.vcpus)
-        tracker.rearm(START_GFN, PAGES, young)
+        tracker.rearm(GFN_START, PAGES, young)
         windows.append(_Window(young, began, armed, before, after))
         began, armed = before, _epochs(machine.vcpus)
     return windows

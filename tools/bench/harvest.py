@@ -18,7 +18,7 @@ from kvmhost.errors import LayoutError
 from kvmhost.guests import image_path
 from kvmhost.machine import Machine
 from kvmhost.suggest import unknown_name
-from kvmhost.tools.accuracy.kinds import KINDS, START_GFN, TrackerKind, probe_kinds
+from kvmhost.tools.accuracy.kinds import GFN_START, KINDS, TrackerKind, probe_kinds
 from kvmhost.tools.args import about
 from kvmhost.tools.bench.bounds import BOUNDS
 from kvmhost.tools.measured import bench_head
@@ -52,7 +52,7 @@ def run(
     :raises CapabilityError: without /dev/kvm
     """
     hot = (mem_bytes // 10 if hot_bytes is None else hot_bytes) // PAGE_BYTES
-    if not 0 < hot <= mem_bytes // PAGE_BYTES - START_GFN:
+    if not 0 < hot <= mem_bytes // PAGE_BYTES - GFN_START:
         raise LayoutError(f"--hot: {hot} pages do not fit into --mem of {mem_bytes >> 20} MiB")
     support = probe_kinds("kvm")
     for name in trackers:
@@ -71,7 +71,7 @@ def run(
 
 def hot_machine(kind: TrackerKind, mem_bytes: int, hot: int) -> Machine:
     """Make a machine that touches its first ``hot`` pages without end and stops at doorbells."""
-    params = {"start_gfn": START_GFN, "pages": hot, "epochs": 0, "write": int(kind.only_writes)}
+    params = {"gfn_start": GFN_START, "pages": hot, "epochs": 0, "write": int(kind.only_writes)}
     machine = Machine(
         image_path("touch"),
         mem_bytes=mem_bytes,
@@ -90,7 +90,7 @@ def _measure(
     with hot_machine(kind, mem_bytes, hot) as machine:
         machine.run_epoch()
         tracker = kind.use(machine)
-        steps = measure_steps(machine, tracker, START_GFN, hot, _STEPS)
+        steps = measure_steps(machine, tracker, GFN_START, hot, _STEPS)
         machine.step_by_doorbell(False)
         kept = paired_rates(
             machine, tracker, [once_a_second], rounds, seconds / 2, lambda plan: seconds

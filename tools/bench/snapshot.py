@@ -34,7 +34,7 @@ from kvmhost.units import PAGE_BYTES
 
 __all__ = ["main", "parser", "run"]
 
-_START_GFN = 4096
+_GFN_START = 4096
 _WARM_UP_S = 300.0
 
 
@@ -44,7 +44,7 @@ def run(mem_bytes: int, rounds: int, directory: Path | None = None) -> SnapshotB
     :param mem_bytes: guest memory; half of what the guest uses may be resident
     :raises GuestError: if the guest finds a wrong byte
     """
-    n_pages = mem_bytes // PAGE_BYTES - 2 * _START_GFN
+    n_pages = mem_bytes // PAGE_BYTES - 2 * _GFN_START
     limit = n_pages // 2
     with temporary_folder("kvmhost-bench-", directory) as folder:
         with _evicting_guest(mem_bytes, n_pages, limit) as (machine, pager):
@@ -80,7 +80,7 @@ def _speed(save: Sequence[float], other: Sequence[float]) -> float:
 
 @contextlib.contextmanager
 def _evicting_guest(mem_bytes: int, n_pages: int, limit: int) -> Iterator[tuple[Machine, Pager]]:
-    params = {"start_gfn": _START_GFN, "pages": n_pages, "hot": limit // 4, "epochs": 0}
+    params = {"gfn_start": _GFN_START, "pages": n_pages, "hot": limit // 4, "epochs": 0}
     params |= {"scan_every": 4, "scan_epochs": 1}
     with Machine(
         image_path("hotcold"), mem_bytes=mem_bytes, engine="kvm", params=params

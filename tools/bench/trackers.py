@@ -45,7 +45,7 @@ from kvmhost.units import PAGE_BYTES
 
 __all__ = ["main", "parser", "run"]
 
-_START_GFN = 1024
+_GFN_START = 1024
 _MEMORY_SHARE = BOUNDS["trackers.max_share"].limit
 
 #: Guest parameters by case. A pagemap harvest that clears also zaps, which is not a scan.
@@ -96,9 +96,9 @@ def _speed_row(tracker: str, case: str, median_us: dict[str, float]) -> SpeedRow
 def _machine(mem_bytes: int, params: dict[str, int]) -> Machine:
     given = dict(params)
     # The page tables that map guest memory are at its end.
-    pages = TinyLayout(mem_bytes).tables_gpa // PAGE_BYTES - _START_GFN
+    pages = TinyLayout(mem_bytes).tables_gpa // PAGE_BYTES - _GFN_START
     given["pages"] = pages // given.pop("part", 1)
-    given |= {"start_gfn": _START_GFN, "epochs": 0}
+    given |= {"gfn_start": _GFN_START, "epochs": 0}
     machine = Machine(image_path("touch"), mem_bytes=mem_bytes, params=given)
     machine.step_by_doorbell()
     return machine

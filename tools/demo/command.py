@@ -40,7 +40,7 @@ from kvmhost.tools.demo.processes import (
     start_vm,
     wait_until,
 )
-from kvmhost.tools.demo.settings import START_GFN, DemoSettings
+from kvmhost.tools.demo.settings import GFN_START, DemoSettings
 from kvmhost.tools.measured import head
 from kvmhost.tools.outputs.accuracy import (
     DemoOutput,
@@ -157,9 +157,9 @@ def _accuracy(settings: DemoSettings, name: str, epochs: int) -> DemoTracker:
         for epoch in range(epochs):
             machine.run_epoch()
             start = time.perf_counter_ns()
-            young = tracker.harvest(START_GFN, settings.pages)
+            young = tracker.harvest(GFN_START, settings.pages)
             cost.append((time.perf_counter_ns() - start) / settings.pages)
-            tracker.rearm(START_GFN, settings.pages, young)
+            tracker.rearm(GFN_START, settings.pages, young)
             expected = hotcold_gfns(machine.params, epoch)
             right += int(np.isin(young.gfns(), expected).sum())
             reported += young.count()

@@ -6,10 +6,10 @@ import dataclasses
 
 from kvmhost.vm.names import EngineName
 
-__all__ = ["START_GFN", "DemoSettings"]
+__all__ = ["GFN_START", "DemoSettings"]
 
 _MIB = 1 << 20
-START_GFN = 1024
+GFN_START = 1024
 #: Memory besides guest memory and store: interpreter, page tables, KVM or the emulator.
 _PROCESS_BYTES = {"kvm": 46 * _MIB, "emulated": 70 * _MIB}
 #: Size of a compressed page of this guest in the store, relative to a page: about a tenth.
@@ -29,7 +29,7 @@ class DemoSettings:
     @property
     def pages(self) -> int:
         """Pages that the guest uses: nearly all of its memory."""
-        return (self.mem_bytes * 15 // 16) // 4096 - START_GFN
+        return (self.mem_bytes * 15 // 16) // 4096 - GFN_START
 
     @property
     def touched_bytes(self) -> int:
@@ -50,7 +50,7 @@ class DemoSettings:
     def params(self, epochs: int | None = None) -> dict[str, int]:
         """Parameters of the guest."""
         return {
-            "start_gfn": START_GFN,
+            "gfn_start": GFN_START,
             "pages": self.pages,
             "hot": self.hot_bytes // 4096,
             "cold": 16,

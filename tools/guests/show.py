@@ -21,7 +21,9 @@ _DESCRIPTION = """\
 Without NAME: list the built-in guests with their parameters, defaults and
 meanings. With NAME: show that guest's parameters and the contract at the head of
 its source. With PATH: the same of an image file, as far as the file, and a source
-beside it, say. Parameters are given as: kvmhost run NAME --param name=value
+beside it, say. Parameters are given as: kvmhost run NAME --param name=value, a
+number in the parameter's unit; one in pages also takes a size (64M), one in
+permille or percent a share (1/4, 25%).
 
 kvmhost guests build FILE.c compiles a guest of your own.
 
@@ -75,7 +77,7 @@ def contract(image: Path) -> str:
 
 def _describe(path: Path) -> GuestRow:
     params = [
-        ParamRow(name=param.name, default=param.default, help=param.help)
+        ParamRow(name=param.name, default=param.default, unit=param.unit, help=param.help)
         for param in read_image(path).params
     ]
     return GuestRow(name=path.stem, path=str(path), params=params, contract=contract(path))
@@ -87,8 +89,7 @@ def _as_text(guest: GuestRow, whole: bool) -> str:
     lines = [guest.contract if whole and guest.contract else short, ""]
     if whole and not guest.params:
         lines.append("  no parameters")
-    width = max((len(f"{p.name}={p.default}") for p in guest.params), default=0)
-    for param in guest.params:
-        given = f"{param.name}={param.default}"
-        lines.append(f"  {given:<{width}}  {param.help}")
+    given = [f"{p.name}={p.default} {p.unit}".rstrip() for p in guest.params]
+    width = max(map(len, given), default=0)
+    lines += [f"  {text:<{width}}  {p.help}" for text, p in zip(given, guest.params, strict=True)]
     return "\n".join(lines).rstrip()

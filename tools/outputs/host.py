@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvmhost.boot.image import Unit
 from kvmhost.tools.outputs.base import Output
 
 __all__ = [
@@ -55,12 +56,14 @@ class DoctorOutput(Output, frozen=True, kw_only=True):
 
 
 class ParamRow(Output, frozen=True, kw_only=True):
-    """A parameter of a guest; its unit is in its meaning."""
+    """A parameter of a guest."""
 
     name: str
     """its name"""
     default: int
     """its default"""
+    unit: Unit
+    """unit of its values; empty for a plain number"""
     help: str
     """its meaning"""
 

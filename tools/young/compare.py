@@ -149,7 +149,7 @@ def record_guest(args: argparse.Namespace, place: Path) -> tuple[list[Path], lis
     from kvmhost.trackers import probe_all
 
     names = args.tracker or [n for n, s in probe_all(args.engine).items() if s.works]
-    params = {"epochs": 0} | parse_params(args.param)
+    params: dict[str, int | str] = {"epochs": 0, **parse_params(args.param)}
     own_directory(place)
     paths, tables = [], set()
     for name in names:

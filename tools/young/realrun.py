@@ -31,7 +31,7 @@ _EPOCHS = 48
 #: Budgets as shares of the pages that the guest touches.
 _BUDGETS = (0.3, 0.5, 0.7)
 _PARAMS = {
-    "start_gfn": 1024, "pages": 3072, "hot": 512, "cold": 192, "scan_every": 16,
+    "gfn_start": 1024, "pages": 3072, "hot": 512, "cold": 192, "scan_every": 16,
     "scan_epochs": 8, "epochs": 0,
 }  # fmt: skip
 _STEP_NS = 10**9

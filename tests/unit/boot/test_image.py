@@ -11,8 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmhost.boot.image import MAX_IMAGE_BYTES, Image, read_image
-from kvmhost.errors import ImageError
+from kvmhost.boot.image import (
+    MAX_IMAGE_BYTES,
+    PARTS_OF_ONE,
+    Image,
+    Param,
+    Unit,
+    read_image,
+)
+from kvmhost.boot.params import resolve_params
+from kvmhost.errors import ImageError, LayoutError
 from kvmhost.guests import image_names, image_path
 from kvmhost.memory.guest import GuestMemory
 
@@ -130,17 +138,18 @@ def test_errors_name_the_field(tmp_path: Path, at: int, value: bytes, field: str
     assert error.field == field
 
 
-PARAM = b"start_gfn=1024;first gfn of the range"
+PARAM = b"gfn_start=1024;first gfn of the range"
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b"start_gfn=x;", "need name=number;help"),
-        (b"start-gfn=1;", "need name=number;help"),
-        (b"start_gfn", "need name=number;help"),
-        (b"start_gfn=" + b"9" * 21 + b";", "over 64 bits"),
+        (b"gfn_start=x;", "need name=number;help"),
+        (b"gfn-start=1;", "need name=number;help"),
+        (b"gfn_start", "need name=number;help"),
+        (b"gfn_start=" + b"9" * 21 + b";", "over 64 bits"),
         (b"pages=1;", "twice"),
+        (b"x=1 miles;", "x: unknown unit 'miles'"),
     ],
 )
 def test_bad_parameters_are_refused(tmp_path: Path, line: bytes, problem: str) -> None:
@@ -157,3 +166,61 @@ def test_unreadable_files_are_named(tmp_path: Path, path: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(ImageError, match="file"):
         read_image(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("unit", "text", "value"),
+    [
+        ("", "12", 12),
+        ("", "0x10", 16),
+        ("pages", "4096", 4096),
+        ("pages", "64M", 16384),
+        ("pages", "12pages", 12),
+        ("permille", "250", 250),
+        ("permille", "25%", 250),
+        ("permille", "1/8", 125),
+        ("permille", "0.9", 900),
+        ("percent", "1/4", 25),
+        ("percent", "30%", 30),
+    ],
+)
+def test_a_value_of_a_parameter_as_text(unit: Unit, text: str, value: int) -> None:
+    assert Param("x", 0, "", unit).parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("unit", "text", "problem"),
+    [
+        ("", "64M", "parameter x: '64M': need a number"),
+        ("", "25%", "need a number"),
+        ("pages", "25%", "parameter x: invalid size"),
+        ("pages", "6000B", "no whole number of pages"),
+        ("pages", "12Q", "invalid size"),
+        ("permille", "64M", "parameter x: invalid share"),
+        ("permille", "1/3", "no whole number of permille"),
+        ("percent", "1/8", "no whole number of percent"),
+    ],
+)
+def test_a_value_that_a_parameter_does_not_take(unit: Unit, text: str, problem: str) -> None:
+    with pytest.raises(LayoutError, match=problem):
+        Param("x", 0, "", unit).parse(text)
+
+
+def test_parameters_of_the_guests_have_units() -> None:
+    """Numbers of pages and parts of a whole: their names say so."""
+    for name in image_names():
+        for param in read_image(image_path(name)).params:
+            unit = param.name.rpartition("_")[2] if param.unit in ("permille", "percent") else ""
+            assert unit in ("", param.unit), param
+            assert (param.name in ("pages", "hot", "phase_step")) == (param.unit == "pages"), param
+            assert param.name.endswith(("permille", "percent")) == (param.unit in PARTS_OF_ONE)
+
+
+def test_values_are_resolved_by_the_image() -> None:
+    image = read_image(image_path("hotcold"))
+    values = resolve_params(image, {"pages": "64M", "hot": "0x100", "write_permille": "1/4"})
+    assert (values["pages"], values["hot"], values["write_permille"]) == (16384, 256, 250)
+    with pytest.raises(LayoutError, match=r"outside \[0, 2\*\*64\)"):
+        resolve_params(image, {"seed": "-1"})
+    with pytest.raises(LayoutError, match="no parameter 'start_gfn'"):
+        resolve_params(image, {"start_gfn": 1024})

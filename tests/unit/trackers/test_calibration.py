@@ -23,12 +23,12 @@ from kvmhost.memory.guest import GuestMemory
 from kvmhost.trackers import calibration
 from kvmhost.trackers.calibration import calibrate
 from kvmhost.trackers.guestpt import GuestptTracker
-from kvmhost.trackers.probeguest import START_GFN
+from kvmhost.trackers.probeguest import GFN_START
 
 ACCESSED = 1 << 5
 ADDRESS = 0x000F_FFFF_FFFF_F000
 #: The pages that the calibration guest touches.
-FIRST, PAGES = START_GFN, calibration._PAGES
+FIRST, PAGES = GFN_START, calibration._PAGES
 
 
 @dataclasses.dataclass

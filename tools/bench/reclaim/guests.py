@@ -136,7 +136,7 @@ def _fault_ins(reclaimers: Sequence[Reclaimer]) -> int:
 @contextlib.contextmanager
 def booted(params: Mapping[str, int], image: str = "hotcold") -> Iterator[Machine]:
     """Yield a guest that is stopped after its first epoch, which wrote all its pages."""
-    range_bytes = (params["start_gfn"] + params["pages"]) * PAGE_BYTES
+    range_bytes = (params["gfn_start"] + params["pages"]) * PAGE_BYTES
     mem_bytes = -(-(range_bytes + _EXTRA_BYTES) // (2 << 20)) * (2 << 20)
     with Machine(image_path(image), mem_bytes=mem_bytes, engine="kvm", params=params) as machine:
         machine.step_by_doorbell()

@@ -115,7 +115,7 @@ def windows_of(params: Mapping[str, int], windows: int) -> Trace:
     trace = []
     for epoch in range(windows):
         bits = np.zeros(n_pages, dtype=bool)
-        bits[hotcold_gfns(params, epoch) - params["start_gfn"]] = True
+        bits[hotcold_gfns(params, epoch) - params["gfn_start"]] = True
         trace.append((epoch * _SECOND_NS, pack(bits)))
     return trace
 

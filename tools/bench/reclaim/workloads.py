@@ -21,7 +21,7 @@ BUDGETS = (0.75, 0.5, 0.25)
 Params = Mapping[str, int]
 
 _PLAIN: Params = {
-    "start_gfn": 1024,
+    "gfn_start": 1024,
     "hot": 0,
     "cold": 0,
     "scan_every": 0,
