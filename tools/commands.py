@@ -23,6 +23,7 @@ COMMANDS = {
     "lru_gen": ("lru_gen", "show generations, age and evict, as the kernel's file does"),
     "demo": ("demo", "the whole path: boot, harvest, reclaim under a limit, look"),
     "accuracy": ("accuracy", "how accurate and how expensive each tracker is"),
+    "stress": ("stress", "fill page tables, change memory under running vCPUs, check every write"),
     "bench": ("bench", "measure walks, exits, harvests and starts, as ratios in one run"),
     "lab": ("lab", "emulated hosts with a KVM of their own, on other kernels and processors"),
     "docs": ("docs", "read the documentation that is installed"),

@@ -126,8 +126,12 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def add_option(parser: argparse._ActionsContainer, name: str, **given: Any) -> argparse.Action:
+def add_option(
+    parser: argparse._ActionsContainer, name: str, short: str = "", **given: Any
+) -> argparse.Action:
     """Add an option of :data:`OPTIONS`; what is given goes on top.
+
+    :param short: another name, of one letter, where a command follows another program
 
     A default is appended to the help. It is written as on a command line (``"1s"``), and
     argparse reads it.
@@ -136,7 +140,8 @@ def add_option(parser: argparse._ActionsContainer, name: str, **given: Any) -> a
     default = kept.get("default")
     if default is not None and "(default" not in kept.get("help", ""):
         kept["help"] = f"{kept['help']} (default: {str(default).replace('%', '%%')})"
-    return parser.add_argument(*(["-o"] if name == "--out" else []), name, **kept)
+    short = short or ("-o" if name == "--out" else "")
+    return parser.add_argument(*([short] if short else []), name, **kept)
 
 
 def listing(

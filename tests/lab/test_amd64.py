@@ -62,3 +62,17 @@ def test_the_kvm_tests_pass_inside(name, lab_host):
     done = lab_run(name, 9000, sys.executable, *words, *TESTS)
     print(done.stdout[-20_000:], done.stderr)
     assert done.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["amd64-6.12", "amd64-7.3"])
+def test_stress_on_the_tdp_mmu(name, lab_host):
+    """KVM's own tables are filled, protected and torn down, and every check holds."""
+    lab_host(name)
+    for on_fault in ("skip", "stop"):
+        words = ["stress", "-m", "16M", "-s", "4M", "-c", "2", "--on-fault", on_fault]
+        done = lab_run(name, 30 * DEADLINE_S, "kvmhost", *words, "--engine", "kvm")
+        print(done.stdout[-20_000:], done.stderr)
+        assert done.returncode == 0
+        assert "engine kvm" in done.stdout
+        assert "FAILED" not in done.stdout

@@ -113,6 +113,7 @@ OWN_DEFAULTS = {
     "--epochs": "the length of a run is what a command measures",
     "--rounds": "a benchmark has as many as its figure needs to be stable",
     "--mem": "a benchmark's figures are those of its own guest size",
+    "--vcpus": "a stress test uses every processor",
     "--timeout": "a limit that is far above what the command needs",
     "--part": "a benchmark has parts of its own",
     "--workload": "accuracy and bench reclaim have workloads of their own",

@@ -15,6 +15,7 @@ from kvmhost.tools.outputs import (
     host,
     lab,
     records,
+    stress,
     vms,
     young,
 )
@@ -64,6 +65,7 @@ OUTPUTS = {
     "lru_gen show": Shape(daemons.GenerationsOutput),
     "page": Shape(daemons.PageOutput),
     "reclaimd": Shape(daemons.EventOutput, per="event"),
+    "stress": Shape(stress.StressOutput),
     "snapshot": Shape(vms.SnapshotOutput),
     "young ages": Shape(young.AgesOutput),
     "young compare": Shape(records.CompareOutput),
