@@ -103,7 +103,8 @@ def render_heatmap(heatmap: Heatmap, path: Path) -> None:
     bar = picture.colorbar(mesh, ax=axes, pad=0.02, extend="min")
     pages = int(np.diff(heatmap.edges).max())
     bins = f"bins of {pages:,} pages" if pages > 1 else "page by page"
-    bar.set_label(f"share of pages young in the window, {bins} (white: none)")
+    none = "white: none" if heatmap.layers is None else "none: where most pages are"
+    bar.set_label(f"share of pages young in the window, {bins} ({none})")
     bar.set_ticks([0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0])
     bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     with replacing(path) as file:

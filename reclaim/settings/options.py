@@ -152,6 +152,13 @@ class VmOptions(_Section, frozen=True):
         str,
         _about("source of young bits: auto (the VM's choice), or one that kvmhost doctor lists"),
     ] = "auto"
+    view: Annotated[
+        str,
+        _about(
+            "name under which the VM is read: a reader has a window of its own",
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$",
+        ),
+    ] = "reclaimd"
     max_loss: Annotated[
         MaxShare,
         _about(

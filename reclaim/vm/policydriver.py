@@ -33,10 +33,8 @@ from kvmhost.reclaim.vm.losscontrol import LossControl
 from kvmhost.reclaim.vm.pages import ResidencyChanges
 from kvmhost.vm import Harvest
 
-__all__ = ["VIEW", "PolicyDriver", "make_policy", "planned_parts"]
+__all__ = ["PolicyDriver", "make_policy", "planned_parts"]
 
-#: The daemon's view of a VM.
-VIEW = "reclaimd"
 #: Requests of one harvest.
 _MAX_PARTS = 16
 
@@ -88,12 +86,15 @@ class PolicyDriver:
     """Harvests one VM on behalf of a policy, and asks the policy for victims.
 
     :param loss: chooses what harvests clear
+    :param view: the daemon's view of the VM
     """
 
-    def __init__(self, client: Client, n_pages: int, policy: Policy, loss: LossControl) -> None:
+    def __init__(
+        self, client: Client, n_pages: int, policy: Policy, loss: LossControl, view: str
+    ) -> None:
         self._client, self.n_pages, self.policy = client, n_pages, policy
         self._loss = loss
-        self._tracker = "auto"
+        self._tracker, self._view = "auto", view
         self.probed_pages = 0
         #: Pages in the ranges of all harvests, probes not included.
         self.scanned_pages = 0
@@ -136,7 +137,7 @@ class PolicyDriver:
             clear=True,
             rearm="young",
             mask=mask,
-            view=VIEW,
+            view=self._view,
             max_age_s=max_age_s,
         )
 
@@ -185,7 +186,13 @@ class PolicyDriver:
         self.probed_pages += int(np.unpackbits(pages.view(np.uint8)).sum())
         self._loss.pages.note_cleared(pages)
         found = self._client.harvest(
-            0, self.n_pages, tracker=self._tracker, clear=True, rearm="young", mask=pages, view=VIEW
+            0,
+            self.n_pages,
+            tracker=self._tracker,
+            clear=True,
+            rearm="young",
+            mask=pages,
+            view=self._view,
         )
         return found.young.words & pages
 

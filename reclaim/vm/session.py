@@ -78,7 +78,7 @@ class Session:
         n_pages = self.pages.n_pages
         self.loss = LossControl(client, n_pages, self.options.max_loss)
         chosen = policy or make_policy(n_pages, self.options)
-        self.driver = PolicyDriver(client, n_pages, chosen, self.loss)
+        self.driver = PolicyDriver(client, n_pages, chosen, self.loss, self.options.view)
         if not self.dry_run:
             self.take_lease()
         self.history = PageHistory(n_pages) if context.config.account.page_history else None
