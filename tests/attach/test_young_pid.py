@@ -32,6 +32,7 @@ def test_snapshot_of_a_process(toucher: Callable, tmp_path: Path) -> None:
     found = checked("young snapshot", done.stdout)[0]
     assert found["n_young"] == 100
     assert found["coarse"] is False
+    assert (found["n_resident"], found["not_seen"]) == (None, "touches after the first")
     assert found["memslots"] == [{"slot": 0, "gfn_start": 0, "n_pages": 4096, "n_young": 100}]
     assert np.flatnonzero(np.load(out)).tolist() == list(range(10, 2010, 20))
 
@@ -122,6 +123,22 @@ def test_snapshot_of_qemu(qemu) -> None:
     found = checked("young snapshot", done.stdout)[0]
     assert found["n_young"] == 256
     assert found["ranges"][0] == [4097, 1]
+
+
+@pytest.mark.requires_qemu
+@pytest.mark.parametrize("suffix", [".svg", ".html"])
+def test_pictures_of_qemu_say_what_they_do_not_show(qemu, tmp_path: Path, suffix: str) -> None:
+    """A memfd of a real QEMU, recorded and drawn in one command."""
+    pytest.importorskip("matplotlib")
+    qemu.touch(1)
+    out = tmp_path / f"x{suffix}"
+    words = ("-o", str(out), "--tracker", "present", "--interval", "0.1", "--count", "3")
+    done = kvmhost("heatmap", "--pid", str(qemu.pid), *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    if suffix == ".html":
+        text = out.read_text()
+        assert "touches after the first are not seen" in text
+        assert "residency unknown" in text
 
 
 @pytest.mark.requires_qemu

@@ -94,6 +94,25 @@ def test_snapshot_for_people(vm, hot):
     assert lines[-1].split() == [f"[{hot[0]:#x},", f"{hot[-1] + 1:#x})", "1024", "pages"]
 
 
+def test_snapshot_has_what_is_resident_and_evicted(vm, tmp_path):
+    vm.pause()
+    evicted = [gfn for gfn in range(0x400, 0x500) if vm.page(gfn).state == "resident"][:20]
+    assert vm.evict(evicted).outcomes["done"] == 20
+    out = tmp_path / "young.npz"
+    done = kvmhost("young", "snapshot", "v", "--interval", "0.01", "--json", "-o", str(out))
+    assert (done.returncode, done.stderr) == (0, "")
+    found = parsed(done.stdout)
+    assert (found["n_evicted"], found["not_seen"]) == (20, "")
+    with np.load(out) as masks:
+        assert sorted(masks) == ["coarse", "evicted", "resident", "young"]
+        assert np.flatnonzero(masks["evicted"]).tolist() == evicted
+        assert int(masks["resident"].sum()) == found["n_resident"] > 0
+        assert not (masks["resident"] & masks["evicted"]).any()
+    done = kvmhost("young", "snapshot", "v", "--interval", "0.01", "--range", "0x400:0x440")
+    assert "pages resident, " in done.stdout
+    vm.resume()
+
+
 def test_snapshot_with_clear_begins_a_new_window(vm, tmp_path):
     vm.harvest()
     seen = vm.state().doorbells

@@ -67,6 +67,12 @@ class YoungSnapshotOutput(Output, frozen=True, kw_only=True):
     """pages that were harvested"""
     n_young: int
     """young pages among them"""
+    n_resident: int | None
+    """resident pages among them; null for a process, of which it is unknown"""
+    n_evicted: int | None
+    """evicted pages among them; null for a process"""
+    not_seen: str
+    """what the tracker does not see, such as reads; empty if nothing"""
     coarse: bool
     """whether some bits stand for more than one page"""
     tracker: str

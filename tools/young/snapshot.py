@@ -8,14 +8,18 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from kvmhost.bitmap import YoungBitmap
+from kvmhost.bitmap import YoungBitmap, unpack
+from kvmhost.control.client import Client
 from kvmhost.control.schema import CLIENT_TIMEOUT_S, MemoryMap
 from kvmhost.errors import LayoutError
 from kvmhost.files import replacing
 from kvmhost.printable import printable
+from kvmhost.process.attach import Attached
 from kvmhost.tools.outputs.base import emit
 from kvmhost.tools.outputs.young import YoungSlot, YoungSnapshotOutput
 from kvmhost.tools.parser import CommandParser
@@ -30,14 +34,18 @@ from kvmhost.tools.young.common import (
 )
 from kvmhost.trackers.sampling import DEFAULT_FRACTION
 from kvmhost.vm import Harvest
-from kvmhost.vm.names import DEFAULT_VIEW, REARM, TABLE_FORMATS
+from kvmhost.vm.names import DEFAULT_VIEW, NOT_SEEN, REARM, TABLE_FORMATS
 
 __all__ = ["main", "parser"]
+
+Pages = npt.NDArray[np.bool_]
 
 _SHOWN_RANGES = 10
 _FIRST_WINDOW_S = 1.0
 _OWN_VIEW = "snapshot"
-_BITMAP_KINDS = (".npy", ".bin")
+_BITMAP_KINDS = (".npy", ".npz", ".bin")
+#: A number that no event has: a request for residency alone.
+_NO_EVENTS = 1 << 51
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,9 +75,10 @@ def main(argv: Sequence[str]) -> int:
                 fraction=args.fraction,
                 table_format=args.format,
             )
+        states = _states(vm, found.young)
     if args.out is not None:
-        _write_bitmap(found.young, args.out)
-    output = _output(vm.vm, found, memory)
+        _write_bitmap(found.young, states, args.out)
+    output = _output(vm.vm, found, memory, states)
     if args.json:
         emit(output)
     else:
@@ -157,18 +166,38 @@ def parser() -> CommandParser:
         parser,
         "--out",
         metavar="FILE",
-        help="also write the bitmap: .npy for one boolean per page, .bin for 64-bit words",
+        help="also write the bitmap: .npy for one boolean per page, .bin for 64-bit words, .npz "
+        "for booleans named young, coarse, and, of a VM, resident and evicted",
     )
     return parser
 
 
-def _output(vm: str, found: Harvest, memory: MemoryMap) -> YoungSnapshotOutput:
+def _states(vm: Client | Attached, young: YoungBitmap) -> dict[str, Pages]:
+    """Return which pages of a range are resident and evicted; empty: unknown."""
+    if isinstance(vm, Attached):  # Another process's pager cannot be asked.
+        return {}
+    found = vm.residency(_NO_EVENTS)
+    end = young.gfn_start + young.n_pages
+    bits = {"resident": found.resident, "evicted": found.evicted}
+    return {
+        name: unpack(np.frombuffer(raw, dtype="<u8"), end)[young.gfn_start :]
+        for name, raw in bits.items()
+    }
+
+
+def _output(
+    vm: str, found: Harvest, memory: MemoryMap, states: dict[str, Pages]
+) -> YoungSnapshotOutput:
     bitmap = found.young
+    counts = {name: int(mask.sum()) for name, mask in states.items()}
     return YoungSnapshotOutput(
         vm=vm,
         gfn_start=bitmap.gfn_start,
         n_pages=bitmap.n_pages,
         n_young=bitmap.count(),
+        n_resident=counts.get("resident"),
+        n_evicted=counts.get("evicted"),
+        not_seen=NOT_SEEN.get(bitmap.provenance.tracker, ""),
         coarse=bitmap.coarse is not None,
         **dataclasses.asdict(bitmap.provenance),
         harvest_ns=found.harvest_ns,
@@ -205,6 +234,12 @@ def _print_snapshot(found: YoungSnapshotOutput, page_bytes: int) -> None:
     coarse = ", coarse: bits stand for more than one page" if found.coarse else ""
     where = f"tracker {found.tracker}, format {found.table_format}"
     print(f"{printable(where)}{window}{coarse}")
+    if found.not_seen:
+        print(f"{found.not_seen} are not seen")
+    if found.n_resident is not None and found.n_evicted is not None:
+        print(f"{found.n_resident} pages resident, {found.n_evicted} evicted")
+    else:
+        print("residency unknown")
     print(f"harvest {found.harvest_ns / 1e6:.2f} ms, re-arming {found.rearm_ns / 1e6:.2f} ms")
     for one in found.memslots:
         print(
@@ -226,9 +261,12 @@ def _ranges(bitmap: YoungBitmap) -> list[tuple[int, int]]:
     return list(zip(starts.tolist(), lengths.tolist(), strict=True))
 
 
-def _write_bitmap(bitmap: YoungBitmap, path: Path) -> None:
+def _write_bitmap(bitmap: YoungBitmap, states: dict[str, Any], path: Path) -> None:
     with replacing(path) as file:
         if path.suffix == ".npy":
             np.save(file, bitmap.as_bool())
+        elif path.suffix == ".npz":
+            masks: dict[str, Any] = {"young": bitmap.as_bool(), "coarse": bitmap.coarse_as_bool()}
+            np.savez_compressed(file, **masks, **states)
         else:
             file.write(bitmap.words.astype("<u8").tobytes())

@@ -18,6 +18,7 @@ from kvmhost.reclaim.draw.heatmapdata import RecordView, heatmap_of
 from kvmhost.reclaim.draw.heatmaphtml import write_html
 from kvmhost.reclaim.draw.heatmaplayers import layers_of
 from kvmhost.reclaim.draw.parts import PageParts
+from kvmhost.reclaim.draw.registry import draw_record
 from kvmhost.reclaim.draw.render import render_heatmap
 from kvmhost.reclaim.record.meta import EVENTS, STATES
 from kvmhost.reclaim.record.reader import YoungRecord
@@ -158,6 +159,17 @@ def test_a_state_has_its_colour(record, tmp_path):
     text = tmp_path / "x.svg"
     render_heatmap(heatmap_of(RecordView(record)), text)
     assert "#d40f7d" in text.read_text()
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".html"])
+def test_every_picture_says_what_its_tracker_does_not_see(record, tmp_path, suffix):
+    """PNG and PDF are drawn by the code that draws SVG, whose text can be read."""
+    mpl = pytest.importorskip("matplotlib")
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        draw_record(RecordView(record), tmp_path / f"x{suffix}")
+    assert "reads are not seen" in (tmp_path / f"x{suffix}").read_text()
+    if suffix == ".svg":
+        assert "none: where most pages are" in (tmp_path / "x.svg").read_text()
 
 
 def test_a_record_without_residency_says_so(make_record):
