@@ -41,7 +41,7 @@ class Client:
 def driver(**options):
     client = Client()
     loss = LossControl(client, N, 0.0)
-    return client, PolicyDriver(client, N, LruGen(N, seed=None, **options), loss)
+    return client, PolicyDriver(client, N, LruGen(N, seed=None, **options), loss, "mine")
 
 
 def one_pass(client, driver, touched):
