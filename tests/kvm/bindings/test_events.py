@@ -106,7 +106,9 @@ def test_a_full_ring_lets_the_write_out(tiny: Maker) -> None:
     with CoalescedRing(guest.vm, guest.vcpu) as ring:
         assert guest.run() == MmioWrite(GPA + 0x10, b"\x07")
         gathered = len(ring)
-        assert gathered == (4096 - 8) // 24 - 1  # one entry stays free
+        # One entry stays free. Before v6.11 the kernel's count of free entries wraps around, and it
+        # takes the ring for full at 2**32 % 170 - 1 too ("KVM: Fix coalesced_mmio_has_room()").
+        assert gathered in ((4096 - 8) // 24 - 1, 85)
         assert ring.drain() == gathered
 
 
