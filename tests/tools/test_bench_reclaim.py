@@ -87,6 +87,14 @@ def test_rows_and_guests_run_on_a_small_scale(monkeypatch, tmp_path):
         "classic",
     ]
     assert all(row.fault_ins > 0 for row in found)
+    batched, singly, classic = found
+    # KVM has flushed for single pages, and a batch needs far fewer flushes.
+    assert batched.single_tests == 0
+    assert singly.single_tests > 0
+    assert classic.single_tests > 0
+    assert singly.flush_requests > 2 * batched.flush_requests > 0
+    for row in found:
+        assert 0 < row.test_s + row.rearm_s < row.second_pass_s
     monkeypatch.setattr(guests, "_SETTLE_S", 0.5)
     one = guests._measure("hotcold", "lru_gen", 1024, 1.0, 0.5)
     assert one.throughput_of_no_limit_ratio > 0
@@ -107,3 +115,23 @@ def test_rows_and_guests_run_on_a_small_scale(monkeypatch, tmp_path):
 def test_a_picture_needs_a_part_that_it_draws(tmp_path):
     with pytest.raises(LayoutError, match="draws parts trace and guests"):
         reclaim.main(["--part", "rows", "-o", str(tmp_path / "x.png")])
+
+
+@pytest.mark.requires_kvm
+@pytest.mark.requires_uffd
+def test_a_test_of_one_page_waits_for_the_lock_and_makes_kvm_flush():
+    params = guest_params(lambda p: {"hot": p // 4}, 512) | {"epochs": 0}
+    with guests.booted(params) as machine:
+        reclaimer = rows.PageByPage(machine, None, 0)
+        tracker = machine.use_tracker("guestpt")
+        machine.run_epoch()
+        # Pages of its data, which it reads and writes in each epoch.
+        young = tracker.harvest(0, reclaimer.n_pages, False).gfns()[-16:].tolist()
+        before = rows._remote_flushes(machine)
+        assert all(reclaimer.clear_flush_young(gfn) for gfn in young)
+        assert rows._remote_flushes(machine) - before >= len(young) == 16
+        assert not any(reclaimer.clear_flush_young(gfn) for gfn in young)
+        assert reclaimer.tested == 32
+        # The pages are armed again: the next epoch makes them young.
+        machine.run_epoch()
+        assert set(young) <= set(tracker.harvest(0, reclaimer.n_pages, False).gfns().tolist())

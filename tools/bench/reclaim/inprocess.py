@@ -69,6 +69,8 @@ class Reclaimer:
         self._first = pack(self._resident)
         self._went = np.full(self.n_pages, -1, dtype=np.int32)
         self._harvest_ns = 0
+        #: Wall time of tests of accessed bits, and of re-arming (KVM's lock and its flushes).
+        self.walk_ns = self.rearm_ns = 0
         self.passes: list[Pass] = []
         self.refaulted_pages = self.wrong_evictions = 0
         if policy is not None:
@@ -145,9 +147,13 @@ class Reclaimer:
         if mask is not None and not mask.any():
             return np.zeros(n_words(self.n_pages), dtype=np.uint64)
         start = time.thread_time_ns()
+        walk = time.perf_counter_ns()
         found = self._tracker.harvest(0, self.n_pages, mask=mask)
         words = found.words if mask is None else found.words & mask
+        rearm = time.perf_counter_ns()
         self._tracker.rearm(0, self.n_pages, dataclasses.replace(found, words=words))
+        self.walk_ns += rearm - walk
+        self.rearm_ns += time.perf_counter_ns() - rearm
         self._harvest_ns += time.thread_time_ns() - start
         return words
 

@@ -66,12 +66,25 @@ def tables(report: ReclaimOutput) -> str:
         shown.append("second pass over memory under a limit of half of it")
         shown.append(
             _table(
-                ("aging", "seconds", "of batched", "faulted in"),
+                (
+                    "aging",
+                    "seconds",
+                    "of batched",
+                    "tests s",
+                    "re-arm s",
+                    "single tests",
+                    "flushes",
+                    "faulted in",
+                ),
                 (
                     (
                         row.aging,
                         f"{row.second_pass_s:.3f}",
                         f"{row.of_batched_ratio:.2f}",
+                        f"{row.test_s:.3f}",
+                        f"{row.rearm_s:.3f}",
+                        f"{row.single_tests:,}",
+                        f"{row.flush_requests:,}",
                         f"{row.fault_ins:,.0f}",
                     )
                     for row in report.rows
