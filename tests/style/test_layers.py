@@ -114,7 +114,7 @@ LAYERS = {
     "kvmhost/memory": ({"layout"}, {"guest", "pclayout"}, {"pagelist", "dma"}),
     "kvmhost/mmu": (
         {"explorer", "formats", "memslots", "tablemem", "tlb"},
-        {"epochs", "flush", "harvest", "races"},
+        {"epochs", "flush", "harvest", "races", "rmap"},
         {"table"},
         {"kvmtable", "radix", "soft", "stage2", "support", "tdp", "vcpu"},
         {"notifier"},
