@@ -89,10 +89,10 @@ def test_rows_and_guests_run_on_a_small_scale(monkeypatch, tmp_path):
     assert all(row.fault_ins > 0 for row in found)
     batched, singly, classic = found
     # KVM has flushed for single pages, and a batch needs far fewer flushes.
-    assert batched.single_tests == 0
-    assert singly.single_tests > 0
-    assert classic.single_tests > 0
-    assert singly.flush_requests > 2 * batched.flush_requests > 0
+    assert batched.n_single_tests == 0
+    assert singly.n_single_tests > 0
+    assert classic.n_single_tests > 0
+    assert singly.n_flush_requests > 2 * batched.n_flush_requests > 0
     for row in found:
         assert 0 < row.test_s + row.rearm_s < row.second_pass_s
     monkeypatch.setattr(guests, "_SETTLE_S", 0.5)

@@ -360,9 +360,9 @@ class SecondPassRow(Output, frozen=True, kw_only=True):
     """time of the tests of accessed bits, locks included"""
     rearm_s: float
     """time of re-arming: invalidations through KVM, with its lock and its flushes"""
-    single_tests: int
+    n_single_tests: int
     """pages that were tested one by one, each with the lock held and an invalidation"""
-    flush_requests: int
+    n_flush_requests: int
     """flushes of the TLBs of all vCPUs, as KVM counts them"""
     fault_ins: int
     """evicted pages that came back"""

@@ -79,6 +79,7 @@ _COUNTED = {
 
 #: Numbers that are names, positions or codes and have no unit.
 DIMENSIONLESS = {
+    "caps",
     "default",
     "first_window",
     "first_young_window",

@@ -107,8 +107,8 @@ def run(pages: int, tell: Callable[[str], None]) -> list[SecondPassRow]:
             of_batched_ratio=values["second_pass_s"] / batched,
             test_s=values["test_s"],
             rearm_s=values["rearm_s"],
-            single_tests=round(values["single_tests"]),
-            flush_requests=round(values["flush_requests"]),
+            n_single_tests=round(values["single_tests"]),
+            n_flush_requests=round(values["flush_requests"]),
             fault_ins=round(values["fault_ins"]),
         )
         for name, values in medians.items()

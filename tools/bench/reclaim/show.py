@@ -83,8 +83,8 @@ def tables(report: ReclaimOutput) -> str:
                         f"{row.of_batched_ratio:.2f}",
                         f"{row.test_s:.3f}",
                         f"{row.rearm_s:.3f}",
-                        f"{row.single_tests:,}",
-                        f"{row.flush_requests:,}",
+                        f"{row.n_single_tests:,}",
+                        f"{row.n_flush_requests:,}",
                         f"{row.fault_ins:,.0f}",
                     )
                     for row in report.rows
