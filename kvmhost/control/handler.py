@@ -28,6 +28,7 @@ __all__ = [
     "Route",
     "by_method",
     "json_reply",
+    "no_body",
     "nothing_asked",
 ]
 
@@ -147,6 +148,14 @@ def nothing_asked(request: Request) -> None:
     :raises Problem: 400
     """
     schema.decode_query(request.query, schema.NoQuery)
+    no_body(request)
+
+
+def no_body(request: Request) -> None:
+    """Refuse a body for a request that takes none.
+
+    :raises Problem: 400
+    """
     if request.body:
         raise Problem(400, "takes no body", "body")
 

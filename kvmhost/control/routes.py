@@ -51,6 +51,7 @@ from kvmhost.control.handler import (
     Route,
     by_method,
     json_reply,
+    no_body,
     nothing_asked,
 )
 from kvmhost.control.lease import Lease
@@ -222,14 +223,14 @@ class Routes:
 
     async def _get_resident(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.RangeQuery)
-        _no_body(request)
+        no_body(request)
         gfn_start, n_pages = self._range(asked)
         resident = await self._work(lambda: self._machine.resident(gfn_start, n_pages))
         return _bitmap(YoungBitmap(gfn_start, n_pages, pack(resident)))
 
     async def _get_residency(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.ResidencyQuery)
-        _no_body(request)
+        no_body(request)
         found = await self._work(lambda: residency_of(self._machine, asked.since))
         return json_reply(found)
 
@@ -298,8 +299,7 @@ class Routes:
 
     async def _drain(self, request: Request) -> Reply:
         query = schema.decode_query(request.query, schema.DrainQuery)
-        if request.body:
-            raise Problem(400, "takes no body", "body")
+        no_body(request)
         self._lease.check_free(request.lease, query.force)
         async with self._turn(self._paging, request):
             return json_reply(await self._work(self._machine.drain))
@@ -326,14 +326,14 @@ class Routes:
 
     async def _pause(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.PauseQuery)
-        _no_body(request)
+        no_body(request)
         number = await self._pauses.pause(asked.for_s)
         state = self._machine.run_state()
         return json_reply(msgspec.structs.replace(state, pause=number))
 
     async def _resume(self, request: Request) -> Reply:
         asked = schema.decode_query(request.query, schema.ResumeQuery)
-        _no_body(request)
+        no_body(request)
         await self._pauses.resume(asked.pause)
         return json_reply(self._machine.run_state())
 
@@ -415,11 +415,6 @@ class Routes:
             most = self._machine.memory.n_pages
             raise Problem(400, f"{gfns.size} pages: the VM has {most}", "gfns")
         return page_list(self._machine.memory, gfns)
-
-
-def _no_body(request: Request) -> None:
-    if request.body:
-        raise Problem(400, "takes no body", "body")
 
 
 def _mask(body: bytes, n_pages: int) -> Words:

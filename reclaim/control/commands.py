@@ -79,13 +79,18 @@ def enabled(sessions: Sequence[Session], vm: str, value: str | None) -> str:
 
 
 def run_text(sessions: Sequence[Session], text: str) -> int:
-    """Parse all commands, then run them; return the number of evicted pages.
+    """Parse all commands and find their VMs, then run them; return the number of evicted pages.
+
+    A generation is checked when its command runs: commands before it have been done then, as
+    in the kernel's file.
 
     :raises LayoutError: naming the command and what is wrong with it
     """
     pages = 0
-    for command in lru_gen_text.parse(text):
-        session = _named(sessions, command.vm)
+    found = [(command, _named(sessions, command.vm)) for command in lru_gen_text.parse(text)]
+    for _, session in found:
+        _lru_gen(session)
+    for command, session in found:
         with session.lock:
             policy = _lru_gen(session)
             evicted = lru_gen_text.run(command, policy, _SessionWork(session))

@@ -34,6 +34,7 @@ from kvmhost.control.handler import (
     Route,
     by_method,
     json_reply,
+    no_body,
     nothing_asked,
 )
 from kvmhost.control.paths import NameLock
@@ -214,6 +215,7 @@ class _Routes:
         return Reply(to_toml(self._daemon.context.config).encode(), _TEXT)
 
     async def _get_decisions(self, request: Request) -> Reply:
+        no_body(request)
         asked = schema.decode_query(request.query, answers.DecisionQuery)
         found = await self._work(
             lambda: self._daemon.context.decisions.last(
@@ -225,6 +227,7 @@ class _Routes:
     async def _get_page(self, request: Request) -> Reply:
         from kvmhost.reclaim.control.explain import explain
 
+        no_body(request)
         asked = schema.decode_query(request.query, answers.PageQuery)
         session = self._session(asked.vm)
         return json_reply(
@@ -234,6 +237,7 @@ class _Routes:
     async def _get_lru_gen(self, request: Request) -> Reply:
         from kvmhost.reclaim.control.commands import show_text
 
+        no_body(request)
         asked = schema.decode_query(request.query, answers.VmQuery)
         text = await self._work(lambda: show_text(self._daemon.sessions(), asked.vm, asked.full))
         return json_reply(answers.LruGenText(text))
@@ -247,6 +251,7 @@ class _Routes:
         return json_reply(answers.LruGenReport(pages))
 
     async def _get_enabled(self, request: Request) -> Reply:
+        no_body(request)
         asked = schema.decode_query(request.query, answers.EnabledQuery)
         return await self._enabled(asked.vm, None)
 
