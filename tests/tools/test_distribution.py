@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """\
 from kvmhost.errors import KvmHostError
 from kvmhost.guests import image_path
-from kvmhost.machine.base import Machine
+from kvmhost.machine import Machine
 from kvmhost.reclaim.policy.registry import create
 from kvmhost.tools.main import main
 
