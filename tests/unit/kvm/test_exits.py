@@ -45,10 +45,12 @@ def raw(**fields: Any) -> Any:
             exits.InternalError(1, (1, 0x900A02)),
         ),
         (
-            {"reason": lib.KVM_EXIT_MEMORY_FAULT, "detail": 8, "address": 4096}
+            {"reason": lib.KVM_EXIT_MEMORY_FAULT, "detail": 8, "address": 4096, "n_internal": 1}
             | {"internal": [512]},
             exits.MemoryFault(gpa=4096, size=512, flags=8),
         ),
+        # KVM_RUN failed with EFAULT, and KVM described nothing.
+        ({"reason": lib.KVM_EXIT_MEMORY_FAULT}, exits.MemoryFault()),
         ({"reason": 4242, "detail": 9}, exits.UnknownExit(4242, 9)),
     ],
 )
