@@ -31,7 +31,7 @@ def make() -> Iterator[Make]:
     made: list[AliasedMachine] = []
 
     def make_one(engine: str, slots: int = 4, **params: int) -> AliasedMachine:
-        params = {"start_gfn": HIGH_GFN, "pages": 64, "write": 1, "epochs": 0} | params
+        params = {"gfn_start": HIGH_GFN, "pages": 64, "write": 1, "epochs": 0} | params
         sizes = {"span_bytes": slots * PIECE, "piece_bytes": PIECE}
         machine = AliasedMachine(image_path("touch"), engine=engine, params=params, **sizes)  # type: ignore[arg-type]
         made.append(machine)
