@@ -38,6 +38,7 @@ FOREIGN_OPTIONS = {
     "--results": "tests/mutation/run.py",
     "--seconds": "tests/mutation/run.py",
     "--shard": "tests/mutation/run.py",
+    "--table": "tests/mutation/run.py",
 }
 
 

@@ -121,6 +121,16 @@ def test_listed_survivors_are_mutants_of_the_code_as_it_is() -> None:
             assert survivor.reason
 
 
+def test_the_page_lists_the_survivors() -> None:
+    page = (mutation.ROOT / "docs" / "testing.md").read_text()
+    table = page.partition("| file | the line of the mutant | kind | reason |")[2]
+    rows = table.partition("\n\n")[0].splitlines()[2:]
+    assert sorted(rows) == sorted(
+        f"| `{s.file}` | `{s.after.replace('|', chr(92) + '|')}` | {s.kind} | {s.reason} |"
+        for s in mutation.listed_survivors()
+    )
+
+
 def run_in(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run the command of a small tree that has a copy of it."""
     command = [sys.executable, str(tree / "tests/mutation/run.py"), "--all", *words]
