@@ -183,7 +183,7 @@ def _constants(code: object) -> Iterator[str]:
 
 def _routes(source: str) -> Iterator[tuple[str, str]]:
     """Yield method and path of every entry of a table of routes."""
-    for path, methods in re.findall(r'"(/(?:v1/)?\w+)": \{([^}]*)\}', source):
+    for path, methods in re.findall(r'"(/(?:v1/)?[\w/]+)": \{([^}]*)\}', source):
         for method in re.findall(r'"([A-Z]+)":', methods):
             yield method, path
 
