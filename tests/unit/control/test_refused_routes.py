@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from raw_http import ask
+from refused import Refusal, assert_refused_untouched, refusals
 
 from kvmhost.control.routes import Routes
 from kvmhost.errors import CapabilityError, PagerError
@@ -23,7 +24,7 @@ BODIES = {
     ("PUT", "/v1/lease"),
 }
 #: By route: requests that are refused for what they ask, as query, body, status and field.
-WRONG: dict[tuple[str, str], list[tuple[str, bytes, int, str]]] = {
+WRONG: dict[tuple[str, str], list[Refusal]] = {
     ("GET", "/v1/state"): [],
     ("GET", "/v1/memory"): [],
     ("GET", "/v1/counters"): [],
@@ -158,25 +159,13 @@ def test_the_table_has_every_route(machine: Any) -> None:
 
 @pytest.mark.parametrize(("method", "path"), WRONG, ids=" ".join)
 def test_what_is_refused_changes_nothing(world: Any, machine: Any, method: str, path: str) -> None:
+    cases = refusals(
+        WRONG[method, path],
+        takes_body=(method, path) in BODIES,
+        is_json=path != "/v1/harvest",
+    )
     path = path.replace("GFN", "5").replace("NAME", "default")
-    before = whole_state(world, machine)
-    cases = list(WRONG[method, path.replace("/5", "/GFN").replace("default", "NAME")])
-    # What no route takes: an unknown parameter, and a body where there is none to take.
-    cases.append(("nosuch=1", b"", 400, "nosuch"))
-    if (method, path) in BODIES:
-        if path != "/v1/harvest":
-            cases.append(("", b'{"nosuch": 1}', 400, "nosuch"))
-            cases.append(("", b"\xff\xfe", 400, ""))
-    else:
-        cases.append(("", b"{}", 400, "body"))
-    for query, body, status, field in cases:
-        got, text = ask(world, method, f"{path}?{query}" if query else path, body)
-        error = json.loads(text)["error"]
-        assert (got, error["field"]) == (status, field), (query, body, text)
-        assert set(error) == {"status", "message", "field", "kind", "arguments"}
-        assert error["status"] == status
-        assert error["message"]
-        assert whole_state(world, machine) == before, (query, body)
+    assert_refused_untouched(world, method, path, cases, lambda: whole_state(world, machine))
 
 
 @pytest.mark.parametrize(("method", "path"), WRONG, ids=" ".join)
