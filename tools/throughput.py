@@ -128,7 +128,7 @@ def _epoch_rates(
     first, deadline = machine.doorbells, time.monotonic() + _SETTLE_S
     while machine.doorbells < first + 2 and time.monotonic() < deadline:
         pause.wait(0.001)
-    first, start, cpu_start = machine.doorbells, time.perf_counter(), _vcpu_seconds()
+    first, start, cpu_start = machine.doorbells, time.perf_counter(), machine.runner.cpu_seconds()
     turn = 0
     while (left := start + seconds - time.perf_counter()) > 0:
         if plan.rate:
@@ -138,18 +138,8 @@ def _epoch_rates(
         pause.wait(max(0.0, min(left, next_one - time.perf_counter())))
     epochs = machine.doorbells - first
     # A guest that only waited has used almost no processor time.
-    cpu_s = max(_vcpu_seconds() - cpu_start, 1e-3)
+    cpu_s = max(machine.runner.cpu_seconds() - cpu_start, 1e-3)
     return epochs / (time.perf_counter() - start), epochs / cpu_s
-
-
-def _vcpu_seconds() -> float:
-    """Return the processor time of all vCPU threads; only one machine at a time is measured."""
-    clocks = [
-        time.pthread_getcpuclockid(thread.ident)
-        for thread in threading.enumerate()
-        if thread.name.startswith("vcpu") and thread.ident is not None
-    ]
-    return sum(map(time.clock_gettime, clocks))
 
 
 def measure_steps(

@@ -47,7 +47,29 @@ class GfnRange(typing.Protocol):
         """Address at which its first page is mapped."""
 
 
-class Region:
+class GpaRange:
+    """A run of whole pages of guest physical addresses."""
+
+    gpa: int
+    n_bytes: int
+
+    @property
+    def end(self) -> int:
+        """Guest physical address after the last byte."""
+        return self.gpa + self.n_bytes
+
+    @property
+    def gfn(self) -> int:
+        """First guest frame number."""
+        return self.gpa >> PAGE_SHIFT
+
+    @property
+    def n_pages(self) -> int:
+        """Size in pages."""
+        return self.n_bytes >> PAGE_SHIFT
+
+
+class Region(GpaRange):
     """A run of guest physical memory in a memfd of its own.
 
     :param gpa: guest physical address of the first byte, page-aligned
@@ -77,21 +99,6 @@ class Region:
 
     def __repr__(self) -> str:
         return f"<Region gpa [{self.gpa:#x}, {self.end:#x})>"
-
-    @property
-    def end(self) -> int:
-        """Guest physical address after the last byte."""
-        return self.gpa + self.n_bytes
-
-    @property
-    def gfn(self) -> int:
-        """First guest frame number."""
-        return self.gpa >> PAGE_SHIFT
-
-    @property
-    def n_pages(self) -> int:
-        """Size in pages."""
-        return self.n_bytes >> PAGE_SHIFT
 
     def zap(self, gfn: int, n_pages: int, words: Words | None = None) -> None:
         """Drop host PTEs of the guest mapping; the contents stay in the memfd.
@@ -203,7 +210,7 @@ class Region:
 
 
 @dataclasses.dataclass(frozen=True)
-class GuestMemslot:
+class GuestMemslot(GpaRange):
     """A run of guest physical addresses that shows a part of a region.
 
     :param number: the slot of KVM
@@ -218,21 +225,6 @@ class GuestMemslot:
     region: Region
     offset: int = 0
     is_alias: bool = False
-
-    @property
-    def end(self) -> int:
-        """Guest physical address after the last byte."""
-        return self.gpa + self.n_bytes
-
-    @property
-    def gfn(self) -> int:
-        """First guest frame number."""
-        return self.gpa >> PAGE_SHIFT
-
-    @property
-    def n_pages(self) -> int:
-        """Size in pages."""
-        return self.n_bytes >> PAGE_SHIFT
 
     @property
     def guest_address(self) -> int:
