@@ -373,8 +373,20 @@ _NAMED = re.compile(r"(?:unknown field|missing required field) `(?P<field>.*?)`"
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """Return a message as JSON."""
-    return msgspec.json.encode(message)
+    """Return a message as JSON; amounts of :mod:`kvmhost.units` are numbers there.
+
+    :raises TypeError: for a value that JSON does not have
+    """
+    return msgspec.json.encode(message, enc_hook=_number)
+
+
+def _number(value: object) -> int | float:
+    """Return an amount as the number that it is: msgspec takes no subclasses of numbers."""
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, int):
+        return int(value)
+    raise TypeError(f"{type(value).__name__} is not a value of JSON")
 
 
 def decode(body: bytes, kind: type[T]) -> T:

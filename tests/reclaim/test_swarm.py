@@ -26,6 +26,7 @@ from kvmhost.memory.guest import GuestMemory, Region
 from kvmhost.memory.layout import TinyLayout
 from kvmhost.pager.results import EvictResult, ShrinkResult
 from kvmhost.vm import Harvest
+from kvmhost.vm.answers import RearmCost
 
 N = 1024
 
@@ -48,6 +49,7 @@ class FakeMachine(BaseMachine):
     has_pager, running, paused, still, status, error = True, True, False, False, None, None
     serial = types.SimpleNamespace(n_bytes=0, lost_bytes=0)
     uptime_s, exits, doorbells, tracker_name = 1.0, 0, 0, "fake"
+    runner = types.SimpleNamespace(cpu_seconds=lambda: 0.5)
     engine = types.SimpleNamespace(name="fake")
     image = types.SimpleNamespace(path="fake")
     def __init__(self, name):
@@ -62,6 +64,7 @@ class FakeMachine(BaseMachine):
     def run_harvest(self, asked, owner=None):
         young = YoungBitmap.from_gfns(0, N, range(100), provenance=Provenance("fake", "npt", 1, 2))
         return Harvest(young, 5, 5)
+    def rearm_cost(self): return RearmCost("fake", 1000.0, False, 256, 7, 0.0)
     def open_pager(self): return self._pager
     def close(self): self.memory.close()
 

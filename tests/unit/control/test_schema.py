@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import re
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmhost.control import schema
 from kvmhost.control.schema import SchemaError
+from kvmhost.units import Bytes, MaxShare, Seconds, Share
 
 
 @pytest.mark.parametrize(
@@ -104,3 +106,13 @@ def test_what_python_cannot_hold_is_a_schema_error(body):
 def test_a_path_with_a_nul_is_refused():
     with pytest.raises(schema.SchemaError):
         schema.decode(b'{"path": "/tmp/a\\u0000b"}', schema.SnapshotRequest)
+
+
+def test_amounts_are_numbers_in_messages() -> None:
+    class Message(msgspec.Struct):
+        values: list[float]
+
+    amounts = [Share(0.5), MaxShare(0.03), Seconds(2), Bytes(4096)]
+    assert schema.encode(Message(amounts)) == b'{"values":[0.5,0.03,2.0,4096]}'
+    with pytest.raises(TypeError, match="object is not a value of JSON"):
+        schema.encode(Message([object()]))  # type: ignore[list-item]
