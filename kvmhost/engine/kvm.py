@@ -159,6 +159,7 @@ class KvmEngine:
         if self.rings is not None:
             rings, self.rings = self.rings, None
             rings.close()
+        self._memslots.clear()
         self.vm.close()
         self._system.close()
 

@@ -430,11 +430,19 @@ class RunnableMachine(Closing, abc.ABC):
         return {index: exit_ for index, exit_ in waiting if isinstance(exit_, MemoryFault)}
 
     def wait_for_memory_faults(self, timeout_s: float | None = None) -> bool:
-        """Wait until every vCPU waits in a memory fault or has ended; False on timeout."""
+        """Wait until every vCPU waits in a memory fault or has ended; False on timeout.
+
+        :raises StateError: before :meth:`start`, or after :meth:`close`
+        """
+        self._check_started()
         return self.runner.wait_waiting(timeout_s)
 
     def retry_memory_faults(self) -> None:
-        """Let the vCPUs that wait in memory faults repeat their access: the mapping is back."""
+        """Let the vCPUs that wait in memory faults repeat their access: the mapping is back.
+
+        :raises StateError: after :meth:`close`
+        """
+        self._check_open()
         self.runner.retry()
 
     @property

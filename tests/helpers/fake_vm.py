@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 
-from kvmhost.bitmap import YoungBitmap
+from kvmhost.bitmap import Provenance, YoungBitmap
 from kvmhost.control import schema
 from kvmhost.reclaim.context import DaemonContext
 from kvmhost.reclaim.daemon import Daemon
@@ -113,7 +113,7 @@ class FakeVm:
         A probe between two passes names pages and no age: nothing was touched since the last pass.
         """
         if mask is not None and max_age_s is None:
-            return Harvest(YoungBitmap.from_gfns(gfn_start, n_pages, []), 3000, 2000)
+            return Harvest(_found(gfn_start, n_pages, []), 3000, 2000)
         self._meet("harvest")
         self.asked.append((gfn_start, n_pages, tracker, clear, rearm))
         self.masks.append(mask)
@@ -121,7 +121,7 @@ class FakeVm:
         self.window += 1
         self.here[young] = True
         inside = [g for g in young if gfn_start <= g < gfn_start + n_pages]
-        return Harvest(YoungBitmap.from_gfns(gfn_start, n_pages, inside), 3000, 2000)
+        return Harvest(_found(gfn_start, n_pages, inside), 3000, 2000)
 
     def resident(self, gfn_start, n_pages):
         return self.here.copy()
@@ -175,3 +175,9 @@ def make_daemon(vms, report, **daemon):
     """A daemon of some VMs, with passes a millisecond apart."""
     options = {"vms": vms, "interval": Seconds(0.001)} | daemon
     return Daemon(DaemonContext.of(config(daemon=options)), report)
+
+
+def _found(gfn_start, n_pages, gfns):
+    return YoungBitmap.from_gfns(
+        gfn_start, n_pages, gfns, provenance=Provenance("pagemap", "npt", 1, 2)
+    )

@@ -24,7 +24,7 @@ from kvmhost.boot.loaders import load_image
 from kvmhost.control.client import Client
 from kvmhost.control.schema import LeaseRequest
 from kvmhost.errors import CapabilityError, IoctlError, LayoutError, StateError
-from kvmhost.exits import IoIn, IoOut, MmioRead
+from kvmhost.exits import IoIn, IoOut, MemoryFault, MmioRead
 from kvmhost.guests import image_path
 from kvmhost.kvm import System
 from kvmhost.kvm.structs import Struct
@@ -86,6 +86,7 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "Gfns": lambda: [1],
     "IoIn": lambda: IoIn(0x80, 1, 1),
     "IoOut": lambda: IoOut(0x80, 1, b"x", 1),
+    "MemoryFault": MemoryFault,
     "Mapping[int, int]": dict,
     "Mapping[int, str]": dict,
     "MmioRead | MmioWrite": lambda: MmioRead(1 << 40, 4),
@@ -99,7 +100,7 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
 }
 OPERATORS = ("__len__", "__getitem__", "__setitem__", "__iter__", "__repr__", "__contains__")
 #: What takes nothing from the object; and what ends it, which is done already.
-SKIPPED = {"close", "stop"}
+SKIPPED = {"close", "end_vcpus", "stop"}
 
 
 def public(kind: type) -> list[str]:
@@ -160,7 +161,14 @@ def is_clear(error: Exception) -> bool:
 
 
 #: Refuse the made-up arguments before anything is asked of the object.
-REFUSES = {"assemble", "handle_mmio", "layer", "memory_encrypt_op", "set_nested_state"}
+REFUSES = {
+    "assemble",
+    "handle_memory_fault",
+    "handle_mmio",
+    "layer",
+    "memory_encrypt_op",
+    "set_nested_state",
+}
 
 
 def answers(target: Any) -> set[str]:
@@ -189,9 +197,11 @@ OF_A_MACHINE = {
     "handle_port_read",
     "handle_port_write",
     "has_pager",
+    "memory_faults",
     "paused",
     "report_status",
     "running",
+    "snapshot_parts",
     "run_state",
     "status",
     "statuses",
@@ -235,14 +245,21 @@ def test_a_closed_pc(tmp_path: Path) -> None:
 
 def test_a_machine_that_was_not_started() -> None:
     # Given to it by the constructor, or given by whoever handles an exit.
-    internal = {"assemble", "adopt", "handle_mmio", "run_epoch", "single_step", "wait"}
+    internal = {"assemble", "adopt", "handle_memory_fault", "handle_mmio"}
+    internal |= {"rearm_cost", "run_epoch", "single_step", "wait"}
+    internal |= {"wait_for_memory_faults"}
     for name in public(Machine):
         with tiny() as machine:
             error = ask(machine, name)
             if name not in internal:
                 assert error is None, f"{name}: {error!r}"
     with tiny() as machine:
-        for call in (machine.wait, lambda: machine.wait(1), machine.run_epoch):
+        for call in (
+            machine.wait,
+            lambda: machine.wait(1),
+            machine.run_epoch,
+            machine.wait_for_memory_faults,
+        ):
             with pytest.raises(StateError, match="call "):
                 call()
         machine.stop()

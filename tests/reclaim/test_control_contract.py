@@ -25,6 +25,7 @@ METHODS = (
     "harvest",
     "lease",
     "memory_map",
+    "rearm_cost",
     "resident",
     "set_limit",
     "set_victims",
@@ -118,6 +119,16 @@ def test_an_eviction_reports_each_page_in_order(client):
     resident = client.resident(0, client.memory_map().gfn_end)
     assert not resident[[first, second]].any()
     assert client.evict(np.array([first])).each is None
+
+
+def test_the_cost_of_a_fault_is_that_of_the_tracker_in_use(client):
+    found = client.harvest(0, 16, tracker="auto", fraction=None)
+    tracker = found.young.provenance.tracker
+    cost = client.rearm_cost()
+    assert cost.tracker == tracker
+    assert cost.fault_ns >= 0
+    assert cost.n_pages > 0
+    assert cost.tries > 0
 
 
 def test_a_limit_evicts_nothing_and_a_shrink_evicts_down_to_it(client):
