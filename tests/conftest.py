@@ -29,6 +29,9 @@ from kvmhost.machine import Machine
 # inherits that: the tests that interrupt a command would wait for ever.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# nohup does so with SIGHUP. A handler is not inherited, and this process goes on.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 # Hosts that are busy or emulated are slow, and no example of a property has a time of its own.
