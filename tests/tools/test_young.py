@@ -183,7 +183,7 @@ def test_what_does_not_fit_the_vm(vm, words, text):
     [
         (["snapshot"], 2, "VM"),
         (["snapshot", "v", "--range", "x"], 2, "invalid range"),
-        (["snapshot", "v", "--out", "x.txt"], 2, "must end in .npy or .bin"),
+        (["snapshot", "v", "--out", "x.txt"], 2, "must end in .npy or .npz or .bin"),
         (["snapshot", "v", "--interval", "no"], 2, "--interval"),
         (["heatmap", "v"], 2, "-o"),
         (["heatmap", "v", "-o", "x.png", "--count", "0"], 2, "1 or more"),
